@@ -1,0 +1,52 @@
+"""Everything that can go wrong here, as types.
+
+TableConsulError
+├── ConfigError          the configuration cannot be used: shown to whoever runs --check, logged at update
+├── PeerError            smtpd sent what its protocol does not know
+├── ReplyError           our answer cannot be said on the wire
+├── EntryError           what stands under a key in Consul is no value for its service
+└── SourceError          the source cannot tell now: the mail waits
+    ├── Unreachable      no connection, no leader, no answer in time: true for every key, and likely to pass
+    ├── Forbidden        Consul refuses the token, or there is none
+    └── BadResponse      an answer that Consul would not give, or that does not answer the question
+
+The text of each is one line that a mail operator can act on. None ever holds a token, a password or a hash.
+"""
+
+from __future__ import annotations
+
+
+class TableConsulError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class ConfigError(TableConsulError):
+    """The configuration cannot be used; the text is ``FILE: key: what is wrong (allowed: ...)``."""
+
+
+class PeerError(TableConsulError):
+    """Smtpd sent something that its protocol does not know, and that cannot be answered."""
+
+
+class ReplyError(TableConsulError):
+    """An answer cannot be said on the wire without breaking smtpd."""
+
+
+class EntryError(TableConsulError):
+    """What stands in Consul cannot be used as a value of its service; the text names no value."""
+
+
+class SourceError(TableConsulError):
+    """The source cannot tell now whether the key is there: never a reason to say ``not-found``."""
+
+
+class Unreachable(SourceError):
+    """No connection, no leader, too many requests, or no answer in time."""
+
+
+class Forbidden(SourceError):
+    """Consul does not let this token read the key (401, 403)."""
+
+
+class BadResponse(SourceError):
+    """A redirect, a body that is not Consul's, or an answer to another question."""

@@ -50,3 +50,14 @@ class Forbidden(SourceError):
 
 class BadResponse(SourceError):
     """A redirect, a body that is not Consul's, or an answer to another question."""
+
+
+def shown(data: bytes | str, limit: int = 120) -> str:
+    """The data as one printable line of at most about ``limit`` characters, for messages and logs.
+
+    Control characters and bytes that are no UTF-8 appear as escapes: what strangers put into a recipient reaches the
+    log of the mail server, and must not draw on its reader's terminal or forge a second line.
+    """
+    text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -93,7 +93,7 @@ class Session:
     """One conversation with smtpd, in a dialect that its first line decides."""
 
     def __init__(self, procexec_reply: str = "auto") -> None:
-        """``procexec_reply`` forces the first word of replies in the dialect of 2020 (``auto``: as the request asks)."""
+        """``procexec_reply`` forces the first word of replies in the dialect of 2020; ``auto`` goes by the request."""
         self.dialect: str | None = None
         self._procexec_reply = procexec_reply
         self._lines: deque[bytes] = deque()

@@ -33,6 +33,8 @@ class Service(NamedTuple):
     """smtpd refuses LINE_MAX bytes and more."""
     rotates: bool = False
     """smtpd fetches the entries in turn; a lookup answers with the key itself."""
+    patterns: bool = False
+    """An entry may answer for keys that are not equal to it, so the whole bucket is needed."""
 
 
 SERVICES: Mapping[str, Service] = MappingProxyType(

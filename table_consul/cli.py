@@ -1,0 +1,122 @@
+"""The command line of table-consul: what smtpd starts, and what a person starts to see what it is."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from table_consul import __version__, config, log
+from table_consul.daemon import Daemon
+from table_consul.errors import ConfigError
+from table_consul.sources import Sources
+
+DESCRIPTION = """\
+OpenSMTPD table backend that answers from Consul's key-value store: the key
+<prefix>/<table>/<service>/<key> holds the value. smtpd starts it; in smtpd.conf:
+
+    table aliases consul:/etc/mail/table-consul.toml
+    action "local" maildir alias <aliases>
+"""
+
+EPILOG = f"""\
+Without CONFIG: {config.DEFAULT_PATH} if there is one, else defaults and the environment
+of the consul command (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...).
+"""
+
+NOT_FOR_PEOPLE = f"""\
+table-consul {__version__} is started by OpenSMTPD's smtpd, and speaks its table protocol on standard input and
+output. In smtpd.conf:
+
+    table aliases consul:{config.DEFAULT_PATH}
+
+To see it answer, say what smtpd would say:
+
+    printf 'config|ready\\ntable|0.1|0|aliases|lookup|alias|1|root\\n' | table-consul {config.DEFAULT_PATH}
+
+table-consul --check CONFIG checks a configuration; table-consul --help tells the rest.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "table-consul", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="the configuration, a TOML file")
+    parser.add_argument(
+        "--check",
+        metavar="CONFIG",
+        help="check a configuration and the files it names, as the user that runs this; exit 0 or 2",
+    )
+    parser.add_argument("--version", action="version", version=f"table-consul {__version__}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status: 0, or 2 for what is wrong with the command line or the configuration."""
+    options = _parser().parse_args(arguments)
+    if options.check is not None:
+        return check(options.check)
+    if os.isatty(0):
+        sys.stderr.write(NOT_FOR_PEOPLE)
+        return 2
+    return serve(options.config)
+
+
+def check(path: str) -> int:
+    """Say what is wrong with the configuration; the exit status, 0 or 2."""
+    try:
+        lines = config.problems(config.load(path, os.environ))
+    except ConfigError as error:
+        lines = [str(error), *getattr(error, "__notes__", [])]
+    for line in lines:
+        sys.stderr.write(line + "\n")
+    if not lines:
+        sys.stdout.write(f"{path}: ok\n")
+    return 2 if lines else 0
+
+
+def serve(path: str | None) -> int:
+    """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
+    read_from, write_to = _take_the_wire()
+    environ = _take_the_environment()
+    sources = Sources(lambda: config.load(path, environ))
+
+    def named(table: str) -> None:
+        logs = sources.config.log if sources.config else config.LogConfig()
+        log.start(logs.level, logs.target, table)
+
+    named("")
+    if sources.broken is not None:
+        logging.getLogger("table_consul").error(
+            "%s; answering error until it is mended and the table updated (smtpctl update table)", sources.broken
+        )
+    if Daemon(sources, named).serve(read_from, write_to):
+        return 0
+    sys.stderr.write(NOT_FOR_PEOPLE)
+    return 2
+
+
+def _take_the_wire() -> tuple[int, int]:
+    """The socket to smtpd as two descriptors of our own; nothing else can write to it by accident."""
+    read_from, write_to = os.dup(0), os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    try:
+        os.dup2(2, 1)
+    except OSError:  # started without standard error
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    os.close(nowhere)
+    return read_from, write_to
+
+
+def _take_the_environment() -> dict[str, str]:
+    """The environment as it was; what is left holds nothing that a library would take for its own configuration."""
+    environ = dict(os.environ)
+    for name in environ:
+        if name.startswith("CONSUL_"):
+            del os.environ[name]
+    return environ

@@ -1,0 +1,169 @@
+"""The loop between smtpd's socket and the responder. Ends at end of file on that socket, and for no other reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from collections.abc import Callable
+
+from table_consul.errors import ReplyError, SourceError, shown
+from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
+from table_consul.responder import Responder
+from table_consul.services import DEFAULT_SERVICES
+from table_consul.sources import Sources
+
+log = logging.getLogger("table_consul")
+
+READ_SIZE = 65536
+# When many requests wait, replies are gathered into one write, but none is held back while another takes long.
+GATHER_SECONDS = 0.001
+# Complaints about the same thing are logged once; a bound on how many are remembered.
+REMEMBERED = 4096
+
+
+class Daemon:
+    """One smtpd, one session, one responder."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        named: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``named`` is told the name of the table, and thereby that smtpd has said which dialect it speaks."""
+        self._sources = sources
+        self._responder = Responder(sources.table, sources)
+        self._named = named
+        self._clock = clock
+        self._session = Session(sources.procexec_reply)
+        self._told: set[str] = set()
+        self._begun = False
+        self._unprepared: str | None = None
+
+    def serve(self, read_from: int, write_to: int) -> bool:
+        """Answer until end of file. Whether smtpd spoke at all, in any of its dialects."""
+        while data := _read(read_from):
+            self._session.receive_data(data)
+            if not self._answer_all(write_to):
+                break
+        return self._session.dialect is not None
+
+    def _answer_all(self, write_to: int) -> bool:
+        arrived = self._clock()
+        replies: list[bytes] = []
+        gathering = arrived
+        while (event := self._session.next_event()) is not None:
+            replies.append(self._reply(event, arrived))
+            if self._clock() - gathering > GATHER_SECONDS:
+                if not _write(write_to, b"".join(replies)):
+                    return False
+                replies.clear()
+                gathering = self._clock()
+        if not _write(write_to, b"".join(replies)):
+            return False
+        self._get_ready()
+        return True
+
+    def _reply(self, event: Event, arrived: float) -> bytes:
+        if isinstance(event, Request):
+            if not self._begun:
+                self._begin(event.table, "")
+            return self._send(event, self._answered(event, arrived))
+        if isinstance(event, Ready):
+            self._begin(event.config.get("tablename", ""), event.config.get("smtpd-version", ""))
+            return self._session.register(self._services(event))
+        return self._refused(event)
+
+    def _answered(self, request: Request, arrived: float) -> Reply:
+        try:
+            reply = self._responder.answer(request, arrived)
+        except Exception as error:  # noqa: BLE001 - the process must outlive its bugs, as smtpd would not outlive the process
+            self._tell_traceback(error)
+            return Failed(f"internal error ({type(error).__name__}); see the log of table-consul")
+        if isinstance(reply, Failed):
+            if isinstance(reply.cause, SourceError):
+                log.debug("%s %s: %s", request.op, request.service, reply.reason)  # the source tells outages, once each
+            else:
+                self._tell(reply.reason)
+        return reply
+
+    def _send(self, request: Request, reply: Reply) -> bytes:
+        try:
+            return self._session.send(request, reply)
+        except ReplyError as error:
+            self._tell(f"{request.op} {request.service}: {error}")
+            return self._session.send(request, Failed(str(error)))
+
+    def _refused(self, event: Malformed) -> bytes:
+        self._tell(event.reason)
+        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
+
+    def _begin(self, table: str, version: str) -> None:
+        self._begun = True
+        self._unprepared = table
+        self._named(table)
+        log.info("smtpd%s speaks %s", f" {shown(version)}" if version else "", self._session.dialect)
+
+    def _get_ready(self) -> None:
+        """Do what would make the first answer late, now that smtpd has its handshake and asks nothing yet."""
+        table, self._unprepared = self._unprepared, None
+        if table is None:
+            return
+        try:
+            self._sources.prepare(table)
+        except Exception as error:  # noqa: BLE001 - as in _answered; the answers will say what is wrong
+            self._tell_traceback(error)
+
+    def _services(self, event: Ready) -> list[str]:
+        services = self._sources.services(event.config.get("tablename", ""))
+        if "auth" in services and not _auth_is_usable(event.config.get("smtpd-version", "")):
+            # Before 7.9 smtpd lower-cases the password in the key (smtpd: table.c, table_lookup).
+            log.warning("auth is not registered: this smtpd lower-cases passwords; OpenSMTPD 7.9 and later do not")
+            services = [name for name in services if name != "auth"] or list(DEFAULT_SERVICES)
+        return services
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            if len(self._told) >= REMEMBERED:
+                self._told.clear()
+            self._told.add(text)
+            log.warning("%s", text)
+
+    def _tell_traceback(self, error: Exception) -> None:
+        at = error.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        kind = f"{type(error).__name__} at {at and (at.tb_frame.f_code.co_filename, at.tb_lineno)}"
+        if kind not in self._told:
+            self._told.add(kind)
+            log.error("internal error; please report it", exc_info=error)
+
+
+def _auth_is_usable(version: str) -> bool:
+    major, _, rest = version.partition(".")
+    minor = rest.partition(".")[0]
+    return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (7, 9)
+
+
+def _read(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, READ_SIZE)
+        except BlockingIOError:
+            select.select([fd], [], [])
+        except OSError:
+            return b""  # reset by an smtpd that died: as good as end of file
+
+
+def _write(fd: int, data: bytes) -> bool:
+    """Write all of it; False when smtpd is gone."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,55 @@
+"""Where log lines go: to syslog, facility mail, as smtpd's own, or to a person's terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import syslog
+
+from table_consul.errors import shown
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class SyslogHandler(logging.Handler):
+    """syslog(3), which finds /dev/log again by itself when the log daemon was restarted."""
+
+    _PRIORITIES = (
+        (logging.ERROR, syslog.LOG_ERR),
+        (logging.WARNING, syslog.LOG_WARNING),
+        (logging.INFO, syslog.LOG_INFO),
+    )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        priority = next((mapped for level, mapped in self._PRIORITIES if record.levelno >= level), syslog.LOG_DEBUG)
+        for line in self.format(record).split("\n"):
+            syslog.syslog(priority, line.replace("\0", "\\x00"))
+
+
+class OneLine(logging.Formatter):
+    """Messages whose control characters are made visible: part of them comes from strangers."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = shown(record.message, 1000)
+        return super().formatMessage(record)
+
+
+def start(level: str, target: str, table: str) -> None:
+    """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) stderr if that is a terminal, else syslog.
+
+    Lines carry ``table-consul[<table>]``. May be called again when the table's name or the configuration is known.
+    """
+    identity = f"table-consul[{shown(table, 60)}]" if table else "table-consul"
+    handler: logging.Handler
+    if target == "syslog" or (target == "auto" and not (sys.stderr and sys.stderr.isatty())):
+        syslog.openlog(identity, 0, syslog.LOG_MAIL)
+        handler = SyslogHandler()
+        handler.setFormatter(OneLine("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(OneLine(f"{identity}: %(levelname)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)  # libraries may warn; urllib3's debug lines would hold tokens
+    logging.getLogger("table_consul").setLevel(LEVELS[level])
+    logging.raiseExceptions = False

@@ -1,0 +1,59 @@
+"""How long to leave Consul alone after a failure, and one log line when an outage begins and one when it ends.
+
+The arithmetic of waiting, without waiting: time and randomness come in as numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("table_consul")
+
+FIRST_PAUSE_SECONDS = 0.25
+# A recovery is noticed within this, however long the outage was; no limit of attempts (a table must never give up).
+LAST_PAUSE_SECONDS = 4.0
+
+
+def pause(failures: int, chance: float) -> float:
+    """Seconds to wait after so many failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
+
+    The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul at the same moment do
+    not come back at the same moment.
+    """
+    doubled: float = FIRST_PAUSE_SECONDS * 2 ** min(max(failures, 1) - 1, 16)
+    return min(doubled, LAST_PAUSE_SECONDS) * (1 - chance / 4)
+
+
+class Outage:
+    """Whether something is failing, since when, and when it may be tried again; moments in seconds on one clock."""
+
+    __slots__ = ("consequence", "failures", "last_error", "not_before", "since", "what")
+
+    def __init__(self, what: str, consequence: str) -> None:
+        """``what`` fails and ``consequence`` follows, as the log shall say it."""
+        self.what = what
+        self.consequence = consequence
+        self.since: float | None = None
+        self.failures = 0
+        self.not_before = 0.0
+        self.last_error = ""
+
+    def failed(self, error: Exception, now: float, chance: float) -> float:
+        """Take note of a failure; the pause until the next attempt, in seconds."""
+        self.failures += 1
+        self.last_error = str(error)
+        if self.since is None:
+            self.since = now
+            log.warning("%s: %s; %s", self.what, error, self.consequence)
+        wait = pause(self.failures, chance)
+        self.not_before = now + wait
+        return wait
+
+    def worked(self, now: float) -> None:
+        """Take note of a success, which ends the outage if there was one."""
+        if self.since is None:
+            return
+        log.warning("%s: back after %.1f s and %d failures", self.what, now - self.since, self.failures)
+        self.since = None
+        self.failures = 0
+        self.not_before = 0.0

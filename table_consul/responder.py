@@ -1,0 +1,80 @@
+"""What smtpd is told: a request and a bucket in, a reply out.
+
+Decides between ``not-found``, which bounces the mail, and ``error``, which keeps it. Knows neither the wire nor where
+buckets come from; time is a number that the caller reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from table_consul.errors import TableConsulError, shown
+from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
+from table_consul.services import SERVICES, Bucket, Service, Table
+
+# The default deadline; the configured one may be what cannot be read.
+UPDATE_SECONDS = 2.0
+
+
+class Source(Protocol):
+    """Where buckets come from."""
+
+    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+        """The bucket, or as much of it as answers for this key (None: all of it, for fetch).
+
+        ``deadline`` is a moment on the caller's clock, by which this returns or raises.
+
+        Raises:
+            SourceError: nobody can tell now.
+        """
+        ...
+
+    def update(self, deadline: float) -> None:
+        """Read configuration, token and data anew.
+
+        Raises:
+            TableConsulError: that is not possible; what was known before goes on answering.
+        """
+        ...
+
+
+class Responder:
+    """Answers requests for any number of tables. Its only memory is where each fetch stands."""
+
+    def __init__(self, tables: Callable[[str], Table], source: Source) -> None:
+        """``tables`` tells how the table of that name is laid out; it may raise ConfigError."""
+        self.tables = tables
+        self.source = source
+        self._last: dict[tuple[str, str], bytes] = {}
+
+    def answer(self, request: Request, arrived: float) -> Reply:
+        """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
+        try:
+            if request.op == "update":
+                self.source.update(arrived + UPDATE_SECONDS)
+                return Updated()
+            service = SERVICES.get(request.service)
+            if service is None:
+                return Failed(f"unknown service {shown(request.service)!r}")
+            table = self.tables(request.table)
+            if service.name not in table.services:
+                return Failed(f"service {service.name} is not among the services of table {shown(table.name)!r}")
+            return self._ask(request, service, table, arrived + table.deadline)
+        except TableConsulError as error:
+            return Failed(str(error), error)
+
+    def _ask(self, request: Request, service: Service, table: Table, deadline: float) -> Reply:
+        if request.op == "fetch":
+            bucket = self.source.bucket(table, service, None, deadline)
+            place = (table.name, service.name)
+            after = bucket.after(self._last.get(place))
+            if after is None:
+                return NotFound()
+            self._last[place], value = after
+            return Found(value)
+        bucket = self.source.bucket(table, service, request.key, deadline)
+        if request.op == "check":
+            return Found() if bucket.check(request.key) else NotFound()
+        found = bucket.lookup(request.key)
+        return NotFound() if found is None else Found(found)

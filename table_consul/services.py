@@ -7,7 +7,7 @@ Knows nothing of Consul's HTTP, of smtpd's wire, or of time. A bucket is one fol
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -97,36 +97,51 @@ def fold(key: bytes) -> bytes:
     return key.lower()
 
 
-class Bucket:
-    """The entries of one service in one table as they stood at one moment. Never changed once built."""
+class Builder:
+    """Reads the pairs of one bucket, in as many goes as it takes. An entry that is no good harms no other."""
 
-    __slots__ = ("_order", "path", "problems", "refused", "service", "table", "values")
-
-    def __init__(self, table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """Read the pairs, whose keys are relative to the bucket. An entry that is no good harms no other."""
+    def __init__(self, table: Table, service: Service, former: Bucket | None = None) -> None:
+        """``former`` is what stood there before: what has not changed since is taken over as it is."""
         self.table = table
         self.service = service
         self.path = table.path(service)
+        self.former = former
         self.values: dict[bytes, bytes] = {}
         self.refused: dict[bytes, EntryError] = {}
         self.problems: list[str] = []
-        self._order: list[bytes] | None = None
-        spelled: dict[bytes, bytes] = {}
+        self._spelled: dict[bytes, bytes] = {}
+        # A value that stood there before, and that nothing decodes, has been judged before.
+        self._known = {} if former is None or table.value_format == "json" else former.values
+        self._decoded = (b'"', b"[") if table.value_format == "auto" else ()
+
+    def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Read the pairs, whose keys are relative to the bucket."""
+        values, refused, known, decoded = self.values, self.refused, self._known, self._decoded
         for key, raw in pairs:
-            if not key or key.endswith(b"/"):
+            if not key or key[-1] == 0x2F:
                 continue  # the bucket itself, and folders made in the UI
             folded = fold(key)
-            rival = spelled.get(folded)
-            if rival is not None:
-                winner, loser = (key, rival) if key == folded else (rival, key)
-                self.problems.append(
-                    f"{shown(self.path + loser)}: smtpd asks in lower case, where this is the same key as "
-                    f"{shown(self.path + winner)}, which answers; delete one of them"
-                )
-                if winner is rival:
-                    continue
-            spelled[folded] = key
-            self._read(folded, raw)
+            if (folded != key or folded in values or folded in refused) and not self._spell(key, folded):
+                continue
+            if raw and known.get(folded) == raw and raw[:1] not in decoded:
+                values[folded] = known[folded]
+            else:
+                self._read(folded, raw)
+
+    def _spell(self, key: bytes, folded: bytes) -> bool:
+        """Whether the key, of which there may be another spelling, is the one that answers."""
+        wins = True
+        if folded in self.values or folded in self.refused:
+            rival = self._spelled.get(folded, folded)
+            wins = key == folded
+            winner, loser = (key, rival) if wins else (rival, key)
+            self.problems.append(
+                f"{shown(self.path + loser)}: smtpd asks in lower case, where this is the same key as "
+                f"{shown(self.path + winner)}, which answers; delete one of them"
+            )
+        if wins:
+            self._spelled[folded] = key
+        return wins
 
     def _read(self, key: bytes, raw: bytes | None) -> None:
         self.values.pop(key, None)
@@ -137,6 +152,51 @@ class Bucket:
             named = EntryError(f"{shown(self.path + key)}: {error}")
             self.refused[key] = named
             self.problems.append(str(named))
+
+    def lost(self) -> Iterator[bytes]:
+        """The keys that the former bucket had and this one has not."""
+        if self.former is None:
+            return
+        for had in (self.former.values, self.former.refused):
+            for key in had:
+                if key not in self.values and key not in self.refused:
+                    yield key
+
+    def finish(self) -> Bucket:
+        """The bucket; the former one itself if nothing has changed."""
+        former = self.former
+        if (
+            former is not None
+            and former.values == self.values
+            and former.refused.keys() == self.refused.keys()
+            and former.problems == self.problems
+        ):
+            return former
+        return Bucket(self.table, self.service, builder=self)
+
+
+class Bucket:
+    """The entries of one service in one table as they stood at one moment. Never changed once built."""
+
+    __slots__ = ("_order", "path", "problems", "refused", "service", "table", "values")
+
+    def __init__(
+        self,
+        table: Table,
+        service: Service,
+        pairs: Iterable[tuple[bytes, bytes | None]] = (),
+        builder: Builder | None = None,
+    ) -> None:
+        """Read the pairs, whose keys are relative to the bucket; a builder may have read others already."""
+        builder = builder or Builder(table, service)
+        builder.take(pairs)
+        self.table = table
+        self.service = service
+        self.path = builder.path
+        self.values = builder.values
+        self.refused = builder.refused
+        self.problems = builder.problems
+        self._order: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.values) + len(self.refused)

@@ -8,6 +8,8 @@ It knows Consul's HTTP interface and nothing of tables, services or mail. Three 
 
 Why the stock client of the library will not do: its time-outs are per receive, it follows redirects out of the asked
 key, and it half reads the environment. Only `Consul.kv.get` of it is used, which builds path, parameters and headers.
+
+Longer than other modules: the socket that keeps a deadline is of no use but to this client, which has no other.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from table_consul import __version__
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, shown
 
 with warnings.catch_warnings():
-    # python-consul2 is of 2020 and warns about its own spelling, at every first import.
+    # python-consul2 is of 2020: Python warns about its spelling, and itself of what it deprecates (in _Consul).
     warnings.simplefilter("ignore")
     from consul import base
 
@@ -234,7 +236,7 @@ class _Endpoint:
     def _resolve(self, deadline: _Deadline) -> list[tuple[Any, ...]]:
         try:
             return list(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
-        except OSError:
+        except (OSError, UnicodeError):
             pass
         # A resolver that hangs must not cost one more thread with each call.
         resolution = self._resolution = self._resolution or _Resolution(self.host, self.port)
@@ -436,7 +438,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         if b"invalid key name" in body.lower():
             return _Refused(
                 f"Consul at {self.address} refuses the name of this key (a limit of Consul 1.21.5: upgrade it, or set"
-                f" disable_http_unprintable_char_filter, or use mode = mirror): {status}"
+                f' disable_http_unprintable_char_filter, or use mode = "mirror"): {status}'
             )
         text = f"Consul at {self.address}: {status} {self._excerpt(body)}".rstrip()
         if status == 429 or status >= 500:
@@ -444,8 +446,9 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         return _Refused(text) if status >= 400 else BadResponse(text)
 
     def _bad(self, text: str, body: bytes = b"") -> BadResponse:
-        excerpt = self._excerpt(body)
-        return BadResponse(f"Consul at {self.address}: {text}" + (f": {excerpt}" if excerpt else ""))
+        # A web page tells who answered; anything else may hold the values of the table, password hashes among them.
+        page = ": " + self._excerpt(body) if body.lstrip().startswith(b"<") else ""
+        return BadResponse(f"Consul at {self.address}: {text}{page}")
 
     def _excerpt(self, body: bytes) -> str:
         """The beginning of a body, as one visible line; without the token, should a proxy echo it."""
@@ -459,7 +462,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         try:
             return decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeError) as error:
-            raise self._bad(f"unusable answer ({error})", body[:0] if body[:1] == b"[" else body) from error
+            raise self._bad(f"unusable answer ({error})", body) from error
 
     def close(self) -> None:
         self._session.close()
@@ -484,7 +487,9 @@ base.os = _Silence
 class _Consul(base.Consul):  # type: ignore[misc]  # the library has no types
     def __init__(self, settings: ConsulConfig, transport: _Transport) -> None:
         self._transport = transport
-        super().__init__(consistency=settings.consistency, dc=settings.datacenter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            super().__init__(consistency=settings.consistency, dc=settings.datacenter)
 
     def http_connect(self, *_args: object, **_kwargs: object) -> _Transport:
         return self._transport
@@ -569,7 +574,7 @@ class Client:
         self._refresh_token()
 
     def close(self) -> None:
-        """Close all connections; a later read opens new ones."""
+        """Close all connections; a later read finds Consul Unreachable."""
         self._transport.close()
 
     def _read(
@@ -651,7 +656,7 @@ def _cause(error: BaseException) -> BaseException:
     while inner is not None:
         if isinstance(inner, OSError | http.client.HTTPException) and not isinstance(inner, requests.RequestException):
             return inner
-        inner = inner.__cause__ or inner.__context__
+        inner = inner.__context__  # urllib3 gives some of its own errors no __cause__.
     return error
 
 

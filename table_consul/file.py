@@ -1,9 +1,12 @@
-"""Answers from a file that ``consul kv export`` wrote: for trying things, and for tests of an smtpd.conf."""
+"""Files as ``consul kv export`` writes them: one as a source, one that a mirror keeps for a start without Consul."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+import stat
 from base64 import b64decode
 from pathlib import Path
 
@@ -24,9 +27,10 @@ class Exported(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(list[Exported])
+_encoder = msgspec.json.Encoder()
 
 
-def read_export(data: bytes) -> list[tuple[bytes, bytes]]:
+def read_export(data: bytes) -> list[tuple[bytes, bytes | None]]:
     """Keys and values of a ``consul kv export``, in its order.
 
     Raises:
@@ -38,29 +42,97 @@ def read_export(data: bytes) -> list[tuple[bytes, bytes]]:
         raise SourceError(f"this is no output of `consul kv export`: {error}") from None
 
 
+class Writer:
+    """Writes an export in steps, under a temporary name; whoever reads the real name finds a whole file, old or new."""
+
+    def __init__(self, path: str) -> None:
+        """Start writing.
+
+        Raises:
+            OSError: as writing to files does, here and below.
+        """
+        self._path = path
+        self._partial = f"{path}.{os.getpid()}.tmp"
+        descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        os.fchmod(descriptor, 0o600)
+        self._file = os.fdopen(descriptor, "wb")
+        self._separator = b"[\n"
+
+    def take(self, pairs: list[tuple[bytes, bytes | None]]) -> None:
+        """Write some entries."""
+        for key, value in pairs:
+            self._file.write(
+                self._separator + _encoder.encode({"key": key.decode(), "flags": 0, "value": value or b""})
+            )
+            self._separator = b",\n"
+
+    def finish(self) -> None:
+        """Put the file in its place, on disk for good."""
+        with self._file as file:
+            file.write(b"\n]\n" if self._separator == b",\n" else b"[]\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(self._partial, self._path)
+        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def abandon(self) -> None:
+        """Leave the old file as it is."""
+        self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._partial)
+
+
+def read_kept(path: str) -> tuple[list[tuple[bytes, bytes | None]], float]:
+    """What a Writer wrote, in ascending order of keys, and when (seconds since the epoch).
+
+    Raises:
+        FileNotFoundError: there is none yet.
+        SourceError: others could read it or have written it (it may hold password hashes), or it is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from None
+    if status.st_mode & 0o077 or status.st_uid != os.geteuid():
+        raise SourceError(f"{path}: not used, as it belongs to another user or others may read it (allowed: mode 0600)")
+    try:
+        return sorted(read_export(data)), status.st_mtime
+    except SourceError as error:
+        raise SourceError(f"{path}: not used, as it is damaged: {error}") from None
+
+
 class File:
     """A source that reads its file again whenever it has changed. A bad version leaves the last good one standing."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._seen: tuple[int, int, int] | None = None
-        self._pairs: list[tuple[bytes, bytes]] | None = None
-        self._error = SourceError("not read yet")
+        self._pairs: list[tuple[bytes, bytes | None]] | None = None
+        self._error: SourceError | None = None
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
         """See responder.Source. Never waits: the file is local."""
         self._refresh()
         if self._pairs is None:
-            raise self._error
+            raise self._error or SourceError(f"{self._path}: not read yet")
         place = (table.name, service.name)
-        if place not in self._buckets:
+        bucket = self._buckets.get(place)
+        if bucket is None or bucket.table != table:
             path = table.path(service)
             entries = ((key[len(path) :], value) for key, value in self._pairs if key.startswith(path))
             self._buckets[place] = bucket = Bucket(table, service, entries)
             for problem in bucket.problems:
                 log.warning("%s", problem)
-        return self._buckets[place]
+        return bucket
 
     def update(self, deadline: float) -> None:  # noqa: ARG002
         """Read the file again even if it looks the same.
@@ -70,12 +142,12 @@ class File:
         """
         self._seen = None
         self._refresh()
-        if self._seen is None:
+        if self._error is not None:
             raise self._error
 
     def _refresh(self) -> None:
         try:
-            with self._path.open("rb") as file:
+            with self._path.open("rb", opener=_open_at_once) as file:
                 status = os.fstat(file.fileno())
                 seen = (status.st_mtime_ns, status.st_ino, status.st_size)
                 if seen == self._seen:
@@ -87,10 +159,21 @@ class File:
         except SourceError as error:
             self._complain(SourceError(f"{self._path}: {error}"))
             return
-        self._seen, self._pairs, self._buckets = seen, pairs, {}
+        if self._error is not None:
+            log.warning("%s: good again", self._path)
+        self._seen, self._pairs, self._buckets, self._error = seen, pairs, {}, None
 
     def _complain(self, error: SourceError) -> None:
         if str(error) != str(self._error):
             state = "answering error" if self._pairs is None else "answering from its last good version"
             log.warning("%s; %s", error, state)
         self._seen, self._error = None, error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without the wait for a writer that a named pipe would cost; nothing but a file is read then."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a named pipe, not a file")
+    return descriptor

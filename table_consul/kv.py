@@ -1,39 +1,30 @@
 """Reads of Consul's key-value store, each within one deadline: what is there, provenly nothing, or a SourceError.
 
-It knows Consul's HTTP interface and nothing of tables, services or mail. Three layers, from the bottom:
-
-- sockets that carry a deadline (`_Deadline`, `_TimedSocket`, `_TimedTLSSocket`) and where they lead (`_Endpoint`);
-- one exchange over a kept-alive connection of urllib3 inside one `requests.Session` (`_Connection`, `_Adapter`);
-- the HTTP client of the Consul library (`_Transport`): addresses in turn, status, headers, strict decoding.
+Knows Consul's HTTP interface, and nothing of tables, services or mail. connection.py is below it; here the HTTP client
+of the Consul library is replaced (`_Transport`): addresses in turn, status, headers, strict decoding.
 
 Why the stock client of the library will not do: its time-outs are per receive, it follows redirects out of the asked
 key, and it half reads the environment. Only `Consul.kv.get` of it is used, which builds path, parameters and headers.
-
-Longer than other modules: the socket that keeps a deadline is of no use but to this client, which has no other.
 """
 
 from __future__ import annotations
 
-import functools
 import http.client
 import pathlib
 import re
-import socket
 import ssl
-import threading
 import time
 import urllib.parse
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import msgspec
 import requests
-import requests.adapters
-import urllib3
-import urllib3.connection
 import urllib3.exceptions
 
 from table_consul import __version__
+from table_consul.connection import Deadline, Endpoint, Session, cause_of, reason_of, tls_context
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, shown
 
 with warnings.catch_warnings():
@@ -42,26 +33,26 @@ with warnings.catch_warnings():
     from consul import base
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from table_consul.config import ConsulConfig
 
 BODY_LIMIT_BYTES = 128 << 20  # Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory.
 EXCERPT_CHARACTERS = 120  # Of a body, in a message: enough to recognise a proxy's error page by its title.
 READ_BYTES = 1 << 20
+# Of the body of a watch at a time: decoding one piece holds Python's lock for some 50 microseconds, in which no answer
+# leaves; between two pieces there is a read, which lets go of it.
+STEP_BYTES = 16 << 10
+# From the first byte of a watch's answer to its last; 100,000 entries from an agent on the same host take less than one.
+BODY_SECONDS = 10.0
 JITTER = 1 / 16  # Consul adds up to this part of `wait` (its api-docs/features/blocking, "wait").
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+# Where one entry of Consul's list ends and the next begins. Within a JSON string no quote follows like that: it would
+# end the string, and after its end comes no letter.
+_NEXT_ENTRY = re.compile(rb'\},\s*\{\s*"[A-Za-z]')
 _TOKEN = re.compile("[\x21-\x7e]+")  # What a header can carry as it is.
 
-# A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
-_SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
-    (socket.IPPROTO_TCP, getattr(socket, name), value)  # OpenBSD has none of the three.
-    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
-    if hasattr(socket, name)
-]
-
 _T = TypeVar("_T")
+Take = Callable[[list[tuple[bytes, bytes | None]]], None]
 _Keys = list[bytes]  # A name of its own: inside Client `list` is a method.
 
 
@@ -73,6 +64,13 @@ class Pair(NamedTuple):
     modify_index: int
 
 
+class Seen(NamedTuple):
+    """What `Client.watch` has brought: the index to wait on, and whether an ACL hid some entries."""
+
+    index: int  # type: ignore[assignment]  # as in Page
+    filtered: bool
+
+
 class Page(NamedTuple):
     """One answer to `Client.list`: the entries, the index to wait on, and whether an ACL hid some of them."""
 
@@ -81,7 +79,7 @@ class Page(NamedTuple):
     filtered: bool
 
 
-class _Entry(msgspec.Struct, rename="pascal"):
+class _Entry(msgspec.Struct, rename="pascal", gc=False):
     key: str
     value: bytes | None  # msgspec decodes base64, and refuses what is not exactly that.
     modify_index: int
@@ -114,195 +112,6 @@ def addressable(key: bytes) -> bool:
     return not _CONTROL.search(text) and not {"", ".", ".."}.intersection(text.split("/"))
 
 
-class _Deadline:
-    """When the present exchange must be over, shared by the client and each of its sockets."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.connect_by = 0.0
-        self.answer_by = 0.0
-        self.connected = False  # Whether this exchange opened a connection, and did not find one kept.
-
-    def left(self, by: float) -> float:
-        """Seconds until `by`; raises TimeoutError when there are none."""
-        left = by - self.clock()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-
-class _Timed:
-    """What the sockets below have in common: no call outlives the deadline, however slowly bytes trickle in."""
-
-    deadline: _Deadline | None = None  # None until connected: till then `_Endpoint` sets the time.
-
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the signature of the parent
-        self._set_time()
-        return super().recv_into(*args, **kwargs)  # type: ignore[misc,no-any-return]  # beside it stands a socket
-
-    def sendall(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the signature of the parent
-        self._set_time()
-        super().sendall(*args, **kwargs)  # type: ignore[misc]  # beside it stands a socket
-
-    def _set_time(self) -> None:
-        if self.deadline is not None:
-            self.settimeout(self.deadline.left(self.deadline.answer_by))  # type: ignore[attr-defined]  # likewise
-
-
-class _TimedSocket(_Timed, socket.socket):
-    """A TCP or unix socket with a deadline."""
-
-
-class _TimedTLSSocket(_Timed, ssl.SSLSocket):
-    """A TLS socket with a deadline."""
-
-
-class _Resolution(threading.Thread):
-    """One getaddrinfo, which knows no time-out, in a thread that may be left behind."""
-
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(name=f"resolve {host}", daemon=True)
-        self._question = (host, port)
-        self.found: list[tuple[Any, ...]] = []
-        self.error: OSError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.found = list(socket.getaddrinfo(*self._question, type=socket.SOCK_STREAM))
-        except OSError as error:
-            self.error = error
-        except UnicodeError:
-            self.error = OSError(f"{self._question[0]!r} is no host name")
-
-
-class _Endpoint:
-    """One address of Consul, and how to open a connection to it."""
-
-    def __init__(self, address: str, context: Callable[[], ssl.SSLContext], server_name: str | None) -> None:
-        self.address = address
-        parts = urllib.parse.urlsplit(address)
-        self.tls = parts.scheme == "https"
-        self.path = address.removeprefix("unix://") if parts.scheme == "unix" else None
-        self.host = parts.hostname or "localhost"
-        self.port = parts.port or (443 if self.tls else 80)
-        self._server_name = server_name or self.host
-        self._context = context
-        self._resolution: _Resolution | None = None
-
-    def open(self, deadline: _Deadline) -> socket.socket:
-        """A connected socket, TLS included; raises OSError, or SourceError where a TLS file is at fault."""
-        sock = self._connect(deadline)
-        try:
-            if not self.tls:
-                sock.deadline = deadline
-                return sock
-            sock.settimeout(deadline.left(deadline.connect_by))  # ssl takes it for the handshake as a whole.
-            secured = self._context().wrap_socket(sock, server_hostname=self._server_name)
-        except BaseException:
-            sock.close()
-            raise
-        assert isinstance(secured, _TimedTLSSocket)
-        secured.deadline = deadline
-        return secured
-
-    def _connect(self, deadline: _Deadline) -> _TimedSocket:
-        if self.path is not None:
-            return self._dial(socket.AF_UNIX, self.path, deadline.left(deadline.connect_by))
-        failure: OSError = OSError("name has no address")
-        found = self._resolve(deadline)
-        for number, (family, _, _, _, target) in enumerate(found):
-            share = deadline.left(deadline.connect_by) / (len(found) - number)
-            try:
-                return self._dial(family, target, share)
-            except OSError as error:
-                failure = error
-        raise failure
-
-    @staticmethod
-    def _dial(family: int, target: Any, timeout: float) -> _TimedSocket:  # noqa: ANN401 - as socket.connect
-        sock = _TimedSocket(family, socket.SOCK_STREAM)
-        try:
-            if family != socket.AF_UNIX:
-                for option in _SOCKET_OPTIONS:
-                    sock.setsockopt(*option)
-            sock.settimeout(timeout)
-            sock.connect(target)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def _resolve(self, deadline: _Deadline) -> list[tuple[Any, ...]]:
-        try:
-            return list(socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
-        except (OSError, UnicodeError):
-            pass
-        # A resolver that hangs must not cost one more thread with each call.
-        resolution = self._resolution = self._resolution or _Resolution(self.host, self.port)
-        resolution.join(deadline.left(deadline.connect_by))
-        if resolution.is_alive():
-            raise TimeoutError
-        self._resolution = None
-        if resolution.error is not None:
-            raise resolution.error
-        return resolution.found
-
-
-class _Connection(urllib3.connection.HTTPConnection):
-    """A connection of the pool; TLS and unix sockets too, for it is `_Endpoint` that opens it."""
-
-    def __init__(self, *args: Any, endpoint: _Endpoint, deadline: _Deadline, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(*args, **kwargs)
-        self._endpoint = endpoint
-        self._deadline = deadline
-
-    def connect(self) -> None:
-        self._deadline.connected = True
-        self.sock = self._endpoint.open(self._deadline)
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    """Leads to one endpoint; of a URL it sends the target exactly as it was written."""
-
-    def __init__(self, endpoint: _Endpoint, deadline: _Deadline) -> None:
-        super().__init__(pool_connections=1, pool_maxsize=1)
-        self._pool = urllib3.HTTPConnectionPool(endpoint.host, endpoint.port, maxsize=1)
-        self._pool.ConnectionCls = functools.partial(  # type: ignore[assignment]  # called, never inspected
-            _Connection, endpoint=endpoint, deadline=deadline
-        )
-        self._target_at = len(endpoint.address)
-
-    def get_connection_with_tls_context(self, *_args: Any, **_kwargs: Any) -> urllib3.HTTPConnectionPool:  # noqa: ANN401
-        return self._pool
-
-    def cert_verify(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
-        """Nothing: the connection brings a TLS context of its own."""
-
-    def request_url(self, request: requests.PreparedRequest, _proxies: object) -> str:
-        assert request.url is not None
-        return request.url[self._target_at :]
-
-    def close(self) -> None:
-        super().close()
-        self._pool.close()
-
-
-class _Session(requests.Session):
-    """Without the environment (proxies, netrc), cookies of its own, or a way to follow anything."""
-
-    def __init__(self, endpoints: list[_Endpoint], deadline: _Deadline) -> None:
-        super().__init__()
-        self.trust_env = False
-        self.adapters.clear()
-        for endpoint in endpoints:
-            self.mount(endpoint.address + "/", _Adapter(endpoint, deadline))
-
-    def get_redirect_target(self, _response: requests.Response) -> None:
-        # Even with allow_redirects=False requests reads the body of a redirect, and parses where it leads.
-        return None
-
-
 class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no types
     """What the Consul library sends its requests through: one conversation, strict and in time.
 
@@ -314,10 +123,10 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         super().__init__()
         self._settings = settings
         self._context: ssl.SSLContext | None = None
-        self.deadline = _Deadline(clock)
-        self._endpoints = [_Endpoint(a, self._tls_context, settings.tls_server_name) for a in settings.addresses]
+        self.deadline = Deadline(clock)
+        self._endpoints = [Endpoint(a, self._tls_context, settings.tls_server_name) for a in settings.addresses]
         self._current = 0
-        self._session = _Session(self._endpoints, self.deadline)
+        self._session = Session(self._endpoints, self.deadline)
         self._scope = [(k, v) for k, v in (("ns", settings.namespace), ("partition", settings.partition)) if v]
         self._request = requests.PreparedRequest()
         self._request.method = "GET"
@@ -327,6 +136,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         self.end = 0.0
         self.patience = 0.0  # How long a healthy Consul may sit on the request: the wait of a blocking query.
         self.accept: Callable[[_Answer], Any] = lambda answer: answer
+        self.begin: Callable[[int], Callable[[bytes], None] | None] | None = None
 
     @property
     def address(self) -> str:
@@ -334,7 +144,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._context is None:
-            self._context = _tls_context(self._settings)
+            self._context = tls_context(self._settings)
         return self._context
 
     def _set_headers(self, headers: Mapping[str, str]) -> None:
@@ -383,21 +193,23 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
                 return self._exchange()
             except (OSError, urllib3.exceptions.HTTPError) as error:
                 # A connection kept alive may have been closed meanwhile: that says nothing about Consul.
-                if self.deadline.connected or isinstance(_cause(error), TimeoutError):
+                if self.deadline.connected or isinstance(cause_of(error), TimeoutError):
                     raise
                 return self._exchange()
         except (OSError, urllib3.exceptions.HTTPError) as error:
-            cause = _cause(error)
+            cause = cause_of(error)
             garbled = isinstance(cause, http.client.HTTPException) and not isinstance(
                 cause, http.client.RemoteDisconnected | http.client.IncompleteRead
             )
             kind = BadResponse if garbled else Unreachable
-            raise kind(f"Consul at {self.address}: {_reason(cause)}") from error
+            raise kind(f"Consul at {self.address}: {reason_of(cause)}") from error
 
     def _exchange(self) -> _Answer:
         self.deadline.connected = False
         response = self._session.send(self._request, stream=True, allow_redirects=False, proxies={})
         try:
+            if self.begin is not None and response.status_code == 200:
+                return self._stream(response, self.begin)
             chunks = []
             size = 0
             while chunk := response.raw.read(READ_BYTES):
@@ -408,6 +220,29 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         finally:
             response.close()
         return self._judge(response.status_code, response.headers, b"".join(chunks))
+
+    def _stream(self, response: requests.Response, begin: Callable[[int], Callable[[bytes], None] | None]) -> _Answer:
+        """Hand the body on in pieces that are lists of whole entries, or drop it when nobody wants it."""
+        answer = self._judge(200, response.headers, b"")
+        self.deadline.answer_by = self.deadline.clock() + BODY_SECONDS
+        take = begin(answer.index)
+        rest, size = b"", 0
+        while chunk := response.raw.read(STEP_BYTES if take else READ_BYTES):
+            size += len(chunk)
+            if size > BODY_LIMIT_BYTES:
+                raise self._bad(f"answers with more than {BODY_LIMIT_BYTES >> 20} MiB")
+            if take is None:
+                continue
+            rest += chunk
+            end = rest.rfind(b"},")
+            while end > 0 and not _NEXT_ENTRY.match(rest, end):
+                end = rest.rfind(b"},", 0, end)
+            if end > 0:
+                take(rest[: end + 1] + b"]")
+                rest = b"[" + rest[end + 2 :]
+        if take is not None:
+            take(rest)
+        return answer
 
     def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> _Answer:
         """The answer, if Consul gave it and it proves what it says; else the SourceError it amounts to."""
@@ -530,6 +365,55 @@ class Client:
 
         return self._read(key, accept, timeout)
 
+    def watch(
+        self,
+        prefix: bytes,
+        begin: Callable[[int], Take | None],
+        *,
+        timeout: float,
+        index: int = 0,
+        wait: float = 0,
+    ) -> Seen:
+        """Every entry below the prefix, in Consul's order, a few at a time. Raises ValueError, SourceError.
+
+        When an answer begins to arrive `begin` is given its index, and says what takes the entries, or None when they
+        are of no interest. It is called again if that answer breaks off and another one is tried. `index` and `wait` are
+        as for `list`; `timeout` is what Consul may take beyond that until the answer begins.
+        """
+        last = prefix
+
+        def start(seen: int) -> Callable[[bytes], None] | None:
+            nonlocal last
+            last = prefix
+            take = begin(seen)
+            return None if take is None else lambda body: pass_on(body, take)
+
+        def pass_on(body: bytes, take: Take) -> None:
+            nonlocal last
+            entries = self._transport.decoded(_ENTRIES, body)
+            keys = [entry.key.encode() for entry in entries]
+            if not keys:
+                return
+            self._check_below(prefix, keys)
+            if keys[0] < last or keys != sorted(keys):
+                raise BadResponse(f"Consul at {self.address} lists keys out of order")
+            last = keys[-1]
+            take([(key, entry.value) for key, entry in zip(keys, entries, strict=True)])
+
+        def accept(answer: _Answer) -> Seen:
+            if answer.body is None:
+                begin(answer.index)
+            return Seen(answer.index, answer.filtered)
+
+        _check_prefix(prefix)
+        waiting: dict[str, str | int] = {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"} if index else {}
+        patience = wait * (1 + JITTER) if index else 0.0
+        self._transport.begin = start
+        try:
+            return self._read(prefix, accept, timeout + patience, patience, recurse=True, **waiting)
+        finally:
+            self._transport.begin = None
+
     def list(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0) -> Page:
         """Every entry below the prefix, in Consul's order; none is an empty page. Raises ValueError, SourceError.
 
@@ -629,50 +513,3 @@ def _checked_token(text: str, origin: str) -> str:
     if not _TOKEN.fullmatch(text):
         raise SourceError(f"{origin} is empty or not one line of printable ASCII")
     return text
-
-
-def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
-    """The context of all HTTPS connections; raises SourceError naming the file that cannot be used."""
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
-        if settings.cert_file:
-            # Without the password function OpenSSL would ask for one on the terminal.
-            context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
-    except OSError as error:
-        files = [f for f in (settings.ca_file, settings.ca_path, settings.cert_file, settings.key_file) if f]
-        raise SourceError(f"TLS files {', '.join(files)}: {_reason(error)}") from error
-    # Since 3.13 Python is stricter about private authorities than RFC 5280 asks, and than the consul command is.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    if not settings.tls_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    context.sslsocket_class = _TimedTLSSocket
-    return context
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of the socket, TLS or http.client below the wrappings of urllib3 and requests."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError | http.client.HTTPException) and not isinstance(inner, requests.RequestException):
-            return inner
-        inner = inner.__context__  # urllib3 gives some of its own errors no __cause__.
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """What happened, for one line of an operator's log."""
-    match error:
-        case TimeoutError():
-            return "no answer in time"
-        case http.client.RemoteDisconnected():
-            return "connection closed without an answer"
-        case http.client.IncompleteRead():
-            return "answer cut off"
-        case http.client.HTTPException() | urllib3.exceptions.HTTPError():
-            return f"no HTTP, or broken ({type(error).__name__})"
-        case ssl.SSLCertVerificationError():
-            return f"its certificate is not to be trusted: {error.verify_message}"
-        case OSError(strerror=str(text)):
-            return text.lower()
-    return shown(f"{type(error).__name__}: {error}", EXCERPT_CHARACTERS)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from table_consul.config import Config
 from table_consul.errors import ConfigError
 from table_consul.responder import Source
-from table_consul.services import DEFAULT_SERVICES, Bucket, Service, Table
+from table_consul.services import DEFAULT_SERVICES, SERVICES, Bucket, Service, Table
+
+if TYPE_CHECKING:
+    from table_consul.watch import Mirrored
 
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
 REMEMBERED = 256
+# In the dialects of 2020 one process may be asked about any number of tables; each mirror holds a connection to Consul,
+# of which an agent grants a client 200 (its http_max_conns_per_client). Further tables are read directly.
+MIRRORED_TABLES = 16
 
 
 class Sources:
@@ -32,6 +39,7 @@ class Sources:
         self._tables: dict[str, Table] = {}
         self._file: Source | None = None
         self._direct: Source | None = None
+        self._mirrors: dict[str, Mirrored] = {}
 
     def table(self, name: str) -> Table:
         """How this table is laid out; the configured default stands in for an empty name.
@@ -55,14 +63,16 @@ class Sources:
         except ConfigError:
             return list(DEFAULT_SERVICES)
 
-    @property
-    def procexec_reply(self) -> str:
-        """The first word of replies in the dialect of 2020, as configured."""
-        return "auto" if self.config is None else self.config.defaults.procexec_reply
+    def procexec_reply(self, name: str) -> str:
+        """The first word of replies about this table in the dialect of 2020, as configured."""
+        try:
+            return self.table(name).procexec_reply
+        except ConfigError:
+            return "auto" if self.config is None else self.config.defaults.procexec_reply
 
     def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
         """See responder.Source."""
-        return self._source(table).bucket(table, service, key, deadline)
+        return self._source(table, service).bucket(table, service, key, deadline)
 
     def update(self, deadline: float) -> None:
         """See responder.Source. A bad configuration changes nothing.
@@ -71,21 +81,27 @@ class Sources:
             TableConsulError: the configuration, the token or the file cannot be used.
         """
         config = self._load()
-        if self.config is None or config.consul != self.config.consul:
-            self._file = self._direct = None
-        self.config = config
-        self.broken = None
+        former, self.config, self.broken = self.config, config, None
         self._tables.clear()
-        for source in (self._file, self._direct):
+        if former is None or config != former:
+            self._forget()
+        for source in (self._file, self._direct, *self._mirrors.values()):
             if source is not None:
                 source.update(deadline)
 
     def prepare(self, name: str) -> None:
         """Make the source of this table now, so that the first answer need not wait for it."""
         if self.config is not None:
-            self._source(self.table(name))
+            table = self.table(name)
+            self._source(table, SERVICES[table.services[0]])
 
-    def _source(self, table: Table) -> Source:  # noqa: ARG002 - the mirror will ask
+    def _forget(self) -> None:
+        for mirrored in self._mirrors.values():
+            mirrored.close()
+        self._mirrors.clear()
+        self._file = self._direct = None
+
+    def _source(self, table: Table, service: Service) -> Source:
         assert self.config is not None
         address = self.config.consul.addresses[0]
         if address.startswith("file://"):
@@ -94,8 +110,22 @@ class Sources:
 
                 self._file = File(address.removeprefix("file://"))
             return self._file
+        if table.mode == "mirror":
+            mirrored = self._mirrors.get(table.name) or self._mirror(table)
+            if mirrored is not None and not mirrored.too_large(service):
+                return mirrored
         if self._direct is None:
             from table_consul import direct, kv
 
             self._direct = direct.Direct(kv.Client(self.config.consul))
         return self._direct
+
+    def _mirror(self, table: Table) -> Mirrored | None:
+        if len(self._mirrors) >= MIRRORED_TABLES:
+            return None
+        from table_consul import kv, watch
+
+        settings = self.config.consul if self.config is not None else None
+        assert settings is not None
+        mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings))
+        return mirrored

@@ -147,7 +147,7 @@ class File:
 
     def _refresh(self) -> None:
         try:
-            with self._path.open("rb", opener=_open_at_once) as file:
+            with open(self._path, "rb", opener=_open_at_once) as file:
                 status = os.fstat(file.fileno())
                 seen = (status.st_mtime_ns, status.st_ino, status.st_size)
                 if seen == self._seen:

@@ -92,8 +92,11 @@ Event = Ready | Request | Malformed
 class Session:
     """One conversation with smtpd, in a dialect that its first line decides."""
 
-    def __init__(self, procexec_reply: str = "auto") -> None:
-        """``procexec_reply`` forces the first word of replies in the dialect of 2020; ``auto`` goes by the request."""
+    def __init__(self, procexec_reply: Callable[[str], str] = lambda _table: "auto") -> None:
+        """``procexec_reply`` tells for a table the first word of replies in the dialect of 2020.
+
+        ``auto`` goes by the request: ``table-response`` if it names the table, else ``table-result``.
+        """
         self.dialect: str | None = None
         self._procexec_reply = procexec_reply
         self._lines: deque[bytes] = deque()
@@ -201,7 +204,7 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def _format_smtpd_tables(request: Request, reply: Reply, _word: str) -> bytes:
+def _format_smtpd_tables(request: Request, reply: Reply, _procexec_reply: Callable[[str], str]) -> bytes:
     head = request.op.encode() + b"-result|" + request.id + b"|"
     if isinstance(reply, Found):
         return head + (b"found\n" if reply.value is None else b"found|" + reply.value + b"\n")
@@ -212,7 +215,8 @@ def _format_smtpd_tables(request: Request, reply: Reply, _word: str) -> bytes:
     return head + b"error|" + shown(reply.reason, 400).encode() + b"\n"
 
 
-def _format_procexec(request: Request, reply: Reply, word: str) -> bytes:
+def _format_procexec(request: Request, reply: Reply, procexec_reply: Callable[[str], str]) -> bytes:
+    word = procexec_reply(request.table)
     if word == "auto":
         word = "table-response" if request.table else "table-result"
     head = word.encode() + b"|" + request.id + b"|"
@@ -227,7 +231,7 @@ class Dialect(NamedTuple):
     """How a request is read, and how a reply is written."""
 
     parse: Callable[[bytes], Request | Malformed]
-    format: Callable[[Request, Reply, str], bytes]
+    format: Callable[[Request, Reply, Callable[[str], str]], bytes]
 
 
 DIALECTS: Mapping[str, Dialect] = {

@@ -18,6 +18,8 @@ from table_consul.errors import EntryError, shown
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() refuse longer values, after the fact and without a word.
 LINE_MAX = 2048
+# smtpd reads it as an id (to.c, text_to_userinfo: UID_MAX), and setresuid(2) takes it as "leave it as it is": as root.
+ID_MAX = 4294967295
 
 
 class Service(NamedTuple):
@@ -105,6 +107,8 @@ class Builder:
         self.table = table
         self.service = service
         self.path = table.path(service)
+        if former is not None and former.table != table:
+            former = None  # what was judged by other rules, such as allow_commands, has not been judged
         self.former = former
         self.values: dict[bytes, bytes] = {}
         self.refused: dict[bytes, EntryError] = {}
@@ -221,7 +225,7 @@ class Bucket:
     def _value(self, entry: bytes) -> bytes:
         refused = self.refused.get(entry)
         if refused is not None:
-            raise refused
+            raise refused.with_traceback(None)  # else it grows with each raise
         value = self.values[entry]
         if self.service.answers == "entry" and (not value or (self.service.rotates and self.table.fetch == "keys")):
             value = entry
@@ -298,7 +302,7 @@ def _decode(table: Table, service: Service, raw: bytes) -> bytes:
     try:
         decoded = msgspec.json.decode(raw, type=str | list[str])
         lines = [line.encode() for line in ([decoded] if isinstance(decoded, str) else decoded)]
-    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+    except ValueError:  # msgspec's DecodeError, and what is no UTF-8
         if table.value_format == "json":
             raise EntryError(
                 'the value is no JSON string or array of strings (allowed: "gilles", ["gilles", "eric"])'
@@ -313,14 +317,15 @@ def _decode(table: Table, service: Service, raw: bytes) -> bytes:
 
 def _requoted(line: bytes) -> bytes:
     """An alias command with its quotes: ``"|command, with comma"`` is aliases(5), not a JSON string."""
-    if line.lstrip().startswith(b"|") and b"," in line:
+    if line.lstrip().startswith(b"|"):
         return b'"' + line.strip().replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
     return line
 
 
 def _joined(text: bytes) -> bytes:
+    text = text.strip()
     if b"\n" not in text and not text.startswith(b"#"):
-        return text.strip()
+        return text
     lines = (line.strip().rstrip(b",").rstrip() for line in text.replace(b"\r\n", b"\n").split(b"\n"))
     return b", ".join(line for line in lines if line and not line.startswith(b"#"))
 
@@ -377,5 +382,7 @@ def _judge(table: Table, service: Service, key: bytes, text: bytes) -> None:
             # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): a key "gilles:0"
             # would make any uid out of a harmless value.
             raise EntryError("the key holds a colon, which smtpd would take for the end of the user's name")
+        if not all(len(number) <= 20 and int(number) < ID_MAX for number in (uid, gid)):
+            raise EntryError(f"the value gives a uid or gid that no user has (allowed: 1 to {ID_MAX - 1})")
         if 0 in (int(uid), int(gid)) and not table.allow_root:
             raise EntryError("the value gives uid or gid 0; set allow_root = true if mail is to be delivered as root")

@@ -41,7 +41,7 @@ READ_BYTES = 1 << 20
 # Of the body of a watch at a time: decoding one piece holds Python's lock for some 50 microseconds, in which no answer
 # leaves; between two pieces there is a read, which lets go of it.
 STEP_BYTES = 16 << 10
-# From the first byte of a watch's answer to its last; 100,000 entries from an agent on the same host take less than one.
+# From the first byte of a watch's answer to its last; 100,000 entries from an agent on this host take less than one.
 BODY_SECONDS = 10.0
 JITTER = 1 / 16  # Consul adds up to this part of `wait` (its api-docs/features/blocking, "wait").
 
@@ -377,8 +377,8 @@ class Client:
         """Every entry below the prefix, in Consul's order, a few at a time. Raises ValueError, SourceError.
 
         When an answer begins to arrive `begin` is given its index, and says what takes the entries, or None when they
-        are of no interest. It is called again if that answer breaks off and another one is tried. `index` and `wait` are
-        as for `list`; `timeout` is what Consul may take beyond that until the answer begins.
+        are of no interest. It is called again if that answer breaks off and another one is tried. `index` and `wait`
+        are as for `list`; `timeout` is what Consul may take beyond that until the answer begins.
         """
         last = prefix
 

@@ -10,14 +10,14 @@ import logging
 log = logging.getLogger("table_consul")
 
 FIRST_PAUSE_SECONDS = 0.25
-# A recovery is noticed within this, however long the outage was; no limit of attempts (a table must never give up).
+# A recovery is noticed within this, however long the outage was. Attempts have no limit: a table must never give up.
 LAST_PAUSE_SECONDS = 4.0
 
 
 def pause(failures: int, chance: float) -> float:
     """Seconds to wait after so many failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
 
-    The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul at the same moment do
+# A recovery is noticed within this, however long the outage was. Attempts have no limit: tables must never give up.
     not come back at the same moment.
     """
     doubled: float = FIRST_PAUSE_SECONDS * 2 ** min(max(failures, 1) - 1, 16)

@@ -10,11 +10,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from table_consul.errors import EntryError, shown
+
+if TYPE_CHECKING:
+    from table_consul.patterns import Index
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() refuse longer values, after the fact and without a word.
 LINE_MAX = 2048
@@ -44,17 +47,17 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
         service.name: service
         for service in (
             Service("alias", 0x001, "value", joined=True, bounded=True),
-            Service("domain", 0x002, "entry"),
+            Service("domain", 0x002, "entry", patterns=True),
             Service("credentials", 0x004, "value", bounded=True),
-            Service("netaddr", 0x008, "entry"),
+            Service("netaddr", 0x008, "entry", patterns=True),
             Service("userinfo", 0x010, "value"),
             Service("source", 0x020, "entry", rotates=True),
-            Service("mailaddr", 0x040, "entry"),
-            Service("addrname", 0x080, "value"),
+            Service("mailaddr", 0x040, "entry", patterns=True),
+            Service("addrname", 0x080, "value", patterns=True),
             Service("mailaddrmap", 0x100, "value", joined=True),
             Service("relayhost", 0x200, "entry", rotates=True),
             Service("string", 0x400, "value"),
-            Service("regex", 0x800, "entry"),
+            Service("regex", 0x800, "entry", patterns=True),
             Service("auth", 0x1000, "check"),
         )
     }
@@ -173,7 +176,7 @@ class Builder:
             former is not None
             and former.values == self.values
             and former.refused.keys() == self.refused.keys()
-            and former.problems == self.problems
+            and former.problems[: len(self.problems)] == self.problems
         ):
             return former
         return Bucket(self.table, self.service, builder=self)
@@ -182,7 +185,7 @@ class Builder:
 class Bucket:
     """The entries of one service in one table as they stood at one moment. Never changed once built."""
 
-    __slots__ = ("_order", "path", "problems", "refused", "service", "table", "values")
+    __slots__ = ("_index", "_order", "path", "problems", "refused", "service", "table", "values")
 
     def __init__(
         self,
@@ -201,12 +204,20 @@ class Bucket:
         self.refused = builder.refused
         self.problems = builder.problems
         self._order: list[bytes] | None = None
+        self._index: Index | None = None
+        if service.patterns and (self.values or self.refused):
+            from table_consul.patterns import INDEXES  # noqa: PLC0415 - its import would delay the handshake
+
+            self._index = INDEXES[service.name]([*self.values, *self.refused])
+            self.problems = self.problems + [f"{shown(self.path + key)}: {what}" for key, what in self._index.problems]
 
     def __len__(self) -> int:
         return len(self.values) + len(self.refused)
 
     def find(self, key: bytes) -> bytes | None:
         """The entry that answers for this key, which smtpd has folded; None when there is none."""
+        if self._index is not None:
+            return self._index.find(key)
         return key if key in self.values or key in self.refused else None
 
     def check(self, key: bytes) -> bool:

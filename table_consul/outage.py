@@ -17,8 +17,8 @@ LAST_PAUSE_SECONDS = 4.0
 def pause(failures: int, chance: float) -> float:
     """Seconds to wait after so many failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
 
-# A recovery is noticed within this, however long the outage was. Attempts have no limit: tables must never give up.
-    not come back at the same moment.
+    The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul together do not come
+    back together.
     """
     doubled: float = FIRST_PAUSE_SECONDS * 2 ** min(max(failures, 1) - 1, 16)
     return min(doubled, LAST_PAUSE_SECONDS) * (1 - chance / 4)

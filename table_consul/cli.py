@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check is not None:
         return check(options.check)
     if os.isatty(0):
-        sys.stderr.write(NOT_FOR_PEOPLE)
-        return 2
+        return _not_for_people()
     return serve(options.config)
 
 
@@ -95,20 +94,22 @@ def serve(path: str | None) -> int:
         )
     if Daemon(sources, named).serve(read_from, write_to):
         return 0
-    sys.stderr.write(NOT_FOR_PEOPLE)
+    return _not_for_people()
+
+
+def _not_for_people() -> int:
+    if sys.stderr is not None:  # closed by whoever started this
+        sys.stderr.write(NOT_FOR_PEOPLE)
     return 2
 
 
 def _take_the_wire() -> tuple[int, int]:
     """The socket to smtpd as two descriptors of our own; nothing else can write to it by accident."""
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # started without one of the three: a copy of the socket must not take its place
     read_from, write_to = os.dup(0), os.dup(1)
-    nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
-    try:
-        os.dup2(2, 1)
-    except OSError:  # started without standard error
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+    os.dup2(2, 1)
     os.close(nowhere)
     return read_from, write_to
 

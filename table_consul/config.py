@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -27,12 +26,11 @@ DEFAULT_PATH = "/etc/mail/table-consul.toml"
 SIZE_MAX = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class ConsulConfig:
+class ConsulConfig(msgspec.Struct, frozen=True):
     """How Consul is reached. Addresses are ``http://h:p``, ``https://h:p``, ``unix:///path``, or one ``file:///path``."""
 
     addresses: tuple[str, ...] = ("http://127.0.0.1:8500",)
-    token: str | None = field(default=None, repr=False)
+    token: str | None = None
     token_file: str | None = None
     ca_file: str | None = None
     ca_path: str | None = None
@@ -45,37 +43,38 @@ class ConsulConfig:
     partition: str | None = None
     consistency: str = "default"
 
+    def __repr__(self) -> str:
+        """Without the token, for whatever prints a configuration."""
+        return f"ConsulConfig({', '.join(self.addresses)})"
 
-@dataclass(frozen=True, slots=True)
-class LogConfig:
+
+class LogConfig(msgspec.Struct, frozen=True):
     """What is logged, and where to."""
 
     level: str = "info"
     target: str = "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsConfig:
+class MetricsConfig(msgspec.Struct, frozen=True):
     """Where numbers go, if anywhere; both may hold ``{table}``, as each table has a process of its own."""
 
     textfile: str | None = None
     listen: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(msgspec.Struct, frozen=True):
     """All of the configuration, checked. A reload builds another one."""
 
     path: str | None
     """The file, None when there is none."""
-    consul: ConsulConfig = field(default_factory=ConsulConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    defaults: Table = field(default_factory=lambda: Table("consul"))
+    consul: ConsulConfig = msgspec.field(default_factory=ConsulConfig)
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
+    metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
+    defaults: Table = msgspec.field(default_factory=lambda: Table("consul"))
     """``[defaults]``; its name is that of the table where a dialect brings none."""
-    tables: Mapping[str, Table] = field(default_factory=lambda: MappingProxyType({}))
+    tables: Mapping[str, Table] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """The tables that have a section of their own."""
-    origins: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False, compare=False)
+    origins: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Where each key of ``consul`` was written, for messages about the files it names."""
 
     @property
@@ -93,7 +92,7 @@ class Config:
         if name in self.tables:
             return self.tables[name]
         try:
-            return _named(replace(self.defaults, name=rules.table_name(name)))
+            return _named(msgspec.structs.replace(self.defaults, name=rules.table_name(name)))
         except ValueError as error:
             raise ConfigError(f"table name: {error}") from None
 
@@ -340,4 +339,4 @@ def _table(name: str, settings: dict[str, Any]) -> Table:
 
 def _named(table: Table) -> Table:
     """The table with its name in the path of its snapshot, as each table has a process and a copy of its own."""
-    return replace(table, snapshot=table.snapshot and table.snapshot.replace("{table}", table.name))
+    return msgspec.structs.replace(table, snapshot=table.snapshot and table.snapshot.replace("{table}", table.name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import syslog
+from typing import Any
 
 from table_consul.errors import shown
 
@@ -22,8 +23,11 @@ class SyslogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         priority = next((mapped for level, mapped in self._PRIORITIES if record.levelno >= level), syslog.LOG_DEBUG)
-        for line in self.format(record).split("\n"):
-            syslog.syslog(priority, line.replace("\0", "\\x00"))
+        try:
+            for line in self.format(record).split("\n"):
+                syslog.syslog(priority, line)
+        except Exception:  # noqa: BLE001 - as logging's own handlers do: no log line is worth the mail server
+            self.handleError(record)
 
 
 class OneLine(logging.Formatter):
@@ -32,6 +36,10 @@ class OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = shown(record.message, 1000)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802, ANN401 - logging's name, and a type that only typeshed has
+        # Indented, so that a line within the text of an exception passes for no log line.
+        return "\n".join(f"    {shown(line, 1000)}" for line in super().formatException(ei).split("\n"))
 
 
 def start(level: str, target: str, table: str) -> None:

@@ -7,8 +7,9 @@ Consul's documentation (api-docs/features/blocking, "Implementation Details") an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from table_consul.errors import SourceError, Unreachable, shown
 from table_consul.services import SERVICES, Bucket, Builder, Table
@@ -31,16 +32,14 @@ class TooManyKeys(SourceError):
     """The table has more than ``max_keys`` entries."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchState:
+class WatchState(msgspec.Struct, frozen=True):
     """Where a watch stands: the index to ask with, and how many answers in a row have brought nothing."""
 
     index: int = 0
     idle: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(msgspec.Struct, frozen=True):
     """One answer to a blocking query."""
 
     index: int
@@ -72,8 +71,7 @@ def wait_seconds(keys: int, max_age: float) -> float:
     return max(min(wait, max_age / 3), 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """The buckets below one prefix at one moment, by the name of their service. Never changed."""
 
     buckets: Mapping[str, Bucket]

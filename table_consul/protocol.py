@@ -17,18 +17,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
+
+import msgspec
 
 from table_consul.errors import ReplyError, shown
 
 # Far above what smtpd sends (a key has at most 1,023 bytes: smtpd: table.c, table_lookup), far below what hurts.
 MAX_LINE = 65536
 
+WITH_KEY = (b"check", b"lookup")
 OPS = (b"check", b"lookup", b"fetch", b"update")
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """One question of smtpd. ``table`` is empty where the dialect brings no name; ``key`` for fetch and update."""
 
     op: str
@@ -51,8 +54,7 @@ class Malformed(NamedTuple):
     request: Request | None
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True, gc=False):
     """The key is in the table; for lookup and fetch with its value, which is one line and never empty.
 
     Raises:
@@ -67,18 +69,15 @@ class Found:
             raise ReplyError("a value is one line, not empty, without NUL")
 
 
-@dataclass(frozen=True, slots=True)
-class NotFound:
+class NotFound(msgspec.Struct, frozen=True, gc=False):
     """The key is not in the table: proven, for smtpd bounces the mail."""
 
 
-@dataclass(frozen=True, slots=True)
-class Updated:
+class Updated(msgspec.Struct, frozen=True, gc=False):
     """The table has been told to read its configuration and its source anew."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The table cannot tell now: smtpd keeps the mail, and logs the reason. ``cause`` is for our own log."""
 
     reason: str
@@ -91,6 +90,9 @@ Event = Ready | Request | Malformed
 
 class Session:
     """One conversation with smtpd, in a dialect that its first line decides."""
+
+    # End of file alone ends it; in imsg there is a message for that.
+    closed = False
 
     def __init__(self, procexec_reply: Callable[[str], str] = lambda _table: "auto") -> None:
         """``procexec_reply`` tells for a table the first word of replies in the dialect of 2020.
@@ -164,6 +166,8 @@ class Session:
 
 def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
     parts = line.split(b"|", 7)
+    if len(parts) == 8 and parts[6] and parts[4] in WITH_KEY:  # nearly all of them; what follows would say the same
+        return Request(_text(parts[4]), parts[6], _text(parts[3]), _text(parts[5]), parts[7])
     op = parts[4] if len(parts) > 5 else b""
     if op == b"update":
         service, ident, key = b"", parts[5], b""
@@ -189,7 +193,7 @@ def _parse_procexec(line: bytes) -> Request | Malformed:
 def _request(
     op: bytes, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool
 ) -> Request | Malformed:
-    request = Request(_text(op), ident, _text(table), _text(service), key if op in (b"check", b"lookup") else b"")
+    request = Request(_text(op), ident, _text(table), _text(service), key if op in WITH_KEY else b"")
     if not ident:
         return Malformed("a request without id cannot be answered", None)
     if op not in OPS:
@@ -200,6 +204,7 @@ def _request(
     return request
 
 
+@lru_cache(1024)
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,8 +66,7 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
 DEFAULT_SERVICES = tuple(name for name in SERVICES if name != "auth")
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """How one table is laid out in Consul, read, and answered for; durations in seconds."""
 
     name: str
@@ -84,7 +82,7 @@ class Table:
     allow_commands: bool = False
     allow_root: bool = False
     procexec_reply: str = "auto"
-    paths: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    paths: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def root(self) -> bytes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from table_consul.config import Config
+from table_consul.config import Config, MetricsConfig
 from table_consul.errors import ConfigError
+from table_consul.metrics import Exporter, Tally
 from table_consul.responder import Source
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Bucket, Service, Table
 
 if TYPE_CHECKING:
-    from table_consul.watch import Mirrored
+    from table_consul.watch import Mirrored, Watch
 
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
 REMEMBERED = 256
@@ -40,6 +41,9 @@ class Sources:
         self._file: Source | None = None
         self._direct: Source | None = None
         self._mirrors: dict[str, Mirrored] = {}
+        self.tally = Tally(self.table)
+        self._exporter: Exporter | None = None
+        self._named: str | None = None
 
     def table(self, name: str) -> Table:
         """How this table is laid out; the configured default stands in for an empty name.
@@ -85,15 +89,30 @@ class Sources:
         self._tables.clear()
         if former is None or config != former:
             self._forget()
+        self._export()
         for source in (self._file, self._direct, *self._mirrors.values()):
             if source is not None:
                 source.update(deadline)
 
     def prepare(self, name: str) -> None:
         """Make the source of this table now, so that the first answer need not wait for it."""
+        self._named = name
         if self.config is not None:
             table = self.table(name)
             self._source(table, SERVICES[table.services[0]])
+            self._export()
+
+    def watches(self) -> list[tuple[str, Watch]]:
+        """Every watch there is, with the name of its table."""
+        return [(name, watch) for name, mirrored in self._mirrors.copy().items() for watch in mirrored.watches]
+
+    def _export(self) -> None:
+        """See to it that metrics go where the configuration says, once smtpd has named the table."""
+        if self._exporter is not None and self._exporter.is_alive():
+            self._exporter.wake()
+        elif self._named is not None and self.config is not None and self.config.metrics != MetricsConfig():
+            self._exporter = Exporter(self.table(self._named).name, self)
+            self._exporter.start()
 
     def _forget(self) -> None:
         for mirrored in self._mirrors.values():
@@ -102,6 +121,9 @@ class Sources:
         self._file = self._direct = None
 
     def _source(self, table: Table, service: Service) -> Source:
+        mirrored = self._mirrors.get(table.name)
+        if mirrored is not None and not mirrored.too_large(service):
+            return mirrored
         assert self.config is not None
         address = self.config.consul.addresses[0]
         if address.startswith("file://"):
@@ -110,22 +132,18 @@ class Sources:
 
                 self._file = File(address.removeprefix("file://"))
             return self._file
-        if table.mode == "mirror":
-            mirrored = self._mirrors.get(table.name) or self._mirror(table)
-            if mirrored is not None and not mirrored.too_large(service):
-                return mirrored
+        if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MIRRORED_TABLES:
+            return self._mirror(table)
         if self._direct is None:
             from table_consul import direct, kv
 
             self._direct = direct.Direct(kv.Client(self.config.consul))
         return self._direct
 
-    def _mirror(self, table: Table) -> Mirrored | None:
-        if len(self._mirrors) >= MIRRORED_TABLES:
-            return None
+    def _mirror(self, table: Table) -> Mirrored:
         from table_consul import kv, watch
 
-        settings = self.config.consul if self.config is not None else None
-        assert settings is not None
+        assert self.config is not None
+        settings = self.config.consul
         mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings))
         return mirrored

@@ -6,11 +6,11 @@ import os
 import re
 import subprocess
 import tomllib
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import asdict, fields
 
 from table_consul import config, shape
 from table_consul.services import Table

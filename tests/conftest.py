@@ -1,0 +1,122 @@
+"""Fixtures with real parts, and the rule that a skipped test says how to run it.
+
+A test that uses ``consul``, ``root`` or ``smtpd`` is marked ``real``. Where such a part cannot be had the test is
+skipped with the reason and the remedy; with ``CI=true`` in the environment every skip is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.rig import cache, package
+from tests.rig.consul import ConsulAgent, ConsulCluster, consul_binary
+from tests.rig.opensmtpd import Smtpd
+from tests.rig.root import Root
+
+REAL_PARTS = {"consul", "consul_with_acl", "consul_cluster", "root", "smtpd"}
+RELEASES = ("7.9", "7.6")
+
+
+@contextlib.contextmanager
+def _or_skip() -> Iterator[None]:
+    try:
+        yield
+    except cache.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def _consul_agent() -> Iterator[ConsulAgent]:
+    with _or_skip():
+        agent = ConsulAgent()
+    with agent:
+        yield agent
+
+
+@pytest.fixture
+def consul(_consul_agent: ConsulAgent) -> ConsulAgent:
+    """A running Consul server without any key; a test may stop, pause and restart it."""
+    return _emptied(_consul_agent)
+
+
+@pytest.fixture(scope="session")
+def _consul_agent_with_acl() -> Iterator[ConsulAgent]:
+    with _or_skip():
+        agent = ConsulAgent(acl=True)
+    with agent:
+        yield agent
+
+
+@pytest.fixture
+def consul_with_acl(_consul_agent_with_acl: ConsulAgent) -> ConsulAgent:
+    """A running Consul server without any key that denies whatever no policy allows."""
+    return _emptied(_consul_agent_with_acl)
+
+
+def _emptied(agent: ConsulAgent) -> ConsulAgent:
+    agent.revive()
+    agent.kv_delete("", recurse=True)
+    return agent
+
+
+@pytest.fixture
+def consul_cluster() -> Iterator[ConsulCluster]:
+    """Three Consul servers of the test's own."""
+    with _or_skip():
+        cluster = ConsulCluster()
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session", params=RELEASES)
+def root(request: pytest.FixtureRequest) -> Root:
+    """An OpenSMTPD, one after the other: the newest, and the first with the dialect ``smtpd-tables``."""
+    with _or_skip():
+        return Root(request.param)
+
+
+@pytest.fixture
+def smtpd(root: Root) -> Iterator[Callable[..., Smtpd]]:
+    """Starts an smtpd of ``root`` with the arguments of ``Smtpd``, and ends it after the test."""
+    with contextlib.ExitStack() as running, _or_skip():
+        yield lambda *arguments, **options: running.enter_context(Smtpd(root, *arguments, **options))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if REAL_PARTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make what takes long at the first run, before the clock of any test runs."""
+    if session.config.option.collectonly:
+        return
+    used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    called = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    with contextlib.suppress(cache.Unavailable):  # the fixtures say so, test by test
+        if used & REAL_PARTS:
+            consul_binary()
+        for release in sorted({params["root"] for params in called if "root" in params}):
+            package.dependencies(Root(release).python)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    return _no_skip_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    return _no_skip_in_ci((yield))
+
+
+def _no_skip_in_ci(report):
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr[2]}"
+    return report

@@ -1,0 +1,376 @@
+"""Real Consul agents: one, or a cluster of three, on loopback addresses and ports of their own."""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.rig import cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+    from typing import Self
+
+SUITE = "bullseye"
+"""The last Debian that has a Consul, and one with its web pages."""
+
+PORTS = ("http", "server", "serf_lan", "serf_wan")
+# Below the range from which the kernel takes the ports of outgoing connections, so that an agent that was stopped finds
+# its ports free when it comes back.
+FIRST_PORT, LAST_PORT = 20_000, 32_000
+START_SECONDS = 30.0
+
+
+@functools.cache
+def consul_binary() -> Path:
+    """Path of a ``consul`` command: $TABLE_CONSUL_CONSUL, the one on PATH, or Debian's, downloaded once.
+
+    Raises:
+        Unavailable: there is none, and none can be downloaded.
+    """
+    if chosen := os.environ.get("TABLE_CONSUL_CONSUL"):
+        if os.access(chosen, os.X_OK):
+            return Path(chosen)
+        raise cache.Unavailable(f"TABLE_CONSUL_CONSUL: {chosen} is no program")
+    if found := shutil.which("consul"):
+        return Path(found)
+    try:
+        kept = cache.kept(f"consul-{SUITE}", lambda path: cache.download("consul", SUITE, path))
+    except cache.Unavailable as error:
+        remedy = "put a consul command on PATH, or its path into TABLE_CONSUL_CONSUL"
+        raise cache.Unavailable(f"no Consul: {error}: {remedy}") from error
+    return kept / "usr/bin/consul"
+
+
+@functools.cache
+def consul_version() -> tuple[int, ...]:
+    """The version of that command, ``(1, 8, 7)``."""
+    found = re.search(r"v(\d+)\.(\d+)\.(\d+)", cache.run(consul_binary(), "version"))
+    assert found
+    return tuple(map(int, found.groups()))
+
+
+def free_ports(count: int, addresses: Iterable[str] = ("127.0.0.1",)) -> list[int]:
+    """Ports that nobody uses now on any of the addresses, neither for TCP nor for UDP."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        port = random.randrange(FIRST_PORT, LAST_PORT)
+        if port not in chosen and all(_is_free(address, port) for address in addresses):
+            chosen.append(port)
+    return chosen
+
+
+def _is_free(address: str, port: int) -> bool:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind((address, port))
+            except OSError:
+                return False
+    return True
+
+
+class ConsulError(Exception):
+    """Consul answered a request of a test with something else than success."""
+
+    def __init__(self, status: int, body: str) -> None:
+        super().__init__(f"{status}: {body}")
+        self.status = status
+
+
+class ConsulAgent:
+    """One Consul server, as a context manager: started, with a leader, when the block is entered.
+
+    Args:
+        bind: the loopback address of this agent.
+        ports: port by name of ``PORTS``; free ones by default. They stay the same over restarts.
+        dev: ``-dev`` keeps nothing over a restart and pretty-prints its JSON, but starts in a blink; the default keeps
+            its data and answers as a server in production does.
+        acl: default policy deny, bootstrapped: ``management_token`` holds the secret of its first token.
+        hcl: more configuration, such as ``ports { https = 8501 }``.
+        arguments: more of the command line; how a member of a cluster is told so.
+    """
+
+    def __init__(
+        self,
+        *,
+        bind: str = "127.0.0.1",
+        ports: dict[str, int] | None = None,
+        dev: bool = False,
+        acl: bool = False,
+        hcl: str = "",
+        arguments: tuple[str, ...] = ("-bootstrap-expect=1",),
+    ) -> None:
+        self.bind = bind
+        self.ports = ports or dict(zip(PORTS, free_ports(len(PORTS), (bind,)), strict=True))
+        self.management_token: str | None = None
+        self._acl = acl
+        self._folder = Path(tempfile.mkdtemp(prefix="table-consul-agent-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        # gossip at the pace of a local network, or each start and each lost leader costs seconds.
+        (self._folder / "agent.hcl").write_text(
+            "performance { raft_multiplier = 1 }\n"
+            + ('acl { enabled = true\n default_policy = "deny" }\n' if acl else "")
+            + hcl
+        )
+        self._command = [
+            *(*cache.DIES_WITH_US, str(consul_binary()), "agent"),
+            *(["-dev"] if dev else ["-server", "-data-dir", str(self._folder / "data"), *arguments]),
+            *(f"-config-file={self._folder / 'agent.hcl'}", f"-bind={bind}", f"-client={bind}", "-dns-port=-1"),
+            *("-grpc-port=-1", *(["-grpc-tls-port=-1"] if consul_version() >= (1, 14) else [])),
+            *(f"-{name.replace('_', '-')}-port={port}" for name, port in self.ports.items()),
+        ]
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of its HTTP API."""
+        return f"{self.bind}:{self.ports['http']}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What the agent wrote so far, over all its starts."""
+        path = self._folder / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def start(self) -> None:
+        """Start it, or start it again: same ports, same data. Returns when there is a leader."""
+        self.launch()
+        self.wait_for_leader()
+        if self._acl and not self.management_token:
+            self.management_token = self.bootstrap()
+
+    def launch(self) -> None:
+        """Start it without waiting for anything."""
+        assert not self._process, "it is running"
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        atexit.register(self._end, signal.SIGKILL)
+
+    def wait_for_leader(self, seconds: float = START_SECONDS) -> None:
+        """Return when this agent knows a leader and writes go through it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self._process
+            if self._process.poll() is not None:
+                raise AssertionError(f"consul ended with {self._process.returncode}:\n{self.log}")
+            try:
+                if self.request("GET", "/v1/status/leader", timeout=1):
+                    # A leader that has not yet opened its log answers reads with what it had before.
+                    self.request("GET", "/v1/catalog/nodes?consistent", timeout=1, token="")
+                    return
+            except (OSError, ConsulError):
+                pass
+            time.sleep(0.02)
+        raise AssertionError(f"consul has no leader after {seconds} s:\n{self.log}")
+
+    def stop(self) -> None:
+        """Ask it to end, and wait till it has."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it without a chance to say goodbye."""
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Make it hang: connections are accepted by the kernel and never answered."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def revive(self) -> None:
+        """Whatever was done to it, have it running again, with a leader."""
+        if self._process and self._process.poll() is not None:
+            self._process = None
+        if self._process:
+            self.resume()
+            self.wait_for_leader()
+        else:
+            self.start()
+
+    def _end(self, number: signal.Signals) -> None:
+        if process := self._process:
+            process.send_signal(number)
+            process.send_signal(signal.SIGCONT)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            self._process = None
+            atexit.unregister(self._end)
+
+    def close(self) -> None:
+        """End it and remove its data."""
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, *, timeout: float = 10, token: str | None = None
+    ) -> Any:
+        """The decoded JSON of an answer of the HTTP API, asked with the management token if there is one.
+
+        Raises:
+            ConsulError: any status but 200.
+            OSError: no answer.
+        """
+        headers = {"X-Consul-Token": self.management_token if token is None else token}
+        request = urllib.request.Request(
+            f"http://{self.address}{path}", body, {k: v for k, v in headers.items() if v}, method=method
+        )
+        try:
+            with _NO_PROXY.open(request, timeout=timeout) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise ConsulError(error.code, error.read().decode(errors="replace")) from error
+        return json.loads(text) if text else None
+
+    def kv_put(self, key: str, value: str | bytes) -> None:
+        data = value.encode() if isinstance(value, str) else value
+        assert self.request("PUT", "/v1/kv/" + urllib.parse.quote(key), data) is True
+
+    def kv_get(self, key: str) -> bytes | None:
+        """The value under a key, None when there is no such key."""
+        try:
+            (entry,) = self.request("GET", "/v1/kv/" + urllib.parse.quote(key))
+        except ConsulError as error:
+            if error.status == 404:
+                return None
+            raise
+        return base64.b64decode(entry["Value"] or "")
+
+    def kv_delete(self, key: str, *, recurse: bool = False) -> None:
+        self.request("DELETE", "/v1/kv/" + urllib.parse.quote(key) + ("?recurse" if recurse else ""))
+
+    def kv_txn(self, entries: dict[str, str]) -> None:
+        """Put many keys at once, those included that no URL can name (``a//b``)."""
+        items = list(entries.items())
+        for start in range(0, len(items), 64):
+            operations = [
+                {"KV": {"Verb": "set", "Key": key, "Value": base64.b64encode(value.encode()).decode()}}
+                for key, value in items[start : start + 64]
+            ]
+            self.request("PUT", "/v1/txn", json.dumps(operations).encode())
+
+    def token(self, rules: str) -> str:
+        """The secret of a new token with these rules, such as ``key_prefix "consul/" { policy = "read" }``."""
+        name = f"test-{random.getrandbits(64):016x}"
+        self.request("PUT", "/v1/acl/policy", json.dumps({"Name": name, "Rules": rules}).encode())
+        made = self.request("PUT", "/v1/acl/token", json.dumps({"Policies": [{"Name": name}]}).encode())
+        return str(made["SecretID"])
+
+    def revoke(self, secret: str) -> None:
+        """Delete a token by its secret."""
+        own = self.request("GET", "/v1/acl/token/self", token=secret)
+        self.request("DELETE", f"/v1/acl/token/{own['AccessorID']}")
+
+    def bootstrap(self) -> str:
+        """The secret of the first token, which may do everything; to be had once."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return str(self.request("PUT", "/v1/acl/bootstrap")["SecretID"])
+            except ConsulError:
+                # A new server speaks the legacy ACL dialect until it knows that all servers speak the newer.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ConsulCluster:
+    """Three servers on 127.0.0.2, .3 and .4, as a context manager; ``members`` are agents like any other."""
+
+    ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+
+    def __init__(self, *, acl: bool = False, hcl: str = "") -> None:
+        self._acl = acl
+        ports = dict(zip(PORTS, free_ports(len(PORTS), self.ADDRESSES), strict=True))
+        join = [f"-retry-join={address}:{ports['serf_lan']}" for address in self.ADDRESSES]
+        self.members = [
+            ConsulAgent(
+                bind=address,
+                ports=ports,
+                acl=acl,
+                hcl=hcl,
+                arguments=("-bootstrap-expect=3", f"-node=n{address[-1]}", "-retry-interval=1s", *join),
+            )
+            for address in self.ADDRESSES
+        ]
+
+    @property
+    def leader(self) -> ConsulAgent:
+        """The member that leads now, as the others see it.
+
+        Raises:
+            AssertionError: there is none.
+        """
+        for member in self.members:
+            try:
+                address = member.request("GET", "/v1/status/leader", timeout=1)
+            except (OSError, ConsulError):
+                continue
+            if address:
+                return next(other for other in self.members if other.bind == address.split(":")[0])
+        raise AssertionError("no leader")
+
+    def __enter__(self) -> Self:
+        try:
+            for member in self.members:
+                member.launch()
+            for member in self.members:
+                member.wait_for_leader()
+            if self._acl:
+                secret = self.members[0].bootstrap()
+                for member in self.members:
+                    member.management_token = secret
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()

@@ -1,0 +1,93 @@
+"""The project as an operator would install it: its wheel, and the wheels it needs for another Python than ours."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import functools
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from tests.rig import cache
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+OUTDATED_SECONDS = 3600
+
+
+@functools.cache
+def wheel() -> Path:
+    """The wheel under test: $TABLE_CONSUL_WHEEL, or one built of the checkout and kept until the checkout changes.
+
+    Raises:
+        Unavailable: it cannot be built.
+    """
+    if chosen := os.environ.get("TABLE_CONSUL_WHEEL"):
+        return Path(chosen)
+    stem = f"wheel-{_digest_of_sources()}"
+    if not cache.finished(stem):
+        # Each edit makes another, and no edit makes an earlier one again; one of today may be in use beside us.
+        for left in cache.folder().glob("wheel-*"):
+            if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
+                (shutil.rmtree if left.is_dir() else Path.unlink)(left)
+    return next(cache.kept(stem, _build).glob("*.whl"))
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    files = [CHECKOUT / "pyproject.toml", CHECKOUT / "README.md", CHECKOUT / "LICENSE"]
+    for path in [*files, *sorted((CHECKOUT / "table_consul").rglob("*"))]:
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(into: Path) -> str:
+    cache.run(sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps", "--wheel-dir", into, CHECKOUT)
+    return next(into.glob("*.whl")).name.split("-")[1]
+
+
+def requirements() -> list[str]:
+    """What the wheel requires at run time with all its extras, ``requests>=2.32`` and the like."""
+    with zipfile.ZipFile(wheel()) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name), policy=email.policy.default)
+    return sorted(re.sub(r"\s*;\s*extra == .*", "", line) for line in metadata.get_all("Requires-Dist", []))
+
+
+def dependencies(python: str) -> Path:
+    """A folder for ``sys.path`` that holds what the wheel requires, for the Python of that version (``3.13``).
+
+    Raises:
+        Unavailable: no network, or no wheel for that Python.
+    """
+    wanted = requirements()
+    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+
+    def install(into: Path) -> str:
+        options = ("--quiet", "--target", into, "--python-version", python, "--only-binary=:all:")
+        cache.run(sys.executable, "-m", "pip", "install", *options, *wanted)
+        cache.run("chmod", "-R", "a+rX", into)
+        return "0"
+
+    return cache.kept(f"python{python}-{digest}", install)
+
+
+@functools.cache
+def unpacked() -> Path:
+    """A folder for ``sys.path`` that holds the project itself, made anew for this run."""
+    folder = tempfile.TemporaryDirectory(prefix="table-consul-wheel-")
+    _KEPT_TILL_EXIT.append(folder)
+    with zipfile.ZipFile(wheel()) as archive:
+        archive.extractall(folder.name)
+    cache.run("chmod", "-R", "a+rX", folder.name)
+    return Path(folder.name)
+
+
+_KEPT_TILL_EXIT: list[tempfile.TemporaryDirectory[str]] = []

@@ -17,7 +17,7 @@ T = TypeVar("T")
 # An empty list proves nothing: Consul leaves out what the token may not read. Reading one key tells (404 or 403).
 PROBE = b"-"
 # Pattern services are matched against the whole bucket, which several rules of one mail ask for in a row.
-KEEP_SECONDS = 5.0
+KEEP_SECONDS = 1.0
 
 
 class Direct:

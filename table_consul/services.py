@@ -35,8 +35,6 @@ class Service(NamedTuple):
     """Several lines are one list."""
     bounded: bool = False
     """smtpd refuses LINE_MAX bytes and more."""
-    rotates: bool = False
-    """smtpd fetches the entries in turn; a lookup answers with the key itself."""
     patterns: bool = False
     """An entry may answer for keys that are not equal to it, so the whole bucket is needed."""
 
@@ -50,11 +48,11 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
             Service("credentials", 0x004, "value", bounded=True),
             Service("netaddr", 0x008, "entry", patterns=True),
             Service("userinfo", 0x010, "value"),
-            Service("source", 0x020, "entry", rotates=True),
+            Service("source", 0x020, "entry"),
             Service("mailaddr", 0x040, "entry", patterns=True),
             Service("addrname", 0x080, "value", patterns=True),
             Service("mailaddrmap", 0x100, "value", joined=True),
-            Service("relayhost", 0x200, "entry", rotates=True),
+            Service("relayhost", 0x200, "entry"),
             Service("string", 0x400, "value"),
             Service("regex", 0x800, "entry", patterns=True),
             Service("auth", 0x1000, "check"),
@@ -174,7 +172,7 @@ class Builder:
             former is not None
             and former.values == self.values
             and former.refused.keys() == self.refused.keys()
-            and former.problems[: len(self.problems)] == self.problems
+            and former.read_problems == self.problems
         ):
             return former
         return Bucket(self.table, self.service, builder=self)
@@ -183,7 +181,7 @@ class Builder:
 class Bucket:
     """The entries of one service in one table as they stood at one moment. Never changed once built."""
 
-    __slots__ = ("_index", "_order", "path", "problems", "refused", "service", "table", "values")
+    __slots__ = ("_index", "_order", "path", "problems", "read_problems", "refused", "service", "table", "values")
 
     def __init__(
         self,
@@ -200,7 +198,7 @@ class Bucket:
         self.path = builder.path
         self.values = builder.values
         self.refused = builder.refused
-        self.problems = builder.problems
+        self.problems = self.read_problems = builder.problems
         self._order: list[bytes] | None = None
         self._index: Index | None = None
         if service.patterns and (self.values or self.refused):
@@ -236,7 +234,7 @@ class Bucket:
         if refused is not None:
             raise refused.with_traceback(None)  # else it grows with each raise
         value = self.values[entry]
-        if self.service.answers == "entry" and (not value or (self.service.rotates and self.table.fetch == "keys")):
+        if not value and self.service.answers == "entry":
             value = entry
             if not sayable(value):
                 raise EntryError(f"{shown(self.path + entry)}: the key holds a control character")

@@ -1,0 +1,55 @@
+"""What ``make demo`` runs comes to a good end, with real parts and without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rig import demo, package
+from tests.rig.opensmtpd import Smtpd
+
+
+def play(*arguments):
+    return subprocess.run(
+        (sys.executable, "-m", "tests.rig.demo", *arguments),
+        cwd=package.CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+def test_the_demo_plays_with_real_parts(consul, root):
+    done = play()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Real parts:\n   Consul " in done.stdout
+    assert "delivered to: root   [as it should be]" in done.stdout
+    assert "delivered to: gilles   [as it should be]" in done.stdout
+
+
+def test_the_demo_plays_over_the_program_s_own_socket():
+    done = play("--socket")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "table-consul > lookup-result|00000002|found|gilles" in done.stdout
+
+
+def test_the_demo_fails_when_mail_goes_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_export", lambda path, entries: path.write_text("[]"))
+    with pytest.raises(demo.Unexpected):
+        demo.with_a_socket()
+    assert "EXPECTED lookup-result|00000002|found|gilles" in capsys.readouterr().out
+
+
+def test_nothing_is_left_when_smtpd_is_gone(root):
+    server = Smtpd(root, 'listen on 127.0.0.1 port $smtp_port\naction "a" mbox\nmatch from any for any action "a"\n')
+    with server:
+        pids = list(server.pids)
+        place = server.place
+        assert place.exists()
+    assert not place.exists()
+    assert str(place) not in Path("/proc/self/mounts").read_text()
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from table_consul import __version__, config, log
-from table_consul.daemon import Daemon
+from table_consul.daemon import Daemon, take_the_wire
 from table_consul.errors import ConfigError
 from table_consul.sources import Sources
 
@@ -79,7 +79,7 @@ def check(path: str) -> int:
 
 def serve(path: str | None) -> int:
     """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
-    read_from, write_to = _take_the_wire()
+    read_from, write_to = take_the_wire()
     environ = _take_the_environment()
     sources = Sources(lambda: config.load(path, environ))
 
@@ -101,17 +101,6 @@ def _not_for_people() -> int:
     if sys.stderr is not None:  # closed by whoever started this
         sys.stderr.write(NOT_FOR_PEOPLE)
     return 2
-
-
-def _take_the_wire() -> tuple[int, int]:
-    """The socket to smtpd as two descriptors of our own; nothing else can write to it by accident."""
-    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # started without one of the three: a copy of the socket must not take its place
-    read_from, write_to = os.dup(0), os.dup(1)
-    os.dup2(nowhere, 0)
-    os.dup2(2, 1)
-    os.close(nowhere)
-    return read_from, write_to
 
 
 def _take_the_environment() -> dict[str, str]:

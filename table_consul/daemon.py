@@ -1,4 +1,4 @@
-"""The loop between smtpd's socket and the responder. Ends at end of file on that socket, and for no other reason."""
+"""The loop between smtpd's socket and whoever answers. Ends when smtpd closes it, and for no other reason."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import select
 import time
 from collections.abc import Callable
+from typing import Protocol
 
+from table_consul import imsg
 from table_consul.errors import ReplyError, SourceError, shown
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.responder import Responder
-from table_consul.services import DEFAULT_SERVICES
+from table_consul.services import DEFAULT_SERVICES, Table
 from table_consul.sources import Sources
+from table_consul.tally import Tally
 
 log = logging.getLogger("table_consul")
 
@@ -23,31 +26,58 @@ GATHER_SECONDS = 0.001
 REMEMBERED = 4096
 
 
-class Daemon:
-    """One smtpd, one session, one responder."""
+class Tables(Protocol):
+    """What the loop asks about a table by name, beside the questions of smtpd."""
+
+    def services(self, name: str, /) -> list[str]:
+        """The services to register; at least one."""
+        ...
+
+    def prepare(self, name: str, /) -> None:
+        """Do what would make the first answer late."""
+        ...
+
+    def procexec_reply(self, name: str, /) -> str:
+        """The first word of replies in the dialect of 2020, or ``auto``."""
+        ...
+
+
+class Loop:
+    """One smtpd, one session in a dialect that its first bytes decide, and one who answers."""
 
     def __init__(
         self,
-        sources: Sources,
+        tables: Tables,
+        answer: Callable[[Request, float], Reply],
         named: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        tally: Tally | None = None,
     ) -> None:
-        """``named`` is told the name of the table, and thereby that smtpd has said which dialect it speaks."""
-        self._sources = sources
-        self._responder = Responder(sources.table, sources)
+        """``answer`` gets each request and the moment it arrived; what it raises becomes an error reply.
+
+        ``named`` is told the name of the table, and thereby that smtpd has said which dialect it speaks.
+        """
+        self._tables = tables
+        self._answer = answer
         self._named = named
         self._clock = clock
-        self._session = Session(sources.procexec_reply)
+        self._session: Session | imsg.Session = Session(tables.procexec_reply)
+        self._tally = tally or Tally(Table)
         self._told: set[str] = set()
         self._begun = False
         self._unprepared: str | None = None
 
     def serve(self, read_from: int, write_to: int) -> bool:
-        """Answer until end of file. Whether smtpd spoke at all, in any of its dialects."""
-        while data := _read(read_from):
+        """Answer until smtpd closes the conversation. Whether it spoke at all, in any of its dialects."""
+        data = _read(read_from)
+        if imsg.speaks(data):
+            self._session = imsg.Session()
+            write_to = read_from  # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket
+        while data:
             self._session.receive_data(data)
-            if not self._answer_all(write_to):
+            if not self._answer_all(write_to) or self._session.closed:
                 break
+            data = _read(read_from)
         return self._session.dialect is not None
 
     def _answer_all(self, write_to: int) -> bool:
@@ -70,15 +100,15 @@ class Daemon:
         if isinstance(event, Request):
             if not self._begun:
                 self._begin(event.table, "")
-            return self._send(event, self._answered(event, arrived))
+            return self._send(event, self._answered(event, arrived), arrived)
         if isinstance(event, Ready):
             self._begin(event.config.get("tablename", ""), event.config.get("smtpd-version", ""))
             return self._session.register(self._services(event))
-        return self._refused(event)
+        return self._refused(event, arrived)
 
     def _answered(self, request: Request, arrived: float) -> Reply:
         try:
-            reply = self._responder.answer(request, arrived)
+            reply = self._answer(request, arrived)
         except Exception as error:  # noqa: BLE001 - the process must outlive its bugs, as smtpd would not outlive the process
             self._tell_traceback(error)
             return Failed(f"internal error ({type(error).__name__}); see the log of table-consul")
@@ -89,21 +119,33 @@ class Daemon:
                 self._tell(reply.reason)
         return reply
 
-    def _send(self, request: Request, reply: Reply) -> bytes:
+    def _send(self, request: Request, reply: Reply, arrived: float) -> bytes:
         try:
-            return self._session.send(request, reply)
+            data = self._session.send(request, reply)
         except ReplyError as error:
             self._tell(f"{request.op} {request.service}: {error}")
-            return self._session.send(request, Failed(str(error)))
+            reply = Failed(str(error))
+            data = self._session.send(request, reply)
+        try:
+            self._tally.add(request, reply.__class__, self._clock() - arrived)
+            if isinstance(reply, Failed) and isinstance(reply.cause, SourceError):
+                self._tally.failed(request.table)
+        except Exception as error:  # noqa: BLE001 - as in _answered
+            self._tell_traceback(error)
+        return data
 
-    def _refused(self, event: Malformed) -> bytes:
+    def _refused(self, event: Malformed, arrived: float) -> bytes:
         self._tell(event.reason)
-        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
+        self._tally.malformed += 1
+        return b"" if event.request is None else self._send(event.request, Failed(event.reason), arrived)
 
     def _begin(self, table: str, version: str) -> None:
         self._begun = True
         self._unprepared = table
-        self._named(table)
+        try:
+            self._named(table)
+        except Exception as error:  # noqa: BLE001 - as in _answered
+            self._tell_traceback(error)
         log.info("smtpd%s speaks %s", f" {shown(version)}" if version else "", self._session.dialect)
 
     def _get_ready(self) -> None:
@@ -112,12 +154,12 @@ class Daemon:
         if table is None:
             return
         try:
-            self._sources.prepare(table)
+            self._tables.prepare(table)
         except Exception as error:  # noqa: BLE001 - as in _answered; the answers will say what is wrong
             self._tell_traceback(error)
 
     def _services(self, event: Ready) -> list[str]:
-        services = self._sources.services(event.config.get("tablename", ""))
+        services = self._tables.services(event.config.get("tablename", ""))
         if "auth" in services and not _auth_is_usable(event.config.get("smtpd-version", "")):
             # Before 7.9 smtpd lower-cases the password in the key (smtpd: table.c, table_lookup).
             log.warning("auth is not registered: this smtpd lower-cases passwords; OpenSMTPD 7.9 and later do not")
@@ -139,6 +181,30 @@ class Daemon:
         if kind not in self._told:
             self._told.add(kind)
             log.error("internal error; please report it", exc_info=error)
+
+
+class Daemon(Loop):
+    """The loop with the responder, answering from the configured sources."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        named: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """See Loop."""
+        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally)
+
+
+def take_the_wire() -> tuple[int, int]:
+    """The socket to smtpd as two descriptors of our own; nothing else can write to it by accident."""
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # started without one of the three: a copy of the socket must not take its place
+    read_from, write_to = os.dup(0), os.dup(1)
+    os.dup2(nowhere, 0)
+    os.dup2(2, 1)
+    os.close(nowhere)
+    return read_from, write_to
 
 
 def _auth_is_usable(version: str) -> bool:

@@ -42,12 +42,12 @@ class OneLine(logging.Formatter):
         return "\n".join(f"    {shown(line, 1000)}" for line in super().formatException(ei).split("\n"))
 
 
-def start(level: str, target: str, table: str) -> None:
+def start(level: str, target: str, table: str, program: str = "table-consul") -> None:
     """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) stderr if that is a terminal, else syslog.
 
-    Lines carry ``table-consul[<table>]``. May be called again when the table's name or the configuration is known.
+    Lines carry ``<program>[<table>]``. May be called again when the table's name or the configuration is known.
     """
-    identity = f"table-consul[{shown(table, 60)}]" if table else "table-consul"
+    identity = f"{program}[{shown(table, 60)}]" if table else program
     handler: logging.Handler
     if target == "syslog" or (target == "auto" and not (sys.stderr and sys.stderr.isatty())):
         syslog.openlog(identity, 0, syslog.LOG_MAIL)

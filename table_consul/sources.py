@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from table_consul.config import Config, MetricsConfig
-from table_consul.errors import ConfigError
-from table_consul.metrics import Exporter, Tally
+from table_consul.errors import ConfigError, SourceError
 from table_consul.responder import Source
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Bucket, Service, Table
+from table_consul.tally import Tally
 
 if TYPE_CHECKING:
+    from table_consul.metrics import Exporter
     from table_consul.watch import Mirrored, Watch
 
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
@@ -41,7 +43,9 @@ class Sources:
         self._file: Source | None = None
         self._direct: Source | None = None
         self._mirrors: dict[str, Mirrored] = {}
+        self._former: dict[str, Mirrored] = {}
         self.tally = Tally(self.table)
+        self.started = time.time()
         self._exporter: Exporter | None = None
         self._named: str | None = None
 
@@ -54,7 +58,9 @@ class Sources:
         known = self._tables.get(name)
         if known is None:
             if self.config is None:
-                raise self.broken or ConfigError("no configuration")
+                raise (self.broken or ConfigError("no configuration")).with_traceback(
+                    None
+                )  # else it grows with each raise
             known = self.config.table(name or self.config.default_table)
             if len(self._tables) < REMEMBERED:
                 self._tables[name] = known
@@ -76,7 +82,15 @@ class Sources:
 
     def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
         """See responder.Source."""
-        return self._source(table, service).bucket(table, service, key, deadline)
+        source = self._source(table, service)
+        try:
+            return source.bucket(table, service, key, deadline)
+        except SourceError:
+            mirrored = self._mirrors.get(table.name)
+            if mirrored is None or source is not mirrored or not mirrored.too_large(service):
+                raise
+            # It turned out to be too large while this request waited for the first load.
+            return self._read_directly().bucket(table, service, key, deadline)
 
     def update(self, deadline: float) -> None:
         """See responder.Source. A bad configuration changes nothing.
@@ -111,13 +125,16 @@ class Sources:
         if self._exporter is not None and self._exporter.is_alive():
             self._exporter.wake()
         elif self._named is not None and self.config is not None and self.config.metrics != MetricsConfig():
+            from table_consul.metrics import Exporter
+
             self._exporter = Exporter(self.table(self._named).name, self)
             self._exporter.start()
 
     def _forget(self) -> None:
-        for mirrored in self._mirrors.values():
+        """Part with what another configuration made, but for the copies in memory: Consul may be away just now."""
+        self._former, self._mirrors = self._mirrors, {}
+        for mirrored in self._former.values():
             mirrored.close()
-        self._mirrors.clear()
         self._file = self._direct = None
 
     def _source(self, table: Table, service: Service) -> Source:
@@ -134,9 +151,13 @@ class Sources:
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MIRRORED_TABLES:
             return self._mirror(table)
+        return self._read_directly()
+
+    def _read_directly(self) -> Source:
         if self._direct is None:
             from table_consul import direct, kv
 
+            assert self.config is not None
             self._direct = direct.Direct(kv.Client(self.config.consul))
         return self._direct
 
@@ -145,5 +166,6 @@ class Sources:
 
         assert self.config is not None
         settings = self.config.consul
-        mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings))
+        former = self._former.pop(table.name, None)
+        mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings), former)
         return mirrored

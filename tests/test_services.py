@@ -4,7 +4,7 @@ import json
 from itertools import cycle, islice
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -563,6 +563,7 @@ def test_fetch_is_an_error_where_nothing_can_be_said():
 KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
 
 
+@settings(deadline=None)
 @given(
     stays=st.sets(KEYS, min_size=1),
     changes=st.lists(st.sets(KEYS), min_size=1, max_size=40),
@@ -628,6 +629,7 @@ LINES = st.lists(st.sampled_from([b"a", b"|", b"/", b",", b" ", b"\\", b'"', b"'
 )
 
 
+@settings(deadline=None)
 @given(LINES)
 @example(b"a\\")
 @example(b'"\'"')
@@ -639,6 +641,7 @@ def test_alias_nodes_are_those_of_smtpd(line):
     assert expand_line_split(line) == nodes
 
 
+@settings(deadline=None)
 @given(LINES)
 def test_no_alias_that_smtpd_takes_for_a_command_passes(line):
     try:
@@ -668,6 +671,7 @@ TABLES = st.builds(
 SERVICE = st.sampled_from(sorted(SERVICES.values()))
 
 
+@settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_a_value_is_sayable_or_empty_or_an_entry_error(table, service, key, raw):
     try:
@@ -677,6 +681,7 @@ def test_a_value_is_sayable_or_empty_or_an_entry_error(table, service, key, raw)
     assert value == b"" or sayable(value)
 
 
+@settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_what_a_bucket_answers_can_be_said(table, service, key, raw):
     found = Bucket(table, service, [(key, raw)])
@@ -688,6 +693,7 @@ def test_what_a_bucket_answers_can_be_said(table, service, key, raw):
         assert value is None or Found(value).value == value
 
 
+@settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_a_value_read_again_from_what_it_became_is_the_same(table, service, key, raw):
     """A Builder takes over what stood there before: what it would have read must be what stood there."""

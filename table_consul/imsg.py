@@ -1,0 +1,168 @@
+"""The binary dialect of OpenSMTPD up to 7.5: the same events and replies as ``protocol``, framed as imsg(3) does.
+
+Knows nothing of sockets, of Consul, or of what a table holds. A message is a header of 16 bytes and a body; all numbers
+are in the byte order of this machine, for both ends run on it (smtpd: table_proc.c; openbsd-compat/imsg.h)::
+
+    smtpd                                            answer, always of type OK
+    OPEN    uint32 version, char name[2048]          nothing
+    CHECK   int32 service, size_t n, n parameters,   int32: 1 found, 0 not found, -1 error
+    LOOKUP    key, NUL                               the same, and after a 1: value, NUL
+    FETCH   int32 service, size_t n, n parameters    the same, and after a 1: value, NUL
+    UPDATE                                           int32: 1 updated, 0 not
+    CLOSE                                            none: no question follows
+
+A parameter is two strings, each with its NUL; smtpd sends none. smtpd asks one question at a time and takes any answer
+of another shape as reason to exit. Facts from 6.8.0p2 and 7.4.0p1, whose code for tables is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from struct import Struct
+
+from table_consul.errors import ReplyError, shown
+from table_consul.protocol import Event, Failed, Found, Malformed, NotFound, Ready, Reply, Request, Updated
+from table_consul.services import SERVICES
+
+OK, OPEN, CLOSE, UPDATE = 0, 2, 3, 4
+OPS = {5: "check", 6: "lookup", 7: "fetch"}
+# smtpd: smtpd-api.h, PROC_TABLE_API_VERSION.
+VERSION = 2
+
+HEADER = Struct("=IHHII")  # type, length with the header, flags, peer id, process id
+_VERSION = Struct("=I")
+_SERVICE = Struct("=i")
+_COUNT = Struct("@N")
+_VERDICT = Struct("=i")
+_QUESTION_SIZE = _SERVICE.size + _COUNT.size
+
+# openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() of either end fails on more, and smtpd exits.
+MAX_MESSAGE = 16384
+MAX_VALUE = MAX_MESSAGE - HEADER.size - _VERDICT.size - len(b"\0")
+
+_NAMES = {service.bit: service.name for service in SERVICES.values()}
+
+
+def speaks(data: bytes) -> bool:
+    """Whether a conversation that begins with these bytes is in this dialect: with a number, not a letter."""
+    return bool(data) and data[0] < 8
+
+
+class Session:
+    """One conversation with smtpd, as ``protocol.Session``. Requests carry the name of the table that OPEN told.
+
+    A length that no message can have leaves no way to find the next message: that is told once, and the rest of the
+    conversation passes unheard and unanswered, as an answer to what smtpd did not ask would end it. smtpd itself cannot
+    send such a length, for its own imsg_create() refuses it.
+    """
+
+    def __init__(self) -> None:
+        self.dialect: str | None = None
+        self.closed = False
+        self._lost = False
+        self._table = ""
+        self._data = b""
+        self._at = 0
+
+    def receive_data(self, data: bytes) -> None:
+        """Take what was read from smtpd, in any cut."""
+        if not self.closed and not self._lost:
+            self._data = self._data[self._at :] + data
+            self._at = 0
+
+    def next_event(self) -> Event | None:
+        """What smtpd said next, or None when that has not arrived yet. After CLOSE nothing ever does."""
+        present = len(self._data) - self._at
+        if present < HEADER.size:
+            return None
+        kind, length, _, _, _ = HEADER.unpack_from(self._data, self._at)
+        if not HEADER.size <= length <= MAX_MESSAGE:
+            self._forget()
+            self._lost = True
+            return Malformed(f"no message has {length} bytes; smtpd can no longer be understood", None)
+        if present < length:
+            return None
+        body = self._data[self._at + HEADER.size : self._at + length]
+        self._at += length
+        self.dialect = "imsg"
+        if kind in OPS:
+            return self._question(OPS[kind], body)
+        if kind == OPEN:
+            return self._open(body)
+        if kind == UPDATE:
+            return Request("update", b"", self._table, "", b"")
+        if kind == CLOSE:
+            self._forget()
+            self.closed = True
+            return None
+        return Malformed(f"unknown message of type {kind}", None)
+
+    def _forget(self) -> None:
+        self._data, self._at = b"", 0
+
+    def _open(self, body: bytes) -> Ready:
+        # Another version is told on, not refused: smtpd waits for this answer, and takes a refusal as reason to exit.
+        version = _VERSION.unpack_from(body)[0] if len(body) >= _VERSION.size else 0
+        self._table = body[_VERSION.size :].partition(b"\0")[0].decode("utf-8", "backslashreplace")
+        return Ready({"tablename": self._table, "protocol": f"imsg {version}"})
+
+    def _question(self, op: str, body: bytes) -> Request | Malformed:
+        if len(body) < _QUESTION_SIZE:
+            return self._malformed(op, "", "fields are missing")
+        (bit,) = _SERVICE.unpack_from(body)
+        (count,) = _COUNT.unpack_from(body, _SERVICE.size)
+        service = _NAMES.get(bit) or f"{bit:#x}"
+        text = body[_QUESTION_SIZE:]
+        if count:
+            # Each has two NULs: no count makes this take longer than the body is.
+            parts = text.split(b"\0", 2 * count if count <= len(text) else -1)
+            if len(parts) <= 2 * count:
+                return self._malformed(op, service, f"{count} parameters do not fit into the message")
+            text = parts[-1]
+        if op == "fetch":
+            return self._malformed(op, service, "a fetch has no key") if text else self._request(op, service, b"")
+        if not text.endswith(b"\0"):
+            return self._malformed(op, service, f"a key does not end with NUL: {shown(text)!r}")
+        key = text[:-1]
+        if b"\0" in key:
+            return self._malformed(op, service, f"a key has NUL in it: {shown(key)!r}")
+        return self._request(op, service, key)
+
+    def _request(self, op: str, service: str, key: bytes) -> Request:
+        return Request(op, b"", self._table, service, key)
+
+    def _malformed(self, op: str, service: str, reason: str) -> Malformed:
+        return Malformed(reason, self._request(op, service, b""))
+
+    def register(self, _services: Iterable[str]) -> bytes:
+        """The reply to Ready. In this dialect smtpd is not told of services, and asks for any."""
+        return _message(b"")
+
+    def send(self, request: Request, reply: Reply) -> bytes:
+        """The reply to this request as bytes for smtpd.
+
+        Raises:
+            ReplyError: there is no such reply to such a request, or the value is longer than a message can be.
+        """
+        value = b""
+        if request.op == "update" and isinstance(reply, Updated | Failed):
+            verdict = 1 if isinstance(reply, Updated) else 0
+        elif request.op != "update" and isinstance(reply, NotFound | Failed):
+            verdict = 0 if isinstance(reply, NotFound) else -1
+        elif (
+            request.op in ("check", "lookup", "fetch")
+            and isinstance(reply, Found)
+            and (reply.value is None) is (request.op == "check")
+        ):
+            verdict = 1
+            if reply.value is not None:
+                if len(reply.value) > MAX_VALUE:
+                    raise ReplyError(f"a value of {len(reply.value)} bytes; this smtpd takes at most {MAX_VALUE}")
+                value = reply.value + b"\0"
+        else:
+            raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
+        return _message(_VERDICT.pack(verdict) + value)
+
+
+def _message(body: bytes) -> bytes:
+    return HEADER.pack(OK, HEADER.size + len(body), 0, 0, 0) + body

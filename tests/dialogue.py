@@ -1,0 +1,229 @@
+"""Dialogues between smtpd and its table as text files, and the parties that replay them.
+
+A transcript holds what smtpd says (`> `), what is answered (`< `), comments (`# `), and lines of the configuration's
+`[defaults]` (`#: `). `\\xNN` stands for a byte, `\\\\` for a backslash. Each is answered from `ENTRIES`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from table_consul import config
+from table_consul.protocol import Failed, Ready, Request, Session
+from table_consul.responder import Responder
+from table_consul.sources import Sources
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
+PATIENCE_SECONDS = 30
+
+ENTRIES: dict[str, bytes] = {
+    **{
+        f"{table}/{key}": value
+        for table in ("aliases", "consul", "table-name")
+        for key, value in {
+            "alias/root": b"gilles\n",
+            "alias/staff": b"gilles\neric\n",
+            "alias/quoted": b'"gilles"',
+            "alias/command": b"|/bin/sh",
+            "alias/a|b": b"pipes",
+            "domain/example.org": b"",
+            "credentials/gilles": b"$6$salt$hash",
+            "credentials/broken": b"$6$salt$hash\n$6$other$hash",
+            "mailaddr/gilles@poolp.org": b"",
+            "source/192.0.2.1": b"",
+            "source/192.0.2.2": b"",
+            "string/empty": b"",
+        }.items()
+    }
+}
+
+
+def write_source(folder: Path, entries: dict[str, bytes] = ENTRIES) -> Path:
+    """The entries as `consul kv export` writes them, in a file of this folder."""
+    path = folder / "export.json"
+    fields = ({"key": key, "flags": 0, "value": base64.b64encode(value).decode()} for key, value in entries.items())
+    path.write_text(json.dumps([*fields]))
+    return path
+
+
+def write_config(folder: Path, *defaults: str, more: str = "", address: str | None = None) -> Path:
+    """A configuration in this folder that answers from `ENTRIES`, with these lines in its `[defaults]`."""
+    address = address or f"file://{write_source(folder)}"
+    path = folder / "table-consul.toml"
+    lines = ["[consul]", f'address = "{address}"', "[defaults]", *defaults, more]
+    path.write_text("\n".join([*lines, '[log]\ntarget = "stderr"' if "[log]" not in more else "", ""]))
+    return path
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    name: str
+    defaults: tuple[str, ...]
+    turns: tuple[tuple[bytes, bytes], ...]
+    """What smtpd says, and what is answered before it says the next thing."""
+
+    @property
+    def said(self) -> bytes:
+        return b"".join(said for said, _ in self.turns)
+
+    @property
+    def answered(self) -> bytes:
+        return b"".join(answered for _, answered in self.turns)
+
+
+def _bytes(line: str) -> bytes:
+    return re.sub(
+        rb"\\(\\|x[0-9a-f]{2})",
+        lambda match: b"\\" if match[1] == b"\\" else bytes.fromhex(match[1][1:].decode()),
+        line.encode(),
+    )
+
+
+def read_transcript(path: Path) -> Dialogue:
+    defaults: list[str] = []
+    turns: list[list[bytes]] = []
+    for line in path.read_text().split("\n"):
+        mark, text = line[:2], line[2:]
+        if mark == "> ":
+            turns.append([_bytes(text) + b"\n", b""])
+        elif mark == "< ":
+            turns[-1][1] += _bytes(text) + b"\n"
+        elif line.startswith("#: "):
+            defaults.append(line[3:])
+        else:
+            assert line == "" or line.startswith("#"), f"{path}: {line!r}"
+    return Dialogue(path.stem, tuple(defaults), tuple((said, answered) for said, answered in turns))
+
+
+def converse(sources: Sources, chunks: Iterable[bytes]) -> bytes:
+    """All that session and responder answer when they are told these chunks; a loop without a process around it."""
+    session, responder = Session(sources.procexec_reply), Responder(sources.table, sources)
+    answered = b""
+    for chunk in chunks:
+        session.receive_data(chunk)
+        while (event := session.next_event()) is not None:
+            if isinstance(event, Ready):
+                answered += session.register(sources.services(event.config.get("tablename", "")))
+                continue
+            request = event if isinstance(event, Request) else event.request
+            if request is not None:
+                reply = responder.answer(event, 0.0) if isinstance(event, Request) else Failed(event.reason)
+                answered += session.send(request, reply)
+    return answered
+
+
+def open_sources(path: Path, environ: dict[str, str] | None = None) -> Sources:
+    return Sources(lambda: config.load(str(path), environ or {}))
+
+
+class Child:
+    """The program as smtpd starts it: one socket as standard input and output, in `/`, with signals ignored."""
+
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None, command: Iterable[str] = ()) -> None:
+        self.wire, theirs = socket.socketpair()
+        self.wire.settimeout(PATIENCE_SECONDS)
+        self._said, self._log = b"", b""
+        with theirs:
+            self.process = subprocess.Popen(
+                [*(command or [sys.executable, "-m", "table_consul"]), *arguments],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                env={**{k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")}, **(environ or {})},
+                preexec_fn=_ignore_signals,  # noqa: PLW1509 - one system call each, and no other way to ignore
+                restore_signals=False,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wire.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE_SECONDS)
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def say(self, data: bytes) -> None:
+        self.wire.sendall(data)
+
+    def line(self) -> bytes:
+        """The next line that it answers, without its end."""
+        while b"\n" not in self._said:
+            data = self.wire.recv(65536)
+            assert data, f"the child is gone after {self._said!r}: {self.log()}"
+            self._said += data
+        line, _, self._said = self._said.partition(b"\n")
+        return line
+
+    def ask(self, line: bytes) -> bytes:
+        self.say(line + b"\n")
+        return self.line()
+
+    def handshake(self, table: bytes = b"aliases", version: bytes = b"7.9.0-portable") -> list[bytes]:
+        """The names that it registers."""
+        self.say(
+            b"config|smtpd-version|%b\nconfig|protocol|0.1\nconfig|tablename|%b\nconfig|ready\n" % (version, table)
+        )
+        names = []
+        while (line := self.line()) != b"register|ready":
+            names.append(line.removeprefix(b"register|"))
+        return names
+
+    def quiet(self) -> bool:
+        """Whether nothing was answered that nobody has read."""
+        return not self._said and not select.select([self.wire], [], [], 0)[0]
+
+    def rest(self) -> bytes:
+        """All that it still answers after smtpd has said its last word."""
+        with contextlib.suppress(OSError):
+            self.wire.shutdown(socket.SHUT_WR)
+        while data := self.wire.recv(65536):
+            self._said += data
+        return self._said
+
+    def end(self) -> int:
+        """The exit status after end of file, to which alone it listens."""
+        self.rest()
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def log(self) -> str:
+        """All of standard error; the child must be about to end."""
+        assert self.process.stderr is not None
+        if not self.process.stderr.closed:
+            self._log += self.process.stderr.read()
+        return self._log.decode()
+
+
+def _ignore_signals() -> None:
+    """Smtpd ignores these before it forks (smtpd: lka.c, lka), and ignored signals outlive exec."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def eventually(what: object, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Turns of a loop that ends with a failure when the deadline passes first."""
+    by = time.monotonic() + patience
+    while time.monotonic() < by:
+        yield
+        time.sleep(0.01)
+    raise AssertionError(f"not within {patience} s: {what}")

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from table_consul import __version__, cli, config
+from tests.dialogue import PATIENCE_SECONDS, write_config
+
+
+def run(*arguments, **environ):
+    """The program with these arguments, with nothing of Consul's in its environment but these, and nothing to read."""
+    return subprocess.run(
+        [sys.executable, "-m", "table_consul", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")}, **environ},
+        check=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """Whatever a test does to loggers and environment is undone."""
+    root, ours = logging.getLogger(), logging.getLogger("table_consul")
+    before = (root.handlers[:], root.level, ours.level, logging.raiseExceptions)
+    for name in [name for name in os.environ if name.startswith("CONSUL_")]:
+        monkeypatch.delenv(name)
+    yield
+    root.handlers[:], root.level, ours.level, logging.raiseExceptions = before
+
+
+def test_help_shows_the_line_for_smtpd_conf_and_ends_with_0():
+    shown = run("--help")
+    assert (shown.returncode, shown.stderr, "table aliases consul:" in shown.stdout) == (0, "", True)
+
+
+def test_version_is_that_of_the_package():
+    shown = run("--version")
+    assert (0, f"table-consul {__version__}\n") == (shown.returncode, shown.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--check"]])
+def test_a_wrong_command_line_is_said_and_ends_with_2(arguments):
+    shown = run(*arguments)
+    assert (shown.returncode, shown.stdout, "usage: table-consul" in shown.stderr) == (2, "", True)
+
+
+def test_check_of_a_good_configuration_says_so_and_ends_with_0(tmp_path):
+    path = str(write_config(tmp_path))
+    shown = run("--check", path)
+    assert (0, f"{path}: ok\n", "") == (shown.returncode, shown.stdout, shown.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[consul]\naddres = 1\n", "consul.addres: unknown key (allowed: "),
+        ('[defaults]\nmode = "both"\n', "defaults.mode: "),
+        ("[defaults", "no TOML"),
+    ],
+)
+def test_check_of_a_bad_configuration_says_where_and_ends_with_2(tmp_path, text, said):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    shown = run("--check", str(path))
+    assert (shown.returncode, shown.stdout, shown.stderr.startswith(f"{path}: ")) == (2, "", True)
+    assert said in shown.stderr
+
+
+def test_check_names_every_mistake_a_line_each(tmp_path, capsys):
+    path = tmp_path / "bad.toml"
+    path.write_text("[consul]\naddres = 1\n[log]\nlevl = 2\n")
+    assert (cli.main(["--check", str(path)]), len(capsys.readouterr().err.splitlines())) == (2, 2)
+
+
+def test_check_of_a_file_that_is_not_there_ends_with_2(tmp_path, capsys):
+    assert (2, f"{tmp_path}/none.toml: not found\n") == (
+        cli.main(["--check", f"{tmp_path}/none.toml"]),
+        capsys.readouterr().err,
+    )
+
+
+def test_check_says_what_this_user_cannot_use(tmp_path, capsys):
+    path = tmp_path / "c.toml"
+    path.write_text(f'[consul]\naddress = "file://{tmp_path}/none.json"\n')
+    assert (cli.main(["--check", str(path)]), "none.json: not found" in capsys.readouterr().err) == (2, True)
+
+
+def test_check_of_a_good_configuration_within_the_process(tmp_path, capsys):
+    path = write_config(tmp_path)
+    assert (0, f"{path}: ok\n") == (cli.main(["--check", str(path)]), capsys.readouterr().out)
+
+
+def test_a_secret_in_the_environment_is_not_shown_by_check(tmp_path):
+    shown = run("--check", str(write_config(tmp_path)), CONSUL_HTTP_TOKEN="hunter2 hunter2")
+    assert (
+        shown.returncode,
+        "hunter2" in shown.stdout + shown.stderr,
+        "CONSUL_HTTP_TOKEN" in shown.stderr,
+    ) == (2, False, True)
+
+
+def test_a_person_at_a_terminal_is_told_what_this_is(monkeypatch, capsys):
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    assert (cli.main([]), "is started by OpenSMTPD's smtpd" in capsys.readouterr().err) == (2, True)
+
+
+@pytest.fixture
+def wire(monkeypatch):
+    """The program's end of the wire in this process, and smtpd's."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(cli, "take_the_wire", lambda: (theirs.fileno(), theirs.fileno()))
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    with ours, theirs:
+        yield ours
+
+
+def test_it_serves_until_the_end_of_the_file(wire, tmp_path):
+    wire.sendall(b"config|tablename|aliases\nconfig|ready\ntable|0.1|0|aliases|lookup|alias|1|root\n")
+    wire.shutdown(socket.SHUT_WR)
+    assert cli.main([str(write_config(tmp_path))]) == 0
+    assert wire.recv(65536).splitlines()[-1] == b"lookup-result|1|found|gilles"
+
+
+def test_nobody_there_is_told_what_this_is(wire, tmp_path, capsys):
+    wire.shutdown(socket.SHUT_WR)
+    assert (cli.main([str(write_config(tmp_path))]), "--check" in capsys.readouterr().err) == (2, True)
+
+
+def test_nobody_there_and_no_standard_error(wire, tmp_path, monkeypatch):
+    wire.shutdown(socket.SHUT_WR)
+    path = str(write_config(tmp_path))
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main([path]) == 2
+
+
+def test_a_bad_configuration_is_logged_when_it_starts(wire, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cli.log, "start", lambda *_: None)
+    (tmp_path / "bad.toml").write_text("x = 1\n")
+    wire.shutdown(socket.SHUT_WR)
+    cli.main([str(tmp_path / "bad.toml")])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert (line.startswith(f"{tmp_path}/bad.toml: x: unknown key"), "smtpctl update table" in line) == (True, True)
+
+
+def test_the_log_takes_the_name_of_the_table_from_smtpd(wire, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli.log, "start", lambda *arguments: started.append(arguments))
+    wire.sendall(b"config|tablename|aliases\nconfig|ready\n")
+    wire.shutdown(socket.SHUT_WR)
+    cli.main([str(write_config(tmp_path, more='[log]\nlevel = "debug"\ntarget = "syslog"'))])
+    assert started == [("debug", "syslog", ""), ("debug", "syslog", "aliases")]
+
+
+def test_the_environment_of_the_consul_command_counts_and_no_library_sees_it(wire, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", "192.0.2.1:8500")
+    monkeypatch.setenv("CONSUL_HTTP_SSL", "")
+    monkeypatch.setattr(cli, "Sources", lambda load: seen.append(load()) or Stopped.stop())
+    (tmp_path / "c.toml").write_text("")
+    with pytest.raises(Stopped):
+        cli.main([str(tmp_path / "c.toml")])
+    left = [name for name in os.environ if name.startswith("CONSUL_")]
+    assert (seen[0].consul.addresses, left) == (("http://192.0.2.1:8500",), [])
+
+
+class Stopped(Exception):
+    @classmethod
+    def stop(cls):
+        raise cls
+
+
+def test_without_an_argument_the_default_file_counts_if_it_is_there(monkeypatch, tmp_path):
+    path = write_config(tmp_path, 'table = "elsewhere"')
+    monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
+    assert config.load(None, {}).default_table == "elsewhere"
+    path.unlink()
+    assert config.load(None, {}).default_table == "consul"

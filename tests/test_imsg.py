@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import itertools
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from table_consul.errors import ReplyError
+from table_consul.imsg import HEADER, MAX_MESSAGE, MAX_VALUE, Session, speaks
+from table_consul.protocol import Failed, Found, Malformed, NotFound, Ready, Request, Updated
+from table_consul.responder import Responder
+from table_consul.services import DEFAULT_SERVICES, SERVICES
+from tests.dialogue import ENTRIES, open_sources, write_config, write_source
+from tests.e2e.record_imsg import FOLDER, MORE
+
+OPEN, CLOSE, UPDATE, CHECK, LOOKUP, FETCH = range(2, 8)
+OPS = {CHECK: "check", LOOKUP: "lookup", FETCH: "fetch"}
+ALIAS, SOURCE = 1, 0x20
+CHECKED = Request("check", b"", "t", "alias", b"root")
+LOOKED_UP = Request("lookup", b"", "t", "alias", b"root")
+FETCHED = Request("fetch", b"", "t", "source", b"")
+UPDATED = Request("update", b"", "t", "", b"")
+
+
+def message(kind, body=b"", *, length=None):
+    return struct.pack("=IHHII", kind, 16 + len(body) if length is None else length, 0, 0, 4711) + body
+
+
+def opening(name=b"t", version=2):
+    return message(OPEN, struct.pack("=I", version) + name.ljust(2048, b"\0"))
+
+
+def question(kind, bit, rest=b"", count=0):
+    return message(kind, struct.pack("=i", bit) + struct.pack("@N", count) + rest)
+
+
+def events(*chunks):
+    session = Session()
+    found = []
+    for chunk in chunks:
+        session.receive_data(chunk)
+        while (event := session.next_event()) is not None:
+            found.append(event)
+    return found
+
+
+def asked(*messages):
+    """What comes of these messages after an OPEN, in one piece and byte by byte."""
+    data = b"".join((opening(), *messages))
+    whole, pieces = events(data), events(*(bytes([each]) for each in data))
+    assert pieces == whole
+    return whole[1:]
+
+
+# ---- transcripts of real smtpds ----
+
+
+def replayed(folder, chunks):
+    sources = open_sources(write_config(folder, address=f"file://{write_source(folder, ENTRIES | MORE)}"))
+    session, responder = Session(), Responder(sources.table, sources)
+    answered = b""
+    for chunk in chunks:
+        session.receive_data(chunk)
+        while (event := session.next_event()) is not None:
+            if isinstance(event, Ready):
+                answered += session.register(())
+            else:
+                assert isinstance(event, Request)
+                answered += session.send(event, responder.answer(event, 0.0))
+    return answered
+
+
+@pytest.fixture(scope="module", params=sorted(Path(FOLDER).glob("*.hex")), ids=lambda path: path.stem)
+def recorded(request, tmp_path_factory):
+    turns = [line.split() for line in request.param.read_text().splitlines() if line[0] != "#"]
+    said, answered = (b"".join(bytes.fromhex(text) for mark, text in turns if mark == which) for which in "><")
+    assert HEADER.unpack_from(said)[0] == OPEN, "recorded on a machine of the other byte order"
+    chunks = [bytes.fromhex(text) for mark, text in turns if mark == ">"]
+    return said, answered, chunks, tmp_path_factory.mktemp("recorded")
+
+
+def test_a_recorded_conversation_asks_all_that_smtpd_asks_tables(recorded):
+    said, _, _, _ = recorded
+    ops = {(event.op, event.service) for event in events(said) if isinstance(event, Request)}
+    assert {
+        ("lookup", "alias"),
+        ("check", "domain"),
+        ("lookup", "credentials"),
+        ("check", "netaddr"),
+        ("fetch", "source"),
+        ("check", "mailaddr"),
+        ("lookup", "addrname"),
+        ("update", ""),
+    } <= ops
+
+
+def test_a_recorded_conversation_is_answered_as_it_was(recorded):
+    _, answered, chunks, folder = recorded
+    assert replayed(folder, chunks) == answered
+
+
+def test_a_recorded_conversation_in_one_piece_is_answered_the_same(recorded):
+    said, answered, _, folder = recorded
+    assert replayed(folder, [said]) == answered
+
+
+def test_a_recorded_conversation_byte_by_byte_is_answered_the_same(recorded):
+    said, answered, _, folder = recorded
+    assert replayed(folder, (bytes([each]) for each in said)) == answered
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.sets(st.integers(0, 4000)))
+def test_a_recorded_conversation_in_random_cuts_is_answered_the_same(recorded, cuts):
+    said, answered, _, folder = recorded
+    places = sorted({0, *cuts, len(said)})
+    assert replayed(folder, (said[a:b] for a, b in itertools.pairwise(places))) == answered
+
+
+# ---- what smtpd says ----
+
+
+@pytest.mark.parametrize("data", [opening(), message(CHECK), b"\0\0\0\2"])
+def test_a_small_number_comes_first(data):
+    assert speaks(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"config|", b"table|", b"\n", b"\xff"])
+def test_letters_are_another_dialect(data):
+    assert not speaks(data)
+
+
+def test_open_tells_the_table_and_the_version():
+    assert [Ready({"tablename": "users", "protocol": "imsg 2"})] == events(opening(b"users"))
+
+
+@pytest.mark.parametrize("body", [b"", b"\2", struct.pack("=I", 3) + b"t", struct.pack("=I", 2)])
+def test_an_open_of_any_kind_is_answered(body):
+    assert [Ready] == [type(event) for event in events(message(OPEN, body))]
+
+
+def test_a_name_that_fills_its_field_has_no_nul():
+    (event,) = events(message(OPEN, struct.pack("=I", 2) + b"n" * 2048))
+    assert event.config["tablename"] == "n" * 2048
+
+
+def test_requests_carry_the_name_and_the_key():
+    assert asked(
+        question(CHECK, ALIAS, b"root\0"),
+        question(LOOKUP, ALIAS, b"root\0"),
+        question(FETCH, SOURCE),
+        message(UPDATE),
+    ) == [CHECKED, LOOKED_UP, FETCHED, UPDATED]
+
+
+@pytest.mark.parametrize("name", DEFAULT_SERVICES)
+def test_services_are_bits(name):
+    (event,) = asked(question(LOOKUP, SERVICES[name].bit, b"k\0"))
+    assert name == event.service
+
+
+@pytest.mark.parametrize("bit", [0, 3, 0x2000, -1, -(2**31), 2**31 - 1])
+def test_an_unknown_service_is_a_request_that_nobody_answers_with_data(bit):
+    (event,) = asked(question(LOOKUP, bit, b"k\0"))
+    assert (isinstance(event, Request), event.service in SERVICES) == (True, False)
+
+
+def test_an_empty_key_is_a_key():
+    assert [event.key for event in asked(question(LOOKUP, ALIAS, b"\0"))] == [b""]
+
+
+def test_parameters_before_the_key_are_passed_over():
+    (event,) = asked(question(LOOKUP, ALIAS, b"a\0b\0c\0\0root\0", count=2))
+    assert event == LOOKED_UP
+    assert asked(question(FETCH, SOURCE, b"a\0b\0", count=1)) == [FETCHED]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest", "count"),
+    [
+        (LOOKUP, b"", 0),
+        (LOOKUP, b"root", 0),
+        (CHECK, b"ro\0ot\0", 0),
+        (CHECK, b"\0\0", 0),
+        (LOOKUP, b"a\0b", 1),
+        (LOOKUP, b"a\0b\0", 1),
+        (LOOKUP, b"a\0b\0root", 1),
+        (LOOKUP, b"root\0", 2**64 - 1),
+        (LOOKUP, b"root\0", 6),
+        (FETCH, b"root\0", 0),
+        (FETCH, b"a\0", 1),
+    ],
+)
+def test_a_question_with_something_wrong_in_it_is_answered_with_an_error_and_those_after_it_as_ever(kind, rest, count):
+    first, second = asked(question(kind, ALIAS, rest, count), question(LOOKUP, ALIAS, b"root\0"))
+    assert (Malformed, OPS[kind], LOOKED_UP) == (type(first), first.request.op, second)
+
+
+@pytest.mark.parametrize("body", [b"", b"\1", struct.pack("=i", 1), struct.pack("=i", 1) + b"\0" * 7])
+@pytest.mark.parametrize("kind", [CHECK, LOOKUP, FETCH])
+def test_a_question_that_is_too_short_is_answered_with_an_error(kind, body):
+    (event,) = asked(message(kind, body))
+    assert (Malformed, OPS[kind]) == (type(event), event.request.op)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 8, 255, 2**32 - 1])
+def test_an_unknown_type_is_told_and_not_answered(kind):
+    first, second = asked(message(kind, b"x" * 99), question(LOOKUP, ALIAS, b"root\0"))
+    assert (Malformed(f"unknown message of type {kind}", None), LOOKED_UP) == (first, second)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, MAX_MESSAGE + 1, 65535])
+def test_after_a_length_that_cannot_be_nothing_more_is_understood(length):
+    lie = message(LOOKUP, b"\1\0\0\0root\0", length=length)
+    (event,) = asked(lie, question(LOOKUP, ALIAS, b"root\0"))
+    assert (Malformed, None) == (type(event), event.request)
+
+
+def test_what_is_no_longer_understood_takes_no_memory():
+    session = Session()
+    for _ in range(100):
+        session.receive_data(b"\0" * 65536)
+        session.next_event()
+    assert session._data == b""
+
+
+def test_the_longest_message_is_understood():
+    (event,) = asked(question(LOOKUP, ALIAS, b"k" * (MAX_MESSAGE - 16 - 12 - 1) + b"\0"))
+    assert len(event.key) == MAX_MESSAGE - 29
+
+
+def test_close_ends_the_conversation():
+    session = Session()
+    session.receive_data(opening() + message(CLOSE) + question(LOOKUP, ALIAS, b"root\0"))
+    assert ([Ready, type(None)], True) == ([type(session.next_event()) for _ in range(2)], session.closed)
+    session.receive_data(question(LOOKUP, ALIAS, b"root\0"))
+    assert session.next_event() is None
+
+
+def test_a_conversation_is_open_until_then():
+    session = Session()
+    session.receive_data(opening() + message(UPDATE))
+    assert [Ready, Request] == [type(session.next_event()) for _ in range(2)]
+    assert not session.closed
+
+
+# ---- what it is told ----
+
+
+def told(data, value=b""):
+    """The verdict and what follows, of a message that is well-formed."""
+    kind, length, flags, _, _ = HEADER.unpack_from(data)
+    assert (0, len(data), 0) == (kind, length, flags)
+    return struct.unpack_from("=i", data, 16)[0], data[20:]
+
+
+def test_the_answer_to_open_is_empty():
+    assert message(0)[:12] + b"\0\0\0\0" == Session().register(DEFAULT_SERVICES)
+
+
+REPLIES = {
+    "check found": (CHECKED, Found(), (1, b"")),
+    "check not found": (CHECKED, NotFound(), (0, b"")),
+    "check failed": (CHECKED, Failed("no data"), (-1, b"")),
+    "lookup found": (LOOKED_UP, Found(b"gilles"), (1, b"gilles\0")),
+    "lookup not found": (LOOKED_UP, NotFound(), (0, b"")),
+    "lookup failed": (LOOKED_UP, Failed("no data"), (-1, b"")),
+    "fetch found": (FETCHED, Found(b"192.0.2.1"), (1, b"192.0.2.1\0")),
+    "fetch not found": (FETCHED, NotFound(), (0, b"")),
+    "fetch failed": (FETCHED, Failed("no data"), (-1, b"")),
+    "update done": (UPDATED, Updated(), (1, b"")),
+    "update failed": (UPDATED, Failed("no data"), (0, b"")),
+    "the longest value": (LOOKED_UP, Found(b"v" * MAX_VALUE), (1, b"v" * MAX_VALUE + b"\0")),
+}
+
+
+@pytest.mark.parametrize(("request_", "reply", "expected"), REPLIES.values(), ids=REPLIES)
+def test_replies(request_, reply, expected):
+    assert expected == told(Session().send(request_, reply))
+
+
+def test_the_longest_reply_is_the_longest_message():
+    assert len(Session().send(LOOKED_UP, Found(b"v" * MAX_VALUE))) == MAX_MESSAGE
+
+
+def test_a_longer_value_cannot_be_sent():
+    with pytest.raises(ReplyError, match="16364 bytes; this smtpd takes at most 16363"):
+        Session().send(LOOKED_UP, Found(b"v" * (MAX_VALUE + 1)))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        (CHECKED, Found(b"secret")),
+        (LOOKED_UP, Found()),
+        (FETCHED, Found()),
+        (UPDATED, Found()),
+        (UPDATED, Found(b"secret")),
+        (UPDATED, NotFound()),
+        (CHECKED, Updated()),
+        (LOOKED_UP, Updated()),
+        (FETCHED, Updated()),
+        (Request("dump", b"", "t", "alias", b""), Found(b"secret")),
+    ],
+)
+def test_a_reply_that_does_not_answer_the_request_cannot_be_sent(request_, reply):
+    with pytest.raises(ReplyError) as raised:
+        Session().send(request_, reply)
+    assert "secret" not in str(raised.value)
+
+
+# ---- properties ----
+
+HEADERS = st.builds(
+    lambda kind, length, rest: struct.pack("=IHHII", kind, length, 0, 0, 0) + rest,
+    st.integers(0, 9) | st.integers(0, 2**32 - 1),
+    st.integers(0, 64) | st.integers(0, 2**16 - 1),
+    st.binary(max_size=64),
+)
+TEXTS = st.binary(max_size=40).map(lambda data: data.replace(b"\0", b""))
+QUESTIONS = st.builds(
+    question,
+    st.sampled_from([CHECK, LOOKUP, FETCH, UPDATE, OPEN]),
+    st.sampled_from([service.bit for service in SERVICES.values()]) | st.integers(-(2**31), 2**31 - 1),
+    st.binary(max_size=40),
+    st.integers(0, 5) | st.integers(0, 2**64 - 1),
+)
+BYTES = st.lists(HEADERS | QUESTIONS | st.binary(max_size=40), max_size=8).map(b"".join)
+
+
+@given(st.lists(BYTES, max_size=5))
+@example([message(CLOSE), b"x"])
+def test_any_bytes_are_events_and_what_can_be_answered_is_one_message(chunks):
+    for event in events(*chunks):
+        assert isinstance(event, Ready | Request | Malformed)
+        request = event if isinstance(event, Request) else getattr(event, "request", None)
+        if request is not None:
+            assert (0 if request.op == "update" else -1, b"") == told(Session().send(request, Failed("no data")))
+
+
+@given(chunk=BYTES, cuts=st.sets(st.integers(0, 300)))
+def test_any_bytes_are_the_same_events_in_every_framing(chunk, cuts):
+    places = sorted({0, *cuts, max(300, len(chunk))})
+    assert events(chunk) == events(*(chunk[a:b] for a, b in itertools.pairwise(places)))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([CHECK, LOOKUP]),
+            st.sampled_from(DEFAULT_SERVICES),
+            st.lists(st.tuples(TEXTS, TEXTS), max_size=3),
+            TEXTS,
+        )
+    ),
+    TEXTS,
+)
+def test_pipelined_questions_are_read_in_order_with_their_keys(questions, name):
+    data = opening(name)
+    for kind, service, parameters, key in questions:
+        before = b"".join(b"%b\0%b\0" % pair for pair in parameters)
+        data += question(kind, SERVICES[service].bit, before + key + b"\0", len(parameters))
+    table = name.decode("utf-8", "backslashreplace")
+    assert [Request(OPS[kind], b"", table, service, key) for kind, service, _, key in questions] == events(data)[1:]
+
+
+@given(st.binary(max_size=200))
+def test_a_value_that_can_be_found_arrives_whole(value):
+    try:
+        reply = Found(value)
+    except ReplyError:
+        return
+    assert (1, value + b"\0") == told(Session().send(LOOKED_UP, reply))

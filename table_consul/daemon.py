@@ -14,6 +14,7 @@ from table_consul.errors import ReplyError, SourceError, shown
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, Table
+from table_consul.shortcut import Known, Shortcut
 from table_consul.sources import Sources
 from table_consul.tally import Tally
 
@@ -52,6 +53,7 @@ class Loop:
         named: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         tally: Tally | None = None,
+        know: Callable[[str, str], Known | None] | None = None,
     ) -> None:
         """``answer`` gets each request and the moment it arrived; what it raises becomes an error reply.
 
@@ -63,6 +65,7 @@ class Loop:
         self._clock = clock
         self._session: Session | imsg.Session = Session(tables.procexec_reply)
         self._tally = tally or Tally(Table)
+        self._shortcut = None if know is None else Shortcut(know, self._tally, clock)
         self._told: set[str] = set()
         self._begun = False
         self._unprepared: str | None = None
@@ -74,11 +77,28 @@ class Loop:
             self._session = imsg.Session()
             write_to = read_from  # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket
         while data:
-            self._session.receive_data(data)
-            if not self._answer_all(write_to) or self._session.closed:
-                break
+            if not self._answer_at_once(data, write_to):
+                self._session.receive_data(data)
+                if not self._answer_all(write_to) or self._session.closed:
+                    break
             data = _read(read_from)
         return self._session.dialect is not None
+
+    def _answer_at_once(self, data: bytes, write_to: int) -> bool:
+        """Whether the shortcut had all the replies; if smtpd is gone the next read tells."""
+        if self._shortcut is None or not self._session.takes_shortcuts:
+            return False
+        arrived = self._clock()
+        try:
+            replies = self._shortcut.replies(data)
+        except Exception as error:  # noqa: BLE001 - as in _answered
+            self._tell_traceback(error)
+            return False
+        if replies is None:
+            return False
+        _write(write_to, replies)
+        self._shortcut.count(data, arrived)
+        return True
 
     def _answer_all(self, write_to: int) -> bool:
         arrived = self._clock()
@@ -193,7 +213,7 @@ class Daemon(Loop):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """See Loop."""
-        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally)
+        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally, sources.known)
 
 
 def take_the_wire() -> tuple[int, int]:

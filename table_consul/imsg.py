@@ -56,6 +56,8 @@ class Session:
     send such a length, for its own imsg_create() refuses it.
     """
 
+    takes_shortcuts = False
+
     def __init__(self) -> None:
         self.dialect: str | None = None
         self.closed = False

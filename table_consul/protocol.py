@@ -106,6 +106,11 @@ class Session:
         self._overlong = False
         self._config: dict[str, str] = {}
 
+    @property
+    def takes_shortcuts(self) -> bool:
+        """Whether smtpd is at the beginning of a line, in the dialect ``smtpd-tables``."""
+        return self.dialect == "smtpd-tables" and not self._tail and not self._lines and not self._overlong
+
     def receive_data(self, data: bytes) -> None:
         """Take what was read from smtpd, in any cut."""
         lines = (self._tail + data).split(b"\n")

@@ -14,6 +14,7 @@ from table_consul.tally import Tally
 
 if TYPE_CHECKING:
     from table_consul.metrics import Exporter
+    from table_consul.shortcut import Known
     from table_consul.watch import Mirrored, Watch
 
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
@@ -91,6 +92,16 @@ class Sources:
                 raise
             # It turned out to be too large while this request waited for the first load.
             return self._read_directly().bucket(table, service, key, deadline)
+
+    def known(self, table: str, service: str) -> Known | None:
+        """The values of a service of exact keys, if the table has it and they are in memory; see shortcut.py."""
+        layout = self._tables.get(table)
+        mirrored = self._mirrors.get(table)
+        if layout is None or mirrored is None or service not in layout.services:
+            return None
+        if SERVICES[service].patterns or SERVICES[service].answers != "value":
+            return None
+        return mirrored.known(service)
 
     def update(self, deadline: float) -> None:
         """See responder.Source. A bad configuration changes nothing.

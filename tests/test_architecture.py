@@ -33,12 +33,15 @@ ORDER = [
     "kv",
     "file",
     "direct",
-    "watch",
     "tally",
+    "shortcut",
+    "watch",
     "metrics",
     "sources",
     "daemon",
     "log",
+    "child",
+    "bridge",
     "child",
     "bridge",
     "callbacks",
@@ -59,6 +62,8 @@ PURE = [
     "responder",
     "rules",
     "shape",
+    "tally",
+    "shortcut",
 ]
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}
 # What a person or smtpd starts.

@@ -43,6 +43,9 @@ class Scripted:
     def procexec_reply(self, name):
         return "auto"
 
+    def known(self, table, service):
+        return None
+
     def bucket(self, table, service, key, deadline):
         self.deadlines.append(deadline)
         if key in self.errors:

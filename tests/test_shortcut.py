@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from table_consul import daemon
+from table_consul.daemon import Loop
+from table_consul.mirror import Mirror, Snapshot
+from table_consul.responder import Responder
+from table_consul.services import SERVICES, Bucket, Table
+from table_consul.shortcut import Known, Shortcut
+from table_consul.sources import Sources
+from table_consul.tally import Tally
+
+TABLE = Table("consul", max_age=100.0)
+HELLO = b"config|smtpd-version|7.9.0\nconfig|tablename|consul\nconfig|ready\n"
+ENTRIES = {
+    "alias": [(b"root", b"gilles\n"), (b"a|b", b"eric"), (b"empty", b""), (b"bad", b"|command")],
+    "string": [(b"root", b"other")],
+    "domain": [(b"root", b"*")],
+}
+
+
+def snapshot(entries=ENTRIES):
+    return Snapshot({name: Bucket(TABLE, SERVICES[name], pairs) for name, pairs in entries.items()}, {})
+
+
+class Mirrored:
+    """What Sources is to the loop, on one mirror and a clock that a test sets."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.mirror = Mirror(TABLE.max_age)
+        self.mirror.confirm(snapshot(), 0.0)
+        self.learned = 0
+
+    def services(self, name):
+        return list(ENTRIES)
+
+    def prepare(self, name):
+        pass
+
+    def procexec_reply(self, name):
+        return "auto"
+
+    def table(self, name):
+        return Table(name, max_age=TABLE.max_age)
+
+    def bucket(self, table, service, key, deadline):
+        return self.mirror.bucket(service.name, key, self.now)
+
+    def known(self, table, service):
+        self.learned += 1
+        if table != "consul" or service not in ("alias", "string"):
+            return None
+        found, confirmed = self.mirror.state
+        return Known(self.mirror, self.mirror.state, found.buckets[service].values, confirmed + TABLE.max_age)
+
+
+def served(source, *chunks, know=None):
+    """What the loop writes when the chunks arrive one after the other."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        loop = Loop(source, Responder(source.table, source).answer, lambda name: None, lambda: source.now, know=know)
+        waiting = iter(chunks)
+
+        def read(fd):
+            return next(waiting, b"")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(daemon, "_read", read)
+            loop.serve(ours.fileno(), ours.fileno())
+        ours.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: theirs.recv(65536), b""))
+
+
+def lookup(key, service=b"alias", ident=b"00000001", table=b"consul", op=b"lookup"):
+    return b"table|0.1|1590631921.294413|%b|%b|%b|%b|%b\n" % (table, op, service, ident, key)
+
+
+LINES = st.builds(
+    lookup,
+    st.sampled_from([b"root", b"a|b", b"empty", b"bad", b"nobody", b"", b"x\0"]),
+    st.sampled_from([b"alias", b"alias", b"alias", b"string", b"domain", b"credentials", b"nonsense"]),
+    st.sampled_from([b"1", b"deadbeef", b""]),
+    st.sampled_from([b"consul", b"consul", b"other"]),
+    st.sampled_from([b"lookup", b"lookup", b"lookup", b"check", b"fetch"]),
+) | st.sampled_from([b"\n", b"table|\n", b"config|x|y\n", b"table|0.1|0|consul|update|7\n", b"half"])
+
+
+@given(st.lists(st.lists(LINES, min_size=1, max_size=4).map(b"".join), max_size=6))
+def test_the_short_way_and_the_long_way_say_the_same_bytes(chunks):
+    source = Mirrored()
+    assert served(source, HELLO, *chunks, know=source.known) == served(Mirrored(), HELLO, *chunks)
+
+
+@pytest.fixture
+def source():
+    return Mirrored()
+
+
+@pytest.fixture
+def shortcut(source):
+    return Shortcut(source.known, Tally(source.table), lambda: source.now)
+
+
+def test_a_key_in_memory_is_answered(shortcut):
+    assert shortcut.replies(lookup(b"root")) == b"lookup-result|00000001|found|gilles\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lookup(b"nobody"),
+        lookup(b"empty"),
+        lookup(b"bad"),
+        lookup(b"root", b"domain"),
+        lookup(b"root", op=b"check"),
+        lookup(b"root", ident=b""),
+        lookup(b"root", table=b"other"),
+        lookup(b"root")[:-1],
+        lookup(b"root") + lookup(b"nobody"),
+        lookup(b"root") + lookup(b"root", b"string"),
+        b"config|ready\n",
+        b"\n",
+    ],
+)
+def test_all_else_takes_the_long_way(shortcut, data):
+    assert shortcut.replies(data) is None
+
+
+def test_many_lookups_of_one_service_are_one_reply(source, shortcut):
+    data = lookup(b"root", ident=b"1") + lookup(b"a|b", ident=b"2")
+    assert shortcut.replies(data) == b"lookup-result|1|found|gilles\nlookup-result|2|found|eric\n"
+    assert source.learned == 1
+
+
+def test_an_edit_is_seen_by_the_next_lookup(source, shortcut):
+    shortcut.replies(lookup(b"root"))
+    source.mirror.confirm(snapshot({**ENTRIES, "alias": [(b"root", b"marie")]}), 1.0)
+    assert shortcut.replies(lookup(b"root")) == b"lookup-result|00000001|found|marie\n"
+
+
+def test_data_too_old_to_be_believed_take_the_long_way_which_says_error(source, shortcut):
+    shortcut.replies(lookup(b"root"))
+    source.now = TABLE.max_age + 1
+    assert shortcut.replies(lookup(b"root")) is None
+    assert b"|error|no data from Consul" in served(source, HELLO, lookup(b"root"), know=source.known)
+
+
+def test_what_was_answered_is_counted(source):
+    tally = Tally(source.table)
+    shortcut = Shortcut(source.known, tally, lambda: source.now)
+    data = lookup(b"root") * 3
+    shortcut.replies(data)
+    shortcut.count(data, source.now)
+    assert [(*key[:3], sum(cell[:-1])) for key, cell in tally.cells().items()] == [("consul", "alias", "lookup", 3)]
+
+
+def test_a_bug_in_the_shortcut_costs_no_answer(source, caplog):
+    def know(table, service):
+        raise RuntimeError("bug")
+
+    assert served(source, HELLO, lookup(b"root"), know=know).endswith(b"lookup-result|00000001|found|gilles\n")
+    assert "internal error" in caplog.text
+
+
+def test_sources_know_only_exact_services_in_memory(source):
+    sources = Sources.__new__(Sources)
+    sources._tables = {"consul": TABLE}
+    sources._mirrors = {"consul": SimpleNamespace(known=lambda service: service)}
+    asked = {name: sources.known("consul", name) is not None for name in SERVICES}
+    assert [name for name, known in asked.items() if known] == [
+        "alias",
+        "credentials",
+        "userinfo",
+        "mailaddrmap",
+        "string",
+    ]
+    assert sources.known("other", "alias") is None

@@ -11,18 +11,33 @@ import functools
 import http.client
 import socket
 import ssl
+import sys
 import threading
 import urllib.parse
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import requests
-import requests.adapters
 import urllib3
 import urllib3.connection
 import urllib3.exceptions
 
 from table_consul.errors import SourceError, shown
+
+# requests guesses the encoding of texts, which nobody here reads, and misses that with a warning; each table has a
+# process, and each process would hold 3 MB for it. What kv.py needs of requests it has from here.
+_GUESSES = ("charset_normalizer", "chardet")
+_unneeded = [name for name in _GUESSES if name not in sys.modules]
+sys.modules.update(dict.fromkeys(_unneeded))  # type: ignore[arg-type]  # None: as if it were not installed
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import requests
+    import requests.adapters
+for _name in _unneeded:
+    del sys.modules[_name]
+Headers = requests.structures.CaseInsensitiveDict
+PreparedRequest = requests.PreparedRequest
+Response = requests.Response
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig

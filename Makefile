@@ -33,7 +33,9 @@ chaos: $(VENV)/.stamp ## the long version of tests/chaos: a cluster of three tha
 	TABLE_CONSUL_CHAOS=long $(BIN)/python -m pytest -s tests/chaos $(ARGS)
 
 bench: $(VENV)/.stamp ## speed and memory, as ratios to reference children
-	$(BIN)/python -m bench.bench $(ARGS)
+	$(PYTHON) -m venv --clear bench/build/venv
+	bench/build/venv/bin/python -m pip install --quiet .
+	$(BIN)/python -m bench.bench --program bench/build/venv/bin/table-consul $(ARGS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) dist build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache bench/build

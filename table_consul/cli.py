@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from table_consul import __version__, config, log
 from table_consul.daemon import Daemon, take_the_wire
 from table_consul.errors import ConfigError
 from table_consul.sources import Sources
+
+if TYPE_CHECKING:
+    import argparse
 
 DESCRIPTION = """\
 OpenSMTPD table backend that answers from Consul's key-value store: the key
@@ -41,6 +44,8 @@ table-consul --check CONFIG checks a configuration; table-consul --help tells th
 
 
 def _parser() -> argparse.ArgumentParser:
+    import argparse
+
     parser = argparse.ArgumentParser(
         "table-consul", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,12 +61,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0, or 2 for what is wrong with the command line or the configuration."""
-    options = _parser().parse_args(arguments)
-    if options.check is not None:
-        return check(options.check)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    path = given[0] if given else None
+    if len(given) > 1 or (path is not None and not path.startswith("/")):  # not as smtpd does, so there is time
+        options = _parser().parse_args(given)
+        if options.check is not None:
+            return check(options.check)
+        path = options.config
     if os.isatty(0):
         return _not_for_people()
-    return serve(options.config)
+    return serve(path)
 
 
 def check(path: str) -> int:

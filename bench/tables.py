@@ -1,0 +1,62 @@
+"""What is in Consul while the bench runs, and what the driver asks and expects."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+
+def aliases(count: int) -> dict[str, str]:
+    """Keys of exactly 100 bytes with values of 30 to 60."""
+    chance = random.Random(count)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    table: dict[str, str] = {}
+    for number in range(count):
+        head = f"user{number}."
+        key = head + "".join(chance.choices(letters, k=88 - len(head))) + "@example.org"
+        name = f"{chance.getrandbits(32):08x}" + "".join(chance.choices(letters, k=chance.randrange(10, 41)))
+        table[key] = f"{name}@example.net"
+    return table
+
+
+def networks(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Networks and single addresses of both families, and addresses with the answer of smtpd's own matcher."""
+    chance = random.Random(count)
+    entries: dict[str, str] = {}
+    asked: dict[str, str | None] = {f"192.168.{number % 256}.{number // 256}": None for number in range(5_000)}
+    for number in range(count):
+        high, low = number // 256 % 256, number % 256
+        last = chance.randrange(1, 255)
+        kind = number * 10 // count
+        if kind < 6:
+            entry, inside = f"10.{high}.{low}.0/24", f"10.{high}.{low}.{last}"
+        elif kind < 9:
+            network = f"2001:{number >> 16:x}db8:{number & 0xFFFF:x}"
+            entry, inside = f"{network}::/48", f"[{network}::{last:x}:1]"
+        else:
+            entry, inside = f"172.{high}.{low}.{last}", f"172.{high}.{low}.{last}"
+        if kind == 1:
+            entry, inside = f"10.{high}.{low}.64/28", f"10.{high}.{low}.{64 + last % 16}"
+        entries[entry] = ""
+        if number % 5 == 0:
+            asked[inside] = ""
+    return entries, asked
+
+
+def domains(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Domains, a fifth of them with a star, and host names with the answer of smtpd's own matcher."""
+    entries: dict[str, str] = {}
+    asked: dict[str, str | None] = {f"absent{number}.example.com": None for number in range(5_000)}
+    for number in range(count):
+        if number % 5:
+            entry = inside = f"mail{number}.example{number % 97}.org"
+        else:
+            entry, inside = f"*.zone{number}.example.net", f"mx{number % 7}.zone{number}.example.net"
+        entries[entry] = ""
+        if number % 5 < 2:
+            asked[inside] = ""
+    return entries, asked
+
+
+def write_keys(path: Path, asked: dict[str, str | None]) -> None:
+    path.write_text("".join(f"{key}\n" if value is None else f"{key}\t{value}\n" for key, value in asked.items()))

@@ -18,14 +18,15 @@ of another shape as reason to exit. Facts from 6.8.0p2 and 7.4.0p1, whose code f
 from __future__ import annotations
 
 from collections.abc import Iterable
-from struct import Struct
+from struct import Struct, calcsize
 
 from table_consul.errors import ReplyError, shown
 from table_consul.protocol import Event, Failed, Found, Malformed, NotFound, Ready, Reply, Request, Updated
 from table_consul.services import SERVICES
 
-OK, OPEN, CLOSE, UPDATE = 0, 2, 3, 4
-OPS = {5: "check", 6: "lookup", 7: "fetch"}
+OK, OPEN, CLOSE, UPDATE, CHECK, LOOKUP, FETCH = 0, 2, 3, 4, 5, 6, 7
+OPS = {CHECK: "check", LOOKUP: "lookup", FETCH: "fetch"}
+WITH_KEY = (CHECK, LOOKUP)
 # smtpd: smtpd-api.h, PROC_TABLE_API_VERSION.
 VERSION = 2
 
@@ -33,12 +34,14 @@ HEADER = Struct("=IHHII")  # type, length with the header, flags, peer id, proce
 _VERSION = Struct("=I")
 _SERVICE = Struct("=i")
 _COUNT = Struct("@N")
-_VERDICT = Struct("=i")
 _QUESTION_SIZE = _SERVICE.size + _COUNT.size
+# Header, service and count at once; in standard sizes there is no padding between them.
+_USUAL = Struct(HEADER.format + "i" + {4: "I", 8: "Q"}[calcsize("@N")])
+_ANSWER = Struct(HEADER.format + "i")
 
 # openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() of either end fails on more, and smtpd exits.
 MAX_MESSAGE = 16384
-MAX_VALUE = MAX_MESSAGE - HEADER.size - _VERDICT.size - len(b"\0")
+MAX_VALUE = MAX_MESSAGE - _ANSWER.size - len(b"\0")
 
 _NAMES = {service.bit: service.name for service in SERVICES.values()}
 
@@ -69,23 +72,37 @@ class Session:
     def receive_data(self, data: bytes) -> None:
         """Take what was read from smtpd, in any cut."""
         if not self.closed and not self._lost:
-            self._data = self._data[self._at :] + data
+            self._data = data if self._at == len(self._data) else self._data[self._at :] + data
             self._at = 0
 
     def next_event(self) -> Event | None:
         """What smtpd said next, or None when that has not arrived yet. After CLOSE nothing ever does."""
-        present = len(self._data) - self._at
+        data, at = self._data, self._at
+        present = len(data) - at
         if present < HEADER.size:
             return None
-        kind, length, _, _, _ = HEADER.unpack_from(self._data, self._at)
+        if at == 0 and present > _USUAL.size:
+            # Nearly all that is ever asked, alone in one read; what follows would say the same.
+            kind, length, _, _, _, bit, count = _USUAL.unpack_from(data)
+            if (
+                length == present <= MAX_MESSAGE
+                and kind in WITH_KEY
+                and bit in _NAMES
+                and not count
+                and data.find(b"\0", _USUAL.size) == length - 1
+            ):
+                self._at = length
+                self.dialect = "imsg"
+                return Request(OPS[kind], b"", self._table, _NAMES[bit], data[_USUAL.size : -1])
+        kind, length, _, _, _ = HEADER.unpack_from(data, at)
         if not HEADER.size <= length <= MAX_MESSAGE:
             self._forget()
             self._lost = True
             return Malformed(f"no message has {length} bytes; smtpd can no longer be understood", None)
         if present < length:
             return None
-        body = self._data[self._at + HEADER.size : self._at + length]
-        self._at += length
+        body = data[at + HEADER.size : at + length]
+        self._at = at + length
         self.dialect = "imsg"
         if kind in OPS:
             return self._question(OPS[kind], body)
@@ -138,7 +155,7 @@ class Session:
 
     def register(self, _services: Iterable[str]) -> bytes:
         """The reply to Ready. In this dialect smtpd is not told of services, and asks for any."""
-        return _message(b"")
+        return HEADER.pack(OK, HEADER.size, 0, 0, 0)
 
     def send(self, request: Request, reply: Reply) -> bytes:
         """The reply to this request as bytes for smtpd.
@@ -146,25 +163,22 @@ class Session:
         Raises:
             ReplyError: there is no such reply to such a request, or the value is longer than a message can be.
         """
-        value = b""
-        if request.op == "update" and isinstance(reply, Updated | Failed):
-            verdict = 1 if isinstance(reply, Updated) else 0
-        elif request.op != "update" and isinstance(reply, NotFound | Failed):
-            verdict = 0 if isinstance(reply, NotFound) else -1
-        elif (
-            request.op in ("check", "lookup", "fetch")
-            and isinstance(reply, Found)
-            and (reply.value is None) is (request.op == "check")
-        ):
-            verdict = 1
-            if reply.value is not None:
-                if len(reply.value) > MAX_VALUE:
-                    raise ReplyError(f"a value of {len(reply.value)} bytes; this smtpd takes at most {MAX_VALUE}")
-                value = reply.value + b"\0"
-        else:
-            raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
-        return _message(_VERDICT.pack(verdict) + value)
+        op = request.op
+        if isinstance(reply, Found):
+            value = reply.value
+            if value is None and op == "check":
+                return _answer(1)
+            if value is not None and op in ("lookup", "fetch"):
+                if len(value) > MAX_VALUE:
+                    raise ReplyError(f"a value of {len(value)} bytes; this smtpd takes at most {MAX_VALUE}")
+                return _answer(1, value + b"\0")
+        elif op == "update":
+            if isinstance(reply, (Updated, Failed)):
+                return _answer(1 if isinstance(reply, Updated) else 0)
+        elif isinstance(reply, (NotFound, Failed)):
+            return _answer(0 if isinstance(reply, NotFound) else -1)
+        raise ReplyError(f"{type(reply).__name__} does not answer {op}")
 
 
-def _message(body: bytes) -> bytes:
-    return HEADER.pack(OK, HEADER.size + len(body), 0, 0, 0) + body
+def _answer(verdict: int, value: bytes = b"") -> bytes:
+    return _ANSWER.pack(OK, _ANSWER.size + len(value), 0, 0, 0, verdict) + value

@@ -42,8 +42,6 @@ ORDER = [
     "log",
     "child",
     "bridge",
-    "child",
-    "bridge",
     "callbacks",
     "procexec",
     "cli",

@@ -1,0 +1,108 @@
+"""Tables of your own, in Python: say how to check, look up and fetch, and serve any OpenSMTPD.
+
+    from table_consul import callbacks
+
+    def lookup(table, service, key):
+        return "gilles" if (service, key) == ("alias", "root") else None
+
+    callbacks.serve(lookup=lookup)
+
+smtpd runs the program when it stands in OpenSMTPD's libexec folder as ``table-NAME`` and smtpd.conf says
+``table users NAME:/etc/mail/users.conf``; the path becomes the program's first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from table_consul import log
+from table_consul.daemon import Loop, take_the_wire
+from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
+from table_consul.services import DEFAULT_SERVICES
+
+Check = Callable[[str, str, str], bool]
+Lookup = Callable[[str, str, str], str | None]
+Fetch = Callable[[str, str], str | None]
+Update = Callable[[str], None]
+
+
+class Callbacks:
+    """Answers by calling functions; see serve. Its methods are those that daemon.Loop calls."""
+
+    def __init__(
+        self,
+        check: Check | None,
+        lookup: Lookup | None,
+        fetch: Fetch | None,
+        update: Update | None,
+        services: Sequence[str],
+    ) -> None:
+        self._check = check
+        self._lookup = lookup
+        self._fetch = fetch
+        self._update = update
+        self._services = list(services)
+
+    def services(self, _table: str) -> list[str]:
+        """The services that were chosen."""
+        return self._services
+
+    def procexec_reply(self, _table: str) -> str:
+        """See daemon.Tables."""
+        return "auto"
+
+    def prepare(self, _table: str) -> None:
+        """Nothing is left to prepare."""
+
+    def answer(self, request: Request, _arrived: float) -> Reply:
+        """What the function for this operation says; what it raises passes through."""
+        table, service = request.table, request.service
+        key = request.key.decode("utf-8", "surrogateescape")
+        if request.op == "update":
+            if self._update is not None:
+                self._update(table)
+            return Updated()
+        if service not in self._services:
+            return Failed(f"service {service} is not among the services of this table")
+        if request.op == "check" and self._check is not None:
+            return Found() if self._check(table, service, key) else NotFound()
+        if request.op in ("check", "lookup") and self._lookup is not None:
+            value = self._lookup(table, service, key)
+        elif request.op == "fetch" and self._fetch is not None:
+            value = self._fetch(table, service)
+        else:
+            return Failed(f"this table has no {request.op}")
+        if value is None:
+            return NotFound()
+        return Found() if request.op == "check" else Found(value.encode("utf-8", "surrogateescape"))
+
+
+def serve(
+    *,
+    check: Check | None = None,
+    lookup: Lookup | None = None,
+    fetch: Fetch | None = None,
+    update: Update | None = None,
+    services: Sequence[str] = DEFAULT_SERVICES,
+    program: str = "table",
+) -> None:
+    """Answer smtpd, in whichever dialect it speaks, until it is gone.
+
+    An exception, or a value that smtpd could not take, makes smtpd put the mail off; the log, syslog or a terminal,
+    says why. Only None says that there is nothing, and lets smtpd refuse the mail. smtpd waits for every answer.
+
+    Args:
+        check: whether ``(table, service, key)`` is in the table. Without it, whether ``lookup`` finds something.
+        lookup: the value of ``(table, service, key)``, one line of text, or None.
+        fetch: the next element of ``(table, service)``, or None when the table is empty.
+        update: called with the table's name after ``smtpctl update table``.
+        services: what smtpd may ask for, by the names in smtpd-tables(7).
+        program: what log lines begin with.
+    """
+    answerer = Callbacks(check, lookup, fetch, update, services)
+
+    def named(table: str) -> None:
+        log.start("info", "auto", table, program)
+
+    named("")
+    Loop(answerer, answerer.answer, named).serve(*take_the_wire())

@@ -1,0 +1,150 @@
+"""table-procexec: lets any program that speaks one of the line dialects be a table of any OpenSMTPD.
+
+smtpd 7.6 and later speak lines themselves, and the program takes the place of this one. Up to 7.5 smtpd speaks imsg;
+this one stays between the two, and whatever its child does, smtpd gets an answer in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import shlex
+import socket
+import stat
+import sys
+from collections.abc import Sequence
+
+from table_consul import __version__
+
+# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
+LIBEXEC = (
+    "/usr/libexec/opensmtpd",
+    "/usr/libexec/smtpd",
+    "/usr/local/libexec/opensmtpd",
+    "/usr/lib/opensmtpd",
+)
+DEADLINE_SECONDS = 2.0
+LONGEST_DEADLINE_SECONDS = 60.0
+
+DESCRIPTION = """\
+Runs COMMAND as a table of OpenSMTPD, whichever version: a program that speaks the
+protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf:
+
+    table users "procexec:/usr/libexec/opensmtpd/table-users /etc/mail/users.conf"
+"""
+EPILOG = """\
+COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
+smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
+word, split as a shell would. The options work with OpenSMTPD up to 7.5, which needs
+this program to translate; later versions speak with COMMAND themselves.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "table-procexec",
+        usage="table-procexec [--dialect DIALECT] [--deadline SECONDS] COMMAND [ARGUMENT ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--dialect", choices=("smtpd-tables", "procexec"), help="what COMMAND speaks (default: found out)"
+    )
+    parser.add_argument(
+        "--deadline",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEADLINE_SECONDS,
+        help=f"how long smtpd waits for an answer at most (default: {DEADLINE_SECONDS:g})",
+    )
+    parser.add_argument("--version", action="version", version=f"table-procexec {__version__}")
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= LONGEST_DEADLINE_SECONDS:
+        raise argparse.ArgumentTypeError(f"not between 0 and {LONGEST_DEADLINE_SECONDS:g}: {text}")
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit status: 0, 2 for a wrong command line, 127 for a command that cannot be run."""
+    parser = _parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        # smtpd passes all that stands behind the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
+        options = parser.parse_args(shlex.split(given[0]) if len(given) == 1 else given)
+    except ValueError as error:
+        parser.error(f"{error}: {given[0]}")
+    if not options.command:
+        parser.error("no COMMAND")
+    if os.isatty(0):
+        parser.error("smtpd starts this; its standard input is a socket")
+    first = _first_byte(0)
+    beside = os.path.dirname(sys.argv[0])
+    if first is None or first >= b"\x08":
+        return _become(options.command, beside)
+    if not first:
+        return 0
+    return _bridge(options.command, beside, options.dialect, options.deadline)
+
+
+def _first_byte(fd: int) -> bytes | None:
+    """What the peer says first, left where it is; empty at end of file, None if this is no socket."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
+    with socket.socket(fileno=os.dup(fd)) as peer:
+        while True:
+            try:
+                return peer.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                select.select([fd], [], [])
+            except OSError:
+                return b""
+
+
+def _become(command: Sequence[str], beside: str) -> int:
+    try:
+        os.execv(find(command[0], beside), list(command))  # noqa: S606 - smtpd.conf names it
+    except OSError as error:
+        sys.stderr.write(f"table-procexec: {command[0]}: {error.strerror}\n")
+        return 127
+
+
+def find(name: str, beside: str) -> str:
+    """The path of a command: as it is if it has a slash, else from ``beside``, the libexec folders, and PATH.
+
+    Raises:
+        FileNotFoundError: it is in none of them.
+    """
+    if "/" in name:
+        return name
+    folders = [beside] if os.path.isabs(beside) else []
+    for folder in (*folders, *LIBEXEC, *os.get_exec_path()):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise FileNotFoundError(2, "neither in a libexec folder of OpenSMTPD nor in PATH", name)
+
+
+def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: float) -> int:
+    # They cost more to import than all the rest, and are not needed where the child takes our place.
+    from table_consul import log  # noqa: PLC0415
+    from table_consul.bridge import Bridge  # noqa: PLC0415
+    from table_consul.daemon import Loop, take_the_wire  # noqa: PLC0415
+
+    def named(table: str) -> None:
+        log.start("info", "auto", table, "table-procexec")
+
+    named("")
+    bridge = Bridge(command[0], lambda: [find(command[0], beside), *command[1:]], dialect, deadline)
+    read_from, write_to = take_the_wire()
+    try:
+        Loop(bridge, bridge.answer, named).serve(read_from, write_to)
+    finally:
+        bridge.close()
+    return 0

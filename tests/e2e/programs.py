@@ -1,0 +1,101 @@
+"""An smtpd whose tables are programs of the test's choice, for what one table-consul alone does not show."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from tests.rig import opensmtpd, package
+from tests.rig.opensmtpd import LAUNCHER, LIBEXEC, Smtpd, _command_line, _descendants
+from tests.rig.root import File
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from tests.rig.root import Root
+
+PROCEXEC = LAUNCHER.replace("table_consul.cli", "table_consul.procexec")
+DUMMY = LAUNCHER.partition("from table_consul")[0] + (package.CHECKOUT / "contrib/table-dummy.py").read_text().replace(
+    "from __future__ import annotations\n", ""
+)
+
+# With OpenSSL 3, 6.8.0p2 can sign nothing (OpenSMTPD issues 1171, 1239), so no certificate of it works. Encryption
+# without certificates does, and is as good as any to be asked for a password.
+ANONYMOUS = "AECDH-AES256-SHA:@SECLEVEL=0"
+
+# A table as the article of 2020 shows it, with the words and manners of its time: it exits at what it does not know.
+OF_2020 = """\
+#!/usr/bin/python3 -I
+import sys
+for line in sys.stdin:
+    atoms = line.strip().split("|")
+    if len(atoms) < 6 or atoms[0] != "table" or atoms[1] != "0.1":
+        sys.exit(1)
+    operation, token, key = atoms[4], atoms[5], "|".join(atoms[7:])
+    if operation == "update":
+        answer = "updated"
+    elif operation == "check":
+        answer = "found" if key == "gilles@poolp.org" else "not-found"
+    elif operation == "lookup":
+        answer = "found|gilles@poolp.org" if (atoms[6], key) == ("alias", "root") else "not-found"
+    elif operation == "fetch":
+        answer = "found|gilles@poolp.org"
+    else:
+        sys.exit(1)
+    print(f"table-response|{token}|{answer}", flush=True)
+"""
+
+
+class Programs(Smtpd):
+    """An smtpd with these programs beside its own, by name; table-consul and table-procexec are there anyway.
+
+    Args:
+        processes: of how many processes each table of ``conf`` consists, if not of one.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        conf: str,
+        files: Mapping[str, File | str | bytes] | None = None,
+        programs: Mapping[str, str] | None = None,
+        processes: int = 1,
+    ) -> None:
+        super().__init__(root, f'smtp ciphers "{ANONYMOUS}"\n{conf}' if root.release == "6.8" else conf, files)
+        for name, text in {"table-procexec": PROCEXEC, **(programs or {})}.items():
+            self.write(f"/{LIBEXEC}/{name}", File(text, 0o755))
+        self._tables = processes * len(re.findall(r"^\s*table\s", conf, re.MULTILINE))
+
+    def send(self, *recipients: str, **options: Any) -> dict[str, tuple[int, str]]:
+        """See Smtpd.send."""
+        trusting = _anonymous if self.root.release == "6.8" else opensmtpd._trusting
+        with mock.patch.object(opensmtpd, "_trusting", trusting):
+            return super().send(*recipients, **options)
+
+    @property
+    def backends(self) -> list[int]:
+        """The process ids of its tables, and of what these have started."""
+        main = self._main_pid()
+        lines = {pid: _command_line(pid) for pid in _descendants(main)} if main else {}
+        return [pid for pid, line in lines.items() if f"/{LIBEXEC}/table-" in line]
+
+    @staticmethod
+    def command_line(pid: int) -> str:
+        """How the process was started; empty when it is gone."""
+        return _command_line(pid)
+
+    def read(self, path: str) -> str:
+        """The text of a file in its tree, as it is now."""
+        return (self._running_tree / path.lstrip("/")).read_text()
+
+
+def _anonymous() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(ANONYMOUS)
+    return context

@@ -81,7 +81,8 @@ class Writer:
 
     def abandon(self) -> None:
         """Leave the old file as it is."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # on a full disk closing fails as writing did
+            self._file.close()
         with contextlib.suppress(OSError):
             os.unlink(self._partial)
 

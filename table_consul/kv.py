@@ -20,11 +20,20 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import msgspec
-import requests
 import urllib3.exceptions
 
 from table_consul import __version__
-from table_consul.connection import Deadline, Endpoint, Session, cause_of, reason_of, tls_context
+from table_consul.connection import (
+    Deadline,
+    Endpoint,
+    Headers,
+    PreparedRequest,
+    Response,
+    Session,
+    cause_of,
+    reason_of,
+    tls_context,
+)
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, shown
 
 with warnings.catch_warnings():
@@ -128,7 +137,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         self._current = 0
         self._session = Session(self._endpoints, self.deadline)
         self._scope = [(k, v) for k, v in (("ns", settings.namespace), ("partition", settings.partition)) if v]
-        self._request = requests.PreparedRequest()
+        self._request = PreparedRequest()
         self._request.method = "GET"
         self._request.prepare_cookies({})
         self._token: str | None = None
@@ -152,9 +161,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
         self._token = headers.get("X-Consul-Token")
         # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
         fixed = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json"}
-        self._request.headers = requests.structures.CaseInsensitiveDict(
-            {**fixed, "Accept-Encoding": "identity", **headers}
-        )
+        self._request.headers = Headers({**fixed, "Accept-Encoding": "identity", **headers})
 
     def get(self, _callback: object, path: str, params: Any = None, headers: Any = None, **_extra: Any) -> Any:  # noqa: ANN401 - the library's
         query = urllib.parse.urlencode([*(params or ()), *self._scope])
@@ -221,7 +228,7 @@ class _Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no t
             response.close()
         return self._judge(response.status_code, response.headers, b"".join(chunks))
 
-    def _stream(self, response: requests.Response, begin: Callable[[int], Callable[[bytes], None] | None]) -> _Answer:
+    def _stream(self, response: Response, begin: Callable[[int], Callable[[bytes], None] | None]) -> _Answer:
         """Hand the body on in pieces that are lists of whole entries, or drop it when nobody wants it."""
         answer = self._judge(200, response.headers, b"")
         self.deadline.answer_by = self.deadline.clock() + BODY_SECONDS
@@ -379,6 +386,10 @@ class Client:
         When an answer begins to arrive `begin` is given its index, and says what takes the entries, or None when they
         are of no interest. It is called again if that answer breaks off and another one is tried. `index` and `wait`
         are as for `list`; `timeout` is what Consul may take beyond that until the answer begins.
+
+        Without an index the leader makes sure that it is one and has caught up, unless `stale` is configured: one that
+        was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
+        #3285, #10989). Waiting on an index needs no such proof.
         """
         last = prefix
 
@@ -407,6 +418,8 @@ class Client:
 
         _check_prefix(prefix)
         waiting: dict[str, str | int] = {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"} if index else {}
+        if not index and self._library.consistency == "default":
+            waiting["consistency"] = "consistent"
         patience = wait * (1 + JITTER) if index else 0.0
         self._transport.begin = start
         try:

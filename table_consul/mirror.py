@@ -57,8 +57,11 @@ def advance(state: WatchState, turn: Turn) -> tuple[WatchState, float]:
     the store has yet to reach hides every edit until then. An index is at least 1.
     """
     index = 0 if turn.index < state.index else max(turn.index, 1)
-    if state.index == 0 or turn.waited_out:
+    if turn.waited_out:
         return WatchState(index), 0.0
+    if state.index == 0:
+        # An index that goes to and fro (stale servers by turns) is no news, and must not make this a busy loop.
+        return WatchState(index, state.idle), 0.0
     if turn.changed:
         return WatchState(index), max(LEAST_PAUSE_SECONDS, turn.took)
     idle = state.idle + 1
@@ -68,7 +71,7 @@ def advance(state: WatchState, turn: Turn) -> tuple[WatchState, float]:
 def wait_seconds(keys: int, max_age: float) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
     wait = min(max(keys / KEYS_PER_WAIT_SECOND, LEAST_WAIT_SECONDS), MOST_WAIT_SECONDS)
-    return max(min(wait, max_age / 3), 1.0)
+    return max(min(wait, max_age / 3), LEAST_PAUSE_SECONDS)
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -76,12 +79,19 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     buckets: Mapping[str, Bucket]
     hidden: Mapping[str, SourceError]
-    """Services whose bucket looks empty, but may not be read: their absence proves nothing."""
+    """Services whose bucket may not be read: what looks absent from it may be there."""
+    restored: bool = False
+    """It comes from a copy on disk; Consul has proven nothing of it to this process."""
 
     @property
     def size(self) -> int:
         """How many entries there are."""
         return sum(len(bucket) for bucket in self.buckets.values())
+
+
+def unproven(services: Iterable[str], former: Snapshot | None) -> list[str]:
+    """Those services of which it is not known whether their folder may be read at all."""
+    return [name for name in services if former is None or former.restored or name in former.hidden]
 
 
 class Doubt(NamedTuple):
@@ -90,13 +100,24 @@ class Doubt(NamedTuple):
     service: str
     key: bytes
     held: bool
-    """It was there before; if not, it stands for a bucket that has always looked empty."""
+    """Its bucket had entries, which go on answering while this cannot be proven."""
 
 
 class Loading:
     """A snapshot in the making: entries come in as Consul lists them, in ascending order."""
 
-    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        prefix: bytes,
+        services: Iterable[str],
+        former: Snapshot | None,
+        forbidden: Mapping[str, SourceError],
+    ) -> None:
+        """``forbidden`` are those services whose folder could not be read when it was tried, before Consul was asked.
+
+        Before, not after: a blocking query goes by the ACLs of its beginning, which may have changed when it ends.
+        """
         self._former = former
         self._builders = [
             Builder(table, SERVICES[name], None if former is None else former.buckets[name]) for name in services
@@ -104,7 +125,7 @@ class Loading:
         self._prefix = prefix
         self._limit = table.max_keys
         self._count = 0
-        self._hidden: dict[str, SourceError] = {}
+        self._hidden = dict(forbidden)
 
     def take(self, pairs: list[tuple[bytes, bytes | None]]) -> None:
         """Take some entries, with their full keys.
@@ -131,35 +152,35 @@ class Loading:
 
         ACLs make a list look shorter, or empty, without an error; only the read of one key says 403.
         """
+        former = self._former
         for builder in self._builders:
             name = builder.service.name
-            asked = 0
-            for key in builder.lost():
-                if addressable(builder.path + key):
-                    yield Doubt(name, builder.path + key, held=True)
-                    asked += 1
-                if asked >= (PROOFS if filtered else 1):
-                    break
-            if not builder.values and not builder.refused:
-                former = self._former
-                if former is None or name in former.hidden:
-                    yield Doubt(name, builder.path + PROBE, held=False)
+            lost = (builder.path + key for key in builder.lost())
+            asked = [key for key, _ in zip(filter(addressable, lost), range(PROOFS if filtered else 1), strict=False)]
+            for key in asked:
+                yield Doubt(name, key, held=True)
+            if asked or name in self._hidden or PROBE in builder.values:
+                continue
+            held = former is not None and name not in former.hidden and len(former.buckets[name]) > 0
+            if filtered or (held and not builder.values and not builder.refused):
+                yield Doubt(name, builder.path + PROBE, held)
 
     def hide(self, service: str, error: SourceError) -> None:
-        """Note that the bucket of this service looks empty, but could not be read."""
+        """Note that the bucket of this service could not be read: what is not in it may be there all the same."""
         self._hidden[service] = error
 
-    def finish(self) -> Snapshot:
+    def finish(self, *, restored: bool = False) -> Snapshot:
         """The snapshot; the former one itself if nothing has changed."""
         buckets = {builder.service.name: builder.finish() for builder in self._builders}
         former = self._former
         if (
             former is not None
+            and not former.restored
             and former.hidden.keys() == self._hidden.keys()
             and all(bucket is former.buckets[name] for name, bucket in buckets.items())
         ):
             return former
-        return Snapshot(buckets, self._hidden)
+        return Snapshot(buckets, self._hidden, restored)
 
 
 class Mirror:
@@ -174,18 +195,24 @@ class Mirror:
         """From now on answer from this snapshot, true at this moment."""
         self.state = (snapshot, now)
 
-    def bucket(self, service: str, now: float) -> Bucket:
-        """The bucket of this service.
+    def retire(self) -> None:
+        """Have whoever goes by the identity of the state look again: another source answers from now on."""
+        if self.state is not None:
+            snapshot, confirmed = self.state
+            self.state = (snapshot, confirmed)
+
+    def bucket(self, service: str, key: bytes | None, now: float) -> Bucket:
+        """The bucket of this service, which is true of this key (None: of all there are).
 
         Raises:
             SourceError: nothing has been read yet, it is too old to be believed, or it may not be read.
         """
         state = self.state
         if state is None:
-            raise self.last_error
+            raise self.last_error.with_traceback(None)  # else it grows with each raise, as does the one below
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
-        if service in snapshot.hidden:
-            raise snapshot.hidden[service]
+        if service in snapshot.hidden and (key is None or not snapshot.buckets[service].check(key)):
+            raise snapshot.hidden[service].with_traceback(None)
         return snapshot.buckets[service]

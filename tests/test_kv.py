@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import random
 import socket
@@ -811,6 +812,239 @@ def test_the_environment_does_not_count(fake, connect, monkeypatch, tmp_path, ad
         monkeypatch.setenv(name, value)
     assert connect(fake.address).get(ROOT, timeout=1).value == b"gilles"
     assert not {"x-consul-token", "authorization"}.intersection(fake.requests[-1].headers)
+
+
+# Watching: a list in pieces.
+
+
+class Watched:
+    """What `Client.watch` was given; each answer that begins starts over."""
+
+    def __init__(self, client, prefix=b"t/", **options):
+        self.begun = []
+        self.pairs = []
+        self.seen = client.watch(prefix, self.begin, **{"timeout": 2, **options})
+
+    def begin(self, index):
+        self.begun.append(index)
+        self.pairs = []
+        return self.pairs.extend
+
+
+def listing(*pairs, indent=None):
+    """The body of a list as Consul spells it."""
+    entries = [
+        {
+            "LockIndex": 0,
+            "Key": key,
+            "Flags": 0,
+            "Value": base64.b64encode(value).decode() if value else None,
+            "CreateIndex": 4,
+            "ModifyIndex": 5,
+        }
+        for key, value in pairs
+    ]
+    return json.dumps(entries, indent=indent, separators=(",", ": ") if indent else (",", ":")).encode()
+
+
+def whole(fake, body, **options):
+    fake.handle = lambda request: Answer(200, TRUE, body, **options)
+
+
+TRAPS = [
+    't/a},{"Key":"t/b"',
+    't/}, {"',
+    "t/},",
+    't/"},{"K',
+    "t/\\",
+    't/\\"},{"A',
+    "t/[{",
+    "t/}]",
+    "t/\u2028},{",
+    "t/" + '},{"Aa' * 50,
+    "t/\U0001f600",
+]
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 64, 1 << 20])
+def test_a_watch_brings_whole_entries_however_the_body_is_cut(fake, client, monkeypatch, step, indent):
+    pairs = sorted((key, b"x" * (number * 7)) for number, key in enumerate(TRAPS))
+    whole(fake, listing(*pairs, indent=indent))
+    monkeypatch.setattr(kv, "STEP_BYTES", step)
+    watched = Watched(client)
+    assert watched.pairs == sorted((key.encode(), value or None) for key, value in pairs)
+    assert (watched.begun, watched.seen) == ([5], kv.Seen(5, False))
+
+
+KEYS = st.text(st.sampled_from('ab/},{"Key:[]\\ \n') | st.characters(codec="utf-8"), max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    entries=st.dictionaries(KEYS, st.binary(max_size=40), max_size=12),
+    step=st.integers(1, 200),
+    indent=st.sampled_from([None, 0, 1, 4]),
+    chunked=st.booleans(),
+)
+def test_any_list_in_any_pieces_gives_the_same_pairs(fake, client, entries, step, indent, chunked):
+    pairs = sorted((("t/" + key).encode(), value or None) for key, value in entries.items())
+    whole(fake, listing(*((key.decode(), value) for key, value in pairs), indent=indent), chunked=chunked)
+    before, kv.STEP_BYTES = kv.STEP_BYTES, step
+    try:
+        assert Watched(client).pairs == pairs
+    finally:
+        kv.STEP_BYTES = before
+
+
+def test_a_watch_hands_on_a_long_list_piece_by_piece(fake, client):
+    pairs = [(f"t/{number:05}", b"x" * 50) for number in range(2000)]
+    whole(fake, listing(*pairs))
+    pieces = []
+    client.watch(b"t/", lambda index: lambda piece: pieces.append(len(piece)), timeout=2)
+    assert sum(pieces) == 2000
+    assert max(pieces) < 400
+
+
+def test_a_watch_reads_the_largest_value_of_consul(fake, client):
+    whole(fake, listing(("t/a", b"1"), ("t/b", b"x" * (512 << 10)), ("t/c", b"2")))
+    assert [(key, len(value)) for key, value in Watched(client).pairs] == [
+        (b"t/a", 1),
+        (b"t/b", 512 << 10),
+        (b"t/c", 1),
+    ]
+
+
+@pytest.mark.parametrize("step", [1, 1 << 20])
+@pytest.mark.parametrize("keys", [("t/b", "t/a"), ("t/a", "t/c", "t/b"), ("t/a", "u/b"), ("s/a", "t/b"), ("t",)])
+def test_a_watch_refuses_keys_out_of_order_or_below_another_prefix(fake, client, monkeypatch, keys, step):
+    monkeypatch.setattr(kv, "STEP_BYTES", step)
+    whole(fake, listing(*((key, b"x") for key in keys)))
+    with pytest.raises(BadResponse, match=r"order|below"):
+        Watched(client)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[", b"{}", b"null", b'[{"Key":"t/a"}]', b"[]]", b"[] []", listing(("t/a", b"x"))[:-1],
+             listing(("t/a", b"x")) + b"x", listing(("t/a", b"x")).replace(b'"eA=="', b'"e*=="'),
+             listing(("t/a", b"x"), ("t/b", b"y")).replace(b"},{", b"},,{")]
+)  # fmt: skip
+@pytest.mark.parametrize("step", [1, 1 << 20])
+def test_a_watch_refuses_a_body_that_is_no_list_of_entries(fake, client, monkeypatch, body, step):
+    monkeypatch.setattr(kv, "STEP_BYTES", step)
+    whole(fake, body)
+    with pytest.raises(BadResponse):
+        Watched(client)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_watch_whose_body_breaks_off_anywhere_fails(fake, client, chunked):
+    answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y"), ("t/c", b"z")), chunked=chunked)
+    for length in range(answer.wire().rindex(b"]") + 1):
+        fake.handle = cut(answer, length)
+        with pytest.raises((Unreachable, BadResponse)):
+            Watched(client, timeout=1)
+
+
+def test_a_watch_that_broke_off_on_a_kept_connection_starts_over(fake, client):
+    answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y")))
+    fake.handle = lambda request: answer
+    Watched(client)
+    fake.handle = lambda request: (
+        setattr(fake, "handle", lambda request: answer), fake_consul.cut(answer, len(answer.wire()) - 9)(request)
+    )[1]  # fmt: skip
+    watched = Watched(client)
+    assert watched.begun == [5, 5]
+    assert watched.pairs == [(b"t/a", b"x"), (b"t/b", b"y")]
+
+
+def test_a_watch_of_nothing_is_an_answer_with_an_index_and_no_entries(fake, client):
+    watched = Watched(client)
+    assert (watched.begun, watched.pairs, watched.seen) == ([fake.index], [], kv.Seen(fake.index, False))
+    whole(fake, b"[]")
+    assert Watched(client).pairs == []
+
+
+def test_a_watch_takes_no_404_but_consuls_for_emptiness(fake, client):
+    for headers in ({}, {"X-Consul-Index": "5"}, {"X-Consul-Index": "5", "X-Consul-Knownleader": "false"}):
+        fake.handle = lambda request, headers=headers: Answer(404, headers)
+        with pytest.raises((Unreachable, BadResponse)):
+            Watched(client)
+
+
+def test_a_watch_drops_what_nobody_wants_and_is_ready_for_more(fake, client):
+    whole(fake, b"what it is does not matter" * 100_000)
+    assert client.watch(b"t/", lambda index: None, timeout=2) == kv.Seen(5, False)
+    connections = {request.connection for request in fake.requests}
+    whole(fake, listing(("t/a", b"x")))
+    assert Watched(client).pairs == [(b"t/a", b"x")]
+    assert {request.connection for request in fake.requests} == connections
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_watch_has_a_bound_on_the_body(fake, client, monkeypatch, wanted):
+    monkeypatch.setattr(kv, "BODY_LIMIT_BYTES", 100_000)
+    whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
+    with pytest.raises(BadResponse, match="more than"):
+        client.watch(b"t/", lambda index: (lambda pairs: None) if wanted else None, timeout=2)
+
+
+def test_a_watch_tells_when_an_acl_hides_some(fake, client):
+    fake.put(b"t/a", b"x")
+    fake.put(b"t/secret", b"y")
+    fake.denied = (b"t/secret",)
+    watched = Watched(client)
+    assert (watched.pairs, watched.seen.filtered) == ([(b"t/a", b"x")], True)
+
+
+def test_a_watch_waits_on_its_index_and_brings_the_edit(fake, client):
+    fake.put(b"t/a", b"x")
+    index = Watched(client).seen.index
+    timer = threading.Timer(0.1, fake.put, (b"t/a", b"y"))
+    timer.start()
+    watched = Watched(client, index=index, wait=20, timeout=0.5)
+    timer.join()
+    assert (watched.pairs, watched.seen.index) == ([(b"t/a", b"y")], index + 1)
+    assert fake.requests[-1].params == {"recurse": "1", "index": str(index), "wait": "20000ms"}
+
+
+@pytest.mark.parametrize(
+    ("consistency", "params"),
+    [("default", {"consistent": "1"}), ("stale", {"stale": "1"}), ("consistent", {"consistent": "1"})],
+)
+def test_the_first_answer_of_a_watch_comes_from_a_leader_that_has_caught_up(fake, connect, consistency, params):
+    client = connect(fake.address, consistency=consistency)
+    index = Watched(client).seen.index
+    assert fake.requests[-1].params == {"recurse": "1", **params}
+    Watched(client, index=index, wait=0.05)
+    waiting = {"recurse": "1", "index": str(index), "wait": "50ms"}
+    assert fake.requests[-1].params == {**waiting, **({consistency: "1"} if consistency != "default" else {})}
+
+
+def test_a_watch_that_is_held_longer_than_agreed_is_unreachable(fake, client):
+    fake.handle = stall
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        Watched(client, index=5, wait=0.3, timeout=0.2)
+    assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
+
+
+def test_the_body_of_a_watch_may_take_longer_than_the_deadline_and_not_for_ever(fake, client, monkeypatch):
+    body = listing(*((f"t/{number}", b"x") for number in range(9)))
+    slow = trickle(Answer(200, TRUE, body), pause=0.0005)
+
+    def late(request):
+        time.sleep(0.15)
+        slow(request)
+
+    fake.handle = late
+    assert len(Watched(client, timeout=0.4).pairs) == 9
+    monkeypatch.setattr(kv, "BODY_SECONDS", 0.2)
+    fake.handle = trickle(Answer(200, {}, body).wire() and Answer(200, TRUE, body * 50), pause=0.002)
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        Watched(client, timeout=1)
+    assert time.monotonic() - began < 1.2 + SLACK
 
 
 # TLS.

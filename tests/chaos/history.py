@@ -1,0 +1,88 @@
+"""What stood in Consul when, written and known; and what therefore may be answered at a moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from tests.rig.consul import ConsulError
+
+if TYPE_CHECKING:
+    from tests.rig.consul import ConsulAgent
+
+HOT = 12
+# An edit is answered from within milliseconds; this is for a machine whose processors are all busy with the test.
+FRESH_SECONDS = 1.0
+
+
+class Writer(threading.Thread):
+    """Writes ever new values to ``HOT`` keys below a prefix, through any member that takes them, until it is stopped.
+
+    A write that is not acknowledged may still come true, later. So each is made on the condition that nothing else was
+    written since (``cas``): what comes too late fails, and versions only ever grow.
+    """
+
+    def __init__(self, members: list[ConsulAgent], folder: str) -> None:
+        super().__init__(name="writer", daemon=True)
+        self._members = list(members)
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._version = 0
+        self.attempted = [0] * HOT
+        self.acknowledged: list[list[tuple[float, int]]] = [[] for _ in range(HOT)]
+
+    def run(self) -> None:
+        number = 0
+        while not self._end.is_set():
+            self.write(number % HOT, seconds=0.0)
+            number += 1
+            self._end.wait(0.02)
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+
+    def write(self, key: int, seconds: float) -> int:
+        """The version that stands there now; tried again for ``seconds``, or once."""
+        with self._lock:
+            self._version += 1
+            version = self._version
+            self.attempted[key] = version
+            deadline = time.monotonic() + seconds
+            while not self._put(f"/v1/kv/{self._folder}/alias/hot{key}", f"v{version}"):
+                if time.monotonic() > deadline:
+                    assert not seconds, "the cluster takes no write after its fault has ended"
+                    return version
+                time.sleep(0.02)
+            self.acknowledged[key].append((time.monotonic(), version))
+            return version
+
+    def write_all(self, seconds: float = 30.0) -> list[int]:
+        """Versions by key, all acknowledged."""
+        return [self.write(key, seconds) for key in range(HOT)]
+
+    def _put(self, path: str, value: str) -> bool:
+        try:
+            index = self._index(path)
+            done = self._members[0].request("PUT", f"{path}?cas={index}", value.encode(), timeout=1) is True
+        except (OSError, ConsulError):
+            done = False
+        if not done:
+            self._members.append(self._members.pop(0))
+        return done
+
+    def _index(self, path: str) -> int:
+        try:
+            return self._members[0].request("GET", f"{path}?consistent", timeout=1)[0]["ModifyIndex"]
+        except ConsulError as error:
+            if error.status == 404:
+                return 0
+            raise
+
+    def newest(self, key: int, before: float) -> int:
+        """The version that was acknowledged last before this moment; 0 for none."""
+        with self._lock:
+            known = self.acknowledged[key]
+        return max((version for when, version in known if when <= before), default=0)

@@ -1,0 +1,60 @@
+"""Who judges the answers is judged first: each kind of bad answer must show."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.client import DEADLINE_SECONDS, STEADY, Client
+from tests.chaos.history import FRESH_SECONDS, HOT, Writer
+
+ILL = (100.0, 110.0)
+NOBODY = HOT + len(STEADY) - 1
+
+
+@pytest.fixture
+def writer():
+    made = Writer([], "folder")
+    made.attempted[0] = 4  # never acknowledged
+    made.acknowledged[0] = [(10.0, 1), (50.0, 2), (105.0, 3)]
+    return made
+
+
+def judged(writer, *answers):
+    client = Client(None, b"t")
+    client.echoes = [0.001]
+    client.answers = [(when, 0.001, number, outcome) for when, number, outcome in answers]
+    row = client.judge("none", writer, ILL)
+    return row.wrong, row.absent, row.errors, row.late
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "outcome", "verdict"),
+    [
+        (60.0, 0, b"found|v2", (0, 0, 0, 0)),
+        (60.0, 0, b"found|v1", (1, 0, 0, 0)),  # outdated, and nothing is wrong with Consul
+        (50.0 + FRESH_SECONDS / 2, 0, b"found|v1", (0, 0, 0, 0)),
+        (105.0, 0, b"found|v1", (0, 0, 0, 0)),  # the last good copy
+        (105.0, 0, b"found|v4", (0, 0, 0, 0)),  # written after all, though Consul did not say so
+        (105.0, 0, b"found|v5", (1, 0, 0, 0)),  # never was the value
+        (105.0, 0, b"found|gilles", (1, 0, 0, 0)),
+        (105.0, 0, b"not-found", (0, 1, 0, 0)),
+        (105.0, 0, b"error|away", (0, 0, 1, 0)),
+        (120.0, 0, b"found|v3", (0, 0, 0, 0)),
+        (120.0, 0, b"found|v2", (1, 0, 0, 0)),  # still outdated after it is back
+        (105.0, HOT, b"found", (0, 0, 0, 0)),
+        (105.0, HOT, b"not-found", (0, 1, 0, 0)),
+        (105.0, NOBODY, b"not-found", (0, 0, 0, 0)),
+        (105.0, NOBODY, b"found|x", (1, 0, 0, 0)),
+    ],
+)
+def test_an_answer_is_worth_what_stood_in_consul(writer, when, number, outcome, verdict):
+    assert judged(writer, (when, number, outcome)) == verdict
+
+
+def test_late_is_late_and_the_end_of_the_child_an_exit(writer):
+    client = Client(None, b"t")
+    client.echoes = [0.001]
+    client.answers = [(60.0, DEADLINE_SECONDS + 0.1, HOT, b"found")]
+    client.gone = OSError()
+    row = client.judge("none", writer, ILL)
+    assert (row.late, row.exits, row.slowest) == (1, 1, DEADLINE_SECONDS + 0.1)

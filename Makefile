@@ -1,10 +1,17 @@
 # Targets for whoever works on table-consul, and for `make install`; `make help` lists them.
 .POSIX:
-.PHONY: help demo test lint cover wheel chaos bench install clean
+.PHONY: help demo test lint cover chaos bench install clean
 
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
+
+# Where smtpd looks for its tables: /usr/libexec/opensmtpd on Debian; OpenBSD /usr/local/libexec/smtpd, FreeBSD
+# /usr/local/libexec/opensmtpd, Alpine /usr/lib/opensmtpd.
+PREFIX = /usr/local
+LIBEXECDIR = /usr/libexec/opensmtpd
+APPDIR = $(PREFIX)/lib/table-consul
+EXTRAS = metrics
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -12,7 +19,7 @@ help: ## what can be made
 $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[metrics,regex]' --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[auth,metrics,regex]' --group dev
 	touch $@
 
 demo: $(VENV)/.stamp ## mail to root follows a key in Consul, before your eyes
@@ -37,5 +44,18 @@ bench: $(VENV)/.stamp ## speed and memory, as ratios to reference children
 	bench/build/venv/bin/python -m pip install --quiet .
 	$(BIN)/python -m bench.bench --program bench/build/venv/bin/table-consul $(ARGS)
 
+install: ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR)
+	$(PYTHON) -m venv build/installer
+	build/installer/bin/python -m pip install --quiet --upgrade --target '$(DESTDIR)$(APPDIR)' '.[$(EXTRAS)]'
+	rm -rf '$(DESTDIR)$(APPDIR)/bin'
+	mkdir -p '$(DESTDIR)$(LIBEXECDIR)'
+	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && \
+	for each in table-consul:cli table-procexec:procexec; do \
+	    program='$(DESTDIR)$(LIBEXECDIR)'/$${each%:*}; \
+	    printf '#!%s -I\nimport sys\nsys.path.insert(0, "%s")\nfrom table_consul.%s import main\nsys.exit(main())\n' \
+	        "$$python" '$(APPDIR)' "$${each#*:}" >"$$program.new" && \
+	    chmod 755 "$$program.new" && mv "$$program.new" "$$program" || exit 1; \
+	done
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) dist build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache bench/build
+	rm -rf $(VENV) dist build bench/build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

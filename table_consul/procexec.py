@@ -1,7 +1,8 @@
 """table-procexec: lets any program that speaks one of the line dialects be a table of any OpenSMTPD.
 
-smtpd 7.6 and later speak lines themselves, and the program takes the place of this one. Up to 7.5 smtpd speaks imsg;
-this one stays between the two, and whatever its child does, smtpd gets an answer in time.
+smtpd 7.6 and later speak lines themselves, and the program takes the place of this one. Up to 7.5 smtpd speaks imsg,
+and to a program of 2020 no smtpd can speak: then this one stays between the two, and whatever its child does, smtpd
+gets an answer in time.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf
 EPILOG = """\
 COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
 smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
-word, split as a shell would. The options work with OpenSMTPD up to 7.5, which needs
-this program to translate; later versions speak with COMMAND themselves.
+word, split as a shell would. OpenSMTPD 7.6 and later speak with COMMAND themselves,
+unless --dialect procexec says that it is of 2020. Options go into a script that runs
+table-procexec, for smtpd.conf has no place for them.
 """
 
 
@@ -86,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("smtpd starts this; its standard input is a socket")
     first = _first_byte(0)
     beside = os.path.dirname(sys.argv[0])
-    if first is None or first >= b"\x08":
-        return _become(options.command, beside)
-    if not first:
+    if first == b"":
         return 0
+    if first is None or (first >= b"\x08" and options.dialect != "procexec"):
+        return _become(options.command, beside)
     return _bridge(options.command, beside, options.dialect, options.deadline)
 
 

@@ -123,7 +123,7 @@ def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hi
     depth = 0
     for _ in range(50):
         with pytest.raises(SourceError) as caught:
-            mirror.bucket("alias", 0.0)
+            mirror.bucket("alias", None, 0.0)
         depth = len(caught.traceback)
     assert depth < 10
 

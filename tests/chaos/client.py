@@ -1,16 +1,15 @@
-"""smtpd's part: asks without pause, and keeps each answer with its time for judgement."""
+"""Keeps each answer with its time, and judges it."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
+import pickle
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.chaos.history import FRESH_SECONDS, HOT, Writer
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 DEADLINE_SECONDS = 2.0
 # With data in memory an answer is a matter of microseconds; the rest is for a machine whose two processors are shared.
 SLOW_SECONDS = 0.05
-# The floor of what this machine can do while it is as busy: answers by a process that only answers.
-ECHO = "import os\nwhile data := os.read(0, 4096): os.write(0, data)"
-ECHO_EVERY = 4
-# Three Consul servers that start or elect want more than two processors; what is measured here is not who gets them.
-# Only root may go first: to others the table shows, in the column beside, what the machine made of an echo.
-NICE = -15
 
 STEADY = (
     (b"check|domain", b"example.org", (b"found",)),
@@ -64,67 +57,65 @@ class Judgement:
         )
 
 
-def go_first(thread: int) -> None:
-    """Have this thread, and those that it starts from now on, run before what else is ready to."""
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, thread, NICE)
-
-
 class Client(threading.Thread):
-    """Asks a child one thing after the other until it is stopped. ``answers`` may be read at any time."""
+    """Has a child asked one thing after the other until it is stopped. ``answers`` may be read at any time."""
 
-    def __init__(self, child: Child, table: bytes) -> None:
+    def __init__(self, child: Child | None, table: bytes) -> None:
         super().__init__(name="client", daemon=True)
         self._child = child
         self._table = table
-        self._end = threading.Event()
+        self._asker: subprocess.Popen[bytes] | None = None
         self.answers: list[tuple[float, float, int, bytes]] = []
         self.echoes: list[float] = []
         self.newest = [0] * HOT
-        self.gone: Exception | None = None
+        self.gone: str | None = None
 
-    def run(self) -> None:
-        go_first(threading.get_native_id())
+    def start(self) -> None:
+        assert self._child is not None
+        wire = self._child.wire.fileno()
+        self._asker = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.asker", str(wire)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[wire],
+            cwd=Path(__file__).parent.parent.parent,
+        )
+        assert self._asker.stdin is not None
+        pickle.dump(self._questions(), self._asker.stdin)
+        self._asker.stdin.flush()
+        super().start()
+
+    def _questions(self) -> list[bytes]:
         questions = []
         for number in range(HOT + len(STEADY)):
             what, key = (b"lookup|alias", b"hot%d" % number) if number < HOT else STEADY[number - HOT][:2]
             parts = [b"table|0.1|0", self._table, what, b"%08x" % number]
             questions.append(b"|".join(parts if key is None else [*parts, key]) + b"\n")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            echo = subprocess.Popen([sys.executable, "-S", "-c", ECHO], stdin=theirs)
-            go_first(echo.pid)
-        try:
-            self._ask(questions, ours)
-        except (OSError, AssertionError) as error:
-            self.gone = error
-        finally:
-            ours.close()
-            echo.wait()
+        return questions
 
-    def _ask(self, questions: list[bytes], echo: socket.socket) -> None:
-        child, clock, answers, newest = self._child, time.monotonic, self.answers, self.newest
-        turn = 0
-        while not self._end.is_set():
-            number = turn % len(questions)
-            turn += 1
-            asked = clock()
-            child.say(questions[number])
-            reply = child.line()
-            now = clock()
-            outcome = reply.split(b"|", 2)[2]
-            answers.append((now, now - asked, number, outcome))
-            if number < HOT and outcome.startswith(b"found|v"):
-                newest[number] = int(outcome[7:])
-            if turn % ECHO_EVERY == 0:
-                asked = clock()
-                echo.sendall(questions[number])
-                echo.recv(4096)
-                self.echoes.append(clock() - asked)
+    def run(self) -> None:
+        assert self._asker is not None
+        assert self._asker.stdout is not None
+        with contextlib.suppress(EOFError):
+            while True:
+                answers, echoes, gone = pickle.load(self._asker.stdout)
+                self.echoes += echoes
+                self.gone = gone
+                for when, took, number, reply in answers:
+                    _, ident, outcome = reply.split(b"|", 2)
+                    assert int(ident, 16) == number, f"{reply!r} answers question {number}"
+                    self.answers.append((when, took, number, outcome))
+                    if number < HOT and outcome.startswith(b"found|v"):
+                        self.newest[number] = int(outcome[7:])
 
     def stop(self) -> None:
-        self._end.set()
+        assert self._asker is not None
+        assert self._asker.stdin is not None
+        self._asker.stdin.close()
         self.join(60)
+        self._asker.wait(60)
+        assert self._asker.stdout is not None
+        self._asker.stdout.close()
 
     def judge(self, fault: str, writer: Writer, ill: tuple[float, float]) -> Judgement:
         """What the answers are worth: while ill (from, to) any value ever written is right, else the latest."""

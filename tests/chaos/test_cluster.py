@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import random
-import sys
 import time
 import urllib.request
 
 import pytest
 
 from tests.chaos import cluster_or_skip
-from tests.chaos.client import SLOW_SECONDS, STEADY, Client, Judgement, go_first
+from tests.chaos.asker import go_first
+from tests.chaos.client import SLOW_SECONDS, STEADY, Client, Judgement
 from tests.chaos.history import HOT, Writer
 from tests.chaos.trickle import Trickle
 from tests.dialogue import Child
@@ -29,11 +29,8 @@ RECOVERY_SECONDS = 5.0
 
 @pytest.fixture(scope="module")
 def cluster():
-    switching = sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)  # the client shares Python's lock with the writer, and must not wait for it
     with cluster_or_skip(acl=True) as made:
         yield made
-    sys.setswitchinterval(switching)
 
 
 @pytest.fixture(scope="module")

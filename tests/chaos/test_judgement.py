@@ -55,6 +55,6 @@ def test_late_is_late_and_the_end_of_the_child_an_exit(writer):
     client = Client(None, b"t")
     client.echoes = [0.001]
     client.answers = [(60.0, DEADLINE_SECONDS + 0.1, HOT, b"found")]
-    client.gone = OSError()
+    client.gone = "end of file"
     row = client.judge("none", writer, ILL)
     assert (row.late, row.exits, row.slowest) == (1, 1, DEADLINE_SECONDS + 0.1)

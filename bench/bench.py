@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import resource
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import alone, report
 from bench.report import Row
 from bench.tables import aliases, domains, networks, write_keys
 from tests.rig import cache
@@ -55,6 +54,8 @@ class Child:
     name: str
     command: Callable[[str], list[str]]
     """By the table it serves."""
+    dialect: str = "lines"
+    """What it is spoken to in: the driver's -p."""
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Bench:
             "2020", lambda table: [self.script("poc", sys.executable), f"http://{host}:{port}/v1/kv/{table}/alias"]
         )
         self.mirror = Child("mirror", lambda _table: [self.program, str(self.configuration("mirror"))])
+        self.imsg = Child("imsg", self.mirror.command, "imsg")
+        self.bridge = Child("bridge", self.bridged, "imsg")
         self.direct = Child("direct", lambda _table: [self.program, str(self.configuration("direct"))])
 
     def keys(self, table: str) -> Path:
@@ -103,6 +106,10 @@ class Bench:
             '[log]\ntarget = "stderr"\n'
         )
         return path
+
+    def bridged(self, table: str) -> list[str]:
+        """The mirror as smtpd starts it with ``procexec:``: all that stands behind the colon is one argument."""
+        return [str(Path(self.program).with_name("table-procexec")), shlex.join(self.mirror.command(table))]
 
     def load(self, *tables: str) -> None:
         """Have these tables in Consul, and their keys in a file."""
@@ -130,8 +137,9 @@ class Bench:
         """What the driver measured, its steps by their names; of steps of one name, the last."""
         pins = ["-d", str(OURS_CPU), "-c", str(OURS_CPU)] if one_cpu else []
         errors = self.folder / "stderr"
-        command = [str(BUILD / "driver"), *pins, "-o", op, "-s", service, "-t", table, "-e", str(errors)]
-        command += ["-k", str(self.keys(table)), *(part for step in steps for part in ("-x", step)), "--"]
+        command = [str(BUILD / "driver"), *pins, "-p", child.dialect, "-o", op, "-s", service, "-t", table]
+        command += ["-e", str(errors), "-k", str(self.keys(table))]
+        command += [*(part for step in steps for part in ("-x", step)), "--"]
         self.pin_consul(one_cpu=one_cpu)
         errors.unlink(missing_ok=True)
         done = subprocess.run(
@@ -226,7 +234,7 @@ def edit(bench: Bench) -> None:
     bench.load(SMALL, LARGE)
     for table, edits, think in ((SMALL, 100 if bench.quick else 300, 100), (LARGE, 4 if bench.quick else 15, 2000)):
         path = bench.first_path(table)
-        own = consul_edits(bench, table, edits)
+        own = alone.edits(bench.consul, table, f"{table}/alias/{EDITED_KEY}", edits)
         step = f"edit {bench.where} {path} {edits} {think}"
         seen = bench.run(bench.mirror, table, "warm 30", "sleep 1", step, "lookup 5000", "memory")["edit"]
         limits = (20, 50) if table == SMALL else (1000, 1000)
@@ -236,43 +244,6 @@ def edit(bench: Bench) -> None:
                 Row(f"edit seen {rank}, {size}", seen[f"returned_{rank}"] / 1e3, "ms", "Consul alone", own[rank], limit,
                     note=f"from the PUT's return; from its sending {seen[f'sent_{rank}'] / 1e3:.1f}")
             )  # fmt: skip
-
-
-def consul_edits(bench: Bench, table: str, edits: int) -> dict[str, float]:
-    """Milliseconds from a PUT's return until Consul has sent the whole table to a client that does nothing with it."""
-    host, port = bench.where.split()
-    watcher, editor = (http.client.HTTPConnection(host, int(port), timeout=30) for _ in range(2))
-    times = []
-    try:
-        index = "0"
-        for number in range(edits + 1):
-            arrived: list[float] = []
-            watcher.request("GET", f"/v1/kv/{table}/?recurse&wait=20s&index={index}")
-
-            def receive(arrived: list[float] = arrived) -> None:
-                response = watcher.getresponse()
-                arrived.append(int(response.headers["X-Consul-Index"]))
-                response.read()
-                arrived.append(time.monotonic())
-
-            if number == 0:
-                receive()
-            else:
-                reader = threading.Thread(target=receive)
-                reader.start()
-                time.sleep(0.02)
-                editor.request("PUT", f"/v1/kv/{table}/alias/{EDITED_KEY}", f"edited-{number}")
-                editor.getresponse().read()
-                returned = time.monotonic()
-                reader.join()
-                times.append(max(0.0, arrived[1] - returned) * 1e3)
-            index = str(int(arrived[0]))
-    finally:
-        watcher.close()
-        editor.close()
-        bench.consul.kv_delete(f"{table}/alias/{EDITED_KEY}")
-    times.sort()
-    return {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]}
 
 
 def reload(bench: Bench) -> None:
@@ -344,8 +315,23 @@ def patterns(bench: Bench) -> None:
 
 
 def imsg(bench: Bench) -> None:
-    """The dialect of OpenSMTPD up to 7.5: the driver does not speak it yet."""
-    bench.rows.append(Row("lookup p50, 1k, imsg", None, "us", note="not yet: the driver does not speak it"))
+    """The dialect of OpenSMTPD up to 7.5, and the bridge that lets a child of lines serve it."""
+    bench.load(SMALL)
+    rounds, many = (1, 20_000) if bench.quick else (7, 60_000)
+    children = [bench.mirror, bench.imsg, bench.bridge]
+    times = bench.compare(children, rounds, SMALL, "warm 30", f"lookup {many}", "memory")
+    lines, ours, bridge = (times[child.name] for child in children)
+    for rank, wanted in (("p50", True), ("p99", False)):
+        asked, bridged = ours["lookup"][rank], bridge["lookup"][rank]
+        bench.rows += [
+            Row(f"imsg {rank}, 1k", asked, "us", "lines", lines["lookup"][rank], 1.2 if wanted else None,
+                as_ratio=True),
+            Row(f"bridge {rank}, 1k", bridged, "us", "child, imsg", asked, 2.5 if wanted else None, as_ratio=True,
+                note="the target's reading: what the bridge adds where smtpd speaks imsg either way" if wanted else ""),
+            Row(f"bridge {rank}, 1k", bridged, "us", "child, lines", lines["lookup"][rank], 2.5 if wanted else None,
+                as_ratio=True, note="the other reading: what the bridge itself asks" if wanted else ""),
+        ]  # fmt: skip
+    bench.rows.append(Row("bridge RSS, 1k", bridge["memory"]["rss_mb"], "MB", "child, imsg", ours["memory"]["rss_mb"]))
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {

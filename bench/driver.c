@@ -1,14 +1,16 @@
 /*
  * Starts a table backend as smtpd does, asks it, verifies every answer, and prints one line of JSON.
  *
- *   driver [-o lookup|check] [-s SERVICE] [-t TABLE] [-d CPU] [-c CPU] [-e FILE] -k KEYS -x STEP... -- PROGRAM [ARG...]
+ *   driver [-p lines|imsg] [-o lookup|check] [-s SERVICE] [-t TABLE] [-d CPU] [-c CPU] [-e FILE] -k KEYS -x STEP...
+ *       -- PROGRAM [ARG...]
  *
- * KEYS holds lines "key<TAB>value"; a line without a tab is a key that is not in the table. -d and -c pin the driver and
- * the child to a processor, -e takes the child's standard error. Steps, in order:
+ * -p is what the child is spoken to in: the lines of smtpd 7.6 and later, or imsg(3) as smtpd 6.8 to 7.5 writes it. KEYS
+ * holds lines "key<TAB>value"; a line without a tab is a key that is not in the table. -d and -c pin the driver and the
+ * child to a processor, -e takes the child's standard error. Steps, in order:
  *
  *   warm SECONDS          ask until the first key is answered as expected: errors are allowed so long
  *   lookup N              one request outstanding
- *   pipe N W              W requests outstanding, written as many at once as answers came in
+ *   pipe N W              W requests outstanding, written as many at once as answers came in; not in imsg
  *   soak SECONDS [RATE]   one outstanding, without pause or RATE a second (due_: counted from when it was due)
  *   edited SECONDS RATE HOST PORT PATH   the same, while another process puts a new value into Consul each second
  *   edit HOST PORT PATH N THINK   put a new value for the first key into Consul, ask without pause until it is answered;
@@ -27,6 +29,7 @@
 #include <netinet/tcp.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,6 +37,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -47,14 +51,25 @@
 /* More answers a second than any child gives with one request outstanding. */
 #define MOST_A_SECOND 300000
 
+/* openbsd-compat/imsg.h, struct imsg_hdr, and smtpd-api.h: the types of messages. */
+struct header {
+	uint32_t type;
+	uint16_t length, flags;
+	uint32_t peer, pid;
+};
+enum { OK = 0, OPEN = 2, CHECK = 5, LOOKUP = 6 };
+#define VERSION 2
+#define MAX_NAME 2048
+
 struct line {
-	char *request, *reply; /* whole lines, in which only the id is still to be written */
+	char *request, *reply; /* whole lines, in which only the id is still to be written; or whole messages, without one */
 	uint32_t request_len, reply_len;
 };
 
 static struct line *lines;
 static size_t nlines;
-static size_t request_id_at, reply_id_at;
+static size_t request_id_at, reply_id_at, value_at;
+static int imsg;
 static int child_fd;
 static pid_t child;
 static int child_cpu = -1, driver_cpu = -1;
@@ -96,19 +111,37 @@ silence(int sig)
 }
 
 static void
-put_id(char *at, uint32_t id)
+put_hex(char *at, uint32_t number)
 {
 	static const char digits[] = "0123456789abcdef";
 
-	for (int i = 7; i >= 0; i--, id >>= 4)
-		at[i] = digits[id & 15];
+	for (int i = 7; i >= 0; i--, number >>= 4)
+		at[i] = digits[number & 15];
+}
+
+/* In imsg an answer belongs to the only question that was asked. */
+static void
+put_id(char *at, uint32_t id)
+{
+	if (!imsg)
+		put_hex(at, id);
+}
+
+static void
+show(const char *what, const char *data, size_t len)
+{
+	fprintf(stderr, "%s", what);
+	for (size_t i = 0; i < len; i++)
+		fprintf(stderr, isprint((unsigned char)data[i]) ? "%c" : "\\x%02x", (unsigned char)data[i]);
+	fprintf(stderr, "\n");
 }
 
 static void
 wrong(const char *expected, size_t expected_len, const char *got, size_t got_len)
 {
-	fprintf(stderr, "driver: wrong answer\nexpected: %.*s\ngot:      %.*s\n", (int)expected_len, expected,
-	    (int)(got_len < expected_len + 80 ? got_len : expected_len + 80), got);
+	fprintf(stderr, "driver: wrong answer\n");
+	show("expected: ", expected, expected_len);
+	show("got:      ", got, got_len < expected_len + 80 ? got_len : expected_len + 80);
 	exit(3);
 }
 
@@ -137,6 +170,19 @@ receive(void)
 	in_len += n;
 }
 
+static int
+is_whole(void)
+{
+	struct header head;
+
+	if (!imsg)
+		return in[in_len - 1] == '\n';
+	if (in_len < sizeof head)
+		return 0;
+	memcpy(&head, in, sizeof head);
+	return in_len >= head.length;
+}
+
 /* One request that is answered by exactly one line, which stays in the buffer. Microseconds from write to whole line. */
 static double
 ask(const struct line *l)
@@ -149,15 +195,35 @@ ask(const struct line *l)
 	send_all(l->request, l->request_len);
 	do
 		receive();
-	while (in[in_len - 1] != '\n');
+	while (!is_whole());
 	return now() - begin;
+}
+
+/* smtpd looks neither at the peer id nor at the process id of a message: every child may write its own. */
+static void
+forget_sender(void)
+{
+	if (imsg)
+		memset(in + offsetof(struct header, peer), 0, sizeof(struct header) - offsetof(struct header, peer));
 }
 
 static int
 is_answered(struct line *l)
 {
 	put_id(l->reply + reply_id_at, next_id);
+	forget_sender();
 	return in_len == l->reply_len && memcmp(in, l->reply, in_len) == 0;
+}
+
+static int
+is_error(void)
+{
+	static const int32_t verdict = -1;
+
+	if (imsg)
+		return in_len == sizeof(struct header) + sizeof verdict &&
+		    memcmp(in + sizeof(struct header), &verdict, sizeof verdict) == 0;
+	return memmem(in, in_len, "|error|", 7) != NULL;
 }
 
 static struct line *
@@ -222,7 +288,7 @@ warm(double seconds, double started)
 		ask(&lines[0]);
 		if (is_answered(&lines[0]))
 			break;
-		if (memmem(in, in_len, "|error|", 7) == NULL || now() > deadline)
+		if (!is_error() || now() > deadline)
 			wrong(lines[0].reply, lines[0].reply_len, in, in_len);
 		usleep(2000);
 	}
@@ -408,7 +474,7 @@ static void
 edit(const char *host, const char *port, const char *path, size_t n, double think_ms)
 {
 	struct line *l = &lines[0];
-	size_t value_at = reply_id_at + 8 + strlen("|found|"), value_len = l->reply_len - 1 - value_at;
+	size_t value_len = l->reply_len - 1 - value_at;
 	char http[MAX_LINE], former[MAX_LINE], answer[MAX_LINE], original[8];
 	uint32_t *since_return;
 	int fd = connect_to(host, port);
@@ -428,7 +494,7 @@ edit(const char *host, const char *port, const char *path, size_t n, double thin
 		if (i == 0)
 			memcpy(original, l->reply + value_at, sizeof original);
 		if (i + 1 < n)
-			put_id(l->reply + value_at, (uint32_t)random64());
+			put_hex(l->reply + value_at, (uint32_t)random64());
 		else
 			memcpy(l->reply + value_at, original, sizeof original);
 		http_len = put_request(http, sizeof http, host, path, l->reply + value_at, value_len);
@@ -522,7 +588,7 @@ run_step(char *step, double started)
 		warm(atof(word[1]), started < 0 ? -started : started);
 	} else if (n == 2 && strcmp(word[0], "lookup") == 0)
 		lookups(atol(word[1]));
-	else if (n == 3 && strcmp(word[0], "pipe") == 0 && atol(word[2]) > 0 && atol(word[2]) <= MAX_WINDOW)
+	else if (n == 3 && !imsg && strcmp(word[0], "pipe") == 0 && atol(word[2]) > 0 && atol(word[2]) <= MAX_WINDOW)
 		pipelined(atol(word[1]), atol(word[2]));
 	else if ((n == 2 || n == 3) && strcmp(word[0], "soak") == 0)
 		soak(atof(word[1]), n == 3 ? atof(word[2]) : 0);
@@ -541,6 +607,65 @@ run_step(char *step, double started)
 }
 
 /* ---- the beginning and the end ---- */
+
+/* The length of a message of these parts, and the message itself. */
+static uint32_t
+write_message(char **message, uint32_t type, uint32_t pid, const struct iovec *parts, int count)
+{
+	struct header head = {.type = type, .pid = pid};
+	uint32_t len = sizeof head;
+
+	for (int i = 0; i < count; i++)
+		len += parts[i].iov_len;
+	if (len > MAX_LINE)
+		errx(1, "a message is too long");
+	head.length = len;
+	if ((*message = malloc(len)) == NULL)
+		err(1, "malloc");
+	memcpy(*message, &head, len = sizeof head);
+	for (int i = 0; i < count; len += parts[i++].iov_len)
+		memcpy(*message + len, parts[i].iov_base, parts[i].iov_len);
+	return len;
+}
+
+/* smtpd 6.8, smtpd.h: enum table_service. */
+static int32_t
+service_bit(void)
+{
+	static const char *const names[] = {"alias", "domain", "credentials", "netaddr", "userinfo", "source", "mailaddr",
+	    "addrname", "mailaddrmap", "relayhost", "string", "regex"};
+
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+		if (strcmp(service, names[i]) == 0)
+			return 1 << i;
+	errx(1, "imsg has no service %s", service);
+}
+
+/* smtpd 6.8: table_proc.c, table_proc_lookup, which sends no parameters. */
+static void
+write_messages(struct line *l, char *key, char *value)
+{
+	int check = strcmp(op, "check") == 0;
+	int32_t bit = service_bit(), verdict = value != NULL;
+	size_t parameters = 0;
+	struct iovec question[] = {{&bit, sizeof bit}, {&parameters, sizeof parameters}, {key, strlen(key) + 1}};
+	struct iovec answer[] = {{&verdict, sizeof verdict}, {value, value == NULL ? 0 : strlen(value) + 1}};
+
+	l->request_len = write_message(&l->request, check ? CHECK : LOOKUP, getpid(), question, 3);
+	l->reply_len = write_message(&l->reply, OK, 0, answer, verdict && !check ? 2 : 1);
+}
+
+static void
+write_lines(struct line *l, char *key, char *value)
+{
+	l->request_len = asprintf(&l->request, "table|0.1|1719240000.123456|%s|%s|%s|--------|%s\n", table, op, service,
+	    key);
+	l->reply_len = value == NULL ? asprintf(&l->reply, "%s-result|--------|not-found\n", op)
+	    : strcmp(op, "check") == 0 ? asprintf(&l->reply, "%s-result|--------|found\n", op)
+	    : asprintf(&l->reply, "%s-result|--------|found|%s\n", op, value);
+	if (l->request_len >= MAX_LINE || l->reply_len >= MAX_LINE)
+		errx(1, "a line is too long");
+}
 
 static void
 read_keys(const char *path)
@@ -562,13 +687,7 @@ read_keys(const char *path)
 		l = &lines[nlines++];
 		if ((value = strchr(text, '\t')) != NULL)
 			*value++ = 0;
-		l->request_len = asprintf(&l->request, "table|0.1|1719240000.123456|%s|%s|%s|--------|%s\n", table, op, service,
-		    text);
-		l->reply_len = value == NULL ? asprintf(&l->reply, "%s-result|--------|not-found\n", op)
-		    : strcmp(op, "check") == 0 ? asprintf(&l->reply, "%s-result|--------|found\n", op)
-		    : asprintf(&l->reply, "%s-result|--------|found|%s\n", op, value);
-		if (l->request_len >= MAX_LINE || l->reply_len >= MAX_LINE)
-			errx(1, "%s: a line is too long", path);
+		(imsg ? write_messages : write_lines)(l, text, value);
 	}
 	fclose(f);
 	free(text);
@@ -576,6 +695,7 @@ read_keys(const char *path)
 		errx(1, "%s: no keys", path);
 	request_id_at = strlen("table|0.1|1719240000.123456||||") + strlen(table) + strlen(op) + strlen(service);
 	reply_id_at = strlen(op) + strlen("-result|");
+	value_at = imsg ? sizeof(struct header) + sizeof(int32_t) : reply_id_at + 8 + strlen("|found|");
 }
 
 static void
@@ -591,7 +711,10 @@ pin(int cpu)
 		err(1, "processor %d", cpu);
 }
 
-/* smtpd: fork_proc_backend: one socket as stdin and stdout, the table's name as argv[0], and these signals ignored. */
+/*
+ * smtpd: fork_proc_backend: one socket as stdin and stdout, the table's name as argv[0], and these signals ignored. Where
+ * it speaks imsg, the socket is stdin alone.
+ */
 static void
 spawn(char **argv, const char *errors)
 {
@@ -607,7 +730,7 @@ spawn(char **argv, const char *errors)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		pin(child_cpu);
 		if ((fd = open(errors, O_WRONLY | O_CREAT | O_APPEND, 0600)) < 0 || dup2(fd, 2) < 0 || dup2(sp[0], 0) < 0 ||
-		    dup2(sp[0], 1) < 0 || chdir("/") < 0)
+		    dup2(imsg ? fd : sp[0], 1) < 0 || chdir("/") < 0)
 			_exit(126);
 		closefrom(3);
 		signal(SIGINT, SIG_IGN);
@@ -620,6 +743,28 @@ spawn(char **argv, const char *errors)
 	}
 	close(sp[0]);
 	child_fd = sp[1];
+}
+
+static void
+open_table(void)
+{
+	static const struct header ok = {.type = OK, .length = sizeof ok};
+	static char name[MAX_NAME];
+	uint32_t version = VERSION;
+	struct iovec parts[] = {{&version, sizeof version}, {name, sizeof name}};
+	char *message;
+	uint32_t len;
+
+	snprintf(name, sizeof name, "%s", table);
+	len = write_message(&message, OPEN, getpid(), parts, 2);
+	send_all(message, len);
+	free(message);
+	do
+		receive();
+	while (!is_whole());
+	forget_sender();
+	if (in_len != sizeof ok || memcmp(in, &ok, sizeof ok) != 0)
+		errx(3, "wrong answer to OPEN");
 }
 
 static void
@@ -664,8 +809,12 @@ main(int argc, char **argv)
 	int c, nsteps = 0;
 	double started;
 
-	while ((c = getopt(argc, argv, "+o:s:t:d:c:e:k:x:")) != -1)
+	while ((c = getopt(argc, argv, "+p:o:s:t:d:c:e:k:x:")) != -1)
 		switch (c) {
+		case 'p':
+			if (!(imsg = strcmp(optarg, "imsg") == 0) && strcmp(optarg, "lines") != 0)
+				errx(1, "no dialect is called %s", optarg);
+			break;
 		case 'o':
 			op = optarg;
 			break;
@@ -705,7 +854,7 @@ main(int argc, char **argv)
 	alarm(SILENCE_SECONDS);
 	started = now();
 	spawn(argv, errors);
-	shake_hands();
+	(imsg ? open_table : shake_hands)();
 	printf("{\"ready_ms\": %.3f, \"steps\": [", (now() - started) / 1e3);
 	/* Only now: forking a large process takes longer, and smtpd is small. */
 	read_keys(keys);

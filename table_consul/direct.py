@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -11,13 +12,18 @@ from table_consul import kv
 from table_consul.errors import Forbidden, SourceError, Unreachable, shown
 from table_consul.outage import Outage
 from table_consul.services import Bucket, Service, Table
+from table_consul.values import DEFAULT_KEY
 
 T = TypeVar("T")
+
+log = logging.getLogger("table_consul")
 
 # An empty list proves nothing: Consul leaves out what the token may not read. Reading one key tells (404 or 403).
 PROBE = b"-"
 # Pattern services are matched against the whole bucket, which several rules of one mail ask for in a row.
 KEEP_SECONDS = 1.0
+# Problems are told once; a bound on how many are remembered.
+REMEMBERED = 4096
 
 
 class Direct:
@@ -33,16 +39,24 @@ class Direct:
         self._breaker = Outage(f"Consul at {client.address}", "answering error until it is back")
         self._refusals: dict[bytes, Outage] = {}
         self._kept: dict[tuple[str, str], tuple[float, Bucket]] = {}
+        self._told: set[str] = set()
 
     def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
-        """See responder.Source. One key is read where that is enough, else the bucket is listed."""
+        """See responder.Source. One key is read where that is enough, or two if there may be a default; else all."""
         path = table.path(service)
         if key is None or service.patterns:
             return self._listed(table, service, path, deadline, keep=key is not None)
+        pairs = self._read(path, key, deadline)
+        bucket = Bucket(table, service, pairs)
+        if bucket.lacks(key):
+            bucket = Bucket(table, service, [*pairs, *self._read(path, DEFAULT_KEY, deadline)])
+        return bucket
+
+    def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not kv.addressable(path + key):
-            return Bucket(table, service, ())  # no key of that name can be written or read over HTTP
+            return []  # no key of that name can be written or read over HTTP
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left))
-        return Bucket(table, service, () if pair is None else ((key, pair.value),))
+        return [] if pair is None else [(key, pair.value)]
 
     def update(self, deadline: float) -> None:  # noqa: ARG002 - nothing here waits
         """Forget what is kept, read the token anew, and try Consul again at once."""
@@ -65,6 +79,10 @@ class Direct:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
         bucket = Bucket(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
         self._kept[place] = (self._clock() + KEEP_SECONDS, bucket)
+        for problem in bucket.problems:
+            if problem not in self._told and len(self._told) < REMEMBERED:
+                self._told.add(problem)
+                log.warning("%s", problem)
         return bucket
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T]) -> T:

@@ -40,6 +40,10 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     service: str
     key: bytes
 
+    def __repr__(self) -> str:
+        key = b"..." if self.service == "auth" else self.key  # it holds a password
+        return f"Request({self.op!r}, {self.id!r}, {self.table!r}, {self.service!r}, {key!r})"
+
 
 class Ready(NamedTuple):
     """smtpd has said all about itself (``config|ready``) and waits for the services to be registered."""

@@ -7,11 +7,14 @@ buckets come from; time is a number that the caller reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, islice
 from typing import Protocol
 
-from table_consul.errors import TableConsulError, shown
+from table_consul.auth import MODELS, Verifier
+from table_consul.errors import EntryError, TableConsulError, shown
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.services import SERVICES, Bucket, Service, Table
+from table_consul.services import SERVICES, Bucket, Service, Table, fold
+from table_consul.values import Lacking
 
 # The default deadline; the configured one may be what cannot be read.
 UPDATE_SECONDS = 2.0
@@ -40,13 +43,14 @@ class Source(Protocol):
 
 
 class Responder:
-    """Answers requests for any number of tables. Its only memory is where each fetch stands."""
+    """Answers requests for any number of tables. Its only memory is where each fetch stands, and what hashes cost."""
 
     def __init__(self, tables: Callable[[str], Table], source: Source) -> None:
         """``tables`` tells how the table of that name is laid out; it may raise ConfigError."""
         self.tables = tables
         self.source = source
         self._last: dict[tuple[str, str], bytes] = {}
+        self._verifier = Verifier()
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
@@ -65,6 +69,8 @@ class Responder:
             return Failed(str(error), error)
 
     def _ask(self, request: Request, service: Service, table: Table, deadline: float) -> Reply:
+        if service.answers == "check":
+            return self._authenticate(request, table, deadline)
         if request.op == "fetch":
             bucket = self.source.bucket(table, service, None, deadline)
             place = (table.name, service.name)
@@ -75,6 +81,37 @@ class Responder:
             return Found(value)
         bucket = self.source.bucket(table, service, request.key, deadline)
         if request.op == "check":
-            return Found() if bucket.check(request.key) else NotFound()
+            return Found() if bucket.holds(request.key) else NotFound()
         found = bucket.lookup(request.key)
         return NotFound() if found is None else Found(found)
+
+    def _authenticate(self, request: Request, table: Table, deadline: float) -> Reply:
+        """Whether the password is that of the user; nothing that is said or kept holds either of them.
+
+        smtpd puts a colon between the two (smtpd: lka.c, lka_authenticate), so no user's name can hold one. Users are
+        looked up in lower case like all else; the password is taken as it is.
+        """
+        user, colon, password = request.key.partition(b":")
+        if request.op != "check" or not colon:
+            return Failed("the service auth answers check alone, with a key USER:PASSWORD")
+        user = fold(user)
+        buckets: list[Bucket] = []
+        stored: bytes | None = None
+        lacking: Lacking | None = None
+        for name in ("auth", "credentials"):
+            bucket = self.source.bucket(table, SERVICES[name], user, deadline)
+            buckets.append(bucket)
+            try:
+                stored = bucket.lookup(user)
+            except Lacking as error:
+                lacking = error
+            if stored is not None:
+                break
+        if stored is None and lacking is not None:
+            raise lacking.with_traceback(None)
+        others = islice(chain.from_iterable(bucket.values.values() for bucket in buckets), MODELS)
+        try:
+            verified = self._verifier.verify(table.name, stored, password, others, table.deadline)
+        except EntryError as error:  # of what stands in Consul, so that its key may be named
+            raise EntryError(f"{shown(buckets[-1].path + user)}: {error}") from None
+        return Found() if verified else NotFound()

@@ -1,7 +1,8 @@
-"""What smtpd's services are: how a key is found in a bucket, and what its value must be.
+"""What smtpd's services are, and how a key is found in a bucket.
 
-Knows nothing of Consul's HTTP, of smtpd's wire, or of time. A bucket is one folder of Consul's key-value store,
-``<prefix>/<table>/<service>/``; its entries come in as bytes, and what comes out can be said to smtpd.
+Knows nothing of Consul's HTTP, of smtpd's wire, or of time; what a value must be is told by values.py. A bucket is one
+folder of Consul's key-value store, ``<prefix>/<table>/<service>/``; its entries come in as bytes, and what comes out
+can be said to smtpd.
 """
 
 from __future__ import annotations
@@ -14,14 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from table_consul.errors import EntryError, shown
+from table_consul.values import DEFAULT_KEY, Lacking, read_value, sayable, user_by_default
 
 if TYPE_CHECKING:
     from table_consul.patterns import Index
-
-# smtpd: LINE_MAX. expand_line() and table_parse_lookup() refuse longer values, after the fact and without a word.
-LINE_MAX = 2048
-# smtpd reads it as an id (to.c, text_to_userinfo: UID_MAX), and setresuid(2) takes it as "leave it as it is": as root.
-ID_MAX = 4294967295
 
 
 class Service(NamedTuple):
@@ -37,6 +34,12 @@ class Service(NamedTuple):
     """smtpd refuses LINE_MAX bytes and more."""
     patterns: bool = False
     """An entry may answer for keys that are not equal to it, so the whole bucket is needed."""
+    hashed: bool = False
+    """The value is a credential, and may be a hash."""
+    fields: tuple[str, ...] = ()
+    """What makes up the value where it is a JSON object, such as a record of one user."""
+    default: bool = False
+    """An entry ``*`` answers for keys that have none."""
 
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
@@ -45,9 +48,9 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
         for service in (
             Service("alias", 0x001, "value", joined=True, bounded=True),
             Service("domain", 0x002, "entry", patterns=True),
-            Service("credentials", 0x004, "value", bounded=True),
+            Service("credentials", 0x004, "value", bounded=True, hashed=True, fields=("password",)),
             Service("netaddr", 0x008, "entry", patterns=True),
-            Service("userinfo", 0x010, "value"),
+            Service("userinfo", 0x010, "value", fields=("uid", "gid", "home"), default=True),
             Service("source", 0x020, "entry"),
             Service("mailaddr", 0x040, "entry", patterns=True),
             Service("addrname", 0x080, "value", patterns=True),
@@ -55,7 +58,7 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
             Service("relayhost", 0x200, "entry"),
             Service("string", 0x400, "value"),
             Service("regex", 0x800, "entry", patterns=True),
-            Service("auth", 0x1000, "check"),
+            Service("auth", 0x1000, "check", hashed=True, fields=("password",)),
         )
     }
 )
@@ -112,10 +115,14 @@ class Builder:
         self.values: dict[bytes, bytes] = {}
         self.refused: dict[bytes, EntryError] = {}
         self.problems: list[str] = []
+        self.doubts: dict[bytes, str] = {}
         self._spelled: dict[bytes, bytes] = {}
         # A value that stood there before, and that nothing decodes, has been judged before.
         self._known = {} if former is None or table.value_format == "json" else former.values
-        self._decoded = (b'"', b"[") if table.value_format == "auto" else ()
+        self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
+        from table_consul.doubts import DOUBTS  # noqa: PLC0415 - its import would delay the handshake
+
+        self._doubt = DOUBTS.get(service.name)
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Read the pairs, whose keys are relative to the bucket."""
@@ -134,6 +141,16 @@ class Builder:
     def _spell(self, key: bytes, folded: bytes) -> bool:
         """Whether the key, of which there may be another spelling, is the one that answers."""
         wins = True
+        if (
+            folded != key
+            and self.table.mode == "direct"
+            and not self.service.patterns
+            and self.service.name != "source"
+        ):
+            self.problems.append(
+                f"{shown(self.path + key)}: smtpd asks in lower case, and a table that is read directly does not find "
+                "this key; rename it"
+            )
         if folded in self.values or folded in self.refused:
             rival = self._spelled.get(folded, folded)
             wins = key == folded
@@ -149,12 +166,20 @@ class Builder:
     def _read(self, key: bytes, raw: bytes | None) -> None:
         self.values.pop(key, None)
         self.refused.pop(key, None)
+        self.doubts.pop(key, None)
         try:
-            self.values[key] = read_value(self.table, self.service, key, raw)
+            value = self.values[key] = read_value(self.table, self.service, key, raw)
         except EntryError as error:
-            named = EntryError(f"{shown(self.path + key)}: {error}")
+            named = error.__class__(f"{shown(self.path + key)}: {error}")
             self.refused[key] = named
-            self.problems.append(str(named))
+            if not isinstance(error, Lacking):  # a bucket that serves several services has records for some of them
+                self.problems.append(str(named))
+            return
+        doubt = self._doubt(self.table, value) if self._doubt is not None and value else None
+        if key != key.strip() and self.service.name != "regex":
+            doubt = "the key has a blank at one of its ends, and smtpd does not ask for such; rename it"
+        if doubt is not None:
+            self.doubts[key] = f"{shown(self.path + key)}: {doubt}"
 
     def lost(self) -> Iterator[bytes]:
         """The keys that the former bucket had and this one has not."""
@@ -168,11 +193,16 @@ class Builder:
     def finish(self) -> Bucket:
         """The bucket; the former one itself if nothing has changed."""
         former = self.former
+        if former is not None:
+            for key, doubt in former.doubts.items():
+                if key in self.values and self.values[key] is former.values[key]:
+                    self.doubts[key] = doubt  # taken over with its value, which has not been read again
         if (
             former is not None
             and former.values == self.values
             and former.refused.keys() == self.refused.keys()
             and former.read_problems == self.problems
+            and former.doubts == self.doubts
         ):
             return former
         return Bucket(self.table, self.service, builder=self)
@@ -181,7 +211,19 @@ class Builder:
 class Bucket:
     """The entries of one service in one table as they stood at one moment. Never changed once built."""
 
-    __slots__ = ("_index", "_order", "path", "problems", "read_problems", "refused", "service", "table", "values")
+    __slots__ = (
+        "_default",
+        "_index",
+        "_order",
+        "doubts",
+        "path",
+        "problems",
+        "read_problems",
+        "refused",
+        "service",
+        "table",
+        "values",
+    )
 
     def __init__(
         self,
@@ -198,14 +240,18 @@ class Bucket:
         self.path = builder.path
         self.values = builder.values
         self.refused = builder.refused
-        self.problems = self.read_problems = builder.problems
+        self.read_problems = builder.problems
+        self.doubts = builder.doubts
+        self.problems = [*self.read_problems, *self.doubts.values()]
+        """Every entry that smtpd could not use as it stands, with its key and the remedy, a line each."""
+        self._default = service.default and (DEFAULT_KEY in self.values or DEFAULT_KEY in self.refused)
         self._order: list[bytes] | None = None
         self._index: Index | None = None
         if service.patterns and (self.values or self.refused):
             from table_consul.patterns import INDEXES  # noqa: PLC0415 - its import would delay the handshake
 
             self._index = INDEXES[service.name]([*self.values, *self.refused])
-            self.problems = self.problems + [f"{shown(self.path + key)}: {what}" for key, what in self._index.problems]
+            self.problems += [f"{shown(self.path + key)}: {what}" for key, what in self._index.problems]
 
     def __len__(self) -> int:
         return len(self.values) + len(self.refused)
@@ -217,8 +263,16 @@ class Bucket:
         return key if key in self.values or key in self.refused else None
 
     def check(self, key: bytes) -> bool:
-        """Whether the key is in the table. A key whose value is no good is in it all the same."""
+        """Whether an entry stands for the key itself. One whose value is no good does all the same."""
         return self.find(key) is not None
+
+    def holds(self, key: bytes) -> bool:
+        """Whether the key is in the table: by an entry for it, or by the default of the service."""
+        return self._default or self.find(key) is not None
+
+    def lacks(self, key: bytes) -> bool:
+        """Whether the default of the service, if there is one, is to answer for this key."""
+        return self.service.default and key not in self.values and isinstance(self.refused.get(key), Lacking | None)
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
@@ -226,8 +280,17 @@ class Bucket:
         Raises:
             EntryError: the key is there, but what stands under it is no value for this service.
         """
+        if self._default and (key == DEFAULT_KEY or self.lacks(key)):
+            return self._by_default(key)
         entry = self.find(key)
         return None if entry is None else self._value(entry)
+
+    def _by_default(self, key: bytes) -> bytes:
+        value = self._value(DEFAULT_KEY)
+        try:
+            return user_by_default(value, key)
+        except EntryError as error:
+            raise EntryError(f"{shown(self.path + DEFAULT_KEY)}: {error}") from None
 
     def _value(self, entry: bytes) -> bytes:
         refused = self.refused.get(entry)
@@ -272,124 +335,3 @@ class Bucket:
         if not sayable(entry):
             raise EntryError(f"{shown(self.path + entry)}: the key holds a control character")
         return entry
-
-
-def sayable(value: bytes) -> bool:
-    """Whether smtpd can be told this value: one line, no NUL, not empty (smtpd: table_proc.c, "empty response")."""
-    return bool(value) and not any(c in value for c in (b"\n", b"\r", b"\0"))
-
-
-def read_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes:
-    """What stands under a key in Consul as a value of this service, one line; ``b""`` when there is none.
-
-    Raises:
-        EntryError: it is no value for this service; the text says what would be, and holds no part of the value.
-    """
-    text = _decode(table, service, raw or b"").rstrip()
-    if service.joined:
-        text = _joined(text)
-    if b"\n" in text or b"\r" in text or b"\0" in text:
-        raise EntryError(f"the value has several lines or a NUL, and {service.name} takes one line")
-    if service.bounded and len(text) >= LINE_MAX:
-        raise EntryError(
-            f"the value has {len(text)} bytes, and smtpd refuses {LINE_MAX} and more"
-            + ("; split it into several aliases" if service.name == "alias" else "")
-        )
-    if text:
-        _judge(table, service, key, text)
-    return text
-
-
-def _decode(table: Table, service: Service, raw: bytes) -> bytes:
-    raw = raw.strip() if table.value_format == "json" else raw.rstrip()
-    if table.value_format == "text" or raw[:1] not in (b'"', b"["):
-        if table.value_format == "json" and raw not in (b"", b"null"):
-            raise EntryError('the value is no JSON string or array of strings (allowed: "gilles", ["gilles", "eric"])')
-        return b"" if table.value_format == "json" else raw
-    try:
-        decoded = msgspec.json.decode(raw, type=str | list[str])
-        lines = [line.encode() for line in ([decoded] if isinstance(decoded, str) else decoded)]
-    except ValueError:  # msgspec's DecodeError, and what is no UTF-8
-        if table.value_format == "json":
-            raise EntryError(
-                'the value is no JSON string or array of strings (allowed: "gilles", ["gilles", "eric"])'
-            ) from None
-        return raw  # [2001:db8::1] and "|command" with a quote too many are text
-    if service.name == "alias":
-        lines = [_requoted(line) for line in lines]
-    if len(lines) > 1 and not service.joined:
-        raise EntryError(f"the value is a list, and {service.name} takes one")
-    return b"\n".join(lines)
-
-
-def _requoted(line: bytes) -> bytes:
-    """An alias command with its quotes: ``"|command, with comma"`` is aliases(5), not a JSON string."""
-    if line.lstrip().startswith(b"|"):
-        return b'"' + line.strip().replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
-    return line
-
-
-def _joined(text: bytes) -> bytes:
-    text = text.strip()
-    if b"\n" not in text and not text.startswith(b"#"):
-        return text
-    lines = (line.strip().rstrip(b",").rstrip() for line in text.replace(b"\r\n", b"\n").split(b"\n"))
-    return b", ".join(line for line in lines if line and not line.startswith(b"#"))
-
-
-def alias_nodes(text: bytes) -> list[bytes]:
-    """The elements of an alias as smtpd splits and unescapes them (smtpd: expand.c, expand_line_split).
-
-    Raises:
-        EntryError: smtpd refuses the whole alias: a quote or an escape is left open.
-    """
-    nodes: list[bytes] = []
-    node = bytearray()
-    escaped = double = single = False
-    for c in text:
-        if escaped:
-            node.append(c)
-            escaped = False
-        elif c == 0x5C:
-            escaped = True
-        elif c == 0x2C and not double and not single:
-            nodes.append(bytes(node).strip())
-            node.clear()
-        else:
-            node.append(c)
-            double ^= c == 0x22 and not single
-            single ^= c == 0x27 and not double
-    if escaped or double or single:
-        raise EntryError("the value ends within a quote or an escape, and smtpd would refuse it")
-    nodes.append(bytes(node).strip())
-    return [node for node in nodes if node]
-
-
-def _judge(table: Table, service: Service, key: bytes, text: bytes) -> None:
-    """Refuse what smtpd could not use, and what would hand this host to whoever may write the key."""
-    if service.name == "alias":
-        for node in alias_nodes(text):
-            if table.allow_commands:
-                continue
-            if node.removeprefix(b'"').lower().startswith((b"|", b"/", b":include:", b"include:")):
-                raise EntryError(
-                    "the value holds a |command, a /file or an :include:, with which whoever may write this key runs "
-                    "commands on this host; set allow_commands = true if that is wanted"
-                )
-    elif service.name == "credentials":
-        name, colon, password = text.partition(b":")
-        if len(text) < 3 or (colon and not (name and password)):
-            raise EntryError("the value is no credential (allowed: HASH, USER:HASH, or USER:PASSWORD to relay with)")
-    elif service.name == "userinfo":
-        uid, _, rest = text.partition(b":")
-        gid, _, home = rest.partition(b":")
-        if not (uid.isdigit() and gid.isdigit() and home.startswith(b"/")):
-            raise EntryError("the value is no user (allowed: UID:GID:HOME, such as 1000:1000:/home/gilles)")
-        if b":" in key:
-            # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): a key "gilles:0"
-            # would make any uid out of a harmless value.
-            raise EntryError("the key holds a colon, which smtpd would take for the end of the user's name")
-        if not all(len(number) <= 20 and int(number) < ID_MAX for number in (uid, gid)):
-            raise EntryError(f"the value gives a uid or gid that no user has (allowed: 1 to {ID_MAX - 1})")
-        if 0 in (int(uid), int(gid)) and not table.allow_root:
-            raise EntryError("the value gives uid or gid 0; set allow_root = true if mail is to be delivered as root")

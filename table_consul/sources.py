@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from table_consul.config import Config, MetricsConfig
 from table_consul.errors import ConfigError, SourceError
 from table_consul.responder import Source
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Bucket, Service, Table
 from table_consul.tally import Tally
+from table_consul.values import DEFAULT_KEY
 
 if TYPE_CHECKING:
     from table_consul.metrics import Exporter
@@ -101,7 +104,10 @@ class Sources:
             return None
         if SERVICES[service].patterns or SERVICES[service].answers != "value":
             return None
-        return mirrored.known(service)
+        known = mirrored.known(service)
+        if known is not None and SERVICES[service].default and b"%" in known.values.get(DEFAULT_KEY, b""):
+            return None  # that entry is no answer as it stands, not even for its own key
+        return known
 
     def update(self, deadline: float) -> None:
         """See responder.Source. A bad configuration changes nothing.
@@ -178,5 +184,8 @@ class Sources:
         assert self.config is not None
         settings = self.config.consul
         former = self._former.pop(table.name, None)
+        if "auth" in table.services and "credentials" not in table.services:
+            # smtpd is not told of it; whoever has no hash in the one bucket may have it in the other (responder.py).
+            table = replace(table, services=(*table.services, "credentials"))
         mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings), former)
         return mirrored

@@ -277,3 +277,63 @@ def test_each_refusal_of_a_bucket_is_one_line_when_it_begins_and_one_when_it_end
 def test_close_closes_the_connection(client, direct):
     direct.close()
     assert client.closed
+
+
+# ---- the default entry of userinfo ----
+
+USERS = b"mail/aliases/userinfo/"
+
+
+def test_a_user_of_its_own_is_one_read(client, direct):
+    client.store[USERS + b"vera"] = b"1000:1000:/home/vera"
+    assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
+    assert [key for _, key, _ in client.asked] == [USERS + b"vera"]
+
+
+def test_a_user_without_entry_is_looked_up_as_the_default_within_the_same_deadline(client, direct):
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    client.takes = 0.5
+    assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
+    assert client.asked == [("get", USERS + b"vera", 2.0), ("get", USERS + b"*", 1.5)]
+
+
+def test_a_record_that_is_not_about_ids_leaves_them_to_the_default(client, direct):
+    client.store[USERS + b"vera"] = b'{"password": "x"}'
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
+
+
+def test_a_user_whose_entry_is_refused_is_not_the_default_user(client, direct):
+    client.store[USERS + b"vera"] = b"0:0:/root"
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    with pytest.raises(EntryError, match="userinfo/vera: the value gives uid or gid 0"):
+        bucket(direct, "userinfo", b"vera").lookup(b"vera")
+
+
+def test_a_default_that_cannot_be_read_is_no_absence(client, direct):
+    client.errors[USERS + b"*"] = Forbidden("no")
+    with pytest.raises(Forbidden):
+        bucket(direct, "userinfo", b"vera")
+
+
+@pytest.mark.parametrize("key", [b"..", b"a/../b", b"a\nb", b""])
+def test_a_name_that_no_key_can_have_is_not_put_into_a_home(client, direct, key):
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    found = bucket(direct, "userinfo", key)
+    assert [asked for _, asked, _ in client.asked] == [USERS + b"*"]
+    with pytest.raises(EntryError, match="cannot be part of a home"):
+        found.lookup(key)
+
+
+def test_other_services_have_no_default(client, direct):
+    client.store[b"mail/aliases/alias/*"] = b"gilles"
+    assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
+    assert len(client.asked) == 1
+
+
+def test_problems_of_a_listed_bucket_are_told_once(client, direct, caplog):
+    client.store[b"mail/aliases/netaddr/nonsense"] = b""
+    for _ in range(3):
+        bucket(direct, "netaddr", b"192.0.2.1")
+        client.now += 2 * KEEP_SECONDS
+    assert [line for line in lines(caplog) if "nonsense" in line] == [lines(caplog)[0]]

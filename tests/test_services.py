@@ -1,42 +1,20 @@
 from __future__ import annotations
 
-import json
 from itertools import cycle, islice
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from table_consul.errors import EntryError
 from table_consul.protocol import Found
-from table_consul.services import (
-    DEFAULT_SERVICES,
-    LINE_MAX,
-    SERVICES,
-    Bucket,
-    Builder,
-    Table,
-    alias_nodes,
-    fold,
-    read_value,
-    sayable,
-)
+from table_consul.services import DEFAULT_SERVICES, SERVICES, Bucket, Builder, Table, fold
+from tests.test_values import RAW, SERVICE, TABLES
 
 TABLE = Table("aliases")
 COMMANDS = replace(TABLE, allow_commands=True)
-ROOT_ALLOWED = replace(TABLE, allow_root=True)
 LISTS = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex")
-
-
-def read(raw, service="alias", table=TABLE, key=b"root", value_format="auto"):
-    return read_value(replace(table, value_format=value_format), SERVICES[service], key, raw)
-
-
-def refusal(raw, service="alias", table=TABLE, key=b"root", value_format="auto"):
-    with pytest.raises(EntryError) as caught:
-        read(raw, service, table, key, value_format)
-    return str(caught.value)
 
 
 def bucket(service, *pairs, table=TABLE):
@@ -124,119 +102,6 @@ def test_an_absent_key_is_none():
     ) == (None, False)
 
 
-# ---- formats ----
-
-
-def test_trailing_white_space_is_dropped_as_echo_adds_a_newline():
-    assert read(b"gilles \t\r\n") == b"gilles"
-
-
-@pytest.mark.parametrize(
-    ("raw", "value"),
-    [
-        (b'"gilles"', b"gilles"),
-        (b'"gilles"\n', b"gilles"),
-        (b'["gilles", "eric"]', b"gilles, eric"),
-        (b"[]", b""),
-        (b'""', b""),
-        (b'"gi\\u006cles"', b"gilles"),
-        (b"gilles", b"gilles"),
-        (b'"gilles', None),
-    ],
-)
-def test_auto_decodes_json_typed_in_the_ui(raw, value):
-    assert value == (read(raw) if value is not None else None if refusal(raw) else b"")
-
-
-@pytest.mark.parametrize("raw", [b"[2001:db8::1]", b"[::1]:25", b"{}", b"null", b"12", b'["a", 1]', b'[["a"]]'])
-def test_auto_takes_all_other_json_and_what_looks_like_it_as_text(raw):
-    assert raw == read(raw, "string")
-
-
-def test_auto_takes_quotes_around_bytes_that_are_no_utf_8_as_text():
-    assert read(b'"\xff"', "string") == b'"\xff"'
-
-
-def test_auto_takes_json_with_a_lone_surrogate_as_text():
-    assert read(b'"\\ud800"', "string") == b'"\\ud800"'
-
-
-def test_text_format_decodes_nothing():
-    assert read(b'"gilles"', "string", value_format="text") == b'"gilles"'
-
-
-@pytest.mark.parametrize(("raw", "value"), [(b' "gilles"\n', b"gilles"), (b"null", b""), (b"", b""), (None, b"")])
-def test_json_format_reads_strings_and_null(raw, value):
-    assert value == read(raw, value_format="json")
-
-
-@pytest.mark.parametrize("raw", [b"gilles", b"{}", b"12", b'"gilles', b"[1]", b'"\xff"'])
-def test_json_format_refuses_everything_else_and_says_what_is_allowed(raw):
-    assert 'allowed: "gilles"' in refusal(raw, value_format="json")
-
-
-def test_a_list_is_refused_where_one_value_is_wanted():
-    assert refusal(b'["1:1:/a", "2:2:/b"]', "userinfo") == "the value is a list, and userinfo takes one"
-
-
-def test_a_list_of_one_is_one_value():
-    assert read(b'["1:1:/a"]', "userinfo") == b"1:1:/a"
-
-
-def test_an_array_of_commands_keeps_each_one_whole():
-    assert read(b'["gilles", "|a, b", "|c"]', table=COMMANDS) == b'gilles, "|a, b", "|c"'
-
-
-@pytest.mark.parametrize(
-    ("raw", "command"),
-    [
-        (b'"|command, with comma"', b"command, with comma"),
-        (b'"|plain"', b"plain"),
-        (b'"|echo it\'s"', b"echo it's"),
-        (b'"|echo \\"a, b\\""', b'echo "a, b"'),
-        (b'"|printf a\\\\nb"', b"printf a\\nb"),
-    ],
-)
-def test_a_quoted_command_reaches_smtpd_as_the_same_command(raw, command):
-    """aliases(5) writes commands in quotes, which JSON would take away; what smtpd makes of the answer decides."""
-    (node,) = alias_nodes(read(raw, table=COMMANDS))
-    assert command == (node[2:-1] if node.startswith(b'"') else node[1:])
-
-
-# ---- lines ----
-
-
-@pytest.mark.parametrize(
-    ("raw", "value"),
-    [
-        (b"gilles\neric\n", b"gilles, eric"),
-        (b"gilles,\r\neric,\r\n", b"gilles, eric"),
-        (b"# who reads root\ngilles\n\n  # and\n\teric", b"gilles, eric"),
-        (b"# nobody", b""),
-        (b" # nobody", b""),
-        (b"  gilles", b"gilles"),
-        (b"\n", b""),
-    ],
-)
-@pytest.mark.parametrize("service", ["alias", "mailaddrmap"])
-def test_lines_and_comments_become_one_list(service, raw, value):
-    assert value == read(raw, service)
-
-
-@pytest.mark.parametrize("service", sorted({*SERVICES} - {"alias", "mailaddrmap"}))
-@pytest.mark.parametrize("raw", [b"one\ntwo", b"one\rtwo", b"one\0two"])
-def test_elsewhere_several_lines_or_a_nul_are_refused(service, raw):
-    assert "several lines or a NUL" in refusal(raw, service)
-
-
-def test_a_nul_and_a_lone_carriage_return_are_refused_in_lists_too():
-    assert all("several lines or a NUL" in refusal(raw) for raw in (b"gil\0les", b"gil\rles"))
-
-
-def test_a_hash_sign_elsewhere_is_no_comment():
-    assert read(b"#1", "string") == b"#1"
-
-
 # ---- empty ----
 
 
@@ -270,181 +135,6 @@ def test_a_relayhost_with_a_value_is_a_domain_and_its_host_as_in_a_file():
 def test_an_entry_that_cannot_be_said_is_an_error_not_an_answer(key):
     with pytest.raises(EntryError, match="holds a control character"):
         bucket("domain", (key, None)).lookup(key)
-
-
-# ---- limits ----
-
-
-@pytest.mark.parametrize("service", ["alias", "credentials"])
-def test_a_value_of_2047_bytes_is_what_smtpd_takes(service):
-    assert len(read(b"a" * 2047, service)) == LINE_MAX - 1
-
-
-@pytest.mark.parametrize("service", ["alias", "credentials"])
-def test_a_value_of_2048_bytes_is_refused_with_the_limit(service):
-    assert "the value has 2048 bytes, and smtpd refuses 2048 and more" in refusal(b"a" * 2048, service)
-
-
-def test_the_limit_counts_what_smtpd_is_told_not_what_was_typed():
-    assert read(b"a\n# " + b"x" * 4000) == b"a"
-
-
-def test_other_services_have_no_limit_of_ours():
-    assert len(read(b"a" * 5000, "string")) == 5000
-
-
-# ---- safety ----
-
-COMMANDS_IN_DISGUISE = [
-    b"|/bin/sh",
-    b"gilles,|/bin/sh",
-    b"gilles, |/bin/sh",
-    b"gilles\n|/bin/sh",
-    b'"|/bin/sh -c id"',
-    b'"|/bin/sh, -c, id"',
-    b'gilles, "|sh"',
-    b"\\|sh",
-    b"\\\\|sh"[1:],
-    b'\\"|sh\\"',
-    b"\\ |sh",
-    b"\\\t\\ |sh",
-    b"/etc/passwd",
-    b"\\/etc/passwd",
-    b" /var/mail/x",
-    b":include:/etc/passwd",
-    b"include:/etc/passwd",
-    b":INCLUDE:/etc/passwd",
-    b"InClude:/x",
-    b"\\:include:/x",
-    b":inc\\lude:/x",
-    b"i\\n\\c\\l\\u\\d\\e:/x",
-    b'["gilles", "|sh"]',
-    b'["gilles", "/tmp/x"]',
-    b'"gilles, |sh"',
-    b'"\\u007csh"',
-    b"'a, b', |sh",
-    b'"a, b",\\|sh',
-    b"a\\, b\n|sh",
-    b"error:550 no,|sh",
-    b"\x0b|sh",
-    b",,|sh",
-]
-
-
-@pytest.mark.parametrize("raw", COMMANDS_IN_DISGUISE)
-def test_commands_files_and_includes_are_refused_in_every_disguise(raw):
-    text = refusal(raw)
-    assert "set allow_commands = true" in text
-
-
-@pytest.mark.parametrize("raw", COMMANDS_IN_DISGUISE)
-def test_commands_are_taken_when_allowed(raw):
-    assert read(raw, table=COMMANDS)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"error:550 no such user",
-        b":error:450 try again, later",
-        b"gilles",
-        b"gilles@example.org, eric+x@example.org",
-        b"a\\|b",
-        b"'|' is no command",
-        b"",
-    ],
-)
-def test_users_addresses_and_errors_need_no_permission(raw):
-    assert raw == read(raw)
-
-
-def test_a_pipe_elsewhere_than_in_an_alias_is_data():
-    assert read(b"|x", "string") == b"|x"
-
-
-@pytest.mark.parametrize("raw", [b"it's", b'"gilles', b"gilles\\", b"'a\", b", b"a, 'b"])
-def test_an_alias_that_smtpd_would_refuse_as_a_whole_says_why(raw):
-    assert "ends within a quote or an escape" in refusal(raw, table=COMMANDS)
-
-
-ROOT_IN_DISGUISE = [b"0:0:/root", b"0:1000:/", b"1000:0:/", b"00:1000:/", b"1000:000000000000:/"]
-NO_USERS = [
-    b"+0:1000:/",
-    b"-0:1000:/",
-    b"0x0:1000:/",
-    b" 0:1000:/",
-    "\u0660:1000:/".encode(),
-    b"1000",
-    b"1000:1000",
-    b"1000:1000:",
-    b"1000:1000:home",
-    b":1000:/",
-    b"gilles:1000:1000:/home",
-    b"1_0:10:/",
-    b"\xb2:10:/",
-]
-# (uid_t)-1 tells setresuid(2) to leave the ids as they are: those of root. What is 2**32 and more may wrap to 0.
-WRAPPING = [b"4294967295:1000:/", b"1000:4294967295:/", b"4294967296:1000:/", b"1000:18446744073709551616:/"]
-
-
-@pytest.mark.parametrize("raw", ROOT_IN_DISGUISE)
-def test_uid_and_gid_0_are_refused_in_every_spelling(raw):
-    assert "uid or gid 0; set allow_root = true" in refusal(raw, "userinfo")
-
-
-@pytest.mark.parametrize("raw", ROOT_IN_DISGUISE)
-def test_root_is_taken_when_allowed(raw):
-    assert raw == read(raw, "userinfo", ROOT_ALLOWED)
-
-
-@pytest.mark.parametrize("table", [TABLE, ROOT_ALLOWED])
-@pytest.mark.parametrize("raw", NO_USERS)
-def test_what_is_no_user_is_refused(raw, table):
-    assert "allowed: UID:GID:HOME" in refusal(raw, "userinfo", table)
-
-
-@pytest.mark.parametrize("table", [TABLE, ROOT_ALLOWED])
-@pytest.mark.parametrize("raw", WRAPPING)
-def test_ids_that_would_leave_the_process_root_are_refused_always(raw, table):
-    assert "1 to 4294967294" in refusal(raw, "userinfo", table)
-
-
-def test_an_id_of_thousands_of_digits_is_refused_like_any_other():
-    assert "1 to 4294967294" in refusal(b"9" * 5000 + b":1000:/home", "userinfo")
-
-
-def test_the_largest_ids_are_users():
-    assert read(b"4294967294:4294967294:/home/x", "userinfo") == b"4294967294:4294967294:/home/x"
-
-
-def test_a_user_name_with_a_colon_cannot_smuggle_another_uid():
-    assert "the key holds a colon" in refusal(b"1000:1000:/home/x", "userinfo", key=b"gilles:0")
-
-
-@pytest.mark.parametrize("raw", [b"$6$salt$hash", b"gilles:secret", b"gilles:se:cret", b"abc"])
-def test_credentials_are_a_hash_or_a_user_and_a_password(raw):
-    assert raw == read(raw, "credentials")
-
-
-@pytest.mark.parametrize("raw", [b"ab", b":secret", b"gilles:", b"a:", b":::"])
-def test_what_smtpd_takes_for_no_credential_is_refused(raw):
-    assert "the value is no credential" in refusal(raw, "credentials")
-
-
-@pytest.mark.parametrize(
-    ("service", "raw"),
-    [
-        ("credentials", b"hunter2\nhunter2"),
-        ("credentials", b"hunter2:"),
-        ("credentials", b"hunter2" * 400),
-        ("userinfo", b"hunter2"),
-        ("alias", b"|hunter2"),
-        ("alias", b"hunter2'"),
-        ("string", b'["hunter2", "hunter2"]'),
-    ],
-)
-def test_no_refusal_holds_any_part_of_the_value(service, raw):
-    assert "hunter2" not in refusal(raw, service) + "".join(bucket(service, (b"k", raw)).problems)
 
 
 # ---- buckets ----
@@ -518,6 +208,219 @@ class TestBuilder:
         assert {b"root"} == set(self.build((b"root", b"|sh"), former=former).finish().refused)
 
 
+# ---- records and the default entry ----
+
+RECORD = b'{"password": "$6$salt$hash", "uid": 1000, "gid": "1000", "home": "/home/vera", "quota": [1, {"a": null}]}'
+
+
+def test_one_bucket_of_records_serves_several_services():
+    assert bucket("userinfo", (b"vera", RECORD)).lookup(b"vera") == b"1000:1000:/home/vera"
+    assert bucket("credentials", (b"vera", RECORD)).lookup(b"vera") == b"$6$salt$hash"
+
+
+def test_a_record_for_another_service_is_an_error_that_names_the_fields_and_no_problem():
+    found = bucket("userinfo", (b"vera", b'{"password": "x"}'))
+    with pytest.raises(EntryError, match="aliases/userinfo/vera: the record has no uid and no gid and no home, which"):
+        found.lookup(b"vera")
+    assert (found.problems, found.check(b"vera")) == ([], True)
+
+
+def test_a_record_that_lacks_a_part_of_what_is_asked_is_a_problem():
+    found = bucket("userinfo", (b"vera", b'{"uid": 1, "home": null}'), (b"*", b"1000:1000:/home/%u"))
+    with pytest.raises(EntryError, match="the record has no gid and no home"):
+        found.lookup(b"vera")
+    assert len(found.problems) == 1
+
+
+DEFAULT = (b"*", b"5000:5000:/var/vmail/%d/%n")
+
+
+def test_the_default_answers_for_those_who_have_no_entry_of_their_own():
+    users = bucket("userinfo", DEFAULT, (b"gilles", b"1000:1000:/home/gilles"), (b"eric", b'{"password": "x"}'))
+    assert [users.lookup(user) for user in (b"gilles", b"vera@example.org")] == [
+        b"1000:1000:/home/gilles",
+        b"5000:5000:/var/vmail/example.org/vera",
+    ]
+    with pytest.raises(
+        EntryError, match=r"aliases/userinfo/\*: the user asked for has no %d, which the home here needs"
+    ):
+        users.lookup(b"eric")
+    assert (users.holds(b"vera"), users.check(b"vera")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("home", "user", "answer"),
+    [
+        (b"/home/%u", b"vera", b"/home/vera"),
+        (b"/home/%u", b"vera@example.org", b"/home/vera@example.org"),
+        (b"/home/%n", b"vera", b"/home/vera"),
+        (b"/home/%n", b"a@b@example.org", b"/home/a@b"),
+        (b"/100%%/%u%%", b"%u", b"/100%/%u%"),
+        (b"/home/all", b"vera", b"/home/all"),
+        (b"/home/%u", "jörg".encode(), "/home/jörg".encode()),
+        (b"/home/%u", b"*", b"/home/*"),
+        (b"/home/%u", b"\\1\\g<0>", b"/home/\\1\\g<0>"),
+        (b"/home/%u", b"...", b"/home/..."),
+    ],
+)
+def test_the_home_of_the_default_is_filled_in_with_the_user(home, user, answer):
+    assert bucket("userinfo", (b"*", b"5000:5000:" + home)).lookup(user) == b"5000:5000:" + answer
+
+
+@pytest.mark.parametrize(
+    "user", [b"..", b".", b"a/b", b"/", b"../x", b"a\x1bb", b"a\x7f", b"", b"x:0", b"x:0:0:/root", b"a\0"]
+)
+@pytest.mark.parametrize("home", [b"/home/%u", b"/home/%n", b"/home/all"])
+def test_no_user_gets_out_of_the_home_or_at_other_ids(user, home):
+    users = bucket("userinfo", (b"*", b"5000:5000:" + home))
+    if user in (b"..", b".") and b"%" not in home:
+        assert users.lookup(user) == b"5000:5000:/home/all"
+        return
+    with pytest.raises(EntryError, match=r"^aliases/userinfo/\*: the user asked for has a name that cannot be part of"):
+        users.lookup(user)
+
+
+def test_a_home_whose_parts_make_two_dots_is_refused():
+    with pytest.raises(EntryError, match="cannot be part of a home"):
+        bucket("userinfo", (b"*", b"5000:5000:/home/.%u/x")).lookup(b".")
+
+
+def test_a_default_that_is_no_good_is_an_error_for_those_without_entry_and_for_no_others():
+    users = bucket("userinfo", (b"*", b"0:0:/root"), (b"gilles", b"1000:1000:/home/gilles"))
+    assert users.lookup(b"gilles") == b"1000:1000:/home/gilles"
+    with pytest.raises(EntryError, match="uid or gid 0"):
+        users.lookup(b"vera")
+
+
+def test_without_default_an_absent_user_is_none():
+    assert bucket("userinfo", (b"gilles", b"1000:1000:/")).lookup(b"vera") is None
+
+
+def test_a_star_is_a_key_like_others_elsewhere():
+    assert bucket("string", (b"*", b"x")).lookup(b"vera") is None
+
+
+@settings(deadline=None)
+@given(user=st.binary() | st.text(".%/:@aun\0").map(str.encode), home=st.text("/%und.").map(lambda h: f"/{h}".encode()))
+def test_whatever_is_asked_for_the_ids_are_those_of_the_default_and_no_dots_lead_out(user, home):
+    users = bucket("userinfo", (b"*", b"5000:5001:" + home))
+    try:
+        value = users.lookup(user)
+    except EntryError:
+        return
+    name, uid, gid, path = (user + b":" + value).split(b":", 3)  # smtpd: to.c, text_to_userinfo
+    assert (name, uid, gid, path[:1], value.count(b"\n")) == (user, b"5000", b"5001", b"/", 0)
+    assert b"%" not in home or b".." not in path.split(b"/")
+
+
+# ---- what is told ----
+
+
+@pytest.mark.parametrize(
+    ("service", "key", "raw", "told"),
+    [
+        ("alias", b" root", b"gilles", "a blank at one of its ends"),
+        ("domain", b"example.org\n", None, "a blank at one of its ends"),
+        ("alias", b"root", b"gilles, eric schmidt", "element 2 of the value is neither user nor address"),
+        ("alias", b"root", "jörg@exämple.org".encode(), "element 1 of the value is neither user nor address"),
+        ("alias", b"root", "joerg@exämple.org".encode(), "delivers to the local user before the @"),
+        ("alias", b"root", b"error:nonsense", "element 1 of the value is neither"),
+        ("mailaddrmap", b"vera", b"a@example.org, " + b"x" * 300 + b"@example.org", "element 2 of the value is longer"),
+        ("credentials", b"vera", b"hunter2", "no hash that smtpd's crypt"),
+        ("credentials", b"vera", b"{SSHA512}hunter2", "no hash that smtpd's crypt"),
+        ("credentials", b"vera", b"vera:{plain}hunter2", "no hash that smtpd's crypt"),
+        ("credentials", b"vera", b"{ARGON2ID}$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$qVQ8m7ozNVzo", "no hash that"),
+        ("auth", b"vera", b"{SSHA512}hunter2", "no hash that can be verified"),
+        ("auth", b"vera", b"$2b$31$abcdefghijklmnopqrstuuqflPDzB6gcMhKa1rZqKiun2YGL5sa2u", "to verify, more than the"),
+    ],
+)
+def test_an_entry_that_smtpd_could_not_use_is_told_and_answered_as_it_stands(service, key, raw, told):
+    found = bucket(service, (key, raw), (b"other", None if service == "domain" else b"other@example.org"))
+    (problem,) = [problem for problem in found.problems if "/other" not in problem]
+    assert told in problem
+    assert problem.startswith("aliases/")
+    assert "hunter2" not in problem
+    assert (key in found.values, found.refused) == (True, {})
+
+
+@pytest.mark.parametrize(
+    ("service", "raw"),
+    [
+        ("alias", b"gilles, eric@example.org, error:550 no such user, a.b+c@x-y.org, :error:450 4.2.1 later"),
+        ("alias", b"bang!path%x@example.org"),
+        ("mailaddrmap", b'gilles@example.org, @example.com, "a b"@example.org'),
+        ("credentials", b"vera:clear {text}"),
+        ("credentials", b"vera:{something} else"),
+        ("credentials", b"!$6$salt$hash"),
+        ("credentials", b"$sha1$1$salt$rtI8apYHXaqy9MbxM3TD51VTdkna"),
+        ("credentials", b"vera:$2b$10$abcdefghijklmnopqrstuuqflPDzB6gcMhKa1rZqKiun2YGL5sa2u"),
+        ("auth", b"*"),
+        ("auth", b"!$6$salt$hash"),
+        ("string", b"anything"),
+    ],
+)
+def test_what_smtpd_takes_is_told_nobody(service, raw):
+    assert bucket(service, (b"vera", raw)).problems == []
+
+
+def test_commands_that_are_allowed_are_told_nobody():
+    values = b'"|command, with comma", /var/mail/x, :include:/etc/list, |plain'
+    assert bucket("alias", (b"root", values), table=COMMANDS).problems == []
+
+
+def test_with_auth_argon2_is_no_problem_of_credentials():
+    table = replace(TABLE, services=("auth", "credentials"))
+    argon2 = b"$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$qVQ8m7ozNVzoeV1W0lpcI9V2SPUOK+NCcQHYOu+C/us"
+    assert bucket("credentials", (b"vera", argon2), table=table).problems == []
+
+
+def test_a_key_in_upper_case_cannot_be_found_in_a_table_that_is_read_directly():
+    direct = replace(TABLE, mode="direct")
+    (problem,) = bucket("relayhost", (b"Example.org", b"smtp://mx"), table=direct).problems
+    assert "aliases/relayhost/Example.org: smtpd asks in lower case" in problem
+    assert bucket("domain", (b"Example.org", None), table=direct).problems == []
+
+
+def test_what_is_told_of_an_entry_that_stays_is_still_there_when_others_change():
+    former = bucket("credentials", (b"vera", b"hunter2"), (b"gone", b"hunter2"))
+    builder = Builder(TABLE, SERVICES["credentials"], former)
+    builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
+    built = builder.finish()
+    assert [problem.partition(":")[0] for problem in built.problems] == ["aliases/credentials/vera"]
+    builder = Builder(TABLE, SERVICES["credentials"], built)
+    builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
+    assert builder.finish() is built
+
+
+# ---- internationalised names ----
+
+NAMES = ["jörg@exämple.org", "用户@例子.公司", "пользователь@пример.рф", "δοκιμή@παράδειγμα.ελ", "a\u0301@e\u0301.org"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("service", ["alias", "mailaddrmap", "mailaddr", "string"])
+def test_internationalised_names_are_bytes_in_and_bytes_out(service, name):
+    key = name.encode()
+    found = bucket(service, (key, key))
+    assert (found.lookup(key), found.check(key)) == (key, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_internationalised_domains_match_as_bytes_with_and_without_wildcard(name):
+    domain = name.partition("@")[2].encode()
+    found = bucket("domain", (b"*." + domain, None))
+    assert (found.check(b"mx." + domain), found.check(domain)) == (True, False)
+
+
+def test_one_name_in_two_normal_forms_is_two_keys_as_in_a_file():
+    composed, decomposed = "j\u00f6rg".encode(), "jo\u0308rg".encode()
+    assert bucket("alias", (composed, b"gilles")).lookup(decomposed) is None
+
+
+def test_bytes_that_are_no_utf_8_pass_as_they_are():
+    assert bucket("alias", (b"j\xf6rg", b"j\xf6rg")).lookup(b"j\xf6rg") == b"j\xf6rg"
+
+
 # ---- fetch ----
 
 
@@ -578,107 +481,6 @@ def test_whatever_comes_and_goes_every_key_that_stays_is_fetched_once_a_round(st
 
 
 # ---- properties ----
-
-
-def expand_line_split(line):
-    """smtpd: expand.c, expand_line and expand_line_split, as they stand there; None where smtpd refuses the line."""
-    line += b"\0"
-    found, at = [], 0
-    while True:
-        buffer, esc, dq, sq = b"", 0, 0, 0
-        while True:
-            s = line[at : at + 1]
-            if s == b"\0":
-                ret = -1 if esc or dq or sq else 1 if buffer else 0
-                break
-            at += 1
-            if esc:
-                buffer += s
-                esc = 0
-                continue
-            if s == b"\\":
-                esc = 1
-                continue
-            if s == b"," and not dq and not sq:
-                ret = 1
-                break
-            buffer += s
-            if s == b'"' and not sq:
-                dq ^= 1
-            if s == b"'" and not dq:
-                sq ^= 1
-        if ret < 0:
-            return None
-        if ret == 0:
-            return found
-        if buffer.strip(b" \t\n\v\f\r"):
-            found.append(buffer.strip(b" \t\n\v\f\r"))
-
-
-def alias_type(node):
-    """smtpd: to.c, text_to_expandnode, as far as it leads out of the mail system."""
-    if node.lower().startswith((b":error:", b"error:")):
-        return None
-    if node.lower().startswith((b":include:", b"include:")):
-        return "include"
-    return "filter" if node[node[:1] == b'"' :].startswith(b"|") else "filename" if node.startswith(b"/") else None
-
-
-LINES = st.lists(st.sampled_from([b"a", b"|", b"/", b",", b" ", b"\\", b'"', b"'", b"include:", b":", b"\t"])).map(
-    b"".join
-)
-
-
-@settings(deadline=None)
-@given(LINES)
-@example(b"a\\")
-@example(b'"\'"')
-def test_alias_nodes_are_those_of_smtpd(line):
-    try:
-        nodes = alias_nodes(line)
-    except EntryError:
-        nodes = None
-    assert expand_line_split(line) == nodes
-
-
-@settings(deadline=None)
-@given(LINES)
-def test_no_alias_that_smtpd_takes_for_a_command_passes(line):
-    try:
-        value = read(line)
-    except EntryError:
-        return
-    assert [node for node in expand_line_split(value) or [] if alias_type(node)] == []
-
-
-RAW = st.one_of(
-    st.binary(),
-    st.text('"[],\\|/:#0149ua \n\r\t\0é\ud800').map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.recursive(st.text(), lambda inner: st.lists(inner, max_size=3)).map(lambda value: json.dumps(value).encode()),
-    st.lists(st.sampled_from(["0", "1000", "9" * 5000, ":", "/h", " ", "+"])).map(
-        lambda parts: "".join(parts).encode()
-    ),
-    st.none(),
-)
-TABLES = st.builds(
-    replace,
-    st.just(TABLE),
-    value_format=st.sampled_from(["auto", "text", "json"]),
-    allow_commands=st.booleans(),
-    allow_root=st.booleans(),
-    fetch=st.sampled_from(["keys", "values"]),
-)
-SERVICE = st.sampled_from(sorted(SERVICES.values()))
-
-
-@settings(deadline=None)
-@given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
-def test_a_value_is_sayable_or_empty_or_an_entry_error(table, service, key, raw):
-    try:
-        value = read_value(table, service, key, raw)
-    except EntryError:
-        return
-    assert value == b"" or sayable(value)
 
 
 @settings(deadline=None)

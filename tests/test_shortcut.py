@@ -172,7 +172,7 @@ def test_a_bug_in_the_shortcut_costs_no_answer(source, caplog):
 def test_sources_know_only_exact_services_in_memory(source):
     sources = Sources.__new__(Sources)
     sources._tables = {"consul": TABLE}
-    sources._mirrors = {"consul": SimpleNamespace(known=lambda service: service)}
+    sources._mirrors = {"consul": SimpleNamespace(known=lambda service: Known(None, None, {}, 0.0))}
     asked = {name: sources.known("consul", name) is not None for name in SERVICES}
     assert [name for name, known in asked.items() if known] == [
         "alias",
@@ -182,3 +182,12 @@ def test_sources_know_only_exact_services_in_memory(source):
         "string",
     ]
     assert sources.known("other", "alias") is None
+
+
+@pytest.mark.parametrize(("home", "known"), [(b"/home/%u", False), (b"/var/vmail", True)])
+def test_a_default_entry_with_something_to_fill_in_is_never_answered_as_it_stands(home, known):
+    sources = Sources.__new__(Sources)
+    sources._tables = {"consul": TABLE}
+    values = {b"*": b"1000:1000:" + home}
+    sources._mirrors = {"consul": SimpleNamespace(known=lambda service: Known(None, None, values, 0.0))}
+    assert (sources.known("consul", "userinfo") is not None) is known

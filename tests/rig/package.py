@@ -19,6 +19,7 @@ from tests.rig import cache
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OUTDATED_SECONDS = 3600
+CRYPT_R_SUITES = ("forky", "trixie")
 
 
 @functools.cache
@@ -69,14 +70,33 @@ def dependencies(python: str) -> Path:
     """
     wanted = requirements()
     digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+    wheels = [each for each in wanted if not each.startswith("crypt-r")]
 
     def install(into: Path) -> str:
         options = ("--quiet", "--target", into, "--python-version", python, "--only-binary=:all:")
-        cache.run(sys.executable, "-m", "pip", "install", *options, *wanted)
+        cache.run(sys.executable, "-m", "pip", "install", *options, *wheels)
+        if wheels != wanted:
+            _add_crypt_r(python, into)
         cache.run("chmod", "-R", "a+rX", into)
         return "0"
 
     return cache.kept(f"python{python}-{digest}", install)
+
+
+def _add_crypt_r(python: str, into: Path) -> None:
+    """Put Debian's build of crypt-r beside the wheels: PyPI has its source alone, which we could build for our Python.
+
+    Where Debian has none for that Python it is left out: no OpenSMTPD there knows the service auth.
+    """
+    for suite in CRYPT_R_SUITES:
+        with tempfile.TemporaryDirectory() as folder:
+            cache.download("python3-crypt-r", suite, Path(folder))
+            files = Path(folder) / "usr/lib/python3/dist-packages"
+            built = list(files.glob(f"_crypt_r.cpython-{python.replace('.', '')}-*.so"))
+            if built:
+                for path in (files / "crypt_r.py", *built):
+                    shutil.copy(path, into)
+                return
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def test_mail_is_put_off_in_time_while_consul_hangs(consul, smtpd):
     consul.pause()
     started = time.monotonic()
     assert is_temporary(server.send("root@localhost")["root@localhost"])
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5  # six lookups, and one deadline of half a second
     consul.resume()
     until(lambda: server.send("root@localhost", subject="back")["root@localhost"][0], 250)
     server.wait_for_mail("gilles", "back")

@@ -120,6 +120,8 @@ class Builder:
         # A value that stood there before, and that nothing decodes, has been judged before.
         self._known = {} if former is None or table.value_format == "json" else former.values
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
+        self._former_keys = iter(self._known)
+        self._former_key = next(self._former_keys, None)
         from table_consul.doubts import DOUBTS  # noqa: PLC0415 - its import would delay the handshake
 
         self._doubt = DOUBTS.get(service.name)
@@ -134,9 +136,20 @@ class Builder:
             if (folded != key or folded in values or folded in refused) and not self._spell(key, folded):
                 continue
             if raw and known.get(folded) == raw and raw[:1] not in decoded:
-                values[folded] = known[folded]
+                values[self._same_key(folded)] = known[folded]
             else:
                 self._read(folded, raw)
+
+    def _same_key(self, key: bytes) -> bytes:
+        """The former bucket's own object for this key, so that a reload leaves no second copy of all keys behind.
+
+        Both come in Consul's order; where they do not, the key itself is as good.
+        """
+        former = self._former_key
+        while former is not None and former < key:
+            former = next(self._former_keys, None)
+        self._former_key = former
+        return former if former is not None and former == key else key
 
     def _spell(self, key: bytes, folded: bytes) -> bool:
         """Whether the key, of which there may be another spelling, is the one that answers."""

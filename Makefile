@@ -17,6 +17,8 @@ help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
+	    apt-get install -q -y python3-venv; } || { echo 'needs python3-venv: apt-get install python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[metrics,regex]' --group dev
@@ -42,7 +44,7 @@ chaos: $(VENV)/.stamp ## the long version of tests/chaos: a cluster of three tha
 
 bench: $(VENV)/.stamp ## speed and memory, as ratios to reference children
 	$(PYTHON) -m venv --clear bench/build/venv
-	bench/build/venv/bin/python -m pip install --quiet .
+	bench/build/venv/bin/python -m pip install --quiet '.[regex]'
 	$(BIN)/python -m bench.bench --program bench/build/venv/bin/table-consul $(ARGS)
 
 install: ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR)

@@ -58,5 +58,32 @@ def domains(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
     return entries, asked
 
 
+def addresses(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Users, hosts and users at hosts, and mail addresses, some with a tag, with the answer of smtpd's own matcher."""
+    entries: dict[str, str] = {}
+    asked: dict[str, str | None] = {f"absent{number}@nowhere.example.com": None for number in range(5_000)}
+    for number in range(count):
+        if number % 5 == 0:
+            entry, inside = f"@host{number}.example.net", f"anyone@host{number}.example.net"
+        elif number % 5 == 1:
+            entry, inside = f"user{number}", f"user{number}@anywhere.example"
+        else:
+            entry, inside = f"user{number}@example{number % 97}.org", f"user{number}+tag@example{number % 97}.org"
+        entries[entry] = ""
+        if number % 5 < 3:
+            asked[inside] = ""
+    return entries, asked
+
+
+def expressions(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
+    """A hundredth as many expressions, and texts with the answer of regexec(3)."""
+    entries: dict[str, str] = {}
+    asked: dict[str, str | None] = {f"host-absent-{number}.example.org": None for number in range(1_000)}
+    for number in range(count // 100):
+        entries[f"^host-[0-9]+-{number}\\.(foo|bar)$"] = ""
+        asked[f"host-{number % 7}-{number}.bar"] = ""
+    return entries, asked
+
+
 def write_keys(path: Path, asked: dict[str, str | None]) -> None:
     path.write_text("".join(f"{key}\n" if value is None else f"{key}\t{value}\n" for key, value in asked.items()))

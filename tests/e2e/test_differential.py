@@ -119,8 +119,9 @@ class Twin(Smtpd):
 
     def _lookup(self, found: tuple[str, ...]) -> Lookup:
         lookup = Lookup(*found)
-        # smtpd finds such a value and cannot read it, and table-consul says so itself; both is a failure.
-        return lookup._replace(answer="unusable") if (lookup.table, lookup.key.lower()) in self._unusable else lookup
+        # smtpd finds such a value and cannot read it, and table-consul says so itself; to smtpd both is a failure.
+        failed = lookup.answer.startswith(('"', "error: ")) and (lookup.table, lookup.key.lower()) in self._unusable
+        return lookup._replace(answer="unusable") if failed else lookup
 
     def deliveries(self) -> tuple[list[str], list[str]]:
         """Where the mails went that had to wait: the log's lines, and file by file."""

@@ -1,4 +1,4 @@
-"""Measures table-consul beside reference children and prints the table of DESIGN.md, section 7, with what is wanted.
+"""Measures table-consul beside reference children and prints what was measured, with what is wanted.
 
 ``python -m bench.bench [--quick] [--json FILE] [--only ROW ...]``; bench/README.md says how to read what it prints.
 """

@@ -244,7 +244,7 @@ def test_without_a_token_a_get_is_forbidden(guarded):
     client = kv.Client(settings(guarded))
     with pytest.raises(Forbidden):
         client.get(b"consul/alias/root", timeout=5)
-    # Consul shows nothing and does not say so (N39): whoever lists must prove emptiness by reading one key.
+    # Consul shows nothing and does not say so: whoever lists must prove emptiness by reading one key.
     page = client.list(b"consul/", timeout=5)
     assert page.pairs == []
     client.close()

@@ -345,4 +345,4 @@ def test_a_batch_of_nothing_is_nothing():
 
 
 def test_the_least_pause_is_short_enough_for_an_edit_to_be_seen_in_time():
-    assert mirror.LEAST_PAUSE_SECONDS <= 0.02  # DESIGN.md section 7: from within 20 ms, p50
+    assert mirror.LEAST_PAUSE_SECONDS <= 0.02  # an edit is to be seen within 20 ms, p50

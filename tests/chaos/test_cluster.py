@@ -1,4 +1,4 @@
-"""One fault after the other, under load: 0 wrong, 0 falsely absent, 0 late, 0 exits (DESIGN.md section 3)."""
+"""One fault after the other, under load: 0 wrong, 0 falsely absent, 0 late, 0 exits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tables whose entries are made from a seed: as a file of smtpd's own, and as keys of Consul.
 
 The alphabets are small, so that what a session says meets an entry now and then, and entries overlap. Left out is what
-DESIGN.md section 5 lets differ (aliases that are commands, keys that differ by case alone) and what POSIX leaves
+differs on purpose (aliases that are commands, keys that differ by case alone) and what POSIX leaves
 undefined in an expression (``\\d``, a ``*`` with nothing before it), where glibc and RE2 need not agree.
 """
 

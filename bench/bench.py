@@ -30,7 +30,7 @@ from tests.rig.consul import ConsulAgent, consul_version
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
-SOURCES = ("driver", "floor", "get")
+SOURCES = ("driver", "floor", "get", "walk")
 
 # Both processes on one processor: the wake-up of another costs more than all that is to be measured. Consul has the
 # other, so that its work is not taken for ours.
@@ -86,10 +86,14 @@ class Bench:
         self.mirror = Child("mirror", lambda _table: [self.program, str(self.configuration("mirror"))])
         self.imsg = Child("imsg", self.mirror.command, "imsg")
         self.bridge = Child("bridge", self.bridged, "imsg")
+        self.walk = Child("C, a walk", lambda table: [str(BUILD / "walk"), table, str(self.entries(table))])
         self.direct = Child("direct", lambda _table: [self.program, str(self.configuration("direct"))])
 
     def keys(self, table: str) -> Path:
         return self.folder / f"{table}.keys"
+
+    def entries(self, table: str) -> Path:
+        return self.folder / f"{table}.entries"
 
     def script(self, name: str, interpreter: str) -> str:
         """A copy to run as a program: with the table's name as argv[0], Python itself does not find its library."""
@@ -124,6 +128,7 @@ class Bench:
             else:
                 service, (entries, asked) = table, PATTERNS[table](SIZES[LARGE])
             write_keys(self.keys(table), asked)
+            self.entries(table).write_text("".join(f"{key}\n" for key in sorted(entries)))
             self.consul.kv_txn({f"{table}/{service}/{key}": value for key, value in entries.items()})
             self.loaded.add(table)
 
@@ -295,7 +300,7 @@ def direct(bench: Bench) -> None:
 
 
 def patterns(bench: Bench) -> None:
-    """Checks against 100,000 networks, domains and addresses, and 1,000 expressions, beside as many exact keys."""
+    """Checks against 100,000 networks, domains and addresses, and 1,000 expressions, beside exact keys and a walk."""
     bench.load(LARGE, *PATTERNS)
     rounds, many = (1, 20_000) if bench.quick else (5, 60_000)
     steps = ("warm 30", f"lookup {many}")
@@ -313,6 +318,11 @@ def patterns(bench: Bench) -> None:
         bench.rows += [
             Row(name, ours["p50"], "us", "exact key", exact["p50"], wanted, as_ratio=True),
             Row(name.replace("p50", "p99"), ours["p99"], "us", "exact key", exact["p99"]),
+        ]
+        steps_of_a_walk = ("warm 30", f"lookup {50 if bench.quick else 500}")
+        walked = bench.run(bench.walk, service, *steps_of_a_walk, op="check", service=service)["lookup"]
+        bench.rows += [
+            Row(name.replace("p50", rank), ours[rank], "us", "smtpd's walk", walked[rank]) for rank in ("p50", "p99")
         ]
 
 
@@ -360,7 +370,7 @@ def build() -> None:
     for name in SOURCES:
         source, program = HERE / f"{name}.c", BUILD / name
         if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-            subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", program, source], check=True)
+            subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", program, source, "-lresolv"], check=True)
 
 
 @contextlib.contextmanager

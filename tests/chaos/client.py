@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.chaos.history import FRESH_SECONDS, HOT, Writer
+from tests.chaos.witness import Witnesses, stalled
 
 if TYPE_CHECKING:
     from tests.dialogue import Child
 
 DEADLINE_SECONDS = 2.0
-# With data in memory an answer is a matter of microseconds; the rest is for a machine whose two processors are shared.
+# With data in memory; what the machine as a whole stood still meanwhile does not count.
 SLOW_SECONDS = 0.05
 
 STEADY = (
@@ -40,20 +41,20 @@ class Judgement:
     errors: int = 0
     late: int = 0
     slowest: float = 0.0
-    floor: float = 0.0
+    stalled: float = 0.0
     exits: int = 0
     recovered: float = float("inf")
     examples: list[str] = field(default_factory=list)
 
     HEAD = (
         f"{'fault':<44} {'answers':>8} {'wrong':>6} {'absent':>6} {'errors':>6} {'late':>5}"
-        f" {'slowest ms':>10} {'echo ms':>8} {'exits':>5} {'recovery s':>10}"
+        f" {'slowest ms':>10} {'stall ms':>8} {'exits':>5} {'recovery s':>10}"
     )
 
     def __str__(self) -> str:
         return (
             f"{self.fault:<44} {self.answers:>8} {self.wrong:>6} {self.absent:>6} {self.errors:>6} {self.late:>5}"
-            f" {self.slowest * 1000:>10.1f} {self.floor * 1000:>8.1f} {self.exits:>5} {self.recovered:>10.2f}"
+            f" {self.slowest * 1000:>10.1f} {self.stalled * 1000:>8.1f} {self.exits:>5} {self.recovered:>10.2f}"
         )
 
 
@@ -66,7 +67,7 @@ class Client(threading.Thread):
         self._table = table
         self._asker: subprocess.Popen[bytes] | None = None
         self.answers: list[tuple[float, float, int, bytes]] = []
-        self.echoes: list[float] = []
+        self.witnesses = Witnesses()
         self.newest = [0] * HOT
         self.gone: str | None = None
 
@@ -82,6 +83,7 @@ class Client(threading.Thread):
         )
         assert self._asker.stdin is not None
         pickle.dump(self._questions(), self._asker.stdin)
+        self.witnesses.__enter__()
         self._asker.stdin.flush()
         super().start()
 
@@ -98,9 +100,7 @@ class Client(threading.Thread):
         assert self._asker.stdout is not None
         with contextlib.suppress(EOFError):
             while True:
-                answers, echoes, gone = pickle.load(self._asker.stdout)
-                self.echoes += echoes
-                self.gone = gone
+                answers, self.gone = pickle.load(self._asker.stdout)
                 for when, took, number, reply in answers:
                     _, ident, outcome = reply.split(b"|", 2)
                     assert int(ident, 16) == number, f"{reply!r} answers question {number}"
@@ -114,16 +114,20 @@ class Client(threading.Thread):
         self._asker.stdin.close()
         self.join(60)
         self._asker.wait(60)
+        self.witnesses.__exit__()
         assert self._asker.stdout is not None
         self._asker.stdout.close()
 
     def judge(self, fault: str, writer: Writer, ill: tuple[float, float]) -> Judgement:
         """What the answers are worth: while ill (from, to) any value ever written is right, else the latest."""
-        result = Judgement(fault, len(self.answers), floor=max(self.echoes), exits=int(self.gone is not None))
+        stalls = self.witnesses.stalls
+        longest = max((end - begin for begin, end in stalls), default=0.0)
+        result = Judgement(fault, len(self.answers), stalled=longest, exits=int(self.gone is not None))
         seen: Counter[str] = Counter()
         for when, took, number, outcome in self.answers:
-            result.slowest = max(result.slowest, took)
-            result.late += took > DEADLINE_SECONDS + SLOW_SECONDS
+            ours = took if took <= SLOW_SECONDS else took - stalled(stalls, when - took, when)
+            result.slowest = max(result.slowest, ours)
+            result.late += ours > DEADLINE_SECONDS + SLOW_SECONDS
             verdict = ""
             if outcome.startswith(b"error|"):
                 result.errors += 1

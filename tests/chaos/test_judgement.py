@@ -6,6 +6,7 @@ import pytest
 
 from tests.chaos.client import DEADLINE_SECONDS, STEADY, Client
 from tests.chaos.history import FRESH_SECONDS, HOT, Writer
+from tests.chaos.witness import merged, stalled
 
 ILL = (100.0, 110.0)
 NOBODY = HOT + len(STEADY) - 1
@@ -21,7 +22,6 @@ def writer():
 
 def judged(writer, *answers):
     client = Client(None, b"t")
-    client.echoes = [0.001]
     client.answers = [(when, 0.001, number, outcome) for when, number, outcome in answers]
     row = client.judge("none", writer, ILL)
     return row.wrong, row.absent, row.errors, row.late
@@ -53,8 +53,27 @@ def test_an_answer_is_worth_what_stood_in_consul(writer, when, number, outcome, 
 
 def test_late_is_late_and_the_end_of_the_child_an_exit(writer):
     client = Client(None, b"t")
-    client.echoes = [0.001]
     client.answers = [(60.0, DEADLINE_SECONDS + 0.1, HOT, b"found")]
     client.gone = "end of file"
     row = client.judge("none", writer, ILL)
     assert (row.late, row.exits, row.slowest) == (1, 1, DEADLINE_SECONDS + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("stalls", "slowest"),
+    [
+        ([], 0.2),
+        ([(1.0, 2.0)], 0.2),
+        ([(60.0, 60.1), (60.15, 60.3)], 0.05),  # 0.15 of the 0.2 seconds before 60.2 nothing ran
+    ],
+)
+def test_an_answer_is_slow_by_what_the_machine_did_not_stand_still(writer, stalls, slowest):
+    client = Client(None, b"t")
+    client.witnesses.stalls = stalls
+    client.answers = [(60.2, 0.2, HOT, b"found"), (61.0, 0.01, HOT, b"found")]
+    assert client.judge("none", writer, ILL).slowest == pytest.approx(slowest)
+
+
+def test_stalls_that_several_saw_count_once():
+    assert merged([(3.0, 4.0), (1.0, 2.0), (1.5, 2.5)]) == [(1.0, 2.5), (3.0, 4.0)]
+    assert stalled([(1.0, 2.5), (3.0, 4.0)], 2.0, 3.5) == 1.0

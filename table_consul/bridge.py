@@ -9,7 +9,7 @@ from random import random
 from table_consul.child import END_SECONDS, Child, ChildError, HandshakeRefused
 from table_consul.outage import Outage
 from table_consul.protocol import Failed, Reply, Request
-from table_consul.services import DEFAULT_SERVICES
+from table_consul.services import DEFAULT_SERVICES, SERVICES
 
 
 class Bridge:
@@ -44,9 +44,18 @@ class Bridge:
         self._child: Child | None = None
         self._outage = Outage(name, "answering error until it runs again")
 
-    def services(self, _table: str) -> list[str]:
-        """All, as far as smtpd is told: in imsg it is not."""
-        return list(DEFAULT_SERVICES)
+    def services(self, table: str) -> list[str]:
+        """Those that the child offers, if it says so in time; else all. In imsg smtpd is not told."""
+        try:
+            offered = self._running(table).offered(self._clock() + self._deadline)
+        except HandshakeRefused:
+            self._drop()
+            self._guess = "procexec"
+            offered = set()
+        except ChildError as error:
+            self._failed(error)
+            offered = set()
+        return [name for name in SERVICES if name in offered] or list(DEFAULT_SERVICES)
 
     def procexec_reply(self, _table: str) -> str:
         """See daemon.Tables."""

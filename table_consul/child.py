@@ -94,6 +94,15 @@ class Child:
             with contextlib.suppress(OSError):  # what is wrong will show when it is asked
                 self._wire.send(_HANDSHAKE.format(" ".join(table.splitlines())).encode())
 
+    def offered(self, deadline: float) -> set[str]:
+        """The services that it has registered by this moment; none if it has not, or is of 2020.
+
+        Raises:
+            HandshakeRefused: see there.
+            ChildError: see `ask`.
+        """
+        return self._services if self._shaken or self._shake_hands(deadline) else set()
+
     def ask(self, request: Request, deadline: float) -> Reply:
         """What the child answers, or Failed for what it cannot be asked; by this moment on the clock.
 

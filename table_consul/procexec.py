@@ -2,7 +2,7 @@
 
 smtpd 7.6 and later speak lines themselves, and the program takes the place of this one. Up to 7.5 smtpd speaks imsg,
 and to a program of 2020 no smtpd can speak: then this one stays between the two, and whatever its child does, smtpd
-gets an answer in time.
+gets an answer in time. So it does where it is told to, for a program that may die.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf
 EPILOG = """\
 COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
 smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
-word, split as a shell would. OpenSMTPD 7.6 and later speak with COMMAND themselves,
-unless --dialect procexec says that it is of 2020. Options go into a script that runs
-table-procexec, for smtpd.conf has no place for them.
+word, split as a shell would. OpenSMTPD 7.6 and later speak with COMMAND themselves, and end
+when it ends, unless --restart, or --dialect procexec, keeps table-procexec between
+the two. Options go into a script that runs table-procexec, for smtpd.conf has no
+place for them.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "table-procexec",
-        usage="table-procexec [--dialect DIALECT] [--deadline SECONDS] COMMAND [ARGUMENT ...]",
+        usage="table-procexec [--dialect DIALECT] [--deadline SECONDS] [--restart] COMMAND [ARGUMENT ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=DEADLINE_SECONDS,
         help=f"how long smtpd waits for an answer at most (default: {DEADLINE_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="stay between smtpd and COMMAND always, and start it again when it ends"
     )
     parser.add_argument("--version", action="version", version=f"table-procexec {__version__}")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
@@ -90,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beside = os.path.dirname(sys.argv[0])
     if first == b"":
         return 0
-    if first is None or (first >= b"\x08" and options.dialect != "procexec"):
+    stays = options.restart or options.dialect == "procexec"
+    if first is None or (first >= b"\x08" and not stays):
         return _become(options.command, beside)
     return _bridge(options.command, beside, options.dialect, options.deadline)
 

@@ -24,8 +24,10 @@ from table_consul.bridge import Bridge
 from table_consul.child import Child, ChildError, _question, _reply
 from table_consul.outage import LAST_PAUSE_SECONDS
 from table_consul.protocol import DIALECTS, Failed, Found, NotFound, Request, Updated
+from table_consul.services import DEFAULT_SERVICES
 from tests.dialogue import PATIENCE_SECONDS, eventually, write_config, write_source
 from tests.e2e.programs import OF_2020
+from tests.rig.waiting import wait_for
 from tests.test_imsg import ALIAS, CHECK, CLOSE, FETCH, LOOKUP, SOURCE, UPDATE, message, opening, question
 
 RUN = (sys.executable, "-c", "import sys; from table_consul.procexec import main; sys.exit(main())")
@@ -346,6 +348,51 @@ def test_a_peer_that_speaks_lines_gets_the_child_itself_and_loses_nothing(progra
             assert lines.readline() == b"lookup-result|1|found|%d\n" % process.pid
             wire.shutdown(socket.SHUT_WR)
             assert (lines.read(), process.wait(PATIENCE_SECONDS)) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "services"),
+    [
+        (TABLE % "", {"alias", "source"}),
+        (OF_2020, set(DEFAULT_SERVICES)),
+        ("import time; time.sleep(9)", set(DEFAULT_SERVICES)),
+    ],
+    ids=["today", "2020", "silent"],
+)
+def test_told_to_restart_its_child_it_stays_and_registers_what_the_child_offers(program, text, services):
+    wire, theirs = socket.socketpair()
+    wire.settimeout(PATIENCE_SECONDS)
+    wire.sendall(b"config|smtpd-version|7.9.0\nconfig|tablename|users\nconfig|ready\n")
+    command = [*RUN, "--restart", "--deadline", "0.5", program(text)]
+    with wire, subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
+        theirs.close()
+        with wire.makefile("rb") as lines:
+            registered = set(iter(lines.readline, b"register|ready\n"))
+            assert registered == {b"register|%b\n" % name.encode() for name in services}
+        process.kill()
+
+
+def test_told_to_restart_its_child_it_does_so_when_that_is_killed(program):
+    wire, theirs = socket.socketpair()
+    wire.settimeout(PATIENCE_SECONDS)
+    wire.sendall(b"config|smtpd-version|7.9.0\nconfig|tablename|users\nconfig|ready\n")
+    with wire, subprocess.Popen([*RUN, "--restart", program(TABLE % "")], stdin=theirs, stdout=theirs) as process:
+        theirs.close()
+        with wire.makefile("rb") as lines:
+            while lines.readline() != b"register|ready\n":
+                pass
+
+            def pid():
+                wire.sendall(b"table|0.1|0|users|lookup|alias|1|pid\n")
+                verdict, _, value = lines.readline().removeprefix(b"lookup-result|1|").partition(b"|")
+                return int(value) if verdict == b"found" else None
+
+            first = pid()
+            assert first not in {None, process.pid}
+            os.kill(first, signal.SIGKILL)
+            wait_for(lambda: pid() not in {None, first}, 5, lambda: "it was not started again")
+            wire.shutdown(socket.SHUT_WR)
+            assert process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_a_peer_of_2020_and_a_person_with_a_pipe_get_the_child_itself(program):

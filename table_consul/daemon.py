@@ -90,14 +90,17 @@ class Loop:
             return False
         arrived = self._clock()
         try:
-            replies = self._shortcut.replies(data)
+            if isinstance(self._session, imsg.Session):
+                replies, number = self._shortcut.reply_in_imsg(data, self._session.table), 1
+            else:
+                replies, number = self._shortcut.replies_in_lines(data), data.count(b"\n")
         except Exception as error:  # noqa: BLE001 - as in _answered
             self._tell_traceback(error)
             return False
         if replies is None:
             return False
         _write(write_to, replies)
-        self._shortcut.count(data, arrived)
+        self._shortcut.count(number, arrived)
         return True
 
     def _answer_all(self, write_to: int) -> bool:

@@ -26,7 +26,6 @@ from table_consul.services import SERVICES
 
 OK, OPEN, CLOSE, UPDATE, CHECK, LOOKUP, FETCH = 0, 2, 3, 4, 5, 6, 7
 OPS = {CHECK: "check", LOOKUP: "lookup", FETCH: "fetch"}
-WITH_KEY = (CHECK, LOOKUP)
 # smtpd: smtpd-api.h, PROC_TABLE_API_VERSION.
 VERSION = 2
 
@@ -35,15 +34,15 @@ _VERSION = Struct("=I")
 _SERVICE = Struct("=i")
 _COUNT = Struct("@N")
 _QUESTION_SIZE = _SERVICE.size + _COUNT.size
-# Header, service and count at once; in standard sizes there is no padding between them.
-_USUAL = Struct(HEADER.format + "i" + {4: "I", 8: "Q"}[calcsize("@N")])
-_ANSWER = Struct(HEADER.format + "i")
+# Header, service and count at once, for shortcut.py; in standard sizes there is no padding between them.
+USUAL = Struct(HEADER.format + "i" + {4: "I", 8: "Q"}[calcsize("@N")])
+ANSWER = Struct(HEADER.format + "i")
 
 # openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() of either end fails on more, and smtpd exits.
 MAX_MESSAGE = 16384
-MAX_VALUE = MAX_MESSAGE - _ANSWER.size - len(b"\0")
+MAX_VALUE = MAX_MESSAGE - ANSWER.size - len(b"\0")
 
-_NAMES = {service.bit: service.name for service in SERVICES.values()}
+NAMES = {service.bit: service.name for service in SERVICES.values()}
 
 
 def speaks(data: bytes) -> bool:
@@ -59,15 +58,18 @@ class Session:
     send such a length, for its own imsg_create() refuses it.
     """
 
-    takes_shortcuts = False
-
     def __init__(self) -> None:
         self.dialect: str | None = None
         self.closed = False
         self._lost = False
-        self._table = ""
+        self.table = ""
         self._data = b""
         self._at = 0
+
+    @property
+    def takes_shortcuts(self) -> bool:
+        """Whether smtpd has begun, is at the beginning of a message, and can still be understood."""
+        return self.dialect is not None and self._at == len(self._data) and not self.closed and not self._lost
 
     def receive_data(self, data: bytes) -> None:
         """Take what was read from smtpd, in any cut."""
@@ -81,19 +83,6 @@ class Session:
         present = len(data) - at
         if present < HEADER.size:
             return None
-        if at == 0 and present > _USUAL.size:
-            # Nearly all that is ever asked, alone in one read; what follows would say the same.
-            kind, length, _, _, _, bit, count = _USUAL.unpack_from(data)
-            if (
-                length == present <= MAX_MESSAGE
-                and kind in WITH_KEY
-                and bit in _NAMES
-                and not count
-                and data.find(b"\0", _USUAL.size) == length - 1
-            ):
-                self._at = length
-                self.dialect = "imsg"
-                return Request(OPS[kind], b"", self._table, _NAMES[bit], data[_USUAL.size : -1])
         kind, length, _, _, _ = HEADER.unpack_from(data, at)
         if not HEADER.size <= length <= MAX_MESSAGE:
             self._forget()
@@ -109,7 +98,7 @@ class Session:
         if kind == OPEN:
             return self._open(body)
         if kind == UPDATE:
-            return Request("update", b"", self._table, "", b"")
+            return Request("update", b"", self.table, "", b"")
         if kind == CLOSE:
             self._forget()
             self.closed = True
@@ -122,15 +111,15 @@ class Session:
     def _open(self, body: bytes) -> Ready:
         # Another version is told on, not refused: smtpd waits for this answer, and takes a refusal as reason to exit.
         version = _VERSION.unpack_from(body)[0] if len(body) >= _VERSION.size else 0
-        self._table = body[_VERSION.size :].partition(b"\0")[0].decode("utf-8", "backslashreplace")
-        return Ready({"tablename": self._table, "protocol": f"imsg {version}"})
+        self.table = body[_VERSION.size :].partition(b"\0")[0].decode("utf-8", "backslashreplace")
+        return Ready({"tablename": self.table, "protocol": f"imsg {version}"})
 
     def _question(self, op: str, body: bytes) -> Request | Malformed:
         if len(body) < _QUESTION_SIZE:
             return self._malformed(op, "", "fields are missing")
         (bit,) = _SERVICE.unpack_from(body)
         (count,) = _COUNT.unpack_from(body, _SERVICE.size)
-        service = _NAMES.get(bit) or f"{bit:#x}"
+        service = NAMES.get(bit) or f"{bit:#x}"
         text = body[_QUESTION_SIZE:]
         if count:
             # Each has two NULs: no count makes this take longer than the body is.
@@ -148,7 +137,7 @@ class Session:
         return self._request(op, service, key)
 
     def _request(self, op: str, service: str, key: bytes) -> Request:
-        return Request(op, b"", self._table, service, key)
+        return Request(op, b"", self.table, service, key)
 
     def _malformed(self, op: str, service: str, reason: str) -> Malformed:
         return Malformed(reason, self._request(op, service, b""))
@@ -181,4 +170,4 @@ class Session:
 
 
 def _answer(verdict: int, value: bytes = b"") -> bytes:
-    return _ANSWER.pack(OK, _ANSWER.size + len(value), 0, 0, 0, verdict) + value
+    return ANSWER.pack(OK, ANSWER.size + len(value), 0, 0, 0, verdict) + value

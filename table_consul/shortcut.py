@@ -1,4 +1,4 @@
-"""The one place where the way of an answer is written out: a key found in memory, asked by OpenSMTPD 7.6 or later.
+"""The one place where the way of an answer is written out, in both dialects of today: a key found in memory.
 
 Nearly all that a mail server asks a healthy table is this: `lookup`, a service of exact keys, the key is there. Going
 through Session, Responder and Sources for it costs four microseconds in place of one (bench/). All else, absence
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
+from table_consul import imsg
 from table_consul.protocol import Found, Request
 from table_consul.tally import Tally
 
@@ -39,11 +40,11 @@ class Shortcut:
         self._know = know
         self._tally = tally
         self._clock = clock
-        self._asked: tuple[bytes, bytes] | None = None
+        self._asked: tuple[bytes | str, bytes | str] | None = None
         self._known: Known | None = None
         self._request = Request("lookup", b"", "", "", b"")
 
-    def replies(self, data: bytes) -> bytes | None:
+    def replies_in_lines(self, data: bytes) -> bytes | None:
         """All replies at once, or None: then nothing has been answered, and the long way is to be taken."""
         now = self._clock()
         replies: list[bytes] = []
@@ -69,15 +70,44 @@ class Shortcut:
             replies.append(b"lookup-result|" + parts[6] + b"|found|" + value + b"\n")
         return b"".join(replies)
 
-    def count(self, data: bytes, arrived: float) -> None:
-        """Note that the replies to this chunk have been written."""
+    def reply_in_imsg(self, data: bytes, table: str) -> bytes | None:
+        """The same for imsg, where one question comes at a time, and OPEN has told the table."""
+        size = len(data)
+        if not imsg.USUAL.size < size <= imsg.MAX_MESSAGE:
+            return None
+        kind, length, _, _, _, bit, count = imsg.USUAL.unpack_from(data)
+        if kind != imsg.LOOKUP or length != size or count or data.find(b"\0", imsg.USUAL.size) != size - 1:
+            return None
+        service = imsg.NAMES.get(bit)
+        known = self._known
+        now = self._clock()
+        if (
+            known is None
+            or known.memory.state is not known.state
+            or now > known.until
+            or (table, service) != self._asked
+        ):
+            known = None if service is None else self._learn(table, service)
+            if known is None or now > known.until:
+                return None
+        value = known.values.get(data[imsg.USUAL.size : -1])
+        if not value or len(value) > imsg.MAX_VALUE:
+            return None
+        return imsg.ANSWER.pack(imsg.OK, imsg.ANSWER.size + len(value) + 1, 0, 0, 0, 1) + value + b"\0"
+
+    def count(self, number: int, arrived: float) -> None:
+        """Note that so many replies have been written."""
         seconds = self._clock() - arrived
-        for _ in range(data.count(b"\n")):
+        for _ in range(number):
             self._tally.add(self._request, Found, seconds)
 
-    def _learn(self, table: bytes, service: bytes) -> Known | None:
-        names = table.decode("utf-8", "backslashreplace"), service.decode("utf-8", "backslashreplace")
+    def _learn(self, table: bytes | str, service: bytes | str) -> Known | None:
+        names = _text(table), _text(service)
         self._known = self._know(*names)
         self._asked = (table, service)
         self._request = Request("lookup", b"", *names, b"")
         return self._known
+
+
+def _text(name: bytes | str) -> str:
+    return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")

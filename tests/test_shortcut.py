@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -9,18 +10,20 @@ from hypothesis import strategies as st
 
 from table_consul import daemon
 from table_consul.daemon import Loop
+from table_consul.imsg import MAX_VALUE
 from table_consul.mirror import Mirror, Snapshot
 from table_consul.responder import Responder
 from table_consul.services import SERVICES, Bucket, Table
 from table_consul.shortcut import Known, Shortcut
 from table_consul.sources import Sources
 from table_consul.tally import Tally
+from tests.test_imsg import CHECK, CLOSE, FETCH, LOOKUP, UPDATE, message, opening, question
 
 TABLE = Table("consul", max_age=100.0)
 HELLO = b"config|smtpd-version|7.9.0\nconfig|tablename|consul\nconfig|ready\n"
 ENTRIES = {
     "alias": [(b"root", b"gilles\n"), (b"a|b", b"eric"), (b"empty", b""), (b"bad", b"|command")],
-    "string": [(b"root", b"other")],
+    "string": [(b"root", b"other"), (b"long", b"x" * (MAX_VALUE + 1)), (b"longest", b"x" * MAX_VALUE)],
     "domain": [(b"root", b"*")],
 }
 
@@ -84,7 +87,7 @@ def lookup(key, service=b"alias", ident=b"00000001", table=b"consul", op=b"looku
 
 LINES = st.builds(
     lookup,
-    st.sampled_from([b"root", b"a|b", b"empty", b"bad", b"nobody", b"", b"x\0"]),
+    st.sampled_from([b"root", b"a|b", b"empty", b"bad", b"long", b"nobody", b"", b"x\0"]),
     st.sampled_from([b"alias", b"alias", b"alias", b"string", b"domain", b"credentials", b"nonsense"]),
     st.sampled_from([b"1", b"deadbeef", b""]),
     st.sampled_from([b"consul", b"consul", b"other"]),
@@ -98,6 +101,24 @@ def test_the_short_way_and_the_long_way_say_the_same_bytes(chunks):
     assert served(source, HELLO, *chunks, know=source.known) == served(Mirrored(), HELLO, *chunks)
 
 
+QUESTIONS = st.builds(
+    question,
+    st.sampled_from([LOOKUP, LOOKUP, LOOKUP, CHECK, FETCH]),
+    st.sampled_from([0x1, 0x1, 0x400, 0x2, 0x4, 0x4000, -1]),  # alias, string, domain, credentials, none
+    st.sampled_from(
+        [b"root\0", b"a|b\0", b"empty\0", b"bad\0", b"long\0", b"longest\0", b"nobody\0", b"\0", b"root", b"x\0y\0"]
+    ),
+    st.sampled_from([0, 0, 0, 1]),
+) | st.sampled_from([b"half", message(UPDATE), message(4711), message(LOOKUP, length=3), message(CLOSE)])
+
+
+@given(st.sampled_from([b"consul", b"other"]), st.lists(st.lists(QUESTIONS, max_size=2).map(b"".join), max_size=6))
+def test_so_they_do_in_imsg(table, chunks):
+    source = Mirrored()
+    chunks = [opening(table), *filter(None, chunks)]
+    assert served(source, *chunks, know=source.known) == served(Mirrored(), *chunks)
+
+
 @pytest.fixture
 def source():
     return Mirrored()
@@ -109,7 +130,7 @@ def shortcut(source):
 
 
 def test_a_key_in_memory_is_answered(shortcut):
-    assert shortcut.replies(lookup(b"root")) == b"lookup-result|00000001|found|gilles\n"
+    assert shortcut.replies_in_lines(lookup(b"root")) == b"lookup-result|00000001|found|gilles\n"
 
 
 @pytest.mark.parametrize(
@@ -130,25 +151,53 @@ def test_a_key_in_memory_is_answered(shortcut):
     ],
 )
 def test_all_else_takes_the_long_way(shortcut, data):
-    assert shortcut.replies(data) is None
+    assert shortcut.replies_in_lines(data) is None
+
+
+def test_a_key_in_memory_is_answered_in_imsg(shortcut):
+    body = struct.pack("=i", 1) + b"gilles\0"
+    assert (
+        shortcut.reply_in_imsg(question(LOOKUP, 0x1, b"root\0"), "consul")
+        == struct.pack("=IHHII", 0, 16 + len(body), 0, 0, 0) + body
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        question(LOOKUP, 0x1, b"nobody\0"),
+        question(LOOKUP, 0x1, b"empty\0"),
+        question(LOOKUP, 0x400, b"long\0"),  # more than a message can hold
+        question(LOOKUP, 0x2, b"root\0"),
+        question(LOOKUP, 0x4000, b"root\0"),
+        question(CHECK, 0x1, b"root\0"),
+        question(LOOKUP, 0x1, b"root"),
+        question(LOOKUP, 0x1, b"root\0", count=1),
+        question(LOOKUP, 0x1, b"root\0") * 2,
+        question(LOOKUP, 0x1, b"root\0")[:-1],
+        message(CLOSE),
+    ],
+)
+def test_all_else_takes_the_long_way_in_imsg(shortcut, data):
+    assert shortcut.reply_in_imsg(data, "consul") is None
 
 
 def test_many_lookups_of_one_service_are_one_reply(source, shortcut):
     data = lookup(b"root", ident=b"1") + lookup(b"a|b", ident=b"2")
-    assert shortcut.replies(data) == b"lookup-result|1|found|gilles\nlookup-result|2|found|eric\n"
+    assert shortcut.replies_in_lines(data) == b"lookup-result|1|found|gilles\nlookup-result|2|found|eric\n"
     assert source.learned == 1
 
 
 def test_an_edit_is_seen_by_the_next_lookup(source, shortcut):
-    shortcut.replies(lookup(b"root"))
+    shortcut.replies_in_lines(lookup(b"root"))
     source.mirror.confirm(snapshot({**ENTRIES, "alias": [(b"root", b"marie")]}), 1.0)
-    assert shortcut.replies(lookup(b"root")) == b"lookup-result|00000001|found|marie\n"
+    assert shortcut.replies_in_lines(lookup(b"root")) == b"lookup-result|00000001|found|marie\n"
 
 
 def test_data_too_old_to_be_believed_take_the_long_way_which_says_error(source, shortcut):
-    shortcut.replies(lookup(b"root"))
+    shortcut.replies_in_lines(lookup(b"root"))
     source.now = TABLE.max_age + 1
-    assert shortcut.replies(lookup(b"root")) is None
+    assert shortcut.replies_in_lines(lookup(b"root")) is None
     assert b"|error|no data from Consul" in served(source, HELLO, lookup(b"root"), know=source.known)
 
 
@@ -156,8 +205,8 @@ def test_what_was_answered_is_counted(source):
     tally = Tally(source.table)
     shortcut = Shortcut(source.known, tally, lambda: source.now)
     data = lookup(b"root") * 3
-    shortcut.replies(data)
-    shortcut.count(data, source.now)
+    shortcut.replies_in_lines(data)
+    shortcut.count(3, source.now)
     assert [(*key[:3], sum(cell[:-1])) for key, cell in tally.cells().items()] == [("consul", "alias", "lookup", 3)]
 
 

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from math import ceil
+from math import ceil, inf
+from struct import pack
 
 from table_consul.errors import ReplyError, SourceError, shown
 from table_consul.protocol import DIALECTS, MAX_LINE, Failed, Found, NotFound, Reply, Request, Updated
@@ -25,12 +26,14 @@ HANDSHAKE_SECONDS = 1.0
 START_SECONDS = 30.0
 # Longer lines than nearly all there are; a larger buffer costs time to make.
 READ_SIZE = 4096
+# The kernel is told how long to wait for an answer only when that has changed by more than this: it is the same from
+# question to question, and a poll for each would be a tenth of what the whole answer takes.
+GRAIN_SECONDS = 0.01
 # After end of file, as after SIGKILL, nothing may hold up the end of the bridge.
 END_SECONDS = 1.0
 
 # As smtpd 7.6 says it. The smtpd behind us did not tell its version: it is one before 7.6, which asks nobody for auth.
 _HANDSHAKE = "config|smtpd-version|7.5.0-procexec\nconfig|protocol|0.1\nconfig|tablename|{}\nconfig|ready\n"
-
 
 _WORDS = {
     (dialect, op): (b"table-response", b"table-result") if dialect == "procexec" else (f"{op}-result".encode(),)
@@ -78,9 +81,9 @@ class Child:
         self._started = clock()
         self._sayable: set[tuple[str, str]] = set()
         self._wire, theirs = socket.socketpair()
-        self._wire.setblocking(False)  # noqa: FBT003 - socket's own
-        self._poll = select.poll()
-        self._poll.register(self._wire, select.POLLIN)
+        self._patience = inf
+        # Two numbers of 4 or of 8 bytes, by the system's time_t.
+        self._timeval = {8: "=ii", 16: "=qq"}[len(self._wire.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 64))]
         with theirs:
             try:
                 # As smtpd does it: signals that are ignored stay so, standard error is passed through.
@@ -92,7 +95,7 @@ class Child:
                 raise ChildError(f"cannot be run: {error.strerror}") from error
         if not self._shaken:
             with contextlib.suppress(OSError):  # what is wrong will show when it is asked
-                self._wire.send(_HANDSHAKE.format(" ".join(table.splitlines())).encode())
+                self._wire.send(_HANDSHAKE.format(" ".join(table.splitlines())).encode(), socket.MSG_DONTWAIT)
 
     def offered(self, deadline: float) -> set[str]:
         """The services that it has registered by this moment; none if it has not, or is of 2020.
@@ -181,11 +184,11 @@ class Child:
     def _send(self, data: bytes, deadline: float) -> None:
         while data:
             try:
-                data = data[self._wire.send(data) :]
+                data = data[self._wire.send(data, socket.MSG_DONTWAIT) :]
             except BlockingIOError as error:
                 writable = select.poll()
                 writable.register(self._wire, select.POLLOUT)
-                if not writable.poll(self._left(deadline)):
+                if not writable.poll(max(ceil((deadline - self._clock()) * 1000), 0)):
                     raise ChildError("it does not read what it is asked") from error
             except OSError as error:
                 raise ChildError(self._end()) from error
@@ -200,19 +203,24 @@ class Child:
                     return line
                 if len(line) > MAX_LINE:
                     raise ChildError(f"a line of more than {MAX_LINE} bytes: {shown(line)!r}")
-            if not self._poll.poll(self._left(deadline)):
-                return None
+            left = deadline - self._clock()
+            if abs(left - self._patience) > GRAIN_SECONDS and left > 0:
+                seconds, rest = divmod(left, 1)
+                # None at all would be for ever.
+                timeval = pack(self._timeval, int(seconds), max(int(rest * 1_000_000), 1))
+                self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+                self._patience = left
             try:
-                data = self._wire.recv(READ_SIZE)
+                data = self._wire.recv(READ_SIZE, 0 if left > 0 else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if left > GRAIN_SECONDS:
+                    continue
+                return None
             except OSError:
                 data = b""
             if not data:
                 raise ChildError(self._end())
             self._said += data
-
-    def _left(self, deadline: float) -> float:
-        """Milliseconds until then, rounded up; none when it has passed."""
-        return max(ceil((deadline - self._clock()) * 1000), 0)
 
     def _end(self) -> str:
         status = None

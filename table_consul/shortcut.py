@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from table_consul import imsg
+from table_consul.imsg import ANSWER, LOOKUP, MAX_MESSAGE, MAX_VALUE, NAMES, OK, USUAL
 from table_consul.protocol import Found, Request
 from table_consul.tally import Tally
 
@@ -40,7 +40,7 @@ class Shortcut:
         self._know = know
         self._tally = tally
         self._clock = clock
-        self._asked: tuple[bytes | str, bytes | str] | None = None
+        self._asked: tuple[bytes | str, bytes | int] | None = None
         self._known: Known | None = None
         self._request = Request("lookup", b"", "", "", b"")
 
@@ -73,27 +73,21 @@ class Shortcut:
     def reply_in_imsg(self, data: bytes, table: str) -> bytes | None:
         """The same for imsg, where one question comes at a time, and OPEN has told the table."""
         size = len(data)
-        if not imsg.USUAL.size < size <= imsg.MAX_MESSAGE:
+        if not USUAL.size < size <= MAX_MESSAGE:
             return None
-        kind, length, _, _, _, bit, count = imsg.USUAL.unpack_from(data)
-        if kind != imsg.LOOKUP or length != size or count or data.find(b"\0", imsg.USUAL.size) != size - 1:
+        kind, length, _, _, _, bit, count = USUAL.unpack_from(data)
+        if kind != LOOKUP or length != size or count or data.find(b"\0", USUAL.size) != size - 1:
             return None
-        service = imsg.NAMES.get(bit)
         known = self._known
         now = self._clock()
-        if (
-            known is None
-            or known.memory.state is not known.state
-            or now > known.until
-            or (table, service) != self._asked
-        ):
-            known = None if service is None else self._learn(table, service)
+        if known is None or known.memory.state is not known.state or now > known.until or self._asked != (table, bit):
+            known = self._learn(table, bit) if bit in NAMES else None
             if known is None or now > known.until:
                 return None
-        value = known.values.get(data[imsg.USUAL.size : -1])
-        if not value or len(value) > imsg.MAX_VALUE:
+        value = known.values.get(data[USUAL.size : -1])
+        if not value or len(value) > MAX_VALUE:
             return None
-        return imsg.ANSWER.pack(imsg.OK, imsg.ANSWER.size + len(value) + 1, 0, 0, 0, 1) + value + b"\0"
+        return ANSWER.pack(OK, ANSWER.size + len(value) + 1, 0, 0, 0, 1) + value + b"\0"
 
     def count(self, number: int, arrived: float) -> None:
         """Note that so many replies have been written."""
@@ -101,7 +95,7 @@ class Shortcut:
         for _ in range(number):
             self._tally.add(self._request, Found, seconds)
 
-    def _learn(self, table: bytes | str, service: bytes | str) -> Known | None:
+    def _learn(self, table: bytes | str, service: bytes | int) -> Known | None:
         names = _text(table), _text(service)
         self._known = self._know(*names)
         self._asked = (table, service)
@@ -109,5 +103,7 @@ class Shortcut:
         return self._known
 
 
-def _text(name: bytes | str) -> str:
+def _text(name: bytes | str | int) -> str:
+    if isinstance(name, int):
+        return NAMES[name]
     return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")

@@ -205,9 +205,9 @@ class Child:
                     raise ChildError(f"a line of more than {MAX_LINE} bytes: {shown(line)!r}")
             left = deadline - self._clock()
             if abs(left - self._patience) > GRAIN_SECONDS and left > 0:
-                seconds, rest = divmod(left, 1)
+                whole, fraction = divmod(left, 1)
                 # None at all would be for ever.
-                timeval = pack(self._timeval, int(seconds), max(int(rest * 1_000_000), 1))
+                timeval = pack(self._timeval, int(whole), max(int(fraction * 1_000_000), 1))
                 self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
                 self._patience = left
             try:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterable
 
 from table_consul import kv
+from table_consul.disk import Copy
 from table_consul.errors import BadResponse, Forbidden, SourceError, shown
-from table_consul.file import Writer, read_kept
+from table_consul.file import Writer
 from table_consul.mirror import (
     PROBE,
     Doubt,
@@ -33,8 +34,6 @@ from table_consul.shortcut import Known
 
 log = logging.getLogger("table_consul")
 
-# A file of 100,000 entries is not written for each of a hundred edits.
-WRITE_SECONDS = 10.0
 # How often a table that was too large is tried again; an update tries at once.
 TOO_LARGE_SECONDS = 600.0
 
@@ -58,10 +57,7 @@ class Watch(threading.Thread):
         self._table = table
         self.prefix = prefix
         self._services = tuple(services)
-        self._keep = keep
-        self._kept_at = -WRITE_SECONDS
-        self._unkept = keep is not None
-        self._keeping_fails = False
+        self._copy = None if keep is None else Copy(keep, table, prefix, self._services)
         self._connect = connect
         self._client = connect()
         self._renewed = False
@@ -101,7 +97,9 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._restore()
+            if self._copy is not None and self.mirror.state is None and (restored := self._copy.restored()) is not None:
+                snapshot, age = restored
+                self.mirror.confirm(snapshot, time.monotonic() - age)
         except Exception:
             log.exception("internal error; please report it")
         while not self._stopped:
@@ -150,12 +148,11 @@ class Watch(threading.Thread):
         if len(forbidden) < len(doubted):
             self._state = WatchState()  # what may be read by now is to be seen now, and not when it changes
         # The same index means the same contents, which need no reading unless they are still to be written to disk.
-        known = 0 if former is None or self._unkept else self._state.index
+        known = 0 if former is None or (self._copy is not None and self._copy.outdated) else self._state.index
         reading = _Reading(
             known,
             lambda: Loading(self._table, self.prefix, self._services, former, forbidden),
-            self._writer,
-            self._not_kept,
+            self._copy,
         )
         started = time.monotonic()
         try:
@@ -180,7 +177,8 @@ class Watch(threading.Thread):
         assert snapshot is not None
         self.mirror.confirm(snapshot, ended)
         self._report(former, snapshot)
-        self._finish_keeping(reading, snapshot, changed=snapshot is not former)
+        if self._copy is not None:
+            self._copy.finish(reading.writer, snapshot, changed=snapshot is not former)
         self.index = page.index
         self.took = ended - reading.began
         self._state, pause = advance(
@@ -242,88 +240,14 @@ class Watch(threading.Thread):
                 if problem not in told:
                     log.warning("%s", problem)
 
-    # ---- the copy on disk ----
-
-    def _writer(self) -> Writer | None:
-        if self._keep is None or time.monotonic() - self._kept_at < WRITE_SECONDS:
-            return None
-        try:
-            return Writer(self._keep)
-        except OSError as error:
-            self._not_kept(error)
-            return None
-
-    def _finish_keeping(self, reading: _Reading, snapshot: Snapshot, *, changed: bool) -> None:
-        self._unkept = self._keep is not None and (self._unkept or changed)
-        if reading.writer is None:
-            return
-        hidden = snapshot.hidden
-        if not self._unkept or any(snapshot.buckets[name] for name in hidden):
-            reading.abandon()  # of a bucket that is known in part the copy would be worse than an older one
-            return
-        try:
-            # A folder marks a bucket as known wholly: without it an empty one proves nothing when this is read again.
-            known = self._paths(name for name in self._services if name not in hidden)
-            reading.writer.take([(path, b"") for path in known])
-            reading.writer.finish()
-        except OSError as error:
-            reading.abandon()
-            self._not_kept(error)
-            return
-        self._unkept = self._keeping_fails = False
-        self._kept_at = time.monotonic()
-
-    def _not_kept(self, error: OSError) -> None:
-        if not self._keeping_fails:
-            log.warning("%s: not written: %s", self._keep, error.strerror)
-        self._keeping_fails = True
-        self._kept_at = time.monotonic()
-
-    def _paths(self, services: Iterable[str]) -> list[bytes]:
-        return [self._table.path(SERVICES[name]) for name in services]
-
-    def _restore(self) -> None:
-        if self._keep is None or self.mirror.state is not None:
-            return
-        try:
-            kept, written = read_kept(self._keep)
-            marks = {key for key, _ in kept if key.endswith(b"/")}
-            pairs = [pair for pair in kept if pair[0].startswith(self.prefix) and pair[0] not in marks]
-            paths = dict(zip(self._services, self._paths(self._services), strict=True))
-            missing = {
-                name: SourceError(f"{shown(path)} is not in the copy {self._keep}")
-                for name, path in paths.items()
-                if path not in marks and not any(key.startswith(path) for key, _ in pairs)
-            }
-            loading = Loading(self._table, self.prefix, self._services, None, missing)
-            loading.take(pairs)
-        except FileNotFoundError:
-            return
-        except SourceError as error:
-            log.warning("%s", error)
-            return
-        if len(missing) == len(paths):
-            log.warning("%s: not used, as it holds nothing of %s", self._keep, shown(self.prefix))
-            return
-        age = max(0.0, time.time() - written)
-        self.mirror.confirm(loading.finish(restored=True), time.monotonic() - age)
-        log.info("%s: %d entries of %.0f s ago from %s", shown(self.prefix), len(pairs), age, self._keep)
-
 
 class _Reading:
     """What one query brings, on its way into a snapshot and onto the disk."""
 
-    def __init__(
-        self,
-        known: int,
-        loading: Callable[[], Loading],
-        writer: Callable[[], Writer | None],
-        not_written: Callable[[OSError], None],
-    ) -> None:
+    def __init__(self, known: int, loading: Callable[[], Loading], copy: Copy | None) -> None:
         self._known = known
-        self._not_written = not_written
         self._new_loading = loading
-        self._new_writer = writer
+        self._copy = copy
         self.loading: Loading | None = None
         self.writer: Writer | None = None
         self.began = time.monotonic()
@@ -335,16 +259,17 @@ class _Reading:
         if index == self._known:
             return None
         self.loading = loading = self._new_loading()
-        self.writer = self._new_writer()
+        copy = self._copy
+        self.writer = None if copy is None else copy.writer()
 
         def take(pairs: list[tuple[bytes, bytes | None]]) -> None:
             loading.take(pairs)
-            if self.writer is not None:
+            if self.writer is not None and copy is not None:
                 try:
                     self.writer.take(pairs)
                 except OSError as error:
                     self.abandon()
-                    self._not_written(error)
+                    copy.failed(error)
 
         return take
 

@@ -38,6 +38,7 @@ ORDER = [
     "direct",
     "tally",
     "shortcut",
+    "disk",
     "watch",
     "metrics",
     "sources",

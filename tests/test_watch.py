@@ -12,7 +12,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from table_consul import kv, watch
+from table_consul import disk, kv
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, Forbidden, SourceError, Unreachable
 from table_consul.services import SERVICES, Table
@@ -39,7 +39,7 @@ def fake():
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(watch, "WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(disk, "WRITE_SECONDS", 0.0)
     monkeypatch.setattr("table_consul.outage.FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr("table_consul.outage.LAST_PAUSE_SECONDS", 0.05)
 
@@ -877,6 +877,6 @@ def test_a_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monke
     def broken(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(watch, "read_kept", broken)
+    monkeypatch.setattr(disk, "read_kept", broken)
     assert ask(mirrored(fake.address, copied)) == b"gilles"
     assert "internal error; please report it" in lines(caplog)

@@ -40,6 +40,11 @@ from table_consul.matchers import (
     text_to_netaddr,
 )
 
+NO_NETWORK = (
+    "no network: matches nothing but the same name, which `match from rdns` asks for (allowed: 192.0.2.1, "
+    "192.0.2.0/24, 2001:db8::/32, [2001:db8::/32], local)"
+)
+
 
 class Index(Protocol):
     """The entries of one bucket, ready to tell which of them answers for a key. Never changed once built."""
@@ -214,9 +219,7 @@ class Networks:
             else:
                 self._words.add(entry.lower(), entry)
                 if entry.lower() != b"local":
-                    self.problems.append(
-                        (entry, "no network (allowed: 192.0.2.1, 192.0.2.0/24, 2001:db8::/32, [2001:db8::/32], local)")
-                    )
+                    self.problems.append((entry, NO_NETWORK))
         self._networks: dict[int, list[tuple[int, dict[int, bytes]]]] = {IPV4_BITS: [], IPV6_BITS: []}
         for (family, shift), rivals in lengths.items():
             self._networks[family].append((shift, rivals))

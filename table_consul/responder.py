@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import Protocol
 
 from table_consul.auth import MODELS, Verifier
-from table_consul.errors import EntryError, TableConsulError, shown
+from table_consul.errors import EntryError, SourceError, TableConsulError, shown
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
 from table_consul.services import SERVICES, Bucket, Service, Table, fold
 from table_consul.values import Lacking
@@ -89,7 +89,8 @@ class Responder:
         """Whether the password is that of the user; nothing that is said or kept holds either of them.
 
         smtpd puts a colon between the two (smtpd: lka.c, lka_authenticate), so no user's name can hold one. Users are
-        looked up in lower case like all else; the password is taken as it is.
+        looked up in lower case like all else; the password is taken as it is. Both buckets are asked for whoever it is:
+        where that is a read of Consul, the time it takes would tell who is in the first.
         """
         user, colon, password = request.key.partition(b":")
         if request.op != "check" or not colon:
@@ -97,21 +98,28 @@ class Responder:
         user = fold(user)
         buckets: list[Bucket] = []
         stored: bytes | None = None
+        place = b""
         lacking: Lacking | None = None
         for name in ("auth", "credentials"):
-            bucket = self.source.bucket(table, SERVICES[name], user, deadline)
+            try:
+                bucket = self.source.bucket(table, SERVICES[name], user, deadline)
+            except SourceError:
+                if stored is None:
+                    raise
+                continue
             buckets.append(bucket)
+            if stored is not None:
+                continue
+            place = bucket.path
             try:
                 stored = bucket.lookup(user)
             except Lacking as error:
                 lacking = error
-            if stored is not None:
-                break
         if stored is None and lacking is not None:
             raise lacking.with_traceback(None)
         others = islice(chain.from_iterable(bucket.values.values() for bucket in buckets), MODELS)
         try:
             verified = self._verifier.verify(table.name, stored, password, others, table.deadline)
         except EntryError as error:  # of what stands in Consul, so that its key may be named
-            raise EntryError(f"{shown(buckets[-1].path + user)}: {error}") from None
+            raise EntryError(f"{shown(place + user)}: {error}") from None
         return Found() if verified else NotFound()

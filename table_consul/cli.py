@@ -90,14 +90,22 @@ def serve(path: str | None) -> int:
     """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
     read_from, write_to = take_the_wire()
     environ = _take_the_environment()
-    sources = Sources(lambda: config.load(path, environ))
+    table = ""
 
-    def named(table: str) -> None:
+    def load() -> config.Config:
+        loaded = config.load(path, environ)
+        log.start(loaded.log.level, loaded.log.target, table)
+        return loaded
+
+    def named(name: str) -> None:
+        nonlocal table
+        table = name
         logs = sources.config.log if sources.config else config.LogConfig()
         log.start(logs.level, logs.target, table)
 
-    named("")
+    sources = Sources(load)
     if sources.broken is not None:
+        named("")
         logging.getLogger("table_consul").error(
             "%s; answering error until it is mended and the table updated (smtpctl update table)", sources.broken
         )

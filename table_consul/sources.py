@@ -16,6 +16,7 @@ from table_consul.tally import Tally
 from table_consul.values import DEFAULT_KEY
 
 if TYPE_CHECKING:
+    from table_consul.direct import Direct
     from table_consul.metrics import Exporter
     from table_consul.shortcut import Known
     from table_consul.watch import Mirrored, Watch
@@ -45,7 +46,7 @@ class Sources:
             self.broken = error
         self._tables: dict[str, Table] = {}
         self._file: Source | None = None
-        self._direct: Source | None = None
+        self._direct: Direct | None = None
         self._mirrors: dict[str, Mirrored] = {}
         self._former: dict[str, Mirrored] = {}
         self.tally = Tally(self.table)
@@ -152,6 +153,8 @@ class Sources:
         self._former, self._mirrors = self._mirrors, {}
         for mirrored in self._former.values():
             mirrored.close()
+        if self._direct is not None:
+            self._direct.close()
         self._file = self._direct = None
 
     def _source(self, table: Table, service: Service) -> Source:

@@ -289,6 +289,20 @@ def test_an_update_brings_a_new_configuration_into_force(tmp_path):
         assert child.ask(ask % 3) == b"lookup-result|00000003|found||/bin/sh"
 
 
+def test_an_update_brings_another_log_level_into_force(tmp_path):
+    path = write_config(tmp_path, more='[log]\nlevel = "error"\ntarget = "stderr"\n')
+    write_source(tmp_path, {"aliases/netaddr/quiet": b""})
+    with Child(str(path)) as child:
+        child.handshake()
+        child.ask(b"table|0.1|0|aliases|check|netaddr|1|quiet")
+        path.write_text(path.read_text().replace('"error"', '"warning"'))
+        write_source(tmp_path, {"aliases/netaddr/loud": b""})
+        child.ask(UPDATE % 2)
+        child.ask(b"table|0.1|0|aliases|check|netaddr|3|loud")
+        child.end()
+        assert re.findall("netaddr/[a-z]+", child.log()) == ["netaddr/loud"]
+
+
 def test_the_reply_word_may_differ_by_table(tmp_path):
     more = '[tables.old]\nprocexec_reply = "table-result"'
     with started(tmp_path, more=more) as child:

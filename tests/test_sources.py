@@ -209,6 +209,16 @@ def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused
     assert 0 < MIRRORED_TABLES < 200
 
 
+def test_an_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
+    closed = []
+    monkeypatch.setattr(direct.Direct, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
+    found = opened('mode = "direct"', address=unused)
+    former = found._source(found.table("t"), ALIAS)
+    write_config(tmp_path, 'mode = "direct"', "max_age = 7", address=unused)
+    found.update(0.0)
+    assert closed == [former]
+
+
 def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     made = [found._source(found.table(name), ALIAS) for name in ("a", "large")]

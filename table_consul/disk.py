@@ -6,6 +6,7 @@ Knows neither Consul nor threads. The file is as ``consul kv export`` writes it 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Sequence
 
@@ -18,6 +19,8 @@ log = logging.getLogger("table_consul")
 
 # A file of 100,000 entries is not written for each of a hundred edits.
 WRITE_SECONDS = 10.0
+# How often a file whose contents are still true is said to be: its time is what Consul last confirmed.
+TOUCH_SECONDS = 60.0
 
 Pairs = list[tuple[bytes, bytes | None]]
 
@@ -31,6 +34,7 @@ class Copy:
         self._prefix = prefix
         self._services = services
         self._written_at = -WRITE_SECONDS
+        self._touched_at = 0.0
         self._fails = False
         self.outdated = True
         """Whether there is something that has not been written."""
@@ -53,8 +57,10 @@ class Copy:
         self._written_at = time.monotonic()
 
     def finish(self, writer: Writer | None, snapshot: Snapshot, *, changed: bool) -> None:
-        """Put what the writer took in its place, if it is worth that."""
+        """Put what the writer took in its place, if it is worth that; or note that what is there still holds."""
         self.outdated = self.outdated or changed
+        if not self.outdated:
+            self._touch()
         if writer is None:
             return
         if not self.outdated or any(snapshot.buckets[name] for name in snapshot.hidden):
@@ -70,7 +76,16 @@ class Copy:
             self.failed(error)
             return
         self.outdated = self._fails = False
-        self._written_at = time.monotonic()
+        self._written_at = self._touched_at = time.monotonic()
+
+    def _touch(self) -> None:
+        if time.monotonic() - self._touched_at < TOUCH_SECONDS:
+            return
+        self._touched_at = time.monotonic()
+        try:
+            os.utime(self._path, follow_symlinks=False)
+        except OSError:
+            self.outdated = True  # it is gone, or somebody else's: the next snapshot is written
 
     def restored(self) -> tuple[Snapshot, float] | None:
         """What the file holds, and how old that is in seconds; None, and a line in the log, if it is not to be used."""

@@ -7,8 +7,10 @@ over, name resolution included, and of a URL the target is sent exactly as it wa
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.client
+import os
 import socket
 import ssl
 import sys
@@ -196,6 +198,11 @@ class _Connection(urllib3.connection.HTTPConnection):
     def connect(self) -> None:
         self._deadline.connected = True
         self.sock = self._endpoint.open(self._deadline)
+
+    def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
+        if self.sock is None:  # urllib3 passes over a broken pipe, in the hope of an answer that was sent before
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        return super().getresponse()
 
 
 class _Adapter(requests.adapters.HTTPAdapter):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import random
@@ -19,6 +20,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from table_consul import kv
+from table_consul.config import ConsulConfig
+from table_consul.connection import Endpoint
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
 from tests import fake_consul
 from tests.fake_consul import Answer, FakeConsul, cut, entry, html, stall, trickle
@@ -1159,3 +1162,12 @@ def test_all_of_this_holds_under_py_consul(tmp_path):
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not real", "--no-cov", __file__]
     done = subprocess.run(tests, env=environment, cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monkeypatch):
+    def broken(self, deadline):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(Endpoint, "open", broken)
+    with pytest.raises(Unreachable, match="broken pipe"):
+        kv.Client(ConsulConfig()).get(b"t/alias/root", timeout=1.0)

@@ -95,6 +95,20 @@ class Table(msgspec.Struct, frozen=True):
         named = self.paths.get(service.name)
         return self.root + service.name.encode() + b"/" if named is None else named.encode() + b"/"
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The services whose entries are read: who has no hash in ``auth`` may have one in ``credentials``."""
+        more = ("credentials",) if "auth" in self.services and "credentials" not in self.services else ()
+        return (*self.services, *more)
+
+    def folders(self) -> dict[bytes, list[str]]:
+        """The folders in Consul to be watched, and the services whose entries each of them holds."""
+        folders: dict[bytes, list[str]] = {}
+        for name in self.read:
+            path = self.path(SERVICES[name])
+            folders.setdefault(self.root if path.startswith(self.root) else path, []).append(name)
+        return folders
+
 
 def fold(key: bytes) -> bytes:
     """The key as smtpd would ask for it (smtpd: util.c, lowercase: byte by byte, ASCII alone)."""

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from msgspec.structs import replace
-
 from table_consul.config import Config, MetricsConfig
 from table_consul.errors import ConfigError, SourceError
 from table_consul.responder import Source
@@ -187,8 +185,5 @@ class Sources:
         assert self.config is not None
         settings = self.config.consul
         former = self._former.pop(table.name, None)
-        if "auth" in table.services and "credentials" not in table.services:
-            # smtpd is not told of it; whoever has no hash in the one bucket may have it in the other (responder.py).
-            table = replace(table, services=(*table.services, "credentials"))
         mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings), former)
         return mirrored

@@ -116,7 +116,7 @@ class Watch(threading.Thread):
                 self._renewed = False
                 self._client.close()
                 self._client = self._connect()
-            pause = self._turn()
+            pause = self.turn()
         except TooManyKeys as error:
             self.outage.worked(time.monotonic())
             if not self.too_large:
@@ -140,7 +140,12 @@ class Watch(threading.Thread):
         self._state = WatchState()
         return self.outage.failed(error, time.monotonic(), random.random())  # noqa: S311 - jitter, no secret
 
-    def _turn(self) -> float:
+    def turn(self) -> float:
+        """Ask Consul once and take over what it says; the seconds to pause afterwards.
+
+        Raises:
+            SourceError: Consul cannot tell, or what it says is not to be believed.
+        """
         former = self.mirror.state[0] if self.mirror.state is not None else None
         wait = wait_seconds(0 if former is None else former.size, self._table.max_age)
         doubted = unproven(self._services, former)
@@ -294,12 +299,8 @@ class Mirrored:
         self._connect = connect
         self._clock = clock
         self._watches: dict[str, Watch] = {}
-        prefixes: dict[bytes, list[str]] = {}
-        for name in table.services:
-            path = table.path(SERVICES[name])
-            prefixes.setdefault(table.root if path.startswith(table.root) else path, []).append(name)
         self.watches: list[Watch] = []
-        for number, (prefix, names) in enumerate(prefixes.items()):
+        for number, (prefix, names) in enumerate(table.folders().items()):
             keep = table.snapshot and (table.snapshot if number == 0 else f"{table.snapshot}.{number}")
             watch = Watch(table, prefix, names, keep, connect)
             for other in former.watches if former is not None else ():

@@ -432,15 +432,18 @@ def test_direct_takes_no_refusal_of_consul_for_absence():
     assert isinstance(ask(Direct(client, lambda: 1000.0), f"vera:{PASSWORD}"), Failed)
 
 
-def test_a_mirror_of_auth_holds_credentials_too(monkeypatch, tmp_path):
-    from table_consul import config
-
-    made = []
-    monkeypatch.setattr(watch, "Mirrored", lambda table, *_: made.append(table))
-    sources = Sources(lambda: config.load(str(write_config(tmp_path)), {}))
-    for services in (("auth",), ("credentials", "auth"), ("alias",)):
-        sources._mirror(replace(TABLE, services=services))
-    assert [table.services for table in made] == [("auth", "credentials"), ("credentials", "auth"), ("alias",)]
+@pytest.mark.parametrize(
+    ("services", "read"),
+    [
+        (("auth",), ("auth", "credentials")),
+        (("credentials", "auth"), ("credentials", "auth")),
+        (("alias",), ("alias",)),
+    ],
+)
+def test_a_mirror_of_auth_holds_credentials_too(monkeypatch, services, read):
+    monkeypatch.setattr(watch.Watch, "start", lambda each: None)
+    mirrored = watch.Mirrored(replace(TABLE, services=services), lambda: None)
+    assert [each._services for each in mirrored.watches] == [read]
 
 
 def test_a_file_is_asked_for_both_buckets_though_only_auth_is_registered(tmp_path):

@@ -1,0 +1,295 @@
+"""`table-consulctl lint`: every problem with its key and the remedy, and no problem that is none."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+from collections import Counter
+
+import pytest
+
+from table_consul.services import SERVICES
+from tests.control import at_terminal, control
+from tests.dialogue import Child, eventually, write_source
+from tests.fake_consul import FakeConsul
+from tests.rig.consul import consul_binary
+
+GOOD = {
+    "aliases/alias/": b"",
+    "aliases/alias/root": b"gilles\n",
+    "aliases/alias/Staff": b"gilles, eric",
+    "aliases/domain/*.example.org": b"",
+    "aliases/userinfo/*": b"1000:1000:/home/%u",
+    "aliases/netaddr/192.0.2.0/24": b"",
+    "aliases/oops/": b"",
+}
+
+
+@pytest.fixture
+def lint(tmp_path):
+    """Runs lint over these entries in a file, with these lines of configuration."""
+
+    def run(entries, more="", *arguments):
+        path = tmp_path / "c.toml"
+        path.write_text(f'[consul]\naddress = "file://{write_source(tmp_path, entries)}"\n{more}')
+        return control("-c", path, "lint", *(arguments or ["aliases"]))
+
+    return run
+
+
+@pytest.fixture
+def fake(tmp_path):
+    with FakeConsul() as fake:
+        yield fake
+
+
+@pytest.fixture
+def live(fake, tmp_path):
+    def run(entries, more="", *arguments):
+        for key, value in entries.items():
+            fake.put(key.encode(), value)
+        path = tmp_path / "c.toml"
+        path.write_text(f'[consul]\naddress = "{fake.address}"\n{more}')
+        return control("-c", path, "lint", *(arguments or ["aliases"]))
+
+    return run
+
+
+def test_good_data_are_no_problem(lint, tmp_path):
+    done = lint(GOOD)
+    assert done == (0, b"", f"aliases: 5 entries, no problems ({tmp_path}/export.json)\n".encode())
+
+
+def test_an_empty_table_is_no_problem(lint):
+    done = lint({})
+    assert (done.status, done.text, "0 entries, no problems" in done.said) == (0, "", True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("alias/command", b"|/bin/sh", "; set allow_commands = true if that is wanted"),
+        ("alias/long", b"x" * 3000, "; split it into several aliases"),
+        ("alias/a b ", b"vera", "the key has a blank at one of its ends, and smtpd does not ask for such; rename it"),
+        ("credentials/vera", b"{SSHA}abcdef", "nobody can log in with it (allowed: the output of `smtpctl encrypt`"),
+        ("userinfo/root", b"0:0:/root", "; set allow_root = true"),
+        ("userinfo/vera", b"vera", "(allowed: UID:GID:HOME, such as 1000:1000:/home/gilles)"),
+        ("netaddr/192.0.2.0/99", b"", ""),
+        ("alias/twice/", b"vera", "move the value to the key without the /"),
+        ("alias/a//b", b"vera", "no URL can name this key"),
+        ("alias/../b", b"vera", "no URL can name this key"),
+        ("alias/a\nb", b"vera", "no URL can name this key"),
+        ("credentials/record", b'{"uid": 1}', "nothing that credentials could use (allowed: password)"),
+        ("userinfo/record", b'{"password": "x"}', "nothing that userinfo could use (allowed: uid, gid, home)"),
+        (
+            "root",
+            b"vera",
+            "no service is named between table and key, so this is no entry (allowed: aliases/SERVICE/KEY",
+        ),
+        ("alias", b"vera", "no service is named between table and key"),
+    ],
+)
+def test_a_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
+    done = lint({**GOOD, f"aliases/{key}": value})
+    (line,) = done.text.splitlines()
+    shown = f"aliases/{key}".replace("\n", "\\n")
+    assert (done.status, line.startswith(f"{shown}: "), problem in line) == (1, True, True), line
+    assert ", 1 problem (" in done.said
+
+
+@pytest.mark.parametrize(
+    ("folder", "hint"),
+    [
+        ("aliases", "rename the folder to alias"),
+        ("Alias", "rename the folder to alias"),
+        ("domains", "rename the folder to domain"),
+        ("credential", "rename the folder to credentials"),
+        ("user-info", "rename the folder to userinfo"),
+        ("mailaddrs", "rename the folder to mailaddr"),
+        ("relay", "rename the folder to relayhost"),
+        ("xyz", "allowed: alias, domain, "),
+        ("auth", "auth is not among the services of table aliases (allowed: add it to `services`)"),
+    ],
+)
+def test_a_folder_that_nothing_asks_for_is_told_once_with_the_likely_name(lint, folder, hint):
+    done = lint({**GOOD, f"aliases/{folder}/a": b"x", f"aliases/{folder}/b/c": b"x"})
+    (line,) = done.text.splitlines()
+    assert (done.status, line.startswith(f"aliases/{folder}/: 2 entries that nothing asks for: ")) == (1, True)
+    assert hint in line
+
+
+def test_entries_of_a_service_that_is_read_elsewhere_are_told(lint):
+    done = lint({**GOOD, "people/vera": b"vera"}, '[defaults]\npaths = { alias = "people" }')
+    assert done.text.splitlines() == [
+        "aliases/alias/: 2 entries that nothing asks for: the entries of alias are read from people/, as `paths` says"
+    ]
+
+
+def test_what_paths_or_another_table_reads_is_no_stray(lint):
+    own = '[tables.aliases]\npaths = { alias = "aliases/people" }\n[tables.other]\npaths = { string = "aliases/words" }'
+    entries = {"aliases/people/vera": b"vera", "aliases/words/a": b"b"}
+    assert lint(entries, own)[:2] == (0, b"")
+    assert lint(entries, own.partition("\n[tables.other]")[0]).status == 1
+
+
+def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(lint):
+    shared = '[defaults]\npaths = { credentials = "people", userinfo = "people" }'
+    assert lint({"people/vera": b'{"uid": 1, "gid": 1, "home": "/h"}'}, shared).status == 0
+    done = lint({"people/vera": b'{"shell": "/bin/sh"}'}, shared)
+    assert done.text == (
+        "people/vera: the record has nothing that credentials nor userinfo could use "
+        "(allowed: password, uid, gid, home)\n"
+    )
+
+
+def test_two_spellings_of_one_key_are_told(lint):
+    done = lint({"aliases/alias/Root": b"a", "aliases/alias/root": b"b"})
+    assert (done.status, done.text.startswith("aliases/alias/Root: ")) == (1, True)
+    assert "aliases/alias/root, which answers; delete one of them" in done.text
+
+
+def test_capitals_are_a_problem_where_keys_are_read_directly(live):
+    done = live(GOOD, '[defaults]\nmode = "direct"')
+    assert (done.status, [line.partition(":")[0] for line in done.text.splitlines()]) == (1, ["aliases/alias/Staff"])
+    assert "rename it" in done.text
+
+
+def test_strays_are_seen_in_direct_mode_too(live):
+    done = live({**GOOD, "aliases/aliases/x": b"y"}, '[defaults]\nmode = "direct"')
+    assert "aliases/aliases/: 1 entry that nothing asks for" in done.text
+
+
+def test_a_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
+    done = live(GOOD, "[defaults]\nmax_keys = 2")
+    keys = [line.partition(":")[0] for line in done.text.splitlines()]
+    assert (done.status, keys) == (1, ["aliases/", "aliases/alias/Staff"])
+    assert "more than max_keys = 2 keys" in done.text
+
+
+def test_what_acls_hide_cannot_be_judged(live, fake):
+    fake.denied = (b"aliases/alias/",)
+    done = live(GOOD)
+    assert (done.status, "aliases/alias/ may not be read" in done.said) == (2, True)
+
+
+def test_without_consul_there_is_no_verdict(live, fake):
+    fake.stop()
+    done = live({}, "[defaults]\ndeadline = 0.5")
+    assert (done.status, done.text) == (2, "")
+    assert done.said.startswith("aliases: no verdict: Consul at http://127.0.0.1:")
+
+
+def test_a_table_without_a_verdict_keeps_none_from_the_others(live, fake):
+    fake.denied = (b"aliases/",)
+    entries = {**GOOD, "domains/oops": b"x"}
+    done = live(entries, "", "aliases", "domains")
+    assert (done.status, done.text.partition(":")[0]) == (2, "domains/oops")
+    assert "aliases: no verdict: " in done.said
+    aliases, domains = json.loads(live(entries, "", "aliases", "domains", "--json").text)["tables"]
+    assert (set(aliases), len(domains["problems"])) == ({"table", "error"}, 1)
+
+
+def test_the_copy_on_disk_is_judged_unless_consul_is_asked_for(live, fake, tmp_path):
+    more = f'[defaults]\nsnapshot = "{tmp_path}/copy.json"'
+    live(GOOD, more)
+    with Child(str(tmp_path / "c.toml")) as child:
+        child.handshake()
+        for _ in eventually("the daemon has written its copy"):
+            if (tmp_path / "copy.json").exists():
+                break
+    assert live({"aliases/oops/a": b"x"}, more).status == 0
+    done = live({}, more, "aliases", "--live")
+    assert (done.status, done.text.startswith("aliases/oops/: 1 entry")) == (1, True)
+
+
+def test_strays_stand_in_the_copy_as_well(live, tmp_path):
+    more = f'[defaults]\nsnapshot = "{tmp_path}/copy.json"'
+    live({**GOOD, "aliases/oops/a": b"x", "aliases/alias/folder/": b"x"}, more)
+    with Child(str(tmp_path / "c.toml")) as child:
+        child.handshake()
+        for _ in eventually("the daemon has written its copy"):
+            if (tmp_path / "copy.json").exists():
+                break
+    done = live({}, more)
+    assert [line.partition(": ")[0] for line in done.text.splitlines()] == ["aliases/alias/folder/", "aliases/oops/"]
+    assert "copy.json, written " in done.said
+
+
+def test_json_is_one_document(lint, tmp_path):
+    done = lint({**GOOD, "aliases/alias/c\x1b": b"|/bin/sh", "aliases/root": b"x"}, "", "aliases", "domains", "--json")
+    document = json.loads(done.text)
+    aliases, domains = document["tables"]
+    assert domains == {"table": "domains", "source": [f"{tmp_path}/export.json"], "entries": 0, "problems": []}
+    found = [(problem["key"], problem.get("service")) for problem in aliases["problems"]]
+    assert found == [("aliases/alias/c\\x1b", "alias"), ("aliases/alias/c\\x1b", "alias"), ("aliases/root", None)]
+    assert all(problem["problem"] for problem in aliases["problems"])
+    assert (done.status, done.said) == (1, "")
+
+
+def test_a_terminal_of_40_columns_shows_whole_words_below_each_key(lint, tmp_path):
+    lint({**GOOD, "aliases/alias/command": b"|/bin/sh"})
+    status, shown = at_terminal("-c", tmp_path / "c.toml", "lint", "aliases", COLUMNS="40")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert (status, lines[0]) == (1, "aliases/alias/command")
+    assert all(line.startswith("    ") and len(line) <= 40 for line in lines[1:-1])
+    assert len(lines) > 5
+
+
+def test_no_part_of_a_value_is_shown(lint):
+    record = b'{"password": "secret", "uid": "secret", "gid": 1, "home": "secret"}'
+    entries = {f"aliases/{service}/k": record for service in SERVICES} | {"aliases/secrets/x": b"secret"}
+    entries |= {"aliases/credentials/a": b"{SSHA}secret", "aliases/userinfo/b": b"secret", "aliases/oops": b"secret"}
+    done = lint(entries, '[defaults]\nservices = ["alias", "credentials", "userinfo", "auth"]')
+    assert (done.status, "secret" in done.text.replace("secrets", "")) == (1, False)
+
+
+def test_all_that_the_daemon_logs_is_told(lint, tmp_path):
+    rng = random.Random(3)
+    values = [b"x", b"|sh", b"a\nb", b"", b"0:0:/", b"1:1:/h", b'{"uid": 1}', b'{"a"', b'"open', b"{SSHA}x", b"a b c"]
+    keys = ["root", "Root", "a b", " x", "192.0.2.0/99", "a:b", "(", "*", "long" * 60, "long" * 60 + "2", "x: y"]
+    services = [name for name in SERVICES if name != "auth"]
+    entries = {f"aliases/{name}/{key}": rng.choice(values) for name in services for key in keys}
+    done = lint(entries, '[log]\nlevel = "warning"\ntarget = "stderr"\n')
+    told = set(done.text.splitlines())
+    with Child(str(tmp_path / "c.toml")) as child:
+        child.handshake()
+        for name in services:
+            child.ask(f"table|0.1|0|aliases|check|{name}|1|root".encode())
+        child.end()
+        logged = child.log().splitlines()
+    lines = [re.sub(r"^.*?(aliases/)", r"\1", line) for line in logged if "aliases/" in line]
+    assert len(lines) > 30
+    # The daemon cuts long keys.
+    heads = Counter(line.partition("...: ")[0] for line in lines if "...: " in line)
+    assert [line for line in lines if line not in told and "...: " not in line] == []
+    assert [head for head in heads if len([line for line in told if line.startswith(head)]) < heads[head]] == []
+
+
+# ---- a real Consul ----
+
+
+def test_keys_beyond_any_url_are_told_and_the_remedy_works(consul, tmp_path):
+    consul.kv_txn({"aliases/alias/a//b": "x", "aliases/alias/c\nd": "x", "aliases/alias/root": "x"})
+    path = tmp_path / "c.toml"
+    path.write_text(f'[consul]\naddress = "http://{consul.address}"\n')
+    done = control("-c", path, "lint", "aliases")
+    assert [line.partition(": no URL")[0] for line in done.text.splitlines()] == [
+        "aliases/alias/a//b",
+        "aliases/alias/c\\nd",
+    ]
+
+    def kv(*arguments):
+        command = [consul_binary(), "kv", arguments[0], f"-http-addr={consul.address}", *arguments[1:]]
+        return subprocess.run(command, check=False, capture_output=True)
+
+    for odd in ("aliases/alias/a//b", "aliases/alias/c\nd"):
+        kv("put", odd, "y")
+        kv("delete", odd)
+    stored = {entry["Key"]: entry["Value"] for entry in consul.request("GET", "/v1/kv/aliases/alias?recurse")}
+    assert [stored[odd] for odd in ("aliases/alias/a//b", "aliases/alias/c\nd")] == ["eA==", "eA=="]
+    for beginning in ("aliases/alias/a/", "aliases/alias/c"):
+        assert kv("delete", "-recurse", beginning).returncode == 0
+    done = control("-c", path, "lint", "aliases")
+    assert (done.status, done.text, "1 entry, no problems" in done.said) == (0, "", True)

@@ -1,0 +1,315 @@
+"""A real Chromium without a screen, and the Consul UI in it as an operator has it: clicked, typed into, read."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from selenium import webdriver
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+    TimeoutException,
+    WebDriverException,
+)
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.rig import cache
+from tests.rig.consul import ConsulAgent, consul_version
+from tests.rig.root import require_root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, Self
+
+    from selenium.webdriver.remote.webelement import WebElement
+
+PATIENCE_SECONDS = 20.0
+# Nothing but the page itself is loaded: no updates, no proxies, no wish to be the user's browser.
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--no-proxy-server",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1000",
+)
+# In a process namespace that ends with its first process no browser outlives the test run, however that ends.
+CONTAINED = (*cache.DIES_WITH_US, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+# The field for a value, which is one of two, and what stands in it.
+EDITOR, PLAIN = ".CodeMirror", "textarea[name=value]"
+CONTENT = """
+const [editor, plain] = [...arguments].map(css => document.querySelector(css));
+return editor ? editor.CodeMirror.getValue() : plain.value;
+"""
+# What stands in the way of an element now may have gone in the next moment.
+PASSING = (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
+
+
+def programs() -> tuple[str, str]:
+    """The paths of a Chromium and of its driver.
+
+    Raises:
+        Unavailable: one of them is not installed, or we may not give it a namespace.
+    """
+    require_root()
+    found = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in found:
+        raise cache.Unavailable("no browser: apt-get install chromium chromium-driver")
+    return str(found[0]), str(found[1])
+
+
+class _Contained(Service):
+    """The driver, started through ``CONTAINED``."""
+
+    def __init__(self, driver: str, home: Path, log: Path) -> None:
+        self._driver = driver
+        environment = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "LANG": "C.UTF-8",
+            "HOME": str(home),
+            "TMPDIR": str(home),
+        }
+        super().__init__(executable_path=shutil.which(CONTAINED[0]), env=environment, log_output=str(log))
+
+    def command_line_args(self) -> list[str]:
+        return [*CONTAINED[1:], self._driver, *super().command_line_args()]
+
+
+class Browser:
+    """A Chromium with an empty profile, as a context manager.
+
+    An exception that leaves the block has a note with the names of the files that show the page as it was: a picture,
+    its source, what the console said. The driver's own log is beside them.
+
+    Args:
+        evidence: the folder for these files.
+    """
+
+    def __init__(self, evidence: Path) -> None:
+        self._evidence = evidence
+        self._chromium, self._chromedriver = programs()
+        self._place = Path(tempfile.mkdtemp(prefix="table-consul-browser-"))
+        self._service = _Contained(self._chromedriver, self._place, evidence / "chromedriver.log")
+
+    def __enter__(self) -> Self:
+        options = webdriver.ChromeOptions()
+        options.binary_location = self._chromium
+        for flag in (*FLAGS, f"--user-data-dir={self._place / 'profile'}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        try:
+            self.driver = webdriver.Chrome(options, self._service)
+            self.driver.set_page_load_timeout(PATIENCE_SECONDS)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                error.add_note(f"The page as it was: {', '.join(map(str, self.keep_evidence())) or 'lost'}")
+        finally:
+            try:
+                self.driver.quit()
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        self._service.stop()
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def keep_evidence(self) -> list[Path]:
+        """Files that show the page as it is, written now; without those that the browser cannot give any more."""
+
+        def source() -> bytes:
+            return f"<!-- {self.driver.current_url} -->\n{self.driver.page_source}".encode()
+
+        def console() -> bytes:
+            return "".join(f"{row['message']}\n" for row in self.driver.get_log("browser")).encode()
+
+        picture = self.driver.get_screenshot_as_png
+        kept = []
+        for name, shown in {"page.png": picture, "page.html": source, "console.txt": console}.items():
+            try:
+                content = shown()
+            except WebDriverException:
+                traceback.print_exc()
+                continue
+            (self._evidence / name).write_bytes(content)
+            kept.append(self._evidence / name)
+        return kept
+
+    def open(self, address: str) -> None:
+        self.driver.get(address)
+
+    def wait(self, attempt: Callable[[], Any], missing: str) -> Any:
+        """What the attempt returns, as soon as that is true of anything.
+
+        Raises:
+            AssertionError: it is not within ``PATIENCE_SECONDS``; with what is missing.
+        """
+        waiting = WebDriverWait(self.driver, PATIENCE_SECONDS, poll_frequency=0.02, ignored_exceptions=PASSING)
+        try:
+            return waiting.until(lambda _: attempt())
+        except TimeoutException as error:
+            raise AssertionError(
+                f"{missing}: not within {PATIENCE_SECONDS:g} s at {self.driver.current_url}"
+            ) from error
+
+    def see(self, css: str, text: str = "") -> WebElement:
+        """The one element that is shown and has this text, as soon as there is one.
+
+        Args:
+            text: its whole text, in any case of letters; empty for any text.
+
+        Raises:
+            AssertionError: there is none in time, or more than one.
+        """
+        found: WebElement = self.wait(lambda: self.find(css, text), f"{css} {text}".strip())
+        return found
+
+    def click(self, css: str, text: str = "") -> float:
+        """Click what ``see`` would see, as soon as it takes clicks; the moment of it, on the monotonic clock."""
+
+        def clicked() -> float | None:
+            element = self.find(css, text)
+            if element is None or not element.is_enabled():
+                return None
+            moment = time.monotonic()
+            element.click()
+            return moment
+
+        moment: float = self.wait(clicked, f"a click on {css} {text}".strip())
+        return moment
+
+    def find(self, css: str, text: str = "") -> WebElement | None:
+        """What ``see`` would see, if it is there now."""
+        shown = [each for each in self.driver.find_elements(By.CSS_SELECTOR, css) if each.is_displayed()]
+        found = [each for each in shown if not text or each.text.strip().casefold() == text.casefold()]
+        assert len(found) < 2, f"{len(found)} times {css} {text}".strip()
+        return found[0] if found else None
+
+
+def agent_with_ui(*, acl: bool = False) -> ConsulAgent:
+    """An agent not yet started that serves the Consul UI.
+
+    Raises:
+        Unavailable: there is no Consul.
+    """
+    setting = "ui_config { enabled = true }\n" if consul_version() >= (1, 9) else "ui = true\n"
+    return ConsulAgent(acl=acl, hcl=setting)
+
+
+class Refused(Exception):
+    """The UI told an error; the text is what it told."""
+
+
+class ConsulUI:
+    """The UI's pages for keys and for logging in, as Consul 1.8 has them."""
+
+    def __init__(self, browser: Browser, agent: ConsulAgent) -> None:
+        self._browser = browser
+        self._keys = f"http://{agent.address}/ui/dc1/kv"
+
+    def create(self, key: str, value: str = "", *, folder: str = "", code: bool = False) -> float:
+        """Make a key with the form behind "Create"; the moment "Save" was clicked, on the monotonic clock.
+
+        Args:
+            key: ends in a slash to make a folder.
+            folder: the folder whose page is open when "Create" is clicked; ends in a slash.
+            code: type the value into the editor for JSON, not into the plain field.
+
+        Raises:
+            Refused: the UI told an error.
+        """
+        self._browser.open(f"{self._keys}/{folder}")
+        self._browser.click("a.type-create", "Create")
+        self._browser.see("input[name=additional]").send_keys(key)
+        if not key.endswith("/"):
+            self._type(value, code=code)
+        return self._act("Save")
+
+    def edit(self, key: str, value: str, *, code: bool = False) -> float:
+        """Replace the whole value of a key that is there; what comes back and what is raised: see ``create``."""
+        self._browser.open(f"{self._keys}/{quote(key)}/edit")
+        self._type(value, code=code)
+        return self._act("Save")
+
+    def delete(self, key: str) -> float:
+        """Delete a key; the moment this was confirmed. Raises what ``create`` raises."""
+        self._browser.open(f"{self._keys}/{quote(key)}/edit")
+        self._browser.click("button", "Delete")
+        return self._act("Confirm Delete")
+
+    def log_in(self, secret: str) -> None:
+        """Log in with the secret of a token, when nobody is logged in.
+
+        Raises:
+            Refused: the UI told an error.
+        """
+        self._browser.open(self._keys)
+        self._browser.click("header label", "Log in")
+        self._browser.see("input[name='auth[SecretID]']").send_keys(secret)
+        self._act("Log in")
+
+    def log_out(self) -> None:
+        """Log out. Raises what ``log_in`` raises."""
+        self._browser.open(self._keys)
+        self._browser.click("header label", "Logout")
+        self._act("Logout", "button[role=menuitem]")
+
+    def _type(self, value: str, *, code: bool) -> None:
+        field = self._browser.see(f"{EDITOR}, {PLAIN}")
+        if (field.tag_name == "textarea") == code:
+            self._browser.click("label", "Code")
+        if code:
+            self._browser.see(".ember-power-select-selected-item", "JSON")
+        self._browser.click(f"{EDITOR} .CodeMirror-lines" if code else PLAIN)
+        # The editor takes keys in a field of no size of its own.
+        focused = self._browser.driver.switch_to.active_element
+        focused.send_keys(Keys.CONTROL, "a")
+        focused.send_keys(Keys.DELETE)
+        focused.send_keys(value)
+        # The editor fetches from there what was typed, in its own time.
+        self._browser.wait(lambda: self._content() == value, f"{value!r} in the form")
+
+    def _content(self) -> str:
+        return str(self._browser.driver.execute_script(CONTENT, EDITOR, PLAIN))
+
+    def _act(self, button: str, css: str = "button") -> float:
+        def told() -> tuple[str, str] | None:
+            # It is made anew when the page behind it changes, so all of it is read at once or again.
+            element = self._browser.find("[data-notification]")
+            return element and (str(element.get_attribute("class")), " ".join(element.text.split()))
+
+        clicked = self._browser.click(css, button)
+        kind, text = self._browser.wait(told, f"what came of {button}")
+        if "success" not in kind.split():
+            raise Refused(text)
+        return clicked

@@ -152,7 +152,7 @@ class Loop:
         try:
             self._tally.add(request, reply.__class__, self._clock() - arrived)
             if isinstance(reply, Failed) and isinstance(reply.cause, SourceError):
-                self._tally.failed(request.table)
+                self._tally.failed(request.table, reply.cause, self._clock())
         except Exception as error:  # noqa: BLE001 - as in _answered
             self._tell_traceback(error)
         return data

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import stat
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from table_consul import __version__
 from table_consul.errors import ConfigError, shown
 from table_consul.outage import Outage
+from table_consul.protocol import Failed
 from table_consul.services import SERVICES, Table
 from table_consul.tally import BOUNDS_SECONDS, OTHER, OUTCOMES, Tally
 
@@ -39,8 +41,13 @@ log = logging.getLogger("table_consul")
 
 # Prometheus scrapes node_exporter every 15 s or more rarely.
 EVERY_SECONDS = 15.0
+# By then what a start or an update sets in motion has ended, as a rule, and the numbers of its middle need not stay.
+SOON_SECONDS = 1.0
 # For one read or write of whoever connects: connections are served one after the other.
 CLIENT_SECONDS = 5.0
+ERROR_CHARACTERS = 200
+# In an error's text: what differs from one failure to the next of the same cause would make each a series of its own.
+_VARYING = re.compile(r"\b\d+(?:\.\d+)? s\b|\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
 
 
 class Kept(Protocol):
@@ -111,28 +118,39 @@ class Reader:
         late = CounterMetricFamily(
             "table_consul_deadline_hits", "Answers that took the deadline of their table, or longer.", labels=("table",)
         )
+        errors = CounterMetricFamily(
+            "table_consul_errors", "Answers that were an error, so that the mail waits.", labels=("table",)
+        )
+        failed: dict[str, float] = {self._table: 0}
+        for (table, _, _, outcome), count in counts.items():
+            failed[table] = failed.get(table, 0) + (count if outcome == OUTCOMES[Failed] else 0)
+        for table, count in failed.items():
+            errors.add_metric((table,), count)
         hits: dict[str, int] = {self._table: 0}
-        for table, count in tally.deadline_hits.copy().items():
-            hits[self._name(table)] = hits.get(self._name(table), 0) + count
-        for table, count in hits.items():
-            late.add_metric((table,), count)
+        for table, hit in tally.deadline_hits.copy().items():
+            hits[self._name(table)] = hits.get(self._name(table), 0) + hit
+        for table, hit in hits.items():
+            late.add_metric((table,), hit)
         malformed = CounterMetricFamily(
             "table_consul_malformed_lines", "Lines that smtpd's protocol does not know.", labels=("table",)
         )
         malformed.add_metric((self._table,), tally.malformed)
-        yield from (requests, seconds, late, malformed)
+        yield from (requests, seconds, errors, late, malformed)
 
     def _state(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
 
-        def gauge(name: str, text: str) -> GaugeMetricFamily:
-            return GaugeMetricFamily(f"table_consul_{name}", text, labels=("table", "prefix"))
+        def gauge(name: str, text: str, *more: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"table_consul_{name}", text, labels=("table", "prefix", *more))
 
         up = gauge("up", "1 while Consul answers: the last attempt to read the prefix told what is there.")
         age = gauge("snapshot_age_seconds", "Since Consul last confirmed the snapshot.")
+        limit = gauge("snapshot_max_age_seconds", "The age from which on the snapshot is not believed: max_age.")
         index = gauge("snapshot_index", "Consul's index of the snapshot; 0 if it is from the disk.")
         keys = gauge("snapshot_keys", "Entries in the snapshot.")
         refused = gauge("entries_refused", "Entries of the snapshot whose value cannot be used; the log names each.")
+        hidden = gauge("service_hidden", "1 where Consul lets the token not read the service's folder.", "service")
+        large = gauge("too_large", "1 while the prefix holds more than max_keys, and every answer reads Consul.")
         load = gauge("load_seconds", "From the first byte of Consul's latest answer until it was taken over.")
         reloads = CounterMetricFamily(
             "table_consul_reloads", "Snapshots taken from Consul.", labels=("table", "prefix")
@@ -142,28 +160,47 @@ class Reader:
             "Failed attempts to read the prefix; of a mirror, as far as seen when these numbers were fetched.",
             labels=("table", "prefix"),
         )
-        watches = self._kept.watches()
-        now = time.monotonic()
+        error = gauge("last_error_timestamp_seconds", "When Consul last could not be read, and why.", "error")
+        now, today = time.monotonic(), time.time()
         mirrored = set()
-        for table, watch in watches:
+        for table, watch in self._kept.watches():
+            labels = (table, shown(watch.prefix))
+            large.add_metric(labels, int(watch.too_large))
             if watch.too_large:
                 continue
             mirrored.add(table)
-            labels = (table, shown(watch.prefix))
+            if watch.outage.total:
+                text = _lasting(watch.outage.last_error)
+                error.add_metric((*labels, text), today - (now - watch.outage.failed_at))
             up.add_metric(labels, int(watch.index > 0 and watch.outage.since is None))
             reloads.add_metric(labels, watch.reloads)
             failures.add_metric(labels, watch.outage.total)
             if watch.mirror.state is not None:
                 snapshot, confirmed = watch.mirror.state
                 age.add_metric(labels, now - confirmed)
+                limit.add_metric(labels, watch.mirror.max_age)
                 index.add_metric(labels, watch.index)
                 keys.add_metric(labels, snapshot.size)
                 refused.add_metric(labels, sum(len(bucket.refused) for bucket in snapshot.buckets.values()))
                 load.add_metric(labels, watch.took)
+                for service in snapshot.buckets:
+                    hidden.add_metric((*labels, service), int(service in snapshot.hidden))
         for table, labels in self._direct(mirrored):
             up.add_metric(labels, int(self._kept.tally.recovered(table)))
             failures.add_metric(labels, self._kept.tally.failures.get(table, (0, 0.0))[0])
-        yield from (up, age, index, keys, refused, load, reloads, failures)
+        for labels, text, moment in self._reasons(mirrored):
+            error.add_metric((*labels, _lasting(text)), today - (now - moment))
+        yield from (up, age, limit, index, keys, refused, hidden, large, load, reloads, failures, error)
+
+    def _reasons(self, mirrored: set[str]) -> Iterator[tuple[tuple[str, str], str, float]]:
+        """Why answers from elsewhere than a mirror could last not be given: labels, text, moment."""
+        told = set(mirrored)
+        for name, (text, moment) in self._kept.tally.last_errors.copy().items():
+            with contextlib.suppress(ConfigError):
+                table = self._kept.table(name)
+                if table.name not in told:
+                    told.add(table.name)
+                    yield (table.name, table.root.decode()), text, moment
 
     def _direct(self, mirrored: set[str]) -> Iterator[tuple[str, tuple[str, str]]]:
         """The tables whose requests each read Consul, as they were called, and their labels."""
@@ -205,9 +242,10 @@ class Exporter(threading.Thread):
                 self._table,
             )
             return
+        pause = SOON_SECONDS
         while True:
             self._export(registry)
-            self._wake.wait(EVERY_SECONDS)
+            pause = SOON_SECONDS if self._wake.wait(pause) else EVERY_SECONDS
             self._wake.clear()
 
     def _export(self, registry: CollectorRegistry) -> None:
@@ -241,6 +279,11 @@ class Exporter(threading.Thread):
         server = _server(listen, registry)
         threading.Thread(target=server.serve_forever, args=(1.0,), name="metrics http", daemon=True).start()
         self._server = (listen, server)
+
+
+def _lasting(text: str) -> str:
+    """The error without what differs each time it comes; nothing in it can be a token, whoever repeated that to us."""
+    return shown(_VARYING.sub("...", text), ERROR_CHARACTERS)
 
 
 def _registry(collect: Callable[[], Iterable[Metric]]) -> CollectorRegistry:

@@ -27,7 +27,7 @@ def pause(failures: int, chance: float) -> float:
 class Outage:
     """Whether something is failing, since when, and when it may be tried again; moments in seconds on one clock."""
 
-    __slots__ = ("consequence", "failures", "last_error", "not_before", "since", "total", "what")
+    __slots__ = ("consequence", "failed_at", "failures", "last_error", "not_before", "since", "total", "what")
 
     def __init__(self, what: str, consequence: str) -> None:
         """``what`` fails and ``consequence`` follows, as the log shall say it."""
@@ -38,12 +38,15 @@ class Outage:
         self.total = 0
         self.not_before = 0.0
         self.last_error = ""
+        self.failed_at = 0.0
+        """The moment of the failure that ``last_error`` tells of; without meaning while ``total`` is 0."""
 
     def failed(self, error: Exception, now: float, chance: float) -> float:
         """Take note of a failure; the pause until the next attempt, in seconds."""
         self.failures += 1
         self.total += 1
         self.last_error = str(error)
+        self.failed_at = now
         if self.since is None:
             self.since = now
             log.warning("%s: %s; %s", self.what, error, self.consequence)

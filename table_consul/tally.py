@@ -37,6 +37,8 @@ class Tally:
         self.deadline_hits: dict[str, int] = {}
         self.failures: dict[str, tuple[int, float]] = {}
         """Answers that the source could not give, by table; and how many it had given before the last of them."""
+        self.last_errors: dict[str, tuple[str, float]] = {}
+        """Why it could not the last time, by table; and that moment on the clock of the loop."""
 
     def add(self, request: Request, kind: type, seconds: float) -> None:
         """Count a request, by the type of its reply, which was there so long after the request was read."""
@@ -52,11 +54,12 @@ class Tally:
             if seconds >= LEAST_DEADLINE_SECONDS:
                 self._slow(request.table, seconds)
 
-    def failed(self, table: str) -> None:
-        """Note that the source of this table could not tell."""
+    def failed(self, table: str, error: Exception, now: float) -> None:
+        """Note that the source of this table could not tell, and why."""
         count, _ = self.failures.get(table, (0, 0.0))
         if count or len(self.failures) < CELLS_MAX:
             self.failures[table] = (count + 1, self._given(table))
+            self.last_errors[table] = (str(error), now)
 
     def recovered(self, table: str) -> bool:
         """Whether the source of this table has told anything since it last could not."""

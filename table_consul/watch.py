@@ -180,12 +180,12 @@ class Watch(threading.Thread):
         ended = time.monotonic()
         snapshot = former if reading.loading is None else reading.loading.finish()
         assert snapshot is not None
+        self.index = page.index
+        self.took = ended - reading.began
         self.mirror.confirm(snapshot, ended)
         self._report(former, snapshot)
         if self._copy is not None:
             self._copy.finish(reading.writer, snapshot, changed=snapshot is not former)
-        self.index = page.index
-        self.took = ended - reading.began
         self._state, pause = advance(
             self._state,
             Turn(

@@ -349,10 +349,10 @@ class Counting:
             raise self.error
         self.added.append((request.id, kind))
 
-    def failed(self, table):
+    def failed(self, table, error, now):
         if self.error is not None:
             raise self.error
-        self.failures.append(table)
+        self.failures.append((table, str(error)))
 
 
 def test_what_was_answered_is_counted_with_its_outcome(sources):
@@ -361,7 +361,7 @@ def test_what_was_answered_is_counted_with_its_outcome(sources):
     away, short = b"table|0.1|0|aliases|lookup|alias|2|away\n", b"table|0.1|0|t|check|alias|3\n"
     replies(sources, ROOT % 1, away, b"hello\n", short)
     assert tally.added == [(b"1", Found), (b"2", Failed), (b"3", Failed)]
-    assert (tally.failures, tally.malformed) == (["aliases"], 2)
+    assert (tally.failures, tally.malformed) == ([("aliases", "away")], 2)
 
 
 def test_a_bug_in_counting_harms_no_answer(sources, caplog):

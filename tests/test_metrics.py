@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
+import re
 import socket
 import stat
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -151,7 +155,7 @@ def test_tables_beyond_the_bound_are_counted_together():
     tally = Tally(layout)
     for number in range(CELLS_MAX + 10):
         added(tally, [(request(table=f"table{number}"), Found)], 3.0)
-        tally.failed(f"table{number}")
+        tally.failed(f"table{number}", Unreachable("away"), 0.0)
     assert (len(tally.cells()), counts(tally)["(other)", "alias", "lookup", Found]) == (CELLS_MAX + 1, 10)
     assert (len(tally.deadline_hits), len(tally.failures)) == (CELLS_MAX, CELLS_MAX)
 
@@ -160,7 +164,7 @@ def test_a_source_has_recovered_when_it_has_told_anything_since_it_last_could_no
     tally = Tally(layout)
     added(tally, [(request(), Found)], 0.0)
     seen = [tally.recovered("aliases")]
-    tally.failed("aliases")
+    tally.failed("aliases", Unreachable("away"), 0.0)
     added(tally, [(request(), Failed)], 0.0)
     seen.append(tally.recovered("aliases"))
     added(tally, [(request(), NotFound)], 0.0)
@@ -195,7 +199,7 @@ def watch(**more):
             "index": 7,
             "reloads": 3,
             "took": 0.5,
-            "mirror": SimpleNamespace(state=None),
+            "mirror": SimpleNamespace(state=None, max_age=86400.0),
             **more,
         }
     )
@@ -226,6 +230,121 @@ def test_a_table_too_large_to_be_mirrored_counts_as_one_that_is_read_directly():
     samples = collected(Reader("aliases", kept(tally, watch(too_large=True, index=0))))
     assert samples["table_consul_up"] == {("aliases/", "aliases"): 1}
     assert "table_consul_reloads_total" not in samples
+    assert samples["table_consul_too_large"] == {("aliases/", "aliases"): 1}
+
+
+def test_errors_are_counted_by_table_from_nothing_on():
+    tally = Tally(layout)
+    seen = []
+    for answered in ([], [(request(), Found), (request(), Failed)], [(request("domain", "check"), Failed)]):
+        added(tally, answered, 0.0)
+        seen.append(collected(Reader("aliases", kept(tally)))["table_consul_errors_total"])
+    assert seen == [{("aliases",): 0}, {("aliases",): 1}, {("aliases",): 2}]
+
+
+def test_the_last_error_of_a_mirror_is_told_with_its_moment_and_stays_when_consul_is_back():
+    outage = Outage("aliases/", "error")
+    reader = Reader("aliases", kept(Tally(layout), watch(outage=outage)))
+    assert "table_consul_last_error_timestamp_seconds" not in collected(reader)
+    outage.failed(Unreachable("no leader"), time.monotonic() - 200, 0.0)
+    outage.failed(Unreachable("connection refused"), time.monotonic() - 100, 0.0)
+    outage.worked(time.monotonic())
+    (told,) = collected(reader)["table_consul_last_error_timestamp_seconds"].items()
+    assert (told[0], told[1]) == (
+        ("connection refused", "aliases/", "aliases"),
+        pytest.approx(time.time() - 100, abs=5),
+    )
+
+
+def test_the_last_error_of_a_table_that_is_read_directly_or_from_a_file_is_told():
+    tally = Tally(layout)
+    added(tally, [(request(), Failed)], 0.0)
+    tally.failed("aliases", Unreachable("no answer in time"), time.monotonic() - 50)
+    tally.failed("..", Unreachable("never told"), 0.0)
+    for address in ("http://127.0.0.1:8500", "file:///export.json"):
+        own = kept(tally)
+        own.config = SimpleNamespace(consul=SimpleNamespace(addresses=(address,)))
+        told = collected(Reader("aliases", own))["table_consul_last_error_timestamp_seconds"]
+        assert told == {("no answer in time", "aliases/", "aliases"): pytest.approx(time.time() - 50, abs=5)}
+
+
+def test_an_error_of_one_cause_is_one_series_and_no_token_is_in_it():
+    outage = Outage("aliases/", "error")
+    reader = Reader("aliases", kept(Tally(layout), watch(outage=outage)))
+    texts = set()
+    for number in range(3):
+        token = f"0123456{number}-89ab-cdef-0123-456789abcdef"
+        outage.failed(Unreachable(f"away for {number}.5 s: 500 of {token} {'a1' * 20}{number}"), 100.0, 0.0)
+        texts |= {key[0] for key in collected(reader)["table_consul_last_error_timestamp_seconds"]}
+    assert texts == {"away for ...: 500 of ... ..."}
+
+
+def test_services_that_may_not_be_read_are_told_apart():
+    snapshot = SimpleNamespace(
+        buckets={"alias": SimpleNamespace(refused={}), "domain": SimpleNamespace(refused={})},
+        hidden={"domain": 1},
+        size=1,
+    )
+    mirror = SimpleNamespace(state=(snapshot, time.monotonic() - 30), max_age=600.0)
+    samples = collected(Reader("aliases", kept(Tally(layout), watch(mirror=mirror))))
+    assert samples["table_consul_service_hidden"] == {
+        ("aliases/", "alias", "aliases"): 0,
+        ("aliases/", "domain", "aliases"): 1,
+    }
+    assert samples["table_consul_snapshot_max_age_seconds"] == {("aliases/", "aliases"): 600}
+
+
+# ---- what is said of the numbers elsewhere ----
+
+CONTRIB = Path(__file__).parents[1] / "contrib"
+RULES = (CONTRIB / "prometheus" / "table-consul.rules.yml").read_text()
+DASHBOARD = json.loads((CONTRIB / "grafana" / "table-consul.json").read_text())
+NAMES = re.compile(r"\btable_consul_[a-z_]+")
+
+
+def published():
+    """The names of all that can be published, as Prometheus stores them."""
+    names = set()
+    for family in Reader("aliases", kept(Tally(layout))).collect():
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
+        names |= {family.name + suffix for suffix in suffixes}
+    return names
+
+
+def panels_at(panel):
+    return {
+        (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+        for x in range(panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["h"])
+    }
+
+
+def test_alerts_and_dashboard_name_only_what_is_published():
+    named = {*NAMES.findall(RULES), *NAMES.findall(json.dumps(DASHBOARD))}
+    assert sorted(named - published()) == []
+
+
+def test_the_dashboard_shows_all_that_is_published():
+    assert sorted(published() - {*NAMES.findall(json.dumps(DASHBOARD))}) == []
+
+
+def test_each_panel_of_the_dashboard_has_a_place_an_explanation_and_the_datasource_that_was_chosen():
+    panels = DASHBOARD["panels"]
+    places = [place for panel in panels for place in panels_at(panel)]
+    assert len(places) == len({*places})
+    assert max(x for x, _ in places) < 24
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["description"]
+        for asked_for in (panel, *panel["targets"]):
+            assert asked_for["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+def test_each_alert_has_a_summary_a_runbook_and_a_severity():
+    for alert in RULES.split("- alert: ")[1:]:
+        name = alert.partition("\n")[0]
+        for key in ("summary: ", "runbook: ", "severity: "):
+            assert alert.count(f"\n          {key}") == 1, f"{name} has no {key}"
 
 
 def test_requests_without_a_name_count_for_the_table_of_the_process():
@@ -345,7 +464,8 @@ def test_a_textfile_of_a_mirror_tells_of_its_snapshot(tmp_path):
             child.ask(b"table|0.1|0|aliases|update|2")
             for _ in eventually("the snapshot is in the file"):
                 samples = read(path)
-                if samples.get("table_consul_snapshot_keys"):
+                # The index is the last to be noted of what was taken over.
+                if samples.get("table_consul_snapshot_index") == {place: fake.index}:
                     break
             assert (
                 {place: 3},
@@ -403,6 +523,8 @@ def test_a_table_read_directly_is_down_until_consul_answers_again(tmp_path):
             child.ask(b"table|0.1|0|aliases|lookup|alias|2|root")
             samples = soon(path, "table_consul_up", place, 0)
             assert {place: 1} == samples["table_consul_failures_total"]
+            ((reason, *labels),) = samples["table_consul_last_error_timestamp_seconds"]
+            assert (tuple(labels), fake.address in reason) == (place, True)
             fake.start()
             for _ in eventually("Consul is asked again"):
                 if b"found" in child.ask(b"table|0.1|0|aliases|lookup|alias|3|root"):
@@ -576,3 +698,17 @@ def test_a_client_that_says_nothing_or_nonsense_keeps_nobody_from_an_answer(tmp_
         silent.close()
         soon(path, "table_consul_requests_total", ("lookup", "found", "alias", "aliases"), 1)
         assert child.end() == 0
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "operating.md"
+
+
+def test_all_that_is_published_is_documented_and_nothing_else():
+    documented = {*re.findall(r"^\| `(table_consul_\w+)`", DOCUMENT.read_text(), re.MULTILINE)}
+    names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in published()}
+    assert documented == names
+
+
+def test_every_alert_is_documented():
+    documented = re.findall(r"^\| `(TableConsul\w+)` \|", DOCUMENT.read_text(), re.MULTILINE)
+    assert documented == re.findall(r"- alert: (\w+)", RULES)

@@ -1,0 +1,337 @@
+"""A real Prometheus fetches the numbers of real tables, both ways; alerts and dashboard are read by it.
+
+Rules are tested by promtool on the tests that are delivered with them, and those tests by spoiling the rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.dialogue import Child, write_config
+from tests.e2e import table_files
+from tests.rig import cache
+from tests.rig.consul import free_ports
+from tests.rig.opensmtpd import CONFIG
+from tests.rig.prometheus import NodeExporter, Prometheus, program, promtool
+from tests.rig.root import File
+from tests.rig.waiting import wait_for
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+
+CONTRIB = Path(__file__).resolve().parents[2] / "contrib"
+PROMETHEUS = CONTRIB / "prometheus"
+RULES = PROMETHEUS / "table-consul.rules.yml"
+DASHBOARD = json.loads((CONTRIB / "grafana" / "table-consul.json").read_text())
+ALERTS = re.findall(r"- alert: (\w+)", RULES.read_text())
+PATIENCE_SECONDS = 30.0
+
+LOOKUP = b"table|0.1|0|%b|lookup|alias|1|%b"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """Have the programs at hand before the clock of a test runs."""
+    try:
+        for name in ("prometheus", "promtool", "prometheus-node-exporter"):
+            program(name)
+    except cache.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def configuration(exporter, listen):
+    """The example of a configuration, with the addresses of this test, and at the pace of a test."""
+    text = (PROMETHEUS / "prometheus.yml.example").read_text()
+    for written, used in (
+        ("127.0.0.1:9100", exporter),
+        ("127.0.0.1:9777", listen),
+        ("scrape_interval: 15s", "scrape_interval: 1s\n  evaluation_interval: 1s"),
+    ):
+        assert text.count(written) >= 1
+        text = text.replace(written, used)
+    return text
+
+
+@pytest.fixture
+def watched(consul, tmp_path):
+    """Two tables that follow Consul: ``aliases`` writes a text file, ``people`` listens; and who fetches from both."""
+    (port,) = free_ports(1)
+    textfiles = tmp_path / "textfiles"
+    for folder in ("aliases", "people", "textfiles"):
+        (tmp_path / folder).mkdir()
+        consul.kv_put(f"{folder}/alias/root", "gilles")
+    metrics = {
+        "aliases": f'textfile = "{textfiles}/table-consul-{{table}}.prom"',
+        "people": f'listen = "127.0.0.1:{port}"',
+    }
+    with contextlib.ExitStack() as running:
+        children = {}
+        for table, line in metrics.items():
+            more = f"[metrics]\n{line}"
+            path = write_config(tmp_path / table, "deadline = 0.3", address=f"http://{consul.address}", more=more)
+            children[table] = running.enter_context(Child(str(path)))
+            children[table].handshake(table.encode())
+        exporter = running.enter_context(NodeExporter(textfiles))
+        prometheus = running.enter_context(
+            Prometheus(configuration(exporter.address, f"127.0.0.1:{port}"), beside=PROMETHEUS)
+        )
+        yield SimpleNamespace(
+            prometheus=prometheus,
+            consul=consul,
+            children=children,
+            file=textfiles / "table-consul-aliases.prom",
+            configs={table: str(tmp_path / table / "table-consul.toml") for table in metrics},
+        )
+
+
+def ask(watched, table, key=b"root", *, times=1):
+    for _ in range(times):
+        answer = watched.children[table].ask(LOOKUP % (table.encode(), key))
+    return answer
+
+
+def update(watched, table):
+    """Have the text file written now."""
+    watched.children[table].ask(b"table|0.1|0|%b|update|1" % table.encode())
+
+
+def comes_to(watched, expression, expected, while_waiting=lambda: None):
+    """Return when Prometheus says just this of an expression: a number for each table."""
+    said = {}
+
+    def so():
+        while_waiting()
+        said.clear()
+        said.update({labels.get("table"): value for labels, value in watched.prometheus.query(expression)})
+        return said == expected
+
+    wait_for(so, PATIENCE_SECONDS, lambda: f"{expression} is {said}, not {expected}")
+
+
+def test_prometheus_fetches_the_same_numbers_from_a_text_file_and_from_a_process_and_sees_an_edit(watched):
+    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+    for table in watched.children:
+        assert ask(watched, table, times=5) == b"lookup-result|1|found|gilles"
+        assert ask(watched, table, b"nobody", times=3) == b"lookup-result|1|not-found"
+    update(watched, "aliases")
+    for outcome, count in (("found", 5), ("not-found", 3)):
+        expression = f'table_consul_requests_total{{service="alias", op="lookup", outcome="{outcome}"}}'
+        comes_to(watched, expression, {"aliases": count, "people": count})
+    comes_to(
+        watched, 'sum by (table) (table_consul_request_seconds_count{service="alias"})', {"aliases": 8, "people": 8}
+    )
+    comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
+    jobs = {labels["table"]: labels["job"] for labels, _ in watched.prometheus.query("table_consul_build_info")}
+    assert jobs == {"aliases": "node", "people": "table-consul"}
+    assert [value for _, value in watched.prometheus.query("node_textfile_scrape_error")] == [0]
+    targets = watched.prometheus.ask("targets")["activeTargets"]
+    assert [(target["health"], target["lastError"]) for target in targets] == [("up", ""), ("up", "")]
+    watched.consul.kv_put("people/alias/command", "|/bin/sh")
+    comes_to(watched, 'table_consul_entries_refused{table="people"}', {"people": 1})
+    index = watched.consul.request("GET", "/v1/kv/people/alias/command")[0]["ModifyIndex"]
+    comes_to(watched, 'table_consul_snapshot_index{table="people"}', {"people": index})
+    wait_for(
+        lambda: "TableConsulEntriesRefused" in watched.prometheus.alerts(), PATIENCE_SECONDS, lambda: "no alert at all"
+    )
+
+
+# ---- the dashboard ----
+
+
+def queries():
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            yield pytest.param(target["expr"], id=f"{panel['title']} {target['refId']}")
+
+
+def substituted(expression, **chosen):
+    variables = {"instance": ".*", "table": ".*", "__range": "1m", "__rate_interval": "10s", **chosen}
+    text = re.sub(r"\$(\w+)", lambda match: variables[match[1]], expression)
+    assert "$" not in text
+    return text
+
+
+def test_every_query_of_the_dashboard_returns_numbers_of_what_its_variables_offer(watched):
+    watched.consul.kill()  # for an error that was the last one
+
+    def talk():
+        ask(watched, "people", times=20)
+
+    comes_to(watched, 'table_consul_up{table="people"}', {"people": 0}, talk)
+    watched.consul.start()
+    comes_to(watched, 'table_consul_up{table="people"}', {"people": 1}, talk)
+    update(watched, "aliases")
+    empty = {param.values[0]: param.id for param in queries()}
+    assert len(empty) > 20
+
+    def all_have_come():
+        talk()
+        for expression in list(empty):
+            samples = watched.prometheus.query(substituted(expression))
+            if samples and all(value == value for _, value in samples):  # noqa: PLR0124 - a number that is none is unequal
+                del empty[expression]
+        return not empty
+
+    wait_for(all_have_come, PATIENCE_SECONDS, lambda: f"without a number: {empty}")
+    nobody = {"table": "nobody", "instance": "nowhere"}
+    for param in queries():
+        expression = substituted(param.values[0], **nobody)
+        assert watched.prometheus.query(expression) == [], f"{param.id} does not go by what was chosen"
+    offered = {}
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            series, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
+            offered[variable["name"]] = watched.prometheus.ask(
+                f"label/{label}/values", **{"match[]": substituted(series)}
+            )
+    assert (offered["table"], len(offered["instance"])) == (["aliases", "people"], 2)
+
+
+# ---- alerts ----
+
+
+def test_prometheus_takes_all_rules_and_a_system_that_is_well_alerts_nobody(watched):
+    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+
+    def evaluated():
+        groups = watched.prometheus.ask("rules")["groups"]
+        health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+        return health == dict.fromkeys(ALERTS, "ok")
+
+    wait_for(evaluated, PATIENCE_SECONDS, lambda: str(watched.prometheus.ask("rules")))
+    settled = time.monotonic() + 2
+    wait_for(
+        lambda: time.monotonic() > settled and not watched.prometheus.alerts(),
+        15,
+        lambda: str(watched.prometheus.alerts()),
+    )
+
+
+def expect_alerts(watched, wanted, while_waiting=lambda: None):
+    """Return when just these alerts are pending or firing for just these tables, hosts or files."""
+    seen = {}
+
+    def so():
+        while_waiting()
+        alerts = watched.prometheus.alerts()
+        seen.clear()
+        seen.update(
+            {name: {alert["labels"].get("table") for alert in alerts[name]} for name in alerts if name in wanted}
+        )
+        return seen == wanted
+
+    wait_for(so, PATIENCE_SECONDS, lambda: f"{seen}, not {wanted}: {watched.prometheus.alerts()}")
+
+
+def test_a_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_alerted(watched):
+    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+    watched.consul.pause()
+    watched.children["people"].ask(b"table|0.1|0|people|lookup|nonsense|1|root")
+
+    expect_alerts(watched, {"TableConsulErrors": {"people"}})
+    watched.consul.kill()
+    comes_to(watched, 'table_consul_up{table="people"}', {"people": 0})
+    update(watched, "aliases")
+    expect_alerts(watched, {"TableConsulLostConsul": {"aliases", "people"}}, lambda: update(watched, "aliases"))
+    (alert,) = [a for a in watched.prometheus.alerts()["TableConsulLostConsul"] if a["labels"]["table"] == "people"]
+    instance = alert["labels"]["instance"]
+    assert alert["annotations"]["summary"] == f"Table people on {instance} cannot read people/ from Consul."
+    assert "TableConsulAnswersNothing" not in watched.prometheus.alerts()  # there are copies to answer from
+
+    for child in watched.children.values():
+        assert child.end() == 0
+    os.utime(watched.file, (time.time() - 300,) * 2)
+    expect_alerts(watched, {"TableConsulDoesNotAnswer": {None}, "TableConsulFileStale": {None}})
+    (alert,) = watched.prometheus.alerts()["TableConsulFileStale"]
+    assert alert["labels"]["file"] == str(watched.file)
+    assert re.search(r" it is 5m \d+\S*s old\.$", alert["annotations"]["summary"]), alert
+
+
+def test_a_table_without_consul_and_without_a_copy_is_alerted(consul, watched, tmp_path):
+    update(watched, "aliases")
+    comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
+    consul.kill()
+    (tmp_path / "new").mkdir()
+    more = f'[metrics]\ntextfile = "{watched.file.parent}/table-consul-{{table}}.prom"'
+    path = write_config(tmp_path / "new", "deadline = 0.3", address=f"http://{consul.address}", more=more)
+    with Child(str(path)) as child:
+        child.handshake(b"new")
+        expect_alerts(watched, {"TableConsulAnswersNothing": {"new"}})
+        assert child.end() == 0
+
+
+def test_the_example_configuration_and_the_rules_are_what_promtool_calls_good(tmp_path):
+    shutil.copy(PROMETHEUS / "prometheus.yml.example", tmp_path / "prometheus.yml")
+    shutil.copy(RULES, tmp_path)
+    for arguments in (("check", "config", "prometheus.yml"), ("check", "rules", "--lint-fatal", RULES.name)):
+        checked = promtool(*arguments, cwd=tmp_path)
+        assert (checked.returncode, "SUCCESS" in checked.stdout) == (0, True), checked.stdout + checked.stderr
+
+
+def judged(rules, folder):
+    """How the delivered tests find these rules: whether good, and what promtool says."""
+    (folder / RULES.name).write_text(rules)
+    shutil.copy(PROMETHEUS / "table-consul.rules_test.yml", folder)
+    done = promtool("test", "rules", "table-consul.rules_test.yml", cwd=folder)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def spoiled(name):
+    """The rules with this alert spoilt in one way after the other; and what was done to it."""
+    before, rest = RULES.read_text().split(f"- alert: {name}\n")
+    rule, separator, after = rest.partition("\n      - alert: ")
+    expression = re.search(r"expr: (.*)", rule)[1]
+    changes = {"never": "vector(0) > 1", "always": "vector(1)"}
+    # Each number but those of selectors, a good part larger: another threshold, window or offset.
+    for match in re.finditer(r"(?<![\w.\"])([1-9]\d*|0\.\d+)(?=[mh\]]|\b)", expression):
+        larger = str(round(float(match[1]) * 1.25 + 0.01, 2)) if "." in match[1] else str(int(int(match[1]) * 1.25) + 1)
+        changes[f"{match[1]} -> {larger}"] = expression[: match.start()] + larger + expression[match.end() :]
+    for what, changed in changes.items():
+        yield what, before + f"- alert: {name}\n" + rule.replace(expression, changed) + separator + after
+    if "for: " in rule:
+        yield "at once", before + f"- alert: {name}\n" + re.sub(r" +for: .*\n", "", rule) + separator + after
+
+
+def test_the_delivered_tests_of_the_rules_pass(tmp_path):
+    assert judged(RULES.read_text(), tmp_path)[0], judged(RULES.read_text(), tmp_path)[1]
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_the_delivered_tests_of_the_rules_notice_when_an_alert_is_spoilt(tmp_path, name):
+    unnoticed = [what for what, rules in spoiled(name) if judged(rules, tmp_path)[0]]
+    assert unnoticed == []
+
+
+# ---- under smtpd ----
+
+
+def test_node_exporter_may_read_what_a_table_under_smtpd_writes(consul, smtpd):
+    consul.kv_put("consul/alias/root", "gilles")
+    files = table_files(consul)
+    textfile = '[metrics]\ntextfile = "/tmp/table-consul-{table}.prom"\n'
+    files[CONFIG] = File(files[CONFIG].content + textfile, 0o640, "root", "opensmtpd")
+    server = smtpd(
+        """
+        table consul consul:/etc/mail/table-consul.toml
+        listen on 127.0.0.1 port $smtp_port
+        action "local" mbox alias <consul>
+        match from any for local action "local"
+        """,
+        files,
+    )
+    assert server.send("root@localhost")["root@localhost"][0] == 250
+    path = server._running_tree / "tmp" / "table-consul-consul.prom"
+    wait_for(lambda: path.exists() and "snapshot_keys{" in path.read_text(), PATIENCE_SECONDS, lambda: server.log)
+    assert path.stat().st_mode & 0o777 == 0o644
+    with NodeExporter(path.parent) as exporter:
+        text = exporter.read("/metrics").decode()
+    assert 'table_consul_snapshot_keys{prefix="consul/",table="consul"} 1\n' in text
+    assert "node_textfile_scrape_error 0\n" in text

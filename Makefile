@@ -1,24 +1,35 @@
 # Targets for whoever works on table-consul, and for `make install`; `make help` lists them.
 .POSIX:
-.PHONY: help demo test lint cover chaos bench install clean
+.PHONY: help demo test lint cover chaos bench dist install uninstall clean venv
 
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
 
 # Where smtpd looks for its tables: /usr/libexec/opensmtpd on Debian; OpenBSD /usr/local/libexec/smtpd, FreeBSD
-# /usr/local/libexec/opensmtpd, Alpine /usr/lib/opensmtpd.
+# /usr/local/libexec/opensmtpd, Alpine /usr/lib/opensmtpd. Manual pages of OpenBSD are in /usr/local/man.
 PREFIX = /usr/local
 LIBEXECDIR = /usr/libexec/opensmtpd
+SBINDIR = $(PREFIX)/sbin
+MANDIR = $(PREFIX)/share/man
 APPDIR = $(PREFIX)/lib/table-consul
 EXTRAS = metrics
+
+# DESTDIR, for packages, goes before each path that is written to, and into no file. APPDIR holds the package itself.
+APP = $(DESTDIR)$(APPDIR)
+LIBEXEC = $(DESTDIR)$(LIBEXECDIR)
+SBIN = $(DESTDIR)$(SBINDIR)
+MAN = $(DESTDIR)$(MANDIR)
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
-$(VENV)/.stamp: pyproject.toml table_consul/__init__.py
+venv:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
-	    apt-get install -q -y python3-venv; } || { echo 'needs python3-venv: apt-get install python3-venv'; exit 1; }
+	    DEBIAN_FRONTEND=noninteractive apt-get install -q -y python3-venv; } || { echo 'needs python3-venv: apt-get install python3-venv'; exit 1; }
+
+$(VENV)/.stamp: pyproject.toml table_consul/__init__.py
+	@$(MAKE) venv
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[metrics,regex]' --group dev
@@ -47,18 +58,38 @@ bench: $(VENV)/.stamp ## speed and memory, as ratios to reference children
 	bench/build/venv/bin/python -m pip install --quiet '.[regex]'
 	$(BIN)/python -m bench.bench --program bench/build/venv/bin/table-consul $(ARGS)
 
-install: ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR)
-	$(PYTHON) -m venv build/installer
-	build/installer/bin/python -m pip install --quiet --upgrade --target '$(DESTDIR)$(APPDIR)' '.[$(EXTRAS)]'
-	rm -rf '$(DESTDIR)$(APPDIR)/bin'
-	mkdir -p '$(DESTDIR)$(LIBEXECDIR)'
-	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && \
-	for each in table-consul:cli table-procexec:procexec; do \
-	    program='$(DESTDIR)$(LIBEXECDIR)'/$${each%:*}; \
+dist: $(VENV)/.stamp ## the sdist and the wheel, the same bytes wherever they are built
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation .
+	$(BIN)/twine check --strict dist/*
+
+# The package is made beside the former one and takes its place when it is whole. Restart smtpd afterwards: what runs
+# imports parts of the package only when it needs them.
+install: venv ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR)
+	$(PYTHON) -m venv --clear build/installer
+	rm -rf '$(APP).new' '$(APP).old'
+	umask 022 && build/installer/bin/python -m pip install --quiet --target '$(APP).new' '.[$(EXTRAS)]'
+	rm -rf '$(APP).new/bin' '$(APP).new/share'
+	if [ -e '$(APP)' ]; then mv '$(APP)' '$(APP).old'; fi
+	mv '$(APP).new' '$(APP)'
+	rm -rf '$(APP).old'
+	umask 022 && mkdir -p '$(LIBEXEC)' '$(SBIN)' '$(MAN)/man5' '$(MAN)/man8'
+	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && umask 022 && \
+	install_program() { \
 	    printf '#!%s -I\nimport sys\nsys.path.insert(0, "%s")\nfrom table_consul.%s import main\nsys.exit(main())\n' \
-	        "$$python" '$(APPDIR)' "$${each#*:}" >"$$program.new" && \
-	    chmod 755 "$$program.new" && mv "$$program.new" "$$program" || exit 1; \
+	        "$$python" '$(APPDIR)' "$$2" >"$$1.new" && chmod 755 "$$1.new" && mv "$$1.new" "$$1"; \
+	} && \
+	install_program '$(LIBEXEC)/table-consul' cli && \
+	install_program '$(LIBEXEC)/table-procexec' procexec && \
+	install_program '$(SBIN)/table-consulctl' ctl.program
+	for page in man/*.[58]; do \
+	    target="$(MAN)/man$${page##*.}/$${page#man/}" && cp "$$page" "$$target" && chmod 644 "$$target" || exit 1; \
 	done
+
+uninstall: ## remove what install installed, told the same folders; configuration and data stay
+	rm -rf '$(APP)' '$(APP).new' '$(APP).old'
+	rm -f '$(LIBEXEC)/table-consul' '$(LIBEXEC)/table-procexec' '$(SBIN)/table-consulctl'
+	for page in man/*.[58]; do rm -f "$(MAN)/man$${page##*.}/$${page#man/}"; done
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) dist build bench/build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

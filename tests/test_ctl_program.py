@@ -200,3 +200,10 @@ def test_closed_standard_streams_are_no_reason_for_a_traceback(conf):
     command = [sys.executable, "-c", START, "-c", str(conf), "query", "aliases", "alias", "root"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- <&-', "sh", *command], stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_shell_that_completes_a_word_is_told_and_nothing_failed(monkeypatch, capsys):
+    for name, value in {"": "zsh_complete", "COMP_WORDS": "table-consulctl po", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name or "_TABLE_CONSULCTL_COMPLETE", value)
+    assert program.main([]) == 0
+    assert "policy" in capsys.readouterr().out

@@ -149,9 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:  # ^C, or the end of input at a question
         click.echo("table-consulctl: broken off", err=True)
         return FAILED
-    except (BrokenPipeError, SystemExit):  # the latter is how click ends at the former; whoever read has seen enough
+    except (BrokenPipeError, SystemExit) as error:
+        # The latter is how click ends at the former, whose reader has seen enough, and, with 0, after completion.
         _silence()
-        return FAILED
+        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED
     except ConfigError as error:
         return _failed(error, *getattr(error, "__notes__", ()))
     except (TableConsulError, OSError) as error:

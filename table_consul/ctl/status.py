@@ -52,20 +52,20 @@ def command(config: Config, tables: tuple[str, ...], offline: bool, as_json: boo
 
     \b
     following    it has what Consul has
-    outage       Consul cannot be read; the
-                 copy answers, if there is one
-    expired      an outage for longer than
-                 max_age: all answers are errors
-    no data      Consul could not be read yet:
-                 all answers are errors
-    loading      it has just been started
-    too large    more than max_keys entries:
-                 each answer reads Consul
-    direct       each answer reads Consul, as
-                 configured
-    file         it answers from a file://
-    not running  nobody publishes this table; if
-                 it runs, its log says why
+    outage       Consul is away; the copy
+                 answers, if any
+    expired      so for over max_age:
+                 answers are errors
+    no data      nothing could be read
+                 yet: answers are errors
+    loading      it has just started
+    too large    over max_keys: each
+                 answer reads Consul
+    direct       each answer reads
+                 Consul, as configured
+    file         it reads a file://
+    not running  nobody publishes it; if
+                 it runs, see its log
 
     Without TABLE: all that are configured or publish.
 

@@ -15,11 +15,20 @@ import time
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from tests.rig import cache
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OUTDATED_SECONDS = 3600
 CRYPT_R_SUITES = ("forky", "trixie")
+
+
+def copy(into: Path) -> Path:
+    """A copy of the project as it is now, without what git ignores: others may be working on the checkout itself."""
+    ignored = [line.rstrip("/") for line in (CHECKOUT / ".gitignore").read_text().splitlines()]
+    kept_out = shutil.ignore_patterns(".git", "*.pyc", *ignored)
+    return Path(shutil.copytree(CHECKOUT, into, ignore=kept_out, symlinks=True))
 
 
 @functools.cache
@@ -42,7 +51,7 @@ def wheel() -> Path:
 
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
-    files = [CHECKOUT / "pyproject.toml", CHECKOUT / "README.md", CHECKOUT / "LICENSE"]
+    files = [CHECKOUT / "pyproject.toml", CHECKOUT / "README.md", CHECKOUT / "LICENSE", *sorted(CHECKOUT.glob("man/*"))]
     for path in [*files, *sorted((CHECKOUT / "table_consul").rglob("*"))]:
         if path.is_file() and path.suffix != ".pyc":
             digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
@@ -50,7 +59,8 @@ def _digest_of_sources() -> str:
 
 
 def _build(into: Path) -> str:
-    cache.run(sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps", "--wheel-dir", into, CHECKOUT)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", into)
+    cache.run(sys.executable, "-m", "pip", "wheel", *options, CHECKOUT)
     return next(into.glob("*.whl")).name.split("-")[1]
 
 
@@ -60,6 +70,12 @@ def requirements() -> list[str]:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(name), policy=email.policy.default)
     return sorted(re.sub(r"\s*;\s*extra == .*", "", line) for line in metadata.get_all("Requires-Dist", []))
+
+
+def lowest() -> list[str]:
+    """The lowest version of each thing that the wheel requires, ``requests==2.32.2``, as constraints for pip."""
+    wanted = [Requirement(line) for line in requirements()]
+    return [f"{each.name}=={bound.version}" for each in wanted for bound in each.specifier if bound.operator == ">="]
 
 
 def dependencies(python: str) -> Path:
@@ -81,6 +97,23 @@ def dependencies(python: str) -> Path:
         return "0"
 
     return cache.kept(f"python{python}-{digest}", install)
+
+
+def wheels(python: str) -> Path:
+    """A folder with the wheels of what the project requires, crypt-r excepted, for ``pip install --find-links``.
+
+    Raises:
+        Unavailable: no network, or no wheel for that Python.
+    """
+    wanted = [each for each in requirements() if not each.startswith("crypt-r")]
+    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+
+    def download(into: Path) -> str:
+        options = ("--quiet", "--dest", into, "--python-version", python, "--only-binary=:all:")
+        cache.run(sys.executable, "-m", "pip", "download", *options, *wanted)
+        return "0"
+
+    return cache.kept(f"wheels{python}-{digest}", download)
 
 
 def _add_crypt_r(python: str, into: Path) -> None:

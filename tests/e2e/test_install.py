@@ -1,0 +1,280 @@
+"""``make install``, ``pip install``, and the two commands of README, each where an operator would run it."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pip
+import pytest
+
+from table_consul import __version__
+from tests.conftest import _or_skip
+from tests.e2e import table_files, until
+from tests.rig import bare, cache, package
+from tests.rig.opensmtpd import LIBEXEC, Smtpd
+from tests.rig.root import SUITES, Root
+
+pytestmark = pytest.mark.real
+
+DIALOGUE = "config|ready\ntable|0.1|0|aliases|lookup|alias|1|root\n"
+EXPORT = '[{"key": "aliases/alias/root", "flags": 0, "value": "Z2lsbGVz"}]'
+PAGES = {"man5/table-consul.toml.5", "man8/table-consul.8", "man8/table-consulctl.8", "man8/table-procexec.8"}
+PROGRAMS = {"libexec/table-consul", "libexec/table-procexec", "sbin/table-consulctl"}
+
+
+def make(tree, *arguments, umask=0o022):
+    """What a target wrote, in a copy of the project, for others work on the checkout itself."""
+    done = subprocess.run(("make", *arguments), cwd=tree, capture_output=True, text=True, check=False, umask=umask)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the project, on a machine that reaches packages."""
+    with _or_skip():
+        asked = ("--quiet", "--no-deps", "--dest", tmp_path_factory.mktemp("reached"), "msgspec")
+        cache.run(sys.executable, "-m", "pip", "download", *asked)
+    return package.copy(tmp_path_factory.mktemp("tree") / "table-consul")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("an install") / "usr local"
+
+
+def variables(place):
+    return f"PREFIX={place}", f"LIBEXECDIR={place}/libexec"
+
+
+@pytest.fixture(scope="module")
+def installed(tree, place):
+    """An install by an operator whose files nobody else may read, into folders with a blank in their names."""
+    for path in tree.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+    make(tree, "install", f"PYTHON={sys.executable}", *variables(place), umask=0o077)
+    return place
+
+
+def files_of(place):
+    """The files but for those of the package itself."""
+    return {
+        str(path.relative_to(place))
+        for path in place.rglob("*")
+        if not path.is_dir() and not path.is_relative_to(place / "lib/table-consul")
+    }
+
+
+def ask(program, folder):
+    """What the program answers for root, with an export of Consul as its source."""
+    (folder / "export.json").write_text(EXPORT)
+    (folder / "table-consul.toml").write_text(f'[consul]\naddress = "file://{folder}/export.json"\n')
+    command = (program, folder / "table-consul.toml")
+    return subprocess.run(command, input=DIALOGUE, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+@pytest.mark.timeout(300)
+def test_programs_and_pages_are_installed_and_nothing_else(installed):
+    assert files_of(installed) == PROGRAMS | {f"share/man/{page}" for page in PAGES}
+    assert {path.name for path in (installed / "lib").iterdir()} == {"table-consul"}
+    inside = {path.name for path in (installed / "lib/table-consul").iterdir()}
+    assert {"table_consul", "msgspec", "click", "prometheus_client"} <= inside
+    assert not {"bin", "share"} & inside
+
+
+@pytest.mark.timeout(300)
+def test_smtpd_s_unprivileged_user_can_read_all_of_it(installed):
+    closed = [
+        path
+        for path in installed.rglob("*")
+        if not path.stat().st_mode & stat.S_IROTH or (path.is_dir() and not path.stat().st_mode & stat.S_IXOTH)
+    ]
+    assert closed == []
+    assert [oct((installed / name).stat().st_mode & 0o777) for name in sorted(PROGRAMS)] == ["0o755"] * 3
+    assert [path for path in installed.rglob("*") if path.stat().st_mode & 0o022 and not path.is_symlink()] == []
+
+
+@pytest.mark.timeout(300)
+def test_what_is_installed_works(installed, tmp_path):
+    for name in PROGRAMS:
+        said = subprocess.run((installed / name, "--version"), capture_output=True, text=True, check=True, cwd="/")
+        assert said.stdout == f"{Path(name).name} {__version__}\n"
+    assert ask(installed / "libexec/table-consul", tmp_path) == "lookup-result|1|found|gilles"
+    query = (
+        installed / "sbin/table-consulctl",
+        "-c",
+        tmp_path / "table-consul.toml",
+        "query",
+        "aliases",
+        "alias",
+        "root",
+    )
+    assert subprocess.run(query, capture_output=True, text=True, check=True).stdout == "gilles\n"
+
+
+@pytest.mark.timeout(300)
+def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(installed, tree):
+    app = installed / "lib/table-consul"
+    for name in (
+        "table_consul/gone.py",
+        "table_consul-0.1.dist-info/METADATA",
+        "bin/table-consul",
+        "oldlib/__init__.py",
+    ):
+        (app / name).parent.mkdir(exist_ok=True)
+        (app / name).write_text("of an older version\n")
+    (app.with_name("table-consul.new")).mkdir()
+    (app.with_name("table-consul.new") / "half").write_text("of an install that was broken off\n")
+    (installed / "libexec/table-consul").write_text("of an older version\n")
+    others = ("libexec/table-ldap", "sbin/consul", "share/man/man8/smtpd.8", "lib/other/x")
+    for name in others:
+        (installed / name).parent.mkdir(exist_ok=True)
+        (installed / name).write_text("of others\n")
+    before = files_of(installed)
+    make(tree, "install", f"PYTHON={sys.executable}", *variables(installed))
+    assert files_of(installed) == before - {"lib/table-consul.new/half"}
+    assert {path.name for path in app.parent.iterdir()} == {"table-consul", "other"}
+    assert not [
+        path for path in app.rglob("*") if path.name in {"gone.py", "oldlib", "bin", "table_consul-0.1.dist-info"}
+    ]
+    said = subprocess.run((installed / "libexec/table-consul", "--version"), capture_output=True, text=True, check=True)
+    assert said.stdout == f"table-consul {__version__}\n"
+    # It can be broken off anywhere before its last step, and what was there goes on.
+    broken = ("make", "install", "PYTHON=/bin/false", *variables(installed))
+    assert subprocess.run(broken, cwd=tree, capture_output=True, check=False).returncode != 0
+    assert files_of(installed) == before - {"lib/table-consul.new/half"}
+    make(tree, "uninstall", *variables(installed))
+    assert files_of(installed) == set(others)
+    assert not app.exists()
+
+
+STORY = """
+listen on 127.0.0.1 port $smtp_port
+action "local" mbox alias <consul>
+match from any for local action "local"
+"""
+LINES = {
+    "consul:": "table consul consul:/etc/mail/table-consul.toml",
+    "procexec:": f'table consul "procexec:/{LIBEXEC}/table-consul /etc/mail/table-consul.toml"',
+}
+
+
+class Installed(Smtpd):
+    """An smtpd that finds in its root what ``make install`` has put there, and nothing of the rig's own."""
+
+    def __init__(self, root, tree, line, files):
+        super().__init__(root, line + STORY, files)
+        (self._tree / LIBEXEC / "table-consul").unlink()
+        make(tree, "install", f"DESTDIR={self._tree}", f"PYTHON=/usr/bin/python{root.python}")
+        self._tables = 2 if "procexec:" in line and root.release in {"6.8", "7.4"} else 1
+
+    @property
+    def backends(self):
+        return [pid for pid, line in self.pids.items() if f"/{LIBEXEC}/table-" in line]
+
+    def inside(self, *command):
+        """What a command wrote in the root of the running smtpd."""
+        entered = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd=/")
+        return subprocess.run((*entered, *command), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def root_of_our_python():
+    """A root with the same Python as this machine's Debian, for what is compiled fits one version alone."""
+    with _or_skip():
+        for release in SUITES:
+            root = Root(release)
+            if Path(f"/usr/bin/python{root.python}").exists():
+                return root
+        raise cache.Unavailable("this machine's Python is that of no root: run it on Debian 12")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", LINES)
+def test_smtpd_uses_what_was_installed_into_its_root(consul, root_of_our_python, tree, name):
+    server = Installed(root_of_our_python, tree, LINES[name], table_files(consul))
+    traces = [path for path in server._tree.rglob("*") if path.is_file() and path.name.startswith("table-")]
+    assert [path for path in traces if str(server._tree).encode() in path.read_bytes()] == []
+    with server:
+        assert server.send("root@localhost", subject="before")["root@localhost"][0] == 250
+        server.wait_for_mail("root", "before")
+        consul.kv_txn({"consul/alias/root": "gilles", "consul/alias/arrived": "eric"})
+        until(lambda: server.send("arrived@localhost")["arrived@localhost"][0], 250)
+        assert server.send("root@localhost", subject="after")["root@localhost"][0] == 250
+        server.wait_for_mail("gilles", "after")
+        assert server.inside("/usr/local/sbin/table-consulctl", "query", "consul", "alias", "root") == "gilles\n"
+        assert server.exists("/usr/local/share/man/man8/table-consul.8")
+
+
+NEWCOMER = f"""
+cd /root/table-consul
+make .venv/.stamp
+.venv/bin/table-consul --version
+.venv/bin/python -m tests.rig.demo --socket
+make install LIBEXECDIR=/{LIBEXEC}
+cd /
+/{LIBEXEC}/table-consul --version
+table-consulctl --help
+"""
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_of_the_readme_need_a_fresh_debian_with_make_and_python_alone(tree):
+    with _or_skip():
+        root = bare.debian()
+    with bare.Layer(root, {"/root/table-consul": tree}, network=True) as layer:
+        assert "No such file" in layer.run("make --version >/dev/null; python3 --version; ls /usr/bin/pip 2>&1 || true")
+        said = layer.run(NEWCOMER)
+    assert said.count(f"table-consul {__version__}\n") == 2
+    assert "delivered" in said or "Mail went where Consul said" in said
+    assert "Usage: table-consulctl" in said
+
+
+WITH_PIP = f"""
+cd /root
+python3 -m venv --without-pip venv
+export PYTHONPATH=/mnt/pip
+venv/bin/python -m pip install --quiet --no-index --find-links /mnt/wheels '/mnt/wheel/WHEEL[metrics,regex]'
+venv/bin/python -m pip check
+unset PYTHONPATH
+export PATH=/root/venv/bin:$PATH
+table-consul --version
+table-procexec --version
+table-consulctl --help
+echo '{EXPORT}' >export.json
+printf '[consul]\\naddress = "file:///root/export.json"\\n' >table-consul.toml
+printf '{DIALOGUE.replace(chr(10), chr(92) + "n")}' | table-consul /root/table-consul.toml
+echo "answer: $(table-consulctl -c table-consul.toml query aliases alias root)"
+find venv/share -type f
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("release", ["6.8", "7.6", "7.9"])
+def test_the_wheel_works_under_each_python(release):
+    with _or_skip():
+        root = Root(release)
+        wheels = package.wheels(root.python)
+        wheel = package.wheel()
+    bound = {"/mnt/pip/pip": Path(pip.__file__).parent, "/mnt/wheels": wheels, "/mnt/wheel": wheel.parent}
+    with bare.Layer(root.path, bound) as layer:
+        said = layer.run(WITH_PIP.replace("WHEEL", wheel.name)).splitlines()
+    assert "No broken requirements found." in said
+    assert said.count(f"table-consul {__version__}") == said.count(f"table-procexec {__version__}") == 1
+    assert [line for line in said if "Usage: table-consulctl" in line]
+    assert "lookup-result|1|found|gilles" in said
+    assert "answer: gilles" in said
+    assert {f"venv/share/man/{page}" for page in PAGES} == {line for line in said if line.startswith("venv/share/man")}
+
+
+def test_this_machine_s_way_to_packages_is_handed_on(monkeypatch, tmp_path):
+    (tmp_path / "ca.pem").touch()
+    monkeypatch.setenv("PIP_CERT", str(tmp_path / "ca.pem"))
+    (tmp_path / "simple").mkdir()
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"file://{tmp_path}/simple https://pypi.example.org/simple")
+    settings = bare.pip_settings()
+    assert settings["PIP_CERT"] == str(tmp_path / "ca.pem")
+    assert {tmp_path, tmp_path / "ca.pem"} <= {*bare.named_paths(settings.values())}

@@ -1,0 +1,146 @@
+"""A Debian root to change at will: a command runs on a copy-on-write layer above it, and nothing is left of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.rig import cache
+from tests.rig.opensmtpd import _overlays
+from tests.rig.root import require_root
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Self
+
+SUITE = "bookworm"
+# All that README asks of a machine.
+PACKAGES = "make,python3"
+
+# $1 the root, $2 the folder of this layer; then pairs of what is bound where, up to --, and the command.
+ENTER = """\
+set -e
+root=$1 base=$2; shift 2
+if [ -d "$base/upper" ]; then
+    mount -t overlay overlay -o "lowerdir=$root,upperdir=$base/upper,workdir=$base/work" "$base/root"
+fi
+mount --rbind /dev "$base/root/dev"
+mount -t proc proc "$base/root/proc"
+while [ "$1" != -- ]; do
+    if [ -d "$1" ]; then mkdir -p "$base/root$2"; else mkdir -p "$base/root${2%/*}"; : >>"$base/root$2"; fi
+    mount --bind "$1" "$base/root$2"
+    shift 2
+done
+shift
+chroot "$base/root" "$@" &
+wait $!
+"""
+
+
+def debian() -> Path:
+    """The root of a fresh Debian with ``PACKAGES`` and nothing else, made at first use.
+
+    Raises:
+        Unavailable: not root, or no mirror.
+    """
+    require_root()
+
+    def make(path: Path) -> str:
+        options = [f"--aptopt={line}" for line in cache.transport_options()]
+        made = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={PACKAGES}")
+        cache.run(*made, *options, SUITE, path, cache.source_line(SUITE))
+        path.chmod(0o755)
+        return (path / "etc/debian_version").read_text().strip()
+
+    return cache.kept(f"bare-{SUITE}", make)
+
+
+class Layer:
+    """A layer above a root, as a context manager.
+
+    Args:
+        root: the folder of the root.
+        bound: folders and files of this machine by the place that they get in the root.
+        network: whether to let apt and pip in it reach what they reach here, by this machine's own settings.
+    """
+
+    def __init__(self, root: Path, bound: Mapping[str, Path], *, network: bool = False) -> None:
+        self._base = Path(tempfile.mkdtemp(prefix="table-consul-layer-"))
+        self._base.chmod(0o755)
+        self._root = root
+        self._bound = dict(bound)
+        self._environment = {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "LANG": "C.UTF-8",
+            "HOME": "/root",
+        }
+        (self._base / "root").mkdir()
+        if _overlays():
+            (self._base / "work").mkdir()
+            (self._base / "upper").mkdir(mode=0o755)
+        else:
+            cache.run("cp", "-a", "--reflink=auto", f"{root}/.", self._base / "root")
+        if network:
+            self._bound["/etc/resolv.conf"] = Path("/etc/resolv.conf").resolve()
+            settings = pip_settings()
+            for number, path in enumerate(named_paths(settings.values())):
+                # At a place of their own, for what is mounted over a file of the root keeps dpkg from replacing it.
+                self._bound[f"/mnt/network/{number}"] = path
+                settings = {
+                    name: value.replace(str(path), f"/mnt/network/{number}") for name, value in settings.items()
+                }
+            self._environment |= settings
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._base, ignore_errors=True)
+
+    def run(self, script: str, timeout: float = 300.0) -> str:
+        """What a shell script wrote, both streams, as root in the layer.
+
+        Raises:
+            AssertionError: it failed; with what it wrote.
+        """
+        bound = [part for place, path in self._bound.items() for part in (str(path), place)]
+        namespaces = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+        command = ("sh", "-c", ENTER, "enter", str(self._root), str(self._base), *bound, "--", "sh", "-ec", script)
+        done = subprocess.run(
+            (*cache.DIES_WITH_US, *namespaces, *command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self._environment,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"{script}\nended with {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+
+def pip_settings() -> dict[str, str]:
+    """How this machine's pip reaches packages (indexes, certificates), as environment variables."""
+    listed = cache.run(sys.executable, "-m", "pip", "config", "list")
+    settings = {}
+    for line in listed.splitlines():
+        if match := re.fullmatch(r"(?:global|install|:env:)\.([\w-]+)='(.*)'", line):
+            settings[f"PIP_{match[1].upper().replace('-', '_')}"] = match[2].replace("\\n", " ").strip()
+    return settings
+
+
+def named_paths(values: Iterable[str]) -> list[Path]:
+    """The files and folders that such settings name, the longest first; of an index, what stands beside it, too."""
+    found = set()
+    for word in " ".join(values).split():
+        path = Path(word.removeprefix("file://"))
+        if path.is_absolute() and path.exists():
+            found.add(path.parent if word.startswith("file://") else path)
+    return sorted(found, key=lambda path: len(str(path)), reverse=True)

@@ -27,7 +27,7 @@ import urllib3.exceptions
 from table_consul.errors import SourceError, shown
 
 # requests guesses the encoding of texts, which nobody here reads, and misses that with a warning; each table has a
-# process, and each process would hold 3 MB for it. What kv.py needs of requests it has from here.
+# process, and each process would hold 3 MB for it. What transport.py needs of requests it has from here.
 _GUESSES = ("charset_normalizer", "chardet")
 _unneeded = [name for name in _GUESSES if name not in sys.modules]
 sys.modules.update(dict.fromkeys(_unneeded))  # type: ignore[arg-type]  # None: as if it were not installed

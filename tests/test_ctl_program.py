@@ -74,7 +74,16 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["query", "--help"], ["lint", "-h"], ["policy", "-h"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["query", "--help"],
+        ["lint", "-h"],
+        ["policy", "-h"],
+        ["import", "-h"],
+        ["export", "-h"],
+    ],
 )
 def test_whoever_asks_for_help_does_not_wait_for_the_http_client(arguments):
     script = f"import sys; from table_consul.ctl.program import main; main({arguments!r})\n"

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from table_consul import kv
+from table_consul import kv, transport
 from table_consul.config import ConsulConfig
 from table_consul.connection import Endpoint
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
@@ -489,7 +489,7 @@ def test_the_trickling_of_a_body_does_not_outlive_the_deadline(client, fake):
 
 
 def test_a_body_beyond_the_bound_is_refused(client, fake, monkeypatch):
-    monkeypatch.setattr(kv, "BODY_LIMIT_BYTES", 100)
+    monkeypatch.setattr(transport, "BODY_LIMIT_BYTES", 100)
     fake.put(ROOT, b"x" * 200)
     assert "more than" in str(failure(client))
 
@@ -874,7 +874,7 @@ TRAPS = [
 def test_a_watch_brings_whole_entries_however_the_body_is_cut(fake, client, monkeypatch, step, indent):
     pairs = sorted((key, b"x" * (number * 7)) for number, key in enumerate(TRAPS))
     whole(fake, listing(*pairs, indent=indent))
-    monkeypatch.setattr(kv, "STEP_BYTES", step)
+    monkeypatch.setattr(transport, "STEP_BYTES", step)
     watched = Watched(client)
     assert watched.pairs == sorted((key.encode(), value or None) for key, value in pairs)
     assert (watched.begun, watched.seen) == ([5], kv.Seen(5, False))
@@ -893,11 +893,11 @@ KEYS = st.text(st.sampled_from('ab/},{"Key:[]\\ \n') | st.characters(codec="utf-
 def test_any_list_in_any_pieces_gives_the_same_pairs(fake, client, entries, step, indent, chunked):
     pairs = sorted((("t/" + key).encode(), value or None) for key, value in entries.items())
     whole(fake, listing(*((key.decode(), value) for key, value in pairs), indent=indent), chunked=chunked)
-    before, kv.STEP_BYTES = kv.STEP_BYTES, step
+    before, transport.STEP_BYTES = transport.STEP_BYTES, step
     try:
         assert Watched(client).pairs == pairs
     finally:
-        kv.STEP_BYTES = before
+        transport.STEP_BYTES = before
 
 
 def test_a_watch_hands_on_a_long_list_piece_by_piece(fake, client):
@@ -921,7 +921,7 @@ def test_a_watch_reads_the_largest_value_of_consul(fake, client):
 @pytest.mark.parametrize("step", [1, 1 << 20])
 @pytest.mark.parametrize("keys", [("t/b", "t/a"), ("t/a", "t/c", "t/b"), ("t/a", "u/b"), ("s/a", "t/b"), ("t",)])
 def test_a_watch_refuses_keys_out_of_order_or_below_another_prefix(fake, client, monkeypatch, keys, step):
-    monkeypatch.setattr(kv, "STEP_BYTES", step)
+    monkeypatch.setattr(transport, "STEP_BYTES", step)
     whole(fake, listing(*((key, b"x") for key in keys)))
     with pytest.raises(BadResponse, match=r"order|below"):
         Watched(client)
@@ -934,7 +934,7 @@ def test_a_watch_refuses_keys_out_of_order_or_below_another_prefix(fake, client,
 )  # fmt: skip
 @pytest.mark.parametrize("step", [1, 1 << 20])
 def test_a_watch_refuses_a_body_that_is_no_list_of_entries(fake, client, monkeypatch, body, step):
-    monkeypatch.setattr(kv, "STEP_BYTES", step)
+    monkeypatch.setattr(transport, "STEP_BYTES", step)
     whole(fake, body)
     with pytest.raises(BadResponse):
         Watched(client)
@@ -986,7 +986,7 @@ def test_a_watch_drops_what_nobody_wants_and_is_ready_for_more(fake, client):
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_watch_has_a_bound_on_the_body(fake, client, monkeypatch, wanted):
-    monkeypatch.setattr(kv, "BODY_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(transport, "BODY_LIMIT_BYTES", 100_000)
     whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
     with pytest.raises(BadResponse, match="more than"):
         client.watch(b"t/", lambda index: (lambda pairs: None) if wanted else None, timeout=2)
@@ -1042,7 +1042,7 @@ def test_the_body_of_a_watch_may_take_longer_than_the_deadline_and_not_for_ever(
 
     fake.handle = late
     assert len(Watched(client, timeout=0.4).pairs) == 9
-    monkeypatch.setattr(kv, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(transport, "BODY_SECONDS", 0.2)
     fake.handle = trickle(Answer(200, {}, body).wire() and Answer(200, TRUE, body * 50), pause=0.002)
     began = time.monotonic()
     with pytest.raises(Unreachable):
@@ -1159,7 +1159,8 @@ def test_all_of_this_holds_under_py_consul(tmp_path):
     found = [sys.executable, "-c", "import consul.base; print(consul.base.__file__)"]
     library = subprocess.run(found, env=environment, cwd=root, check=True, capture_output=True, text=True).stdout
     assert library.startswith(str(tmp_path))
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not real", "--no-cov", __file__]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not real", "--no-cov"]
+    tests += [__file__, str(Path(__file__).with_name("test_ctl_writing.py"))]
     done = subprocess.run(tests, env=environment, cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

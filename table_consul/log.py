@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import syslog
 from typing import Any
@@ -42,14 +43,31 @@ class OneLine(logging.Formatter):
         return "\n".join(f"    {shown(line, 1000)}" for line in super().formatException(ei).split("\n"))
 
 
+def _stderr_is_heard() -> bool:
+    """Whether standard error is a terminal; or, as in a container, there is no syslog and it leads anywhere at all.
+
+    That of a daemonised smtpd leads to /dev/null (daemon(3)), and syslog may be started after it.
+    """
+    if sys.stderr is None:
+        return False
+    if sys.stderr.isatty():
+        return True
+    if sys.platform != "linux" or os.path.exists("/dev/log"):  # OpenBSD's syslog needs no socket
+        return False
+    try:
+        return not os.path.samestat(os.fstat(sys.stderr.fileno()), os.stat(os.devnull))
+    except (OSError, ValueError):
+        return False
+
+
 def start(level: str, target: str, table: str, program: str = "table-consul") -> None:
-    """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) stderr if that is a terminal, else syslog.
+    """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) whichever of them is heard.
 
     Lines carry ``<program>[<table>]``. May be called again when the table's name or the configuration is known.
     """
     identity = f"{program}[{shown(table, 60)}]" if table else program
     handler: logging.Handler
-    if target == "syslog" or (target == "auto" and not (sys.stderr and sys.stderr.isatty())):
+    if target == "syslog" or (target == "auto" and not _stderr_is_heard()):
         syslog.openlog(identity, 0, syslog.LOG_MAIL)
         handler = SyslogHandler()
         handler.setFormatter(OneLine("%(message)s"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import syslog
 from types import SimpleNamespace
@@ -88,6 +89,28 @@ def test_with_a_terminal_auto_is_that_terminal(told, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log.start("info", "auto", "aliases")
     assert told == []
+
+
+@pytest.mark.parametrize(
+    ("syslog_is_there", "path", "heard"),
+    [
+        (False, "err", True),
+        (False, os.devnull, False),  # a daemonised smtpd, and syslog may come yet
+        (True, "err", False),
+    ],
+)
+def test_without_syslog_auto_is_stderr_if_that_leads_anywhere(
+    told, monkeypatch, tmp_path, syslog_is_there, path, heard
+):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os.path, "exists", lambda name: syslog_is_there and name == "/dev/log")
+    with open(tmp_path / path, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        log.start("info", "auto", "t")
+        logger().info("hello")
+        monkeypatch.undo()
+    assert (told == []) is heard
+    assert heard is False or (tmp_path / path).read_text() == "table-consul[t]: INFO: hello\n"
 
 
 def test_without_standard_error_auto_is_syslog_and_stderr_is_silence(told, monkeypatch):

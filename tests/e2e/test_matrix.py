@@ -158,7 +158,6 @@ CHILDREN = {"table-dummy": DUMMY, "table-of-2020": OF_2020}
 SERVED = [(release, name) for release in ("6.8", "7.4", "7.9") for name in CHILDREN]
 
 
-
 def with_options(options, name):
     """A script that runs table-procexec with options, for which smtpd.conf has no place."""
     return f"#!/bin/sh\nexec /{LIBEXEC}/table-procexec {options} /{LIBEXEC}/{name}\n"

@@ -1,0 +1,74 @@
+# A mail server whose tables stand in Consul: OpenSMTPD with table-consul, table-procexec and table-consulctl.
+#
+#     docker build -t table-consul .
+#
+# Where Debian and PyPI are reached through mirrors or proxies, configurations of apt and pip may say so, which are there
+# while they run and in no layer: --secret id=apt.conf,src=FILE --secret id=pip.conf,src=FILE. What those name may be
+# secrets, too: id=apt.sources and id=ca-certificates are files of that name in /run/secrets.
+
+# Debian's stable release; its OpenSMTPD is 7.6. For 7.9: --build-arg BASE=docker.io/library/debian:forky-slim
+# --build-arg OPENSMTPD='7.9.*'
+ARG BASE=docker.io/library/debian:trixie-20261005-slim
+
+FROM ${BASE} AS build
+RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
+    --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
+    apt-get update -q \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends make python3-venv
+WORKDIR /build
+COPY contrib/container/requirements.txt .
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca-certificates \
+    python3 -m venv /tmp/downloader \
+    && /tmp/downloader/bin/pip --no-cache-dir --disable-pip-version-check download --quiet --only-binary=:all: --require-hashes \
+        --dest wheels --requirement requirements.txt
+COPY . .
+# It finds all it wants in what was downloaded, and asks nobody.
+RUN PIP_NO_INDEX=1 PIP_FIND_LINKS=/build/wheels make install DESTDIR=/installed EXTRAS=metrics,regex \
+    && rm -rf /installed/usr/local/share /installed/usr/local/lib/table-consul/share \
+    && install -m 0755 -t /installed/usr/local/sbin -D contrib/container/entrypoint contrib/container/healthcheck \
+    && install -m 0644 -t /installed/etc/mail -D contrib/container/smtpd.conf contrib/container/table-consul.toml
+
+FROM ${BASE}
+ARG BASE
+# The release is ours to choose, security updates to it are Debian's.
+ARG OPENSMTPD=7.6.0p1-*
+# More packages of Debian's, such as opensmtpd-filter-rspamd; python3-crypt-r and python3-argon2 for the service auth.
+ARG PACKAGES=
+# Volumes outlive images: the ids of those who own what is in them stay the same.
+RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
+    --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
+    for each in opensmtpd:525 opensmtpq:526; do \
+        groupadd --system --gid "${each#*:}" "${each%:*}" \
+        && useradd --system --uid "${each#*:}" --gid "${each#*:}" --no-create-home \
+            --home-dir /var/lib/opensmtpd/empty --shell /usr/sbin/nologin "${each%:*}" || exit 1; \
+    done \
+    && groupadd --gid 5000 vmail \
+    && useradd --uid 5000 --gid 5000 --no-create-home --home-dir /var/vmail --shell /usr/sbin/nologin vmail \
+    && apt-get update -q \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+        "opensmtpd=$OPENSMTPD" python3 ca-certificates $PACKAGES \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/lib/dpkg/*-old /var/log/apt \
+        /var/log/*.log /etc/aliases \
+    && mkdir -p /etc/mail \
+    && ln -sf mail/smtpd.conf /etc/smtpd.conf \
+    && ln -sf ../run/mailname /etc/mailname \
+    && install -d -m 0711 /var/spool/smtpd \
+    && install -d -m 0750 -o vmail -g vmail /var/vmail \
+    && install -d -m 0750 -o opensmtpd -g opensmtpd /var/lib/table-consul
+COPY --from=build /installed/ /
+
+ARG VERSION=
+LABEL org.opencontainers.image.title="table-consul" \
+    org.opencontainers.image.description="OpenSMTPD whose tables stand in Consul's key-value store" \
+    org.opencontainers.image.licenses="ISC" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.base.name="${BASE}"
+EXPOSE 25
+# The queue, the mail that was delivered, and the copies of the tables that outlast an outage of Consul.
+VOLUME ["/var/spool/smtpd", "/var/vmail", "/var/lib/table-consul"]
+# smtpd has to start as root: it takes port 25, and becomes the users who own what it does by itself.
+USER root
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=10s --start-period=15s --retries=3 CMD ["/usr/local/sbin/healthcheck"]
+ENTRYPOINT ["/usr/local/sbin/entrypoint"]

@@ -1,0 +1,180 @@
+"""The project's container image, built of its Dockerfile for real, and its compose.yaml as Docker Compose reads it.
+
+No container engine is needed: buildah builds in a chroot, over a base made of Debian's packages under the name that the
+Dockerfile asks for. What reaches networks through mirrors here is handed in as an operator would.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.rig import cache
+from tests.rig.package import CHECKOUT, OUTDATED_SECONDS
+from tests.rig.root import require_root
+
+CONTEXT = (
+    *("Dockerfile", ".dockerignore", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
+    *("contrib/container", "man", "table_consul"),
+)
+COMPOSE_SUITE = "trixie"
+# What Debian's own image of that name does: nothing is started while packages are installed, and no manuals are.
+LIKE_SLIM = (
+    *("--skip=output/dev,output/mknod", "--dpkgopt=path-exclude=/usr/share/man/*"),
+    *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright"),
+    *("--dpkgopt=path-exclude=/usr/share/locale/*",),
+    """--customize-hook=printf '#!/bin/sh\\nexit 101\\n' >"$1/usr/sbin/policy-rc.d" """,
+    '--customize-hook=chmod 0755 "$1/usr/sbin/policy-rc.d"',
+    '--customize-hook=rm -f "$1/etc/apt/sources.list" "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/resolv.conf"',
+)
+PIP_SETTINGS = {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image: its files, which nobody may write to, and what is run in containers of it, as Docker has it."""
+
+    files: Path
+    config: dict[str, Any]
+
+
+@functools.cache
+def built() -> Image:
+    """The image of this checkout, built once and kept until the checkout changes.
+
+    Raises:
+        Unavailable: we are not root, or what builds it cannot be had.
+        AssertionError: the Dockerfile does not build; with the end of what was said.
+    """
+    require_root()
+    digest = hashlib.sha256()
+    for name in CONTEXT:
+        found = CHECKOUT / name
+        for path in sorted(found.rglob("*")) if found.is_dir() else [found]:
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_mode}\0".encode() + path.read_bytes())
+    stem = f"image-{digest.hexdigest()[:16]}"
+    if not cache.finished(stem):
+        for left in cache.folder().glob("image-*"):
+            if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
+                (shutil.rmtree if left.is_dir() else Path.unlink)(left)
+    kept = cache.kept(stem, _build)
+    return Image(kept / "files", json.loads((kept / "config.json").read_text()))
+
+
+@functools.cache
+def compose(service: str = "") -> dict[str, Any]:
+    """What Docker Compose makes of compose.yaml: all of it, or one service.
+
+    Raises:
+        Unavailable: Debian's Docker Compose cannot be downloaded.
+        AssertionError: it refuses the file; with the reason.
+    """
+    kept = cache.kept(
+        f"docker-compose-{COMPOSE_SUITE}", lambda into: cache.download("docker-compose", COMPOSE_SUITE, into)
+    )
+    command = (kept / "usr/libexec/docker/cli-plugins/docker-compose", "--file", CHECKOUT / "compose.yaml")
+    done = subprocess.run((*command, "config", "--format", "json"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "level=warning" not in done.stderr, done.stderr
+    whole = json.loads(done.stdout)
+    return whole["services"][service] if service else whole
+
+
+def base_name() -> str:
+    """The base image that the Dockerfile asks for."""
+    found = re.search(r"^ARG BASE=(\S+)$", (CHECKOUT / "Dockerfile").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def _build(into: Path) -> str:
+    if not shutil.which("buildah"):
+        cache.run("apt-get", "install", "-qq", "--no-install-recommends", "buildah")
+    tag = base_name().rpartition(":")[2]
+    suite, date, _ = tag.split("-")
+    base = cache.kept(f"container-base-{suite}", lambda path: _make_base(suite, date, path))
+    with tempfile.TemporaryDirectory(prefix="table-consul-image-") as name:
+        place = Path(name)
+        # In a namespace of its own no mount outlives it. vfs, as not every kernel has what the faster drivers need.
+        buildah = (*cache.DIES_WITH_US, "unshare", "--mount", "buildah")
+        storage = (*buildah, f"--root={place / 'storage'}", f"--runroot={place / 'run'}", "--storage-driver=vfs")
+        from_scratch = cache.run(*storage, "from", "scratch").strip()
+        cache.run(*storage, "add", "--quiet", from_scratch, base / "base.tar", "/")
+        cache.run(*storage, "commit", "--quiet", "--rm", from_scratch, base_name())
+        options = (
+            "--isolation=chroot",
+            "--pull-never",
+            "--format=docker",
+            "--tag=table-consul",
+            *_secrets(suite, place),
+        )
+        done = subprocess.run(
+            (*storage, "bud", *options, CHECKOUT),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-40:])
+        container = cache.run(*storage, "from", "--pull-never", "table-consul").strip()
+        # Of the driver vfs this is a plain folder, and nothing is mounted.
+        cache.run("mv", cache.run(*storage, "mount", container).strip(), into / "files")
+        inspected = json.loads(cache.run(*storage, "inspect", "--type=image", "table-consul"))
+    (into / "config.json").write_text(json.dumps(inspected["Docker"]["config"], indent=1))
+    return "0"
+
+
+def _make_base(suite: str, date: str, path: Path) -> str:
+    if not shutil.which("mmdebstrap"):
+        cache.run("apt-get", "install", "-qq", "mmdebstrap")
+    options = [f"--aptopt={line}" for line in cache.transport_options()]
+    made = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", *LIKE_SLIM, *options)
+    cache.run(*made, suite, path / "base.tar", cache.source_line(suite))
+    return date
+
+
+def _secrets(suite: str, place: Path) -> list[str]:
+    """How this machine reaches Debian and PyPI, as the options that the head of the Dockerfile names."""
+    apt = [*cache.transport_options(), 'Dir::Etc::SourceList "/run/secrets/apt.sources"', 'Dir::Etc::SourceParts "-"']
+    listed = cache.run(sys.executable, "-m", "pip", "config", "list").splitlines()
+    settings = {
+        name.rpartition(".")[2]: str(ast.literal_eval(value))
+        for name, _, value in (line.partition("=") for line in listed)
+    }
+    certificates = settings.get("cert")
+    # Folders of packages on this machine are none of the container's business.
+    reachable = {
+        name: " ".join(word for word in value.split() if not word.startswith("file:"))
+        for name, value in settings.items()
+        if name in PIP_SETTINGS
+    } | ({"cert": "/run/secrets/ca-certificates"} if certificates else {})
+    files = {
+        "apt.conf": "".join(f"{line};\n" for line in apt),
+        "apt.sources": f"Types: deb\nURIs: {cache.mirror()}\nSuites: {suite}\nComponents: main\n",
+        "pip.conf": "[global]\n" + "".join(f"{name} = {value}\n" for name, value in reachable.items() if value),
+        **({"ca-certificates": Path(certificates).read_text()} if certificates else {}),
+    }
+    for name, text in files.items():
+        (place / name).write_text(text)
+    return [f"--secret=id={name},src={place / name}" for name in files]
+
+
+def health_command(healthcheck: dict[str, Any]) -> tuple[str, ...]:
+    """The command of a health check, of an image or of a service."""
+    kind, *command = healthcheck.get("Test") or healthcheck["test"]
+    return tuple(command) if kind == "CMD" else ("/bin/sh", "-c", shlex.join(command))

@@ -1,0 +1,62 @@
+"""The files that the container image is made of agree with the project; that it works is for tests/e2e."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from table_consul import config
+from tests.rig.image import CONTEXT
+from tests.rig.package import CHECKOUT
+
+CONTAINER = CHECKOUT / "contrib/container"
+DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
+
+
+def test_every_dependency_is_pinned_to_a_release_that_pyproject_allows_and_to_its_bytes():
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    named = re.search(r"EXTRAS=(\S+)", DOCKERFILE)
+    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    wanted += [each for extra in named[1].split(",") for each in extras[extra]]
+    entries = re.split(r"\n(?=\w)", (CONTAINER / "requirements.txt").read_text())[1:]
+    pinned = {}
+    for entry in entries:
+        name, version = re.match(r"([\w.-]+)==([^\s;]+)", entry).groups()
+        pinned[canonicalize_name(name)] = Version(version)
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
+    for each in map(Requirement, wanted):
+        assert pinned[canonicalize_name(each.name)] in each.specifier, f"make requirements.txt anew: {each}"
+
+
+def test_what_is_sent_to_the_builder_is_what_the_tests_take_its_image_to_be_made_of():
+    lines = (CHECKOUT / ".dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    assert kept == set(CONTEXT) - {"Dockerfile", ".dockerignore"}
+    assert "*" in lines
+
+
+def test_the_base_image_and_opensmtpd_are_pinned():
+    assert re.search(r"^ARG BASE=docker\.io/library/debian:trixie-\d{8}-slim$", DOCKERFILE, re.MULTILINE)
+    release = re.search(r"^ARG OPENSMTPD=(\d+)\.(\d+)\S*p\d+-\*$", DOCKERFILE, re.MULTILINE)
+    assert (int(release[1]), int(release[2])) >= (7, 6)
+
+
+def test_the_configuration_of_the_image_is_one():
+    found = config.load(str(CONTAINER / "table-consul.toml"), {"CONSUL_HTTP_ADDR": "http://consul:8500"})
+    assert found.consul.addresses == ("http://consul:8500",)
+    assert found.log.target == "stderr"
+
+
+@pytest.mark.parametrize(("name", "check"), [("entrypoint", ("sh", "-n")), ("healthcheck", ("python3", "-m", "ast"))])
+def test_scripts_can_be_run(name, check):
+    path = CONTAINER / name
+    assert path.stat().st_mode & 0o111 == 0o111
+    done = subprocess.run((*check, path), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,49 +1,39 @@
-"""What README.md promises is what the program does."""
+"""What README.md promises is what the program does. What holds for every document is in test_docs.py."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
-import pytest
-
 from table_consul.services import SERVICES
-from table_consul.shape import ConsulSection, DefaultsSection, LogSection, MetricsSection
+from tests.documents import Document
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def indented(text):
-    return "".join(f"    {line}".rstrip() + "\n" for line in text.splitlines())
+PATH = Path(__file__).parents[1] / "README.md"
+PAGE = Document(PATH)
+README = PAGE.text
 
 
-def test_the_help_is_that_of_the_program():
-    shown = subprocess.run(
-        [sys.executable, "-m", "table_consul", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "PYTHON_COLORS": "0"},
-    ).stdout
-    if sys.version_info[:2] == (3, 11):  # argparse words its help a little differently in each version
-        assert indented(shown) in README
-    for word in ("usage: table-consul", "--check CONFIG", "--version", "CONFIG"):
-        assert word in shown
-        assert word in README
-
-
-@pytest.mark.parametrize("section", [ConsulSection, DefaultsSection, LogSection, MetricsSection])
-def test_every_key_of_the_configuration_is_told(section):
-    missing = [field.name for field in msgspec.structs.fields(section) if f"`{field.name}`" not in README]
-    assert missing == []
+def test_it_is_a_front_page():
+    assert len(README.splitlines()) <= 190
 
 
 def test_every_service_is_told():
     assert [name for name in SERVICES if f"`{name}`" not in README] == []
+
+
+def test_the_two_commands_come_first():
+    first = [command.text for command in PAGE.commands()][:2]
+    assert first == ["make demo", "make test"]
+
+
+def test_what_the_demo_is_shown_to_say_it_says():
+    script = (PATH.parent / "tests/rig/demo.py").read_text()
+    shown = next(block.text for block in PAGE.fenced("text") if "[as it should be]" in block.text)
+    steps = re.findall(r"^\d\. (.*?)(?::|$)", shown, re.MULTILINE)
+    assert len(steps) == 3
+    assert [step for step in steps if step not in script] == []
 
 
 def test_the_dialogue_to_try_is_answered(tmp_path):
@@ -60,3 +50,17 @@ def test_the_dialogue_to_try_is_answered(tmp_path):
         check=True,
     ).stdout
     assert answer.endswith("register|ready\nlookup-result|1|found|gilles\n")
+
+
+def test_the_table_of_one_s_own_is_that_of_the_example(tmp_path):
+    (block,) = PAGE.fenced("python")
+    table = tmp_path / "table.py"
+    table.write_text(block.text)
+    answer = subprocess.run(
+        [sys.executable, str(table)],
+        input="config|tablename|t\nconfig|ready\ntable|0.1|0|t|check|mailaddr|1|gilles@poolp.org\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert answer.endswith("check-result|1|found\n")

@@ -14,7 +14,7 @@ from table_consul.errors import ReplyError, SourceError, shown
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, Table
-from table_consul.shortcut import Known, Shortcut
+from table_consul.shortcut import Shortcut
 from table_consul.sources import Sources
 from table_consul.tally import Tally
 
@@ -43,6 +43,18 @@ class Tables(Protocol):
         ...
 
 
+class ShortWay(Protocol):
+    """Who answers what is asked most without the detour of events and replies; see shortcut.py."""
+
+    def replies(self, data: bytes, session: Session | imsg.Session, /) -> bytes | None:
+        """All that is to be written, or None: then nothing has been answered."""
+        ...
+
+    def count(self, arrived: float, /) -> None:
+        """Note that it has been written."""
+        ...
+
+
 class Loop:
     """One smtpd, one session in a dialect that its first bytes decide, and one who answers."""
 
@@ -53,7 +65,7 @@ class Loop:
         named: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         tally: Tally | None = None,
-        know: Callable[[str, str], Known | None] | None = None,
+        short: ShortWay | None = None,
     ) -> None:
         """``answer`` gets each request and the moment it arrived; what it raises becomes an error reply.
 
@@ -65,7 +77,7 @@ class Loop:
         self._clock = clock
         self._session: Session | imsg.Session = Session(tables.procexec_reply)
         self._tally = tally or Tally(Table)
-        self._shortcut = None if know is None else Shortcut(know, self._tally, clock)
+        self._short = short
         self._told: set[str] = set()
         self._begun = False
         self._unprepared: str | None = None
@@ -86,21 +98,18 @@ class Loop:
 
     def _answer_at_once(self, data: bytes, write_to: int) -> bool:
         """Whether the shortcut had all the replies; if smtpd is gone the next read tells."""
-        if self._shortcut is None or not self._session.takes_shortcuts:
+        if self._short is None or not self._session.takes_shortcuts:
             return False
         arrived = self._clock()
         try:
-            if isinstance(self._session, imsg.Session):
-                replies, number = self._shortcut.reply_in_imsg(data, self._session.table), 1
-            else:
-                replies, number = self._shortcut.replies_in_lines(data), data.count(b"\n")
+            replies = self._short.replies(data, self._session)
         except Exception as error:  # noqa: BLE001 - as in _answered
             self._tell_traceback(error)
             return False
         if replies is None:
             return False
         _write(write_to, replies)
-        self._shortcut.count(number, arrived)
+        self._short.count(arrived)
         return True
 
     def _answer_all(self, write_to: int) -> bool:
@@ -216,7 +225,8 @@ class Daemon(Loop):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """See Loop."""
-        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally, sources.known)
+        shortcut = Shortcut(sources.known, sources.tally, clock)
+        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally, shortcut)
 
 
 def take_the_wire() -> tuple[int, int]:

@@ -31,16 +31,14 @@ VERSION = 2
 
 HEADER = Struct("=IHHII")  # type, length with the header, flags, peer id, process id
 _VERSION = Struct("=I")
-_SERVICE = Struct("=i")
-_COUNT = Struct("@N")
-_QUESTION_SIZE = _SERVICE.size + _COUNT.size
-# Header, service and count at once, for shortcut.py; in standard sizes there is no padding between them.
-USUAL = Struct(HEADER.format + "i" + {4: "I", 8: "Q"}[calcsize("@N")])
-ANSWER = Struct(HEADER.format + "i")
+# Service and count, a size_t of this machine; in standard sizes there is no padding between them.
+_QUESTION = Struct("=i" + {4: "I", 8: "Q"}[calcsize("@N")])
+_USUAL = Struct(HEADER.format + _QUESTION.format[1:])
+_ANSWER = Struct(HEADER.format + "i")
 
 # openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() of either end fails on more, and smtpd exits.
 MAX_MESSAGE = 16384
-MAX_VALUE = MAX_MESSAGE - ANSWER.size - len(b"\0")
+MAX_VALUE = MAX_MESSAGE - _ANSWER.size - len(b"\0")
 
 NAMES = {service.bit: service.name for service in SERVICES.values()}
 
@@ -48,6 +46,22 @@ NAMES = {service.bit: service.name for service in SERVICES.values()}
 def speaks(data: bytes) -> bool:
     """Whether a conversation that begins with these bytes is in this dialect: with a number, not a letter."""
     return bool(data) and data[0] < 8
+
+
+def usual(data: bytes) -> tuple[int, str, bytes] | None:
+    """Kind, service and key, if these bytes are one question and nothing else; for whoever takes a shortcut."""
+    size = len(data)
+    if not _USUAL.size < size <= MAX_MESSAGE:
+        return None
+    kind, length, _, _, _, bit, count = _USUAL.unpack_from(data)
+    if length != size or count or bit not in NAMES or data.find(b"\0", _USUAL.size) != size - 1:
+        return None
+    return kind, NAMES[bit], data[_USUAL.size : -1]
+
+
+def found(value: bytes) -> bytes:
+    """The answer to a lookup that found this value, which fits into a message."""
+    return _ANSWER.pack(OK, _ANSWER.size + len(value) + 1, 0, 0, 0, 1) + value + b"\0"
 
 
 class Session:
@@ -115,12 +129,11 @@ class Session:
         return Ready({"tablename": self.table, "protocol": f"imsg {version}"})
 
     def _question(self, op: str, body: bytes) -> Request | Malformed:
-        if len(body) < _QUESTION_SIZE:
+        if len(body) < _QUESTION.size:
             return self._malformed(op, "", "fields are missing")
-        (bit,) = _SERVICE.unpack_from(body)
-        (count,) = _COUNT.unpack_from(body, _SERVICE.size)
+        bit, count = _QUESTION.unpack_from(body)
         service = NAMES.get(bit) or f"{bit:#x}"
-        text = body[_QUESTION_SIZE:]
+        text = body[_QUESTION.size :]
         if count:
             # Each has two NULs: no count makes this take longer than the body is.
             parts = text.split(b"\0", 2 * count if count <= len(text) else -1)
@@ -129,12 +142,11 @@ class Session:
             text = parts[-1]
         if op == "fetch":
             return self._malformed(op, service, "a fetch has no key") if text else self._request(op, service, b"")
-        if not text.endswith(b"\0"):
-            return self._malformed(op, service, f"a key does not end with NUL: {shown(text)!r}")
-        key = text[:-1]
-        if b"\0" in key:
-            return self._malformed(op, service, f"a key has NUL in it: {shown(key)!r}")
-        return self._request(op, service, key)
+        key, end, rest = text.partition(b"\0")
+        if end and not rest:
+            return self._request(op, service, key)
+        what = "has NUL in it" if text.endswith(b"\0") else "does not end with NUL"
+        return self._malformed(op, service, f"a key {what}: {shown(text.removesuffix(bytes(1)))!r}")
 
     def _request(self, op: str, service: str, key: bytes) -> Request:
         return Request(op, b"", self.table, service, key)
@@ -170,4 +182,4 @@ class Session:
 
 
 def _answer(verdict: int, value: bytes = b"") -> bytes:
-    return ANSWER.pack(OK, ANSWER.size + len(value), 0, 0, 0, verdict) + value
+    return _ANSWER.pack(OK, _ANSWER.size + len(value), 0, 0, 0, verdict) + value

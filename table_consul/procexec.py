@@ -151,7 +151,7 @@ def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: 
     bridge = Bridge(command[0], lambda: [find(command[0], beside), *command[1:]], dialect, deadline)
     read_from, write_to = take_the_wire()
     try:
-        Loop(bridge, bridge.answer, named).serve(read_from, write_to)
+        Loop(bridge, bridge.answer, named, short=bridge).serve(read_from, write_to)
     finally:
         bridge.close()
     return 0

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from table_consul.imsg import ANSWER, LOOKUP, MAX_MESSAGE, MAX_VALUE, NAMES, OK, USUAL
-from table_consul.protocol import Found, Request
+from table_consul import imsg
+from table_consul.imsg import LOOKUP, MAX_VALUE, found, usual
+from table_consul.protocol import Found, Request, Session
 from table_consul.tally import Tally
 
 
@@ -40,12 +41,18 @@ class Shortcut:
         self._know = know
         self._tally = tally
         self._clock = clock
-        self._asked: tuple[bytes | str, bytes | int] | None = None
+        self._asked: tuple[bytes | str, bytes | str] | None = None
         self._known: Known | None = None
         self._request = Request("lookup", b"", "", "", b"")
+        self._number = 0
 
-    def replies_in_lines(self, data: bytes) -> bytes | None:
+    def replies(self, data: bytes, session: Session | imsg.Session) -> bytes | None:
         """All replies at once, or None: then nothing has been answered, and the long way is to be taken."""
+        if isinstance(session, imsg.Session):
+            return self._in_imsg(data, session.table)
+        return self._in_lines(data)
+
+    def _in_lines(self, data: bytes) -> bytes | None:
         now = self._clock()
         replies: list[bytes] = []
         if data[-1:] != b"\n":
@@ -68,34 +75,38 @@ class Shortcut:
             if not value:
                 return None
             replies.append(b"lookup-result|" + parts[6] + b"|found|" + value + b"\n")
+        self._number = len(replies)
         return b"".join(replies)
 
-    def reply_in_imsg(self, data: bytes, table: str) -> bytes | None:
-        """The same for imsg, where one question comes at a time, and OPEN has told the table."""
-        size = len(data)
-        if not USUAL.size < size <= MAX_MESSAGE:
+    def _in_imsg(self, data: bytes, table: str) -> bytes | None:
+        asked = usual(data)
+        if asked is None or asked[0] != LOOKUP:
             return None
-        kind, length, _, _, _, bit, count = USUAL.unpack_from(data)
-        if kind != LOOKUP or length != size or count or data.find(b"\0", USUAL.size) != size - 1:
-            return None
+        _, service, key = asked
         known = self._known
         now = self._clock()
-        if known is None or known.memory.state is not known.state or now > known.until or self._asked != (table, bit):
-            known = self._learn(table, bit) if bit in NAMES else None
+        if (
+            known is None
+            or known.memory.state is not known.state
+            or now > known.until
+            or self._asked != (table, service)
+        ):
+            known = self._learn(table, service)
             if known is None or now > known.until:
                 return None
-        value = known.values.get(data[USUAL.size : -1])
+        value = known.values.get(key)
         if not value or len(value) > MAX_VALUE:
             return None
-        return ANSWER.pack(OK, ANSWER.size + len(value) + 1, 0, 0, 0, 1) + value + b"\0"
+        self._number = 1
+        return found(value)
 
-    def count(self, number: int, arrived: float) -> None:
-        """Note that so many replies have been written."""
+    def count(self, arrived: float) -> None:
+        """Note that the replies have been written."""
         seconds = self._clock() - arrived
-        for _ in range(number):
+        for _ in range(self._number):
             self._tally.add(self._request, Found, seconds)
 
-    def _learn(self, table: bytes | str, service: bytes | int) -> Known | None:
+    def _learn(self, table: bytes | str, service: bytes | str) -> Known | None:
         names = _text(table), _text(service)
         self._known = self._know(*names)
         self._asked = (table, service)
@@ -103,7 +114,5 @@ class Shortcut:
         return self._known
 
 
-def _text(name: bytes | str | int) -> str:
-    if isinstance(name, int):
-        return NAMES[name]
+def _text(name: bytes | str) -> str:
     return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from table_consul import daemon
+from table_consul import daemon, imsg, protocol
 from table_consul.daemon import Loop
 from table_consul.imsg import MAX_VALUE
 from table_consul.mirror import Mirror, Snapshot
@@ -68,7 +68,9 @@ def served(source, *chunks, know=None):
     """What the loop writes when the chunks arrive one after the other."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        loop = Loop(source, Responder(source.table, source).answer, lambda name: None, lambda: source.now, know=know)
+        clock = lambda: source.now  # noqa: E731
+        short = know and Shortcut(know, Tally(source.table), clock)
+        loop = Loop(source, Responder(source.table, source).answer, lambda name: None, clock, short=short)
         waiting = iter(chunks)
 
         def read(fd):
@@ -79,6 +81,16 @@ def served(source, *chunks, know=None):
             loop.serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: theirs.recv(65536), b""))
+
+
+def in_lines(shortcut, data):
+    return shortcut.replies(data, protocol.Session())
+
+
+def in_imsg(shortcut, data):
+    session = imsg.Session()
+    session.table = "consul"
+    return shortcut.replies(data, session)
 
 
 def lookup(key, service=b"alias", ident=b"00000001", table=b"consul", op=b"lookup"):
@@ -130,7 +142,7 @@ def shortcut(source):
 
 
 def test_a_key_in_memory_is_answered(shortcut):
-    assert shortcut.replies_in_lines(lookup(b"root")) == b"lookup-result|00000001|found|gilles\n"
+    assert in_lines(shortcut, lookup(b"root")) == b"lookup-result|00000001|found|gilles\n"
 
 
 @pytest.mark.parametrize(
@@ -151,14 +163,13 @@ def test_a_key_in_memory_is_answered(shortcut):
     ],
 )
 def test_all_else_takes_the_long_way(shortcut, data):
-    assert shortcut.replies_in_lines(data) is None
+    assert in_lines(shortcut, data) is None
 
 
 def test_a_key_in_memory_is_answered_in_imsg(shortcut):
     body = struct.pack("=i", 1) + b"gilles\0"
     assert (
-        shortcut.reply_in_imsg(question(LOOKUP, 0x1, b"root\0"), "consul")
-        == struct.pack("=IHHII", 0, 16 + len(body), 0, 0, 0) + body
+        in_imsg(shortcut, question(LOOKUP, 0x1, b"root\0")) == struct.pack("=IHHII", 0, 16 + len(body), 0, 0, 0) + body
     )
 
 
@@ -179,25 +190,25 @@ def test_a_key_in_memory_is_answered_in_imsg(shortcut):
     ],
 )
 def test_all_else_takes_the_long_way_in_imsg(shortcut, data):
-    assert shortcut.reply_in_imsg(data, "consul") is None
+    assert in_imsg(shortcut, data) is None
 
 
 def test_many_lookups_of_one_service_are_one_reply(source, shortcut):
     data = lookup(b"root", ident=b"1") + lookup(b"a|b", ident=b"2")
-    assert shortcut.replies_in_lines(data) == b"lookup-result|1|found|gilles\nlookup-result|2|found|eric\n"
+    assert in_lines(shortcut, data) == b"lookup-result|1|found|gilles\nlookup-result|2|found|eric\n"
     assert source.learned == 1
 
 
 def test_an_edit_is_seen_by_the_next_lookup(source, shortcut):
-    shortcut.replies_in_lines(lookup(b"root"))
+    in_lines(shortcut, lookup(b"root"))
     source.mirror.confirm(snapshot({**ENTRIES, "alias": [(b"root", b"marie")]}), 1.0)
-    assert shortcut.replies_in_lines(lookup(b"root")) == b"lookup-result|00000001|found|marie\n"
+    assert in_lines(shortcut, lookup(b"root")) == b"lookup-result|00000001|found|marie\n"
 
 
 def test_data_too_old_to_be_believed_take_the_long_way_which_says_error(source, shortcut):
-    shortcut.replies_in_lines(lookup(b"root"))
+    in_lines(shortcut, lookup(b"root"))
     source.now = TABLE.max_age + 1
-    assert shortcut.replies_in_lines(lookup(b"root")) is None
+    assert in_lines(shortcut, lookup(b"root")) is None
     assert b"|error|no data from Consul" in served(source, HELLO, lookup(b"root"), know=source.known)
 
 
@@ -205,8 +216,8 @@ def test_what_was_answered_is_counted(source):
     tally = Tally(source.table)
     shortcut = Shortcut(source.known, tally, lambda: source.now)
     data = lookup(b"root") * 3
-    shortcut.replies_in_lines(data)
-    shortcut.count(3, source.now)
+    in_lines(shortcut, data)
+    shortcut.count(source.now)
     assert [(*key[:3], sum(cell[:-1])) for key, cell in tally.cells().items()] == [("consul", "alias", "lookup", 3)]
 
 

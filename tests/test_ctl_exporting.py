@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from table_consul.ctl import exporting
-from tests.control import control, finished, start
-from tests.dialogue import write_config
+from tests.control import at_terminal, control, finished, start
+from tests.dialogue import write_config, write_source
 from tests.rig.consul import consul_binary
 
 ALIASES = {
@@ -160,6 +160,21 @@ def test_a_file_of_consuls_is_a_source_too(tmp_path):
     assert len(json.loads(control("-c", conf, "export", "aliases", "alias", "--format", "export").text)) == 5
 
 
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    conf = tmp_path / "c.toml"
+    conf.write_text(f'[consul]\naddress = "file://{tmp_path}/pipe"\n')
+    done = finished(start("-c", conf, "export", "aliases", "alias"))
+    assert (done.status, "pipe: this is no output of `consul kv export`" in done.said) == (2, True)
+
+
+def test_a_terminal_gets_no_bytes_that_it_could_play_with(tmp_path):
+    source = write_source(tmp_path, {"t/alias/root": b"a\x1b[2J", "t/alias/eric": b"joerg"})
+    (tmp_path / "c.toml").write_text(f'[consul]\naddress = "file://{source}"\n')
+    _, seen = at_terminal("-c", tmp_path / "c.toml", "export", "t", "alias")
+    assert re.sub(r"[\t ]+", " ", seen) == "eric: joerg\nroot: a\\x1b[2J\n"
+
+
 def test_aliases_are_for_alias_alone(tmp_path):
     done = control("-c", write_config(tmp_path), "export", "aliases", "domain", "--format", "aliases")
     assert (done.status, "is for alias" in done.said) == (2, True)
@@ -204,6 +219,19 @@ def test_else_a_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path):
     assert mode(tmp_path / "y") == 0o640
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_stays_with_whom_it_belongs_to(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    path.chmod(0o640)
+    os.chown(path, 12345, 54321)
+    exporting.replace_file(str(path), b"new", private=False)
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, mode(path), path.read_bytes()) == (12345, 54321, 0o640, b"new")
+    exporting.replace_file(str(path), b"hash", private=True)
+    assert (path.stat().st_uid, mode(path)) == (0, 0o600)
+
+
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
@@ -232,7 +260,7 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_pa
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):
     done = control("-c", write_config(tmp_path), "export", "aliases", "domain", tmp_path / "none" / "x")
-    assert (done.status, "No such file" in done.said) == (2, True)
+    assert done == (2, b"", f"table-consulctl: {tmp_path}/none/x: no such file or directory\n".encode())
 
 
 # smtpd's own reader.

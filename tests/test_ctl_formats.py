@@ -308,6 +308,13 @@ def test_auto_tells_formats_apart(text, service, name):
     assert formats.guess(text, SERVICES[service]) == name
 
 
+@pytest.mark.parametrize("data", [b'{"a": 1}', b' {"a":\n "b"}\n', b'["a", "b"]\n', b"{}"])
+@pytest.mark.parametrize("service", ["alias", "domain", "credentials"])
+def test_auto_takes_other_json_for_no_lines(data, service):
+    with pytest.raises(FormatError, match="JSON, but no output of `consul kv export`"):
+        formats.guess(data, SERVICES[service])
+
+
 def test_auto_asks_where_lines_look_like_two_formats():
     with pytest.raises(FormatError, match="1 of 2 lines look like users"):
         formats.guess(b"vera:*:1:1::/home/vera:/bin/sh\neric 1:1:/home/eric\n", USERINFO)

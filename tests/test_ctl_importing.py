@@ -13,7 +13,7 @@ import time
 import pytest
 
 from table_consul.ctl import importing, writing
-from tests.control import START, control
+from tests.control import START, control, finished, start
 from tests.dialogue import PATIENCE_SECONDS, write_config
 from tests.rig.waiting import wait_for
 
@@ -122,6 +122,32 @@ def test_records_serve_several_services_from_one_folder(consul, tmp_path):
         "gid": 100,
         "home": "/home/vera",
     }
+
+
+SHARED = '[tables.t]\npaths = { credentials = "people", userinfo = "people" }'
+
+
+def test_what_lint_refuses_for_another_service_of_the_same_folder_is_refused(consul, tmp_path):
+    conf = write_config(tmp_path, more=SHARED, address=f"http://{consul.address}")
+    text = b"bob:{PLAIN}secret:1000:100::/home/bob:/bin/sh\n"
+    done = control("-c", conf, "import", "t", "userinfo", "-", "--record", stdin=text)
+    assert (done.status, entries(consul, "people/")) == (2, {})
+    assert "standard input:1: bob: the value is no hash" in done.said
+    assert "credentials" in done.said
+    assert "secret" not in done.said
+
+
+def test_a_record_that_is_pruned_for_one_service_is_not_taken_from_another(consul, tmp_path):
+    conf = write_config(tmp_path, more=SHARED, address=f"http://{consul.address}")
+    record = json.dumps({"uid": 1, "gid": 1, "home": "/h", "password": HASH})
+    consul.kv_put("people/vera", record)
+    consul.kv_put("people/bob", json.dumps({"uid": 2, "gid": 2, "home": "/b"}))
+    text = b"bob:*:2:2::/b:/bin/sh\n"
+    done = control("-c", conf, "import", "t", "userinfo", "-", "--prune", stdin=text)
+    assert (done.status, entries(consul, "people/")["vera"]) == (2, record.encode())
+    assert "standard input: vera: in Consul this is a record" in done.said
+    assert control("-c", conf, "import", "t", "userinfo", "-", "--prune", "--record", stdin=text).status == 0
+    assert entries(consul, "people/").keys() == {"bob"}
 
 
 def test_hashes_are_not_shown(consul, tmp_path):
@@ -263,6 +289,7 @@ def test_very_many_problems_are_counted_and_a_few_shown(tmp_path):
         (["aliases", "alias", "-", "--record"], "nothing for alias"),
         (["aliases", "credentials", "-", "--record"], "is read as table"),
         (["aliases", "alias", "-", "--format", "table", "--from", "x"], "--from is for"),
+        (["aliases", "alias", "-", "--prune", "--from", "old/alias"], "is read as aliases"),
         (["aliases", "alias"], "Missing argument"),
         (["aliases", "alias", "-", "--format", "csv"], "is not one of"),
     ],
@@ -271,6 +298,13 @@ def test_options_that_do_not_go_together_are_said(tmp_path, arguments, said):
     conf = write_config(tmp_path, address="http://127.0.0.1:1")
     done = control("-c", conf, "import", *arguments, stdin=b"a b\n")
     assert (done.status, said in done.said) == (2, True), done.said
+
+
+def test_a_folder_of_an_export_that_is_no_utf_8_is_one_that_is_not_there(tmp_path):
+    conf = write_config(tmp_path, address="http://127.0.0.1:1")
+    text = b'[{"key": "old/alias/x", "value": "eA=="}]'
+    done = control("-c", conf, "import", "t", "alias", "-", "--from", os.fsdecode(b"old\xff"), stdin=text)
+    assert (done.status, "no key in it is below old\\xff/" in done.said) == (2, True), done.said
 
 
 def test_a_file_is_no_consul_to_write_to(tmp_path):
@@ -303,6 +337,19 @@ def test_a_token_that_may_write_does(consul_with_acl):
 
 
 # What happens in the middle.
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_goes_away_breaks_it_off_and_that_is_said(consul, tmp_path, more):
+    path = file(tmp_path, many(100))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nobody:
+        environ = {**os.environ, "CONSUL_HTTP_ADDR": consul.address}
+        done = finished(start("import", "aliases", "alias", path, *more, stdout=nobody, env=environ))
+    count = len(entries(consul))
+    assert (done.status, f"{count} of 100 are known to be written" in done.said) == (2, True), done.said
+    assert count == (100 if more else 0)
 
 
 @pytest.fixture

@@ -118,6 +118,44 @@ def test_what_lint_or_consul_would_not_take_is_told_with_its_line(key, value, sa
     assert said in plan.problems[0].text
 
 
+@pytest.mark.parametrize("value", [b"", b'""', b"# nobody"])
+def test_an_export_is_refused_where_smtpd_needs_a_value_and_there_is_none(value):
+    (problem,) = planned(ALIAS, [(b"root", value)], name="export").problems
+    assert problem == (1, "root: there is no value, and alias needs one")
+
+
+def test_a_list_needs_no_values():
+    assert signs(planned(STRING, [(b"a", b"")], name="export"), STRING) == [("+", b"a", b"")]
+
+
+@pytest.mark.parametrize("name", ["smtp://mx.example.org", "smtps://label@mx.example.org:465"])
+def test_an_address_that_is_no_key_comes_with_the_way_round_it(name):
+    (problem,) = planned(SERVICES["relayhost"], [(name.encode(), b"")]).problems
+    assert 'fetch = "values"' in problem.text
+
+
+PEOPLE = replace(TABLE, paths=dict.fromkeys(("credentials", "auth", "userinfo"), "people"))
+
+
+@pytest.mark.parametrize(
+    ("service", "there", "new", "lost"),
+    [
+        (CREDENTIALS, b"1:1:/home/vera", {"password": HASH.decode()}, "userinfo"),
+        (USERINFO, HASH, {"uid": 1, "gid": 1, "home": "/h"}, "credentials"),
+        (CREDENTIALS, HASH, {"uid": 1, "gid": 1, "home": "/h"}, "credentials"),
+        (CREDENTIALS, HASH, {"password": HASH.decode()}, None),
+        (CREDENTIALS, b"1:1:/home/vera", {"password": HASH.decode(), "uid": 1, "gid": 1, "home": "/h"}, None),
+        (USERINFO, b"", {"uid": 1, "gid": 1, "home": "/h"}, None),
+    ],
+)
+def test_a_record_replaces_no_value_that_it_does_not_hold(service, there, new, lost):
+    plan = planned(
+        service, [(b"vera", json.dumps(new).encode())], [(b"vera", there)], name="passwd", table=PEOPLE, records=True
+    )
+    assert [change.sign for change in plan.changes] == ([] if lost else ["~"])
+    assert [f"the value of {lost}" in problem.text for problem in plan.problems] == ([True] if lost else [])
+
+
 def test_a_value_too_large_for_a_transaction_is_told():
     (problem,) = planned(STRING, [(b"a", b"x" * (512 << 10))]).problems
     assert "transaction" in problem.text

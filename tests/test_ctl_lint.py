@@ -77,6 +77,13 @@ def test_an_empty_table_is_no_problem(lint):
         ("userinfo/root", b"0:0:/root", "; set allow_root = true"),
         ("userinfo/vera", b"vera", "(allowed: UID:GID:HOME, such as 1000:1000:/home/gilles)"),
         ("netaddr/192.0.2.0/99", b"", ""),
+        *(
+            (f"{service}/empty", value, f"there is no value, and {service} needs one")
+            for service in ("alias", "credentials", "userinfo", "mailaddrmap")
+            for value in (b"", b" \n")
+        ),
+        ("alias/nobody", b"# nobody yet", "there is no value, and alias needs one"),
+        ("addrname/192.0.2.1", b"", "there is no value, and addrname needs one"),
         ("alias/twice/", b"vera", "move the value to the key without the /"),
         ("alias/a//b", b"vera", "no URL can name this key"),
         ("alias/../b", b"vera", "no URL can name this key"),

@@ -14,7 +14,7 @@ import pytest
 from table_consul import __version__
 from table_consul.ctl import program
 from tests.control import START, control, finished, start
-from tests.dialogue import write_config
+from tests.dialogue import write_config, write_source
 
 HEAVY = ("consul", "requests", "urllib3", "table_consul.kv")
 
@@ -175,7 +175,7 @@ def test_an_error_of_the_system_is_one_line(stand_in, conf):
     assert control("-c", conf, "lint") == (
         2,
         b"",
-        b"table-consulctl: [Errno 13] Permission denied: '/etc/mail/\\x1b'\n",
+        b"table-consulctl: /etc/mail/\\x1b: permission denied\n",
     )
 
 
@@ -202,7 +202,37 @@ def test_a_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_pa
 def test_a_full_disk_is_said_in_one_line(conf):
     with open("/dev/full", "wb") as full:
         done = finished(start("-c", conf, "query", "aliases", "alias", "root", stdout=full))
-    assert (done.status, done.said) == (2, "table-consulctl: [Errno 28] No space left on device\n")
+    assert (done.status, done.said) == (2, "table-consulctl: no space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["query", "aliases", "alias", "nobody"],
+        ["query", "aliases", "alias", "root", "--trace"],
+        ["-c", "/nonexistent", "lint"],
+        ["query"],
+        ["nonsense"],
+    ],
+)
+def test_a_standard_error_that_takes_nothing_makes_no_other_answer_of_an_error(conf, arguments):
+    with open("/dev/full", "wb") as full:
+        assert finished(start("-c", conf, *arguments, stdout=subprocess.DEVNULL, stderr=full)).status == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_a_terminal_has_no_letters_for_is_escaped(tmp_path, encoding):
+    source = write_source(tmp_path, {"t/alias/\u2603": b"vera", "t/oops/\u2603": b""})
+    (tmp_path / "c.toml").write_text(f'[consul]\naddress = "file://{source}"\n')
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = ["-c", tmp_path / "c.toml", "lint", "t"]
+    done = finished(start(*command, stdout=subprocess.PIPE, env=environ))
+    assert (done.status, "unforeseen" in done.said) == (1, False), done.said
+    command = ["-c", tmp_path / "c.toml", "query", "t", "alias", "\u2603", "\u2604"]
+    done = finished(start(*command, stdout=subprocess.PIPE, env=environ))
+    assert (done.status, "unforeseen" in done.said, done.out) == (1, False, "\u2603\tvera\n".encode())
+    done = finished(start("policy", "\u2603", stdout=subprocess.PIPE, env=environ))
+    assert (done.status, done.said) == (0, "")
 
 
 def test_closed_standard_streams_are_no_reason_for_a_traceback(conf):

@@ -426,7 +426,7 @@ def test_the_copy_on_disk_answers_and_live_asks_consul(kept, fake, tmp_path):
     assert query(kept, "alias", "root", "--live").text == "eric\n"
     os.utime(tmp_path / "aliases.json", times=(time.time() - 10 * 86400, time.time() - 10 * 86400))
     assert query(kept, "alias", "root").text == "gilles\n", "the daemon writes it when something changes, however late"
-    assert traced(kept, "alias", "root")[0] == f"source {tmp_path}/aliases.json, written 10 days ago"
+    assert traced(kept, "alias", "root")[0] == f"source {tmp_path}/aliases.json, written 10 d ago"
     assert traced(kept, "alias", "root", "--live")[0].startswith("source Consul at ")
 
 

@@ -176,7 +176,16 @@ def test_a_file_that_is_no_longer_written_is_that_of_a_process_that_is_gone(tmp_
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello\n", b"\xff\n", b"a{b=\n", b"node_load1 1\n", b'table_consul_up{table="x"} 1\n']
+    "content",
+    [
+        *(b"", b"hello\n", b"\xff\n", b"a{b=\n", b"node_load1 1\n", b'table_consul_up{table="x"} 1\n'),
+        *(
+            numbers(up=1, snapshot_index=number, snapshot_keys=1, reloads_total=1).encode()
+            for number in ("NaN", "+Inf", "-Inf")
+        ),
+        sample("build_info", 1, table="aliases").encode()
+        + sample("start_time_seconds", 1e300, table="aliases").encode(),
+    ],
 )
 def test_what_is_no_publication_is_unknown(tmp_path, ctl, content):
     (tmp_path / "aliases.prom").write_bytes(content)
@@ -400,7 +409,7 @@ def test_a_terminal_of_40_columns_stays_readable(tmp_path, ctl, monkeypatch):
     [(0, "0 s"), (119.4, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (172800, "2 d"), (10**7, "116 d")],
 )
 def test_a_time_span_is_told_in_the_largest_unit_of_which_there_are_two(seconds, shown):
-    assert status.duration(seconds) == shown
+    assert program.duration(seconds) == shown
 
 
 def test_what_strangers_put_into_a_label_does_not_draw_on_the_terminal(tmp_path, ctl):

@@ -6,16 +6,16 @@ an export of Consul's is compared byte by byte.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from table_consul.ctl.entries import Entry, Parsed, Problem
-from table_consul.ctl.formats import KEY_MAX_BYTES
+from table_consul.ctl.formats import KEY_MAX_BYTES, empty
 from table_consul.errors import EntryError, shown
 from table_consul.kv import addressable
-from table_consul.services import Bucket, Builder, Service, Table, fold
+from table_consul.services import SERVICES, Bucket, Builder, Service, Table, fold
 from table_consul.values import Lacking, read_value
 
 # Consul takes 512 KB a transaction (txn_max_req_len), in base64 and with the key; smtpd takes far less.
@@ -24,6 +24,9 @@ _SHARED = (
     "in Consul this is a record of a user, which other services may share; change it there, or import a passwd file "
     "with --record"
 )
+
+
+_LOST = "in Consul this is the value of {}, which the record of the file has not, and would take the place of"
 
 
 class Stored(NamedTuple):
@@ -133,9 +136,11 @@ def plan(
 
     ``prune`` removes what the file does not have, but for folders, for entries below ``others`` (folders of other
     services within this one), and for records that say nothing for this service. ``records``: the file's values are
-    records of users, whose fields go into the records that there are.
+    records of users, whose fields go into the records that there are; else a record that other services read, too, is
+    neither changed nor removed, but a problem.
     """
     path = table.path(service)
+    sharing = _sharing(table, service)
     there = _There(table, service, stored)
     exported = parsed.format == "export"
     raw = [
@@ -165,6 +170,9 @@ def plan(
             if record is not None and not records:
                 problems.append(Problem(entry.line, f"{shown(entry.key)}: {_SHARED}"))
                 continue
+            if records and record is None and (owner := _lost(table, sharing, entry.key, old.value, value)):
+                problems.append(Problem(entry.line, f"{shown(entry.key)}: {_LOST.format(owner.name)}"))
+                continue
             change = Change(old.key, old, value, entry.flags or old.flags, was)
         lines[change.key] = entry.line
         changes.append(change)
@@ -177,10 +185,38 @@ def plan(
     problems += _unfit(path, changes, lines, service)
     new = _Reading(table, service, ((each.key[len(path) :], each.value) for each in changes))
     changes = [each._replace(becomes=new.answer(each.key[len(path) :])) for each in changes]
-    problems += _judged(table, service, changes, lines)
+    problems += _judged(table, sharing, changes, lines)
     if prune:
-        changes += there.without(kept, tuple(others))
+        gone = there.without(kept, tuple(others))
+        changes += gone
+        if len(sharing) > 1 and not records and not exported:
+            problems += [
+                Problem(0, f"{shown(each.key[len(path) :])}: {_SHARED}")
+                for each in gone
+                if each.old is not None and _record(table, service, each.old.value) is not None
+            ]
     return Plan(sorted(changes, key=lambda each: each.key), sorted(set(problems)), unchanged)
+
+
+def _sharing(table: Table, service: Service) -> list[Service]:
+    """The service, and those others of the table that read the same folder."""
+    others = (SERVICES[name] for name in table.read if name != service.name)
+    return [service, *(other for other in others if table.path(other) == table.path(service))]
+
+
+def _lost(table: Table, sharing: Iterable[Service], key: bytes, old: bytes, new: bytes) -> Service | None:
+    """Whose value is lost when a record takes the place of this text; None for nobody's."""
+    readers = [each for each in sharing if _reads(table, each, key, old)]
+    # UID:GID:HOME looks like USER:PASSWORD as well.
+    owner = next((each for each in readers if not each.hashed), next(iter(readers), None))
+    return None if owner is None or _reads(table, owner, key, new) else owner
+
+
+def _reads(table: Table, service: Service, key: bytes, value: bytes) -> bool:
+    try:
+        return bool(read_value(table, service, key, value))
+    except EntryError:
+        return False
 
 
 class _There:
@@ -242,6 +278,8 @@ def _unfit(path: bytes, changes: Sequence[Change], lines: Mapping[bytes, int], s
                 text = (
                     "no URL can name this key (allowed: UTF-8 without control characters, //, and the parts . and ..)"
                 )
+                if service.name == "relayhost" and b"://" in name:
+                    text += '; make it the value of a key of your own choice, and set fetch = "values"'
             elif len(name) > KEY_MAX_BYTES and not service.patterns:
                 text = f"the key has {len(name)} bytes, and smtpd asks for {KEY_MAX_BYTES} at most"
         if value is not None and len(value) > VALUE_MAX_BYTES:
@@ -251,14 +289,25 @@ def _unfit(path: bytes, changes: Sequence[Change], lines: Mapping[bytes, int], s
     return problems
 
 
-def _judged(table: Table, service: Service, changes: Sequence[Change], lines: Mapping[bytes, int]) -> list[Problem]:
-    """What lint would say of the new entries, each with its line."""
-    path = table.path(service)
+def _judged(
+    table: Table, sharing: Sequence[Service], changes: Sequence[Change], lines: Mapping[bytes, int]
+) -> Iterator[Problem]:
+    """What lint would say of the new entries, for each service that reads them, with their lines."""
+    path = table.path(sharing[0])
     pairs = [(change.key[len(path) :], change.value) for change in changes]
-    if not Bucket(table, service, pairs).problems:
-        return []
-    return [
-        Problem(lines[path + pair[0]], problem.removeprefix(shown(path)))
-        for pair in pairs
-        for problem in Bucket(table, service, [pair]).problems
-    ]
+    for service in sharing:
+        if not list(_complaints(table, service, pairs)):
+            continue
+        of_whom = "" if service is sharing[0] else f" (for {service.name}, which reads the same folder)"
+        for pair in pairs:
+            for problem in _complaints(table, service, [pair]):
+                yield Problem(lines[path + pair[0]], problem + of_whom)
+
+
+def _complaints(table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> Iterator[str]:
+    bucket = Bucket(table, service, pairs)
+    for problem in bucket.problems:
+        yield problem.removeprefix(shown(bucket.path))
+    for key, value in bucket.values.items():
+        if what := empty(service, value):
+            yield f"{shown(key)}: {what}"

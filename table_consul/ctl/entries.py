@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a line."""
+    """What is wrong with a line; 0 where no line of the file says it."""
 
     line: int
     text: str

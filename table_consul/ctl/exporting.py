@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import click
 from table_consul import config
 from table_consul.ctl import formats
 from table_consul.ctl.entries import FormatError
-from table_consul.ctl.program import SERVICE, pass_config
+from table_consul.ctl.program import SERVICE, UNCUT, pass_config
 from table_consul.errors import SourceError, TableConsulError, shown
 from table_consul.services import SERVICES, Builder, Service, Table, fold
 from table_consul.values import Lacking
@@ -71,10 +72,16 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
     else:
         text = _table_text(table, service, stored)
     if file == "-":
-        click.echo(text, nl=False)
+        click.echo(_readable(text) if sys.stdout is not None and sys.stdout.isatty() else text, nl=False)
     else:
         replace_file(file, text, private=bool(service.fields))
     return 0
+
+
+def _readable(text: bytes) -> str:
+    """The text for a terminal, without bytes that it could play with."""
+    lines = ("\t".join(shown(part, UNCUT) for part in line.split(b"\t")) for line in text.split(b"\n"))
+    return "\n".join(lines)
 
 
 def _stored(settings: config.Config, table: Table, service: Service) -> Sequence[Stored]:
@@ -87,7 +94,8 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
             return store.bucket(path)
     name = address.removeprefix("file://")
     try:
-        with open(name, "rb") as file:
+        # Without O_NONBLOCK a named pipe would wait for its writer.
+        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             parsed = formats.read_export(file.read(), service, path, path)
     except FormatError as error:
         raise SourceError(f"{shown(name)}: {error}") from None
@@ -116,11 +124,13 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
 def replace_file(path: str, data: bytes, *, private: bool) -> None:
     """Put the data in the place of a file: whoever reads it finds all of the old or all of the new.
 
-    A private one can be read by its owner alone; else a file that was there keeps its mode. What is no file, such as
-    /dev/stdout, is written to as it is. Raises OSError.
+    A private one can be read by this user alone; else a file that was there keeps its mode and, where this user may
+    give files away, its owner. What is no file, such as /dev/stdout, is written to as it is. Raises OSError.
     """
+    former = None
     try:
-        mode = os.stat(path).st_mode
+        former = os.stat(path)
+        mode = former.st_mode
     except FileNotFoundError:
         umask = os.umask(0o077)
         os.umask(umask)
@@ -130,9 +140,16 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
             file.write(data)
         return
     path = os.path.realpath(path)
-    descriptor, partial = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=os.path.dirname(path))
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=os.path.dirname(path))
+    except OSError as error:
+        error.filename = path  # nobody knows the temporary name
+        raise
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if former is not None and not private:
+                with contextlib.suppress(PermissionError):
+                    os.fchown(file.fileno(), former.st_uid, former.st_gid)
             os.fchmod(file.fileno(), 0o600 if private else stat.S_IMODE(mode))
             file.write(data)
             file.flush()

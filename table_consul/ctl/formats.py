@@ -66,10 +66,12 @@ def guess(data: bytes, service: Service) -> str:
     """The format of the file, by rules that prefer a question to a mistake; see the help of the command.
 
     Raises:
-        FormatError: some lines look like one format, some like another.
+        FormatError: some lines look like one format, some like another; or it is a file of other JSON.
     """
     if _JSON_LIST.match(data):
         return "export"
+    if data.lstrip(SPACE)[:1] in (b"{", b"[") and _is_json(data):
+        raise FormatError("this is JSON, but no output of `consul kv export`")
     if service.name == "alias":
         return "aliases"
     if service.fields:
@@ -82,6 +84,19 @@ def guess(data: bytes, service: Service) -> str:
             )
         return "passwd" if users else "table"
     return "table"
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        msgspec.json.decode(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def empty(service: Service, value: bytes | None) -> str | None:
+    """What is wrong with an entry that has this value, as `read_value` gives it; None unless smtpd needs one there."""
+    return f"there is no value, and {service.name} needs one" if value == b"" and service.name not in LISTED else None
 
 
 def read(

@@ -96,6 +96,9 @@ def command(  # noqa: PLR0913 - the command line
     that, else from the only folder called SERVICE/, else from the one that --from names. Its values are written as
     they are. Keys of other files come in lower case, and an entry that already answers what the file says stays.
 
+    --prune wants a FILE with entries, and removes no record of a user that another service reads, too: for that give
+    --record.
+
     A key is written only if nobody has changed it since it was read. One that somebody has is told and left alone,
     and the others are written. Run the same command again for the rest, as after ^C or when Consul went away.
 
@@ -115,13 +118,15 @@ def command(  # noqa: PLR0913 - the command line
     table, service = settings.table(table_name), SERVICES[service_name]
     _refuse_options(settings, service, wanted, below, record=record)
     name = "standard input" if file == "-" else shown(file)
-    folder = None if below is None else f"{below.strip('/')}/".removeprefix("/").encode()
+    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
     try:
         parsed = formats.read(_contents(file), service, wanted, path=table.path(service), below=folder, record=record)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
     except OSError as error:
         raise FormatError(f"{name}: {(error.strerror or str(error)).lower()}") from None
+    if below is not None and parsed.format != "export":
+        raise click.UsageError(f"--from is for `consul kv export`, and {name} is read as {parsed.format}")
     if record and parsed.format != "passwd":
         raise click.UsageError(f"--record is for passwd files, and {name} is read as {parsed.format}")
     if prune and not parsed.entries and not parsed.problems:
@@ -147,18 +152,19 @@ def command(  # noqa: PLR0913 - the command line
         )
         _refuse(name, parsed, plan.problems)
         report = _Report(table, service, plan, parsed, as_json=as_json, dry_run=dry_run)
-        report.before()
         if dry_run:
+            report.before()
             report.after()
             return NO if plan.changes else 0
         try:
+            report.before()
             steps = functools.partial(writing.write, plan.changes, store)
             for progress in _with_bar(plan.changes, steps):
                 report.take(progress)
+            report.after()
         except BaseException:
             report.broken_off()
             raise
-    report.after()
     return FAILED if report.conflicts else 0
 
 
@@ -219,6 +225,8 @@ def _refuse(name: str, parsed: Parsed, problems: Sequence[Problem]) -> None:
     for problem in said[:PROBLEMS_SHOWN]:
         # FILE:LINE, as compilers say it, so that editors find it.
         place = f"{name}:{problem.line}" if parsed.unit == "line" else f"{name}: entry {problem.line}"
+        if not problem.line:  # what is to go has none
+            place = name
         click.echo(f"{place}: {shown(problem.text, 1000)}", err=True)
     if len(said) > PROBLEMS_SHOWN:
         click.echo(f"... and {len(said) - PROBLEMS_SHOWN} more", err=True)
@@ -291,13 +299,14 @@ class _Report:
 
     def broken_off(self) -> None:
         """Say how far it went."""
-        if self._as_json:
-            click.echo(json.dumps(self._document()))
         click.echo(
             f"broken off: {self.written} of {len(self._plan.changes)} are known to be written; run the same command"
             " again for the rest",
             err=True,
         )
+        if self._as_json:
+            with contextlib.suppress(OSError):  # it may be what broke it off
+                click.echo(json.dumps(self._document()))
 
     def _described(self, change: Change) -> str:
         key = shown(change.key[len(self._path) :])

@@ -18,6 +18,7 @@ import click
 import msgspec
 from msgspec.structs import replace
 
+from table_consul.ctl import formats
 from table_consul.ctl.program import FAILED, NO, UNCUT, as_json, chosen_tables, pass_config
 from table_consul.errors import Forbidden, SourceError, shown
 from table_consul.services import SERVICES, Bucket, Table, fold
@@ -140,7 +141,6 @@ def examine(reading: Reading, table: Table, paths: Iterable[bytes] = ()) -> Repo
 
 
 def _paths_of(tables: Iterable[Table]) -> set[bytes]:
-
     return {table.path(SERVICES[name]) for table in tables for name in table.read}
 
 
@@ -166,7 +166,7 @@ def _of_the_bucket(bucket: Bucket, entries: Entries) -> list[Problem]:
 
 
 def _told(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
-    """What the bucket itself says, with the key as it stands in the store."""
+    """What the bucket itself says, or its answer, with the key as it stands in the store."""
     from table_consul.ctl.reading import spelled  # noqa: PLC0415 - see command
 
     path = bucket.path
@@ -175,6 +175,9 @@ def _told(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
     by_entry = [*refused.items(), *bucket.doubts.items()]
     for key, problem in by_entry:
         yield path + stored.get(key, key), problem.removeprefix(f"{shown(path + key)}: ")
+    for key, value in bucket.values.items():
+        if what := formats.empty(bucket.service, value):
+            yield path + stored.get(key, key), what
     # The rest, of spellings and patterns, has its key in its text alone, where a long one is cut.
     rest = Counter(bucket.problems) - Counter(problem for _, problem in by_entry)
     names: dict[str, list[bytes]] = {}

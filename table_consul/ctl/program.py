@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import logging
 import os
 import shutil
@@ -116,6 +117,14 @@ def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:
     return list(settings.tables.values()) or [settings.table(settings.default_table)]
 
 
+def duration(seconds: float) -> str:
+    """The time span in the largest unit of which there are two: ``90 s``, ``12 min``, ``5 h``, ``3 d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 @click.group(
     "table-consulctl",
     cls=Commands,
@@ -137,27 +146,33 @@ def program(context: click.Context, path: str | None, debug: bool) -> None:  # n
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status. Whatever goes wrong is said in one line on standard error."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error; a terminal may lack letters of a key
     try:
         status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=_columns() - 2)
         if sys.stdout is not None:  # closed by whoever started this
             sys.stdout.flush()
     except click.UsageError as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         return FAILED
     except click.ClickException as error:
         return _failed(error.format_message())
     except click.Abort:  # ^C, or the end of input at a question
-        click.echo("table-consulctl: broken off", err=True)
-        return FAILED
+        return _failed("broken off")
     except (BrokenPipeError, SystemExit) as error:
         # The latter is how click ends at the former, whose reader has seen enough, and, with 0, after completion.
         _silence()
         return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED
     except ConfigError as error:
         return _failed(error, *getattr(error, "__notes__", ()))
-    except (TableConsulError, OSError) as error:
+    except TableConsulError as error:
         _silence()
         return _failed(error)
+    except OSError as error:
+        _silence()
+        what = (error.strerror or str(error)).lower()
+        return _failed(what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}")
     except Exception as error:  # noqa: BLE001 - an operator is helped by a line, and we by the rest of it
         if "--debug" in given:
             traceback.print_exc()
@@ -183,6 +198,7 @@ def _silence() -> None:
 
 
 def _failed(*lines: object) -> int:
-    for line in lines:
-        click.echo(f"table-consulctl: {shown(str(line), ERROR_CHARACTERS)}", err=True)
+    with contextlib.suppress(OSError):  # standard error takes no more; the status still tells
+        for line in lines:
+            click.echo(f"table-consulctl: {shown(str(line), ERROR_CHARACTERS)}", err=True)
     return FAILED

@@ -28,6 +28,8 @@ ANSWER_SECONDS = 2 * CLIENT_SECONDS
 # Some 200 bytes a series: more tables than one process has cells for (tally.py).
 SIZE_MAX = 16 << 20
 READ_BYTES = 1 << 16
+# No moment, index or count of ours is larger; time.localtime() takes none that is much so.
+VALUE_MAX = 1e15
 
 
 class NobodyThere(TableConsulError):
@@ -199,4 +201,6 @@ def _parsed(data: bytes, place: str) -> tuple[Sample, ...]:
     samples = tuple(Sample(s.name, s.labels, s.value) for family in families for s in family.samples)
     if not any(sample.name == "table_consul_build_info" for sample in samples):
         raise Unreadable(f"{place} holds nothing of table-consul")
+    if not all(abs(sample.value) < VALUE_MAX for sample in samples if sample.name.startswith("table_consul_")):
+        raise Unreadable(f"{place} holds numbers that table-consul does not write")  # NaN among them
     return samples

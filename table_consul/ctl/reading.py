@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from table_consul import kv
+from table_consul.ctl.program import duration
 from table_consul.direct import PROBE, Direct
 from table_consul.disk import loaded, paths
 from table_consul.errors import SourceError, shown
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
 
 Entries = Mapping[bytes, bytes | None]
 """Whole keys and values as they stand in the store."""
-
-_SPANS = ((86400 * 2, 86400, "days"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s"))
-
-
-def span(seconds: float) -> str:
-    """A time in one whole number, such as ``3 min``."""
-    least, unit, name = next(each for each in _SPANS if seconds >= each[0] or not each[0])
-    return f"{max(0.0, seconds) // unit if least else max(0.0, seconds):.0f} {name}"
 
 
 class Client(kv.Client):
@@ -256,7 +249,8 @@ def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place 
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}; its owner may read it, and --live asks Consul") from None
+        whose = "its owner may read it, and " if isinstance(error, PermissionError) else ""
+        raise SourceError(f"{path}: {(error.strerror or str(error)).lower()}; {whose}--live asks Consul") from None
     except SourceError as error:
         raise SourceError(f"{path}: the copy is damaged, and --live asks Consul: {error}") from None
     loading = loaded(table, prefix, services, kept, f"{path}; --live asks Consul")
@@ -266,7 +260,7 @@ def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place 
     mirror.confirm(loading.finish(restored=True), 0.0)
     folders = set(paths(table, services).values())
     entries = dict(pair for pair in kept if pair[0] not in folders)
-    origin = f"{shown(path)}, written {span(time.time() - written)} ago"
+    origin = f"{shown(path)}, written {duration(time.time() - written)} ago"
     return Place(Kept(mirror), lambda: entries, lambda: origin)
 
 

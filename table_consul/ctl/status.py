@@ -13,7 +13,7 @@ import msgspec
 
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl import published
-from table_consul.ctl.program import FAILED, NO, as_json, pass_config
+from table_consul.ctl.program import FAILED, NO, as_json, duration, pass_config
 from table_consul.ctl.states import Prefix, Status, status_of, sum_up
 from table_consul.errors import SourceError, Unreachable, shown
 from table_consul.metrics import EVERY_SECONDS
@@ -230,11 +230,3 @@ def _item(name: str, text: str) -> str:
     # Paths and addresses stay whole, so that they can be copied.
     lay = textwrap.TextWrapper(columns, f"  {name:<11}", " " * 13, break_long_words=False, break_on_hyphens=False)
     return lay.fill(shown(text, 500))
-
-
-def duration(seconds: float) -> str:
-    """The time span in the largest unit of which there are two: ``90 s``, ``12 min``, ``5 h``, ``3 d``."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

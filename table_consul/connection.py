@@ -288,6 +288,8 @@ def reason_of(error: BaseException) -> str:
             return f"no HTTP, or broken ({type(error).__name__})"
         case ssl.SSLCertVerificationError():
             return f"its certificate is not to be trusted: {error.verify_message}"
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+            return "no TLS there (is it an http:// address?)"
         case OSError(strerror=str(text)):
             return text.lower()
     return shown(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Values that are answered as they stand, but that smtpd could not use, or not as they were meant.
+"""Entries that are answered as they stand, but that smtpd could not use, or not as they were meant.
 
 Each function has the remedy in one line for a value that looks so, and None for all others. No line holds any part of
 the value. That smtpd decides otherwise is possible (its rules change), so nothing is refused for what is told here.
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from table_consul import auth
 from table_consul.errors import EntryError
-from table_consul.matchers import MAILADDR_PART_BYTES, text_to_mailaddr
+from table_consul.matchers import MAILADDR_PART_BYTES, is_address, text_to_mailaddr
 from table_consul.values import COMMAND_BYTES, USER_BYTES, is_plain_list, list_nodes
 
 if TYPE_CHECKING:
-    from table_consul.services import Table
+    from table_consul.services import Service, Table
 
 _REPLY = re.compile(rb"[45][0-9]{2} [A-Za-z0-9]")
 _USER = re.compile(rb"[A-Za-z0-9_.+-]{0,%d}" % USER_BYTES)
@@ -111,7 +111,25 @@ def _auth(table: Table, text: bytes) -> str | None:
     return None
 
 
-DOUBTS: Mapping[str, Callable[[Table, bytes], str | None]] = MappingProxyType(
+def doubt(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
+    """The remedy for an entry that looks as if smtpd could not use it; None for all others."""
+    if key != key.strip() and service.name != "regex":
+        return "the key has a blank at one of its ends, and smtpd does not ask for such; rename it"
+    if service.name == "source":
+        return _source(key if table.fetch == "keys" or not value else value)
+    if not value:
+        return f"there is no value, and {service.name} needs one" if service.needs_value else None
+    judge = _VALUES.get(service.name)
+    return None if judge is None else judge(table, value)
+
+
+def _source(address: bytes) -> str | None:
+    if is_address(address):
+        return None
+    return "no address to send mail from (allowed: 192.0.2.25, 2001:db8::25, [2001:db8::25])"
+
+
+_VALUES: Mapping[str, Callable[[Table, bytes], str | None]] = MappingProxyType(
     {
         "alias": _alias,
         "mailaddrmap": _mailaddrmap,

@@ -9,6 +9,7 @@ import os
 import stat
 from base64 import b64decode
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -16,6 +17,9 @@ from table_consul.errors import SourceError
 from table_consul.services import Bucket, Service, Table
 
 log = logging.getLogger("table_consul")
+
+# In base64 what transport.py takes from Consul, and the keys.
+FILE_LIMIT_BYTES = 256 << 20
 
 
 class Exported(msgspec.Struct):
@@ -40,6 +44,18 @@ def read_export(data: bytes) -> list[tuple[bytes, bytes | None]]:
         return [(entry.key.encode(), b64decode(entry.value or "", validate=True)) for entry in _decoder.decode(data)]
     except (ValueError, RecursionError) as error:
         raise SourceError(f"this is no output of `consul kv export`: {error}") from None
+
+
+def read_bounded(file: BinaryIO) -> bytes:
+    """All of an open file.
+
+    Raises:
+        SourceError: it is larger than an export can be that a mail host should hold in memory, as /dev/zero is.
+    """
+    data = file.read(FILE_LIMIT_BYTES + 1)
+    if len(data) > FILE_LIMIT_BYTES:
+        raise SourceError(f"larger than {FILE_LIMIT_BYTES >> 20} MiB")
+    return data
 
 
 class Writer:
@@ -97,11 +113,13 @@ def read_kept(path: str) -> tuple[list[tuple[bytes, bytes | None]], float]:
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            data = file.read()
+            data = read_bounded(file)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}") from None
+    except SourceError as error:
+        raise SourceError(f"{path}: not used: {error}") from None
     if status.st_mode & 0o077 or status.st_uid != os.geteuid():
         raise SourceError(f"{path}: not used, as it belongs to another user or others may read it (allowed: mode 0600)")
     try:
@@ -148,12 +166,12 @@ class File:
 
     def _refresh(self) -> None:
         try:
-            with open(self._path, "rb", opener=_open_at_once) as file:
+            with open(self._path, "rb", opener=open_at_once) as file:
                 status = os.fstat(file.fileno())
                 seen = (status.st_mtime_ns, status.st_ino, status.st_size)
                 if seen == self._seen:
                     return
-                pairs = read_export(file.read())
+                pairs = read_export(read_bounded(file))
         except OSError as error:
             self._complain(SourceError(f"{self._path}: {error.strerror}"))
             return
@@ -171,10 +189,11 @@ class File:
         self._seen, self._error = None, error
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens without the wait for a writer that a named pipe would cost; nothing but a file is read then."""
+def open_at_once(path: str, flags: int) -> int:
+    """An opener for open() that takes nothing but files: no wait for a named pipe's writer, no device without end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
-    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "a named pipe, not a file")
-    return descriptor
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # open() itself refuses folders
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, f"a {'named pipe' if stat.S_ISFIFO(mode) else 'device'}, not a file", path)

@@ -178,6 +178,12 @@ def parse_sockaddr(text: bytes) -> int | tuple[int, bytes] | None:
     return (number, scope) if scope and number is not None else number
 
 
+def is_address(text: bytes) -> bool:
+    """Whether smtpd takes this for an address of its own to send from (smtpd: table.c, parse_sockaddr)."""
+    dotted = DOTTED.fullmatch(text) is not None and all(int(octet) <= 255 for octet in text.split(b"."))
+    return dotted or parse_sockaddr(text) is not None
+
+
 def addrname_match(key: bytes, entry: bytes) -> bool:
     """Whether both spell the same address, brackets or not. smtpd compares bytes, and writes ``[2001:db8::1]``."""
     if key == entry:

@@ -41,6 +41,11 @@ class Service(NamedTuple):
     default: bool = False
     """An entry ``*`` answers for keys that have none."""
 
+    @property
+    def needs_value(self) -> bool:
+        """Whether an entry without value is of no use; a list of strings may be asked with ``check`` alone."""
+        return self.answers != "entry" and self.name != "string"
+
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
     {
@@ -136,9 +141,9 @@ class Builder:
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
         self._former_keys = iter(self._known)
         self._former_key = next(self._former_keys, None)
-        from table_consul.doubts import DOUBTS  # noqa: PLC0415 - its import would delay the handshake
+        from table_consul.doubts import doubt  # noqa: PLC0415 - its import would delay the handshake
 
-        self._doubt = DOUBTS.get(service.name)
+        self._doubt = doubt
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Read the pairs, whose keys are relative to the bucket."""
@@ -202,10 +207,7 @@ class Builder:
             if not isinstance(error, Lacking):  # a bucket that serves several services has records for some of them
                 self.problems.append(str(named))
             return
-        doubt = self._doubt(self.table, value) if self._doubt is not None and value else None
-        if key != key.strip() and self.service.name != "regex":
-            doubt = "the key has a blank at one of its ends, and smtpd does not ask for such; rename it"
-        if doubt is not None:
+        if (doubt := self._doubt(self.table, self.service, key, value)) is not None:
             self.doubts[key] = f"{shown(self.path + key)}: {doubt}"
 
     def lost(self) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from table_consul import file
 from table_consul.errors import SourceError
 from table_consul.file import File, read_export
 from table_consul.services import SERVICES, Table
@@ -129,6 +130,19 @@ def test_a_named_pipe_is_an_error_and_nothing_to_wait_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceError, match=r"pipe: "):
         bucket(File(str(tmp_path / "pipe")))
+
+
+@pytest.mark.timeout(10)
+def test_a_device_is_an_error_and_not_read_to_its_end():
+    with pytest.raises(SourceError, match="/dev/zero: a device, not a file"):
+        bucket(File("/dev/zero"))
+
+
+def test_a_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source, monkeypatch):
+    monkeypatch.setattr(file, "FILE_LIMIT_BYTES", 1 << 20)
+    os.truncate(folder / "export.json", (1 << 20) + 1)
+    with pytest.raises(SourceError, match=r"export.json: larger than 1 MiB"):
+        bucket(source)
 
 
 def test_a_bad_version_leaves_the_last_good_one_answering(folder, source):

@@ -1144,7 +1144,8 @@ def test_tls_handshake_and_answer_do_not_outlive_the_deadline(secure, connect):
 
 def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one_are_errors(secure, fake, connect):
     failure(connect(secure.address.replace("https:", "http:")))
-    failure(connect(fake.address.replace("http:", "https:"), tls_verify=False))
+    told = failure(connect(fake.address.replace("http:", "https:"), tls_verify=False))
+    assert str(told).endswith("no TLS there (is it an http:// address?)")
 
 
 # The other library.

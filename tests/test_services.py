@@ -300,6 +300,12 @@ def test_a_star_is_a_key_like_others_elsewhere():
     assert bucket("string", (b"*", b"x")).lookup(b"vera") is None
 
 
+@pytest.mark.parametrize("address", [b"192.0.2.25", b"2001:db8::25", b"[2001:db8::25]", b"fe80::1%eth0"])
+def test_an_address_to_send_from_is_no_problem(address):
+    assert bucket("source", (address, None)).problems == []
+    assert bucket("source", (b"first", address), table=replace(TABLE, fetch="values")).problems == []
+
+
 @settings(deadline=None)
 @given(user=st.binary() | st.text(".%/:@aun\0").map(str.encode), home=st.text("/%und.").map(lambda h: f"/{h}".encode()))
 def test_whatever_is_asked_for_the_ids_are_those_of_the_default_and_no_dots_lead_out(user, home):
@@ -331,6 +337,12 @@ def test_whatever_is_asked_for_the_ids_are_those_of_the_default_and_no_dots_lead
         ("credentials", b"vera", b"vera:{plain}hunter2", "no hash that smtpd's crypt"),
         ("credentials", b"vera", b"{ARGON2ID}$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$qVQ8m7ozNVzo", "no hash that"),
         ("auth", b"vera", b"{SSHA512}hunter2", "no hash that can be verified"),
+        ("alias", b"root", None, "there is no value, and alias needs one"),
+        ("mailaddrmap", b"vera", b" \n", "there is no value, and mailaddrmap needs one"),
+        ("auth", b"vera", None, "there is no value, and auth needs one"),
+        ("source", b"mail.example.org", None, "no address to send mail from"),
+        ("source", b"192.0.2.256", None, "no address to send mail from"),
+        ("source", b"192.0.2.0/24", None, "no address to send mail from"),
         ("auth", b"vera", b"$2b$31$abcdefghijklmnopqrstuuqflPDzB6gcMhKa1rZqKiun2YGL5sa2u", "to verify, more than the"),
     ],
 )

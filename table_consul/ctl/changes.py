@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from table_consul.ctl.entries import Entry, Parsed, Problem
-from table_consul.ctl.formats import KEY_MAX_BYTES, empty
+from table_consul.ctl.formats import KEY_MAX_BYTES
 from table_consul.errors import EntryError, shown
 from table_consul.kv import addressable
 from table_consul.services import SERVICES, Bucket, Builder, Service, Table, fold
@@ -308,6 +308,3 @@ def _complaints(table: Table, service: Service, pairs: Iterable[tuple[bytes, byt
     bucket = Bucket(table, service, pairs)
     for problem in bucket.problems:
         yield problem.removeprefix(shown(bucket.path))
-    for key, value in bucket.values.items():
-        if what := empty(service, value):
-            yield f"{shown(key)}: {what}"

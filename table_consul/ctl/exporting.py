@@ -17,6 +17,7 @@ from table_consul.ctl import formats
 from table_consul.ctl.entries import FormatError
 from table_consul.ctl.program import SERVICE, UNCUT, pass_config
 from table_consul.errors import SourceError, TableConsulError, shown
+from table_consul.file import open_at_once, read_bounded
 from table_consul.services import SERVICES, Builder, Service, Table, fold
 from table_consul.values import Lacking
 
@@ -94,9 +95,8 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
             return store.bucket(path)
     name = address.removeprefix("file://")
     try:
-        # Without O_NONBLOCK a named pipe would wait for its writer.
-        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-            parsed = formats.read_export(file.read(), service, path, path)
+        with open(name, "rb", opener=open_at_once) as file:
+            parsed = formats.read_export(read_bounded(file), service, path, path)
     except FormatError as error:
         raise SourceError(f"{shown(name)}: {error}") from None
     return [changes.Stored(path + each.key, each.value, 0, each.flags) for each in parsed.entries]

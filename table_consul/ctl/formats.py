@@ -94,11 +94,6 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def empty(service: Service, value: bytes | None) -> str | None:
-    """What is wrong with an entry that has this value, as `read_value` gives it; None unless smtpd needs one there."""
-    return f"there is no value, and {service.name} needs one" if value == b"" and service.name not in LISTED else None
-
-
 def read(
     data: bytes, service: Service, wanted: str, *, path: bytes, below: bytes | None = None, record: bool = False
 ) -> Parsed:

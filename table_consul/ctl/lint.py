@@ -18,7 +18,6 @@ import click
 import msgspec
 from msgspec.structs import replace
 
-from table_consul.ctl import formats
 from table_consul.ctl.program import FAILED, NO, UNCUT, as_json, chosen_tables, pass_config
 from table_consul.errors import Forbidden, SourceError, shown
 from table_consul.services import SERVICES, Bucket, Table, fold
@@ -175,9 +174,6 @@ def _told(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
     by_entry = [*refused.items(), *bucket.doubts.items()]
     for key, problem in by_entry:
         yield path + stored.get(key, key), problem.removeprefix(f"{shown(path + key)}: ")
-    for key, value in bucket.values.items():
-        if what := formats.empty(bucket.service, value):
-            yield path + stored.get(key, key), what
     # The rest, of spellings and patterns, has its key in its text alone, where a long one is cut.
     rest = Counter(bucket.problems) - Counter(problem for _, problem in by_entry)
     names: dict[str, list[bytes]] = {}

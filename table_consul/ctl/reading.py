@@ -15,7 +15,7 @@ from table_consul.ctl.program import duration
 from table_consul.direct import PROBE, Direct
 from table_consul.disk import loaded, paths
 from table_consul.errors import SourceError, shown
-from table_consul.file import File, read_export
+from table_consul.file import File, open_at_once, read_bounded, read_export
 from table_consul.mirror import Mirror, TooManyKeys
 from table_consul.responder import Source
 from table_consul.services import Bucket, Service, Table, fold
@@ -222,12 +222,12 @@ def _file(path: str) -> Place:
     known: dict[tuple[int, int], Entries] = {}
 
     def entries() -> Entries:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             version = (status.st_mtime_ns, status.st_ino)
             if version not in known:
                 known.clear()
-                known[version] = dict(read_export(file.read()))
+                known[version] = dict(read_export(read_bounded(file)))
         return known[version]
 
     return Place(File(path), entries, lambda: shown(path))
@@ -242,10 +242,9 @@ def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place 
         SourceError: there is a copy, but it cannot be read.
     """
     try:
-        # Without O_NONBLOCK a named pipe would wait for its writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             written = os.fstat(file.fileno()).st_mtime
-            kept = sorted(read_export(file.read()))
+            kept = sorted(read_export(read_bounded(file)))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -4,7 +4,7 @@
 #   consul acl token create -description mail1 -policy-name table-consul
 #
 # One block for each table line of smtpd.conf, whose name is the folder. With prefix = "mail" in the configuration the
-# folders are mail/aliases/ and so on, and one block for mail/ will do. `table-consulctl policy` writes this file for
+# folders are mail/aliases/ and so on, and one block for mail/ will do. `table-consulctl policy TABLE...` writes this file for
 # your configuration. Keep the slash at the end: without it, a token for "users" reads "users-of-another-system/" too.
 
 key_prefix "aliases/" {

@@ -33,7 +33,8 @@ $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[metrics,regex]' --group dev
-	-$(BIN)/python -m pip install --quiet --editable '.[auth]' # from Python 3.13 on this needs a C compiler
+	@$(BIN)/python -m pip install --quiet --editable '.[auth]' >$(VENV)/auth.log 2>&1 || \
+	    echo 'without what the service auth needs, which takes a C compiler here: see $(VENV)/auth.log'
 	touch $@
 
 demo: $(VENV)/.stamp ## mail to root follows a key in Consul, before your eyes
@@ -85,6 +86,7 @@ install: venv ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEX
 	for page in man/*.[58]; do \
 	    target="$(MAN)/man$${page##*.}/$${page#man/}" && cp "$$page" "$$target" && chmod 644 "$$target" || exit 1; \
 	done
+	@echo 'Installed. Restart smtpd if it runs table-consul already.'
 
 uninstall: ## remove what install installed, told the same folders; configuration and data stay
 	rm -rf '$(APP)' '$(APP).new' '$(APP).old'

@@ -119,7 +119,8 @@ class Sources:
         self._tables.clear()
         if former is None or config != former:
             self._forget()
-        self._export()
+        if self._named is not None:
+            self.prepare(self._named)
         for source in (self._file, self._direct, *self._mirrors.values()):
             if source is not None:
                 source.update(deadline)

@@ -84,6 +84,7 @@ class Watch(threading.Thread):
         """Answer from what another watch of the same entries has, until this one has read them; whether they are."""
         if (self._table, self.prefix, self._services) != (former._table, former.prefix, former._services):
             return False
+        self.outage = former.outage  # so that its end is told, too
         if former.mirror.state is not None:
             snapshot, confirmed = former.mirror.state
             self.mirror.confirm(Snapshot(snapshot.buckets, snapshot.hidden, restored=True), confirmed)

@@ -45,8 +45,8 @@ def blocks(done):
 @pytest.mark.parametrize(
     ("text", "folders"),
     [
-        ("", ["consul/"]),
-        ('[defaults]\nprefix = "mail"\ntable = "aliases"', ["mail/aliases/"]),
+        ("[tables.consul]", ["consul/"]),
+        ('[defaults]\nprefix = "mail"\n[tables.aliases]', ["mail/aliases/"]),
         ("[tables.b]\n[tables.a]", ["a/", "b/"]),
         ('[tables.a]\npaths = { alias = "people/x" }', ["a/", "people/x/"]),
         ('[tables.a]\npaths = { alias = "a/people" }', ["a/"]),
@@ -68,7 +68,7 @@ def test_tables_without_a_section_are_named(policy):
 
 
 def test_levels(policy):
-    assert [blocks(policy("", *more)) for more in ([], ["--list"], ["--write"], ["--list", "--write"])] == [
+    assert [blocks(policy("", "consul", *more)) for more in ([], ["--list"], ["--write"], ["--list", "--write"])] == [
         [("consul/", level)] for level in ("read", "list", "write", "write")
     ]
 
@@ -90,7 +90,7 @@ def test_namespace_and_partition_stand_around_the_rules(policy):
     ]
     rules = {"key_prefix": {"a/": {"policy": "read"}}}
     assert json.loads(policy(text, "--json").text) == {"partition": {"part": {"namespace": {"team": rules}}}}
-    assert 'namespace "env" {' in policy("", CONSUL_NAMESPACE="env").text
+    assert 'namespace "env" {' in policy("[tables.a]", CONSUL_NAMESPACE="env").text
 
 
 def test_a_file_needs_no_policy(policy):

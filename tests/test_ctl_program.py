@@ -12,6 +12,7 @@ import click
 import pytest
 
 from table_consul import __version__
+from table_consul.config import ConsulConfig
 from table_consul.ctl import program
 from tests.control import START, control, finished, start
 from tests.dialogue import write_config, write_source
@@ -141,13 +142,33 @@ def test_a_name_that_no_table_can_have_is_refused(conf):
     assert (done.status, done.said.startswith("table-consulctl: table name: 'a/b' is no name")) == (2, True)
 
 
-def test_without_a_section_the_default_table_is_meant_and_else_those_with_one(tmp_path):
+def test_without_a_table_those_with_a_section_are_meant_and_without_any_it_asks_which(tmp_path):
     def linted(more):
-        path = write_config(tmp_path, more=more)
-        return [table["table"] for table in json.loads(control("-c", path, "lint", "--json").text)["tables"]]
+        return control("-c", write_config(tmp_path, more=more), "lint", "--json")
 
-    assert linted("") == ["consul"]
-    assert linted("[tables.aliases]\n[tables.domains]") == ["aliases", "domains"]
+    tables = json.loads(linted("[tables.aliases]\n[tables.domains]").text)["tables"]
+    assert [table["table"] for table in tables] == ["aliases", "domains"]
+    asked = linted("")
+    assert (asked.status, "which TABLE, of those in smtpd.conf?" in asked.said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("token_file", "environ", "expected"),
+    [
+        (None, {}, ("mine", None)),
+        (None, {"CONSUL_HTTP_TOKEN": "own"}, ("own", None)),
+        (None, {"CONSUL_HTTP_TOKEN": "own", "CONSUL_HTTP_TOKEN_FILE": "/own"}, (None, "/own")),
+        ("/named", {"CONSUL_HTTP_TOKEN": "own", "CONSUL_HTTP_TOKEN_FILE": "/own"}, (None, "/named")),
+        (None, {"CONSUL_HTTP_TOKEN": "", "CONSUL_HTTP_TOKEN_FILE": ""}, ("mine", None)),
+    ],
+)
+def test_who_writes_does_so_by_a_token_of_their_own(monkeypatch, token_file, environ, expected):
+    for name in ("CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    found = program.as_writer(ConsulConfig(token="mine"), token_file)
+    assert (found.token, found.token_file) == expected
 
 
 def test_an_unforeseen_error_is_one_line_and_with_debug_says_where(stand_in, conf):

@@ -219,6 +219,14 @@ def test_an_update_of_the_configuration_closes_the_connection_of_the_former(open
     assert closed == [former]
 
 
+def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_asked_for(opened, unused, tmp_path):
+    found = opened(address=unused)
+    found.prepare("t")
+    write_config(tmp_path, "max_age = 7", address=unused)
+    found.update(0.0)
+    assert [name for name, _ in found.watches()] == ["t"]
+
+
 def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     made = [found._source(found.table(name), ALIAS) for name in ("a", "large")]

@@ -810,6 +810,23 @@ def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(f
             break
 
 
+def test_an_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, caplog):
+    caplog.set_level("INFO")
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    for _ in eventually("the outage is told", 10):
+        if any("answering from the last good copy" in line for line in caplog.messages):
+            break
+    fake.start()
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed())), defaults=TABLE)
+    source.update(time.monotonic() + 2)
+    assert told(source) == b"gilles"
+    for _ in eventually("its end is told", 10):
+        if any(" back after " in line for line in caplog.messages):
+            break
+
+
 def test_entries_judged_by_other_rules_are_not_taken_over(fake, sources):
     fake.put(ROOT, b"|sh")
     source = sources(fake.address, replace(TABLE, allow_commands=True))

@@ -19,7 +19,7 @@ from table_consul import config
 from table_consul.ctl import formats
 from table_consul.ctl.entries import FormatError, Parsed, Problem
 from table_consul.ctl.passwd import PASSWD_SERVICES
-from table_consul.ctl.program import FAILED, NO, SERVICE, as_json, pass_config
+from table_consul.ctl.program import FAILED, NO, SERVICE, as_json, as_writer, pass_config
 from table_consul.errors import SourceError, shown
 from table_consul.services import SERVICES, Service, Table
 
@@ -58,6 +58,9 @@ _SIGNS = {"+": ("add", "green"), "~": ("change", "yellow"), "-": ("remove", "red
 @click.option(
     "--record", is_flag=True, help="Of a passwd file: one JSON object a user, for several services with one folder."
 )
+@click.option(
+    "--token-file", metavar="PATH", help="The ACL token to write with; default: that of the environment, else as usual."
+)
 @as_json
 @pass_config
 def command(  # noqa: PLR0913 - the command line
@@ -68,6 +71,7 @@ def command(  # noqa: PLR0913 - the command line
     record: bool,
     prune: bool,
     dry_run: bool,
+    token_file: str | None,
     as_json: bool,
     table_name: str,
     service_name: str,
@@ -101,6 +105,9 @@ def command(  # noqa: PLR0913 - the command line
 
     A key is written only if nobody has changed it since it was read. One that somebody has is told and left alone,
     and the others are written. Run the same command again for the rest, as after ^C or when Consul went away.
+
+    It writes with the token in --token-file, else with that of CONSUL_HTTP_TOKEN_FILE or CONSUL_HTTP_TOKEN, and only
+    else with the configured one, which should not be able to.
 
     Exit status: 0 all is written, or there was nothing to write; 1 with --dry-run, something would change; 2 something
     was not done.
@@ -139,7 +146,8 @@ def command(  # noqa: PLR0913 - the command line
         click.echo(
             f"note: smtpd does not ask {table.name} for {service.name}, which is not among its services", err=True
         )
-    store = writing.Store(msgspec.structs.replace(settings.consul, consistency="consistent"))
+    consul = msgspec.structs.replace(as_writer(settings.consul, token_file), consistency="consistent")
+    store = writing.Store(consul)
     with contextlib.closing(store):
         plan = changes.plan(
             table,

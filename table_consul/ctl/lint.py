@@ -73,8 +73,7 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     These are the problems that the daemon logs when an entry comes, and what it never reads: entries below the table's
     folder that belong to no service, and keys that smtpd cannot ask for.
 
-    Without TABLE: all tables with a section in the configuration, or the default one if there is none. The
-    configuration itself is checked by table-consul --check.
+    Without TABLE: all tables with a section in the configuration, which itself is checked by table-consul --check.
 
     Exit status: 0 no problem, 1 problems, 2 of some table the data cannot be read.
 

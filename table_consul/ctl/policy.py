@@ -36,7 +36,7 @@ INDENT = "  "
 def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: bool, as_json: bool) -> int:
     """Write the smallest ACL policy with which table-consul can answer for TABLE.
 
-    Without TABLE: for all tables with a section in the configuration, or the default one if there is none. Name those
+    Without TABLE: for all tables with a section in the configuration. Name those
     tables of smtpd.conf that have no section.
 
     A namespace or a partition of the configuration is put around the rules (Consul Enterprise). A policy that is made

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import click
+from msgspec.structs import replace
 
 from table_consul import __version__, config
 from table_consul.errors import ConfigError, TableConsulError, shown
@@ -107,14 +108,29 @@ def pass_config(function: Callable[Concatenate[config.Config, P], R]) -> Callabl
 
 
 def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:
-    """The tables of these names; without any, those that have a section, or the default one if none has.
+    """The tables of these names; without any, those that have a section in the configuration.
 
     Raises:
+        UsageError: it has none: smtpd.conf, which names the others, is not read here.
         ConfigError: there can be no table of such a name.
     """
     if names:
         return [settings.table(name) for name in dict.fromkeys(names)]
-    return list(settings.tables.values()) or [settings.table(settings.default_table)]
+    if not settings.tables:
+        raise click.UsageError("which TABLE, of those in smtpd.conf? The configuration has no [tables.NAME] to go by.")
+    return list(settings.tables.values())
+
+
+def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.ConsulConfig:
+    """Consul as the person at the command line may use it, who may write what a mail server only reads.
+
+    ``token_file`` comes first, then what the ``consul`` command takes from the environment, then the configured token.
+    """
+    path = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE")
+    token = os.environ.get("CONSUL_HTTP_TOKEN")
+    if path:  # a token file beats a token (consul: api/api.go, NewClient)
+        return replace(consul, token=None, token_file=os.path.abspath(path))
+    return replace(consul, token=token, token_file=None) if token else consul
 
 
 def duration(seconds: float) -> str:

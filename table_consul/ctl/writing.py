@@ -222,7 +222,7 @@ def _stale(failed: Sequence[tuple[Change, str]], store: Store) -> list[Change]:
         if "permission denied" in what.lower():
             raise Forbidden(
                 f"Consul at {store.address} does not let this token write {key}; the policy it needs: "
-                "table-consulctl policy --write"
+                "table-consulctl policy --write TABLE; with another token: --token-file"
             )
         if "index is stale" not in what:
             raise BadResponse(f"Consul at {store.address} refuses to write {key}: {shown(what)}")

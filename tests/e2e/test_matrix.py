@@ -81,9 +81,9 @@ def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, 
     cell = (root.version, root.python, name)
     table[cell] = "FAILED"
     server = smtpd(LINES[name] + LOCAL, table_files(consul), processes=processes(root, LINES[name]))
-    before = [*server.pids], server.backends
     assert server.send("root@localhost", subject="before")["root@localhost"][0] == 250
     server.wait_for_mail("root", "before")
+    before = [*server.pids], server.backends  # table-procexec has become its child by now, or stays what it is
     # A made-up name tells when the edit has arrived, so that the mail after it is the next one.
     consul.kv_txn({"consul/alias/root": "gilles", "consul/alias/arrived": "eric"})
     until(lambda: server.send("arrived@localhost")["arrived@localhost"][0], 250)

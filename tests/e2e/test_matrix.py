@@ -192,7 +192,12 @@ def test_any_program_of_lines_is_a_table(smtpd, root, name):
 def test_a_child_that_is_killed_under_load_takes_nothing_with_it(smtpd, root, name):
     server = bridged(smtpd, root, name, may_die=True)
     before = server.pids
-    bridge = next(pid for pid in server.backends if "table-procexec" in server.command_line(pid))
+
+    def bridges():
+        return [pid for pid in server.backends if "table-procexec" in server.command_line(pid)]
+
+    wait_for(bridges, 5, lambda: f"no table-procexec:\n{server.log}")  # what the script becomes
+    bridge = bridges()[0]
     over = threading.Event()
     codes = []
 

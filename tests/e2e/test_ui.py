@@ -138,8 +138,8 @@ def mail_goes_to(server, *people, subject):
 )
 def test_what_is_saved_in_the_ui_is_obeyed_by_the_next_mail(agent, browse, smtpd, root, name, measured):
     server = smtpd(LINES[name], table_files(agent))
-    before = [*server.pids], server.backends
     mail_goes_to(server, "root", subject="nothing in Consul")
+    before = [*server.pids], server.backends
     with browse(agent) as ui:
         story = (
             ("created", lambda: ui.create(ALIAS, "gilles"), "gilles"),

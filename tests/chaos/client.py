@@ -41,6 +41,8 @@ class Judgement:
     errors: int = 0
     late: int = 0
     slowest: float = 0.0
+    by_the_clock: float = 0.0
+    """The slowest, with what the machine stood still."""
     stalled: float = 0.0
     exits: int = 0
     recovered: float = float("inf")
@@ -48,13 +50,14 @@ class Judgement:
 
     HEAD = (
         f"{'fault':<44} {'answers':>8} {'wrong':>6} {'absent':>6} {'errors':>6} {'late':>5}"
-        f" {'slowest ms':>10} {'stall ms':>8} {'exits':>5} {'recovery s':>10}"
+        f" {'slowest ms':>10} {'by clock':>8} {'stall ms':>8} {'exits':>5} {'recovery s':>10}"
     )
 
     def __str__(self) -> str:
         return (
             f"{self.fault:<44} {self.answers:>8} {self.wrong:>6} {self.absent:>6} {self.errors:>6} {self.late:>5}"
-            f" {self.slowest * 1000:>10.1f} {self.stalled * 1000:>8.1f} {self.exits:>5} {self.recovered:>10.2f}"
+            f" {self.slowest * 1000:>10.1f} {self.by_the_clock * 1000:>8.1f} {self.stalled * 1000:>8.1f}"
+            f" {self.exits:>5} {self.recovered:>10.2f}"
         )
 
 
@@ -127,6 +130,7 @@ class Client(threading.Thread):
         for when, took, number, outcome in self.answers:
             ours = took if took <= SLOW_SECONDS else took - stalled(stalls, when - took, when)
             result.slowest = max(result.slowest, ours)
+            result.by_the_clock = max(result.by_the_clock, took)
             result.late += ours > DEADLINE_SECONDS + SLOW_SECONDS
             verdict = ""
             if outcome.startswith(b"error|"):

@@ -82,7 +82,7 @@ install: venv ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEX
 	} && \
 	install_program '$(LIBEXEC)/table-consul' cli && \
 	install_program '$(LIBEXEC)/table-procexec' procexec && \
-	install_program '$(SBIN)/table-consulctl' ctl.program
+	install_program '$(SBIN)/table-consulctl' ctl.main
 	for page in man/*.[58]; do \
 	    target="$(MAN)/man$${page##*.}/$${page#man/}" && cp "$$page" "$$target" && chmod 644 "$$target" || exit 1; \
 	done

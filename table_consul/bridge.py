@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from random import random
 
 from table_consul import imsg
+from table_consul.backoff import Outage
 from table_consul.child import END_SECONDS, Child, ChildError, HandshakeRefused
-from table_consul.outage import Outage
 from table_consul.protocol import Failed, Found, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES, SERVICES
 

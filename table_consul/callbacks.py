@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from table_consul import log
-from table_consul.daemon import Loop, take_the_wire
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
+from table_consul.server import Loop, take_the_wire
 from table_consul.services import DEFAULT_SERVICES
 
 Check = Callable[[str, str, str], bool]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from table_consul import __version__, config, log
-from table_consul.daemon import Daemon, take_the_wire
 from table_consul.errors import ConfigError
-from table_consul.sources import Sources
+from table_consul.server import Daemon, take_the_wire
+from table_consul.tables import Sources
 
 if TYPE_CHECKING:
     import argparse

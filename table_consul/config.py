@@ -113,9 +113,9 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         file = wanted
     except OSError as error:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
-            from table_consul import access  # noqa: PLC0415 - only to explain a refusal
+            from table_consul import check  # noqa: PLC0415 - only to explain a refusal
 
-            raise ConfigError(f"{shown(wanted)}: {access.refusal(wanted, error)}") from None
+            raise ConfigError(f"{shown(wanted)}: {check.refusal(wanted, error)}") from None
     at = shown(file or "")
     try:
         sections = msgspec.convert(document, Document)
@@ -152,7 +152,7 @@ def problems(config: Config) -> list[str]:
 
     For ``--check``, not for `load`: a mail server starts although a token is written only a second later.
     """
-    from table_consul import access  # noqa: PLC0415 - --check alone needs it
+    from table_consul import check  # noqa: PLC0415 - --check alone needs it
 
     found = []
     consul = config.consul
@@ -165,9 +165,9 @@ def problems(config: Config) -> list[str]:
         "address": consul.addresses[0].removeprefix("file://") if consul.addresses[0].startswith("file://") else None,
     }
     for key, path in named.items():
-        if path is not None and (what := access.unreadable(path, folder=key == "ca_path", secret=key in _SECRET_FILES)):
+        if path is not None and (what := check.unreadable(path, folder=key == "ca_path", secret=key in _SECRET_FILES)):
             found.append(f"{config.origins.get(key, f'consul.{key}')}: {shown(path)}: {what}")
-    if config.path is not None and (what := access.unreadable(config.path)):
+    if config.path is not None and (what := check.unreadable(config.path)):
         found.append(f"{config.path}: {what}")
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
         at = config.origins.get("tls_verify", "consul.tls_verify")
@@ -182,7 +182,7 @@ def problems(config: Config) -> list[str]:
             at = f"{config.path}: {key} of table {shown(table.name)}"
             if path in written:
                 found.append(f"{at}: table {shown(written[path])} has the same file (put {{table}} into its name)")
-            elif what := access.unwritable(path, private=key == "snapshot"):
+            elif what := check.unwritable(path, private=key == "snapshot"):
                 found.append(f"{at}: {what}")
             written[path] = table.name
     return found

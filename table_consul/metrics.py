@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from table_consul import __version__
+from table_consul.backoff import Outage
+from table_consul.counters import BOUNDS_SECONDS, OTHER, OUTCOMES, Tally
 from table_consul.errors import ConfigError, shown
-from table_consul.outage import Outage
 from table_consul.protocol import Failed
 from table_consul.services import SERVICES, Table
-from table_consul.tally import BOUNDS_SECONDS, OTHER, OUTCOMES, Tally
 
 if TYPE_CHECKING:
     import socketserver
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from table_consul.config import Config
-    from table_consul.watch import Watch
+    from table_consul.sources.watch import Watch
 
 log = logging.getLogger("table_consul")
 

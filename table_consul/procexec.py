@@ -142,7 +142,7 @@ def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: 
     # They cost more to import than all the rest, and are not needed where the child takes our place.
     from table_consul import log  # noqa: PLC0415
     from table_consul.bridge import Bridge  # noqa: PLC0415
-    from table_consul.daemon import Loop, take_the_wire  # noqa: PLC0415
+    from table_consul.server import Loop, take_the_wire  # noqa: PLC0415
 
     def named(table: str) -> None:
         log.start("info", "auto", table, "table-procexec")

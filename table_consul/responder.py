@@ -8,38 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain, islice
-from typing import Protocol
 
-from table_consul.auth import MODELS, Verifier
 from table_consul.errors import EntryError, SourceError, TableConsulError, shown
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.services import SERVICES, Bucket, Service, Table, fold
-from table_consul.values import Lacking
+from table_consul.services import SERVICES, Service, Table, fold
+from table_consul.services.entries import Bucket
+from table_consul.services.passwords import MODELS, Verifier
+from table_consul.services.values import Lacking
+from table_consul.sources import Source
 
 # The default deadline; the configured one may be what cannot be read.
 UPDATE_SECONDS = 2.0
-
-
-class Source(Protocol):
-    """Where buckets come from."""
-
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
-        """The bucket, or as much of it as answers for this key (None: all of it, for fetch).
-
-        ``deadline`` is a moment on the caller's clock, by which this returns or raises.
-
-        Raises:
-            SourceError: nobody can tell now.
-        """
-        ...
-
-    def update(self, deadline: float) -> None:
-        """Read configuration, token and data anew.
-
-        Raises:
-            TableConsulError: that is not possible; what was known before goes on answering.
-        """
-        ...
 
 
 class Responder:

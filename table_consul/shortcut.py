@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from table_consul import imsg
+from table_consul.counters import Tally
 from table_consul.imsg import LOOKUP, MAX_VALUE, found, usual
 from table_consul.protocol import Found, Request, Session
-from table_consul.tally import Tally
 
 
 class Memory(Protocol):

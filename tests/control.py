@@ -9,7 +9,7 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
-from table_consul.ctl import program
+from table_consul.ctl import main
 from tests.dialogue import PATIENCE_SECONDS
 
 START = "import sys; from table_consul.ctl.program import main; sys.exit(main())"
@@ -41,7 +41,7 @@ def control(*arguments: object, stdin: bytes = b"", **environ: str) -> Done:
         mock.patch.object(sys, "stderr", streams[2]),
         mock.patch("logging.basicConfig"),
     ):
-        status = program.main([str(argument) for argument in arguments])
+        status = main.main([str(argument) for argument in arguments])
         for stream in streams[1:]:
             stream.flush()
     return Done(status, *(stream.buffer.getvalue() for stream in streams[1:]))

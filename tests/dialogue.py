@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 from table_consul import config
 from table_consul.protocol import Failed, Ready, Request, Session
 from table_consul.responder import Responder
-from table_consul.sources import Sources
+from table_consul.tables import Sources
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -18,14 +18,15 @@ import click
 import msgspec
 from msgspec.structs import replace
 
-from table_consul.ctl.program import FAILED, NO, UNCUT, as_json, chosen_tables, pass_config
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, pass_config
 from table_consul.errors import Forbidden, SourceError, shown
-from table_consul.services import SERVICES, Bucket, Table, fold
-from table_consul.values import Lacking
+from table_consul.services import SERVICES, Table, fold
+from table_consul.services.entries import Bucket
+from table_consul.services.values import Lacking
 
 if TYPE_CHECKING:
     from table_consul.config import Config
-    from table_consul.ctl.reading import Entries, Place, Reading
+    from table_consul.ctl.loader import Entries, Place, Reading
 
 # Whoever asks here waits for the whole of a table that the daemon reads key by key.
 LIST_SECONDS = 30.0
@@ -83,7 +84,7 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
       table-consulctl lint aliases --live
       table-consulctl lint --json | jq -r '.tables[].problems[].key'
     """  # noqa: D301 - the mark by which click keeps lines as they are
-    from table_consul.ctl.reading import Reading  # noqa: PLC0415 - help does not wait for it
+    from table_consul.ctl.loader import Reading  # noqa: PLC0415 - help does not wait for it
 
     chosen = chosen_tables(config, tables)
     paths = _paths_of({table.name: table for table in (*config.tables.values(), *chosen)}.values())
@@ -109,7 +110,7 @@ def examine(reading: Reading, table: Table, paths: Iterable[bytes] = ()) -> Repo
     Raises:
         SourceError: some of it cannot be read, so that nothing can be said of the whole.
     """
-    from table_consul.ctl.reading import below  # noqa: PLC0415 - see command
+    from table_consul.ctl.loader import below  # noqa: PLC0415 - see command
 
     services = table.read
     places = {name: reading.place(table, SERVICES[name]) for name in services}
@@ -144,7 +145,7 @@ def _paths_of(tables: Iterable[Table]) -> set[bytes]:
 
 def _below_the_root(reading: Reading, table: Table, places: Iterable[Place]) -> Entries:
     """All that stands in the table's folder, as far as the token may see it: the daemon itself needs no more."""
-    from table_consul.ctl.reading import below  # noqa: PLC0415 - see command
+    from table_consul.ctl.loader import below  # noqa: PLC0415 - see command
 
     found: dict[bytes, bytes | None] = {}
     for place in places:
@@ -165,7 +166,7 @@ def _of_the_bucket(bucket: Bucket, entries: Entries) -> list[Problem]:
 
 def _told(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
     """What the bucket itself says, or its answer, with the key as it stands in the store."""
-    from table_consul.ctl.reading import spelled  # noqa: PLC0415 - see command
+    from table_consul.ctl.loader import spelled  # noqa: PLC0415 - see command
 
     path = bucket.path
     stored = spelled(entries, path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from table_consul.ctl.program import as_json, chosen_tables, pass_config
+from table_consul.ctl.main import as_json, chosen_tables, pass_config
 from table_consul.errors import shown
 from table_consul.services import SERVICES, Table
 

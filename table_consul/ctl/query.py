@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from table_consul.ctl.program import FAILED, NO, SERVICE, UNCUT, as_json, pass_config
+from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, pass_config
 from table_consul.errors import SourceError, shown
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
 from table_consul.services import fold
@@ -130,7 +130,7 @@ class _Asker:
     """Puts questions to the daemon's own responder."""
 
     def __init__(self, config: Config, table: str, service: str, operation: str, *, live: bool, trace: bool) -> None:
-        from table_consul.ctl.reading import Reading  # noqa: PLC0415 - help does not wait for it
+        from table_consul.ctl.loader import Reading  # noqa: PLC0415 - help does not wait for it
         from table_consul.responder import Responder  # noqa: PLC0415
 
         self.table = config.table(table).name

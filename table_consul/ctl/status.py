@@ -13,7 +13,7 @@ import msgspec
 
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl import published
-from table_consul.ctl.program import FAILED, NO, as_json, duration, pass_config
+from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config
 from table_consul.ctl.states import Prefix, Status, status_of, sum_up
 from table_consul.errors import SourceError, Unreachable, shown
 from table_consul.metrics import EVERY_SECONDS

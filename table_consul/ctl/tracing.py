@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from table_consul.ctl.reading import Entries, Reading, spelled
+from table_consul.ctl.loader import Entries, Reading, spelled
 from table_consul.errors import EntryError, shown
-from table_consul.services import Bucket, Service, Table, fold
-from table_consul.values import DEFAULT_KEY, read_value
+from table_consul.services import Service, Table, fold
+from table_consul.services.entries import Bucket
+from table_consul.services.values import DEFAULT_KEY, read_value
 
 
 class Step(NamedTuple):

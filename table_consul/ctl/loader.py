@@ -1,0 +1,284 @@
+"""Where the control command has tables from: what the daemon reads, by the daemon's own code, but read once.
+
+Remembers what stood in the store as it stood there, which a bucket does not, for whoever explains or judges it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from table_consul import kv
+from table_consul.ctl.main import duration
+from table_consul.errors import SourceError, shown
+from table_consul.services import Service, Table, fold
+from table_consul.services.entries import Bucket
+from table_consul.sources import Source
+from table_consul.sources.direct import PROBE, Direct
+from table_consul.sources.export import File, open_at_once, read_bounded, read_export
+from table_consul.sources.mirror import Mirror, TooManyKeys
+from table_consul.sources.snapshot import loaded, paths
+from table_consul.sources.watch import Watch
+
+if TYPE_CHECKING:
+    from table_consul.config import Config, ConsulConfig
+
+Entries = Mapping[bytes, bytes | None]
+"""Whole keys and values as they stand in the store."""
+
+
+class Client(kv.Client):
+    """A client that remembers what it has read."""
+
+    def __init__(self, settings: ConsulConfig) -> None:
+        super().__init__(settings)
+        self.entries: dict[bytes, bytes | None] = {}
+        self.reads: list[bytes] = []
+        """The keys and folders that were read, without those that only prove that a folder may be."""
+        self.index = 0
+
+    def get(self, key: bytes, *, timeout: float) -> kv.Pair | None:
+        pair = super().get(key, timeout=timeout)
+        if not key.endswith(b"/" + PROBE):
+            self.reads.append(key)
+        if pair is None:
+            self.entries.pop(key, None)
+        else:
+            self.entries[key] = pair.value
+        return pair
+
+    def list(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0) -> kv.Page:
+        page = super().list(prefix, timeout=timeout, index=index, wait=wait)
+        self.reads.append(prefix)
+        self.entries.update((pair.key, pair.value) for pair in page.pairs)
+        return page
+
+    def watch(
+        self,
+        prefix: bytes,
+        begin: Callable[[int], kv.Take | None],
+        *,
+        timeout: float,
+        index: int = 0,
+        wait: float = 0,
+    ) -> kv.Seen:
+        def began(seen: int) -> kv.Take | None:
+            self.entries.clear()  # an answer that broke off, if there was one
+            take = begin(seen)
+
+            def taken(pairs: Pairs) -> None:
+                self.entries.update(pairs)
+                if take is not None:
+                    take(pairs)
+
+            return taken
+
+        page = super().watch(prefix, began, timeout=timeout, index=index, wait=wait)
+        self.index = page.index
+        return page
+
+
+Pairs = list[tuple[bytes, bytes | None]]
+
+
+class Look(Watch):
+    """A watch that asks once, in the thread of its caller, and writes no copy."""
+
+    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], client: Client) -> None:
+        super().__init__(table, prefix, services, None, lambda: client)
+
+    def look(self) -> Mirror:
+        """What Consul has now.
+
+        Raises:
+            SourceError: Consul cannot tell; TooManyKeys where the daemon would read directly.
+        """
+        self.turn()
+        return self.mirror
+
+
+class Place:
+    """A source that was read, what stands there, and its name for a reader."""
+
+    def __init__(self, source: Source, entries: Callable[[], Entries], origin: Callable[[], str]) -> None:
+        self.source = source
+        self.reads: list[bytes] | None = None
+        """What was read, where that is not the folder as a whole."""
+        self.large = False
+        """It is read directly as it has too many keys."""
+        self._entries = entries
+        self._origin = origin
+
+    @property
+    def entries(self) -> Entries:
+        """What stands there; of a table that is read directly, what has been read so far."""
+        return self._entries()
+
+    @property
+    def origin(self) -> str:
+        """Where that is, such as ``Consul at http://127.0.0.1:8500, index 17``; empty if it could not be read."""
+        return self._origin()
+
+
+class Kept:
+    """A source that answers from a mirror, of whatever age: that of a copy is told, not judged."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+
+    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
+        """See responder.Source."""
+        assert self._mirror.state is not None
+        return self._mirror.bucket(service.name, key, self._mirror.state[1])
+
+    def update(self, deadline: float) -> None:
+        """See responder.Source."""
+
+
+class Lost:
+    """A source that could not be read, and is not tried again for each key."""
+
+    def __init__(self, error: SourceError) -> None:
+        self._error = error
+
+    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
+        """See responder.Source."""
+        raise self._error.with_traceback(None)
+
+    def update(self, deadline: float) -> None:
+        """See responder.Source."""
+
+
+class Reading:
+    """The source of every table, as sources.Sources, but for one command: each folder is read once."""
+
+    def __init__(self, config: Config, *, live: bool = False) -> None:
+        """``live`` passes by the copies on disk (``snapshot``)."""
+        self._config = config
+        self._live = live
+        self._places: dict[tuple[str, bytes], Place] = {}
+        self._direct: Place | None = None
+        self._file: Place | None = None
+
+    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+        """See responder.Source."""
+        return self.place(table, service).source.bucket(table, service, key, deadline)
+
+    def update(self, deadline: float) -> None:
+        """See responder.Source."""
+
+    def place(self, table: Table, service: Service) -> Place:
+        """Where the entries of this service are read; a source that cannot be read raises when it is asked."""
+        address = self._config.consul.addresses[0]
+        if address.startswith("file://"):
+            self._file = self._file or _file(address.removeprefix("file://"))
+            return self._file
+        folders = table.folders()
+        number, prefix = next((n, p) for n, (p, names) in enumerate(folders.items()) if service.name in names)
+        place = self._places.get((table.name, prefix))
+        if place is None:
+            place = self._places[table.name, prefix] = self._read(table, number, prefix, folders[prefix])
+        return place
+
+    def client(self) -> Client:
+        """Another client of the configured Consul."""
+        return Client(self._config.consul)
+
+    def _read(self, table: Table, number: int, prefix: bytes, services: list[str]) -> Place:
+        if table.mode == "direct":
+            return self._directly()
+        try:
+            if table.snapshot and not self._live:
+                copy = _copy(table, table.snapshot + (f".{number}" if number else ""), prefix, services)
+                if copy is not None:
+                    return copy
+            client = self.client()
+            mirror = Look(table, prefix, services, client).look()
+        except TooManyKeys:
+            return self._directly(f" (more than max_keys = {table.max_keys})")
+        except SourceError as error:
+            return Place(Lost(error), dict, str)
+        origin = f"Consul at {client.address}, index {client.index}"
+        client.close()
+        return Place(Kept(mirror), lambda: client.entries, lambda: origin)
+
+    def _directly(self, why: str = "") -> Place:
+        if self._direct is None:
+            client = self.client()
+            self._direct = Place(
+                Direct(client), lambda: client.entries, lambda: f"Consul at {client.address}, read directly"
+            )
+            self._direct.reads = client.reads
+        if not why:
+            return self._direct
+        direct = self._direct
+        place = Place(direct.source, lambda: direct.entries, lambda: direct.origin + why)
+        place.reads, place.large = direct.reads, True
+        return place
+
+
+def _file(path: str) -> Place:
+    known: dict[tuple[int, int], Entries] = {}
+
+    def entries() -> Entries:
+        with open(path, "rb", opener=open_at_once) as file:
+            status = os.fstat(file.fileno())
+            version = (status.st_mtime_ns, status.st_ino)
+            if version not in known:
+                known.clear()
+                known[version] = dict(read_export(read_bounded(file)))
+        return known[version]
+
+    return Place(File(path), entries, lambda: shown(path))
+
+
+def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place | None:
+    """The copy that the daemon keeps of this folder; None where the daemon, too, would go to Consul.
+
+    What the daemon does not trust (others may have written it) is good enough to be looked at.
+
+    Raises:
+        SourceError: there is a copy, but it cannot be read.
+    """
+    try:
+        with open(path, "rb", opener=open_at_once) as file:
+            written = os.fstat(file.fileno()).st_mtime
+            kept = sorted(read_export(read_bounded(file)))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        whose = "its owner may read it, and " if isinstance(error, PermissionError) else ""
+        raise SourceError(f"{path}: {(error.strerror or str(error)).lower()}; {whose}--live asks Consul") from None
+    except SourceError as error:
+        raise SourceError(f"{path}: the copy is damaged, and --live asks Consul: {error}") from None
+    loading = loaded(table, prefix, services, kept, f"{path}; --live asks Consul")
+    if loading is None:
+        return None
+    mirror = Mirror(table.max_age)
+    mirror.confirm(loading.finish(restored=True), 0.0)
+    folders = set(paths(table, services).values())
+    entries = dict(pair for pair in kept if pair[0] not in folders)
+    origin = f"{shown(path)}, written {duration(time.time() - written)} ago"
+    return Place(Kept(mirror), lambda: entries, lambda: origin)
+
+
+def below(entries: Entries, folder: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+    """Those entries that stand below the folder, by their whole keys."""
+    return ((key, value) for key, value in entries.items() if key.startswith(folder))
+
+
+def spelled(entries: Entries, folder: bytes) -> dict[bytes, bytes]:
+    """How each key of the folder that is asked for is spelled in the store; of several spellings the one that answers.
+
+    See services.py, Builder: the one in lower case, else the first.
+    """
+    found: dict[bytes, bytes] = {}
+    for key, _ in below(entries, folder):
+        name = key[len(folder) :]
+        if fold(name) == name:
+            found[name] = name
+        else:
+            found.setdefault(fold(name), name)
+    return found

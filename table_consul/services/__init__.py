@@ -1,0 +1,111 @@
+"""What smtpd may ask, and how one table answers it. The modules beside this one say what an entry means.
+
+Pure: bytes in, bytes out; nothing here knows Consul's HTTP, smtpd's wire, or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import msgspec
+
+
+class Service(NamedTuple):
+    """One thing that smtpd asks tables for (smtpd: smtpd-api.h, enum table_service)."""
+
+    name: str
+    bit: int
+    answers: str
+    """``value``; ``entry``, where an entry without value answers with itself; ``check``, where there is no value."""
+    joined: bool = False
+    """Several lines are one list."""
+    bounded: bool = False
+    """smtpd refuses LINE_MAX bytes and more."""
+    patterns: bool = False
+    """An entry may answer for keys that are not equal to it, so the whole bucket is needed."""
+    hashed: bool = False
+    """The value is a credential, and may be a hash."""
+    fields: tuple[str, ...] = ()
+    """What makes up the value where it is a JSON object, such as a record of one user."""
+    default: bool = False
+    """An entry ``*`` answers for keys that have none."""
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether an entry without value is of no use; a list of strings may be asked with ``check`` alone."""
+        return self.answers != "entry" and self.name != "string"
+
+
+SERVICES: Mapping[str, Service] = MappingProxyType(
+    {
+        service.name: service
+        for service in (
+            Service("alias", 0x001, "value", joined=True, bounded=True),
+            Service("domain", 0x002, "entry", patterns=True),
+            Service("credentials", 0x004, "value", bounded=True, hashed=True, fields=("password",)),
+            Service("netaddr", 0x008, "entry", patterns=True),
+            Service("userinfo", 0x010, "value", fields=("uid", "gid", "home"), default=True),
+            Service("source", 0x020, "entry"),
+            Service("mailaddr", 0x040, "entry", patterns=True),
+            Service("addrname", 0x080, "value", patterns=True),
+            Service("mailaddrmap", 0x100, "value", joined=True),
+            Service("relayhost", 0x200, "entry"),
+            Service("string", 0x400, "value"),
+            Service("regex", 0x800, "entry", patterns=True),
+            Service("auth", 0x1000, "check", hashed=True, fields=("password",)),
+        )
+    }
+)
+
+# Registering auth takes password checks away from credentials (smtpd: lka.c, lka_authenticate): only when asked for.
+DEFAULT_SERVICES = tuple(name for name in SERVICES if name != "auth")
+
+
+class Table(msgspec.Struct, frozen=True):
+    """How one table is laid out in Consul, read, and answered for; durations in seconds."""
+
+    name: str
+    prefix: str = ""
+    mode: str = "mirror"
+    services: tuple[str, ...] = DEFAULT_SERVICES
+    deadline: float = 2.0
+    max_age: float = 86400.0
+    max_keys: int = 500_000
+    snapshot: str | None = None
+    value_format: str = "auto"
+    fetch: str = "keys"
+    allow_commands: bool = False
+    allow_root: bool = False
+    procexec_reply: str = "auto"
+    paths: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def root(self) -> bytes:
+        """The folder of this table in Consul, ending in a slash; buckets named in ``paths`` may lie elsewhere."""
+        return (f"{self.prefix}/{self.name}/" if self.prefix else f"{self.name}/").encode()
+
+    def path(self, service: Service) -> bytes:
+        """The folder in Consul that holds the entries of this service, ending in a slash."""
+        named = self.paths.get(service.name)
+        return self.root + service.name.encode() + b"/" if named is None else named.encode() + b"/"
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The services whose entries are read: who has no hash in ``auth`` may have one in ``credentials``."""
+        more = ("credentials",) if "auth" in self.services and "credentials" not in self.services else ()
+        return (*self.services, *more)
+
+    def folders(self) -> dict[bytes, list[str]]:
+        """The folders in Consul to be watched, and the services whose entries each of them holds."""
+        folders: dict[bytes, list[str]] = {}
+        for name in self.read:
+            path = self.path(SERVICES[name])
+            folders.setdefault(self.root if path.startswith(self.root) else path, []).append(name)
+        return folders
+
+
+def fold(key: bytes) -> bytes:
+    """The key as smtpd would ask for it (smtpd: util.c, lowercase: byte by byte, ASCII alone)."""
+    return key.lower()

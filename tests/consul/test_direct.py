@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from table_consul.backoff import LAST_PAUSE_SECONDS
+from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
+from table_consul.kv import Page, Pair
+from table_consul.services import SERVICES, Table
+from table_consul.sources.direct import KEEP_SECONDS, Direct
+
+TABLE = Table("aliases", prefix="mail")
+ROOT = b"mail/aliases/alias/root"
+
+
+class Client:
+    """A client whose answers are a script: a value, or an error to raise; each read takes `takes` seconds."""
+
+    address = "http://consul:8500"
+
+    def __init__(self):
+        self.now = 100.0
+        self.takes = 0.0
+        self.store: dict[bytes, bytes | None] = {ROOT: b"gilles"}
+        self.error: Exception | None = None
+        self.errors: dict[bytes, Exception] = {}
+        self.filtered = False
+        self.asked = []
+        self.tokens = 0
+        self.closed = False
+
+    def clock(self):
+        return self.now
+
+    def _take(self, what, key, timeout):
+        self.asked.append((what, key, timeout))
+        self.now += min(self.takes, timeout)
+        error = self.errors.get(key, self.error)
+        if error is not None:
+            raise error
+
+    def get(self, key, *, timeout):
+        self._take("get", key, timeout)
+        return Pair(key, self.store[key], 1) if key in self.store else None
+
+    def list(self, prefix, *, timeout):
+        self._take("list", prefix, timeout)
+        return Page([Pair(k, v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)], 7, self.filtered)
+
+    def reload_token(self):
+        self.tokens += 1
+        if self.error is not None:
+            raise self.error
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def client():
+    return Client()
+
+
+@pytest.fixture
+def direct(client):
+    return Direct(client, client.clock)
+
+
+def bucket(direct, service="alias", key=b"root", table=TABLE, left=2.0):
+    return direct.bucket(table, SERVICES[service], key, direct._clock() + left)
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_one_key_is_one_read_of_that_key(client, direct):
+    assert (bucket(direct).lookup(b"root"), client.asked) == (b"gilles", [("get", ROOT, 2.0)])
+
+
+def test_a_key_that_consul_proves_absent_is_not_there(client, direct):
+    assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
+
+
+def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
+    client.store[ROOT] = b"|sh"
+    with pytest.raises(EntryError, match="mail/aliases/alias/root: "):
+        bucket(direct).lookup(b"root")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"",
+        b"/",
+        b".",
+        b"..",
+        b"../../other/secret",
+        b"a/../../../other/secret",
+        b"x//y",
+        b"root/",
+        b"/root",
+        b"a/./b",
+        b"\x00",
+        b"a\nb",
+        b"\x7f",
+        b"\xff",
+        b"\xed\xa0\x80",
+        "a\x85b".encode(),
+    ],
+)
+def test_a_key_that_no_url_can_name_is_absent_and_never_reaches_the_client(client, direct, key):
+    client.error = AssertionError("asked")
+    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).check(key), client.asked) == (None, False, [])
+
+
+@pytest.mark.parametrize("key", [b"%2e%2e/secret", b"root?raw", b"root#x", b"?keys", b"..%2f..", b"a b", b"a;b"])
+def test_a_key_that_only_looks_like_more_than_a_key_is_asked_for_as_it_is(client, direct, key):
+    bucket(direct, key=key)
+    assert [("get", b"mail/aliases/alias/" + key, 2.0)] == client.asked
+
+
+# ---- fetch ----
+
+
+def test_fetch_lists_the_bucket_with_keys_relative_to_it(client, direct):
+    client.store = {b"mail/aliases/source/192.0.2.1": None, b"mail/aliases/source/": None, b"other/192.0.2.9": b""}
+    found = bucket(direct, "source", None)
+    assert (found.after(None), len(found)) == ((b"192.0.2.1", b"192.0.2.1"), 1)
+
+
+def test_an_empty_list_is_proven_by_reading_one_key_with_the_time_that_is_left(client, direct):
+    client.takes = 0.5
+    assert None is bucket(direct, "source", None).after(None)
+    assert client.asked == [("list", b"mail/aliases/source/", 2.0), ("get", b"mail/aliases/source/-", 1.5)]
+
+
+def test_an_empty_list_whose_probe_is_refused_is_no_absence(client, direct):
+    client.errors[b"mail/aliases/source/-"] = Forbidden("403")
+    with pytest.raises(Forbidden):
+        bucket(direct, "source", None)
+
+
+def test_a_list_that_consul_shortened_is_no_answer(client, direct):
+    client.filtered = True
+    with pytest.raises(Forbidden, match="hides keys under mail/aliases/source/"):
+        bucket(direct, "source", None)
+
+
+def test_a_fetch_never_answers_from_an_old_list(client, direct):
+    client.store = {b"mail/aliases/source/192.0.2.1": None}
+    bucket(direct, "source", None)
+    client.store = {b"mail/aliases/source/192.0.2.2": None}
+    assert bucket(direct, "source", None).after(None) == (b"192.0.2.2", b"192.0.2.2")
+
+
+# ---- pattern services: the whole bucket, for a while ----
+
+
+@pytest.fixture
+def network(client, direct):
+    """Asks in which entry an address lies."""
+    client.store = {b"mail/aliases/netaddr/192.0.2.0/24": None}
+    return lambda: direct.bucket(TABLE, SERVICES["netaddr"], b"192.0.2.1", client.now + 2.0)
+
+
+def test_a_pattern_service_reads_the_whole_bucket(network, client):
+    assert network().check(b"192.0.2.1")
+    assert client.asked == [("list", b"mail/aliases/netaddr/", 2.0)]
+
+
+def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
+    first = network()
+    client.now += KEEP_SECONDS - 0.1
+    kept = network()
+    client.now += 0.2
+    assert (first is kept, network() is kept, len(client.asked)) == (True, False, 2)
+
+
+def test_an_update_forgets_what_was_kept(network, direct):
+    first = network()
+    direct.update(0.0)
+    assert network() is not first
+
+
+# ---- the circuit breaker ----
+
+
+def failing(client, direct, error, times=1):
+    client.error = error
+    for _ in range(times):
+        with pytest.raises(type(error)):
+            bucket(direct)
+    client.error = None
+
+
+def test_while_consul_is_known_to_be_down_nothing_is_asked_and_the_error_says_since_when(client, direct):
+    failing(client, direct, Unreachable("connection refused"))
+    client.now += 0.1
+    with pytest.raises(Unreachable, match=r"Consul is away for 0 s: connection refused"):
+        bucket(direct)
+    assert len(client.asked) == 1
+
+
+def test_six_lookups_of_one_recipient_cost_one_deadline(client, direct):
+    client.takes, began = 60.0, client.now
+    failing(client, direct, Unreachable("no answer in time"), 6)
+    assert (len(client.asked), client.now - began) == (1, 2.0)
+
+
+def test_after_the_pause_it_is_tried_again_and_a_success_closes_the_breaker(client, direct):
+    failing(client, direct, Unreachable("connection refused"))
+    client.now += LAST_PAUSE_SECONDS
+    assert (bucket(direct).lookup(b"root"), bucket(direct).lookup(b"root"), len(client.asked)) == (
+        b"gilles",
+        b"gilles",
+        3,
+    )
+
+
+@pytest.mark.parametrize("error", [Forbidden("403"), BadResponse("not JSON"), SourceError("token file: gone")])
+def test_what_is_true_of_one_key_alone_does_not_open_the_breaker(client, direct, error):
+    failing(client, direct, error, 3)
+    assert (bucket(direct).lookup(b"root"), len(client.asked)) == (b"gilles", 4)
+
+
+def test_a_refusal_proves_that_consul_is_back(client, direct, caplog):
+    failing(client, direct, Unreachable("connection refused"))
+    client.now += LAST_PAUSE_SECONDS
+    failing(client, direct, Forbidden("403"))
+    assert "Consul at http://consul:8500: back after 4.0 s and 1 failures" in lines(caplog)
+
+
+def test_an_update_reads_the_token_and_tries_consul_again_at_once(client, direct):
+    failing(client, direct, Unreachable("connection refused"))
+    direct.update(0.0)
+    assert (bucket(direct).lookup(b"root"), client.tokens) == (b"gilles", 1)
+
+
+def test_an_update_says_when_the_token_cannot_be_read(client, direct):
+    client.error = SourceError("token file: gone")
+    with pytest.raises(SourceError, match="token file: gone"):
+        direct.update(0.0)
+
+
+@pytest.mark.parametrize("left", [0.0, -1.0])
+def test_when_no_time_is_left_nobody_is_asked(client, direct, left):
+    with pytest.raises(Unreachable, match="no time is left"):
+        bucket(direct, left=left)
+    assert client.asked == []
+
+
+def test_each_outage_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(5):
+        failing(client, direct, Unreachable("connection refused"), 2)
+        client.now += LAST_PAUSE_SECONDS
+    bucket(direct)
+    bucket(direct)
+    assert lines(caplog) == [
+        "Consul at http://consul:8500: connection refused; answering error until it is back",
+        "Consul at http://consul:8500: back after 20.0 s and 5 failures",
+    ]
+
+
+def test_each_refusal_of_a_bucket_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
+    failing(client, direct, Forbidden("403: the token may not read this"), 4)
+    bucket(direct)
+    bucket(direct)
+    assert lines(caplog) == [
+        "mail/aliases/alias/: 403: the token may not read this; answering error",
+        "mail/aliases/alias/: back after 0.0 s and 4 failures",
+    ]
+
+
+def test_close_closes_the_connection(client, direct):
+    direct.close()
+    assert client.closed
+
+
+# ---- the default entry of userinfo ----
+
+USERS = b"mail/aliases/userinfo/"
+
+
+def test_a_user_of_its_own_is_one_read(client, direct):
+    client.store[USERS + b"vera"] = b"1000:1000:/home/vera"
+    assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
+    assert [key for _, key, _ in client.asked] == [USERS + b"vera"]
+
+
+def test_a_user_without_entry_is_looked_up_as_the_default_within_the_same_deadline(client, direct):
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    client.takes = 0.5
+    assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
+    assert client.asked == [("get", USERS + b"vera", 2.0), ("get", USERS + b"*", 1.5)]
+
+
+def test_a_record_that_is_not_about_ids_leaves_them_to_the_default(client, direct):
+    client.store[USERS + b"vera"] = b'{"password": "x"}'
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
+
+
+def test_a_user_whose_entry_is_refused_is_not_the_default_user(client, direct):
+    client.store[USERS + b"vera"] = b"0:0:/root"
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    with pytest.raises(EntryError, match="userinfo/vera: the value gives uid or gid 0"):
+        bucket(direct, "userinfo", b"vera").lookup(b"vera")
+
+
+def test_a_default_that_cannot_be_read_is_no_absence(client, direct):
+    client.errors[USERS + b"*"] = Forbidden("no")
+    with pytest.raises(Forbidden):
+        bucket(direct, "userinfo", b"vera")
+
+
+@pytest.mark.parametrize("key", [b"..", b"a/../b", b"a\nb", b""])
+def test_a_name_that_no_key_can_have_is_not_put_into_a_home(client, direct, key):
+    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
+    found = bucket(direct, "userinfo", key)
+    assert [asked for _, asked, _ in client.asked] == [USERS + b"*"]
+    with pytest.raises(EntryError, match="cannot be part of a home"):
+        found.lookup(key)
+
+
+def test_other_services_have_no_default(client, direct):
+    client.store[b"mail/aliases/alias/*"] = b"gilles"
+    assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
+    assert len(client.asked) == 1
+
+
+def test_problems_of_a_listed_bucket_are_told_once(client, direct, caplog):
+    client.store[b"mail/aliases/netaddr/nonsense"] = b""
+    for _ in range(3):
+        bucket(direct, "netaddr", b"192.0.2.1")
+        client.now += 2 * KEEP_SECONDS
+    assert [line for line in lines(caplog) if "nonsense" in line] == [lines(caplog)[0]]

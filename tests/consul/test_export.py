@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from table_consul.errors import SourceError
+from table_consul.services import SERVICES, Table
+from table_consul.sources import export
+from table_consul.sources.export import File, read_export
+from tests.dialogue import write_source
+
+TABLE = Table("aliases")
+BROKEN = [
+    "",
+    "{",
+    "{}",
+    "[1]",
+    '[{"value": ""}]',
+    '[{"key": 1}]',
+    '[{"key": "a", "value": "!"}]',
+    "[" * 100_000,
+    "\xff",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_source(tmp_path, {"aliases/alias/root": b"gilles"})
+    return tmp_path
+
+
+@pytest.fixture
+def source(folder):
+    return File(str(folder / "export.json"))
+
+
+def bucket(source, service="alias", table=TABLE):
+    return source.bucket(table, SERVICES[service], b"root", 0.0)
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def spoil(folder, text="{"):
+    (folder / "export.json").write_text(text, "latin-1")
+
+
+def test_keys_and_values_of_an_export_are_read_in_its_order():
+    data = b'[{"key":"b/","flags":0,"value":""},{"key":"a","flags":18446744073709551615,"value":"Z2lsbGVz"}]'
+    assert read_export(data) == [(b"b/", b""), (b"a", b"gilles")]
+
+
+def test_null_and_what_later_versions_of_consul_add_are_read():
+    data = b'[{"key":"a","flags":0,"value":null,"namespace":"default","partition":"default"}]'
+    assert read_export(data) == [(b"a", b"")]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_is_no_export_is_refused(text):
+    with pytest.raises(SourceError, match="this is no output of `consul kv export`"):
+        read_export(text.encode("latin-1"))
+
+
+@settings(deadline=None)
+@given(st.binary() | st.recursive(st.none() | st.text(), st.lists).map(lambda v: json.dumps(v).encode()))
+def test_any_bytes_are_an_export_or_a_source_error(data):
+    with contextlib.suppress(SourceError):
+        read_export(data)
+
+
+def test_a_bucket_holds_what_lies_under_its_path(folder, source):
+    write_source(folder, {"aliases/alias/root": b"gilles", "aliases/aliases/root": b"no", "aliases/alias": b"no"})
+    assert bucket(source).values == {b"root": b"gilles"}
+
+
+def test_an_unchanged_file_is_not_read_again(source):
+    assert bucket(source) is bucket(source)
+
+
+def test_a_changed_file_answers_at_once(folder, source):
+    bucket(source)
+    write_source(folder, {"aliases/alias/root": b"eric, marie"})
+    assert bucket(source).lookup(b"root") == b"eric, marie"
+
+
+def test_tables_and_services_have_buckets_of_their_own(folder, source):
+    write_source(
+        folder, {"aliases/alias/root": b"gilles", "others/alias/root": b"eric", "aliases/string/root": b"marie"}
+    )
+    assert [
+        bucket(source, *which).lookup(b"root") for which in (("alias",), ("alias", Table("others")), ("string",))
+    ] == [b"gilles", b"eric", b"marie"]
+
+
+def test_another_layout_of_the_same_table_is_not_answered_from_what_was_read_for_the_former(source):
+    allowed = replace(TABLE, paths={"alias": "elsewhere"})
+    assert (bucket(source).lookup(b"root"), bucket(source, table=allowed).lookup(b"root")) == (b"gilles", None)
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_file_that_was_never_good_is_an_error_that_names_it(folder, source, text):
+    spoil(folder, text)
+    with pytest.raises(SourceError, match=r"export\.json: this is no output"):
+        bucket(source)
+
+
+def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
+    source = File(str(tmp_path / "export.json"))
+    with pytest.raises(SourceError, match=r"export\.json: No such file or directory"):
+        bucket(source)
+    write_source(tmp_path, {"aliases/alias/root": b"gilles"})
+    assert bucket(source).lookup(b"root") == b"gilles"
+
+
+def test_a_folder_is_an_error(tmp_path):
+    with pytest.raises(SourceError, match="Is a directory"):
+        bucket(File(str(tmp_path)))
+
+
+@pytest.mark.timeout(10)
+def test_a_named_pipe_is_an_error_and_nothing_to_wait_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match=r"pipe: "):
+        bucket(File(str(tmp_path / "pipe")))
+
+
+@pytest.mark.timeout(10)
+def test_a_device_is_an_error_and_not_read_to_its_end():
+    with pytest.raises(SourceError, match="/dev/zero: a device, not a file"):
+        bucket(File("/dev/zero"))
+
+
+def test_a_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source, monkeypatch):
+    monkeypatch.setattr(export, "FILE_LIMIT_BYTES", 1 << 20)
+    os.truncate(folder / "export.json", (1 << 20) + 1)
+    with pytest.raises(SourceError, match=r"export.json: larger than 1 MiB"):
+        bucket(source)
+
+
+def test_a_bad_version_leaves_the_last_good_one_answering(folder, source):
+    bucket(source)
+    spoil(folder)
+    assert bucket(source).lookup(b"root") == b"gilles"
+
+
+def test_a_bad_version_is_told_once_and_again_when_it_was_mended_meanwhile(folder, source, caplog):
+    caplog.set_level(logging.DEBUG)
+    for _ in range(2):
+        write_source(folder, {"aliases/alias/root": b"gilles"})
+        bucket(source)
+        spoil(folder)
+        for _ in range(3):
+            bucket(source)
+    warnings = [line for line in lines(caplog) if "answering from its last good version" in line]
+    assert len(warnings) == 2
+
+
+def test_the_end_of_a_bad_version_is_told(folder, source, caplog):
+    caplog.set_level(logging.DEBUG)
+    bucket(source)
+    spoil(folder)
+    bucket(source)
+    write_source(folder, {"aliases/alias/root": b"gilles"})
+    bucket(source)
+    bucket(source)
+    assert [f"{folder}/export.json: good again"] == lines(caplog)[1:]
+
+
+def test_problems_of_entries_are_told_once_a_version(folder, source, caplog):
+    write_source(folder, {"aliases/alias/bad": b"|sh"})
+    bucket(source)
+    bucket(source)
+    assert [line.partition(":")[0] for line in lines(caplog)] == ["aliases/alias/bad"]
+
+
+def test_an_update_reads_again_what_looks_the_same(source):
+    first = bucket(source)
+    source.update(0.0)
+    assert first is not bucket(source)
+
+
+def test_an_update_with_a_bad_file_is_an_error_and_the_last_good_version_answers_on(folder, source):
+    bucket(source)
+    spoil(folder)
+    with pytest.raises(SourceError, match="this is no output"):
+        source.update(0.0)
+    assert bucket(source).lookup(b"root") == b"gilles"
+
+
+def test_asking_a_broken_file_again_and_again_holds_on_to_nothing(folder, source):
+    spoil(folder)
+    depth = 0
+    for _ in range(50):
+        with pytest.raises(SourceError) as caught:
+            bucket(source)
+        depth = len(caught.traceback)
+    assert depth < 10

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import pytest
+
+from table_consul.errors import Forbidden, SourceError, Unreachable
+from table_consul.kv import addressable
+from table_consul.services import Table
+from table_consul.sources import mirror
+from table_consul.sources.mirror import (
+    LEAST_PAUSE_SECONDS,
+    LEAST_WAIT_SECONDS,
+    MOST_PAUSE_SECONDS,
+    MOST_WAIT_SECONDS,
+    PROOFS,
+    Doubt,
+    Loading,
+    Mirror,
+    Snapshot,
+    TooManyKeys,
+    Turn,
+    WatchState,
+    advance,
+    unproven,
+    wait_seconds,
+)
+
+TABLE = Table("aliases", prefix="mail", services=("alias", "domain"))
+PREFIX = b"mail/aliases/"
+ALIAS, DOMAIN = b"mail/aliases/alias/", b"mail/aliases/domain/"
+ROOT = (ALIAS + b"root", b"gilles")
+BOTH = [ROOT, (DOMAIN + b"example.org", b"")]
+
+
+def turn(index=7, *, changed=False, waited_out=False, took=0.0):
+    return Turn(index=index, changed=changed, waited_out=waited_out, took=took)
+
+
+def loading(pairs=(), former=None, table=TABLE, forbidden=None):
+    made = Loading(table, PREFIX, table.services, former, forbidden or {})
+    made.take(list(pairs))
+    return made
+
+
+def snapshot(pairs=(), former=None, table=TABLE):
+    return loading(pairs, former, table).finish()
+
+
+def doubts(pairs, former, *, filtered=False):
+    return list(loading(pairs, former).doubts(addressable, filtered=filtered))
+
+
+# ---- the index ----
+
+
+def test_a_higher_index_is_the_one_to_wait_on_next():
+    assert advance(WatchState(5), turn(7, changed=True))[0] == WatchState(7)
+
+
+def test_an_index_that_goes_backwards_restarts_at_zero():
+    assert advance(WatchState(7), turn(6, changed=True))[0] == WatchState(0)
+
+
+def test_an_index_is_at_least_one():
+    assert advance(WatchState(0), turn(0))[0] == WatchState(1)
+
+
+def test_the_same_index_is_kept():
+    assert advance(WatchState(7), turn(7, waited_out=True)) == (WatchState(7), 0.0)
+
+
+# ---- the pause ----
+
+
+def test_after_the_first_load_the_wait_for_changes_begins_at_once():
+    assert advance(WatchState(), turn(changed=True)) == (WatchState(7), 0.0)
+
+
+def test_after_a_wait_without_news_the_next_begins_at_once_and_churn_is_forgotten():
+    assert advance(WatchState(7, idle=4), turn(7, waited_out=True)) == (WatchState(7), 0.0)
+
+
+def test_under_churn_there_is_a_least_pause():
+    assert advance(WatchState(5, idle=3), turn(7, changed=True)) == (WatchState(7), LEAST_PAUSE_SECONDS)
+
+
+def test_reading_takes_at_most_half_of_the_time():
+    assert advance(WatchState(5), turn(7, changed=True, took=0.9))[1] == 0.9
+
+
+def test_queries_that_return_with_nothing_new_are_asked_ever_more_rarely_up_to_a_limit():
+    state, pauses = WatchState(7), []
+    for _ in range(8):
+        state, pause = advance(state, turn(7))
+        pauses.append(pause)
+    assert pauses == [0.04, 0.08, 0.16, 0.32, MOST_PAUSE_SECONDS, MOST_PAUSE_SECONDS, MOST_PAUSE_SECONDS, 0.5]
+    assert advance(WatchState(7, idle=10_000), turn(7))[1] == MOST_PAUSE_SECONDS
+
+
+def test_an_index_that_goes_to_and_fro_without_news_is_no_busy_loop():
+    state, waited = WatchState(), 0.0
+    for number in range(20):
+        state, pause = advance(state, turn(7 - number % 2))
+        waited += pause
+    assert waited > 1.0
+
+
+# ---- the wait ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "seconds"),
+    [(0, LEAST_WAIT_SECONDS), (10_000, 10.0), (20_000, 20.0), (100_000, MOST_WAIT_SECONDS)],
+)
+def test_the_wait_grows_with_the_table_between_two_limits(keys, seconds):
+    assert wait_seconds(keys, 86400.0) == seconds
+
+
+@pytest.mark.parametrize(("max_age", "seconds"), [(30.0, 10.0), (15.0, 5.0), (1.0, 1 / 3), (1e-9, LEAST_PAUSE_SECONDS)])
+def test_the_wait_stays_below_a_third_of_max_age(max_age, seconds):
+    assert wait_seconds(100_000, max_age) == seconds
+
+
+# ---- a snapshot ----
+
+
+def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch():
+    table = Table("aliases", prefix="mail", services=("alias", "domain", "string"))
+    pairs = [
+        (b"mail/aliases/", b""), (b"mail/aliases/aaa/x", b"1"), (ALIAS + b"a", b"1"), (ALIAS + b"b", b"2"),
+        (b"mail/aliases/aliases/x", b"no"), (DOMAIN + b"c", b"3"), (b"mail/aliases/z", b"no"),
+    ]  # fmt: skip
+    for cut in range(len(pairs) + 1):
+        made = Loading(table, PREFIX, table.services, None, {})
+        made.take(pairs[:cut])
+        made.take(pairs[cut:])
+        found = made.finish()
+        assert {name: dict(bucket.values) for name, bucket in found.buckets.items()} == {
+            "alias": {b"a": b"1", b"b": b"2"},
+            "domain": {b"c": b"3"},
+            "string": {},
+        }
+        assert found.size == 3
+
+
+def test_two_services_may_share_one_folder():
+    table = Table("t", services=("alias", "string"), paths={"string": "t/alias"})
+    made = Loading(table, b"t/", table.services, None, {})
+    made.take([(b"t/alias/a", b"1")])
+    assert {name: bucket.lookup(b"a") for name, bucket in made.finish().buckets.items()} == {
+        "alias": b"1",
+        "string": b"1",
+    }
+
+
+def test_a_path_elsewhere_is_a_prefix_of_its_own():
+    table = Table("t", services=("alias",), paths={"alias": "shared/people"})
+    made = Loading(table, b"shared/people/", table.services, None, {})
+    made.take([(b"shared/people/a", b"1")])
+    assert made.finish().buckets["alias"].lookup(b"a") == b"1"
+
+
+def test_the_same_contents_keep_the_same_snapshot():
+    former = snapshot(BOTH)
+    assert snapshot(BOTH, former) is former
+
+
+def test_a_bucket_that_has_not_changed_is_kept_when_another_has():
+    former = snapshot(BOTH)
+    latter = snapshot([(ROOT[0], b"eric"), BOTH[1]], former)
+    assert latter is not former
+    assert latter.buckets["domain"] is former.buckets["domain"]
+    assert latter.buckets["alias"].lookup(b"root") == b"eric"
+
+
+def test_a_table_may_have_max_keys_entries_and_not_one_more():
+    table = Table("aliases", prefix="mail", services=("alias",), max_keys=2)
+    pairs = [(ALIAS + b"%d" % number, b"x") for number in range(3)]
+    assert snapshot(pairs[:2], table=table).size == 2
+    made = loading(pairs[:2], table=table)
+    with pytest.raises(TooManyKeys, match="mail/aliases/ holds more than max_keys = 2 keys"):
+        made.take(pairs[2:])
+
+
+# ---- absence is proven ----
+
+
+def test_nothing_lost_is_nothing_doubted():
+    assert doubts([*BOTH, (DOMAIN + b"new", b"")], snapshot(BOTH)) == []
+
+
+def test_of_the_lost_keys_one_of_each_service_is_doubted():
+    former = snapshot([*((ALIAS + b"%02d" % number, b"x") for number in range(20)), BOTH[1]])
+    assert doubts([], former) == [
+        Doubt("alias", ALIAS + b"00", held=True),
+        Doubt("domain", DOMAIN + b"example.org", held=True),
+    ]
+
+
+def test_where_consul_says_that_it_hides_keys_more_of_the_lost_are_doubted():
+    former = snapshot([*((ALIAS + b"%02d" % number, b"x") for number in range(20)), BOTH[1]])
+    found = [doubt for doubt in doubts([BOTH[1]], former, filtered=True) if doubt.service == "alias"]
+    assert found == [Doubt("alias", ALIAS + b"%02d" % number, held=True) for number in range(PROOFS)]
+
+
+def test_where_consul_says_that_it_hides_keys_a_bucket_that_lost_none_is_doubted_as_well():
+    assert doubts(BOTH, snapshot(BOTH), filtered=True) == [
+        Doubt("alias", ALIAS + b"-", held=True),
+        Doubt("domain", DOMAIN + b"-", held=True),
+    ]
+    assert doubts(BOTH, None, filtered=True) == [
+        Doubt("alias", ALIAS + b"-", held=False),
+        Doubt("domain", DOMAIN + b"-", held=False),
+    ]
+
+
+def test_a_listed_key_of_the_name_of_the_probe_is_proof_enough():
+    assert doubts([(ALIAS + b"-", b"x"), BOTH[1]], None, filtered=True) == [Doubt("domain", DOMAIN + b"-", held=False)]
+
+
+def test_a_lost_key_that_no_url_can_name_is_no_proof_so_the_folder_is_asked_for():
+    former = snapshot([(ALIAS + b"a//b", b"x"), BOTH[1]])
+    assert doubts([BOTH[1]], former) == [Doubt("alias", ALIAS + b"-", held=True)]
+
+
+def test_a_bucket_that_is_empty_is_believed_to_be_where_its_folder_may_be_read():
+    assert doubts([BOTH[1]], None) == []
+    assert unproven(TABLE.services, None) == ["alias", "domain"]
+    assert unproven(TABLE.services, snapshot([BOTH[1]])) == []
+
+
+def hidden(pairs=(BOTH[1],), former=None):
+    return loading(pairs, former, forbidden={"alias": Forbidden("may not be read")}).finish()
+
+
+def test_a_bucket_is_hidden_whose_folder_could_not_be_read_before_and_is_tried_again_each_time():
+    assert list(hidden().hidden) == ["alias"]
+    assert unproven(TABLE.services, hidden()) == ["alias"]
+    made = loading([BOTH[1]], hidden(), forbidden={"alias": Forbidden("still")})
+    assert list(made.doubts(addressable, filtered=True)) == [Doubt("domain", DOMAIN + b"-", held=True)]
+
+
+def test_a_bucket_may_turn_out_to_be_hidden_afterwards():
+    made = loading([BOTH[1]], snapshot([BOTH[1]]))
+    assert next(made.doubts(addressable, filtered=True)) == Doubt("alias", ALIAS + b"-", held=False)
+    made.hide("alias", Forbidden("may not be read"))
+    assert list(made.finish().hidden) == ["alias"]
+
+
+def test_what_is_hidden_still_is_no_change_and_what_is_no_longer_is_one():
+    former = hidden()
+    assert hidden(former=former) is former
+    assert snapshot([BOTH[1]], former) is not former
+
+
+def test_a_hidden_bucket_is_an_error_and_the_others_answer():
+    held = Mirror(10.0)
+    held.confirm(hidden(), 0.0)
+    assert held.bucket("domain", b"example.org", 1.0).check(b"example.org")
+    for _ in range(3):
+        with pytest.raises(Forbidden, match="may not be read") as caught:
+            held.bucket("alias", b"root", 1.0)
+    assert len(caught.traceback) == 2
+
+
+def test_of_a_bucket_that_is_hidden_in_part_the_rest_answers_and_absence_is_an_error():
+    held = Mirror(10.0)
+    held.confirm(hidden(BOTH), 0.0)
+    assert held.bucket("alias", b"root", 1.0).lookup(b"root") == b"gilles"
+    for key in (b"nobody", None):
+        with pytest.raises(Forbidden):
+            held.bucket("alias", key, 1.0)
+
+
+# ---- a copy from disk proves nothing ----
+
+
+def restored(pairs):
+    return loading(pairs).finish(restored=True)
+
+
+def test_what_comes_from_disk_is_all_unproven():
+    assert unproven(TABLE.services, restored(BOTH)) == ["alias", "domain"]
+
+
+def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets():
+    former = restored(BOTH)
+    latter = snapshot(BOTH, former)
+    assert latter is not former
+    assert not latter.restored
+    assert latter.buckets["alias"] is former.buckets["alias"]
+
+
+# ---- the mirror ----
+
+
+def test_before_anything_was_read_the_last_error_says_why():
+    held = Mirror(10.0)
+    for _ in range(3):
+        with pytest.raises(Unreachable, match="nothing has been read from Consul yet") as caught:
+            held.bucket("alias", b"root", 0.0)
+    assert len(caught.traceback) == 2
+    held.last_error = SourceError("token file: gone")
+    with pytest.raises(SourceError, match="token file: gone"):
+        held.bucket("alias", b"root", 0.0)
+
+
+def test_the_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_when():
+    held = Mirror(10.0)
+    held.confirm(snapshot(BOTH), 100.0)
+    held.last_error = Unreachable("connection refused")
+    assert held.bucket("alias", b"root", 110.0).lookup(b"root") == b"gilles"
+    with pytest.raises(Unreachable, match=r"no data from Consul for 12 s; last error: connection refused"):
+        held.bucket("alias", b"root", 112.0)
+
+
+def test_a_confirmation_makes_it_young_again():
+    held = Mirror(10.0)
+    kept = snapshot(BOTH)
+    held.confirm(kept, 100.0)
+    held.confirm(kept, 200.0)
+    assert held.bucket("alias", b"root", 205.0) is kept.buckets["alias"]
+
+
+def test_a_reader_keeps_its_snapshot_while_another_takes_its_place():
+    held = Mirror(10.0)
+    held.confirm(snapshot(BOTH), 0.0)
+    reading = held.bucket("alias", b"root", 0.0)
+    held.confirm(snapshot([], held.state[0]), 0.0)
+    assert (reading.lookup(b"root"), held.bucket("alias", b"root", 0.0).lookup(b"root")) == (b"gilles", None)
+
+
+def test_who_remembers_the_state_is_told_to_look_again():
+    held = Mirror(10.0)
+    held.retire()
+    held.confirm(snapshot(BOTH), 0.0)
+    before = held.state
+    held.retire()
+    assert held.state is not before
+    assert held.state == before
+
+
+def test_a_batch_of_nothing_is_nothing():
+    assert snapshot([]).size == 0
+    assert isinstance(snapshot([]), Snapshot)
+
+
+def test_the_least_pause_is_short_enough_for_an_edit_to_be_seen_in_time():
+    assert mirror.LEAST_PAUSE_SECONDS <= 0.02  # an edit is to be seen within 20 ms, p50

@@ -1,0 +1,298 @@
+"""`table-consulctl export`: files that smtpd and Consul read back to what stood in Consul."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from table_consul.ctl import export
+from tests.control import at_terminal, control, finished, start
+from tests.dialogue import write_config, write_source
+from tests.rig.consul import consul_binary
+
+ALIASES = {
+    "Root": b"gilles\n",
+    "staff": b'["gilles", "eric"]',
+    "quoted": b'"gilles"',
+    "lines": b"# x\ngilles\neric\n",
+    "tagged+x@example.org": b"gilles, eric@example.org",
+    "@example.org": b"gilles",
+}
+TABLE = b"""\
+@example.org:\tgilles
+lines:\tgilles, eric
+quoted:\tgilles
+root:\tgilles
+staff:\tgilles, eric
+tagged+x@example.org:\tgilles, eric@example.org
+"""
+
+
+def put(agent, entries, path="aliases/alias/"):
+    for key, value in entries.items():
+        agent.kv_put(path + key, value)
+
+
+def exported(agent, *arguments, token=None):
+    more = {"CONSUL_HTTP_TOKEN": token} if token else {}
+    return control("export", *arguments, CONSUL_HTTP_ADDR=agent.address, **more)
+
+
+def test_a_table_says_what_smtpd_is_told(consul):
+    put(consul, {**ALIASES, "folder/": b""})
+    assert exported(consul, "aliases", "alias") == (0, TABLE, b"")
+    assert exported(consul, "aliases", "alias", "--format", "aliases").out == TABLE
+
+
+def test_an_export_is_what_consul_writes(consul):
+    put(consul, {**ALIASES, "folder/": b"", "bytes": b"\xff\0", "empty": b"", "a<b>&c": b"x"})
+    consul.request("PUT", "/v1/kv/aliases/alias/flagged?flags=7", b"x")
+    command = [consul_binary(), "kv", "export", f"-http-addr={consul.address}", "aliases/alias/"]
+    theirs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    ours = json.loads(exported(consul, "aliases", "alias", "--format", "export").text)
+    assert ours == [entry for entry in theirs if entry["key"] != "aliases/alias/folder/"]
+
+
+def test_consul_imports_an_export(consul, tmp_path):
+    put(consul, ALIASES)
+    path = tmp_path / "backup.json"
+    assert exported(consul, "aliases", "alias", path, "--format", "export").status == 0
+    consul.kv_delete("", recurse=True)
+    command = [consul_binary(), "kv", "import", f"-http-addr={consul.address}", f"@{path}"]
+    subprocess.run(command, capture_output=True, check=True)
+    assert {key: consul.kv_get(f"aliases/alias/{key}") for key in ALIASES} == ALIASES
+
+
+@pytest.mark.parametrize("wanted", export.FORMATS)
+def test_an_import_of_an_export_changes_nothing_and_restores_all(consul, tmp_path, wanted):
+    put(consul, ALIASES)
+    path = tmp_path / "file"
+    assert exported(consul, "aliases", "alias", path, "--format", wanted).status == 0
+    before = consul.request("GET", "/v1/kv/?recurse")
+    again = control("import", "aliases", "alias", path, "--prune", CONSUL_HTTP_ADDR=consul.address)
+    assert (again.status, again.text) == (0, "0 to add, 0 to change, 0 to remove, 6 unchanged\n")
+    assert consul.request("GET", "/v1/kv/?recurse") == before
+    consul.kv_delete("", recurse=True)
+    assert control("import", "aliases", "alias", path, CONSUL_HTTP_ADDR=consul.address).status == 0
+    assert exported(consul, "aliases", "alias").out == TABLE
+
+
+keys = st.text(st.sampled_from("ab.@*-/ é"), min_size=1, max_size=5).filter(
+    lambda key: not {"", ".", ".."} & {*key.split("/")}
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(keys, st.binary(max_size=10), min_size=1, max_size=5),
+    st.sampled_from(["alias", "string", "domain"]),
+)
+def test_any_entries_come_back_as_they_were(consul, entries, service):
+    consul.kv_delete("", recurse=True)
+    put(consul, entries, f"t/{service}/")
+    text = exported(consul, "t", service, "--format", "export").out
+    done = control("import", "t", service, "-", "--prune", stdin=text, CONSUL_HTTP_ADDR=consul.address)
+    assert (done.status, f"0 to add, 0 to change, 0 to remove, {len(entries)} unchanged" in done.text) == (0, True), (
+        done
+    )
+
+
+@pytest.mark.parametrize(
+    ("service", "text"),
+    [
+        ("domain", b"# @list\n*.example.net\nexample.org\n"),
+        ("netaddr", b"# @list\n192.0.2.0/24\n[2001:db8::/32]\n"),
+        ("addrname", b"192.0.2.1\tmail.example.org\n"),
+        ("userinfo", b"vera\t1000:100:/home/vera\n"),
+    ],
+)
+def test_each_service_has_its_kind_of_table(consul, service, text):
+    imported = control("import", "t", service, "-", stdin=text, CONSUL_HTTP_ADDR=consul.address)
+    assert (imported.status, imported.said) == (0, "")
+    assert exported(consul, "t", service).out == text
+
+
+def test_an_entry_without_a_value_among_others_with_one_says_itself(consul):
+    put(consul, {"example.org": b"", "example.net": b"yes"}, "t/domain/")
+    assert exported(consul, "t", "domain").out == b"example.net\tyes\nexample.org\texample.org\n"
+
+
+def test_what_no_table_can_say_is_named_and_nothing_is_written(consul, tmp_path):
+    path = tmp_path / "aliases"
+    path.write_text("old\n")
+    put(consul, {"root": b"gilles", "john doe": b"john", "#x": b"y", "bad": b"|/bin/sh", "Root": b"eric"})
+    done = exported(consul, "aliases", "alias", path)
+    assert (done.status, path.read_text()) == (2, "old\n")
+    lines = done.said.splitlines()
+    for key in ("bad", "john doe", "#x", "Root"):
+        assert sum(line.startswith(f"aliases/alias/{key}: ") for line in lines) == 1, lines
+    assert "--format export" in lines[-1]
+    assert exported(consul, "aliases", "alias", path, "--format", "export").status == 0
+
+
+def test_records_that_say_nothing_for_the_service_are_no_entries_of_it(consul):
+    put(consul, {"eric": b'{"password": "*"}', "vera": b'{"uid": 1, "gid": 2, "home": "/v"}'}, "t/userinfo/")
+    assert exported(consul, "t", "userinfo") == (0, b"vera\t1:2:/v\n", b"")
+
+
+def test_a_token_that_may_not_read_gets_an_error_and_no_empty_file(consul_with_acl, tmp_path):
+    put(consul_with_acl, ALIASES)
+    token = consul_with_acl.token('key_prefix "other/" { policy = "read" }')
+    done = exported(consul_with_acl, "aliases", "alias", tmp_path / "file", token=token)
+    assert (done.status, "403" in done.said, os.listdir(tmp_path)) == (2, True, [])
+
+
+def test_an_empty_table_is_an_empty_file(consul):
+    assert exported(consul, "aliases", "alias") == (0, b"", b"")
+    assert exported(consul, "aliases", "alias", "--format", "export") == (0, b"[]\n", b"")
+
+
+def test_a_file_of_consuls_is_a_source_too(tmp_path):
+    conf = write_config(tmp_path)
+    assert control("-c", conf, "export", "aliases", "domain").out == b"# @list\nexample.org\n"
+    assert len(json.loads(control("-c", conf, "export", "aliases", "alias", "--format", "export").text)) == 5
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    conf = tmp_path / "c.toml"
+    conf.write_text(f'[consul]\naddress = "file://{tmp_path}/pipe"\n')
+    done = finished(start("-c", conf, "export", "aliases", "alias"))
+    assert (done.status, "pipe: a named pipe, not a file" in done.said) == (2, True)
+
+
+def test_a_terminal_gets_no_bytes_that_it_could_play_with(tmp_path):
+    source = write_source(tmp_path, {"t/alias/root": b"a\x1b[2J", "t/alias/eric": b"joerg"})
+    (tmp_path / "c.toml").write_text(f'[consul]\naddress = "file://{source}"\n')
+    _, seen = at_terminal("-c", tmp_path / "c.toml", "export", "t", "alias")
+    assert re.sub(r"[\t ]+", " ", seen) == "eric: joerg\nroot: a\\x1b[2J\n"
+
+
+def test_aliases_are_for_alias_alone(tmp_path):
+    done = control("-c", write_config(tmp_path), "export", "aliases", "domain", "--format", "aliases")
+    assert (done.status, "is for alias" in done.said) == (2, True)
+
+
+def test_standard_output_that_is_closed_is_no_traceback(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nobody:
+        done = finished(start("-c", write_config(tmp_path), "export", "aliases", "domain", stdout=nobody))
+    assert (done.status, done.said) == (2, "")
+
+
+# The file.
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_where_there_may_be_passwords_only_the_owner_reads(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    path.chmod(0o644)
+    export.replace_file(str(path), b"new", private=True)
+    assert (path.read_bytes(), mode(path)) == (b"new", 0o600)
+    for service in ("credentials", "auth", "userinfo"):
+        made = tmp_path / service
+        assert control("-c", write_config(tmp_path), "export", "empty", service, made).status == 0
+        assert mode(made) == 0o600
+
+
+def test_else_a_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    path.chmod(0o664)
+    export.replace_file(str(path), b"new", private=False)
+    assert (path.read_bytes(), mode(path)) == (b"new", 0o664)
+    before = os.umask(0o027)
+    export.replace_file(str(tmp_path / "y"), b"new", private=False)
+    os.umask(before)
+    assert mode(tmp_path / "y") == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_stays_with_whom_it_belongs_to(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    path.chmod(0o640)
+    os.chown(path, 12345, 54321)
+    export.replace_file(str(path), b"new", private=False)
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, mode(path), path.read_bytes()) == (12345, 54321, 0o640, b"new")
+    export.replace_file(str(path), b"hash", private=True)
+    assert (path.stat().st_uid, mode(path)) == (0, 0o600)
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    export.replace_file(str(tmp_path / "link"), b"new", private=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    reader, writer = os.pipe()
+    export.replace_file(f"/dev/fd/{writer}", b"new", private=True)
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    os.close(writer)
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        export.replace_file(str(path), b"new", private=False)
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["x"])
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    done = control("-c", write_config(tmp_path), "export", "aliases", "domain", tmp_path / "none" / "x")
+    assert done == (2, b"", f"table-consulctl: {tmp_path}/none/x: no such file or directory\n".encode())
+
+
+# smtpd's own reader.
+
+CONF = """\
+table aliases file:/etc/mail/exported
+listen on 127.0.0.1 port $smtp_port
+action "local" maildir alias <aliases>
+match from any for local action "local"
+"""
+ODD = {
+    "colon": b"gilles, eric",
+    "many": b"gilles,eric,joerg",
+    "Tabs": b"gilles,\teric",
+    "hash": b"gilles#x@example.org",
+    "error": b"error:550 no such user",
+    "list": b'["gilles", "eric"]',
+    "joined": b"gilles\neric\n",
+    "equal": b"a=b@example.org",
+    "quote": b'"|/bin/cat, x"',
+    "include": b":include:/etc/list",
+}
+
+
+def test_smtpd_reads_the_file_to_what_is_answered_from_consul(consul, smtpd, tmp_path):
+    conf = write_config(tmp_path, "allow_commands = true", address=f"http://{consul.address}")
+    put(consul, ODD)
+    done = control("-c", conf, "export", "aliases", "alias")
+    assert (done.status, done.said) == (0, "")
+    mail = smtpd(CONF, {"/etc/mail/exported": done.out})
+    asked = [key.lower() for key in ODD]
+    mail.send(*(f"{key}@localhost" for key in asked))
+    answers = dict(re.findall(r'lookup: lookup "(\w+)" as alias in table static:aliases -> "(.*)"', mail.log))
+    told = control("-c", conf, "query", "aliases", "alias", *asked).text
+    assert {key: answers[key] for key in asked} == dict(line.split("\t", 1) for line in told.splitlines())

@@ -1,0 +1,418 @@
+"""What files say, line by line: smtpd's tables, aliases, users, exports; and what is none of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from table_consul.ctl import files
+from table_consul.ctl.aliases import read_aliases
+from table_consul.ctl.entries import FormatError
+from table_consul.ctl.passwd import read_passwd
+from table_consul.services import SERVICES
+
+ALIAS, DOMAIN, STRING = SERVICES["alias"], SERVICES["domain"], SERVICES["string"]
+CREDENTIALS, USERINFO = SERVICES["credentials"], SERVICES["userinfo"]
+PATH = b"aliases/alias/"
+HASH = b"$2b$10$hIJ4QfMcp.90nJwKqGbKM.MybArjHOTpEtoTV.DgLYAiThuoYmTSe"
+
+contents = st.binary(max_size=300) | st.lists(
+    st.sampled_from([b"a", b"[", b"]", b":", b" ", b"\t", b"\n", b"#", b"\\", b'"', b"|", b",", b"x", b"@list", b"{"])
+).map(b"".join)
+
+
+def pairs(parsed):
+    assert parsed.problems == []
+    return [(entry.key, entry.value) for entry in parsed.entries]
+
+
+def wrong(parsed):
+    return {problem.line: problem.text for problem in parsed.problems}
+
+
+# smtpd's tables. Each case was tried against parse_table_line of 7.8.0p1.
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        (b"root gilles", b"root", b"gilles"),
+        (b"root:gilles", b"root", b"gilles"),
+        (b"root: gilles, eric", b"root", b"gilles, eric"),
+        (b"\troot \t gilles \r", b"root", b"gilles"),
+        (b"Root: Gilles", b"root", b"Gilles"),
+        (b"foo::bar", b"foo", b":bar"),
+        (b"list: :include:/etc/list", b"list", b":include:/etc/list"),
+        (b"[::1]:localhost", b"[::1]", b"localhost"),
+        (b"[::1] localhost", b"[::1]", b"localhost"),
+        (b"label user:password # 1", b"label", b"user:password # 1"),
+        (b"a\xe9 b\xe9", b"a\xe9", b"b\xe9"),
+        (b"key value\\", b"key", b"value\\"),
+    ],
+)
+def test_a_line_of_a_mapping_is_read_as_smtpd_reads_it(line, key, value):
+    assert pairs(files.read_table(line + b"\n", STRING)) == [(key, value)]
+
+
+def test_a_file_without_values_is_a_list_of_whole_lines():
+    text = b"# domains\n\n  example.org  \n*.Example.NET\n\t# more\nexample.com"
+    assert pairs(files.read_table(text, DOMAIN)) == [
+        (b"example.org", b""),
+        (b"*.example.net", b""),
+        (b"example.com", b""),
+    ]
+
+
+def test_the_special_comment_forces_a_list():
+    assert pairs(files.read_table(b"#  @list \na b\nc: d\n", STRING)) == [(b"a b", b""), (b"c: d", b"")]
+
+
+def test_the_special_comment_after_the_first_entry_says_nothing():
+    assert pairs(files.read_table(b"a b\n# @list\nc d\n", STRING)) == [(b"a", b"b"), (b"c", b"d")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (b"a b\nc\n", 2, "no value"),
+        (b"a b\n\n# x\nc:   \n", 4, "no value"),
+        (b"a b\n:c\n", 2, "no key"),
+        (b"a b\n[::1 c\n", 2, "has no ]"),
+        (b"[::1\n", 1, "has no ]"),
+        (b"foo : bar\n", 1, "blank before its colon"),
+    ],
+)
+def test_a_broken_line_of_a_table_is_told_with_its_number(text, line, said):
+    assert said in wrong(files.read_table(text, STRING))[line]
+
+
+def test_a_list_for_a_service_of_values_is_told_once():
+    assert list(wrong(files.read_table(b"\nroot\neric\ngilles\n", ALIAS))) == [2]
+
+
+# aliases(5).
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        (b"root: gilles", b"root", b"gilles"),
+        (b"root:gilles,eric", b"root", b"gilles,eric"),
+        (b"root gilles", b"root", b"gilles"),
+        (b"Root : Gilles@Example.ORG", b"root", b"Gilles@Example.ORG"),
+        (b'"john doe" : john', b"john doe", b"john"),
+        (b"root: gilles, # the boss", b"root", b"gilles"),
+        (b"root: gilles#1", b"root", b"gilles#1"),
+        (b'x: "|/bin/a # b"', b"x", b'"|/bin/a # b"'),
+        (b'x: |"/bin/a -f, b"', b"x", b'"|/bin/a -f, b"'),
+        (b'x: y, |"/bin/a b" , z', b"x", b'y, "|/bin/a b", z'),
+        (b"x: |/bin/cat", b"x", b"|/bin/cat"),
+        (b"x: :include:/etc/list", b"x", b":include:/etc/list"),
+        (b"x :include:/etc/list", b"x", b":include:/etc/list"),
+        (b"x::include:/etc/list", b"x", b":include:/etc/list"),
+        (b"x: :error:550 no such user", b"x", b":error:550 no such user"),
+        (b"@example.org postmaster", b"@example.org", b"postmaster"),
+        (b"user+tag@example.org: gilles", b"user+tag@example.org", b"gilles"),
+        (b"a:\\gilles\r", b"a", b"\\gilles"),
+    ],
+)
+def test_an_alias_is_read_as_it_was_meant(line, key, value):
+    assert pairs(read_aliases(line)) == [(key, value)]
+
+
+def test_a_line_that_begins_with_a_blank_goes_on_with_the_one_before():
+    text = b"# x\nall: a,\n  b,\n# between\n\n\tc\nroot: all\n"
+    parsed = read_aliases(text, cautious=True)
+    assert pairs(parsed) == [(b"all", b"a, b, c"), (b"root", b"all")]
+    assert [entry.line for entry in parsed.entries] == [2, 7]
+
+
+def test_a_comma_before_it_leaves_no_question():
+    parsed = files.read(b"all: a,\n  error:550 gone\n", ALIAS, "auto", path=PATH)
+    assert pairs(parsed) == [(b"all", b"a, error:550 gone")]
+
+
+def test_a_backslash_joins_lines_as_makemap_did():
+    assert pairs(read_aliases(b"all: a, \\\nb, \\\n c\nroot: x\n", cautious=True)) == [
+        (b"all", b"a, b, c"),
+        (b"root", b"x"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (b"  root: x\n", 1, "no line before"),
+        (b"root:\n", 1, "no value"),
+        (b"root: ,\n", 1, "no value"),
+        (b"a: b\n\nroot\n", 3, "no value"),
+        (b": x\n", 1, "no key"),
+        (b'"root: x\n', 1, "quote"),
+        (b'"root" x\n', 1, "quote"),
+    ],
+)
+def test_a_broken_alias_is_told_with_its_number(text, line, said):
+    assert said in wrong(read_aliases(text))[line]
+
+
+def test_a_line_that_may_be_an_entry_of_its_own_is_asked_about():
+    text = b"root: gilles\n  eric: joerg\n"
+    assert "--format" in wrong(files.read(text, ALIAS, "auto", path=PATH))[2]
+    assert pairs(files.read(text, ALIAS, "table", path=PATH)) == [(b"root", b"gilles"), (b"eric", b"joerg")]
+    assert pairs(files.read(text, ALIAS, "aliases", path=PATH)) == [(b"root", b"gilles eric: joerg")]
+
+
+# Users.
+
+
+def test_a_passwd_line_gives_each_service_what_it_takes():
+    line = b"Vera:%b:1000:100:Vera,,,:/home/vera:/bin/sh:extra=1\n" % HASH
+    assert pairs(read_passwd(line, CREDENTIALS)) == [(b"vera", HASH)]
+    assert pairs(read_passwd(line, SERVICES["auth"])) == [(b"vera", HASH)]
+    assert pairs(read_passwd(line, USERINFO)) == [(b"vera", b"1000:100:/home/vera")]
+    ((_, record),) = pairs(read_passwd(line, USERINFO, record=True))
+    assert json.loads(record) == {"password": HASH.decode(), "uid": 1000, "gid": 100, "home": "/home/vera"}
+
+
+def test_master_passwd_has_the_home_elsewhere():
+    line = b"vera:%b:1000:100:staff:0:0:Vera:/home/vera:/bin/ksh\n" % HASH
+    assert pairs(read_passwd(line, USERINFO)) == [(b"vera", b"1000:100:/home/vera")]
+
+
+def test_shadow_gives_hashes_and_locks():
+    text = b"vera:%b:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\nsync:!*:19000::::::\n" % HASH
+    assert pairs(files.read(text, CREDENTIALS, "auto", path=PATH)) == [
+        (b"vera", HASH),
+        (b"daemon", b"*"),
+        (b"sync", b"*"),
+    ]
+
+
+def test_a_user_of_dovecots_file_may_have_an_address_and_a_marked_hash():
+    text = b"# users\nvera@example.org:{BLF-CRYPT}%b:1000:1000::/srv/mail/vera::quota=1G\n" % HASH
+    assert pairs(read_passwd(text, CREDENTIALS)) == [(b"vera@example.org", b"{BLF-CRYPT}" + HASH)]
+
+
+@pytest.mark.parametrize(
+    ("line", "service", "said"),
+    [
+        (b"vera:x:1000:1000::/home/vera:/bin/sh", "credentials", "/etc/shadow"),
+        (b"vera::1000:1000::/home/vera:/bin/sh", "credentials", "no password"),
+        (b"vera:*::::/home/vera:/bin/sh", "userinfo", "no uid"),
+        (b"vera:*:1000", "userinfo", "no uid"),
+        (b":*:1:1::/h:/s", "userinfo", "no user"),
+        (b"+::::::", "userinfo", "NIS"),
+        (b"vera", "credentials", "no colon"),
+    ],
+)
+def test_a_user_without_what_is_needed_is_told_with_its_line(line, service, said):
+    assert said in wrong(read_passwd(b"# x\n" + line, SERVICES[service]))[2]
+
+
+def test_an_id_that_is_no_number_stays_what_it_is_in_a_record():
+    text = b"vera:*:mail:%b::/home/vera:\neric::::::\n\xff:\xff::\n" % (b"9" * 5000)
+    parsed = read_passwd(text, CREDENTIALS, record=True)
+    assert json.loads(parsed.entries[0].value) == {
+        "password": "*",
+        "uid": "mail",
+        "gid": "9" * 5000,
+        "home": "/home/vera",
+    }
+    assert {line: "neither" in said or "UTF-8" in said for line, said in wrong(parsed).items()} == {2: True, 3: True}
+
+
+def test_a_record_leaves_out_what_the_file_does_not_say():
+    assert pairs(read_passwd(b"vera:x:1000:1000::/home/vera:\neric:*\n", CREDENTIALS, record=True)) == [
+        (b"vera", b'{"uid":1000,"gid":1000,"home":"/home/vera"}'),
+        (b"eric", b'{"password":"*"}'),
+    ]
+
+
+# Exports.
+
+
+def exported(*keys):
+    return json.dumps([{"key": key, "flags": 7, "value": base64.b64encode(b"v").decode()} for key in keys]).encode()
+
+
+def keys_of(parsed):
+    return [entry.key for entry in parsed.entries]
+
+
+def test_an_export_of_the_folder_itself_is_taken_and_others_are_left_out():
+    data = exported("aliases/", "aliases/alias/", "aliases/alias/Root", "aliases/domain/x", "other/alias/y")
+    parsed = files.read(data, ALIAS, "auto", path=PATH)
+    assert (parsed.format, keys_of(parsed), parsed.left_out) == ("export", [b"Root"], 3)
+    assert parsed.entries[0] == (b"Root", b"v", 3, 7)
+
+
+def test_an_export_from_elsewhere_comes_from_its_only_folder_of_that_name():
+    parsed = files.read(
+        exported("old/mail/alias/a", "old/mail/alias/b/c", "old/mail/domain/d"), ALIAS, "auto", path=PATH
+    )
+    assert (keys_of(parsed), parsed.left_out) == ([b"a", b"b/c"], 1)
+
+
+@pytest.mark.parametrize("keys", [("one/alias/a", "two/alias/b"), ("people/a", "people/b")])
+def test_of_several_folders_or_none_the_right_one_must_be_named(keys):
+    with pytest.raises(FormatError, match="--from"):
+        files.read(exported(*keys), ALIAS, "auto", path=PATH)
+    folder = keys[0].rpartition("/")[0].encode() + b"/"
+    assert b"a" in keys_of(files.read(exported(*keys), ALIAS, "auto", path=PATH, below=folder))
+
+
+def test_a_folder_that_the_export_does_not_have_is_an_error():
+    with pytest.raises(FormatError, match="no key in it is below none/"):
+        files.read(exported("a/b"), ALIAS, "export", path=PATH, below=b"none/")
+
+
+@pytest.mark.parametrize("data", [b"[{", b"{}", b'[{"key": 1}]', b'[{"key": "a", "value": "?"}]', b"root: gilles", b""])
+def test_what_is_no_export_is_said_to_be_none(data):
+    with pytest.raises(FormatError, match="no output of `consul kv export`"):
+        files.read(data, ALIAS, "export", path=PATH)
+
+
+def test_an_empty_export_has_no_entries():
+    assert files.read(b"[]\n", ALIAS, "auto", path=PATH) == ("export", [], [], 0)
+
+
+def test_what_is_written_as_an_export_is_read_as_it_was():
+    text = files.export_text([(PATH + b"a", b"\xff\n", 5), (PATH + "gr\u00fc\u00df".encode(), b"", 0)])
+    parsed = files.read(text, ALIAS, "auto", path=PATH)
+    assert parsed.entries == [(b"a", b"\xff\n", 1, 5), ("gr\u00fc\u00df".encode(), b"", 2, 0)]
+
+
+# What auto says, and what is no text at all.
+
+
+@pytest.mark.parametrize(
+    ("text", "service", "name"),
+    [
+        (b"root: gilles\n", "alias", "aliases"),
+        (b"vera:*:1:1::/home/vera:/bin/sh\n", "userinfo", "passwd"),
+        (b"# users\nvera\t1:1:/home/vera\n", "userinfo", "table"),
+        (b"label user:pass:word:with:many:colons:in:it\n", "credentials", "table"),
+        (b"[::1]\n[2001:db8::/32]\n", "netaddr", "table"),
+        (b" [ ]\n", "netaddr", "export"),
+        (b'[{"key": "x"}]', "netaddr", "export"),
+        (b"", "domain", "table"),
+    ],
+)
+def test_auto_tells_formats_apart(text, service, name):
+    assert files.guess(text, SERVICES[service]) == name
+
+
+@pytest.mark.parametrize("data", [b'{"a": 1}', b' {"a":\n "b"}\n', b'["a", "b"]\n', b"{}"])
+@pytest.mark.parametrize("service", ["alias", "domain", "credentials"])
+def test_auto_takes_other_json_for_no_lines(data, service):
+    with pytest.raises(FormatError, match="JSON, but no output of `consul kv export`"):
+        files.guess(data, SERVICES[service])
+
+
+def test_auto_asks_where_lines_look_like_two_formats():
+    with pytest.raises(FormatError, match="1 of 2 lines look like users"):
+        files.guess(b"vera:*:1:1::/home/vera:/bin/sh\neric 1:1:/home/eric\n", USERINFO)
+
+
+def _tar():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("aliases"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\x1f\x8b\x08rest", "gzip"),
+        (b"PK\x03\x04rest\0", "zip"),
+        (_tar(), "tar archive"),
+        (b"\0\x06\x15\x61rest", "Berkeley DB"),
+        (bytes(12) + b"\x61\x15\x06\0" + bytes(20), "Berkeley DB"),
+        ("root: gilles\n".encode("utf-16"), "UTF-16"),
+        (b"a: b\nc\0: d\n", "NUL in line 2"),
+    ],
+)
+def test_what_is_no_text_is_said_with_what_it_is(data, said):
+    with pytest.raises(FormatError, match=said):
+        files.read(data, ALIAS, "auto", path=PATH)
+
+
+def test_what_only_begins_like_an_archive_is_text():
+    assert pairs(files.read(b"BZh91AY&SY: x\n", ALIAS, "auto", path=PATH)) == [(b"bzh91ay&sy", b"x")]
+
+
+def test_the_byte_order_mark_of_an_editor_is_no_part_of_the_first_key():
+    assert pairs(files.read(b"\xef\xbb\xbfroot: gilles\n", ALIAS, "auto", path=PATH)) == [(b"root", b"gilles")]
+
+
+@given(contents, st.sampled_from([SERVICES[name] for name in ("alias", "domain", "userinfo", "string", "credentials")]))
+def test_any_file_is_entries_and_problems_with_lines_it_has(data, service):
+    for wanted in files.FORMATS:
+        if (wanted == "passwd" and not service.fields) or (wanted == "aliases" and service != ALIAS):
+            continue
+        try:
+            parsed = files.read(data, service, wanted, path=PATH)
+        except FormatError:
+            continue
+        lines = data.count(b"\n") + 1
+        for entry in parsed.entries:
+            assert entry.key
+            assert 1 <= entry.line <= lines
+            assert b"\n" not in entry.key + entry.value
+        assert all(1 <= problem.line <= lines and problem.text for problem in parsed.problems)
+
+
+# What is written for smtpd.
+
+texts = st.lists(
+    st.sampled_from(
+        [b"a", b"B", b" ", b"\t", b":", b"#", b"[", b"]", b"\\", b'"', b",", b"\r", b"\n", b"\0", b"\xc3\xa9"]
+    ),
+    max_size=8,
+).map(b"".join) | st.binary(max_size=8)
+
+# Consul says them in JSON.
+consul_keys = texts.map(lambda key: key.decode(errors="ignore").encode().lower()).filter(bool)
+
+
+@given(
+    st.dictionaries(consul_keys, texts, max_size=4),
+    st.sampled_from(["alias", "string", "domain", "userinfo"]),
+)
+def test_a_table_that_is_written_says_the_same_when_it_is_read(entries, name):
+    service = SERVICES[name]
+    text, unsaid = files.table_text(service, entries.items())
+    said = {key: value for key, value in entries.items() if key not in unsaid}
+    parsed = files.read(text, service, "auto", path=PATH)
+    read = dict(pairs(parsed))
+    if service.answers == "entry" and any(entries.values()):
+        said = {key: value or key for key, value in said.items()}
+    assert read == said
+
+
+def test_a_list_is_written_as_one_even_where_it_looks_like_a_mapping():
+    assert files.table_text(STRING, [(b"a b", b""), (b"c", b"")]) == (b"# @list\na b\nc\n", [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (b"a b", b"x"),
+        (b"a:b", b"x"),
+        (b"#a", b"x"),
+        (b"a", b"x\ny"),
+        (b"a", b" x"),
+        (b"a", b""),
+        (b"a" * 1024, b"x"),
+        (b"[a", b"x"),
+    ],
+)
+def test_what_no_table_can_hold_is_named(key, value):
+    assert files.table_text(ALIAS, [(b"root", b"gilles"), (key, value)]) == (b"root:\tgilles\n", [key])

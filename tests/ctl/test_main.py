@@ -1,0 +1,269 @@
+"""The command line of table-consulctl as such: help, exit statuses, and that no error comes as a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+
+from table_consul import __version__
+from table_consul.config import ConsulConfig
+from table_consul.ctl import main
+from tests.control import START, control, finished, start
+from tests.dialogue import write_config, write_source
+
+HEAVY = ("consul", "requests", "urllib3", "table_consul.kv")
+
+
+@pytest.fixture
+def conf(tmp_path):
+    return write_config(tmp_path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a function in the place of the command `lint`."""
+
+    def put(function):
+        module = type(sys)("table_consul.ctl.lint")
+        module.command = click.Command("lint", callback=function)
+        monkeypatch.setitem(sys.modules, "table_consul.ctl.lint", module)
+
+    return put
+
+
+def test_help_lists_every_command():
+    done = control("--help")
+    assert (done.status, done.said) == (0, "")
+    assert [name for name in main.COMMANDS if f"\n  {name} " not in done.text] == []
+
+
+def test_no_command_at_all_shows_help():
+    done = control()
+    assert (done.status, done.text, "Commands:" in done.said) == (2, "", True)
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_help_of_each_command_ends_with_examples_of_itself(name):
+    done = control(name, "--help")
+    assert (done.status, done.said) == (0, "")
+    assert f"table-consulctl {name} " in done.text.partition("Examples:")[2].partition("Options:")[0]
+
+
+@pytest.mark.parametrize("name", ["", *main.COMMANDS])
+def test_help_fits_a_terminal_of_40_columns(name):
+    """But for examples, which are to be copied as they are."""
+    done = control(*([name] if name else []), "--help", COLUMNS="40")
+    text = done.text
+    if name:
+        before, _, rest = text.partition("Examples:")
+        text = before + rest.partition("Options:")[2]
+    assert [line for line in text.splitlines() if len(line) > 40] == []
+
+
+def test_help_of_a_wide_terminal_keeps_to_lines_that_can_be_read():
+    assert max(len(line) for line in control("--help", COLUMNS="300").text.splitlines()) <= 100
+
+
+def test_version():
+    assert control("--version") == (0, f"table-consulctl {__version__}\n".encode(), b"")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["query", "--help"],
+        ["lint", "-h"],
+        ["policy", "-h"],
+        ["import", "-h"],
+        ["export", "-h"],
+    ],
+)
+def test_whoever_asks_for_help_does_not_wait_for_the_http_client(arguments):
+    script = f"import sys; from table_consul.ctl.program import main; main({arguments!r})\n"
+    script += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_the_daemon_does_not_import_the_control_command_nor_click():
+    modules = "cli, daemon, direct, file, metrics, procexec, sources, watch"
+    script = f"import sys; from table_consul import {modules}\n"
+    script += "print([name for name in sys.modules if name.partition('.')[0] == 'click' or '.ctl' in name])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ask"], "No such command 'ask'"),
+        (["--verbose"], "No such option"),
+        (["query", "aliases"], "Missing argument 'SERVICE'"),
+        (["query", "aliases", "aliases", "root"], "is not one of 'alias'"),
+        (["lint", "--now"], "No such option"),
+        (["-c"], "requires an argument"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_said_and_ends_with_2(arguments, said):
+    done = control(*arguments)
+    assert (done.status, done.text, said in done.said) == (2, "", True), done.said
+
+
+def test_every_mistake_of_the_configuration_is_said_a_line_each(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("[consul]\naddres = 1\n[log]\nlevl = 2\n")
+    done = control("-c", path, "lint")
+    lines = done.said.splitlines()
+    assert (done.status, done.text, len(lines)) == (2, "", 2)
+    assert all(line.startswith(f"table-consulctl: {path}: ") for line in lines)
+
+
+def test_help_is_there_whatever_the_configuration(tmp_path):
+    (tmp_path / "bad.toml").write_text("[consul")
+    done = control("-c", tmp_path / "bad.toml", "query", "--help")
+    assert (done.status, "Examples:" in done.text) == (0, True)
+
+
+def test_the_environment_of_the_consul_command_counts(tmp_path):
+    done = control("policy", "aliases", CONSUL_HTTP_ADDR="127.0.0.1:1", CONSUL_HTTP_TOKEN="hunter2 hunter2")
+    assert (done.status, "CONSUL_HTTP_TOKEN" in done.said, "hunter2" in done.said) == (2, True, False)
+
+
+def test_a_name_that_no_table_can_have_is_refused(conf):
+    done = control("-c", conf, "lint", "a/b")
+    assert (done.status, done.said.startswith("table-consulctl: table name: 'a/b' is no name")) == (2, True)
+
+
+def test_without_a_table_those_with_a_section_are_meant_and_without_any_it_asks_which(tmp_path):
+    def linted(more):
+        return control("-c", write_config(tmp_path, more=more), "lint", "--json")
+
+    tables = json.loads(linted("[tables.aliases]\n[tables.domains]").text)["tables"]
+    assert [table["table"] for table in tables] == ["aliases", "domains"]
+    asked = linted("")
+    assert (asked.status, "which TABLE, of those in smtpd.conf?" in asked.said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("token_file", "environ", "expected"),
+    [
+        (None, {}, ("mine", None)),
+        (None, {"CONSUL_HTTP_TOKEN": "own"}, ("own", None)),
+        (None, {"CONSUL_HTTP_TOKEN": "own", "CONSUL_HTTP_TOKEN_FILE": "/own"}, (None, "/own")),
+        ("/named", {"CONSUL_HTTP_TOKEN": "own", "CONSUL_HTTP_TOKEN_FILE": "/own"}, (None, "/named")),
+        (None, {"CONSUL_HTTP_TOKEN": "", "CONSUL_HTTP_TOKEN_FILE": ""}, ("mine", None)),
+    ],
+)
+def test_who_writes_does_so_by_a_token_of_their_own(monkeypatch, token_file, environ, expected):
+    for name in ("CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    found = main.as_writer(ConsulConfig(token="mine"), token_file)
+    assert (found.token, found.token_file) == expected
+
+
+def test_an_unforeseen_error_is_one_line_and_with_debug_says_where(stand_in, conf):
+    def fail():
+        raise RuntimeError("first\nsecond \x1b[2J")
+
+    stand_in(fail)
+    done = control("-c", conf, "lint")
+    assert (done.status, len(done.said.splitlines()), "\x1b" in done.said) == (2, 1, False)
+    assert "unforeseen: RuntimeError: first\\nsecond" in done.said
+    assert "Traceback" in control("-c", conf, "--debug", "lint").said
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (main.NO, 1), (main.FAILED, 2)])
+def test_what_a_command_returns_is_the_exit_status(stand_in, conf, returned, status):
+    stand_in(lambda: returned)
+    assert control("-c", conf, "lint").status == status
+
+
+def test_an_error_of_the_system_is_one_line(stand_in, conf):
+    def fail():
+        raise PermissionError(13, "Permission denied", "/etc/mail/\x1b")
+
+    stand_in(fail)
+    assert control("-c", conf, "lint") == (
+        2,
+        b"",
+        b"table-consulctl: /etc/mail/\\x1b: permission denied\n",
+    )
+
+
+def test_an_interrupt_breaks_it_off_without_a_traceback(conf):
+    process = start("-c", conf, "query", "aliases", "alias", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdin.write(b"root\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"root\tgilles\n"  # it answers line by line, so that it is in its loop now
+    process.send_signal(signal.SIGINT)
+    done = finished(process)
+    assert (done.status, done.said.strip()) == (2, "table-consulctl: broken off")
+
+
+@pytest.mark.parametrize("arguments", [["query", "aliases", "alias", "-"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_path, arguments):
+    (tmp_path / "keys").write_bytes(b"root\n" * 1000)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(tmp_path / "keys", "rb") as keys, open(writer, "wb") as nobody:
+        done = finished(start("-c", conf, *arguments, stdin=keys, stdout=nobody))
+    assert (done.status, done.said) == (2, "")
+
+
+def test_a_full_disk_is_said_in_one_line(conf):
+    with open("/dev/full", "wb") as full:
+        done = finished(start("-c", conf, "query", "aliases", "alias", "root", stdout=full))
+    assert (done.status, done.said) == (2, "table-consulctl: no space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["query", "aliases", "alias", "nobody"],
+        ["query", "aliases", "alias", "root", "--trace"],
+        ["-c", "/nonexistent", "lint"],
+        ["query"],
+        ["nonsense"],
+    ],
+)
+def test_a_standard_error_that_takes_nothing_makes_no_other_answer_of_an_error(conf, arguments):
+    with open("/dev/full", "wb") as full:
+        assert finished(start("-c", conf, *arguments, stdout=subprocess.DEVNULL, stderr=full)).status == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_a_terminal_has_no_letters_for_is_escaped(tmp_path, encoding):
+    source = write_source(tmp_path, {"t/alias/\u2603": b"vera", "t/oops/\u2603": b""})
+    (tmp_path / "c.toml").write_text(f'[consul]\naddress = "file://{source}"\n')
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = ["-c", tmp_path / "c.toml", "lint", "t"]
+    done = finished(start(*command, stdout=subprocess.PIPE, env=environ))
+    assert (done.status, "unforeseen" in done.said) == (1, False), done.said
+    command = ["-c", tmp_path / "c.toml", "query", "t", "alias", "\u2603", "\u2604"]
+    done = finished(start(*command, stdout=subprocess.PIPE, env=environ))
+    assert (done.status, "unforeseen" in done.said, done.out) == (1, False, "\u2603\tvera\n".encode())
+    done = finished(start("policy", "\u2603", stdout=subprocess.PIPE, env=environ))
+    assert (done.status, done.said) == (0, "")
+
+
+def test_closed_standard_streams_are_no_reason_for_a_traceback(conf):
+    command = [sys.executable, "-c", START, "-c", str(conf), "query", "aliases", "alias", "root"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- <&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_shell_that_completes_a_word_is_told_and_nothing_failed(monkeypatch, capsys):
+    for name, value in {"": "zsh_complete", "COMP_WORDS": "table-consulctl po", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name or "_TABLE_CONSULCTL_COMPLETE", value)
+    assert main.main([]) == 0
+    assert "policy" in capsys.readouterr().out

@@ -1,0 +1,261 @@
+"""What an import would change, as arithmetic over entries of a file and entries of Consul."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from table_consul.ctl import files, plan
+from table_consul.ctl.entries import Entry, Parsed
+from table_consul.ctl.plan import Change, Stored
+from table_consul.services import SERVICES, Table
+from table_consul.services.entries import Bucket, Builder
+
+TABLE = Table("aliases")
+ALIAS, DOMAIN, USERINFO, STRING = (SERVICES[name] for name in ("alias", "domain", "userinfo", "string"))
+CREDENTIALS = SERVICES["credentials"]
+HASH = b"$2b$10$hIJ4QfMcp.90nJwKqGbKM.MybArjHOTpEtoTV.DgLYAiThuoYmTSe"
+
+
+def parsed(entries, name="table"):
+    return Parsed(name, [Entry(key, value, line) for line, (key, value) in enumerate(entries, 1)], [])
+
+
+def stored(service, entries, table=TABLE):
+    return [Stored(table.path(service) + key, value, 10 + at) for at, (key, value) in enumerate(entries)]
+
+
+def planned(service, entries, there=(), *, name="table", table=TABLE, **options):
+    return plan.plan(table, service, parsed(entries, name), stored(service, there, table), **options)
+
+
+def signs(plan, service=ALIAS):
+    assert plan.problems == []
+    return [(change.sign, change.key[len(TABLE.path(service)) :], change.value) for change in plan.changes]
+
+
+def test_what_is_new_what_differs_and_what_is_the_same():
+    plan = planned(ALIAS, [(b"b", b"y"), (b"a", b"x"), (b"c", b"z")], [(b"b", b"Y"), (b"c", b"z"), (b"d", b"left")])
+    assert signs(plan) == [("+", b"a", b"x"), ("~", b"b", b"y")]
+    assert plan.unchanged == 1
+    assert [change.old and change.old.modified for change in plan.changes] == [None, 10]
+
+
+def test_prune_removes_what_the_file_does_not_have_but_no_folder():
+    there = [(b"", b""), (b"a", b"x"), (b"b", b"y"), (b"folder/", b""), (b"inner/key", b"z")]
+    plan = planned(ALIAS, [(b"a", b"x")], there, prune=True, others=[TABLE.path(ALIAS) + b"inner/"])
+    assert signs(plan) == [("-", b"b", None)]
+
+
+@pytest.mark.parametrize(
+    ("service", "text", "there"),
+    [
+        (ALIAS, b"gilles, eric", b"gilles, eric\n"),
+        (ALIAS, b"gilles, eric", b"gilles\n# x\neric\n"),
+        (ALIAS, b"gilles, eric", b'["gilles", "eric"]'),
+        (ALIAS, b"gilles", b'"gilles"'),
+        (USERINFO, b"1000:100:/home/vera", b'{"uid": 1000, "gid": 100, "home": "/home/vera", "quota": 5}'),
+        (CREDENTIALS, HASH, b'{"password": "{CRYPT}%b"}' % HASH),
+        (CREDENTIALS, b"{CRYPT}" + HASH, HASH),
+        (DOMAIN, b"", b"example.org"),
+        (DOMAIN, b"a", b""),
+        (DOMAIN, b"yes", b"yes\n"),
+    ],
+)
+def test_what_already_answers_as_the_file_says_is_left_as_it_is_written(service, text, there):
+    key = b"a" if there != b"example.org" else b"example.org"
+    plan = planned(service, [(key, text)], [(key, there)])
+    assert (plan.changes, plan.problems, plan.unchanged) == ([], [], 1)
+
+
+def test_an_export_is_compared_byte_by_byte():
+    plan = planned(ALIAS, [(b"a", b"gilles"), (b"b", b"x")], [(b"a", b"gilles\n"), (b"b", b"x")], name="export")
+    assert signs(plan) == [("~", b"a", b"gilles")]
+
+
+def test_an_entry_with_capitals_is_changed_where_it_stands():
+    plan = planned(ALIAS, [(b"root", b"eric")], [(b"Root", b"gilles")], prune=True)
+    assert signs(plan) == [("~", b"Root", b"eric")]
+
+
+def test_of_two_spellings_the_one_that_answers_is_changed_and_the_other_pruned():
+    there = [(b"Root", b"gilles"), (b"root", b"gilles")]
+    assert signs(planned(ALIAS, [(b"root", b"eric")], there)) == [("~", b"root", b"eric")]
+    assert signs(planned(ALIAS, [(b"root", b"eric")], there, prune=True)) == [
+        ("-", b"Root", None),
+        ("~", b"root", b"eric"),
+    ]
+
+
+def test_flags_survive_a_change_and_come_with_an_export():
+    old = Stored(TABLE.path(ALIAS) + b"a", b"x", 10, 42)
+    export = Parsed("export", [Entry(b"a", b"y", 1, 0), Entry(b"b", b"y", 2, 7)], [])
+    assert [change.flags for change in plan.plan(TABLE, ALIAS, export, [old]).changes] == [42, 7]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (b"a", b"|/bin/sh", "allow_commands"),
+        (b"a", b'x, "y', "quote"),
+        (b"a", b"x" * 2048, "2048"),
+        (b"a", b"two words", "neither user nor address"),
+        (b"a//b", b"x", "no URL"),
+        (b"a/../b", b"x", "no URL"),
+        (b"/a", b"x", "no URL"),
+        (b"a\x01", b"x", "no URL"),
+        (b"a\xff", b"x", "no URL"),
+        (b"a/", b"x", "no URL"),
+        (b"a" * 1024, b"x", "1024 bytes"),
+    ],
+)
+def test_what_lint_or_consul_would_not_take_is_told_with_its_line(key, value, said):
+    plan = planned(ALIAS, [(b"root", b"gilles"), (key, value), (b"eric", b"joerg")])
+    assert [problem.line for problem in plan.problems] == [2]
+    assert said in plan.problems[0].text
+
+
+@pytest.mark.parametrize("value", [b"", b'""', b"# nobody"])
+def test_an_export_is_refused_where_smtpd_needs_a_value_and_there_is_none(value):
+    (problem,) = planned(ALIAS, [(b"root", value)], name="export").problems
+    assert problem == (1, "root: there is no value, and alias needs one")
+
+
+def test_a_list_needs_no_values():
+    assert signs(planned(STRING, [(b"a", b"")], name="export"), STRING) == [("+", b"a", b"")]
+
+
+@pytest.mark.parametrize("name", ["smtp://mx.example.org", "smtps://label@mx.example.org:465"])
+def test_an_address_that_is_no_key_comes_with_the_way_round_it(name):
+    (problem,) = planned(SERVICES["relayhost"], [(name.encode(), b"")]).problems
+    assert 'fetch = "values"' in problem.text
+
+
+PEOPLE = replace(TABLE, paths=dict.fromkeys(("credentials", "auth", "userinfo"), "people"))
+
+
+@pytest.mark.parametrize(
+    ("service", "there", "new", "lost"),
+    [
+        (CREDENTIALS, b"1:1:/home/vera", {"password": HASH.decode()}, "userinfo"),
+        (USERINFO, HASH, {"uid": 1, "gid": 1, "home": "/h"}, "credentials"),
+        (CREDENTIALS, HASH, {"uid": 1, "gid": 1, "home": "/h"}, "credentials"),
+        (CREDENTIALS, HASH, {"password": HASH.decode()}, None),
+        (CREDENTIALS, b"1:1:/home/vera", {"password": HASH.decode(), "uid": 1, "gid": 1, "home": "/h"}, None),
+        (USERINFO, b"", {"uid": 1, "gid": 1, "home": "/h"}, None),
+    ],
+)
+def test_a_record_replaces_no_value_that_it_does_not_hold(service, there, new, lost):
+    plan = planned(
+        service, [(b"vera", json.dumps(new).encode())], [(b"vera", there)], name="passwd", table=PEOPLE, records=True
+    )
+    assert [change.sign for change in plan.changes] == ([] if lost else ["~"])
+    assert [f"the value of {lost}" in problem.text for problem in plan.problems] == ([True] if lost else [])
+
+
+def test_a_value_too_large_for_a_transaction_is_told():
+    (problem,) = planned(STRING, [(b"a", b"x" * (512 << 10))]).problems
+    assert "transaction" in problem.text
+
+
+def test_what_stands_in_consul_already_is_no_problem_of_the_import():
+    there = [(b"a", b"|/bin/sh"), (b"b//c", b"x"), (b"d", b"x" * 4000)]
+    plan = planned(ALIAS, [*there, (b"e", b"f")], there, name="export")
+    assert signs(plan) == [("+", b"e", b"f")]
+
+
+def test_keys_that_differ_in_case_alone_are_duplicates_with_both_lines():
+    found = plan.duplicates(parsed([(b"a", b"x"), (b"b", b"x"), (b"A", b"y"), (b"a", b"z")]))
+    said = plan.duplicate_problems(parsed([]), found)
+    assert [(problem.line, "line 1" in problem.text) for problem in said] == [(3, True), (4, True)]
+    assert "spelled a" in said[0].text
+
+
+def test_of_an_export_two_spellings_are_a_problem_unless_they_stand_so_already():
+    both = [(b"Root", b"x"), (b"root", b"y")]
+    assert planned(ALIAS, both, both, name="export").changes == []
+    assert planned(ALIAS, both, both, name="export").problems == []
+    assert [problem.line for problem in planned(ALIAS, both, name="export").problems] == [2]
+
+
+def test_a_record_that_other_services_share_is_not_overwritten_by_one_value():
+    there = [
+        (b"vera", json.dumps({"password": HASH.decode(), "uid": 1000, "gid": 1000, "home": "/home/vera"}).encode())
+    ]
+    (problem,) = planned(CREDENTIALS, [(b"vera", HASH[:-1] + b"x")], there).problems
+    assert "--record" in problem.text
+
+
+def test_what_only_begins_like_a_record_is_replaced():
+    plan = planned(CREDENTIALS, [(b"vera", HASH)], [(b"vera", b"{CRYPT}x"), (b"eric", b'{"password"')])
+    assert signs(plan, CREDENTIALS) == [("~", b"vera", HASH)]
+
+
+def test_records_are_merged_into_those_that_are_there():
+    record = {"password": "*", "quota": 5, "uid": 1}
+    there = [(b"vera", json.dumps(record).encode())]
+    given_ = json.dumps({"password": HASH.decode(), "uid": 1000, "gid": 1000, "home": "/home/vera"}).encode()
+    (change,) = planned(USERINFO, [(b"vera", given_)], there, name="passwd", records=True).changes
+    assert json.loads(change.value) == {**record, **json.loads(given_)}
+    assert (change.was, change.becomes) == (None, b"1000:1000:/home/vera")
+    again = planned(USERINFO, [(b"vera", given_)], [(b"vera", change.value)], name="passwd", records=True)
+    assert (again.changes, again.unchanged) == ([], 1)
+
+
+def test_prune_leaves_records_that_say_nothing_for_this_service():
+    there = [(b"eric", b'{"password": "*"}'), (b"vera", b"1:1:/home/vera")]
+    assert signs(planned(USERINFO, [(b"x", b"2:2:/x")], there, prune=True), USERINFO) == [
+        ("-", b"vera", None),
+        ("+", b"x", b"2:2:/x"),
+    ]
+
+
+texts = st.text(st.sampled_from('ab"[]{}\\,: |#é1'), max_size=10).map(lambda text: text.strip().encode()).filter(bool)
+
+
+@given(texts, st.sampled_from(["auto", "text", "json"]), st.sampled_from(["alias", "string", "domain", "mailaddrmap"]))
+def test_text_is_stored_so_that_it_is_read_as_that_text(text, value_format, name):
+    service = SERVICES[name]
+    meant = Bucket(replace(TABLE, value_format="text"), service, [(b"a", text)])
+    table = replace(TABLE, value_format=value_format)
+    read = Bucket(table, service, [(b"a", plan.stored_value(table, service, b"a", text))])
+    if meant.values:
+        assert read.values == meant.values
+
+
+values = st.sampled_from(
+    [b"", b"gilles", b"gilles, eric\n", b'"gilles"', b'["a", "b"]', b"|x", b"a\nb", b"#c", b"\xff", b'{"uid": 1}']
+)
+keys = st.text(st.sampled_from("abAB./@*- é"), min_size=1, max_size=4).map(str.encode)
+
+
+@given(st.dictionaries(keys, values | st.binary(max_size=6), max_size=6), st.sampled_from(sorted(SERVICES)))
+def test_an_import_of_an_export_changes_nothing(entries, name):
+    service = SERVICES[name]
+    there = stored(service, entries.items())
+    text = files.export_text((each.key, each.value, each.flags) for each in there)
+    again = files.read(text, service, "auto", path=TABLE.path(service))
+    made = plan.plan(TABLE, service, again, there, prune=True)
+    assert (made.changes, made.problems) == ([], [])
+
+
+@given(st.dictionaries(keys, values | st.binary(max_size=6), max_size=6), st.sampled_from(sorted(SERVICES)))
+def test_an_import_of_a_table_file_changes_nothing_that_is_in_it(entries, name):
+    service = SERVICES[name]
+    there = stored(service, entries.items())
+    builder = Builder(TABLE, service)
+    builder.take(entries.items())
+    text, _ = files.table_text(service, sorted(builder.values.items()))
+    again = files.read(text, service, "auto", path=TABLE.path(service))
+    assert again.problems == []
+    made = plan.plan(TABLE, service, again, there)
+    assert (made.changes, made.problems) == ([], [])
+
+
+def test_a_change_says_what_smtpd_is_told_before_and_after():
+    (change,) = planned(ALIAS, [(b"a", b"x")], [(b"a", b'["y", "z"]')]).changes
+    assert change == Change(b"aliases/alias/a", stored(ALIAS, [(b"a", b'["y", "z"]')])[0], b"x", 0, b"y, z", b"x")

@@ -1,0 +1,288 @@
+"""Transactions: how changes are parted, what is tried again, and that nobody's edit is overwritten."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from table_consul.config import ConsulConfig
+from table_consul.ctl import txn
+from table_consul.ctl.plan import VALUE_MAX_BYTES, Change, Stored
+from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
+from tests import fake_consul
+from tests.fake_consul import Answer, FakeConsul
+
+PATH = b"aliases/alias/"
+SCOPE = {"Namespace": "mail", "Partition": "west"}
+
+
+def added(count):
+    return [Change(PATH + b"user%05d" % number, None, b"gilles") for number in range(count)]
+
+
+class Listening(fake_consul._Handler):
+    """Hands the body of a PUT to the fake as well."""
+
+    def do_PUT(self):  # noqa: N802 - as its parent calls it
+        self.server.fake.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.do_GET()
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(fake_consul, "_Handler", Listening)
+    with FakeConsul() as fake:
+        yield fake
+
+
+@pytest.fixture
+def store(fake):
+    store = txn.Store(ConsulConfig(addresses=(fake.address,), datacenter="dc1", token="hunter2"))
+    yield store
+    store.close()
+
+
+def reply(*errors):
+    failed = [{"OpIndex": index, "What": what} for index, what in errors]
+    return Answer(409 if errors else 200, {}, json.dumps({"Results": [], "Errors": failed or None}).encode())
+
+
+# How changes are parted.
+
+
+def test_a_transaction_has_at_most_64_operations():
+    assert [len(batch) for batch in txn.batches(added(130), {})] == [64, 64, 2]
+    assert list(txn.batches([], {})) == []
+
+
+@given(st.lists(st.integers(0, VALUE_MAX_BYTES), max_size=8))
+def test_a_transaction_has_no_more_bytes_than_consul_takes_and_nothing_gets_lost(sizes):
+    changes = [Change(PATH + "\u00e9".encode() * 511 + b"%d" % at, None, b"x" * size) for at, size in enumerate(sizes)]
+    parted = list(txn.batches(changes, SCOPE))
+    assert [change for batch in parted for change in batch] == changes
+    for batch in parted:
+        assert len(json.dumps([txn.operation(change, SCOPE) for change in batch])) <= txn.BODY_MAX_BYTES
+
+
+def test_each_operation_is_bound_to_what_was_read():
+    old = Stored(PATH + b"a", b"x", 17, 42)
+    assert [
+        txn.operation(change, {})["KV"]
+        for change in (
+            Change(PATH + b"a", None, b"y"),
+            Change(PATH + b"a", old, b"y", 42),
+            Change(PATH + b"a", old, None),
+        )
+    ] == [
+        {"Verb": "cas", "Key": "aliases/alias/a", "Value": "eQ==", "Flags": 0, "Index": 0},
+        {"Verb": "cas", "Key": "aliases/alias/a", "Value": "eQ==", "Flags": 42, "Index": 17},
+        {"Verb": "delete-cas", "Key": "aliases/alias/a", "Index": 17},
+    ]
+
+
+# What goes over the wire, and what comes back.
+
+
+def test_a_transaction_is_sent_whole_with_token_and_datacenter_and_reads_go_on(store, fake):
+    fake.put(PATH + b"a", b"x")
+    fake.handle = lambda request: reply() if request.target.startswith("/v1/txn") else fake.consul(request)
+    assert store.transact(added(3), timeout=5) == []
+    (request,) = fake.requests
+    assert (request.target, request.headers["x-consul-token"]) == ("/v1/txn?dc=dc1", "hunter2")
+    assert fake.body == [txn.operation(change, {}) for change in added(3)]
+    assert [each.value for each in store.bucket(PATH)] == [b"x"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (Answer(403, {}, b"ACL not found"), Forbidden),
+        (Answer(429, {}, b"Your IP is issuing too many concurrent connections"), Unreachable),
+        (Answer(500, {}, b"No cluster leader"), Unreachable),
+        (Answer(413, {}, b"Request body too large"), BadResponse),
+        (Answer(400, {}, b"Failed to parse body"), BadResponse),
+        (Answer(200, {}, b"<html>hello</html>"), BadResponse),
+        (Answer(200, {}, b""), BadResponse),
+        (Answer(301, {"Location": "/elsewhere"}), BadResponse),
+        (reply((9, "index is stale")), BadResponse),
+        (reply((-1, "index is stale")), BadResponse),
+    ],
+)
+def test_what_is_no_answer_to_a_transaction_is_an_error_without_the_token(store, fake, answer, kind):
+    fake.handle = lambda _request: answer
+    with pytest.raises(kind) as caught:
+        store.transact(added(3), timeout=5)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_conflict_names_its_changes(store, fake):
+    changes = added(3)
+    fake.handle = lambda _request: reply((0, "index is stale"), (2, "Permission denied"))
+    assert store.transact(changes, timeout=5) == [(changes[0], "index is stale"), (changes[2], "Permission denied")]
+
+
+def test_a_list_that_an_acl_shortened_is_not_taken_for_all_there_is(store, fake):
+    fake.put(PATH + b"a", b"x")
+    fake.put(PATH + b"b", b"x")
+    fake.denied = (PATH + b"b",)
+    with pytest.raises(Forbidden):
+        store.bucket(PATH)
+
+
+def test_an_empty_list_is_believed_when_a_key_below_may_be_read(store, fake):
+    assert store.bucket(PATH) == []
+    fake.denied = (PATH,)
+    with pytest.raises(Forbidden):
+        store.bucket(PATH)
+
+
+def test_in_a_namespace_each_operation_says_so_for_the_request_cannot(fake):
+    fake.handle = lambda _request: reply()
+    store = txn.Store(ConsulConfig(addresses=(fake.address,), namespace="mail", partition="west"))
+    store.transact(added(2), timeout=5)
+    store.close()
+    assert [each["KV"]["Namespace"] + each["KV"]["Partition"] for each in fake.body] == ["mailwest"] * 2
+
+
+# What is tried again. Time passes only when somebody sleeps.
+
+
+class Time:
+    def __init__(self):
+        self.now = 0.0
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def __call__(self):
+        return self.now
+
+
+class Consul:
+    """In place of a store: keys and their indexes, and what goes wrong with the next transactions."""
+
+    address = "http://127.0.0.1:8500"
+
+    def __init__(self, *troubles):
+        self.scope = {}
+        self.entries = {}
+        self.index = 100
+        self.troubles = list(troubles)
+        self.sizes = []
+
+    def transact(self, changes, *, timeout):
+        trouble = self.troubles.pop(0) if self.troubles else None
+        if isinstance(trouble, SourceError):
+            raise trouble
+        self.sizes.append(len(changes))
+        if callable(trouble):
+            trouble(self)
+        failed = [
+            (change, f'failed to set key "{change.key.decode()}", index is stale')
+            for change in changes
+            if (self.entries.get(change.key) or (None, 0))[1] != (change.old.modified if change.old else 0)
+        ]
+        if not failed:
+            for change in changes:
+                self.put(change.key, change.value)
+        if trouble == "lost":
+            raise Unreachable("connection closed without an answer")
+        return failed
+
+    def put(self, key, value):
+        self.index += 1
+        if value is None:
+            self.entries.pop(key, None)
+        else:
+            self.entries[key] = (value, self.index)
+
+    def stands(self, change):
+        return (self.entries.get(change.key) or (None,))[0] == change.value
+
+
+def written(consul, changes, waiting=lambda _error: None):
+    time = Time()
+    progress = list(txn.write(changes, consul, waiting, sleep=time.sleep, clock=time))
+    return [change for each in progress for change in each.written], [c for each in progress for c in each.conflicts]
+
+
+def test_all_is_written_a_transaction_at_a_time():
+    consul, changes = Consul(), added(150)
+    assert written(consul, changes) == (changes, [])
+    assert consul.sizes == [64, 64, 22]
+    assert {key: value for key, (value, _) in consul.entries.items()} == {change.key: b"gilles" for change in changes}
+
+
+def test_a_concurrent_edit_is_kept_and_told_and_the_rest_is_written():
+    changes = added(70)
+    consul = Consul(lambda consul: consul.put(changes[5].key, b"by hand"))
+    assert written(consul, changes) == (changes[:5] + changes[6:], [changes[5]])
+    assert consul.entries[changes[5].key][0] == b"by hand"
+
+
+def test_a_key_that_was_deleted_meanwhile_is_not_brought_back():
+    old = Stored(PATH + b"a", b"x", 17)
+    consul = Consul()
+    assert written(consul, [Change(old.key, old, b"y")]) == ([], [Change(old.key, old, b"y")])
+    assert consul.entries == {}
+
+
+def test_who_wrote_the_same_meanwhile_is_no_conflict():
+    changes = added(2)
+    consul = Consul(lambda consul: consul.put(changes[0].key, b"gilles"))
+    assert written(consul, changes) == (changes, [])
+
+
+def test_an_answer_that_got_lost_is_no_conflict_with_ourselves():
+    consul, changes = Consul("lost"), added(3)
+    assert written(consul, changes) == (changes, [])
+
+
+def test_consul_may_be_away_for_a_while_and_that_is_told_once():
+    said = []
+    changes = added(3)
+    assert written(Consul(*[Unreachable("429")] * 5), changes, said.append) == (changes, [])
+    assert len(said) == 1
+
+
+def test_consul_may_not_be_away_for_long():
+    consul = Consul(None, *[Unreachable("no answer in time")] * 100)
+    time = Time()
+    steps = txn.write(added(100), consul, sleep=time.sleep, clock=time)
+    assert len(next(steps).written) == 64
+    with pytest.raises(Unreachable):
+        next(steps)
+    assert len(consul.entries) == 64
+    assert time.now <= txn.PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "said"),
+    [
+        ("Permission denied", Forbidden, "policy --write"),
+        (
+            "rpc error: Permission denied: token with AccessorID 'x' lacks permission",
+            Forbidden,
+            "aliases/alias/user00000",
+        ),
+        ("invalid session", BadResponse, "invalid session"),
+    ],
+)
+def test_what_consul_refuses_for_good_ends_it(what, kind, said):
+    consul = Consul()
+    consul.transact = lambda changes, timeout: [(changes[0], what)]
+    with pytest.raises(kind, match=said):
+        written(consul, added(3))
+
+
+def test_the_values_of_a_bucket_come_with_index_and_flags(fake, store):
+    entry = {"Key": "aliases/alias/a", "Value": base64.b64encode(b"\xff").decode(), "Flags": 7, "ModifyIndex": 12}
+    empty = {"Key": "aliases/alias/b", "Value": None, "Flags": 0, "ModifyIndex": 13}
+    headers = {"X-Consul-Index": "20", "X-Consul-Knownleader": "true"}
+    listed = Answer(200, headers, json.dumps([entry, empty]).encode())
+    fake.handle = lambda request: fake.consul(request) if "recurse" not in request.params else listed
+    assert store.bucket(PATH) == [Stored(PATH + b"a", b"\xff", 12, 7), Stored(PATH + b"b", b"", 13, 0)]

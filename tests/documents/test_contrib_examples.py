@@ -1,0 +1,134 @@
+"""The examples under contrib/ do what they say: for Terraform, and from an LDAP server."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hcl2
+import pytest
+
+from tests.dialogue import converse, open_sources, write_config, write_source
+
+ROOT = Path(__file__).parents[2]
+
+# ---- contrib/terraform ----
+
+# As the provider's documentation has them (registry.terraform.io/providers/hashicorp/consul, version 2.21).
+ARGUMENTS = {
+    "consul_key_prefix": {"path_prefix", "subkeys", "subkey", "datacenter", "namespace", "partition"},
+    "consul_keys": {"key", "datacenter", "namespace", "partition"},
+    "consul_acl_policy": {"name", "description", "rules", "datacenters", "namespace", "partition"},
+    "consul_acl_token": {"accessor_id", "description", "policies", "roles", "local", "expiration_time", "for_each"},
+}
+
+
+def unquoted(tree):
+    """What the parser read, with strings as strings, and without its marks."""
+    if isinstance(tree, dict):
+        return {unquoted(key): unquoted(value) for key, value in tree.items() if not key.startswith("__")}
+    if isinstance(tree, list):
+        return [unquoted(each) for each in tree]
+    return json.loads(tree) if isinstance(tree, str) and tree.startswith('"') else tree
+
+
+@pytest.fixture
+def terraform():
+    return unquoted(hcl2.loads((ROOT / "contrib/terraform/main.tf").read_text()))
+
+
+def resources(terraform):
+    return [
+        (kind, name, body)
+        for each in terraform["resource"]
+        for kind, named in each.items()
+        for name, body in named.items()
+    ]
+
+
+def test_terraform_uses_what_the_provider_knows(terraform):
+    assert {kind for kind, _, _ in resources(terraform)} == set(ARGUMENTS)
+    assert [(kind, key) for kind, _, body in resources(terraform) for key in body if key not in ARGUMENTS[kind]] == []
+    keys = [key for kind, _, body in resources(terraform) if kind == "consul_keys" for key in body["key"]]
+    assert [key for key in keys if set(key) - {"path", "value", "delete", "flags"}] == []
+
+
+def test_what_terraform_puts_is_what_tables_answer(terraform, tmp_path):
+    entries = {}
+    for kind, _, body in resources(terraform):
+        if kind == "consul_key_prefix":
+            entries |= {body["path_prefix"] + key: value.encode() for key, value in body["subkeys"].items()}
+        elif kind == "consul_keys":
+            entries |= {key["path"]: key["value"].encode() for key in body["key"] if "${" not in key["value"]}
+    sources = open_sources(write_config(tmp_path, address=f"file://{write_source(tmp_path, entries)}"))
+    said = [
+        "table|0.1|0|domains|check|1|domain|mail.example.org",
+        "table|0.1|0|aliases|lookup|2|alias|postmaster",
+        "table|0.1|0|aliases|lookup|3|alias|root",
+    ]
+    answered = converse(sources, [f"{line}\n".encode() for line in said]).decode().splitlines()
+    assert answered == [
+        "table-response|1|found",
+        "table-response|2|found|root",
+        "table-response|3|found|gilles, eric@example.org",
+    ]
+
+
+def test_files_that_terraform_reads_are_there(terraform):
+    named = re.findall(r'file\("\$\{path\.module\}/([^"]+)"\)', (ROOT / "contrib/terraform/main.tf").read_text())
+    assert named
+    assert [name for name in named if not (ROOT / "contrib/terraform" / name).exists()] == []
+
+
+# ---- contrib/ldif-to-lines.py ----
+
+
+def lines_of(ldif, template):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "contrib/ldif-to-lines.py"), template],
+        input=ldif,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+LDIF = """\
+version: 1
+
+# a comment
+dn: uid=gilles,dc=example,dc=org
+uid: gilles
+mail: gilles@example.org
+mail: postmaster@example.org
+cn:: R2lsbGVzIMOJLg==
+description: folded h
+ ere
+
+dn: uid=eric,dc=example,dc=org
+uid: eric
+"""
+
+
+def test_ldif_becomes_a_line_for_each_value_of_the_first_attribute():
+    assert lines_of(LDIF, "{mail}: {uid}") == (
+        0,
+        "gilles@example.org: gilles\npostmaster@example.org: gilles\n",
+        "uid=eric,dc=example,dc=org: no mail\n",
+    )
+
+
+def test_ldif_s_other_attributes_become_lists_and_are_decoded_and_unfolded():
+    assert lines_of(LDIF.replace("\n", "\r\n"), "{uid} {mail} {cn} {description}")[1] == (
+        "gilles gilles@example.org, postmaster@example.org Gilles É. folded here\n"
+    )
+
+
+def test_ldif_without_a_template_says_what_it_is_for():
+    status, said, told = lines_of(LDIF, "nothing")
+    assert (status, said) == (2, "")
+    assert "table-consulctl import" in told

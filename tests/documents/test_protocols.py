@@ -1,0 +1,126 @@
+"""What docs/protocols.md shows smtpd and a table say to each other is what they say, however it is cut into reads."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from struct import calcsize
+from sys import byteorder
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from table_consul.server import Daemon
+from table_consul.services import SERVICES
+from tests.dialogue import PATIENCE_SECONDS, open_sources, read_transcript, write_config, write_source
+from tests.documents.document import Document
+
+PAGE = Document(Path(__file__).parents[2] / "docs/protocols.md")
+ENTRIES = {
+    key: value.strip().encode()
+    for block in PAGE.fenced("entries")
+    for key, value in (line.split(" =", 1) for line in block.text.splitlines())
+}
+ATOM = re.compile(r'(?:(\d+)\*)?(?:"([^"]*)"|((?:[0-9a-f]{2})+))')
+
+
+def spelled(text):
+    """The bytes of one line of an imsg transcript."""
+    return b"".join(
+        int(count or 1) * (bytes.fromhex(number) if number else words.encode())
+        for count, words, number in (ATOM.fullmatch(atom).groups() for atom in text.split())
+    )
+
+
+def read_imsg(text):
+    turns = []
+    for line in text.splitlines():
+        if line.startswith("> "):
+            turns.append([spelled(line[2:]), b""])
+        elif line.startswith("< "):
+            turns[-1][1] += spelled(line[2:])
+        else:
+            assert line.startswith("# "), line
+    return turns
+
+
+def serve(sources, wire):
+    with wire:
+        Daemon(sources, lambda _table: None).serve(wire.fileno(), wire.fileno())
+
+
+def say(wire, chunks):
+    with contextlib.suppress(BrokenPipeError):  # it needs no more once it was told CLOSE
+        for chunk in chunks:
+            wire.send(chunk)
+        wire.shutdown(socket.SHUT_WR)
+
+
+def replayed(sources, chunks):
+    """All that the program's loop answers when smtpd's words come in these reads: such a socket keeps them apart."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(PATIENCE_SECONDS)
+    with ours, ThreadPoolExecutor() as threads:
+        done = [threads.submit(serve, sources, theirs), threads.submit(say, ours, chunks)]
+        answered = b"".join(iter(lambda: ours.recv(1 << 20), b""))
+        for each in done:
+            each.result(PATIENCE_SECONDS)
+    return answered
+
+
+@pytest.fixture(scope="module", params=[*PAGE.fenced("transcript", "imsg")], ids=lambda block: f"line {block.line}")
+def conversation(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("protocols")
+    if request.param.language == "imsg":
+        assert (byteorder, calcsize("@N")) == ("little", 8), "the page shows the bytes of another machine than this"
+        defaults, turns = (), read_imsg(request.param.text)
+    else:
+        (folder / "page").write_text(request.param.text)
+        dialogue = read_transcript(folder / "page")
+        defaults, turns = dialogue.defaults, dialogue.turns
+    config = write_config(folder, *defaults, address=f"file://{write_source(folder, ENTRIES)}")
+    return turns, lambda chunks: replayed(open_sources(config), chunks)
+
+
+def test_the_page_shows_every_dialect():
+    words = {line[2:].partition("|")[0] for block in PAGE.fenced("transcript") for line in block.text.splitlines()}
+    assert {"table-response", "table-result", "lookup-result", "fetch-result", "update-result", "register"} <= words
+    assert len([*PAGE.fenced("imsg")]) == 1
+
+
+def test_the_page_tells_the_bit_of_every_service_that_imsg_knows():
+    row = re.search(r"^\| (alias \|.*) \|\n\|[-|]+\n\| (.*) \|$", PAGE.text, re.MULTILINE)
+    told = dict(zip(row[1].split(" | "), (int(bit, 0) for bit in row[2].split(" | ")), strict=True))
+    assert told == {service.name: service.bit for service in SERVICES.values() if service.name != "auth"}
+
+
+def test_each_turn_is_answered_as_the_page_says(conversation):
+    turns, replay = conversation
+    for number in range(len(turns)):
+        so_far = turns[: number + 1]
+        assert b"".join(answer for _, answer in so_far) == replay([said for said, _ in so_far])
+
+
+def test_in_one_piece_it_is_answered_the_same(conversation):
+    turns, replay = conversation
+    assert b"".join(answer for _, answer in turns) == replay([b"".join(said for said, _ in turns)])
+
+
+def test_byte_by_byte_it_is_answered_the_same(conversation):
+    turns, replay = conversation
+    said = b"".join(said for said, _ in turns)
+    assert b"".join(answer for _, answer in turns) == replay(bytes([each]) for each in said)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.sets(st.integers(0, 3000)))
+def test_in_random_cuts_it_is_answered_the_same(conversation, cuts):
+    turns, replay = conversation
+    said = b"".join(said for said, _ in turns)
+    places = sorted({0, *(cut for cut in cuts if cut < len(said)), len(said)})
+    assert b"".join(answer for _, answer in turns) == replay(said[a:b] for a, b in itertools.pairwise(places))

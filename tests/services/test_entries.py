@@ -1,0 +1,520 @@
+from __future__ import annotations
+
+from itertools import cycle, islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from table_consul.errors import EntryError
+from table_consul.protocol import Found
+from table_consul.services import DEFAULT_SERVICES, SERVICES, Table, fold
+from table_consul.services.entries import Bucket, Builder
+from tests.services.test_values import RAW, SERVICE, TABLES
+
+TABLE = Table("aliases")
+COMMANDS = replace(TABLE, allow_commands=True)
+LISTS = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex")
+
+
+def bucket(service, *pairs, table=TABLE):
+    return Bucket(table, SERVICES[service], pairs)
+
+
+# ---- layout ----
+
+
+def test_entries_lie_under_prefix_table_and_service():
+    assert replace(TABLE, prefix="mail/hosts").path(SERVICES["alias"]) == b"mail/hosts/aliases/alias/"
+
+
+def test_without_prefix_a_table_is_a_folder_at_the_top():
+    assert TABLE.path(SERVICES["domain"]) == b"aliases/domain/"
+
+
+def test_paths_give_a_service_another_folder_and_leave_the_others():
+    table = replace(TABLE, prefix="mail", paths={"alias": "shared/people"})
+    assert tuple(table.path(SERVICES[name]) for name in ("alias", "domain")) == (
+        b"shared/people/",
+        b"mail/aliases/domain/",
+    )
+
+
+def test_auth_is_registered_only_when_configured():
+    assert {*SERVICES} - {"auth"} == {*DEFAULT_SERVICES}
+
+
+def test_service_bits_are_those_of_smtpd():
+    assert [1 << n for n in range(13)] == [service.bit for service in SERVICES.values()]
+
+
+# ---- keys ----
+
+
+def test_stored_keys_are_folded_with_ascii_rules_alone():
+    assert "straße@É.example".encode() == fold("STRAßE@É.Example".encode())
+
+
+def test_an_upper_case_key_answers_for_the_lower_case_question():
+    assert bucket("alias", (b"Root", b"gilles")).lookup(b"root") == b"gilles"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_spellings_the_lower_case_one_answers_and_a_warning_names_both(order):
+    found = bucket("alias", *[(b"Root", b"eric"), (b"root", b"gilles")][::order])
+    (problem,) = found.problems
+    assert (
+        found.lookup(b"root"),
+        problem.startswith("aliases/alias/Root: "),
+        "aliases/alias/root, which answers" in problem,
+    ) == (b"gilles", True, True)
+
+
+def test_of_two_spellings_without_a_lower_case_one_the_first_in_order_answers():
+    found = bucket("alias", (b"ROOT", b"gilles"), (b"Root", b"eric"))
+    assert (found.lookup(b"root"), len(found.problems)) == (b"gilles", 1)
+
+
+def test_a_good_spelling_replaces_a_refused_one_and_the_other_way_round():
+    mended = bucket("alias", (b"Root", b"|sh"), (b"root", b"gilles"))
+    broken = bucket("alias", (b"Root", b"gilles"), (b"root", b"|sh"))
+    assert (mended.lookup(b"root"), mended.refused, broken.values) == (b"gilles", {}, {})
+
+
+def test_folders_and_the_bucket_itself_are_no_entries():
+    found = bucket("alias", (b"", None), (b"staff/", None), (b"staff/root", b"gilles"))
+    assert (len(found), found.check(b"staff/"), found.lookup(b"staff/root")) == (1, False, b"gilles")
+
+
+def test_keys_may_contain_slashes():
+    assert bucket("netaddr", (b"192.0.2.0/24", None)).check(b"192.0.2.0/24")
+
+
+def test_keys_and_values_in_utf_8_pass_as_they_are():
+    key, value = "jörg@exämple.org".encode(), "jörg".encode()
+    assert value == bucket("string", (key, value)).lookup(key)
+
+
+def test_an_absent_key_is_none():
+    assert (
+        bucket("alias", (b"root", b"gilles")).lookup(b"nobody"),
+        bucket("alias").check(b"nobody"),
+    ) == (None, False)
+
+
+# ---- empty ----
+
+
+@pytest.mark.parametrize("service", LISTS)
+@pytest.mark.parametrize("raw", [b"", None, b" \n", b'""'])
+def test_in_a_list_service_a_key_without_value_is_a_member_and_answers_with_itself(service, raw):
+    found = bucket(service, (b"example.org", raw))
+    assert (found.check(b"example.org"), found.lookup(b"example.org")) == (True, b"example.org")
+
+
+@pytest.mark.parametrize("service", ["alias", "credentials", "userinfo", "addrname", "mailaddrmap", "string"])
+@pytest.mark.parametrize("raw", [b"", None, b" \n"])
+def test_elsewhere_a_key_without_value_is_there_but_its_lookup_is_an_error(service, raw):
+    found = bucket(service, (b"root", raw))
+    with pytest.raises(EntryError, match=f"aliases/{service}/root: there is no value"):
+        found.lookup(b"root")
+    assert found.check(b"root")
+
+
+def test_a_list_entry_with_a_value_answers_with_the_value():
+    assert bucket("domain", (b"example.org", b"yes")).lookup(b"example.org") == b"yes"
+
+
+def test_a_relayhost_with_a_value_is_a_domain_and_its_host_as_in_a_file():
+    relays = bucket("relayhost", (b"example.org", b"smtp://mx.example.net"), (b"smtp://mx.example.com", b""))
+    assert relays.lookup(b"example.org") == b"smtp://mx.example.net"
+    assert relays.lookup(b"smtp://mx.example.com") == b"smtp://mx.example.com"
+
+
+@pytest.mark.parametrize("key", [b"a\nb", b"a\rb", b"a\0b"])
+def test_an_entry_that_cannot_be_said_is_an_error_not_an_answer(key):
+    with pytest.raises(EntryError, match="holds a control character"):
+        bucket("domain", (key, None)).lookup(key)
+
+
+# ---- buckets ----
+
+
+def test_an_entry_that_is_no_good_harms_no_other():
+    found = bucket("alias", (b"bad", b"|sh"), (b"root", b"gilles"), (b"worse", b'"\xff'))
+    assert (b"gilles", {b"bad", b"worse"}, 2) == (found.lookup(b"root"), set(found.refused), len(found.problems))
+
+
+def test_a_refused_entry_is_in_the_table_and_its_lookup_names_the_key():
+    found = bucket("alias", (b"bad", b"|sh"))
+    with pytest.raises(EntryError, match=r"^aliases/alias/bad: the value holds a \|command"):
+        found.lookup(b"bad")
+    assert found.check(b"bad")
+
+
+def test_control_characters_of_a_key_are_escaped_in_messages():
+    (problem,) = bucket("alias", (b"a\x1b[31m\n", b"|sh")).problems
+    assert problem.startswith("aliases/alias/a\\x1b[31m\\n: ")
+
+
+def test_asking_for_a_refused_entry_again_and_again_holds_on_to_nothing():
+    found = bucket("alias", (b"bad", b"|sh"))
+    depth = 0
+    for _ in range(50):
+        with pytest.raises(EntryError) as caught:
+            found.lookup(b"bad")
+        depth = len(caught.traceback)
+    assert depth < 10
+
+
+class TestBuilder:
+    def build(self, *pairs, former=None, table=TABLE, service="alias"):
+        builder = Builder(table, SERVICES[service], former)
+        builder.take(pairs)
+        return builder
+
+    def test_in_several_goes_is_as_in_one(self):
+        builder = self.build((b"Root", b"eric"))
+        builder.take([(b"root", b"gilles"), (b"bad", b"|sh")])
+        whole = bucket("alias", (b"Root", b"eric"), (b"root", b"gilles"), (b"bad", b"|sh"))
+        built = builder.finish()
+        assert (whole.values, whole.problems) == (built.values, built.problems)
+
+    def test_what_has_not_changed_is_the_former_bucket_itself(self):
+        former = bucket("alias", (b"root", b"gilles\n"), (b"bad", b"|sh"))
+        assert former is self.build((b"root", b"gilles"), (b"bad", b"|sh"), former=former).finish()
+
+    def test_what_has_changed_is_another_bucket_and_leaves_the_former_one_as_it_was(self):
+        former = bucket("alias", (b"root", b"gilles"))
+        built = self.build((b"root", b"eric"), former=former).finish()
+        assert (built.lookup(b"root"), former.lookup(b"root")) == (b"eric", b"gilles")
+
+    def test_what_has_not_changed_is_the_former_bucket_even_where_an_entry_is_no_pattern(self):
+        former = bucket("netaddr", (b"192.0.2.0/24", None), (b"nonsense/99", None))
+        same = self.build(*((key, None) for key in former.values), former=former, service="netaddr").finish()
+        assert (former is same, len(former.problems)) == (True, 1)
+
+    def test_a_spelling_that_is_gone_is_a_problem_no_more(self):
+        former = bucket("alias", (b"Root", b"x"), (b"root", b"gilles"))
+        assert self.build((b"root", b"gilles"), former=former).finish().problems == []
+
+    def test_lost_are_the_keys_that_only_the_former_bucket_had(self):
+        former = bucket("alias", (b"root", b"gilles"), (b"bad", b"|sh"), (b"kept", b"eric"))
+        builder = self.build((b"kept", b"x"), former=former)
+        assert ([*builder.lost()], [*self.build((b"a", b"b")).lost()]) == ([b"root", b"bad"], [])
+
+    def test_a_permission_taken_away_is_not_outlived_by_what_was_judged_before(self):
+        former = bucket("alias", (b"root", b"|sh"), table=COMMANDS)
+        assert {b"root"} == set(self.build((b"root", b"|sh"), former=former).finish().refused)
+
+
+# ---- records and the default entry ----
+
+RECORD = b'{"password": "$6$salt$hash", "uid": 1000, "gid": "1000", "home": "/home/vera", "quota": [1, {"a": null}]}'
+
+
+def test_one_bucket_of_records_serves_several_services():
+    assert bucket("userinfo", (b"vera", RECORD)).lookup(b"vera") == b"1000:1000:/home/vera"
+    assert bucket("credentials", (b"vera", RECORD)).lookup(b"vera") == b"$6$salt$hash"
+
+
+def test_a_record_for_another_service_is_an_error_that_names_the_fields_and_no_problem():
+    found = bucket("userinfo", (b"vera", b'{"password": "x"}'))
+    with pytest.raises(EntryError, match="aliases/userinfo/vera: the record has no uid and no gid and no home, which"):
+        found.lookup(b"vera")
+    assert (found.problems, found.check(b"vera")) == ([], True)
+
+
+def test_a_record_that_lacks_a_part_of_what_is_asked_is_a_problem():
+    found = bucket("userinfo", (b"vera", b'{"uid": 1, "home": null}'), (b"*", b"1000:1000:/home/%u"))
+    with pytest.raises(EntryError, match="the record has no gid and no home"):
+        found.lookup(b"vera")
+    assert len(found.problems) == 1
+
+
+DEFAULT = (b"*", b"5000:5000:/var/vmail/%d/%n")
+
+
+def test_the_default_answers_for_those_who_have_no_entry_of_their_own():
+    users = bucket("userinfo", DEFAULT, (b"gilles", b"1000:1000:/home/gilles"), (b"eric", b'{"password": "x"}'))
+    assert [users.lookup(user) for user in (b"gilles", b"vera@example.org")] == [
+        b"1000:1000:/home/gilles",
+        b"5000:5000:/var/vmail/example.org/vera",
+    ]
+    with pytest.raises(
+        EntryError, match=r"aliases/userinfo/\*: the user asked for has no %d, which the home here needs"
+    ):
+        users.lookup(b"eric")
+    assert (users.holds(b"vera"), users.check(b"vera")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("home", "user", "answer"),
+    [
+        (b"/home/%u", b"vera", b"/home/vera"),
+        (b"/home/%u", b"vera@example.org", b"/home/vera@example.org"),
+        (b"/home/%n", b"vera", b"/home/vera"),
+        (b"/home/%n", b"a@b@example.org", b"/home/a@b"),
+        (b"/100%%/%u%%", b"%u", b"/100%/%u%"),
+        (b"/home/all", b"vera", b"/home/all"),
+        (b"/home/%u", "jörg".encode(), "/home/jörg".encode()),
+        (b"/home/%u", b"*", b"/home/*"),
+        (b"/home/%u", b"\\1\\g<0>", b"/home/\\1\\g<0>"),
+        (b"/home/%u", b"...", b"/home/..."),
+    ],
+)
+def test_the_home_of_the_default_is_filled_in_with_the_user(home, user, answer):
+    assert bucket("userinfo", (b"*", b"5000:5000:" + home)).lookup(user) == b"5000:5000:" + answer
+
+
+@pytest.mark.parametrize(
+    "user", [b"..", b".", b"a/b", b"/", b"../x", b"a\x1bb", b"a\x7f", b"", b"x:0", b"x:0:0:/root", b"a\0"]
+)
+@pytest.mark.parametrize("home", [b"/home/%u", b"/home/%n", b"/home/all"])
+def test_no_user_gets_out_of_the_home_or_at_other_ids(user, home):
+    users = bucket("userinfo", (b"*", b"5000:5000:" + home))
+    if user in (b"..", b".") and b"%" not in home:
+        assert users.lookup(user) == b"5000:5000:/home/all"
+        return
+    with pytest.raises(EntryError, match=r"^aliases/userinfo/\*: the user asked for has a name that cannot be part of"):
+        users.lookup(user)
+
+
+def test_a_home_whose_parts_make_two_dots_is_refused():
+    with pytest.raises(EntryError, match="cannot be part of a home"):
+        bucket("userinfo", (b"*", b"5000:5000:/home/.%u/x")).lookup(b".")
+
+
+def test_a_default_that_is_no_good_is_an_error_for_those_without_entry_and_for_no_others():
+    users = bucket("userinfo", (b"*", b"0:0:/root"), (b"gilles", b"1000:1000:/home/gilles"))
+    assert users.lookup(b"gilles") == b"1000:1000:/home/gilles"
+    with pytest.raises(EntryError, match="uid or gid 0"):
+        users.lookup(b"vera")
+
+
+def test_without_default_an_absent_user_is_none():
+    assert bucket("userinfo", (b"gilles", b"1000:1000:/")).lookup(b"vera") is None
+
+
+def test_a_star_is_a_key_like_others_elsewhere():
+    assert bucket("string", (b"*", b"x")).lookup(b"vera") is None
+
+
+@pytest.mark.parametrize("address", [b"192.0.2.25", b"2001:db8::25", b"[2001:db8::25]", b"fe80::1%eth0"])
+def test_an_address_to_send_from_is_no_problem(address):
+    assert bucket("source", (address, None)).problems == []
+    assert bucket("source", (b"first", address), table=replace(TABLE, fetch="values")).problems == []
+
+
+@settings(deadline=None)
+@given(user=st.binary() | st.text(".%/:@aun\0").map(str.encode), home=st.text("/%und.").map(lambda h: f"/{h}".encode()))
+def test_whatever_is_asked_for_the_ids_are_those_of_the_default_and_no_dots_lead_out(user, home):
+    users = bucket("userinfo", (b"*", b"5000:5001:" + home))
+    try:
+        value = users.lookup(user)
+    except EntryError:
+        return
+    name, uid, gid, path = (user + b":" + value).split(b":", 3)  # smtpd: to.c, text_to_userinfo
+    assert (name, uid, gid, path[:1], value.count(b"\n")) == (user, b"5000", b"5001", b"/", 0)
+    assert b"%" not in home or b".." not in path.split(b"/")
+
+
+# ---- what is told ----
+
+
+@pytest.mark.parametrize(
+    ("service", "key", "raw", "told"),
+    [
+        ("alias", b" root", b"gilles", "a blank at one of its ends"),
+        ("domain", b"example.org\n", None, "a blank at one of its ends"),
+        ("alias", b"root", b"gilles, eric schmidt", "element 2 of the value is neither user nor address"),
+        ("alias", b"root", "jörg@exämple.org".encode(), "element 1 of the value is neither user nor address"),
+        ("alias", b"root", "joerg@exämple.org".encode(), "delivers to the local user before the @"),
+        ("alias", b"root", b"error:nonsense", "element 1 of the value is neither"),
+        ("mailaddrmap", b"vera", b"a@example.org, " + b"x" * 300 + b"@example.org", "element 2 of the value is longer"),
+        ("credentials", b"vera", b"hunter2", "no hash that smtpd's crypt"),
+        ("credentials", b"vera", b"{SSHA512}hunter2", "no hash that smtpd's crypt"),
+        ("credentials", b"vera", b"vera:{plain}hunter2", "no hash that smtpd's crypt"),
+        ("credentials", b"vera", b"{ARGON2ID}$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$qVQ8m7ozNVzo", "no hash that"),
+        ("auth", b"vera", b"{SSHA512}hunter2", "no hash that can be verified"),
+        ("alias", b"root", None, "there is no value, and alias needs one"),
+        ("mailaddrmap", b"vera", b" \n", "there is no value, and mailaddrmap needs one"),
+        ("auth", b"vera", None, "there is no value, and auth needs one"),
+        ("source", b"mail.example.org", None, "no address to send mail from"),
+        ("source", b"192.0.2.256", None, "no address to send mail from"),
+        ("source", b"192.0.2.0/24", None, "no address to send mail from"),
+        ("auth", b"vera", b"$2b$31$abcdefghijklmnopqrstuuqflPDzB6gcMhKa1rZqKiun2YGL5sa2u", "to verify, more than the"),
+    ],
+)
+def test_an_entry_that_smtpd_could_not_use_is_told_and_answered_as_it_stands(service, key, raw, told):
+    found = bucket(service, (key, raw), (b"other", None if service == "domain" else b"other@example.org"))
+    (problem,) = [problem for problem in found.problems if "/other" not in problem]
+    assert told in problem
+    assert problem.startswith("aliases/")
+    assert "hunter2" not in problem
+    assert (key in found.values, found.refused) == (True, {})
+
+
+@pytest.mark.parametrize(
+    ("service", "raw"),
+    [
+        ("alias", b"gilles, eric@example.org, error:550 no such user, a.b+c@x-y.org, :error:450 4.2.1 later"),
+        ("alias", b"bang!path%x@example.org"),
+        ("mailaddrmap", b'gilles@example.org, @example.com, "a b"@example.org'),
+        ("credentials", b"vera:clear {text}"),
+        ("credentials", b"vera:{something} else"),
+        ("credentials", b"!$6$salt$hash"),
+        ("credentials", b"$sha1$1$salt$rtI8apYHXaqy9MbxM3TD51VTdkna"),
+        ("credentials", b"vera:$2b$10$abcdefghijklmnopqrstuuqflPDzB6gcMhKa1rZqKiun2YGL5sa2u"),
+        ("auth", b"*"),
+        ("auth", b"!$6$salt$hash"),
+        ("string", b"anything"),
+    ],
+)
+def test_what_smtpd_takes_is_told_nobody(service, raw):
+    assert bucket(service, (b"vera", raw)).problems == []
+
+
+def test_commands_that_are_allowed_are_told_nobody():
+    values = b'"|command, with comma", /var/mail/x, :include:/etc/list, |plain'
+    assert bucket("alias", (b"root", values), table=COMMANDS).problems == []
+
+
+def test_with_auth_argon2_is_no_problem_of_credentials():
+    table = replace(TABLE, services=("auth", "credentials"))
+    argon2 = b"$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$qVQ8m7ozNVzoeV1W0lpcI9V2SPUOK+NCcQHYOu+C/us"
+    assert bucket("credentials", (b"vera", argon2), table=table).problems == []
+
+
+def test_a_key_in_upper_case_cannot_be_found_in_a_table_that_is_read_directly():
+    direct = replace(TABLE, mode="direct")
+    (problem,) = bucket("relayhost", (b"Example.org", b"smtp://mx"), table=direct).problems
+    assert "aliases/relayhost/Example.org: smtpd asks in lower case" in problem
+    assert bucket("domain", (b"Example.org", None), table=direct).problems == []
+
+
+def test_what_is_told_of_an_entry_that_stays_is_still_there_when_others_change():
+    former = bucket("credentials", (b"vera", b"hunter2"), (b"gone", b"hunter2"))
+    builder = Builder(TABLE, SERVICES["credentials"], former)
+    builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
+    built = builder.finish()
+    assert [problem.partition(":")[0] for problem in built.problems] == ["aliases/credentials/vera"]
+    builder = Builder(TABLE, SERVICES["credentials"], built)
+    builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
+    assert builder.finish() is built
+
+
+# ---- internationalised names ----
+
+NAMES = ["jörg@exämple.org", "用户@例子.公司", "пользователь@пример.рф", "δοκιμή@παράδειγμα.ελ", "a\u0301@e\u0301.org"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("service", ["alias", "mailaddrmap", "mailaddr", "string"])
+def test_internationalised_names_are_bytes_in_and_bytes_out(service, name):
+    key = name.encode()
+    found = bucket(service, (key, key))
+    assert (found.lookup(key), found.check(key)) == (key, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_internationalised_domains_match_as_bytes_with_and_without_wildcard(name):
+    domain = name.partition("@")[2].encode()
+    found = bucket("domain", (b"*." + domain, None))
+    assert (found.check(b"mx." + domain), found.check(domain)) == (True, False)
+
+
+def test_one_name_in_two_normal_forms_is_two_keys_as_in_a_file():
+    composed, decomposed = "j\u00f6rg".encode(), "jo\u0308rg".encode()
+    assert bucket("alias", (composed, b"gilles")).lookup(decomposed) is None
+
+
+def test_bytes_that_are_no_utf_8_pass_as_they_are():
+    assert bucket("alias", (b"j\xf6rg", b"j\xf6rg")).lookup(b"j\xf6rg") == b"j\xf6rg"
+
+
+# ---- fetch ----
+
+
+def fetched(found, count):
+    last, values = None, []
+    for _ in range(count):
+        last, value = found.after(last)
+        values.append(value)
+    return values
+
+
+def test_fetch_gives_the_keys_in_order_and_wraps():
+    found = bucket("source", (b"192.0.2.2", None), (b"192.0.2.1", b"x"))
+    assert fetched(found, 3) == [b"192.0.2.1", b"192.0.2.2", b"192.0.2.1"]
+
+
+def test_fetch_gives_values_when_configured_and_the_key_where_there_is_none():
+    table = replace(TABLE, fetch="values")
+    assert fetched(bucket("source", (b"192.0.2.1", b"uplink"), (b"192.0.2.2", b""), table=table), 2) == [
+        b"uplink",
+        b"192.0.2.2",
+    ]
+
+
+def test_fetch_of_an_empty_bucket_is_nothing():
+    assert (bucket("source").after(None), bucket("source").after(b"gone")) == (None, None)
+
+
+def test_fetch_passes_over_what_cannot_be_said():
+    assert fetched(bucket("source", (b"a", None), (b"b\n", None), (b"c", None)), 4) == [b"a", b"c"] * 2
+
+
+def test_fetch_of_values_passes_over_what_is_refused():
+    table = replace(TABLE, fetch="values")
+    assert fetched(bucket("string", (b"a", b"x"), (b"b", b"y\nz"), (b"c", b""), table=table), 2) == [b"x", b"x"]
+
+
+def test_fetch_is_an_error_where_nothing_can_be_said():
+    with pytest.raises(EntryError, match=r"aliases/source/a\\n: the key holds a control character"):
+        bucket("source", (b"b\r", None), (b"a\n", None)).after(None)
+
+
+KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
+
+
+@settings(deadline=None)
+@given(
+    stays=st.sets(KEYS, min_size=1),
+    changes=st.lists(st.sets(KEYS), min_size=1, max_size=40),
+)
+def test_whatever_comes_and_goes_every_key_that_stays_is_fetched_once_a_round(stays, changes):
+    last, values = None, []
+    for others in changes:
+        last, value = bucket("source", *((key, None) for key in sorted(stays | others))).after(last)
+        values.append(value)
+    steady = [value for value in values if value in stays]
+    assert [*islice(cycle(sorted(stays)), len(steady))] == steady
+
+
+# ---- properties ----
+
+
+@settings(deadline=None)
+@given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
+def test_what_a_bucket_answers_can_be_said(table, service, key, raw):
+    found = Bucket(table, service, [(key, raw)])
+    for ask in (lambda: found.lookup(fold(key)), lambda: (found.after(None) or (None, None))[1]):
+        try:
+            value = ask()
+        except EntryError:
+            continue
+        assert value is None or Found(value).value == value
+
+
+@settings(deadline=None)
+@given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
+def test_a_value_read_again_from_what_it_became_is_the_same(table, service, key, raw):
+    """A Builder takes over what stood there before: what it would have read must be what stood there."""
+    former = Bucket(table, service, [(key, raw)])
+    again = [(key, former.values.get(fold(key), raw))]
+    builder = Builder(table, service, former)
+    builder.take(again)
+    fresh = Bucket(table, service, again)
+    assert (fresh.values, set(fresh.refused)) == (builder.values, set(builder.refused))

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from table_consul.services import regex
+from table_consul.services.index import INDEXES, Addresses, Domains, HostAddresses, Networks, Regexes
+from table_consul.services.match import (
+    KEY_BYTES,
+    addrname_match,
+    table_domain_match,
+    table_mailaddr_match,
+    table_netaddr_match,
+)
+from table_consul.services.regex import table_regex_match
+
+MATCHERS = {
+    "domain": table_domain_match,
+    "netaddr": table_netaddr_match,
+    "mailaddr": table_mailaddr_match,
+    "regex": table_regex_match,
+    "addrname": addrname_match,
+}
+VECTORS = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "vectors" / "match-vectors.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+def walk(service, entries, key):
+    """What a walk over a table of smtpd meets first (table_static.c, table_static_lookup)."""
+    match = MATCHERS[service]
+    if service == "addrname" and key in entries:
+        return key
+    return next((entry for entry in sorted(entries) if match(key, entry)), None)
+
+
+@pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "regex"])
+def test_matchers_answer_as_smtpd_does(service):
+    vectors = [vector for vector in VECTORS if vector["service"] == service]
+    wrong = [v for v in vectors if MATCHERS[service](v["query"].encode(), v["entry"].encode()) is not v["match"]]
+    assert vectors
+    assert wrong == []
+
+
+@pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "regex"])
+def test_an_index_of_one_entry_answers_as_smtpd_does(service):
+    vectors = [vector for vector in VECTORS if vector["service"] == service]
+    wrong = []
+    for v in vectors:
+        entry = v["entry"].encode()
+        if INDEXES[service]([entry]).find(v["query"].encode()) != (entry if v["match"] else None):
+            wrong.append(v)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr"])
+def test_an_index_of_all_vector_entries_answers_as_the_walk(service):
+    entries = {v["entry"].encode() for v in VECTORS if v["service"] == service}
+    index = INDEXES[service](entries)
+    queries = sorted({v["query"].encode() for v in VECTORS if v["service"] == service})[::5]
+    assert {q: walk(service, entries, q) for q in queries} == {q: index.find(q) for q in queries}
+
+
+def text(alphabet, size):
+    return st.lists(st.sampled_from(alphabet), max_size=size).map(lambda pieces: "".join(pieces).encode())
+
+
+def tables(entry, key):
+    return st.lists(entry, max_size=12).flatmap(
+        lambda entries: st.tuples(st.just(entries), st.one_of(key, st.sampled_from(entries)) if entries else key)
+    )
+
+
+HOSTS = text("ab.A", 6)
+PATTERNS = text("ab.*A", 6)
+ADDRESSES = st.sampled_from(
+    [
+        b"10.0.0.1",
+        b"10.0.0.129",
+        b"10.9.0.1",
+        b"192.0.2.7",
+        b"[2001:db8::1]",
+        b"2001:DB8:0::1",
+        b"::1",
+        b"[::ffff:1.2.3.4]",
+    ]
+)
+NETWORKS = st.one_of(
+    st.builds(lambda a, n: b"%s/%d" % (a.strip(b"[]"), n), ADDRESSES, st.integers(0, 130)),
+    st.builds(lambda a, n: b"[%s/%d]" % (a.strip(b"[]"), n), ADDRESSES, st.integers(0, 130)),
+    ADDRESSES,
+    st.sampled_from(
+        [b"local", b"LOCAL", b"10", b"10/8", b"0x0a", b"", b"[", b"[]", b"/8", b"ipv6:10.0.0.1", b"10.0.0.1/"]
+    ),
+)
+EXPRESSION = ["a", "b", "A", ".", "*", "+", "?", "(", ")", "|", "[ab]", "[^a]", "^", "$", "{2}", "\\", "(?i)", "[", "{"]
+
+
+@given(tables(PATTERNS, HOSTS))
+@example(([b"*.b", b"**.b"], b"a.b"))
+@example(([b"*.B", b"*.b"], b"a.b"))
+def test_domains_answer_as_the_walk(case):
+    entries, key = case
+    assert walk("domain", entries, key) == Domains(entries).find(key)
+
+
+@given(tables(text("ab.*+@@A", 7), text("ab.+@@A*", 7)))
+def test_addresses_answer_as_the_walk(case):
+    entries, key = case
+    assert walk("mailaddr", entries, key) == Addresses(entries).find(key)
+
+
+@given(tables(NETWORKS, NETWORKS))
+def test_networks_answer_as_the_walk(case):
+    entries, key = case
+    assert walk("netaddr", entries, key) == Networks(entries).find(key)
+
+
+@given(tables(NETWORKS, NETWORKS))
+def test_host_addresses_answer_as_the_walk(case):
+    entries, key = case
+    assert walk("addrname", entries, key) == HostAddresses(entries).find(key)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables(text(EXPRESSION, 6), text("abA(", 5)))
+def test_regexes_answer_as_the_walk(case):
+    entries, key = case
+    assert walk("regex", entries, key) == Regexes(entries).find(key)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(INDEXES)), st.lists(st.binary(max_size=40), max_size=8), st.binary(max_size=60))
+def test_no_entry_and_no_key_raises(service, entries, key):
+    index = INDEXES[service](entries)
+    found = index.find(key)
+    assert found is None or found in entries
+    assert all(entry in entries and "\n" not in remedy for entry, remedy in index.problems)
+    for entry in entries:
+        MATCHERS[service](key, entry)
+
+
+@pytest.mark.parametrize(
+    ("service", "entries", "key", "answer"),
+    [
+        ("domain", [b"example.org", b"*.example.org", b"*"], b"mail.example.org", b"*"),
+        ("domain", [b"example.org", b"*.example.org"], b"mail.example.org", b"*.example.org"),
+        ("domain", [b"*.example.org"], b"example.org", None),
+        ("domain", [b"*.example.org"], b"a.b.example.org", None),
+        ("domain", [b"*.*.example.org"], b"a.b.example.org", b"*.*.example.org"),
+        ("domain", [b"mx*", b"mx1"], b"mx1", b"mx*"),
+        ("domain", ["müller.example".encode()], "müller.example".encode(), "müller.example".encode()),
+        ("domain", ["*.müller.example".encode()], "a.müller.example".encode(), "*.müller.example".encode()),
+        ("netaddr", [b"192.0.2.0/24", b"192.0.2.1", b"192.0.0.0/16"], b"192.0.2.1", b"192.0.0.0/16"),
+        ("netaddr", [b"10/8", b"10.0.0.0/8"], b"10.1.2.3", b"10.0.0.0/8"),
+        ("netaddr", [b"2001:db8::/32"], b"[2001:db8::1]", b"2001:db8::/32"),
+        ("netaddr", [b"[2001:db8::/32]"], b"[2001:db8::1]", b"[2001:db8::/32]"),
+        ("netaddr", [b"0.0.0.0/0"], b"[2001:db8::1]", None),
+        ("netaddr", [b"0.0.0.0/0", b"::/0", b"local"], b"local", b"local"),
+        ("netaddr", [b"fe80::/10"], b"[fe80::1%eth0]", None),
+        ("mailaddr", [b"user@example.org", b"@example.org"], b"user@example.org", b"@example.org"),
+        ("mailaddr", [b"user"], b"user+tag@example.org", b"user"),
+        ("mailaddr", [b"user+tag@example.org"], b"user+tag@example.org", b"user+tag@example.org"),
+        ("mailaddr", [b"user+tag@example.org"], b"user+other@example.org", None),
+        ("mailaddr", [b"user@*.example.org"], b"user+tag@a.example.org", b"user@*.example.org"),
+        ("mailaddr", [b"@"], b"anybody@anywhere", b"@"),
+        ("mailaddr", ["jürgen@*.example".encode()], "jürgen@ä.example".encode(), "jürgen@*.example".encode()),
+        ("netaddr", [b"0x0a", b"0xc00002/23"], b"192.0.3.1", b"0xc00002/23"),
+        ("netaddr", [b"[ipv6:2001:db8::/ +32]"], b"[2001:db8::1]", b"[ipv6:2001:db8::/ +32]"),
+        ("netaddr", [b"224"], b"239.0.0.1", None),
+        ("netaddr", [b"172.16", b"192.0.2", b"240"], b"172.16.9.9", b"172.16"),
+        ("regex", [b"^b", b"^a", b"a"], b"abc", b"^a"),
+        ("regex", [b"(?i)^FOO"], b"foo", b"(?i)^FOO"),
+        ("addrname", [b"::1"], b"[::1]", b"::1"),
+        ("addrname", [b"::1", b"[::1]"], b"[::1]", b"[::1]"),
+        ("addrname", [b"0:0::1", b"::1"], b"[::1]", b"0:0::1"),
+        ("addrname", [b"192.0.2.1"], b"192.0.2.1", b"192.0.2.1"),
+        ("addrname", [b"::ffff:c000:201"], b"[::ffff:192.0.2.1]", b"::ffff:c000:201"),
+        ("addrname", [b"::ffff:192.0.2.1"], b"192.0.2.1", None),
+        ("addrname", [b"fe80::1%eth0"], b"[fe80::1%eth0]", b"fe80::1%eth0"),
+        ("addrname", [b"fe80::1"], b"[fe80::1%eth0]", None),
+    ],
+)
+def test_the_lowest_entry_that_matches_answers(service, entries, key, answer):
+    assert answer == INDEXES[service](entries).find(key)
+    assert answer == INDEXES[service](reversed(entries)).find(key)
+
+
+# As glibc's regcomp(3) and regexec(3) answer in the C locale; none of these stand in the vectors.
+@pytest.mark.parametrize(
+    ("entry", "matching", "other"),
+    [
+        (b"a**b", b"aab", b"aa"),
+        (b"a+?$", b"aa", None),
+        (b"a{,2}$", b"", None),
+        (b"^a{0}$", b"", b"a"),
+        (b"a}", b"a}", b"a"),
+        (b"a.b", b"a\nb", b"ab"),
+        (b"a$", b"a", b"a\n"),
+        (b"^(|a)$", b"", b"b"),
+        (b"()*a", b"a", b"b"),
+        (b"[]a]$", b"]", b"b"),
+        (b"^[^]a]$", b"b", b"]"),
+        (b"^[a-]$", b"-", b"b"),
+        (b"^[--/]$", b".", b"0"),
+        (b"^[a---]$", b"-", b"b"),
+        (b"^[\\]$", b"\\", b"a"),
+        (b"^[[.-.]x]$", b"-", b"."),
+        (b"^[[=a=]]$", b"a", b"="),
+        (b"^[[:alpha:]-]$", b"-", b":"),
+        (b"^\\w\\W\\s\\S$", b"a-\vb", b"aa b"),
+        (b"\\bfoo\\b", b"a foo b", b"afoo"),
+        (b"o\\Bo", b"foo", b"o o"),
+        (b"\\`a\\'", b"a", b"aa"),
+        (b"\\d", b"d", b"1"),
+        (b"(?i)^[a-c]\\.x$", b"B.X", b"d.x"),
+        (b"(?i)[[:upper:]]", b"a", b"1"),
+        (b"(?i)[[:lower:]]", b"A", b"1"),
+        (b"(?i)\\a|^$", b"", b"a"),
+        (b"^[^\\W\\w]*$", b"[]", b"w"),
+        (b"\xfc", "ü".encode("latin-1"), b"\xdc"),
+        (b"(?i)\xfc", "ü".encode("latin-1"), b"\xdc"),
+    ],
+)
+def test_expressions_mean_what_glibc_takes_them_for(entry, matching, other):
+    assert entry == Regexes([entry]).find(matching)
+    assert other is None or Regexes([entry]).find(other) is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b"(a)\\1", b"\\<a", b"(a", b"[a", b"[[:alpha:", b"[[.a", b"[[:nope:]]", b"[[.ab.]]", b"[b-a]", b"[a-z-9]",
+        b"[a-[:digit:]]", b"*a", b"^*", b"a|*b", b"(?:a)", b"a{", b"a{}", b"a{x}", b"a{2,1}", b"{2}", b"a{1001}",
+        b"a\\", b"((a{500}){500}){500}", b"(" * 500 + b")" * 500 + b"(", b"a" * (KEY_BYTES + 1),
+    ],
+)  # fmt: skip
+def test_an_expression_without_answer_is_a_problem_and_harms_no_other(entry):
+    index = Regexes([entry, b"b$"])
+    assert [entry] == [problem for problem, _ in index.problems]
+    assert index.find(b"a") is None
+    assert index.find(b"b") == b"b$"
+
+
+def test_an_escape_that_other_dialects_know_is_told():
+    ((entry, remedy),) = Regexes([b"^\\d+$", b"\\\\d", b"\\.\\w"]).problems
+    assert entry == b"^\\d+$"
+    assert "[0-9]" in remedy
+
+
+def test_without_google_re2_every_expression_is_a_problem(monkeypatch):
+    monkeypatch.setitem(sys.modules, "re2", None)
+    regex._re2.cache_clear()
+    try:
+        index = Regexes([b"a", b"b"])
+        assert index.find(b"a") is None
+        assert not table_regex_match(b"a", b"a")
+        assert [entry for entry, remedy in index.problems if "google-re2" in remedy] == [b"a", b"b"]
+    finally:
+        regex._re2.cache_clear()
+
+
+@pytest.mark.parametrize("memory", [1, 2_000, 20_000])
+def test_a_set_that_runs_out_of_memory_gives_the_same_answers(monkeypatch, memory):
+    monkeypatch.setattr(regex, "REGEX_SET_BYTES", memory)
+    index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)])
+    assert index.find(b"host-1-7.bar") == b"^host-[0-9]+-7\\.(foo|bar)"
+    assert index.find(b"host-1-77.bar") is None
+
+
+@pytest.mark.parametrize(
+    ("service", "entry"),
+    [
+        ("netaddr", b"example.org"),
+        ("netaddr", b"192.0.2.0/33"),
+        ("netaddr", b"[2001:db8::]/32"),
+        ("netaddr", b"1" * (KEY_BYTES + 1)),
+        ("addrname", b"example.org"),
+        ("addrname", b"192.0.2"),
+        ("addrname", b"192.0.2.256"),
+        ("addrname", b"1" * (KEY_BYTES + 1)),
+        ("mailaddr", b"u" * 256 + b"@example.org"),
+        ("mailaddr", b"@" + b"h" * 256),
+        ("domain", b"h" * (KEY_BYTES + 1)),
+    ],
+)
+def test_an_entry_that_smtpd_could_not_use_is_told_once(service, entry):
+    index = INDEXES[service]([entry, b"local" if service == "netaddr" else b"192.0.2.1"])
+    assert [entry] == [problem for problem, _ in index.problems]
+
+
+def test_many_expressions_are_told_apart():
+    index = Regexes([b"^x%04d$" % n for n in range(1000)])
+    assert [b"^x%04d$" % n for n in range(1000)] == [index.find(b"x%04d" % n) for n in range(1000)]
+
+
+@pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "addrname"])
+def test_hostile_keys_are_answered_as_by_the_walk(service):
+    hosts = [b"%s*%sexample%d.org" % (b"m" * (n % 8), b"abc.."[n % 5 : n % 5 + 1], n) for n in range(500)]
+    nets = [b"10.%d.0.0/%d" % (n % 250, n % 33) for n in range(250)] + [b"%x::/%d" % (n, n % 129) for n in range(250)]
+    entries = {"domain": hosts, "mailaddr": [b"user@" + h for h in hosts], "netaddr": nets, "addrname": nets}[service]
+    index = INDEXES[service](entries)
+    keys = [b"*" * 1023, b"a." * 511, b"m" * 1023, b"@" * 1023, b"u+" * 127 + b"@" + b"mc." * 85, b"1" * 1023]
+    keys += [
+        b"[" + b"::" * 500 + b"]",
+        b"10.0.0.1",
+        b"[::1]",
+        b":" * 1023,
+        b"0x" + b"f" * 1021,
+        b"::1.2.3." + b"4" * 999,
+    ]
+    keys += [b"0" * 20_000, b"::/" + b"1" * 20_000]
+    assert [walk(service, entries, key) for key in keys] == [index.find(key) for key in keys]

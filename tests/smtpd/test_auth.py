@@ -1,0 +1,512 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from table_consul.errors import ConfigError, EntryError, Forbidden, PeerError, Unreachable
+from table_consul.kv import Pair
+from table_consul.protocol import Failed, Found, NotFound, Request
+from table_consul.responder import Responder
+from table_consul.server import Daemon
+from table_consul.services import SERVICES, Table, passwords
+from table_consul.services.entries import Bucket
+from table_consul.services.passwords import DEFAULT, MARKS, PASSWORD_BYTES, Verifier, parse, unmarked, usable
+from table_consul.sources import watch
+from table_consul.sources.direct import Direct
+from table_consul.tables import Sources
+from tests.dialogue import write_config, write_source
+
+try:
+    binding = passwords._binding()
+except ConfigError as error:
+    pytest.skip(
+        f"{error}; it is built from source: apt-get install gcc python3-dev libcrypt-dev", allow_module_level=True
+    )
+low_level = pytest.importorskip("argon2.low_level", reason="needs argon2-cffi: pip install 'table-consul[auth]'")
+
+TABLE = Table("users", services=("auth", "credentials"))
+PASSWORD = "Correct Horse: bättery|"
+SETTINGS = {
+    "bcrypt": "$2b$04$abcdefghijklmnopqrstuu",
+    "bcrypt of PHP": "$2y$04$abcdefghijklmnopqrstuu",
+    "SHA-512": "$6$rounds=1000$saltsalt$",
+    "SHA-512 without rounds": "$6$saltsalt$",
+    "SHA-256": "$5$rounds=1000$saltsalt$",
+    "yescrypt": "$y$j75$F5Jx5fExrKuPp53xLKQ..1$",
+    "gost-yescrypt": "$gy$j75$F5Jx5fExrKuPp53xLKQ..1$",
+    "scrypt": "$7$2/..../....saltsalt$",
+    "MD5": "$1$saltsalt$",
+    "DES": "ab",
+}
+
+
+def crypt(setting, password=PASSWORD):
+    made = binding.crypt(password, setting)
+    assert not made.startswith("*"), f"crypt(3) of this system does not know {setting}"
+    return made.encode()
+
+
+def argon2(password=PASSWORD, kind=low_level.Type.ID, memory=64, passes=1):
+    return low_level.hash_secret(password.encode(), b"saltsalt", passes, memory, 1, 32, kind)
+
+
+HASHES = {name: crypt(setting) for name, setting in SETTINGS.items()} | {
+    "argon2id": argon2(),
+    "argon2i": argon2(kind=low_level.Type.I),
+    "argon2d": argon2(kind=low_level.Type.D),
+}
+SHA512 = HASHES["SHA-512"]
+# DES reads eight characters of seven bits, so a wrong password must differ early.
+WRONG = "wrong"
+
+
+def verified(stored, password=PASSWORD, others=(), most=2.0):
+    return Verifier().verify("users", stored, password.encode("utf-8", "surrogateescape"), others, most)
+
+
+# ---- formats ----
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_the_right_password_is_verified_and_a_wrong_one_is_not(name):
+    assert (verified(HASHES[name]), verified(HASHES[name], WRONG)) == (True, False)
+
+
+@pytest.mark.parametrize("name", sorted({*HASHES} - {"DES"}))
+def test_case_counts(name):
+    assert not verified(HASHES[name], PASSWORD.lower())
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_a_hash_may_stand_behind_a_user_and_a_mark(name):
+    stored = b"vera:" + unmarked(b"{ARGON2ID}" + HASHES[name])
+    assert verified(stored)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_are_read_in_any_case(mark):
+    assert unmarked(mark.title() + SHA512) == SHA512
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"hunter2",
+        b"{SSHA512}hunter2",
+        b"{PLAIN}hunter2",
+        b"{SHA512-CRYPT}hunter2",
+        b"$9$salt$hunter2",
+        b"$6$salt$hunter2",
+        b"$6$rounds=9999999999$saltsalt$" + b"." * 86,
+        b"$argon2id$hunter2",
+        b"$argon2x$v=19$m=64,t=1,p=1$c2FsdHNhbHQ$hunter2",
+        SHA512 + b"x",
+        SHA512[:-1],
+        b"label:hunter2",
+        b"",
+    ],
+)
+def test_what_nobody_can_verify_is_an_error_and_no_refusal(stored):
+    with pytest.raises(EntryError, match="no hash that can be verified") as caught:
+        verified(stored)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_format_that_this_system_does_not_know_is_an_error(monkeypatch):
+    monkeypatch.setattr(binding, "crypt", lambda word, salt: "*0")
+    with pytest.raises(EntryError, match="by SHA-512, which crypt"):
+        verified(SHA512)
+    assert not verified(None)
+
+
+def test_a_failing_crypt_is_an_error(monkeypatch):
+    def fail(word, salt):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(binding, "crypt", fail)
+    with pytest.raises(EntryError, match="does not know"):
+        verified(SHA512)
+
+
+def test_an_argon2_hash_that_cannot_be_calculated_is_an_error():
+    with pytest.raises(EntryError, match="by argon2 that cannot be verified"):
+        verified(argon2().replace(b"p=1", b"p=0"))
+
+
+@pytest.mark.parametrize(
+    "stored", [b"*", b"!", b"!!", b"*LK*", b"*0", b"!" + SHA512, b"vera:!" + SHA512, b"*" + SHA512]
+)
+def test_a_locked_account_is_refused(stored):
+    assert not verified(stored)
+
+
+@pytest.mark.parametrize("password", ["", "a\0b", "x" * (PASSWORD_BYTES + 1), PASSWORD + "\0"])
+def test_a_password_that_no_hash_is_made_of_is_refused(password):
+    assert (verified(SHA512, password), verified(None, password)) == (False, False)
+
+
+def test_the_longest_password_is_verified():
+    long = "x" * PASSWORD_BYTES
+    assert verified(crypt("$6$rounds=1000$salt$", long), long)
+
+
+@pytest.mark.parametrize("stored", [SHA512, None])
+def test_a_password_in_another_encoding_is_an_error_for_every_user(stored):
+    with pytest.raises(PeerError, match="the password is no UTF-8") as caught:
+        verified(stored, "hunter2\udcff")
+    assert "hunter2" not in repr(caught.value)
+
+
+def test_argon2_takes_any_bytes():
+    stored = low_level.hash_secret(b"\xff\0x", b"saltsalt", 1, 64, 1, 32, low_level.Type.ID)
+    assert verified(stored, "\udcff\0x")
+
+
+# ---- cost ----
+
+B64 = b"." * 43
+
+
+@pytest.mark.parametrize(
+    ("cheap", "dear"),
+    [
+        (b"$2b$14$" + b"." * 53, b"$2b$15$" + b"." * 53),
+        (b"$6$rounds=2000000$s$" + b"." * 86, b"$6$rounds=2000001$s$" + b"." * 86),
+        (b"$5$rounds=999999$s$" + B64, b"$5$rounds=999999999$s$" + B64),
+        (b"$y$jDT$salt$" + B64, b"$y$jFT$salt$" + B64),
+        (b"$7$CU..../....salt$" + B64, b"$7$NU..../....salt$" + B64),
+        (
+            b"$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$" + B64.replace(b".", b"A"),
+            b"$argon2id$v=19$m=2097152,t=1,p=4$c2FsdHNhbHQ$" + B64.replace(b".", b"A"),
+        ),
+    ],
+)
+def test_a_hash_that_takes_longer_than_the_deadline_is_refused_unseen(cheap, dear):
+    assert usable(cheap, 2.0).text == cheap
+    with pytest.raises(EntryError, match=r"takes about [0-9.]+ s to verify, more than the deadline of 2 s"):
+        verified(dear)
+    assert not verified(None, others=[dear])
+
+
+def test_a_longer_deadline_allows_a_dearer_hash():
+    assert usable(b"$2b$15$" + b"." * 53, 5.0) is not None
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_what_is_known_of_a_cost_is_no_less_than_it_is(name):
+    """The figures are twice those of a slow core: else they would let through what breaks the deadline."""
+    began = time.process_time()
+    verified(HASHES[name])
+    assert time.process_time() - began < parse(unmarked(HASHES[name])).seconds + 0.5
+
+
+# ---- a user that there is not ----
+
+
+class Spied(Verifier):
+    """Notes what it is made to calculate."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.calculated = []
+        monkeypatch.setattr(passwords, "_verify", lambda known, password: self.calculated.append(known) or False)
+
+    def settings(self):
+        return [known.setting for known in self.calculated]
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    return Spied(monkeypatch)
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_an_absent_user_costs_what_a_wrong_password_costs(spied, name):
+    stored = unmarked(HASHES[name])
+    spied.verify("users", stored, b"x", [], 2.0)
+    spied.verify("users", None, b"x", [stored], 2.0)
+    assert spied.settings() == [parse(stored).setting] * 2
+    assert spied.calculated[1].text != stored
+
+
+def test_a_locked_user_costs_as_much_too(spied):
+    spied.verify("users", b"*LK*", b"x", [b"clear", SHA512], 2.0)
+    assert spied.settings() == [parse(SHA512).setting]
+
+
+def test_without_others_in_sight_the_last_hash_seen_of_the_same_table_counts(spied):
+    spied.verify("users", HASHES["bcrypt"], b"x", [], 2.0)
+    spied.verify("users", None, b"x", [], 2.0)
+    spied.verify("others", None, b"x", [], 2.0)
+    bcrypt = parse(HASHES["bcrypt"]).setting
+    assert spied.settings() == [bcrypt, bcrypt, DEFAULT.setting]
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_what_is_remembered_of_a_hash_verifies_no_password(name):
+    verifier = Verifier()
+    verifier.verify("users", HASHES[name], PASSWORD.encode(), [], 2.0)
+    known = verifier._typical["users"]
+    assert HASHES[name][-10:] not in known.text
+    assert not verifier.verify("users", None, PASSWORD.encode(), [HASHES[name]], 2.0)
+    assert not passwords._verify(known, PASSWORD.encode())
+
+
+def test_the_default_is_a_hash_that_crypt_calculates():
+    assert not passwords._verify(DEFAULT, b"x")
+    assert parse(DEFAULT.text).setting == DEFAULT.setting
+
+
+def test_no_user_gets_in_by_the_password_of_another():
+    assert not verified(None, others=[SHA512])
+
+
+# ---- what is missing ----
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "stored"),
+    [("crypt_r", "crypt-r", SHA512), ("argon2", "argon2-cffi", HASHES["argon2id"]), ("crypt_r", "crypt-r", None)],
+)
+def test_a_package_that_is_missing_is_an_error_that_names_it(monkeypatch, module, package, stored):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "crypt", None)
+    with pytest.raises(ConfigError, match=rf"package {package} is not installed; install table-consul\[auth\]"):
+        verified(stored)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    stored=st.none() | st.binary() | st.text("$26yabc./:{}!*=,0123456789").map(str.encode),
+    password=st.binary(max_size=20),
+)
+def test_any_credential_and_any_password_have_an_answer(stored, password):
+    with contextlib.suppress(EntryError, PeerError):
+        assert Verifier().verify("users", stored, password, [b"", stored or b"x"], 0.1) in (True, False)
+
+
+# ---- the answer ----
+
+
+class Scripted:
+    """A source that holds entries by service; it notes what it was asked for."""
+
+    def __init__(self, **services):
+        self.services = services
+        self.errors = {}
+        self.asked = []
+
+    def bucket(self, table, service, key, deadline):
+        self.asked.append((service.name, key, deadline))
+        if service.name in self.errors:
+            raise self.errors[service.name]
+        return Bucket(table, service, self.services.get(service.name, {}).items())
+
+
+def ask(source, key, op="check", table=TABLE):
+    if isinstance(key, str):
+        key = key.encode()
+    return Responder(lambda name: table, source).answer(Request(op, b"1", "users", "auth", key), 1000.0)
+
+
+def test_the_right_password_is_found_and_a_wrong_one_is_not():
+    source = Scripted(auth={b"vera": SHA512})
+    assert (ask(source, f"vera:{PASSWORD}"), ask(source, "vera:wrong")) == (Found(), NotFound())
+
+
+def test_the_user_is_folded_and_the_password_is_not():
+    source = Scripted(auth={b"Vera@Example.org": SHA512})
+    replies = [ask(source, f"VERA@example.ORG:{PASSWORD}"), ask(source, f"vera@example.org:{PASSWORD.lower()}")]
+    assert replies == [Found(), NotFound()]
+    assert {key for _, key, _ in source.asked} == {b"vera@example.org"}
+
+
+def test_the_first_colon_ends_the_user():
+    source = Scripted(auth={b"vera": crypt("$6$rounds=1000$salt$", ":a:b:")})
+    assert ask(source, "vera::a:b:") == Found()
+
+
+def test_who_is_not_in_the_one_bucket_may_be_in_the_other():
+    source = Scripted(auth={b"eric": SHA512}, credentials={b"vera": b"vera:" + SHA512, b"eric": b"nonsense"})
+    assert [ask(source, f"{user}:{PASSWORD}") for user in ("vera", "eric", "walter")] == [Found(), Found(), NotFound()]
+    assert [name for name, *_ in source.asked] == ["auth", "credentials"] * 3  # or time would tell where a user is
+    assert {deadline for *_, deadline in source.asked} == {1000.0 + TABLE.deadline}
+
+
+def test_a_password_in_clear_text_to_relay_with_lets_nobody_in():
+    reply = ask(Scripted(credentials={b"label": b"user:hunter2"}), "label:hunter2")
+    assert isinstance(reply, Failed)
+    assert reply.reason.startswith("users/credentials/label: the value is no hash that can be verified")
+    assert "hunter2" not in reply.reason
+
+
+@pytest.mark.parametrize("missing", ["auth", "credentials"])
+def test_a_bucket_that_cannot_be_read_is_no_refusal(missing):
+    source = Scripted()
+    source.errors[missing] = Unreachable("away")
+    assert ask(source, f"vera:{PASSWORD}") == Failed("away", source.errors[missing])
+
+
+def test_who_is_in_the_first_bucket_needs_no_second():
+    source = Scripted(auth={b"vera": SHA512})
+    source.errors["credentials"] = Unreachable("away")
+    assert [ask(source, f"vera:{word}") for word in (PASSWORD, "wrong")] == [Found(), NotFound()]
+
+
+def test_a_record_has_the_password_and_one_without_leaves_it_to_the_other_bucket():
+    password = b'{"password": "{SHA512-CRYPT}%b", "uid": 1000}' % SHA512
+    source = Scripted(auth={b"vera": password, b"eric": b'{"uid": 1}', b"walter": b"{}"}, credentials={b"eric": SHA512})
+    assert [ask(source, f"{user}:{PASSWORD}") for user in ("vera", "eric")] == [Found(), Found()]
+    reply = ask(source, f"walter:{PASSWORD}")
+    assert reply.reason == "users/auth/walter: the record has no password, which auth needs"
+
+
+@pytest.mark.parametrize("op", ["lookup", "fetch"])
+def test_auth_has_no_values(op):
+    source = Scripted(auth={b"vera": SHA512})
+    reply = ask(source, f"vera:{PASSWORD}" if op == "lookup" else "", op)
+    assert (isinstance(reply, Failed), source.asked) == (True, [])
+
+
+@pytest.mark.parametrize("key", ["", "vera", "hunter2"])
+def test_a_key_that_smtpd_would_not_send_is_an_error_without_it(key):
+    reply = ask(Scripted(), key)
+    assert isinstance(reply, Failed)
+    assert reply.reason == "the service auth answers check alone, with a key USER:PASSWORD"
+
+
+def test_the_empty_user_is_nobody():
+    assert ask(Scripted(auth={b"": SHA512}), f":{PASSWORD}") == NotFound()
+
+
+def test_a_star_is_a_user_like_others_and_no_default():
+    assert ask(Scripted(auth={b"*": SHA512}), f"vera:{PASSWORD}") == NotFound()
+
+
+# ---- sources ----
+
+
+class Client:
+    address = "http://consul:8500"
+
+    def __init__(self, **store):
+        self.store = {f"users/{key.replace('_', '/', 1)}".encode(): value for key, value in store.items()}
+        self.asked = []
+        self.errors = {}
+
+    def get(self, key, *, timeout):
+        self.asked.append(key)
+        if key in self.errors:
+            raise self.errors[key]
+        return Pair(key, self.store[key], 1) if key in self.store else None
+
+
+@pytest.mark.parametrize(
+    ("user", "reply", "reads"),
+    [
+        ("vera", Found(), [b"users/auth/vera", b"users/credentials/vera"]),
+        ("eric", Found(), [b"users/auth/eric", b"users/credentials/eric"]),
+        ("walter", NotFound(), [b"users/auth/walter", b"users/credentials/walter"]),
+        ("../credentials/eric", NotFound(), []),
+        ("..", NotFound(), []),
+        ("a\0b", NotFound(), []),
+    ],
+)
+def test_direct_reads_two_keys_for_any_user_and_none_that_no_url_can_name(user, reply, reads):
+    client = Client(auth_vera=SHA512, credentials_eric=SHA512)
+    assert ask(Direct(client, lambda: 1000.0), f"{user}:{PASSWORD}") == reply
+    assert client.asked == reads
+
+
+def test_direct_takes_no_refusal_of_consul_for_absence():
+    client = Client()
+    client.errors[b"users/credentials/vera"] = Forbidden("403")
+    assert isinstance(ask(Direct(client, lambda: 1000.0), f"vera:{PASSWORD}"), Failed)
+
+
+@pytest.mark.parametrize(
+    ("services", "read"),
+    [
+        (("auth",), ("auth", "credentials")),
+        (("credentials", "auth"), ("credentials", "auth")),
+        (("alias",), ("alias",)),
+    ],
+)
+def test_a_mirror_of_auth_holds_credentials_too(monkeypatch, services, read):
+    monkeypatch.setattr(watch.Watch, "start", lambda each: None)
+    mirrored = watch.Mirrored(replace(TABLE, services=services), lambda: None)
+    assert [each._services for each in mirrored.watches] == [read]
+
+
+def test_a_file_is_asked_for_both_buckets_though_only_auth_is_registered(tmp_path):
+    path = write_config(tmp_path, 'services = ["auth"]')
+    write_source(tmp_path, {"users/credentials/vera": SHA512})
+    assert said(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
+
+
+# ---- nothing is told ----
+
+
+def said(path, keys, caplog=None, version="7.9.0"):
+    """What the process answers to these keys, with the configuration at that path."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(f"config|smtpd-version|{version}\nconfig|tablename|users\nconfig|ready\n".encode())
+        for number, key in enumerate(keys, 1):
+            theirs.sendall(f"table|0.1|0|users|check|auth|{number}|{key}\n".encode("utf-8", "surrogateescape"))
+        theirs.shutdown(socket.SHUT_WR)
+        from table_consul import config
+
+        sources = Sources(lambda: config.load(str(path), {}))
+        Daemon(sources, lambda _: None).serve(ours.fileno(), ours.fileno())
+        ours.shutdown(socket.SHUT_WR)
+        answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
+    said.cells = sources.tally.cells()
+    return answers.splitlines()
+
+
+def test_no_line_no_reply_and_no_number_holds_a_password_or_a_hash(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    entries = {
+        "users/auth/vera": SHA512,
+        "users/auth/eric": b"{SSHA512}SECRETHASH",
+        "users/auth/lock": b"!" + SHA512,
+        "users/auth/dear": b"$2b$31$" + b"." * 53,
+        "users/auth/list": b'["SECRETHASH", "SECRETHASH"]',
+        "users/auth/torn": b'{"password": "SECRETHASH',
+        "users/credentials/relay": b"user:SECRETHASH",
+    }
+    path = write_config(tmp_path, 'services = ["auth"]')
+    write_source(tmp_path, entries)
+    users = [*(key.rpartition("/")[2] for key in entries), "absent", "", ".."]
+    answers = said(path, [f"{user}:hunter2{end}" for user in users for end in ("", "\udcff", "x" * 600)] + ["hunter2"])
+    told = b"\n".join(answers).decode() + caplog.text + repr(said.cells)
+    assert len(answers) == 2 + 3 * len(users) + 1
+    assert not {word for word in ("hunter2", "SECRETHASH", SHA512.decode()[-20:]) if word in told}
+    assert "users/auth/eric: the value is no hash that can be verified" in caplog.text
+
+
+def test_a_request_shows_no_password():
+    assert "hunter2" not in repr(Request("check", b"1", "users", "auth", b"vera:hunter2"))
+    assert "root" in repr(Request("check", b"1", "users", "alias", b"root"))
+
+
+@pytest.mark.parametrize(
+    ("version", "registered"), [("7.8.0p1", False), ("7.9.0", True), ("7.10.1", True), ("", False)]
+)
+def test_auth_is_offered_only_to_those_who_leave_the_password_as_it_is(tmp_path, version, registered):
+    path = write_config(tmp_path, 'services = ["auth", "credentials"]')
+    assert (b"register|auth" in said(path, [], version=version)) is registered
+
+
+def test_auth_is_the_service_that_is_asked_with_secrets():
+    assert [service.name for service in SERVICES.values() if service.answers == "check"] == ["auth"]

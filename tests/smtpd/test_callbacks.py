@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from table_consul import callbacks
+from table_consul.callbacks import Callbacks
+from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.server import Loop
+from table_consul.services import DEFAULT_SERVICES
+from tests.dialogue import Child
+from tests.smtpd.test_imsg import ALIAS, CHECK, FETCH, LOOKUP, SOURCE, UPDATE
+from tests.smtpd.test_procexec import ABSENT, OK, RUN, Smtpd
+
+DUMMY = (sys.executable, str(Path(__file__).parents[2] / "contrib" / "table-dummy.py"))
+MAILADDR = 0x40
+ME = b"gilles@poolp.org"
+
+
+def asked(op, key=b"root", service="alias"):
+    return Request(op, b"1", "users", service, key)
+
+
+def answered(request, services=DEFAULT_SERVICES, **functions):
+    given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
+    return Callbacks(*given.values(), services).answer(request, 0.0)
+
+
+# ---- the example ----
+
+
+@pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
+def test_the_example_answers_an_smtpd_of_imsg(command):
+    with Smtpd(*command) as smtpd:
+        assert smtpd.ask(CHECK, MAILADDR, ME) == (OK, b"")
+        assert smtpd.ask(CHECK, MAILADDR, b"eric@poolp.org") == (ABSENT, b"")
+        assert smtpd.ask(LOOKUP, ALIAS, b"root") == (OK, ME)
+        assert smtpd.ask(LOOKUP, ALIAS, b"eric") == (ABSENT, b"")
+        assert smtpd.ask(FETCH, SOURCE, b"") == (OK, ME)
+        assert smtpd.ask(UPDATE) == (OK, b"")
+        assert smtpd.end()[:2] == (0, b"")
+
+
+@pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
+def test_the_example_answers_an_smtpd_of_lines(command):
+    with Child(command=command) as child:
+        assert child.handshake() == [name.encode() for name in DEFAULT_SERVICES]
+        assert child.ask(b"table|0.1|0|t|check|mailaddr|1|" + ME) == b"check-result|1|found"
+        assert child.ask(b"table|0.1|0|t|lookup|alias|2|root") == b"lookup-result|2|found|" + ME
+        assert child.ask(b"table|0.1|0|t|lookup|alias|3|eric") == b"lookup-result|3|not-found"
+        assert child.ask(b"table|0.1|0|t|fetch|source|4") == b"fetch-result|4|found|" + ME
+        assert child.ask(b"table|0.1|0|t|update|5") == b"update-result|5|ok"
+        assert child.end() == 0
+
+
+@pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
+@pytest.mark.parametrize(("name", "word"), [(b"t|", b"table-response"), (b"", b"table-result")])
+def test_the_example_answers_the_dialects_of_2020(command, name, word):
+    with Child(command=command) as child:
+        assert child.ask(b"table|0.1|0|%bcheck|1|mailaddr|%b" % (name, ME)) == word + b"|1|found"
+        assert child.ask(b"table|0.1|0|%blookup|2|alias|root" % name) == word + b"|2|found|" + ME
+        assert child.ask(b"table|0.1|0|%bfetch|3|source" % name) == word + b"|3|found|" + ME
+        assert child.end() == 0
+
+
+# ---- what functions say ----
+
+
+def test_functions_are_given_the_table_the_service_and_the_key_as_text():
+    seen = []
+
+    def told(*arguments):
+        seen.append(arguments)
+        return "v"
+
+    answered(asked("check", "ß".encode()), check=told)
+    answered(asked("lookup", b"\xff"), lookup=told)
+    answered(asked("fetch", b""), fetch=told)
+    answered(asked("update", b"", ""), update=told)
+    assert seen == [("users", "alias", "ß"), ("users", "alias", "\udcff"), ("users", "alias"), ("users",)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "functions", "reply"),
+    [
+        (asked("check"), {"check": lambda *_: True}, Found()),
+        (asked("check"), {"check": lambda *_: False}, NotFound()),
+        (asked("check"), {"lookup": lambda *_: "gilles"}, Found()),
+        (asked("check"), {"lookup": lambda *_: None}, NotFound()),
+        (asked("check"), {"fetch": lambda *_: "gilles"}, Failed("this table has no check")),
+        (asked("lookup"), {"lookup": lambda *_: "gilles"}, Found(b"gilles")),
+        (asked("lookup"), {"lookup": lambda *_: "\udcff"}, Found(b"\xff")),
+        (asked("lookup"), {"lookup": lambda *_: None}, NotFound()),
+        (asked("lookup"), {"check": lambda *_: True}, Failed("this table has no lookup")),
+        (asked("fetch"), {"fetch": lambda *_: "192.0.2.1"}, Found(b"192.0.2.1")),
+        (asked("fetch"), {"fetch": lambda *_: None}, NotFound()),
+        (asked("fetch"), {}, Failed("this table has no fetch")),
+        (asked("update"), {}, Updated()),
+    ],
+)
+def test_what_functions_say_becomes_a_reply(request_, functions, reply):
+    assert answered(request_, **functions) == reply
+
+
+def test_only_chosen_services_are_registered_and_asked():
+    chosen = Callbacks(None, lambda *_: "gilles", None, None, ("alias",))
+    assert chosen.services("users") == ["alias"]
+    reply = chosen.answer(asked("lookup", service="domain"), 0.0)
+    assert reply == Failed("service domain is not among the services of this table")
+
+
+def said(lines, caplog, **functions):
+    """What a loop over these functions answers to these lines."""
+    given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
+    answerer = Callbacks(*given.values(), DEFAULT_SERVICES)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(lines)
+        ours.shutdown(socket.SHUT_WR)
+        caplog.set_level(logging.ERROR)
+        Loop(answerer, answerer.answer, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        theirs.shutdown(socket.SHUT_WR)
+        return ours.makefile("rb").read()
+
+
+LOOKUPS = b"config|ready\n" + b"".join(b"table|0.1|0|t|lookup|alias|%d|k\n" % number for number in (1, 2))
+
+
+def test_an_exception_is_an_error_and_is_told_once(caplog):
+    answers = said(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
+    assert [answer.rpartition(b"|error|internal error (KeyError)")[0] for answer in answers] == [
+        b"lookup-result|1",
+        b"lookup-result|2",
+    ]
+    assert [record.exc_info[0] for record in caplog.records] == [KeyError]
+
+
+@pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])
+def test_a_value_that_smtpd_cannot_take_is_an_error(value, caplog):
+    answers = said(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
+    assert [b"|error|" in answer for answer in answers] == [True, True]
+
+
+def test_serve_takes_the_wire_and_answers(tmp_path):
+    program = tmp_path / "table-x"
+    program.write_text(
+        "from table_consul import callbacks\n"
+        "callbacks.serve(lookup=lambda t, s, k: print('stray') or k.upper(), services=['alias'], program='table-x')\n"
+    )
+    with Child(command=[sys.executable, str(program)]) as child:
+        assert child.handshake() == [b"alias"]
+        assert child.ask(b"table|0.1|0|t|lookup|alias|1|root") == b"lookup-result|1|found|ROOT"
+        assert child.rest() == b""
+
+
+def test_the_example_in_the_documentation_runs(monkeypatch):
+    served = {}
+    monkeypatch.setattr(callbacks, "serve", lambda **functions: served.update(functions))
+    lines = callbacks.__doc__.splitlines()
+    exec("\n".join(line[4:] for line in lines if line.startswith("    ")))
+    lookup = served["lookup"]
+    assert (lookup("users", "alias", "root"), lookup("users", "alias", "eric")) == ("gilles", None)

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from itertools import cycle, islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError, TableConsulError, Unreachable
+from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.responder import UPDATE_SECONDS, Responder
+from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
+from table_consul.services.entries import Bucket
+
+ARRIVED = 1000.0
+
+
+class Scripted:
+    """A source that holds entries by table and service, or raises; it notes what it was asked for."""
+
+    def __init__(self, **services):
+        self.services = services
+        self.error: Exception | None = None
+        self.asked = []
+
+    def bucket(self, table, service, key, deadline):
+        self.asked.append((table.name, service.name, key, deadline))
+        if self.error is not None:
+            raise self.error
+        entries = self.services.get(service.name, {})
+        return Bucket(table, service, entries.items() if isinstance(entries, dict) else ((e, b"") for e in entries))
+
+    def update(self, deadline):
+        self.asked.append(deadline)
+        if self.error is not None:
+            raise self.error
+
+
+def ask(source, op, service="alias", key=b"root", table="aliases", **options):
+    responder = Responder(lambda name: replace(Table(name), **options), source)
+    return responder.answer(Request(op, b"1", table, service, key), ARRIVED)
+
+
+def test_a_key_that_is_there_is_found_with_its_value():
+    assert Found(b"gilles") == ask(Scripted(alias={b"root": b"gilles"}), "lookup")
+
+
+def test_a_check_is_answered_without_a_value():
+    assert Found() == ask(Scripted(alias={b"root": b"gilles"}), "check")
+
+
+@pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
+@pytest.mark.parametrize("service", DEFAULT_SERVICES)
+def test_a_key_that_is_proven_absent_is_not_found(op, service):
+    assert NotFound() == ask(Scripted(), op, service)
+
+
+@pytest.mark.parametrize("op", ["check", "lookup", "fetch", "update"])
+@pytest.mark.parametrize("error", [SourceError, Unreachable, Forbidden, BadResponse, ConfigError])
+def test_no_failure_is_ever_taken_for_absence(op, error):
+    source = Scripted(source=[b"192.0.2.1"])
+    source.error = error("no data")
+    assert Failed("no data", source.error) == ask(source, op, "source")
+
+
+@pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
+def test_a_table_that_cannot_be_is_an_error(op):
+    def tables(_name):
+        raise ConfigError("table name: no")
+
+    reply = Responder(tables, Scripted()).answer(Request(op, b"1", "..", "alias", b"root"), ARRIVED)
+    assert isinstance(reply, Failed)
+    assert reply.reason == "table name: no"
+
+
+def test_an_unknown_service_is_an_error_that_shows_it_printably():
+    assert ask(Scripted(), "lookup", "a\x1bb").reason == "unknown service 'a\\\\x1bb'"
+
+
+def test_a_service_that_is_not_configured_is_an_error_and_asks_nobody():
+    source = Scripted(alias={b"root": b"gilles"})
+    reply = ask(source, "lookup", services=("domain",))
+    assert (reply.reason, source.asked) == ("service alias is not among the services of table 'aliases'", [])
+
+
+def test_a_value_that_is_no_good_is_an_error_on_lookup_and_there_on_check():
+    source = Scripted(alias={b"root": b"|sh"})
+    assert (True, Found()) == (isinstance(ask(source, "lookup"), Failed), ask(source, "check"))
+
+
+def test_the_source_has_the_deadline_of_the_table_from_arrival():
+    source = Scripted()
+    ask(source, "lookup", deadline=0.5)
+    assert source.asked == [("aliases", "alias", b"root", ARRIVED + 0.5)]
+
+
+def test_a_fetch_asks_for_the_whole_bucket():
+    source = Scripted()
+    ask(source, "fetch", "source", key=b"")
+    assert source.asked == [("aliases", "source", None, ARRIVED + 2.0)]
+
+
+def test_an_update_reaches_the_source_with_a_deadline():
+    source = Scripted()
+    assert (Updated(), [ARRIVED + UPDATE_SECONDS]) == (ask(source, "update", ""), source.asked)
+
+
+def test_what_the_package_does_not_raise_on_purpose_is_left_to_the_loop():
+    source = Scripted()
+    source.error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError):
+        ask(source, "lookup")
+
+
+# ---- fetch ----
+
+
+class Rounds:
+    def __init__(self, source):
+        self.responder = Responder(Table, source)
+
+    def __call__(self, table="relays", service="source"):
+        reply = self.responder.answer(Request("fetch", b"1", table, service, b""), ARRIVED)
+        return reply.value if isinstance(reply, Found) else reply
+
+
+def test_fetches_go_round_in_the_order_of_keys():
+    fetch = Rounds(Scripted(source=[b"b", b"a", b"c"]))
+    assert [fetch() for _ in range(4)] == [b"a", b"b", b"c", b"a"]
+
+
+def test_each_table_and_service_has_its_own_place():
+    fetch = Rounds(Scripted(source=[b"a", b"b"], relayhost=[b"x", b"y"]))
+    assert [fetch(), fetch(service="relayhost"), fetch(table="others"), fetch(), fetch(service="relayhost")] == [
+        b"a",
+        b"x",
+        b"a",
+        b"b",
+        b"y",
+    ]
+
+
+def test_a_failure_between_two_fetches_loses_no_place():
+    source = Scripted(source=[b"a", b"b"])
+    fetch = Rounds(source)
+    first = fetch()
+    source.error = Unreachable("away")
+    failed = fetch()
+    source.error = None
+    assert (b"a", Failed("away"), b"b") == (first, replace(failed, cause=None), fetch())
+
+
+def test_an_emptied_bucket_is_not_found_and_goes_on_where_it_was():
+    source = Scripted(source=[b"a", b"b"])
+    fetch = Rounds(source)
+    first, source.services = fetch(), {}
+    empty, source.services = fetch(), {"source": [b"a", b"b"]}
+    assert (b"a", NotFound(), b"b") == (first, empty, fetch())
+
+
+KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
+
+
+@settings(deadline=None)
+@given(stays=st.sets(KEYS, min_size=1), changes=st.lists(st.sets(KEYS), max_size=40))
+def test_every_key_that_stays_is_given_once_a_round_whatever_comes_and_goes(stays, changes):
+    source = Scripted()
+    fetch = Rounds(source)
+    given_ = []
+    for others in changes:
+        source.services = {"source": stays | others}
+        given_.append(fetch())
+    steady = [value for value in given_ if value in stays]
+    assert [*islice(cycle(sorted(stays)), len(steady))] == steady
+
+
+@settings(deadline=None)
+@given(
+    op=st.sampled_from(["check", "lookup", "fetch", "update"]),
+    service=st.sampled_from([*SERVICES]) | st.text(),
+    key=st.binary(),
+    table=st.text(),
+    raw=st.binary() | st.none(),
+)
+def test_any_request_and_any_entry_have_a_reply(op, service, key, table, raw):
+    source = Scripted(**{name: {key: raw} for name in SERVICES})
+    assert isinstance(ask(source, op, service, key, table), Found | NotFound | Updated | Failed)
+
+
+def test_every_error_of_the_package_has_one_root():
+    assert all(issubclass(e, TableConsulError) for e in (SourceError, ConfigError, Unreachable, Forbidden, BadResponse))

@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import struct
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from table_consul import server
+from table_consul.errors import ConfigError, SourceError, Unreachable
+from table_consul.protocol import Failed, Found
+from table_consul.server import REMEMBERED, Daemon
+from table_consul.services import DEFAULT_SERVICES, Table
+from table_consul.services.entries import Bucket
+
+HELLO = b"config|smtpd-version|7.9.0\nconfig|tablename|aliases\nconfig|ready\n"
+ROOT = b"table|0.1|0|aliases|lookup|alias|%d|root\n"
+
+
+class Scripted:
+    """What Daemon needs of Sources: entries of `alias`, or errors to raise."""
+
+    tally = None
+
+    def __init__(self):
+        self.entries = {b"root": b"gilles"}
+        self.errors: dict[bytes | None, Exception] = {}
+        self.registered = ["alias"]
+        self.prepared = []
+        self.unprepared: Exception | None = None
+        self.deadlines = []
+
+    def table(self, name):
+        return Table(name, services=DEFAULT_SERVICES)
+
+    def services(self, name):
+        return self.registered
+
+    def procexec_reply(self, name):
+        return "auto"
+
+    def known(self, table, service):
+        return None
+
+    def bucket(self, table, service, key, deadline):
+        self.deadlines.append(deadline)
+        if key in self.errors:
+            raise self.errors[key]
+        return Bucket(table, service, self.entries.items() if service.name == "alias" else ())
+
+    def update(self, deadline):
+        if None in self.errors:
+            raise self.errors[None]
+
+    def prepare(self, name):
+        self.prepared.append(name)
+        if self.unprepared is not None:
+            raise self.unprepared
+
+
+@pytest.fixture
+def sources():
+    return Scripted()
+
+
+@pytest.fixture(autouse=True)
+def level(caplog):
+    caplog.set_level(logging.DEBUG)
+
+
+def served(sources, data, named=lambda _: None, **options):
+    """What a daemon answers to all this in one piece, and what `serve` returned."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(data)
+        ours.shutdown(socket.SHUT_WR)
+        spoke = Daemon(sources, named, **options).serve(theirs.fileno(), theirs.fileno())
+        theirs.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: ours.recv(65536), b"")), spoke
+
+
+def replies(sources, *lines):
+    return served(sources, HELLO + b"".join(lines))[0].split(b"register|ready\n")[1].splitlines()
+
+
+def logged(caplog, level=logging.WARNING):
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+def test_it_registers_the_services_that_the_source_names(sources):
+    sources.registered = ["alias", "domain"]
+    assert served(sources, HELLO)[0] == b"register|alias\nregister|domain\nregister|ready\n"
+
+
+def test_it_says_whether_anyone_spoke_a_dialect(sources):
+    assert [served(sources, data)[1] for data in (HELLO, b"table|0.1|0|update|1\n", b"hello\n", b"")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "table", "dialect"),
+    [
+        (HELLO, "aliases", "smtpd-tables"),
+        (b"table|0.1|0|old|update|1\n", "old", "procexec"),
+        (b"table|0.1|0|update|1\n", "", "procexec"),
+    ],
+)
+def test_the_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_first_answer(
+    sources, caplog, said, table, dialect
+):
+    names = []
+    served(sources, said + b"table|0.1|0|t|update|2\n", names.append)
+    assert ([table], [table], True) == (
+        names,
+        sources.prepared,
+        any(line.endswith(f"speaks {dialect}") for line in logged(caplog, logging.INFO)),
+    )
+
+
+def test_the_handshake_is_written_before_the_source_is_made_ready(sources):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sources.prepare = lambda _: seen.append(ours.recv(65536, socket.MSG_DONTWAIT))
+        seen: list[bytes] = []
+        ours.sendall(HELLO)
+        ours.shutdown(socket.SHUT_WR)
+        Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+    assert seen == [b"register|alias\nregister|ready\n"]
+
+
+def test_a_source_that_cannot_be_made_ready_harms_no_answer(sources, caplog):
+    sources.unprepared = RuntimeError("a bug")
+    assert replies(sources, ROOT % 1) == [b"lookup-result|1|found|gilles"]
+    assert logged(caplog) == ["internal error; please report it"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), RecursionError(), MemoryError(), ValueError("x\n\x1b")])
+def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(sources, error):
+    sources.errors[b"bug"] = error
+    ask = b"table|0.1|0|aliases|lookup|alias|1|bug\n"
+    name = type(error).__name__.encode()
+    assert [
+        b"lookup-result|1|error|internal error (%b); see the log of table-consul" % name,
+        b"lookup-result|2|found|gilles",
+    ] == replies(sources, ask, ROOT % 2)
+
+
+def test_an_exception_is_logged_with_its_traceback_once_a_place(sources, caplog):
+    sources.errors[b"root"] = RuntimeError("bug")
+    replies(sources, *(ROOT % n for n in range(9)))
+    assert [record.exc_info is not None for record in caplog.records if record.levelno >= logging.WARNING] == [True]
+
+
+def test_a_reply_that_cannot_be_sent_is_an_error_reply(sources, monkeypatch, caplog):
+    monkeypatch.setattr(server.Responder, "answer", lambda *_: Found(None))
+    assert replies(sources, ROOT % 1) == [b"lookup-result|1|error|lookup is answered with a value"]
+    assert logged(caplog) == ["lookup alias: lookup is answered with a value"]
+
+
+def test_an_entry_that_is_no_good_is_logged_once(sources, caplog):
+    sources.entries[b"root"] = b"|sh"
+    replies(sources, *(ROOT % n for n in range(9)))
+    assert [line.startswith("aliases/alias/root: ") for line in logged(caplog)] == [True]
+
+
+def test_outages_are_left_to_the_source_to_tell(sources, caplog):
+    sources.errors[b"root"] = Unreachable("Consul is away")
+    assert replies(sources, ROOT % 1) == [b"lookup-result|1|error|Consul is away"]
+    assert (logged(caplog), "lookup alias: Consul is away" in logged(caplog, logging.DEBUG)) == ([], True)
+
+
+@pytest.mark.parametrize("error", [ConfigError("FILE: key: no"), SourceError("token file: gone")])
+def test_an_update_that_fails_says_why(sources, error):
+    sources.errors[None] = error
+    assert [b"update-result|1|error|" + str(error).encode()] == replies(sources, b"table|0.1|0|aliases|update|1\n")
+
+
+def test_a_line_that_cannot_be_answered_is_logged_once_and_printably(sources, caplog):
+    assert replies(sources, b"\x1b[31mhello\n" * 3) == []
+    assert logged(caplog) == [r"this is no line of smtpd's: '\\x1b[31mhello'"]
+
+
+def test_complaints_that_never_repeat_take_bounded_memory(sources):
+    made = Daemon(sources, lambda _: None)
+    for number in range(3 * REMEMBERED):
+        made._tell(str(number))
+    assert len(made._told) <= REMEMBERED
+
+
+def test_all_requests_of_one_read_have_the_deadline_of_their_arrival(sources):
+    ticks = iter(range(1000))
+    served(sources, HELLO + ROOT % 1 + ROOT % 2, clock=lambda: float(next(ticks)))
+    assert sources.deadlines == [2.0, 2.0]
+
+
+class TestWrites:
+    """One write for many answers, and none is held back while another takes long."""
+
+    def writes(self, sources, monkeypatch, step):
+        written, now = [], [0.0]
+
+        def clock():
+            now[0] += step
+            return now[0]
+
+        monkeypatch.setattr(server, "_write", lambda _fd, data: written.append(data) or True)
+        served(sources, HELLO + b"".join(ROOT % n for n in range(10)), clock=clock)
+        return [len(data.splitlines()) for data in written if data]
+
+    def test_quick_answers_are_gathered(self, sources, monkeypatch):
+        assert self.writes(sources, monkeypatch, 0.0) == [12]
+
+    def test_slow_answers_are_written_one_by_one(self, sources, monkeypatch):
+        assert [2, *[1] * 10] == self.writes(sources, monkeypatch, 0.01)
+
+    @pytest.mark.parametrize("step", [0.0, 0.01])
+    def test_the_loop_ends_when_smtpd_is_gone(self, sources, monkeypatch, step):
+        now = iter(range(1000))
+        monkeypatch.setattr(server, "_write", lambda *_: False)
+        assert served(sources, HELLO + ROOT % 1, clock=lambda: next(now) * step) == (b"", True)
+        assert sources.prepared == []
+
+
+def test_reading_from_what_is_no_longer_there_is_the_end(sources):
+    ours, theirs = socket.socketpair()
+    descriptor = theirs.detach()
+    os.close(descriptor)
+    ours.close()
+    assert Daemon(sources, lambda _: None).serve(descriptor, descriptor) is False
+
+
+def test_a_peer_that_is_gone_before_it_is_answered_is_the_end(sources):
+    ours, theirs = socket.socketpair()
+    ours.sendall(HELLO)
+    ours.close()
+    with theirs:
+        assert Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+
+
+def test_descriptors_that_do_not_block_are_waited_for(sources, monkeypatch):
+    ours, theirs = socket.socketpair()
+    waited = []
+    with ours, theirs:
+        theirs.setblocking(False)
+
+        def select(read, write, _):
+            waited.append("read" if read else "write")
+            if write or waited.count("read") == 2:
+                while len(ours.recv(65536)) == 65536:
+                    pass
+            if read:
+                (ours.sendall if len(waited) == 1 else ours.shutdown)(
+                    HELLO + ROOT % 1 * 30 if len(waited) == 1 else socket.SHUT_WR
+                )
+
+        monkeypatch.setattr(server.select, "select", select)
+        sources.entries[b"root"] = b"x" * 2000
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        assert Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+    assert {"read", "write"} == {*waited}
+
+
+LINES = st.one_of(
+    st.binary(max_size=40),
+    st.lists(
+        st.sampled_from(
+            [b"table", b"config", b"ready", b"0.1", b"", b"lookup", b"check", b"fetch", b"update", b"alias"]
+        )
+        | st.binary(max_size=3),
+        max_size=9,
+    ).map(b"|".join),
+).map(lambda line: line.replace(b"\n", b""))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(line=LINES, hello=st.booleans())
+def test_any_line_has_one_answer_or_one_log_line_or_is_part_of_a_handshake(caplog, line, hello):
+    caplog.clear()
+    if hello:
+        said = HELLO + line + b"\n" + ROOT % 9
+    else:
+        said = b"table|0.1|0|t|update|8\n" + line + b"\n" + b"table|0.1|0|t|lookup|9|alias|root\n"
+    answered = served(Scripted(), said)[0]
+    start = b"register|alias\nregister|ready\n" if hello else b"table-response|8|updated\n"
+    end = (b"lookup-result|9|" if hello else b"table-response|9|") + b"found|gilles\n"
+    assert (answered.startswith(start), answered.endswith(end)) == (True, True)
+    middle = answered[len(start) : -len(end)]
+    handshake = hello and line.partition(b"|")[0] == b"config"
+    told = [text for text in logged(caplog) if text]
+    if handshake:
+        assert middle in (b"", start)
+    else:
+        assert middle or told
+        assert middle.count(b"\n") <= 1
+        outcome = rb"(found|not-found|ok|updated|failure|error\|).*"
+        assert not middle or re.fullmatch(rb"[a-zA-Z-]+\|[^|\n]+\|" + outcome + rb"\n", middle, re.DOTALL)
+
+
+def test_no_answer_is_lost_when_answers_are_many(sources):
+    ours, theirs = socket.socketpair()
+    count = 500
+    with ours, theirs:
+        ours.sendall(HELLO + b"".join(ROOT % n for n in range(count)))
+        ours.shutdown(socket.SHUT_WR)
+        Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        theirs.close()
+        data = b"".join(iter(lambda: ours.recv(65536), b""))
+    assert [b"lookup-result|%d|found|gilles" % n for n in range(count)] == data.splitlines()[2:]
+
+
+# ---- auth ----
+
+
+@pytest.mark.parametrize(
+    ("version", "names"),
+    [("7.9.0-portable", ["alias", "auth"]), ("7.10", ["alias", "auth"]), ("7.8.0p1", ["alias"]), ("x.9", ["alias"])],
+)
+def test_auth_is_registered_with_an_smtpd_that_keeps_passwords_as_they_are(sources, caplog, version, names):
+    sources.registered = ["alias", "auth"]
+    answered = served(sources, b"config|smtpd-version|%b\nconfig|ready\n" % version.encode())[0].decode()
+    assert answered.split() == [*(f"register|{name}" for name in names), "register|ready"]
+    assert len(logged(caplog)) == 2 - len(names)
+
+
+def test_with_auth_alone_an_older_smtpd_is_told_of_services_that_it_knows(sources):
+    sources.registered = ["auth"]
+    answered = served(sources, b"config|smtpd-version|7.6.0\nconfig|ready\n")[0].decode()
+    assert answered.split() == [*(f"register|{name}" for name in DEFAULT_SERVICES), "register|ready"]
+
+
+# ---- counting ----
+
+
+class Counting:
+    def __init__(self):
+        self.malformed, self.added, self.failures = 0, [], []
+        self.error: Exception | None = None
+
+    def add(self, request, kind, seconds):
+        if self.error is not None:
+            raise self.error
+        self.added.append((request.id, kind))
+
+    def failed(self, table, error, now):
+        if self.error is not None:
+            raise self.error
+        self.failures.append((table, str(error)))
+
+
+def test_what_was_answered_is_counted_with_its_outcome(sources):
+    sources.tally = tally = Counting()
+    sources.errors[b"away"] = Unreachable("away")
+    away, short = b"table|0.1|0|aliases|lookup|alias|2|away\n", b"table|0.1|0|t|check|alias|3\n"
+    replies(sources, ROOT % 1, away, b"hello\n", short)
+    assert tally.added == [(b"1", Found), (b"2", Failed), (b"3", Failed)]
+    assert (tally.failures, tally.malformed) == ([("aliases", "away")], 2)
+
+
+def test_a_bug_in_counting_harms_no_answer(sources, caplog):
+    sources.tally = Counting()
+    sources.tally.error = RuntimeError("bug")
+    sources.errors[b"away"] = Unreachable("away")
+    away = b"table|0.1|0|aliases|lookup|alias|2|away\n"
+    assert replies(sources, ROOT % 1, away) == [b"lookup-result|1|found|gilles", b"lookup-result|2|error|away"]
+    assert set(logged(caplog)) == {"internal error; please report it"}
+
+
+def test_a_log_that_cannot_be_started_harms_no_answer(sources, caplog):
+    def broken(_name):
+        raise RuntimeError("bug")
+
+    assert served(sources, HELLO + ROOT % 1, broken)[0].endswith(b"lookup-result|1|found|gilles\n")
+    assert logged(caplog) == ["internal error; please report it"]
+
+
+# ---- imsg ----
+
+
+@pytest.mark.parametrize("cut", [1, 15, 16, 17, 10_000])
+def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_it_was_asked(sources, cut):
+    """smtpd: smtpd.c, fork_proc_backend of 7.5 and before: standard output is not the socket."""
+    body = struct.pack("=I", 2) + b"aliases".ljust(2048, b"\0")
+    opened = struct.pack("=IHHII", 2, 16 + len(body), 0, 0, 1) + body
+    ours, theirs = socket.socketpair()
+    with ours, theirs, open(os.devnull, "wb") as nowhere:
+        ours.sendall(opened[:cut])
+        rest = threading.Timer(0.01, lambda: (ours.sendall(opened[cut:]), ours.shutdown(socket.SHUT_WR)))
+        rest.start()
+        assert Daemon(sources, lambda _: None).serve(theirs.fileno(), nowhere.fileno())
+        rest.join()
+        answer = ours.recv(65536)
+    assert struct.unpack("=IHHII", answer)[:2] == (0, 16)

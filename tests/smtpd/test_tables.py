@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from table_consul import tables
+from table_consul.config import Config, ConsulConfig
+from table_consul.errors import ConfigError, Forbidden, SourceError
+from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
+from table_consul.sources import direct, watch
+from table_consul.sources.mirror import Mirror, Snapshot
+from table_consul.tables import MIRRORED_TABLES, REMEMBERED, Sources
+from tests.dialogue import open_sources, write_config, write_source
+
+ALIAS = SERVICES["alias"]
+
+
+class Loader:
+    """A configuration that a test replaces, or makes fail."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self):
+        if isinstance(self.config, Exception):
+            raise self.config
+        return self.config
+
+
+@pytest.fixture
+def unused():
+    """The address of a Consul that refuses every connection."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens sources with these lines in `[defaults]`, and closes what they opened."""
+    made = []
+
+    def open_them(*defaults, **options):
+        made.append(open_sources(write_config(tmp_path, *defaults, **options)))
+        return made[-1]
+
+    yield open_them
+    for each in made:
+        each._forget()
+
+
+def lookup(found, name, key=b"root", deadline=1e9):
+    return found.bucket(found.table(name), ALIAS, key, deadline).lookup(key)
+
+
+# ---- tables ----
+
+
+def test_each_table_is_laid_out_as_its_section_says(opened):
+    found = opened('prefix = "mail"', more='[tables.people]\nprefix = "hr"')
+    assert (found.table("aliases").root, found.table("people").root) == (b"mail/aliases/", b"hr/people/")
+
+
+def test_the_configured_default_stands_in_for_an_empty_name(opened):
+    assert (opened().table("").name, opened('table = "people"').table("").name) == ("consul", "people")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\nb", "a\0b"])
+def test_no_name_from_smtpd_leads_out_of_its_folder(opened, name):
+    with pytest.raises(ConfigError, match="table name: "):
+        opened().table(name)
+
+
+def test_names_without_end_take_bounded_memory(opened):
+    found = opened()
+    for number in range(2 * REMEMBERED):
+        assert f"t{number}" == found.table(f"t{number}").name
+    assert len(found._tables) <= REMEMBERED
+
+
+def test_a_table_registers_the_services_of_its_section(opened):
+    found = opened('services = ["alias", "domain"]', more='[tables.people]\nservices = ["credentials"]')
+    assert (found.services("aliases"), found.services("people")) == (["alias", "domain"], ["credentials"])
+
+
+def test_a_table_that_cannot_be_registers_services_all_the_same(opened):
+    assert [*DEFAULT_SERVICES] == opened().services("..")
+
+
+def test_the_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
+    found = opened('procexec_reply = "table-result"', more='[tables.old]\nprocexec_reply = "table-response"')
+    words = [found.procexec_reply(name) for name in ("any", "old", "..")]
+    assert words == ["table-result", "table-response", "table-result"]
+
+
+# ---- a configuration that cannot be used ----
+
+
+def test_without_a_configuration_every_question_is_answered_with_the_reason():
+    found = Sources(Loader(ConfigError("FILE: key: no")))
+    assert ([*DEFAULT_SERVICES], "auto") == (found.services("t"), found.procexec_reply("t"))
+    found.prepare("t")
+    with pytest.raises(ConfigError, match="FILE: key: no"):
+        found.table("t")
+
+
+def test_asking_a_broken_configuration_again_and_again_holds_on_to_nothing():
+    found = Sources(Loader(ConfigError("FILE: key: no")))
+    depth = 0
+    for _ in range(50):
+        with pytest.raises(ConfigError) as caught:
+            found.table("t")
+        depth = len(caught.traceback)
+    assert depth < 10
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hidden):
+    mirror = Mirror(60.0)
+    if hidden:
+        mirror.confirm(Snapshot({}, {"alias": Forbidden("hidden")}), 0.0)
+    depth = 0
+    for _ in range(50):
+        with pytest.raises(SourceError) as caught:
+            mirror.bucket("alias", None, 0.0)
+        depth = len(caught.traceback)
+    assert depth < 10
+
+
+def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
+    loader = Loader(ConfigError("FILE: key: no"))
+    found = Sources(loader)
+    loader.config = Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",)))
+    found.update(0.0)
+    assert (found.broken, lookup(found, "aliases")) == (None, b"gilles")
+
+
+def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
+    loader = Loader(Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))))
+    found = Sources(loader)
+    before = lookup(found, "aliases")
+    loader.config = ConfigError("FILE: key: no")
+    with pytest.raises(ConfigError, match="FILE: key: no"):
+        found.update(0.0)
+    assert (before, lookup(found, "aliases")) == (b"gilles", b"gilles")
+
+
+def test_an_update_brings_other_permissions_into_force(tmp_path):
+    file = ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))
+    loader = Loader(Config(path=None, consul=file, defaults=Table("consul", allow_commands=True)))
+    found = Sources(loader)
+    before = lookup(found, "aliases", b"command")
+    loader.config = Config(path=None, consul=file)
+    found.update(0.0)
+    with pytest.raises(Exception, match="set allow_commands = true"):
+        lookup(found, "aliases", b"command")
+    assert before == b"|/bin/sh"
+
+
+def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
+    found = opened()
+    lookup(found, "aliases")
+    (tmp_path / "export.json").write_text("{")
+    with pytest.raises(SourceError, match="this is no output"):
+        found.update(0.0)
+    assert lookup(found, "aliases") == b"gilles"
+
+
+# ---- which source ----
+
+
+def test_a_file_address_answers_from_that_file(opened):
+    assert lookup(opened(), "aliases") == b"gilles"
+
+
+def test_direct_mode_reads_consul_and_mirror_mode_mirrors_it(opened, unused):
+    found = opened(more='[tables.large]\nmode = "direct"', address=unused)
+    kinds = [type(found._source(found.table(name), ALIAS)) for name in ("aliases", "large")]
+    assert [watch.Mirrored, direct.Direct] == kinds
+
+
+def test_a_source_is_made_once(opened, unused):
+    found = opened(more='[tables.large]\nmode = "direct"', address=unused)
+    assert all(
+        found._source(found.table(name), ALIAS) is found._source(found.table(name), ALIAS) for name in ("a", "large")
+    )
+
+
+def test_what_is_made_ready_is_what_answers(opened, unused):
+    found = opened(address=unused)
+    found.prepare("aliases")
+    assert {"aliases"} == {*found._mirrors}
+
+
+def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
+    found = opened(address=unused)
+    mirrored = found._source(found.table("aliases"), ALIAS)
+    mirrored.too_large = lambda service: service is ALIAS
+    kinds = [type(found._source(found.table("aliases"), SERVICES[name])) for name in ("alias", "domain")]
+    assert [direct.Direct, watch.Mirrored] == kinds
+
+
+def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused, monkeypatch):
+    monkeypatch.setattr(tables, "MIRRORED_TABLES", 2)
+    found = opened(address=unused)
+    kinds = [type(found._source(found.table(name), ALIAS)) for name in ("a", "b", "c", "a")]
+    assert [watch.Mirrored, watch.Mirrored, direct.Direct, watch.Mirrored] == kinds
+    assert 0 < MIRRORED_TABLES < 200
+
+
+def test_an_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
+    closed = []
+    monkeypatch.setattr(direct.Direct, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
+    found = opened('mode = "direct"', address=unused)
+    former = found._source(found.table("t"), ALIAS)
+    write_config(tmp_path, 'mode = "direct"', "max_age = 7", address=unused)
+    found.update(0.0)
+    assert closed == [former]
+
+
+def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_asked_for(opened, unused, tmp_path):
+    found = opened(address=unused)
+    found.prepare("t")
+    write_config(tmp_path, "max_age = 7", address=unused)
+    found.update(0.0)
+    assert [name for name, _ in found.watches()] == ["t"]
+
+
+def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
+    found = opened(more='[tables.large]\nmode = "direct"', address=unused)
+    made = [found._source(found.table(name), ALIAS) for name in ("a", "large")]
+    found.update(0.0)
+    assert made == [found._source(found.table(name), ALIAS) for name in ("a", "large")]
+
+
+def test_an_update_of_what_has_changed_makes_every_source_anew(opened, unused, tmp_path):
+    found = opened(address=unused)
+    made = found._source(found.table("a"), ALIAS)
+    opened("deadline = 1", address=unused)
+    found.update(0.0)
+    assert made is not found._source(found.table("a"), ALIAS)
+
+
+def test_sources_of_a_file_import_no_client(tmp_path):
+    """smtpd.conf tests and trials need no Consul, and no time for its client."""
+    import subprocess
+
+    code = (
+        "import sys; from table_consul.sources import Sources; from table_consul import config;"
+        "s = Sources(lambda: config.load(sys.argv[1], {})); s.prepare('t'); print('table_consul.kv' in sys.modules)"
+    )
+    run = [sys.executable, "-c", code, str(write_config(tmp_path))]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -14,7 +14,7 @@ FIRST_PAUSE_SECONDS = 0.25
 LAST_PAUSE_SECONDS = 4.0
 
 
-def pause(failures: int, chance: float) -> float:
+def delay(failures: int, chance: float) -> float:
     """Seconds to wait after so many failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
 
     The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul together do not come
@@ -24,7 +24,7 @@ def pause(failures: int, chance: float) -> float:
     return min(doubled, LAST_PAUSE_SECONDS) * (1 - chance / 4)
 
 
-class Outage:
+class Backoff:
     """Whether something is failing, since when, and when it may be tried again; moments in seconds on one clock."""
 
     __slots__ = ("consequence", "failed_at", "failures", "last_error", "not_before", "since", "total", "what")
@@ -41,7 +41,7 @@ class Outage:
         self.failed_at = 0.0
         """The moment of the failure that ``last_error`` tells of; without meaning while ``total`` is 0."""
 
-    def failed(self, error: Exception, now: float, chance: float) -> float:
+    def failure(self, error: Exception, now: float, chance: float) -> float:
         """Take note of a failure; the pause until the next attempt, in seconds."""
         self.failures += 1
         self.total += 1
@@ -50,11 +50,11 @@ class Outage:
         if self.since is None:
             self.since = now
             log.warning("%s: %s; %s", self.what, error, self.consequence)
-        wait = pause(self.failures, chance)
+        wait = delay(self.failures, chance)
         self.not_before = now + wait
         return wait
 
-    def worked(self, now: float) -> None:
+    def success(self, now: float) -> None:
         """Take note of a success, which ends the outage if there was one."""
         if self.since is None:
             return

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from random import random
 
 from table_consul import imsg
-from table_consul.backoff import Outage
+from table_consul.backoff import Backoff
 from table_consul.child import END_SECONDS, Child, ChildError, HandshakeRefused
 from table_consul.protocol import Failed, Found, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES, SERVICES
@@ -44,7 +44,7 @@ class Bridge:
         self._chance = chance
         self._child: Child | None = None
         self._early: Reply | None = None
-        self._outage = Outage(name, "answering error until it runs again")
+        self._outage = Backoff(name, "answering error until it runs again")
 
     def services(self, table: str) -> list[str]:
         """Those that the child offers, if it says so in time; else all. In imsg smtpd is not told."""
@@ -127,7 +127,7 @@ class Bridge:
             reply = child.ask(request, deadline)
         if child.proven and (self._known is None or self._outage.since is not None):
             self._known = child.dialect
-            self._outage.worked(self._clock())
+            self._outage.success(self._clock())
         return reply
 
     def _running(self, table: str) -> Child:
@@ -146,7 +146,7 @@ class Bridge:
         elif self._known is None:
             self._guess = None if self._guess == "procexec" else "procexec"
         self._drop()
-        self._outage.failed(error, self._clock(), self._chance())
+        self._outage.failure(error, self._clock(), self._chance())
 
     def _drop(self) -> None:
         if self._child is not None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from table_consul import log
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.server import Loop, take_the_wire
+from table_consul.server import Loop, claim_stdio
 from table_consul.services import DEFAULT_SERVICES
 
 Check = Callable[[str, str, str], bool]
@@ -105,4 +105,4 @@ def serve(
         log.start("info", "auto", table, program)
 
     named("")
-    Loop(answerer, answerer.answer, named).serve(*take_the_wire())
+    Loop(answerer, answerer.answer, named).serve(*claim_stdio())

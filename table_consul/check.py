@@ -12,7 +12,7 @@ import pwd
 import stat
 from pathlib import Path
 
-from table_consul.errors import shown
+from table_consul.errors import printable
 
 
 def refusal(path: str, error: OSError) -> str:
@@ -23,7 +23,7 @@ def refusal(path: str, error: OSError) -> str:
     for folder in reversed(Path(path).absolute().parents):
         if not os.access(folder, os.X_OK):
             return _closed(str(folder))
-    name = shown(path)
+    name = printable(path)
     return (
         f"not readable by {who()}; smtpd runs its tables as an unprivileged user "
         f"(try: chown root:{smtpd_group()} {name}; chmod 0640 {name})"
@@ -31,7 +31,7 @@ def refusal(path: str, error: OSError) -> str:
 
 
 def _closed(folder: str) -> str:
-    name = shown(folder)
+    name = printable(folder)
     return f"folder {name} cannot be entered by {who()} (try: chgrp {smtpd_group()} {name}; chmod g+rx {name})"
 
 
@@ -77,7 +77,7 @@ def unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str 
 def unwritable(path: str, *, private: bool) -> str | None:
     """What is wrong with a file that has to be written anew and renamed, None when nothing is."""
     file = Path(path)
-    folder = shown(str(file.parent))
+    folder = printable(str(file.parent))
     try:
         if not file.parent.is_dir():
             return f"folder {folder} not found"

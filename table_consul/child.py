@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from math import ceil, inf
 from struct import pack
 
-from table_consul.errors import ReplyError, SourceError, shown
+from table_consul.errors import ReplyError, SourceError, printable
 from table_consul.protocol import DIALECTS, MAX_LINE, Failed, Found, NotFound, Reply, Request, Updated
 from table_consul.services import SERVICES
 
@@ -155,7 +155,7 @@ class Child:
         if reply is None:
             if line.startswith(b"register|"):
                 self.dialect, self.proven = "smtpd-tables", True  # it was only slow to start
-            raise ChildError(f"this does not answer {op}: {shown(line)!r}")
+            raise ChildError(f"this does not answer {op}: {printable(line)!r}")
         self.proven = True
         return reply
 
@@ -175,10 +175,10 @@ class Child:
         if (request.table, request.service) in self._sayable:
             return ""
         if any(character in request.table for character in "|\r\n"):
-            return f"a table of the name {shown(request.table)!r} cannot be asked in lines"
+            return f"a table of the name {printable(request.table)!r} cannot be asked in lines"
         if request.op != "update":
             if request.service not in SERVICES:
-                return f"unknown service {shown(request.service)!r}"
+                return f"unknown service {printable(request.service)!r}"
             if self._services and request.service not in self._services:
                 return f"the table does not offer the service {request.service}"
             head = f"{request.table}|lookup|{request.service}|".encode()
@@ -206,7 +206,7 @@ class Child:
             elif line.startswith(b"register|"):
                 self._services.add(line[9:].decode("utf-8", "backslashreplace"))
             else:
-                raise HandshakeRefused(f"this does not answer the handshake: {shown(line)!r}")
+                raise HandshakeRefused(f"this does not answer the handshake: {printable(line)!r}")
         return True
 
     def _send(self, data: bytes, deadline: float) -> None:
@@ -230,7 +230,7 @@ class Child:
                     self._said = rest
                     return line
                 if len(line) > MAX_LINE:
-                    raise ChildError(f"a line of more than {MAX_LINE} bytes: {shown(line)!r}")
+                    raise ChildError(f"a line of more than {MAX_LINE} bytes: {printable(line)!r}")
             left = deadline - self._clock()
             if abs(left - self._patience) > GRAIN_SECONDS and left > 0:
                 whole, fraction = divmod(left, 1)
@@ -281,7 +281,7 @@ def _reply(dialect: str, ident: bytes, op: str, line: bytes) -> Reply | None:
         except ReplyError as error:
             return Failed(f"the table answered with a value that smtpd cannot take: {error}")
     if verdict in (b"error", b"failure"):
-        return Failed(f"the table says: {shown(value, 400)}" if value else "the table says that it failed")
+        return Failed(f"the table says: {printable(value, 400)}" if value else "the table says that it failed")
     if op == "update":
         return Updated() if verdict in (b"ok", b"updated") else None
     return NotFound() if verdict == b"not-found" else None

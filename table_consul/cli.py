@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from table_consul import __version__, config, log
 from table_consul.errors import ConfigError
-from table_consul.server import Daemon, take_the_wire
-from table_consul.tables import Sources
+from table_consul.server import Daemon, claim_stdio
+from table_consul.tables import Tables
 
 if TYPE_CHECKING:
     import argparse
@@ -88,7 +88,7 @@ def check(path: str) -> int:
 
 def serve(path: str | None) -> int:
     """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
-    read_from, write_to = take_the_wire()
+    read_from, write_to = claim_stdio()
     environ = _take_the_environment()
     table = ""
 
@@ -103,7 +103,7 @@ def serve(path: str | None) -> int:
         logs = sources.config.log if sources.config else config.LogConfig()
         log.start(logs.level, logs.target, table)
 
-    sources = Sources(load)
+    sources = Tables(load)
     if sources.broken is not None:
         named("")
         logging.getLogger("table_consul").error(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from table_consul import rules
-from table_consul.errors import ConfigError, shown
+from table_consul.errors import ConfigError, printable
 from table_consul.services import SERVICES, Table
 from table_consul.shape import ConsulSection, Document, TableSection, misshapen
 
@@ -113,10 +113,10 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         file = wanted
     except OSError as error:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
-            from table_consul import check  # noqa: PLC0415 - only to explain a refusal
+            from table_consul import check
 
-            raise ConfigError(f"{shown(wanted)}: {check.refusal(wanted, error)}") from None
-    at = shown(file or "")
+            raise ConfigError(f"{printable(wanted)}: {check.refusal(wanted, error)}") from None
+    at = printable(file or "")
     try:
         sections = msgspec.convert(document, Document)
     except msgspec.ValidationError as error:
@@ -127,8 +127,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     defaults = _settings(sections.defaults, f"{at}: defaults", findings)
     tables = {}
     for name, section in sections.tables.items():
-        findings.check(f"{at}: tables.{shown(name)}", rules.table_name, name)
-        own = _settings(section, f"{at}: tables.{shown(name)}", findings)
+        findings.check(f"{at}: tables.{printable(name)}", rules.table_name, name)
+        own = _settings(section, f"{at}: tables.{printable(name)}", findings)
         tables[name] = {**defaults, **own, "paths": {**defaults["paths"], **own["paths"]}}
     metrics = MetricsConfig(
         findings.check(f"{at}: metrics.textfile", rules.absolute, sections.metrics.textfile),
@@ -152,7 +152,7 @@ def problems(config: Config) -> list[str]:
 
     For ``--check``, not for `load`: a mail server starts although a token is written only a second later.
     """
-    from table_consul import check  # noqa: PLC0415 - --check alone needs it
+    from table_consul import check
 
     found = []
     consul = config.consul
@@ -166,7 +166,7 @@ def problems(config: Config) -> list[str]:
     }
     for key, path in named.items():
         if path is not None and (what := check.unreadable(path, folder=key == "ca_path", secret=key in _SECRET_FILES)):
-            found.append(f"{config.origins.get(key, f'consul.{key}')}: {shown(path)}: {what}")
+            found.append(f"{config.origins.get(key, f'consul.{key}')}: {printable(path)}: {what}")
     if config.path is not None and (what := check.unreadable(config.path)):
         found.append(f"{config.path}: {what}")
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
@@ -179,9 +179,9 @@ def problems(config: Config) -> list[str]:
         for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile)):
             if not path:
                 continue
-            at = f"{config.path}: {key} of table {shown(table.name)}"
+            at = f"{config.path}: {key} of table {printable(table.name)}"
             if path in written:
-                found.append(f"{at}: table {shown(written[path])} has the same file (put {{table}} into its name)")
+                found.append(f"{at}: table {printable(written[path])} has the same file (put {{table}} into its name)")
             elif what := check.unwritable(path, private=key == "snapshot"):
                 found.append(f"{at}: {what}")
             written[path] = table.name
@@ -189,7 +189,7 @@ def problems(config: Config) -> list[str]:
 
 
 def _parse(path: str) -> dict[str, Any]:
-    name = shown(path)
+    name = printable(path)
     if "\0" in path:
         raise ConfigError(f"{name}: no file has such a name")
     with open(path, "rb") as file:
@@ -204,7 +204,7 @@ def _parse(path: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{name}: no TOML: {shown(str(error))}") from None
+        raise ConfigError(f"{name}: no TOML: {printable(str(error))}") from None
 
 
 def _refusal(lines: list[str]) -> ConfigError:
@@ -328,8 +328,8 @@ def _settings(section: TableSection, at: str, findings: _Findings) -> dict[str, 
     paths = {}
     for service, path in settings.get("paths", {}).items():
         if service not in SERVICES:
-            findings.add(f"{at}.paths.{shown(service)}", f"unknown service {rules.choice(service, SERVICES)}")
-        paths[service] = findings.check(f"{at}.paths.{shown(service)}", rules.consul_path, path)
+            findings.add(f"{at}.paths.{printable(service)}", f"unknown service {rules.choice(service, SERVICES)}")
+        paths[service] = findings.check(f"{at}.paths.{printable(service)}", rules.consul_path, path)
     return {**settings, "paths": paths}
 
 

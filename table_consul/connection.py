@@ -24,7 +24,7 @@ import urllib3
 import urllib3.connection
 import urllib3.exceptions
 
-from table_consul.errors import SourceError, shown
+from table_consul.errors import SourceError, printable
 
 # requests guesses the encoding of texts, which nobody here reads, and misses that with a warning; each table has a
 # process, and each process would hold 3 MB for it. What transport.py needs of requests it has from here.
@@ -292,4 +292,4 @@ def reason_of(error: BaseException) -> str:
             return "no TLS there (is it an http:// address?)"
         case OSError(strerror=str(text)):
             return text.lower()
-    return shown(f"{type(error).__name__}: {error}")
+    return printable(f"{type(error).__name__}: {error}")

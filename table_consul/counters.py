@@ -26,7 +26,7 @@ OPS = frozenset({"check", "lookup", "fetch", "update"})
 Cell = tuple[str, str, str, type]
 
 
-class Tally:
+class Counters:
     """What was asked and how it was answered. Written by the loop alone; readers take copies and never wait for it."""
 
     def __init__(self, tables: Callable[[str], Table]) -> None:

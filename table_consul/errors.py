@@ -52,7 +52,7 @@ class BadResponse(SourceError):
     """A redirect, a body that is not Consul's, or an answer to another question."""
 
 
-def shown(data: bytes | str, limit: int = 120) -> str:
+def printable(data: bytes | str, limit: int = 120) -> str:
     """The data as one printable line of at most about ``limit`` characters, for messages and logs.
 
     Control characters and bytes that are no UTF-8 appear as escapes: what strangers put into a recipient reaches the

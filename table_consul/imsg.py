@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from struct import Struct, calcsize
 
-from table_consul.errors import ReplyError, shown
+from table_consul.errors import ReplyError, printable
 from table_consul.protocol import Event, Failed, Found, Malformed, NotFound, Ready, Reply, Request, Updated
 from table_consul.services import SERVICES
 
@@ -146,7 +146,7 @@ class Session:
         if end and not rest:
             return self._request(op, service, key)
         what = "has NUL in it" if text.endswith(b"\0") else "does not end with NUL"
-        return self._malformed(op, service, f"a key {what}: {shown(text.removesuffix(bytes(1)))!r}")
+        return self._malformed(op, service, f"a key {what}: {printable(text.removesuffix(bytes(1)))!r}")
 
     def _request(self, op: str, service: str, key: bytes) -> Request:
         return Request(op, b"", self.table, service, key)

@@ -63,7 +63,7 @@ _ENTRIES = msgspec.json.Decoder(list[_Entry])
 _KEYS = msgspec.json.Decoder(list[str])
 
 
-def addressable(key: bytes) -> bool:
+def is_url_safe(key: bytes) -> bool:
     """Whether a URL can name exactly this key, and Consul would look it up as it stands.
 
     Go's request multiplexer, in front of Consul, answers empty, `.` and `..` segments with a redirect to another path,
@@ -101,7 +101,7 @@ class Client:
 
     def get(self, key: bytes, *, timeout: float) -> Pair | None:
         """The entry of exactly this key; None when Consul proved that there is none. Raises ValueError, SourceError."""
-        if not addressable(key):
+        if not is_url_safe(key):
             raise ValueError(f"no URL can name the key {key!r}")
 
         def accept(answer: Answer) -> Pair | None:
@@ -264,7 +264,7 @@ class Client:
 
 
 def _check_prefix(prefix: bytes) -> None:
-    if prefix and not addressable(prefix.removesuffix(b"/")):
+    if prefix and not is_url_safe(prefix.removesuffix(b"/")):
         raise ValueError(f"no URL can name the prefix {prefix!r}")
 
 

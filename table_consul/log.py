@@ -8,7 +8,7 @@ import sys
 import syslog
 from typing import Any
 
-from table_consul.errors import shown
+from table_consul.errors import printable
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -35,12 +35,12 @@ class OneLine(logging.Formatter):
     """Messages whose control characters are made visible: part of them comes from strangers."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        record.message = shown(record.message, 1000)
+        record.message = printable(record.message, 1000)
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, ANN401 - logging's name, and a type that only typeshed has
         # Indented, so that a line within the text of an exception passes for no log line.
-        return "\n".join(f"    {shown(line, 1000)}" for line in super().formatException(ei).split("\n"))
+        return "\n".join(f"    {printable(line, 1000)}" for line in super().formatException(ei).split("\n"))
 
 
 def _stderr_is_heard() -> bool:
@@ -65,7 +65,7 @@ def start(level: str, target: str, table: str, program: str = "table-consul") ->
 
     Lines carry ``<program>[<table>]``. May be called again when the table's name or the configuration is known.
     """
-    identity = f"{program}[{shown(table, 60)}]" if table else program
+    identity = f"{program}[{printable(table, 60)}]" if table else program
     handler: logging.Handler
     if target == "syslog" or (target == "auto" and not _stderr_is_heard()):
         syslog.openlog(identity, 0, syslog.LOG_MAIL)

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from table_consul import __version__
-from table_consul.backoff import Outage
-from table_consul.counters import BOUNDS_SECONDS, OTHER, OUTCOMES, Tally
-from table_consul.errors import ConfigError, shown
+from table_consul.backoff import Backoff
+from table_consul.counters import BOUNDS_SECONDS, OTHER, OUTCOMES, Counters
+from table_consul.errors import ConfigError, printable
 from table_consul.protocol import Failed
 from table_consul.services import SERVICES, Table
 
@@ -51,10 +51,10 @@ _VARYING = re.compile(r"\b\d+(?:\.\d+)? s\b|\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9
 
 
 class Kept(Protocol):
-    """What keeps the numbers, as far as it is read here; see sources.Sources."""
+    """What keeps the numbers, as far as it is read here; see sources.Tables."""
 
     config: Config | None
-    tally: Tally
+    tally: Counters
     started: float
 
     def table(self, name: str) -> Table: ...
@@ -72,7 +72,7 @@ class Reader:
 
     def collect(self) -> Iterator[Metric]:
         """Every metric with its samples."""
-        from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415 - see Strategy
+        from prometheus_client.core import GaugeMetricFamily
 
         build = GaugeMetricFamily("table_consul_build_info", "1, with the version.", labels=("table", "version"))
         build.add_metric((self._table, __version__), 1)
@@ -89,7 +89,7 @@ class Reader:
         return table or self._table
 
     def _requests(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily  # noqa: PLC0415
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
         tally = self._kept.tally
         counts: dict[tuple[str, str, str, str], float] = {}
@@ -138,7 +138,7 @@ class Reader:
         yield from (requests, seconds, errors, late, malformed)
 
     def _state(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         def gauge(name: str, text: str, *more: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"table_consul_{name}", text, labels=("table", "prefix", *more))
@@ -164,7 +164,7 @@ class Reader:
         now, today = time.monotonic(), time.time()
         mirrored = set()
         for table, watch in self._kept.watches():
-            labels = (table, shown(watch.prefix))
+            labels = (table, printable(watch.prefix))
             large.add_metric(labels, int(watch.too_large))
             if watch.too_large:
                 continue
@@ -224,7 +224,7 @@ class Exporter(threading.Thread):
         self._table = table
         self._kept = kept
         self._wake = threading.Event()
-        self._outages: dict[str, Outage] = {}
+        self._outages: dict[str, Backoff] = {}
         self._server: tuple[str, socketserver.TCPServer] | None = None
 
     def wake(self) -> None:
@@ -249,7 +249,7 @@ class Exporter(threading.Thread):
             self._wake.clear()
 
     def _export(self, registry: CollectorRegistry) -> None:
-        from prometheus_client import write_to_textfile  # noqa: PLC0415
+        from prometheus_client import write_to_textfile
 
         settings = self._kept.config.metrics if self._kept.config is not None else None
         if settings is None:
@@ -267,13 +267,13 @@ class Exporter(threading.Thread):
             self._try(f"metrics.listen {listen}", lambda: self._listen(listen, registry))
 
     def _try(self, what: str, act: Callable[[], None]) -> None:
-        outage = self._outages.setdefault(what, Outage(what, f"trying again every {EVERY_SECONDS:.0f} s"))
+        outage = self._outages.setdefault(what, Backoff(what, f"trying again every {EVERY_SECONDS:.0f} s"))
         try:
             act()
         except Exception as error:  # noqa: BLE001 - numbers are worth a log line, not the thread
-            outage.failed(error, time.monotonic(), random.random())  # noqa: S311 - jitter, no secret
+            outage.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, no secret
         else:
-            outage.worked(time.monotonic())
+            outage.success(time.monotonic())
 
     def _listen(self, listen: str, registry: CollectorRegistry) -> None:
         server = _server(listen, registry)
@@ -283,12 +283,12 @@ class Exporter(threading.Thread):
 
 def _lasting(text: str) -> str:
     """The error without what differs each time it comes; nothing in it can be a token, whoever repeated that to us."""
-    return shown(_VARYING.sub("...", text), ERROR_CHARACTERS)
+    return printable(_VARYING.sub("...", text), ERROR_CHARACTERS)
 
 
 def _registry(collect: Callable[[], Iterable[Metric]]) -> CollectorRegistry:
-    from prometheus_client import CollectorRegistry  # noqa: PLC0415
-    from prometheus_client.registry import Collector  # noqa: PLC0415
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.registry import Collector
 
     class Live(Collector):
         def collect(self) -> Iterable[Metric]:
@@ -304,10 +304,10 @@ def _server(listen: str, registry: CollectorRegistry) -> socketserver.TCPServer:
 
     It serves one connection at a time, so that nobody on this host can use up our descriptors.
     """
-    import socket  # noqa: PLC0415
-    import socketserver  # noqa: PLC0415
+    import socket
+    import socketserver
 
-    from prometheus_client import MetricsHandler  # noqa: PLC0415
+    from prometheus_client import MetricsHandler
 
     path = listen.removeprefix("unix://") if listen.startswith("unix://") else None
     host, _, port = listen.rpartition(":")
@@ -330,7 +330,7 @@ def _server(listen: str, registry: CollectorRegistry) -> socketserver.TCPServer:
 
 def _remove_stale(path: str) -> None:
     """Remove the socket of a process that is gone; one that is served stays, and binding will fail."""
-    import socket  # noqa: PLC0415
+    import socket
 
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(os.lstat(path).st_mode):

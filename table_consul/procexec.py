@@ -140,16 +140,16 @@ def find(name: str, beside: str) -> str:
 
 def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: float) -> int:
     # They cost more to import than all the rest, and are not needed where the child takes our place.
-    from table_consul import log  # noqa: PLC0415
-    from table_consul.bridge import Bridge  # noqa: PLC0415
-    from table_consul.server import Loop, take_the_wire  # noqa: PLC0415
+    from table_consul import log
+    from table_consul.bridge import Bridge
+    from table_consul.server import Loop, claim_stdio
 
     def named(table: str) -> None:
         log.start("info", "auto", table, "table-procexec")
 
     named("")
     bridge = Bridge(command[0], lambda: [find(command[0], beside), *command[1:]], dialect, deadline)
-    read_from, write_to = take_the_wire()
+    read_from, write_to = claim_stdio()
     try:
         Loop(bridge, bridge.answer, named, short=bridge).serve(read_from, write_to)
     finally:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from table_consul.errors import ReplyError, shown
+from table_consul.errors import ReplyError, printable
 
 # Far above what smtpd sends (a key has at most 1,023 bytes: smtpd: table.c, table_lookup), far below what hurts.
 MAX_LINE = 65536
@@ -141,9 +141,9 @@ class Session:
                 self.dialect = self.dialect or "procexec"
                 return DIALECTS[self.dialect].parse(line)
             if kind != b"config":
-                return Malformed(f"this is no line of smtpd's: {shown(line)!r}", None)
+                return Malformed(f"this is no line of smtpd's: {printable(line)!r}", None)
             if self.dialect == "procexec":
-                return Malformed(f"a handshake in the middle of the conversation: {shown(line)!r}", None)
+                return Malformed(f"a handshake in the middle of the conversation: {printable(line)!r}", None)
             self.dialect = "smtpd-tables"
             key, _, value = line[7:].decode("utf-8", "backslashreplace").partition("|")
             if key == "ready":
@@ -183,7 +183,7 @@ def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
     elif len(parts) > 6:
         service, ident, key = parts[5], parts[6], b"".join(parts[7:])
     else:
-        return Malformed(f"fields are missing: {shown(line)!r}", None)
+        return Malformed(f"fields are missing: {printable(line)!r}", None)
     return _request(op, ident, parts[3], service, key, complete=op in (b"update", b"fetch") or len(parts) > 7)
 
 
@@ -194,7 +194,7 @@ def _parse_procexec(line: bytes) -> Request | Malformed:
     elif len(parts) > 4 and parts[3] in OPS:
         table, op, ident, rest = b"", parts[3], parts[4], line.split(b"|", 6)[5:]
     else:
-        return Malformed(f"fields are missing, or the request is unknown: {shown(line)!r}", None)
+        return Malformed(f"fields are missing, or the request is unknown: {printable(line)!r}", None)
     complete = len(rest) >= {b"update": 0, b"fetch": 1}.get(op, 2)
     return _request(op, ident, table, b"".join(rest[:1]), b"".join(rest[1:]), complete=complete)
 
@@ -207,7 +207,7 @@ def _request(
         return Malformed("a request without id cannot be answered", None)
     if op not in OPS:
         # A word that smtpd itself chose: it will look for the same word in the reply.
-        return Malformed(f"unknown request {shown(op)!r}", request if op.isalpha() else None)
+        return Malformed(f"unknown request {printable(op)!r}", request if op.isalpha() else None)
     if not complete:
         return Malformed("fields are missing", request)
     return request
@@ -226,7 +226,7 @@ def _format_smtpd_tables(request: Request, reply: Reply, _procexec_reply: Callab
         return head + b"not-found\n"
     if isinstance(reply, Updated):
         return head + b"ok\n"
-    return head + b"error|" + shown(reply.reason, 400).encode() + b"\n"
+    return head + b"error|" + printable(reply.reason, 400).encode() + b"\n"
 
 
 def _format_procexec(request: Request, reply: Reply, procexec_reply: Callable[[str], str]) -> bytes:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain, islice
 
-from table_consul.errors import EntryError, SourceError, TableConsulError, shown
+from table_consul.errors import EntryError, SourceError, TableConsulError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.services import SERVICES, Service, Table, fold
-from table_consul.services.entries import Bucket
-from table_consul.services.passwords import MODELS, Verifier
-from table_consul.services.values import Lacking
+from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services.entries import Entries
+from table_consul.services.passwords import SAMPLE_SIZE, Verifier
+from table_consul.services.values import MissingFields
 from table_consul.sources import Source
 
 # The default deadline; the configured one may be what cannot be read.
@@ -39,10 +39,10 @@ class Responder:
                 return Updated()
             service = SERVICES.get(request.service)
             if service is None:
-                return Failed(f"unknown service {shown(request.service)!r}")
+                return Failed(f"unknown service {printable(request.service)!r}")
             table = self.tables(request.table)
             if service.name not in table.services:
-                return Failed(f"service {service.name} is not among the services of table {shown(table.name)!r}")
+                return Failed(f"service {service.name} is not among the services of table {printable(table.name)!r}")
             return self._ask(request, service, table, arrived + table.deadline)
         except TableConsulError as error:
             return Failed(str(error), error)
@@ -51,16 +51,16 @@ class Responder:
         if service.answers == "check":
             return self._authenticate(request, table, deadline)
         if request.op == "fetch":
-            bucket = self.source.bucket(table, service, None, deadline)
+            bucket = self.source.entries(table, service, None, deadline)
             place = (table.name, service.name)
-            after = bucket.after(self._last.get(place))
+            after = bucket.next_after(self._last.get(place))
             if after is None:
                 return NotFound()
             self._last[place], value = after
             return Found(value)
-        bucket = self.source.bucket(table, service, request.key, deadline)
+        bucket = self.source.entries(table, service, request.key, deadline)
         if request.op == "check":
-            return Found() if bucket.holds(request.key) else NotFound()
+            return Found() if bucket.contains(request.key) else NotFound()
         found = bucket.lookup(request.key)
         return NotFound() if found is None else Found(found)
 
@@ -74,14 +74,14 @@ class Responder:
         user, colon, password = request.key.partition(b":")
         if request.op != "check" or not colon:
             return Failed("the service auth answers check alone, with a key USER:PASSWORD")
-        user = fold(user)
-        buckets: list[Bucket] = []
+        user = fold_key(user)
+        buckets: list[Entries] = []
         stored: bytes | None = None
         place = b""
-        lacking: Lacking | None = None
+        lacking: MissingFields | None = None
         for name in ("auth", "credentials"):
             try:
-                bucket = self.source.bucket(table, SERVICES[name], user, deadline)
+                bucket = self.source.entries(table, SERVICES[name], user, deadline)
             except SourceError:
                 if stored is None:
                     raise
@@ -92,13 +92,13 @@ class Responder:
             place = bucket.path
             try:
                 stored = bucket.lookup(user)
-            except Lacking as error:
+            except MissingFields as error:
                 lacking = error
         if stored is None and lacking is not None:
             raise lacking.with_traceback(None)
-        others = islice(chain.from_iterable(bucket.values.values() for bucket in buckets), MODELS)
+        others = islice(chain.from_iterable(bucket.values.values() for bucket in buckets), SAMPLE_SIZE)
         try:
             verified = self._verifier.verify(table.name, stored, password, others, table.deadline)
         except EntryError as error:  # of what stands in Consul, so that its key may be named
-            raise EntryError(f"{shown(place + user)}: {error}") from None
+            raise EntryError(f"{printable(place + user)}: {error}") from None
         return Found() if verified else NotFound()

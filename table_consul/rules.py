@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from table_consul.errors import shown
+from table_consul.errors import printable
 from table_consul.services import SERVICES
 
 # linux: unix(7), sun_path holds 108 bytes, the last of which is NUL; OpenBSD's holds 104.
@@ -27,14 +27,14 @@ _BOOLEANS = {
 
 
 def choice(word: str, options: Collection[str]) -> str:
-    from difflib import get_close_matches  # noqa: PLC0415 - only to explain a refusal
+    from difflib import get_close_matches
 
     close = get_close_matches(word[:100], options, 1)
     return f"(allowed: {', '.join(options)}{f'; did you mean {close[0]}?' if close else ''})"
 
 
 def quoted(text: str) -> str:
-    return f"'{shown(text, 60)}'"
+    return f"'{printable(text, 60)}'"
 
 
 def absolute(value: str) -> str:
@@ -128,7 +128,7 @@ def address(value: str) -> str:
 
 
 def _ip(value: str) -> str:
-    from ipaddress import IPv6Address  # noqa: PLC0415 - most configurations have none
+    from ipaddress import IPv6Address
 
     try:
         return str(IPv6Address(value))
@@ -137,7 +137,7 @@ def _ip(value: str) -> str:
 
 
 def listen(value: str) -> str:
-    from ipaddress import ip_address  # noqa: PLC0415 - most configurations have none
+    from ipaddress import ip_address
 
     if value.startswith("unix://"):
         return _socket(value, "unix")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from table_consul import imsg
-from table_consul.counters import Tally
-from table_consul.errors import ReplyError, SourceError, shown
+from table_consul.counters import Counters
+from table_consul.errors import ReplyError, SourceError, printable
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, Table
 from table_consul.shortcut import Shortcut
-from table_consul.tables import Sources
+from table_consul.tables import Tables
 
 log = logging.getLogger("table_consul")
 
@@ -27,7 +27,7 @@ GATHER_SECONDS = 0.001
 REMEMBERED = 4096
 
 
-class Tables(Protocol):
+class TablesByName(Protocol):
     """What the loop asks about a table by name, beside the questions of smtpd."""
 
     def services(self, name: str, /) -> list[str]:
@@ -60,11 +60,11 @@ class Loop:
 
     def __init__(
         self,
-        tables: Tables,
+        tables: TablesByName,
         answer: Callable[[Request, float], Reply],
         named: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
-        tally: Tally | None = None,
+        tally: Counters | None = None,
         short: ShortWay | None = None,
     ) -> None:
         """``answer`` gets each request and the moment it arrived; what it raises becomes an error reply.
@@ -76,7 +76,7 @@ class Loop:
         self._named = named
         self._clock = clock
         self._session: Session | imsg.Session = Session(tables.procexec_reply)
-        self._tally = tally or Tally(Table)
+        self._tally = tally or Counters(Table)
         self._short = short
         self._told: set[str] = set()
         self._begun = False
@@ -178,7 +178,7 @@ class Loop:
             self._named(table)
         except Exception as error:  # noqa: BLE001 - as in _answered
             self._tell_traceback(error)
-        log.info("smtpd%s speaks %s", f" {shown(version)}" if version else "", self._session.dialect)
+        log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
 
     def _get_ready(self) -> None:
         """Do what would make the first answer late, now that smtpd has its handshake and asks nothing yet."""
@@ -220,7 +220,7 @@ class Daemon(Loop):
 
     def __init__(
         self,
-        sources: Sources,
+        sources: Tables,
         named: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -229,7 +229,7 @@ class Daemon(Loop):
         super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally, shortcut)
 
 
-def take_the_wire() -> tuple[int, int]:
+def claim_stdio() -> tuple[int, int]:
     """The socket to smtpd as two descriptors of our own; nothing else can write to it by accident."""
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started without one of the three: a copy of the socket must not take its place

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from table_consul.errors import shown
+from table_consul.errors import printable
 from table_consul.rules import choice, quoted
 from table_consul.services import SERVICES
 
@@ -88,14 +88,14 @@ def misshapen(form: TypeForm, raw: object, at: str = "") -> Iterator[str]:
         yield f"{at}: {_kind(raw)} where a table belongs (allowed: keys below a line [{at}])"
     elif mapping and isinstance(raw, dict):
         for key, value in raw.items():
-            yield from misshapen(get_args(mapping)[1], value, f"{dotted}{shown(key)}")
+            yield from misshapen(get_args(mapping)[1], value, f"{dotted}{printable(key)}")
     elif struct and isinstance(raw, dict):
         known = {each.name: each.type for each in msgspec.structs.fields(struct)}
         for key, value in raw.items():
             if key in known:
                 yield from misshapen(known[key], value, f"{dotted}{key}")
             else:
-                yield f"{dotted}{shown(key)}: unknown key {choice(key, known)}"
+                yield f"{dotted}{printable(key)}: unknown key {choice(key, known)}"
     else:
         try:
             msgspec.convert(raw, form)

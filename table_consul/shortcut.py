@@ -1,7 +1,7 @@
 """The one place where the way of an answer is written out, in both dialects of today: a key found in memory.
 
 Nearly all that a mail server asks a healthy table is this: `lookup`, a service of exact keys, the key is there. Going
-through Session, Responder and Sources for it costs four microseconds in place of one (bench/). All else, absence
+through Session, Responder and Tables for it costs four microseconds in place of one (bench/). All else, absence
 included, takes the long way; and a test holds that both say the same bytes.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from table_consul import imsg
-from table_consul.counters import Tally
+from table_consul.counters import Counters
 from table_consul.imsg import LOOKUP, MAX_VALUE, found, usual
 from table_consul.protocol import Found, Request, Session
 
@@ -36,7 +36,7 @@ class Known(NamedTuple):
 class Shortcut:
     """Replies to a chunk of bytes from smtpd, if it consists of such lookups of one service and nothing else."""
 
-    def __init__(self, know: Callable[[str, str], Known | None], tally: Tally, clock: Callable[[], float]) -> None:
+    def __init__(self, know: Callable[[str, str], Known | None], tally: Counters, clock: Callable[[], float]) -> None:
         """``know`` gives the values of a table's service, or None where they are not simply in memory."""
         self._know = know
         self._tally = tally

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from table_consul.config import Config, MetricsConfig
-from table_consul.counters import Tally
+from table_consul.counters import Counters
 from table_consul.errors import ConfigError, SourceError
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Service, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 from table_consul.services.values import DEFAULT_KEY
 from table_consul.sources import Source
 
 if TYPE_CHECKING:
     from table_consul.metrics import Exporter
     from table_consul.shortcut import Known
-    from table_consul.sources.direct import Direct
-    from table_consul.sources.watch import Mirrored, Watch
+    from table_consul.sources.direct import DirectSource
+    from table_consul.sources.watch import MirrorSource, Watch
 
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
 REMEMBERED = 256
@@ -27,7 +27,7 @@ REMEMBERED = 256
 MIRRORED_TABLES = 16
 
 
-class Sources:
+class Tables:
     """The source of every table, made when it is first asked: what a source imports costs more than the rest."""
 
     def __init__(self, load: Callable[[], Config]) -> None:
@@ -45,10 +45,10 @@ class Sources:
             self.broken = error
         self._tables: dict[str, Table] = {}
         self._file: Source | None = None
-        self._direct: Direct | None = None
-        self._mirrors: dict[str, Mirrored] = {}
-        self._former: dict[str, Mirrored] = {}
-        self.tally = Tally(self.table)
+        self._direct: DirectSource | None = None
+        self._mirrors: dict[str, MirrorSource] = {}
+        self._former: dict[str, MirrorSource] = {}
+        self.tally = Counters(self.table)
         self.started = time.time()
         self._exporter: Exporter | None = None
         self._named: str | None = None
@@ -84,17 +84,17 @@ class Sources:
         except ConfigError:
             return "auto" if self.config is None else self.config.defaults.procexec_reply
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """See responder.Source."""
         source = self._source(table, service)
         try:
-            return source.bucket(table, service, key, deadline)
+            return source.entries(table, service, key, deadline)
         except SourceError:
             mirrored = self._mirrors.get(table.name)
             if mirrored is None or source is not mirrored or not mirrored.too_large(service):
                 raise
             # It turned out to be too large while this request waited for the first load.
-            return self._read_directly().bucket(table, service, key, deadline)
+            return self._read_directly().entries(table, service, key, deadline)
 
     def known(self, table: str, service: str) -> Known | None:
         """The values of a service of exact keys, if the table has it and they are in memory; see shortcut.py."""
@@ -165,9 +165,9 @@ class Sources:
         address = self.config.consul.addresses[0]
         if address.startswith("file://"):
             if self._file is None:
-                from table_consul.sources.export import File
+                from table_consul.sources.export import FileSource
 
-                self._file = File(address.removeprefix("file://"))
+                self._file = FileSource(address.removeprefix("file://"))
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MIRRORED_TABLES:
             return self._mirror(table)
@@ -179,15 +179,15 @@ class Sources:
             from table_consul.sources import direct
 
             assert self.config is not None
-            self._direct = direct.Direct(kv.Client(self.config.consul))
+            self._direct = direct.DirectSource(kv.Client(self.config.consul))
         return self._direct
 
-    def _mirror(self, table: Table) -> Mirrored:
+    def _mirror(self, table: Table) -> MirrorSource:
         from table_consul import kv
         from table_consul.sources import watch
 
         assert self.config is not None
         settings = self.config.consul
         former = self._former.pop(table.name, None)
-        mirrored = self._mirrors[table.name] = watch.Mirrored(table, lambda: kv.Client(settings), former)
+        mirrored = self._mirrors[table.name] = watch.MirrorSource(table, lambda: kv.Client(settings), former)
         return mirrored

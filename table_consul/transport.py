@@ -29,7 +29,7 @@ from table_consul.connection import (
     reason_of,
     tls_context,
 )
-from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, shown
+from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 
 with warnings.catch_warnings():
     # python-consul2 is of 2020: Python warns about its spelling, and itself of what it deprecates (in Library).
@@ -243,7 +243,7 @@ class Transport(base.HTTPClient):  # type: ignore[misc]  # the library has no ty
         text = body[: 8 * EXCERPT_CHARACTERS].decode(errors="backslashreplace")
         if self._token:
             text = text.replace(self._token, "(token)")
-        return shown(" ".join(text.split()), EXCERPT_CHARACTERS)
+        return printable(" ".join(text.split()), EXCERPT_CHARACTERS)
 
     def decoded(self, decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
         """The body as what the decoder makes of it; raises BadResponse."""

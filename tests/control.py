@@ -12,7 +12,7 @@ from unittest import mock
 from table_consul.ctl import main
 from tests.dialogue import PATIENCE_SECONDS
 
-START = "import sys; from table_consul.ctl.program import main; sys.exit(main())"
+START = "import sys; from table_consul.ctl.main import main; sys.exit(main())"
 
 
 class Done(NamedTuple):

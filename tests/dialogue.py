@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 from table_consul import config
 from table_consul.protocol import Failed, Ready, Request, Session
 from table_consul.responder import Responder
-from table_consul.tables import Sources
+from table_consul.tables import Tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -111,7 +111,7 @@ def read_transcript(path: Path) -> Dialogue:
     return Dialogue(path.stem, tuple(defaults), tuple((said, answered) for said, answered in turns))
 
 
-def converse(sources: Sources, chunks: Iterable[bytes]) -> bytes:
+def converse(sources: Tables, chunks: Iterable[bytes]) -> bytes:
     """All that session and responder answer when they are told these chunks; a loop without a process around it."""
     session, responder = Session(sources.procexec_reply), Responder(sources.table, sources)
     answered = b""
@@ -128,8 +128,8 @@ def converse(sources: Sources, chunks: Iterable[bytes]) -> bytes:
     return answered
 
 
-def open_sources(path: Path, environ: dict[str, str] | None = None) -> Sources:
-    return Sources(lambda: config.load(str(path), environ or {}))
+def open_sources(path: Path, environ: dict[str, str] | None = None) -> Tables:
+    return Tables(lambda: config.load(str(path), environ or {}))
 
 
 class Child:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from table_consul.ctl.entries import BLANKS, SPACE, Entry, Parsed, Problem
-from table_consul.services import fold
+from table_consul.services import fold_key
 
 _QUOTED_COMMAND = re.compile(rb'(?:(?<=,)|\A)\s*\|"((?:[^"\\]|\\.)*)"\s*(?=,|\Z)')
 # What smtpd 7.6 and later would take for an entry of its own, were it not meant to go on with the line before.
@@ -71,7 +71,7 @@ def _alias(text: bytes, number: int) -> Entry | Problem:
         return Problem(number, "has no key")
     if not value:
         return Problem(number, "has no value")
-    return Entry(fold(key), value, number)
+    return Entry(fold_key(key), value, number)
 
 
 def _uncommented(line: bytes) -> bytes:

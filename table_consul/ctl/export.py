@@ -16,11 +16,11 @@ from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.entries import FormatError
 from table_consul.ctl.main import SERVICE, UNCUT, pass_config
-from table_consul.errors import SourceError, TableConsulError, shown
-from table_consul.services import SERVICES, Service, Table, fold
-from table_consul.services.entries import Builder
-from table_consul.services.values import Lacking
-from table_consul.sources.export import open_at_once, read_bounded
+from table_consul.errors import SourceError, TableConsulError, printable
+from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services.entries import EntriesBuilder
+from table_consul.services.values import MissingFields
+from table_consul.sources.export import open_regular_file, read_bounded
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Stored
@@ -82,38 +82,38 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
 
 def _readable(text: bytes) -> str:
     """The text for a terminal, without bytes that it could play with."""
-    lines = ("\t".join(shown(part, UNCUT) for part in line.split(b"\t")) for line in text.split(b"\n"))
+    lines = ("\t".join(printable(part, UNCUT) for part in line.split(b"\t")) for line in text.split(b"\n"))
     return "\n".join(lines)
 
 
 def _stored(settings: config.Config, table: Table, service: Service) -> Sequence[Stored]:
     from table_consul.ctl import (
-        plan,  # noqa: PLC0415 - the HTTP client takes long, and help needs none
-        txn,  # noqa: PLC0415 - the HTTP client takes long, and help needs none
+        plan,
+        txn,
     )
 
     path = table.path(service)
     address = settings.consul.addresses[0]
     if not address.startswith("file://"):
         with contextlib.closing(txn.Store(settings.consul)) as store:
-            return store.bucket(path)
+            return store.entries(path)
     name = address.removeprefix("file://")
     try:
-        with open(name, "rb", opener=open_at_once) as file:
+        with open(name, "rb", opener=open_regular_file) as file:
             parsed = files.read_export(read_bounded(file), service, path, path)
     except FormatError as error:
-        raise SourceError(f"{shown(name)}: {error}") from None
+        raise SourceError(f"{printable(name)}: {error}") from None
     return [plan.Stored(path + each.key, each.value, 0, each.flags) for each in parsed.entries]
 
 
 def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> bytes:
     path = table.path(service)
-    builder = Builder(table, service)
+    builder = EntriesBuilder(table, service)
     builder.take((each.key[len(path) :], each.value) for each in stored)
-    problems = [str(error) for error in builder.refused.values() if not isinstance(error, Lacking)]
+    problems = [str(error) for error in builder.refused.values() if not isinstance(error, MissingFields)]
     text, unsaid = files.table_text(service, sorted(builder.values.items()))
-    problems += [f"{shown(path + key)}: cannot be said in a file: table" for key in unsaid]
-    spelled = {fold(each.key) for each in stored}
+    problems += [f"{printable(path + key)}: cannot be said in a file: table" for key in unsaid]
+    spelled = {fold_key(each.key) for each in stored}
     if len(spelled) < len(stored):
         problems += [each for each in builder.problems if "the same key as" in each]
     if not problems:

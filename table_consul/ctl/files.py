@@ -16,8 +16,8 @@ import msgspec
 from table_consul.ctl.aliases import read_aliases
 from table_consul.ctl.entries import BLANKS, SPACE, Entry, FormatError, Parsed, Problem, content
 from table_consul.ctl.passwd import read_passwd
-from table_consul.errors import shown
-from table_consul.services import Service, fold
+from table_consul.errors import printable
+from table_consul.services import Service, fold_key
 
 FORMATS = ("auto", "aliases", "table", "passwd", "export")
 # Services whose entries may stand without a value: smtpd then takes the file for a list.
@@ -108,7 +108,7 @@ def read(
     if name == "export":
         parsed = read_export(data, service, path, below)
         if below is not None and not parsed.entries and parsed.left_out:
-            raise FormatError(f"no key in it is below {shown(below)}")
+            raise FormatError(f"no key in it is below {printable(below)}")
         return parsed
     if name == "passwd":
         return read_passwd(data, service, record=record)
@@ -144,7 +144,9 @@ def read_table(data: bytes, service: Service) -> Parsed:
         if what or parts is None:
             problems.append(Problem(number, what))
         else:
-            entries.append(Entry(fold(text), b"", number) if listed else Entry(fold(parts[0]), parts[1] or b"", number))
+            entries.append(
+                Entry(fold_key(text), b"", number) if listed else Entry(fold_key(parts[0]), parts[1] or b"", number)
+            )
     return Parsed("table", entries, problems)
 
 
@@ -200,7 +202,7 @@ def read_export(data: bytes, service: Service, path: bytes, below: bytes | None 
             (each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in _EXPORT.decode(data)
         ]
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"this is no output of `consul kv export`: {shown(str(error))}") from None
+        raise FormatError(f"this is no output of `consul kv export`: {printable(str(error))}") from None
     folder = _folder([key for key, _, _ in found], service, path) if below is None else below
     entries = [
         Entry(key[len(folder) :], value, number, flags)
@@ -217,7 +219,7 @@ def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:
     folders = sorted({key[: match.end()] for key in keys if (match := name.search(key))})
     if len(folders) == 1:
         return folders[0]
-    seen = ", ".join(shown(folder) for folder in folders[:3]) or f"none is called {service.name}/"
+    seen = ", ".join(printable(folder) for folder in folders[:3]) or f"none is called {service.name}/"
     raise FormatError(f"it is not clear which folder of the export is meant ({seen}): say so with --from FOLDER")
 
 
@@ -226,7 +228,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
 
     A list if no entry has a value. What import would read otherwise than smtpd counts as what cannot be said.
     """
-    found = [(fold(key), value) for key, value in entries]
+    found = [(fold_key(key), value) for key, value in entries]
     listed = not any(value for _, value in found) and service.name in LISTED
     separator = b":\t" if service.name == "alias" else b"\t"
     lines: list[bytes] = [b"# @list\n"] if listed else []

@@ -20,7 +20,7 @@ from table_consul.ctl import files
 from table_consul.ctl.entries import FormatError, Parsed, Problem
 from table_consul.ctl.main import FAILED, NO, SERVICE, as_json, as_writer, pass_config
 from table_consul.ctl.passwd import PASSWD_SERVICES
-from table_consul.errors import SourceError, shown
+from table_consul.errors import SourceError, printable
 from table_consul.services import SERVICES, Service, Table
 
 if TYPE_CHECKING:
@@ -121,13 +121,13 @@ def command(  # noqa: PLR0913 - the command line
       consul kv export old/ | table-consulctl import aliases alias -
     """  # noqa: D301 - the mark by which click keeps lines as they are
     from table_consul.ctl import (
-        plan,  # noqa: PLC0415 - the HTTP client takes long, and help needs none
-        txn,  # noqa: PLC0415 - the HTTP client takes long, and help needs none
+        plan,
+        txn,
     )
 
     table, service = settings.table(table_name), SERVICES[service_name]
     _refuse_options(settings, service, wanted, below, record=record)
-    name = "standard input" if file == "-" else shown(file)
+    name = "standard input" if file == "-" else printable(file)
     folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
     try:
         parsed = files.read(_contents(file), service, wanted, path=table.path(service), below=folder, record=record)
@@ -152,25 +152,25 @@ def command(  # noqa: PLR0913 - the command line
     consul = msgspec.structs.replace(as_writer(settings.consul, token_file), consistency="consistent")
     store = txn.Store(consul)
     with contextlib.closing(store):
-        plan = plan.plan(
+        planned = plan.plan(
             table,
             service,
             parsed,
-            store.bucket(table.path(service)),
+            store.entries(table.path(service)),
             prune=prune,
             records=record,
             others=_folders_within(settings, table, service),
         )
-        _refuse(name, parsed, plan.problems)
-        report = _Report(table, service, plan, parsed, as_json=as_json, dry_run=dry_run)
+        _refuse(name, parsed, planned.problems)
+        report = _Report(table, service, planned, parsed, as_json=as_json, dry_run=dry_run)
         if dry_run:
             report.before()
             report.after()
-            return NO if plan.changes else 0
+            return NO if planned.changes else 0
         try:
             report.before()
-            steps = functools.partial(txn.write, plan.changes, store)
-            for progress in _with_bar(plan.changes, steps):
+            steps = functools.partial(txn.write, planned.changes, store)
+            for progress in _with_bar(planned.changes, steps):
                 report.take(progress)
             report.after()
         except BaseException:
@@ -238,7 +238,7 @@ def _refuse(name: str, parsed: Parsed, problems: Sequence[Problem]) -> None:
         place = f"{name}:{problem.line}" if parsed.unit == "line" else f"{name}: entry {problem.line}"
         if not problem.line:  # what is to go has none
             place = name
-        click.echo(f"{place}: {shown(problem.text, 1000)}", err=True)
+        click.echo(f"{place}: {printable(problem.text, 1000)}", err=True)
     if len(said) > PROBLEMS_SHOWN:
         click.echo(f"... and {len(said) - PROBLEMS_SHOWN} more", err=True)
     count = f"{len(said)} problem{'s' if len(said) > 1 else ''}"
@@ -251,7 +251,7 @@ def _with_bar(
     """The steps, and a bar of how far they are where a person waits for them."""
 
     def waiting(error: SourceError) -> None:
-        click.echo(f"waiting: {shown(str(error), 1000)}", err=True)
+        click.echo(f"waiting: {printable(str(error), 1000)}", err=True)
 
     if len(planned) < BAR_CHANGES or sys.stderr is None or not sys.stderr.isatty():
         yield from steps(waiting)
@@ -303,7 +303,7 @@ class _Report:
             return
         for change in self.conflicts:
             click.echo(
-                f"{shown(change.key)}: somebody changed it meanwhile; it was left alone (run this again)", err=True
+                f"{printable(change.key)}: somebody changed it meanwhile; it was left alone (run this again)", err=True
             )
         if self._plan.changes:
             click.echo(f"{self.written} written")
@@ -320,8 +320,8 @@ class _Report:
                 click.echo(json.dumps(self._document()))
 
     def _described(self, change: Change) -> str:
-        key = shown(change.key[len(self._path) :])
-        old, new = (shown(value or b"", VALUE_CHARACTERS) for value in (change.was, change.becomes))
+        key = printable(change.key[len(self._path) :])
+        old, new = (printable(value or b"", VALUE_CHARACTERS) for value in (change.was, change.becomes))
         bare = change.old is None or change.value is None
         if self._service.hashed:
             return key if bare else f"{key} (not shown)"

@@ -19,14 +19,14 @@ import msgspec
 from msgspec.structs import replace
 
 from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, pass_config
-from table_consul.errors import Forbidden, SourceError, shown
-from table_consul.services import SERVICES, Table, fold
-from table_consul.services.entries import Bucket
-from table_consul.services.values import Lacking
+from table_consul.errors import Forbidden, SourceError, printable
+from table_consul.services import SERVICES, Table, fold_key
+from table_consul.services.entries import Entries
+from table_consul.services.values import MissingFields
 
 if TYPE_CHECKING:
     from table_consul.config import Config
-    from table_consul.ctl.loader import Entries, Place, Reading
+    from table_consul.ctl.loader import Place, Reading, Stored
 
 # Whoever asks here waits for the whole of a table that the daemon reads key by key.
 LIST_SECONDS = 30.0
@@ -84,7 +84,7 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
       table-consulctl lint aliases --live
       table-consulctl lint --json | jq -r '.tables[].problems[].key'
     """  # noqa: D301 - the mark by which click keeps lines as they are
-    from table_consul.ctl.loader import Reading  # noqa: PLC0415 - help does not wait for it
+    from table_consul.ctl.loader import Reading
 
     chosen = chosen_tables(config, tables)
     paths = _paths_of({table.name: table for table in (*config.tables.values(), *chosen)}.values())
@@ -110,9 +110,9 @@ def examine(reading: Reading, table: Table, paths: Iterable[bytes] = ()) -> Repo
     Raises:
         SourceError: some of it cannot be read, so that nothing can be said of the whole.
     """
-    from table_consul.ctl.loader import below  # noqa: PLC0415 - see command
+    from table_consul.ctl.loader import below
 
-    services = table.read
+    services = table.readable_services
     places = {name: reading.place(table, SERVICES[name]) for name in services}
     # A table that turned out to be too large is read directly, where capitals are not found.
     judged = replace(table, mode="direct") if any(place.large for place in places.values()) else table
@@ -120,14 +120,14 @@ def examine(reading: Reading, table: Table, paths: Iterable[bytes] = ()) -> Repo
     if judged is not table:
         problems.append(
             Problem(
-                shown(table.root),
+                printable(table.root),
                 f"more than max_keys = {table.max_keys} keys: every answer reads Consul; raise max_keys, which costs "
                 "memory, or split the table",
             )
         )
-    buckets: list[Bucket] = []
+    buckets: list[Entries] = []
     for name in services:
-        bucket = places[name].source.bucket(judged, SERVICES[name], None, time.monotonic() + LIST_SECONDS)
+        bucket = places[name].source.entries(judged, SERVICES[name], None, time.monotonic() + LIST_SECONDS)
         buckets.append(bucket)
         entries = dict(below(places[name].entries, bucket.path))
         problems += _of_the_bucket(bucket, entries)
@@ -140,12 +140,12 @@ def examine(reading: Reading, table: Table, paths: Iterable[bytes] = ()) -> Repo
 
 
 def _paths_of(tables: Iterable[Table]) -> set[bytes]:
-    return {table.path(SERVICES[name]) for table in tables for name in table.read}
+    return {table.path(SERVICES[name]) for table in tables for name in table.readable_services}
 
 
-def _below_the_root(reading: Reading, table: Table, places: Iterable[Place]) -> Entries:
+def _below_the_root(reading: Reading, table: Table, places: Iterable[Place]) -> Stored:
     """All that stands in the table's folder, as far as the token may see it: the daemon itself needs no more."""
-    from table_consul.ctl.loader import below  # noqa: PLC0415 - see command
+    from table_consul.ctl.loader import below
 
     found: dict[bytes, bytes | None] = {}
     for place in places:
@@ -157,28 +157,28 @@ def _below_the_root(reading: Reading, table: Table, places: Iterable[Place]) -> 
     return found
 
 
-def _of_the_bucket(bucket: Bucket, entries: Entries) -> list[Problem]:
+def _of_the_bucket(bucket: Entries, entries: Stored) -> list[Problem]:
     """What is wrong with the entries of one service, in the order of their keys."""
     told = [Problem(_escaped(key), text, bucket.service.name) for key, text in _told(bucket, entries)]
     beyond = [Problem(_escaped(key), text, bucket.service.name) for key, text in _beyond(bucket, entries)]
     return sorted([*told, *beyond], key=lambda problem: problem.key)
 
 
-def _told(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
+def _told(bucket: Entries, entries: Stored) -> Iterator[tuple[bytes, str]]:
     """What the bucket itself says, or its answer, with the key as it stands in the store."""
-    from table_consul.ctl.loader import spelled  # noqa: PLC0415 - see command
+    from table_consul.ctl.loader import spelled
 
     path = bucket.path
     stored = spelled(entries, path)
-    refused = {key: str(error) for key, error in bucket.refused.items() if not isinstance(error, Lacking)}
+    refused = {key: str(error) for key, error in bucket.refused.items() if not isinstance(error, MissingFields)}
     by_entry = [*refused.items(), *bucket.doubts.items()]
     for key, problem in by_entry:
-        yield path + stored.get(key, key), problem.removeprefix(f"{shown(path + key)}: ")
+        yield path + stored.get(key, key), problem.removeprefix(f"{printable(path + key)}: ")
     # The rest, of spellings and patterns, has its key in its text alone, where a long one is cut.
     rest = Counter(bucket.problems) - Counter(problem for _, problem in by_entry)
     names: dict[str, list[bytes]] = {}
     for key in entries:
-        for name in {shown(key), shown(path + fold(key[len(path) :]))}:
+        for name in {printable(key), printable(path + fold_key(key[len(path) :]))}:
             names.setdefault(name, []).append(key)
     for problem in rest.elements():
         head, _, text = problem.partition(": ")
@@ -189,27 +189,27 @@ def _told(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
         yield keys.pop(0) if len(keys) > 1 else keys[0], text
 
 
-def _beyond(bucket: Bucket, entries: Entries) -> Iterator[tuple[bytes, str]]:
+def _beyond(bucket: Entries, entries: Stored) -> Iterator[tuple[bytes, str]]:
     """Keys that are no entries, and keys that nobody can change."""
-    from table_consul.kv import addressable  # noqa: PLC0415 - see command
+    from table_consul.kv import is_url_safe
 
     lost = ", and mode direct does not find it" if bucket.table.mode == "direct" else ""
     for key, value in entries.items():
         if not key.endswith(b"/"):
-            if not addressable(key):
+            if not is_url_safe(key):
                 yield key, UNNAMEABLE.format(lost=lost)
         elif value:
             yield key, FOLDER
 
 
-def _useless(buckets: Iterable[Bucket]) -> Iterator[Problem]:
+def _useless(buckets: Iterable[Entries]) -> Iterator[Problem]:
     """Records in which no service that reads their folder finds what it needs; one alone may well not."""
-    folders: dict[bytes, list[Bucket]] = {}
+    folders: dict[bytes, list[Entries]] = {}
     for bucket in buckets:
         folders.setdefault(bucket.path, []).append(bucket)
     for path, readers in folders.items():
         lacking = Counter(
-            key for reader in readers for key, error in reader.refused.items() if isinstance(error, Lacking)
+            key for reader in readers for key, error in reader.refused.items() if isinstance(error, MissingFields)
         )
         for key, times in lacking.items():
             if times == len(readers):
@@ -222,7 +222,7 @@ def _useless(buckets: Iterable[Bucket]) -> Iterator[Problem]:
                 )
 
 
-def strays(table: Table, entries: Entries, paths: Iterable[bytes]) -> Iterator[Problem]:
+def strays(table: Table, entries: Stored, paths: Iterable[bytes]) -> Iterator[Problem]:
     """What stands below the table's folder, but in none of the folders that are read."""
     root = table.root
     known = tuple(paths)
@@ -236,8 +236,8 @@ def strays(table: Table, entries: Entries, paths: Iterable[bytes]) -> Iterator[P
         else:
             yield Problem(
                 _escaped(key),
-                f"no service is named between table and key, so this is no entry (allowed: {shown(root)}SERVICE/KEY, "
-                f"such as {shown(root)}alias/{shown(first)})",
+                f"no service is named between table and key, so this is no entry "
+                f"(allowed: {printable(root)}SERVICE/KEY, such as {printable(root)}alias/{printable(first)})",
             )
     for folder, number in folders.items():
         yield Problem(
@@ -247,7 +247,7 @@ def strays(table: Table, entries: Entries, paths: Iterable[bytes]) -> Iterator[P
 
 
 def _why(table: Table, folder: bytes) -> str:
-    name = shown(folder)
+    name = printable(folder)
     service = SERVICES.get(name)
     if service is None:
         close = difflib.get_close_matches(name.lower(), [*SERVICES, *(f"{known}s" for known in SERVICES)], 1, 0.6)
@@ -255,8 +255,8 @@ def _why(table: Table, folder: bytes) -> str:
         guess = f"rename the folder to {meant}" if meant else f"allowed: {', '.join(SERVICES)}"
         return f"smtpd has no service {name} ({guess})"
     if service.name not in table.services:
-        return f"{name} is not among the services of table {shown(table.name)} (allowed: add it to `services`)"
-    return f"the entries of {name} are read from {shown(table.path(service))}, as `paths` says"
+        return f"{name} is not among the services of table {printable(table.name)} (allowed: add it to `services`)"
+    return f"the entries of {name} are read from {printable(table.path(service))}, as `paths` says"
 
 
 def _show(report: Report) -> None:
@@ -270,14 +270,14 @@ def _show(report: Report) -> None:
             click.secho(problem.key, bold=True)
             click.echo(click.wrap_text(problem.problem, columns, "    ", "    "))
     if report.error is not None:
-        click.echo(f"{shown(report.table)}: no verdict: {shown(report.error, UNCUT)}", err=True)
+        click.echo(f"{printable(report.table)}: no verdict: {printable(report.error, UNCUT)}", err=True)
         return
     click.echo(
-        f"{shown(report.table)}: {report.entries} {'entry' if report.entries == 1 else 'entries'}, "
+        f"{printable(report.table)}: {report.entries} {'entry' if report.entries == 1 else 'entries'}, "
         f"{len(problems) or 'no'} {'problem' if len(problems) == 1 else 'problems'} ({'; '.join(report.source)})",
         err=True,
     )
 
 
 def _escaped(key: bytes) -> str:
-    return shown(key, UNCUT)
+    return printable(key, UNCUT)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from table_consul import kv
 from table_consul.ctl.main import duration
-from table_consul.errors import SourceError, shown
-from table_consul.services import Service, Table, fold
-from table_consul.services.entries import Bucket
+from table_consul.errors import SourceError, printable
+from table_consul.services import Service, Table, fold_key
+from table_consul.services.entries import Entries
 from table_consul.sources import Source
-from table_consul.sources.direct import PROBE, Direct
-from table_consul.sources.export import File, open_at_once, read_bounded, read_export
+from table_consul.sources.direct import PROBE, DirectSource
+from table_consul.sources.export import FileSource, open_regular_file, read_bounded, read_export
 from table_consul.sources.mirror import Mirror, TooManyKeys
 from table_consul.sources.snapshot import loaded, paths
 from table_consul.sources.watch import Watch
@@ -25,7 +25,7 @@ from table_consul.sources.watch import Watch
 if TYPE_CHECKING:
     from table_consul.config import Config, ConsulConfig
 
-Entries = Mapping[bytes, bytes | None]
+Stored = Mapping[bytes, bytes | None]
 """Whole keys and values as they stand in the store."""
 
 
@@ -102,7 +102,7 @@ class Look(Watch):
 class Place:
     """A source that was read, what stands there, and its name for a reader."""
 
-    def __init__(self, source: Source, entries: Callable[[], Entries], origin: Callable[[], str]) -> None:
+    def __init__(self, source: Source, entries: Callable[[], Stored], origin: Callable[[], str]) -> None:
         self.source = source
         self.reads: list[bytes] | None = None
         """What was read, where that is not the folder as a whole."""
@@ -112,7 +112,7 @@ class Place:
         self._origin = origin
 
     @property
-    def entries(self) -> Entries:
+    def entries(self) -> Stored:
         """What stands there; of a table that is read directly, what has been read so far."""
         return self._entries()
 
@@ -128,10 +128,10 @@ class Kept:
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002
         """See responder.Source."""
         assert self._mirror.state is not None
-        return self._mirror.bucket(service.name, key, self._mirror.state[1])
+        return self._mirror.entries(service.name, key, self._mirror.state[1])
 
     def update(self, deadline: float) -> None:
         """See responder.Source."""
@@ -143,7 +143,7 @@ class Lost:
     def __init__(self, error: SourceError) -> None:
         self._error = error
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002
         """See responder.Source."""
         raise self._error.with_traceback(None)
 
@@ -152,7 +152,7 @@ class Lost:
 
 
 class Reading:
-    """The source of every table, as sources.Sources, but for one command: each folder is read once."""
+    """The source of every table, as sources.Tables, but for one command: each folder is read once."""
 
     def __init__(self, config: Config, *, live: bool = False) -> None:
         """``live`` passes by the copies on disk (``snapshot``)."""
@@ -162,9 +162,9 @@ class Reading:
         self._direct: Place | None = None
         self._file: Place | None = None
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """See responder.Source."""
-        return self.place(table, service).source.bucket(table, service, key, deadline)
+        return self.place(table, service).source.entries(table, service, key, deadline)
 
     def update(self, deadline: float) -> None:
         """See responder.Source."""
@@ -208,7 +208,7 @@ class Reading:
         if self._direct is None:
             client = self.client()
             self._direct = Place(
-                Direct(client), lambda: client.entries, lambda: f"Consul at {client.address}, read directly"
+                DirectSource(client), lambda: client.entries, lambda: f"Consul at {client.address}, read directly"
             )
             self._direct.reads = client.reads
         if not why:
@@ -220,10 +220,10 @@ class Reading:
 
 
 def _file(path: str) -> Place:
-    known: dict[tuple[int, int], Entries] = {}
+    known: dict[tuple[int, int], Stored] = {}
 
-    def entries() -> Entries:
-        with open(path, "rb", opener=open_at_once) as file:
+    def entries() -> Stored:
+        with open(path, "rb", opener=open_regular_file) as file:
             status = os.fstat(file.fileno())
             version = (status.st_mtime_ns, status.st_ino)
             if version not in known:
@@ -231,7 +231,7 @@ def _file(path: str) -> Place:
                 known[version] = dict(read_export(read_bounded(file)))
         return known[version]
 
-    return Place(File(path), entries, lambda: shown(path))
+    return Place(FileSource(path), entries, lambda: printable(path))
 
 
 def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place | None:
@@ -243,7 +243,7 @@ def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place 
         SourceError: there is a copy, but it cannot be read.
     """
     try:
-        with open(path, "rb", opener=open_at_once) as file:
+        with open(path, "rb", opener=open_regular_file) as file:
             written = os.fstat(file.fileno()).st_mtime
             kept = sorted(read_export(read_bounded(file)))
     except FileNotFoundError:
@@ -260,25 +260,25 @@ def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place 
     mirror.confirm(loading.finish(restored=True), 0.0)
     folders = set(paths(table, services).values())
     entries = dict(pair for pair in kept if pair[0] not in folders)
-    origin = f"{shown(path)}, written {duration(time.time() - written)} ago"
+    origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
     return Place(Kept(mirror), lambda: entries, lambda: origin)
 
 
-def below(entries: Entries, folder: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+def below(entries: Stored, folder: bytes) -> Iterator[tuple[bytes, bytes | None]]:
     """Those entries that stand below the folder, by their whole keys."""
     return ((key, value) for key, value in entries.items() if key.startswith(folder))
 
 
-def spelled(entries: Entries, folder: bytes) -> dict[bytes, bytes]:
+def spelled(entries: Stored, folder: bytes) -> dict[bytes, bytes]:
     """How each key of the folder that is asked for is spelled in the store; of several spellings the one that answers.
 
-    See services.py, Builder: the one in lower case, else the first.
+    See services.py, EntriesBuilder: the one in lower case, else the first.
     """
     found: dict[bytes, bytes] = {}
     for key, _ in below(entries, folder):
         name = key[len(folder) :]
-        if fold(name) == name:
+        if fold_key(name) == name:
             found[name] = name
         else:
-            found.setdefault(fold(name), name)
+            found.setdefault(fold_key(name), name)
     return found

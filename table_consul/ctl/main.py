@@ -21,7 +21,7 @@ import click
 from msgspec.structs import replace
 
 from table_consul import __version__, config
-from table_consul.errors import ConfigError, TableConsulError, shown
+from table_consul.errors import ConfigError, TableConsulError, printable
 from table_consul.services import SERVICES, Table
 
 P = ParamSpec("P")
@@ -36,7 +36,7 @@ FAILED = 2
 HELP_COLUMNS = (30, 100)
 ERROR_CHARACTERS = 2000
 UNCUT = 1 << 30
-"""For errors.shown: what is asked for is shown as a whole."""
+"""For errors.printable: what was asked for is shown whole."""
 
 
 class Module(NamedTuple):
@@ -50,8 +50,8 @@ class Module(NamedTuple):
 COMMANDS = {
     "query": Module("query", "Ask a table as smtpd does."),
     "lint": Module("lint", "Tell every problem of the data."),
-    "import": Module("importing", "Fill a table from a file."),
-    "export": Module("exporting", "Write a table to a file."),
+    "import": Module("import_", "Fill a table from a file."),
+    "export": Module("export", "Write a table to a file."),
     "status": Module("status", "Tell how the running tables are."),
     "policy": Module("policy", "Write the ACL policy that the tables need."),
 }
@@ -216,5 +216,5 @@ def _silence() -> None:
 def _failed(*lines: object) -> int:
     with contextlib.suppress(OSError):  # standard error takes no more; the status still tells
         for line in lines:
-            click.echo(f"table-consulctl: {shown(str(line), ERROR_CHARACTERS)}", err=True)
+            click.echo(f"table-consulctl: {printable(str(line), ERROR_CHARACTERS)}", err=True)
     return FAILED

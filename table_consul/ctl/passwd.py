@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from table_consul.ctl.entries import BLANKS, Entry, FormatError, Parsed, Problem, content
-from table_consul.services import Service, fold
+from table_consul.services import Service, fold_key
 
 # name, password, uid, gid, gecos, home; a shell and more may follow, as in passwd-files of Dovecot's.
 _FIELDS = 6
@@ -30,7 +30,7 @@ def read_passwd(data: bytes, service: Service, *, record: bool = False) -> Parse
     for number, line in content(data):
         try:
             fields = _fields(line)
-            entries.append(Entry(fold(fields[0]), value_of(fields), number))
+            entries.append(Entry(fold_key(fields[0]), value_of(fields), number))
         except FormatError as error:
             problems.append(Problem(number, str(error)))
     return Parsed("passwd", entries, problems)

@@ -13,11 +13,11 @@ import msgspec
 
 from table_consul.ctl.entries import Entry, Parsed, Problem
 from table_consul.ctl.files import KEY_MAX_BYTES
-from table_consul.errors import EntryError, shown
-from table_consul.kv import addressable
-from table_consul.services import SERVICES, Service, Table, fold
-from table_consul.services.entries import Bucket, Builder
-from table_consul.services.values import Lacking, read_value
+from table_consul.errors import EntryError, printable
+from table_consul.kv import is_url_safe
+from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services.entries import Entries, EntriesBuilder
+from table_consul.services.values import MissingFields, parse_value
 
 # Consul takes 512 KB a transaction (txn_max_req_len), in base64 and with the key; smtpd takes far less.
 VALUE_MAX_BYTES = 376 << 10
@@ -68,7 +68,9 @@ def duplicates(parsed: Parsed) -> list[tuple[Entry, Entry]]:
     """Entries whose key is that of an earlier one, differences of case aside; the earlier one first."""
     first: dict[bytes, Entry] = {}
     return [
-        (former, entry) for entry in parsed.entries if (former := first.setdefault(fold(entry.key), entry)) is not entry
+        (former, entry)
+        for entry in parsed.entries
+        if (former := first.setdefault(fold_key(entry.key), entry)) is not entry
     ]
 
 
@@ -77,8 +79,8 @@ def duplicate_problems(parsed: Parsed, pairs: Iterable[tuple[Entry, Entry]]) -> 
     return [
         Problem(
             entry.line,
-            f"{shown(entry.key)} stands in {parsed.unit} {former.line} already"
-            + ("" if former.key == entry.key else f", spelled {shown(former.key)}"),
+            f"{printable(entry.key)} stands in {parsed.unit} {former.line} already"
+            + ("" if former.key == entry.key else f", spelled {printable(former.key)}"),
         )
         for former, entry in pairs
     ]
@@ -93,13 +95,13 @@ def stored_value(table: Table, service: Service, key: bytes, text: bytes) -> byt
         return text
     plain = msgspec.structs.replace(table, value_format="text")
     try:
-        meant = read_value(plain, service, key, text)
+        meant = parse_value(plain, service, key, text)
         candidates = (text, msgspec.json.encode(text.decode()))
     except (EntryError, UnicodeDecodeError):
         return text
     for candidate in candidates:
         try:
-            if read_value(table, service, key, candidate) == meant:
+            if parse_value(table, service, key, candidate) == meant:
                 return candidate
         except EntryError:
             continue
@@ -110,17 +112,17 @@ class _Reading:
     """What smtpd is told for each key of some entries."""
 
     def __init__(self, table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
-        self._builder = Builder(table, service)
+        self._builder = EntriesBuilder(table, service)
         self._builder.take(pairs)
 
     def answer(self, key: bytes) -> bytes | None:
-        key = fold(key)
+        key = fold_key(key)
         value = self._builder.values.get(key)
         return key if value == b"" and self._builder.service.answers == "entry" else value
 
     def belongs(self, key: bytes) -> bool:
         """Whether the entry is one of this service: a folder may hold records that say nothing for it."""
-        return not isinstance(self._builder.refused.get(fold(key)), Lacking)
+        return not isinstance(self._builder.refused.get(fold_key(key)), MissingFields)
 
 
 def plan(
@@ -169,10 +171,10 @@ def plan(
             if value is None:
                 continue
             if record is not None and not records:
-                problems.append(Problem(entry.line, f"{shown(entry.key)}: {_SHARED}"))
+                problems.append(Problem(entry.line, f"{printable(entry.key)}: {_SHARED}"))
                 continue
             if records and record is None and (owner := _lost(table, sharing, entry.key, old.value, value)):
-                problems.append(Problem(entry.line, f"{shown(entry.key)}: {_LOST.format(owner.name)}"))
+                problems.append(Problem(entry.line, f"{printable(entry.key)}: {_LOST.format(owner.name)}"))
                 continue
             change = Change(old.key, old, value, entry.flags or old.flags, was)
         lines[change.key] = entry.line
@@ -192,7 +194,7 @@ def plan(
         changes += gone
         if len(sharing) > 1 and not records and not exported:
             problems += [
-                Problem(0, f"{shown(each.key[len(path) :])}: {_SHARED}")
+                Problem(0, f"{printable(each.key[len(path) :])}: {_SHARED}")
                 for each in gone
                 if each.old is not None and _record(table, service, each.old.value) is not None
             ]
@@ -201,7 +203,7 @@ def plan(
 
 def _sharing(table: Table, service: Service) -> list[Service]:
     """The service, and those others of the table that read the same folder."""
-    others = (SERVICES[name] for name in table.read if name != service.name)
+    others = (SERVICES[name] for name in table.readable_services if name != service.name)
     return [service, *(other for other in others if table.path(other) == table.path(service))]
 
 
@@ -215,7 +217,7 @@ def _lost(table: Table, sharing: Iterable[Service], key: bytes, old: bytes, new:
 
 def _reads(table: Table, service: Service, key: bytes, value: bytes) -> bool:
     try:
-        return bool(read_value(table, service, key, value))
+        return bool(parse_value(table, service, key, value))
     except EntryError:
         return False
 
@@ -229,13 +231,13 @@ class _There:
         self.reading = _Reading(table, service, ((key, each.value) for key, each in self.exact.items()))
         self._folded: dict[bytes, Stored] = {}
         for key, each in self.exact.items():
-            folded = fold(key)
+            folded = fold_key(key)
             if key == folded or folded not in self._folded:
                 self._folded[folded] = each
 
     def find(self, key: bytes) -> Stored | None:
         """The entry of this key; with other capitals, where none is spelled like this."""
-        return self.exact.get(key) or self._folded.get(fold(key))
+        return self.exact.get(key) or self._folded.get(fold_key(key))
 
     def without(self, kept: Container[bytes], others: tuple[bytes, ...]) -> list[Change]:
         """The removal of every entry of this service that is not to be kept."""
@@ -275,7 +277,7 @@ def _unfit(path: bytes, changes: Sequence[Change], lines: Mapping[bytes, int], s
         name = key[len(path) :]
         text = ""
         if old is None:
-            if not addressable(key):
+            if not is_url_safe(key):
                 text = (
                     "no URL can name this key (allowed: UTF-8 without control characters, //, and the parts . and ..)"
                 )
@@ -286,7 +288,7 @@ def _unfit(path: bytes, changes: Sequence[Change], lines: Mapping[bytes, int], s
         if value is not None and len(value) > VALUE_MAX_BYTES:
             text = f"the value has {len(value)} bytes, and a transaction of Consul's takes {VALUE_MAX_BYTES} of it"
         if text:
-            problems.append(Problem(lines[key], f"{shown(name)}: {text}"))
+            problems.append(Problem(lines[key], f"{printable(name)}: {text}"))
     return problems
 
 
@@ -306,6 +308,6 @@ def _judged(
 
 
 def _complaints(table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> Iterator[str]:
-    bucket = Bucket(table, service, pairs)
+    bucket = Entries(table, service, pairs)
     for problem in bucket.problems:
-        yield problem.removeprefix(shown(bucket.path))
+        yield problem.removeprefix(printable(bucket.path))

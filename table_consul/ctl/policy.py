@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from table_consul.ctl.main import as_json, chosen_tables, pass_config
-from table_consul.errors import shown
+from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
             rules = {kind: {name: rules}}
         click.echo(_quoted(rules))
     else:
-        names = ", ".join(shown(table.name) for table in chosen)
+        names = ", ".join(printable(table.name) for table in chosen)
         purpose = "Fill" if write else "Answer for"
         click.echo(f"# {purpose} the tables of table-consul: {names}")
         click.echo("\n".join(_hcl(around, folders, level)))
@@ -77,7 +77,7 @@ def read_folders(tables: Iterable[Table]) -> list[str]:
     folders: set[str] = set()
     for table in tables:
         direct = table.mode == "direct"
-        read = (table.path(SERVICES[name]) for name in table.read) if direct else table.folders()
+        read = (table.path(SERVICES[name]) for name in table.readable_services) if direct else table.folders()
         folders.update(folder.decode() for folder in read)
     return sorted(
         folder for folder in folders if not any(folder != other and folder.startswith(other) for other in folders)

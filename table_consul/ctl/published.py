@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from table_consul import rules
 from table_consul.config import MetricsConfig
-from table_consul.errors import TableConsulError, shown
+from table_consul.errors import TableConsulError, printable
 from table_consul.metrics import CLIENT_SECONDS, EVERY_SECONDS
 
 # A file that was left out three times: its process is gone, and the file stays.
@@ -75,7 +75,7 @@ def require_parser() -> None:
         TableConsulError: prometheus_client is not installed.
     """
     try:
-        import prometheus_client.parser  # noqa: F401, PLC0415
+        import prometheus_client.parser  # noqa: F401
     except ImportError as error:
         raise TableConsulError(
             f"what daemons publish is read with {error.name or 'prometheus_client'}, which is not installed;"
@@ -116,14 +116,14 @@ def read(metrics: MetricsConfig, table: str) -> Publication:
             continue
         if table in publication.tables():
             return publication
-        others = ", ".join(sorted(map(shown, publication.tables())))
+        others = ", ".join(sorted(map(printable, publication.tables())))
         told.append(Unreadable(f"{publication.place} tells of {others} alone (put {{table}} into its name)"))
     kind = Unreadable if any(isinstance(error, Unreadable) for error in told) else NobodyThere
     raise kind("; ".join(map(str, told)))
 
 
 def _read_file(path: str) -> Publication:
-    place = shown(path)
+    place = printable(path)
     try:
         # Without O_NONBLOCK a named pipe would wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -140,7 +140,7 @@ def _read_file(path: str) -> Publication:
     if age > STALE_SECONDS:
         version = next((s.labels.get("version", "?") for s in publication.samples if s.name.endswith("_info")), "?")
         raise NobodyThere(
-            f"{place} was last written {age:.0f} s ago, by version {shown(version)}; a process that runs writes it"
+            f"{place} was last written {age:.0f} s ago, by version {printable(version)}; a process that runs writes it"
             f" every {EVERY_SECONDS:.0f} s (remove the file if there is no such table any more)"
         )
     return publication
@@ -160,7 +160,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _ask(listen: str) -> Publication:
-    place = shown(listen)
+    place = printable(listen)
     if listen.startswith("unix://"):
         connection: http.client.HTTPConnection = _Connection(listen.removeprefix("unix://"))
     else:
@@ -190,7 +190,7 @@ def _ask(listen: str) -> Publication:
 
 
 def _parsed(data: bytes, place: str) -> tuple[Sample, ...]:
-    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415 - an extra; see require_parser
+    from prometheus_client.parser import text_string_to_metric_families
 
     if len(data) > SIZE_MAX:
         raise Unreadable(f"{place} holds more than {SIZE_MAX >> 20} MiB")

@@ -14,9 +14,9 @@ import click
 import msgspec
 
 from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, pass_config
-from table_consul.errors import SourceError, shown
+from table_consul.errors import SourceError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
-from table_consul.services import fold
+from table_consul.services import fold_key
 
 if TYPE_CHECKING:
     from table_consul.config import Config
@@ -121,7 +121,7 @@ def _with_passwords(keys: Iterable[str]) -> Iterator[bytes]:
             )
         else:
             password = click.prompt(
-                f"Password of {shown(key)}", hide_input=True, default="", show_default=False, err=True
+                f"Password of {printable(key)}", hide_input=True, default="", show_default=False, err=True
             )
             yield os.fsencode(f"{key}:{password}")
 
@@ -130,8 +130,8 @@ class _Asker:
     """Puts questions to the daemon's own responder."""
 
     def __init__(self, config: Config, table: str, service: str, operation: str, *, live: bool, trace: bool) -> None:
-        from table_consul.ctl.loader import Reading  # noqa: PLC0415 - help does not wait for it
-        from table_consul.responder import Responder  # noqa: PLC0415
+        from table_consul.ctl.loader import Reading
+        from table_consul.responder import Responder
 
         self.table = config.table(table).name
         self.service = service
@@ -139,7 +139,7 @@ class _Asker:
         reading = Reading(config, live=live)
         self._trace = None
         if trace:
-            from table_consul.ctl.tracing import Trace  # noqa: PLC0415 - as above
+            from table_consul.ctl.tracing import Trace
 
             self._trace = Trace(reading)
         self._responder = Responder(config.table, self._trace or reading)
@@ -149,14 +149,14 @@ class _Asker:
         if len(key) > KEY_BYTES:
             return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {KEY_BYTES}")
         # smtpd leaves a password as it is, and the responder folds the user.
-        folded = key if self.service == "auth" else fold(key)
+        folded = key if self.service == "auth" else fold_key(key)
         return self._responder.answer(Request(self.operation, b"1", self.table, self.service, folded), time.monotonic())
 
     def explain(self, key: bytes) -> list[Step] | None:
         """How the last answer came about, if that was wanted."""
         if self._trace is None:
             return None
-        from table_consul.ctl.tracing import Step  # noqa: PLC0415 - imported by now
+        from table_consul.ctl.tracing import Step
 
         # What decides about a password is the value of its user.
         op, named = ("lookup", self.named(key)) if self.service == "auth" else (self.operation, key)
@@ -182,16 +182,16 @@ class _Show:
 
     def __call__(self, key: bytes, reply: Reply) -> None:
         name = self._asker.named(key)
-        what = shown(name) if self._asker.operation != "fetch" else f"{self._asker.table} {self._asker.service}"
+        what = printable(name) if self._asker.operation != "fetch" else f"{self._asker.table} {self._asker.service}"
         if isinstance(reply, Found):
             value = b"found" if reply.value is None else reply.value
             parts = [name, value] if self._several else [value]
             if self._terminal:
-                click.echo("\t".join(shown(part, UNCUT) for part in parts))
+                click.echo("\t".join(printable(part, UNCUT) for part in parts))
             else:
                 click.echo(b"\t".join(parts))
         elif isinstance(reply, Failed):
-            click.echo(f"{what}: error: {shown(reply.reason, UNCUT)}", err=True)
+            click.echo(f"{what}: error: {printable(reply.reason, UNCUT)}", err=True)
         else:
             click.echo(f"{what}: not found", err=True)
         for step in self._asker.explain(key) or ():

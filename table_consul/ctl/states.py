@@ -9,7 +9,7 @@ import msgspec
 
 from table_consul.config import Config
 from table_consul.ctl import published
-from table_consul.errors import shown
+from table_consul.errors import printable
 from table_consul.services import Table
 
 _NO_ANSWERS = "Consul cannot be read: every answer is an error"
@@ -75,7 +75,7 @@ def status_of(config: Config, table: Table) -> Status:
     }
     status.prefixes = [_prefix(publication, table, prefix) for prefix in prefixes]
     if config.consul.addresses[0].startswith("file://"):
-        status.remarks.append(f"answers from {shown(config.consul.addresses[0])}")
+        status.remarks.append(f"answers from {printable(config.consul.addresses[0])}")
         for each in status.prefixes:
             each.state = "file"
         status.state = "file"

@@ -15,7 +15,7 @@ from table_consul.config import Config, MetricsConfig
 from table_consul.ctl import published
 from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config
 from table_consul.ctl.states import Prefix, Status, status_of, sum_up
-from table_consul.errors import SourceError, Unreachable, shown
+from table_consul.errors import SourceError, Unreachable, printable
 from table_consul.metrics import EVERY_SECONDS
 
 # An agent without a leader says so after 7 seconds (Consul 1.8.7), and a large table takes one to arrive.
@@ -82,7 +82,7 @@ def command(config: Config, tables: tuple[str, ...], offline: bool, as_json: boo
       table-consulctl status --json --offline
     """  # noqa: D301 - click wants the character
     if config.metrics == MetricsConfig():
-        path = shown(config.path or "a configuration, and name it with -c")
+        path = printable(config.path or "a configuration, and name it with -c")
         click.echo(f"table-consulctl: {NOWHERE.format(path=path)}", err=True)
         return FAILED
     published.require_parser()
@@ -145,10 +145,10 @@ def _ask_consul(config: Config, status: Status, refusal: str | None) -> str | No
 
     What was so for another table a moment ago, ``refusal``, need not be waited for again.
     """
-    from table_consul import kv  # noqa: PLC0415 - not for --offline
+    from table_consul import kv
 
     table = config.table(status.table)
-    paths = {shown(path): path for path in table.folders()}
+    paths = {printable(path): path for path in table.folders()}
     client = kv.Client(config.consul)
     try:
         for prefix in status.prefixes:
@@ -157,7 +157,9 @@ def _ask_consul(config: Config, status: Status, refusal: str | None) -> str | No
             if refusal is not None:
                 raise Unreachable(refusal)
             if prefix.prefix not in paths:
-                prefix.remarks.append(f"not what {shown(config.path or 'the configuration')} says: update the table")
+                prefix.remarks.append(
+                    f"not what {printable(config.path or 'the configuration')} says: update the table"
+                )
                 continue
             # The daemon's own query, so that the index is of the same kind; nobody wants the entries.
             path = paths[prefix.prefix]
@@ -194,7 +196,7 @@ def _told(status: Status) -> str:
     """The table as text, one item a line; fits a terminal of 40 columns."""
     now = time.time()
     colour = {True: WELL, False: BAD, None: UNKNOWN}[status.well]
-    lines = [click.style(shown(status.table), bold=True) + ": " + click.style(status.state, fg=colour)]
+    lines = [click.style(printable(status.table), bold=True) + ": " + click.style(status.state, fg=colour)]
     for prefix in status.prefixes:
         lines.append(_item("prefix", prefix.prefix))
         if len(status.prefixes) > 1:
@@ -229,4 +231,4 @@ def _item(name: str, text: str) -> str:
     columns = min(max(shutil.get_terminal_size().columns, 40), 100)
     # Paths and addresses stay whole, so that they can be copied.
     lay = textwrap.TextWrapper(columns, f"  {name:<11}", " " * 13, break_long_words=False, break_on_hyphens=False)
-    return lay.fill(shown(text, 500))
+    return lay.fill(printable(text, 500))

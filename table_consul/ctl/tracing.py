@@ -1,6 +1,6 @@
 """Why an answer is what it is: which entry it comes from, and which rules made the value out of what stands there.
 
-A rule is said to have decided if the value would be another without it: read_value itself is asked both ways, so that
+A rule is said to have decided if the value would be another without it: parse_value itself is asked both ways, so that
 what is told here cannot be otherwise than what is done there. Nothing here holds any part of a value.
 """
 
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from table_consul.ctl.loader import Entries, Reading, spelled
-from table_consul.errors import EntryError, shown
-from table_consul.services import Service, Table, fold
-from table_consul.services.entries import Bucket
-from table_consul.services.values import DEFAULT_KEY, read_value
+from table_consul.ctl.loader import Reading, Stored, spelled
+from table_consul.errors import EntryError, printable
+from table_consul.services import Service, Table, fold_key
+from table_consul.services.entries import Entries
+from table_consul.services.values import DEFAULT_KEY, parse_value
 
 
 class Step(NamedTuple):
@@ -31,16 +31,16 @@ class Trace:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self._asked: list[tuple[Table, Service, Bucket | None]] = []
-        self._spellings: dict[bytes, tuple[Entries, int, dict[bytes, bytes]]] = {}
+        self._asked: list[tuple[Table, Service, Entries | None]] = []
+        self._spellings: dict[bytes, tuple[Stored, int, dict[bytes, bytes]]] = {}
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """See responder.Source."""
         place = self._reading.place(table, service)
         if place.reads is not None:
             place.reads.clear()
         self._asked.append((table, service, None))
-        bucket = place.source.bucket(table, service, key, deadline)
+        bucket = place.source.entries(table, service, key, deadline)
         self._asked[-1] = (table, service, bucket)
         return bucket
 
@@ -56,7 +56,7 @@ class Trace:
         asked, self._asked = self._asked, []
         return [step for table, service, bucket in asked for step in self._explain(table, service, bucket, op, key)]
 
-    def _explain(self, table: Table, service: Service, bucket: Bucket | None, op: str, key: bytes) -> Iterator[Step]:
+    def _explain(self, table: Table, service: Service, bucket: Entries | None, op: str, key: bytes) -> Iterator[Step]:
         place = self._reading.place(table, service)
         if place.origin:
             yield Step("source", place.origin)
@@ -65,33 +65,33 @@ class Trace:
         folder = bucket.path
         whole = place.reads is None or service.patterns or op == "fetch"
         for read in place.reads or [folder if whole else folder + key]:
-            yield Step("read", shown(read) + (f" ({_number(len(bucket))})" if read == folder else ""))
+            yield Step("read", printable(read) + (f" ({_number(len(bucket))})" if read == folder else ""))
         if op == "fetch":
             what = "the values" if table.fetch == "values" else "the keys"
             yield Step("value", f"{what} in their order, one a fetch (fetch = {table.fetch})")
             return
-        folded = fold(key)
+        folded = fold_key(key)
         if folded != key:
-            yield Step("asked", f"{shown(folded)}: smtpd asks in lower case")
+            yield Step("asked", f"{printable(folded)}: smtpd asks in lower case")
         entry, why = _entry(bucket, folded)
         if entry is None:
-            yield Step("entry", f"none, nor {shown(DEFAULT_KEY)}" if service.default else "none")
+            yield Step("entry", f"none, nor {printable(DEFAULT_KEY)}" if service.default else "none")
             return
         stored = self._spelling(place.entries, folder).get(entry, entry) if whole else entry
         folding = "" if stored == entry else ", in lower case as all keys are"
-        yield Step("entry", f"{shown(folder + stored)}{why}{folding}")
+        yield Step("entry", f"{printable(folder + stored)}{why}{folding}")
         raw = place.entries.get(folder + stored)
         if op == "lookup" or service.answers == "check":
             yield from rules(table, service, entry, raw)
             if entry == DEFAULT_KEY and service.default and b"%" in bucket.values.get(entry, b""):
                 yield Step("value", "%u, %n, %d in the home are filled in")
-        told = {f"{shown(folder + name)}: " for name in (entry, stored)}
+        told = {f"{printable(folder + name)}: " for name in (entry, stored)}
         for problem in bucket.problems:
             for head in told:
                 if problem.startswith(head) and entry not in bucket.refused:  # that is the answer itself
                     yield Step("problem", problem.removeprefix(head))
 
-    def _spelling(self, entries: Entries, folder: bytes) -> dict[bytes, bytes]:
+    def _spelling(self, entries: Stored, folder: bytes) -> dict[bytes, bytes]:
         known = self._spellings.get(folder)
         if known is None or known[0] is not entries or known[1] != len(entries):
             self._spellings[folder] = known = (entries, len(entries), spelled(entries, folder))
@@ -102,13 +102,13 @@ def _number(entries: int) -> str:
     return f"{entries} {'entry' if entries == 1 else 'entries'}"
 
 
-def _entry(bucket: Bucket, key: bytes) -> tuple[bytes | None, str]:
+def _entry(bucket: Entries, key: bytes) -> tuple[bytes | None, str]:
     """The entry that answers for the key, and why if it is not the key itself."""
     default = DEFAULT_KEY in bucket.values or DEFAULT_KEY in bucket.refused
-    if bucket.service.default and default and bucket.lacks(key) and key != DEFAULT_KEY:
+    if bucket.service.default and default and bucket.uses_default(key) and key != DEFAULT_KEY:
         return DEFAULT_KEY, ", which answers for all who have none of their own"
     entry = bucket.find(key)
-    return entry, f", which matches {shown(key)}" if entry not in (None, key) else ""
+    return entry, f", which matches {printable(key)}" if entry not in (None, key) else ""
 
 
 def rules(table: Table, service: Service, key: bytes, raw: bytes | None) -> list[Step]:
@@ -147,6 +147,6 @@ def _value_rules(table: Table, service: Service, key: bytes, raw: bytes | None, 
 def _outcome(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes | None:
     """The value, or None where there is none to be made."""
     try:
-        return read_value(table, service, key, raw)
+        return parse_value(table, service, key, raw)
     except EntryError:
         return None

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from table_consul import kv
-from table_consul.backoff import pause
+from table_consul.backoff import delay
 from table_consul.ctl.plan import Change, Stored
-from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, shown
+from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 from table_consul.transport import Answer, Transport
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Store(kv.Client):
             if value is not None
         }
 
-    def bucket(self, path: bytes) -> list[Stored]:
+    def entries(self, path: bytes) -> list[Stored]:
         """Every entry below the path, folders included, in Consul's order.
 
         Raises:
@@ -104,7 +104,7 @@ class Store(kv.Client):
 
         def accept(answer: Answer) -> list[Stored]:
             if answer.filtered:
-                raise Forbidden(f"Consul at {self.address} hides keys below {shown(path)} from this token")
+                raise Forbidden(f"Consul at {self.address} hides keys below {printable(path)} from this token")
             if answer.body is None:
                 return []
             entries = self._transport.decoded(_ENTRIES, answer.body)
@@ -199,7 +199,7 @@ def write(
                 failed = store.transact(left, timeout=WRITE_SECONDS)
             except Unreachable as error:
                 failures += 1
-                wait = pause(failures, random.random())  # noqa: S311 - no secret
+                wait = delay(failures, random.random())  # noqa: S311 - no secret
                 if clock() - begun + wait > PATIENCE_SECONDS:
                     raise
                 if failures == 1:
@@ -218,12 +218,12 @@ def write(
 def _stale(failed: Sequence[tuple[Change, str]], store: Store) -> list[Change]:
     """The changes of keys that others have touched; raises where that is not what is wrong."""
     for change, what in failed:
-        key = shown(change.key)
+        key = printable(change.key)
         if "permission denied" in what.lower():
             raise Forbidden(
                 f"Consul at {store.address} does not let this token write {key}; the policy it needs: "
                 "table-consulctl policy --write TABLE; with another token: --token-file"
             )
         if "index is stale" not in what:
-            raise BadResponse(f"Consul at {store.address} refuses to write {key}: {shown(what)}")
+            raise BadResponse(f"Consul at {store.address} refuses to write {key}: {printable(what)}")
     return [change for change, _ in failed]

@@ -92,7 +92,7 @@ class Table(msgspec.Struct, frozen=True):
         return self.root + service.name.encode() + b"/" if named is None else named.encode() + b"/"
 
     @property
-    def read(self) -> tuple[str, ...]:
+    def readable_services(self) -> tuple[str, ...]:
         """The services whose entries are read: who has no hash in ``auth`` may have one in ``credentials``."""
         more = ("credentials",) if "auth" in self.services and "credentials" not in self.services else ()
         return (*self.services, *more)
@@ -100,12 +100,12 @@ class Table(msgspec.Struct, frozen=True):
     def folders(self) -> dict[bytes, list[str]]:
         """The folders in Consul to be watched, and the services whose entries each of them holds."""
         folders: dict[bytes, list[str]] = {}
-        for name in self.read:
+        for name in self.readable_services:
             path = self.path(SERVICES[name])
             folders.setdefault(self.root if path.startswith(self.root) else path, []).append(name)
         return folders
 
 
-def fold(key: bytes) -> bytes:
+def fold_key(key: bytes) -> bytes:
     """The key as smtpd would ask for it (smtpd: util.c, lowercase: byte by byte, ASCII alone)."""
     return key.lower()

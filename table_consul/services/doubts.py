@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from table_consul.errors import EntryError
 from table_consul.services import passwords
 from table_consul.services.match import MAILADDR_PART_BYTES, is_address, text_to_mailaddr
-from table_consul.services.values import COMMAND_BYTES, USER_BYTES, is_plain_list, list_nodes
+from table_consul.services.values import COMMAND_BYTES, USER_BYTES, is_plain_list, split_list
 
 if TYPE_CHECKING:
     from table_consul.services import Service, Table
@@ -34,7 +34,7 @@ _FOREIGN = re.compile(
 def _alias(_table: Table, text: bytes) -> str | None:
     if is_plain_list(text):
         return None
-    for number, node in enumerate(list_nodes(text), 1):
+    for number, node in enumerate(split_list(text), 1):
         if _is_special(node) or _is_address(node):
             continue
         if not _USER.fullmatch(node.partition(b"@")[0] if _is_cut(node) else node):
@@ -77,7 +77,7 @@ def _is_address(node: bytes) -> bool:
 def _mailaddrmap(_table: Table, text: bytes) -> str | None:
     if is_plain_list(text):
         return None
-    for number, node in enumerate(list_nodes(text), 1):
+    for number, node in enumerate(split_list(text), 1):
         if text_to_mailaddr(node) is None:
             return (
                 f"element {number} of the value is longer than smtpd takes, which refuses the whole list for it "
@@ -88,10 +88,10 @@ def _mailaddrmap(_table: Table, text: bytes) -> str | None:
 
 def _credentials(table: Table, text: bytes) -> str | None:
     """Whether nobody can log in with this; what has a user before it may as well be clear text to relay with."""
-    secret = passwords.secret(text)
+    secret = passwords.hash_part(text)
     verified_here = "auth" in table.services
     foreign = _FOREIGN.fullmatch(secret) or secret.startswith(b"$argon2")
-    if (b":" in text and not foreign) or secret.startswith(passwords.LOCKS):
+    if (b":" in text and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
         return None
     if verified_here:
         return _auth(table, text)
@@ -105,7 +105,7 @@ def _credentials(table: Table, text: bytes) -> str | None:
 
 def _auth(table: Table, text: bytes) -> str | None:
     try:
-        passwords.usable(text, table.deadline)
+        passwords.verifiable_hash(text, table.deadline)
     except EntryError as error:
         return str(error)
     return None

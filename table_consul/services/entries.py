@@ -10,18 +10,24 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from table_consul.errors import EntryError, shown
-from table_consul.services import Service, Table, fold
-from table_consul.services.values import DEFAULT_KEY, Lacking, read_value, sayable, user_by_default
+from table_consul.errors import EntryError, printable
+from table_consul.services import Service, Table, fold_key
+from table_consul.services.values import (
+    DEFAULT_KEY,
+    MissingFields,
+    expand_default_home,
+    is_valid_reply_value,
+    parse_value,
+)
 
 if TYPE_CHECKING:
     from table_consul.services.index import Index
 
 
-class Builder:
+class EntriesBuilder:
     """Reads the pairs of one bucket, in as many goes as it takes. An entry that is no good harms no other."""
 
-    def __init__(self, table: Table, service: Service, former: Bucket | None = None) -> None:
+    def __init__(self, table: Table, service: Service, former: Entries | None = None) -> None:
         """``former`` is what stood there before: what has not changed since is taken over as it is."""
         self.table = table
         self.service = service
@@ -39,7 +45,7 @@ class Builder:
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
         self._former_keys = iter(self._known)
         self._former_key = next(self._former_keys, None)
-        from table_consul.services.doubts import doubt  # noqa: PLC0415 - its import would delay the handshake
+        from table_consul.services.doubts import doubt
 
         self._doubt = doubt
 
@@ -49,7 +55,7 @@ class Builder:
         for key, raw in pairs:
             if not key or key[-1] == 0x2F:
                 continue  # the bucket itself, and folders made in the UI
-            folded = fold(key)
+            folded = fold_key(key)
             if (folded != key or folded in values or folded in refused) and not self._spell(key, folded):
                 continue
             if raw and known.get(folded) == raw and raw[:1] not in decoded:
@@ -78,16 +84,16 @@ class Builder:
             and self.service.name != "source"
         ):
             self.problems.append(
-                f"{shown(self.path + key)}: smtpd asks in lower case, and a table that is read directly does not find "
-                "this key; rename it"
+                f"{printable(self.path + key)}: smtpd asks in lower case, and a table that is read directly does "
+                "not find this key; rename it"
             )
         if folded in self.values or folded in self.refused:
             rival = self._spelled.get(folded, folded)
             wins = key == folded
             winner, loser = (key, rival) if wins else (rival, key)
             self.problems.append(
-                f"{shown(self.path + loser)}: smtpd asks in lower case, where this is the same key as "
-                f"{shown(self.path + winner)}, which answers; delete one of them"
+                f"{printable(self.path + loser)}: smtpd asks in lower case, where this is the same key as "
+                f"{printable(self.path + winner)}, which answers; delete one of them"
             )
         if wins:
             self._spelled[folded] = key
@@ -98,15 +104,17 @@ class Builder:
         self.refused.pop(key, None)
         self.doubts.pop(key, None)
         try:
-            value = self.values[key] = read_value(self.table, self.service, key, raw)
+            value = self.values[key] = parse_value(self.table, self.service, key, raw)
         except EntryError as error:
-            named = error.__class__(f"{shown(self.path + key)}: {error}")
+            named = error.__class__(f"{printable(self.path + key)}: {error}")
             self.refused[key] = named
-            if not isinstance(error, Lacking):  # a bucket that serves several services has records for some of them
+            if not isinstance(
+                error, MissingFields
+            ):  # a bucket that serves several services has records for some of them
                 self.problems.append(str(named))
             return
         if (doubt := self._doubt(self.table, self.service, key, value)) is not None:
-            self.doubts[key] = f"{shown(self.path + key)}: {doubt}"
+            self.doubts[key] = f"{printable(self.path + key)}: {doubt}"
 
     def lost(self) -> Iterator[bytes]:
         """The keys that the former bucket had and this one has not."""
@@ -117,7 +125,7 @@ class Builder:
                 if key not in self.values and key not in self.refused:
                     yield key
 
-    def finish(self) -> Bucket:
+    def finish(self) -> Entries:
         """The bucket; the former one itself if nothing has changed."""
         former = self.former
         if former is not None:
@@ -132,10 +140,10 @@ class Builder:
             and former.doubts == self.doubts
         ):
             return former
-        return Bucket(self.table, self.service, builder=self)
+        return Entries(self.table, self.service, builder=self)
 
 
-class Bucket:
+class Entries:
     """The entries of one service in one table as they stood at one moment. Never changed once built."""
 
     __slots__ = (
@@ -157,10 +165,10 @@ class Bucket:
         table: Table,
         service: Service,
         pairs: Iterable[tuple[bytes, bytes | None]] = (),
-        builder: Builder | None = None,
+        builder: EntriesBuilder | None = None,
     ) -> None:
         """Read the pairs, whose keys are relative to the bucket; a builder may have read others already."""
-        builder = builder or Builder(table, service)
+        builder = builder or EntriesBuilder(table, service)
         builder.take(pairs)
         self.table = table
         self.service = service
@@ -175,10 +183,10 @@ class Bucket:
         self._order: list[bytes] | None = None
         self._index: Index | None = None
         if service.patterns and (self.values or self.refused):
-            from table_consul.services.index import INDEXES  # noqa: PLC0415 - its import would delay the handshake
+            from table_consul.services.index import INDEXES
 
             self._index = INDEXES[service.name]([*self.values, *self.refused])
-            self.problems += [f"{shown(self.path + key)}: {what}" for key, what in self._index.problems]
+            self.problems += [f"{printable(self.path + key)}: {what}" for key, what in self._index.problems]
 
     def __len__(self) -> int:
         return len(self.values) + len(self.refused)
@@ -189,17 +197,19 @@ class Bucket:
             return self._index.find(key)
         return key if key in self.values or key in self.refused else None
 
-    def check(self, key: bytes) -> bool:
+    def has_own_entry(self, key: bytes) -> bool:
         """Whether an entry stands for the key itself. One whose value is no good does all the same."""
         return self.find(key) is not None
 
-    def holds(self, key: bytes) -> bool:
+    def contains(self, key: bytes) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default of the service."""
         return self._default or self.find(key) is not None
 
-    def lacks(self, key: bytes) -> bool:
+    def uses_default(self, key: bytes) -> bool:
         """Whether the default of the service, if there is one, is to answer for this key."""
-        return self.service.default and key not in self.values and isinstance(self.refused.get(key), Lacking | None)
+        return (
+            self.service.default and key not in self.values and isinstance(self.refused.get(key), MissingFields | None)
+        )
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
@@ -207,7 +217,7 @@ class Bucket:
         Raises:
             EntryError: the key is there, but what stands under it is no value for this service.
         """
-        if self._default and (key == DEFAULT_KEY or self.lacks(key)):
+        if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
             return self._by_default(key)
         entry = self.find(key)
         return None if entry is None else self._value(entry)
@@ -215,9 +225,9 @@ class Bucket:
     def _by_default(self, key: bytes) -> bytes:
         value = self._value(DEFAULT_KEY)
         try:
-            return user_by_default(value, key)
+            return expand_default_home(value, key)
         except EntryError as error:
-            raise EntryError(f"{shown(self.path + DEFAULT_KEY)}: {error}") from None
+            raise EntryError(f"{printable(self.path + DEFAULT_KEY)}: {error}") from None
 
     def _value(self, entry: bytes) -> bytes:
         refused = self.refused.get(entry)
@@ -226,13 +236,13 @@ class Bucket:
         value = self.values[entry]
         if not value and self.service.answers == "entry":
             value = entry
-            if not sayable(value):
-                raise EntryError(f"{shown(self.path + entry)}: the key holds a control character")
+            if not is_valid_reply_value(value):
+                raise EntryError(f"{printable(self.path + entry)}: the key holds a control character")
         if not value:
-            raise EntryError(f"{shown(self.path + entry)}: there is no value, and {self.service.name} needs one")
+            raise EntryError(f"{printable(self.path + entry)}: there is no value, and {self.service.name} needs one")
         return value
 
-    def after(self, last: bytes | None) -> tuple[bytes, bytes] | None:
+    def next_after(self, last: bytes | None) -> tuple[bytes, bytes] | None:
         """The entry that follows ``last`` in the order of keys, wrapping, and what a fetch says of it.
 
         None when there is no entry at all. ``last`` need not be there any more: additions and removals between two
@@ -259,6 +269,6 @@ class Bucket:
     def _fetched(self, entry: bytes) -> bytes:
         if self.table.fetch == "values":
             return self._value(entry)
-        if not sayable(entry):
-            raise EntryError(f"{shown(self.path + entry)}: the key holds a control character")
+        if not is_valid_reply_value(entry):
+            raise EntryError(f"{printable(self.path + entry)}: the key holds a control character")
         return entry

@@ -21,12 +21,12 @@ from table_consul.errors import ConfigError, EntryError, PeerError
 # crypt(3) of libxcrypt takes no longer one (CRYPT_MAX_PASSPHRASE_SIZE), so that none has ever made such a hash.
 PASSWORD_BYTES = 511
 # Dovecot writes the format before the hash (doc.dovecot.org, Password Schemes); crypt(3) takes that for a part of it.
-MARKS = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYPT}", b"{ARGON2ID}", b"{ARGON2I}")
+SCHEME_PREFIXES = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYPT}", b"{ARGON2ID}", b"{ARGON2I}")
 # What passwd -l, and others, put before a hash or in its place.
-LOCKS = (b"!", b"*")
-LOCKED = b"*LK*"
+LOCK_MARKERS = (b"!", b"*")
+LOCKED_ACCOUNT = b"*LK*"
 # How many entries are looked at for a hash that tells what those of the table cost.
-MODELS = 8
+SAMPLE_SIZE = 8
 
 _ITOA64 = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -88,7 +88,7 @@ class Hash(NamedTuple):
     seconds: float
     """What it takes to verify a password, about."""
 
-    def blank(self) -> Hash:
+    def with_dummy_digest(self) -> Hash:
         """The same format, setting and cost with a digest that no password has."""
         filler = b"A" if self.scheme == "argon2" else b"."
         return self._replace(text=self.setting + filler * (len(self.text) - len(self.setting)))
@@ -103,15 +103,15 @@ def _compiled(pattern: bytes) -> re.Pattern[bytes]:
     return re.compile(pattern)
 
 
-def unmarked(text: bytes) -> bytes:
+def strip_scheme(text: bytes) -> bytes:
     """The hash without Dovecot's mark, and bcrypt by the name that every crypt(3) knows; all else as it is.
 
     A text is taken for a hash only if it has the form of one: clear text to relay with passes unharmed.
     """
     end = text.find(b"}") + 1
-    if text[:1] == b"{" and text[:end].upper() in MARKS:
+    if text[:1] == b"{" and text[:end].upper() in SCHEME_PREFIXES:
         bare = text[end:]
-        if bare.startswith(LOCKS) or looks_like_a_hash(bare):
+        if bare.startswith(LOCK_MARKERS) or looks_like_a_hash(bare):
             text = bare
     return b"$2b$" + text[4:] if text.startswith(b"$2y$") and parse(text) else text
 
@@ -131,20 +131,20 @@ def parse(text: bytes) -> Hash | None:
     return None
 
 
-def secret(credential: bytes) -> bytes:
+def hash_part(credential: bytes) -> bytes:
     """What of a credential is the hash: ``HASH``, or what follows the colon of ``USER:HASH``."""
     _, colon, after = credential.partition(b":")
     return after if colon else credential
 
 
-def usable(credential: bytes, most: float) -> Hash | None:
+def verifiable_hash(credential: bytes, most: float) -> Hash | None:
     """The hash of a credential, ready to verify a password with; None for one that is locked.
 
     Raises:
         EntryError: it is no hash, or one of a format that is not known, or would take more than so many seconds.
     """
-    text = secret(credential)
-    if text.startswith(LOCKS):
+    text = hash_part(credential)
+    if text.startswith(LOCK_MARKERS):
         return None
     known = parse(text)
     if known is None:
@@ -177,12 +177,12 @@ class Verifier:
             ConfigError: the package that could is not installed.
             PeerError: the password is no UTF-8, and crypt-r takes nothing else.
         """
-        known = None if stored is None else usable(stored, most)
+        known = None if stored is None else verifiable_hash(stored, most)
         if known is not None:
-            self._typical[table] = known.blank()
+            self._typical[table] = known.with_dummy_digest()
             return _verify(known, password)
         typical = next((model for model in map(_cheap(most), others) if model is not None), None)
-        blank = (typical or self._typical.get(table, DEFAULT)).blank()
+        blank = (typical or self._typical.get(table, DEFAULT)).with_dummy_digest()
         with contextlib.suppress(EntryError):  # that there is no such user is certain, whatever becomes of the others
             _verify(blank, password)
         return False
@@ -190,7 +190,7 @@ class Verifier:
 
 def _cheap(most: float) -> Callable[[bytes], Hash | None]:
     def model(credential: bytes) -> Hash | None:
-        known = parse(secret(credential))
+        known = parse(hash_part(credential))
         return known if known is not None and known.seconds <= most else None
 
     return model
@@ -201,7 +201,7 @@ def _verify(known: Hash, password: bytes) -> bool:
 
 
 def _verify_crypt(known: Hash, password: bytes) -> bool:
-    from hmac import compare_digest  # noqa: PLC0415 - only who verifies passwords needs OpenSSL in memory
+    from hmac import compare_digest
 
     binding = _binding()
     try:
@@ -222,7 +222,7 @@ def _verify_crypt(known: Hash, password: bytes) -> bool:
 
 def _verify_argon2(known: Hash, password: bytes) -> bool:
     _package("argon2", "argon2-cffi")
-    from argon2 import exceptions, low_level  # noqa: PLC0415 - see above
+    from argon2 import exceptions, low_level
 
     kind = {b"$argon2id": low_level.Type.ID, b"$argon2i": low_level.Type.I, b"$argon2d": low_level.Type.D}
     try:

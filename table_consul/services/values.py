@@ -32,16 +32,16 @@ _BARE_LOCKS = (b"*", b"!", b"!!")
 _NO_JSON = 'the value is no JSON string or array of strings (allowed: "gilles", ["gilles", "eric"])'
 
 
-class Lacking(EntryError):
+class MissingFields(EntryError):
     """A record is there, but says nothing of what this service asks; another service may well use it."""
 
 
-def sayable(value: bytes) -> bool:
+def is_valid_reply_value(value: bytes) -> bool:
     """Whether smtpd can be told this value: one line, no NUL, not empty (smtpd: table_proc.c, "empty response")."""
     return bool(value) and not any(c in value for c in (b"\n", b"\r", b"\0"))
 
 
-def read_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes:
+def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes:
     """What stands under a key in Consul as a value of this service, one line; ``b""`` when there is none.
 
     Raises:
@@ -112,7 +112,7 @@ def _from_record(service: Service, key: bytes, record: dict[str, object]) -> byt
     missing = [field for field in service.fields if record.get(field) in (None, "")]
     if missing:
         text = f"the record has no {' and no '.join(missing)}, which {service.name} needs"
-        raise (Lacking if len(missing) == len(service.fields) else EntryError)(text)
+        raise (MissingFields if len(missing) == len(service.fields) else EntryError)(text)
     values = [_field(field, record[field]) for field in service.fields]
     if service.hashed and b":" in values[0]:
         if b":" in key:
@@ -135,8 +135,8 @@ def _unmarked(text: bytes) -> bytes:
     """The credential with a hash that crypt(3) can read; a bare lock as one that smtpd does not find too short."""
     user, colon, rest = text.partition(b":")
     if not colon:
-        return passwords.LOCKED if text in _BARE_LOCKS else passwords.unmarked(text)
-    return user + colon + passwords.unmarked(rest)
+        return passwords.LOCKED_ACCOUNT if text in _BARE_LOCKS else passwords.strip_scheme(text)
+    return user + colon + passwords.strip_scheme(rest)
 
 
 def _requoted(line: bytes) -> bytes:
@@ -166,7 +166,7 @@ def is_plain_list(text: bytes) -> bool:
     return len(text) <= USER_BYTES and _plain_list().fullmatch(text) is not None
 
 
-def list_nodes(text: bytes) -> list[bytes]:
+def split_list(text: bytes) -> list[bytes]:
     """The elements of a list as smtpd splits and unescapes them (smtpd: expand_line_split, mailaddr_line_split).
 
     Raises:
@@ -199,7 +199,7 @@ def _judge(table: Table, service: Service, key: bytes, text: bytes) -> None:
     if service.joined:
         if is_plain_list(text):
             return
-        nodes = list_nodes(text)
+        nodes = split_list(text)
         if service.name != "alias" or table.allow_commands:
             return
         for node in nodes:
@@ -234,7 +234,7 @@ def _judge_user(table: Table, key: bytes, text: bytes) -> None:
         raise EntryError("the home of all others holds an unknown % (allowed: %u the user, %n and %d around its @, %%)")
 
 
-def user_by_default(text: bytes, key: bytes) -> bytes:
+def expand_default_home(text: bytes, key: bytes) -> bytes:
     """The value of the default entry of userinfo for this user: ``%u``, ``%n`` and ``%d`` in its home filled in.
 
     Raises:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Protocol
 
 from table_consul.services import Service, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 
 
 class Source(Protocol):
     """Where buckets come from."""
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The bucket, or as much of it as answers for this key (None: all of it, for fetch).
 
         ``deadline`` is a moment on the caller's clock, by which this returns or raises.

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from table_consul import kv
-from table_consul.backoff import Outage
-from table_consul.errors import Forbidden, SourceError, Unreachable, shown
+from table_consul.backoff import Backoff
+from table_consul.errors import Forbidden, SourceError, Unreachable, printable
 from table_consul.services import Service, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 from table_consul.services.values import DEFAULT_KEY
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ KEEP_SECONDS = 1.0
 REMEMBERED = 4096
 
 
-class Direct:
+class DirectSource:
     """A source with one kept-alive connection, and a circuit breaker.
 
     While Consul is known to be down the answer is an error at once, so that the six lookups which one virtual recipient
@@ -37,24 +37,24 @@ class Direct:
     def __init__(self, client: kv.Client, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
-        self._breaker = Outage(f"Consul at {client.address}", "answering error until it is back")
-        self._refusals: dict[bytes, Outage] = {}
-        self._kept: dict[tuple[str, str], tuple[float, Bucket]] = {}
+        self._breaker = Backoff(f"Consul at {client.address}", "answering error until it is back")
+        self._refusals: dict[bytes, Backoff] = {}
+        self._kept: dict[tuple[str, str], tuple[float, Entries]] = {}
         self._told: set[str] = set()
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """See responder.Source. One key is read where that is enough, or two if there may be a default; else all."""
         path = table.path(service)
         if key is None or service.patterns:
             return self._listed(table, service, path, deadline, keep=key is not None)
         pairs = self._read(path, key, deadline)
-        bucket = Bucket(table, service, pairs)
-        if bucket.lacks(key):
-            bucket = Bucket(table, service, [*pairs, *self._read(path, DEFAULT_KEY, deadline)])
+        bucket = Entries(table, service, pairs)
+        if bucket.uses_default(key):
+            bucket = Entries(table, service, [*pairs, *self._read(path, DEFAULT_KEY, deadline)])
         return bucket
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
-        if not kv.addressable(path + key):
+        if not kv.is_url_safe(path + key):
             return []  # no key of that name can be written or read over HTTP
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left))
         return [] if pair is None else [(key, pair.value)]
@@ -69,16 +69,16 @@ class Direct:
         """Close the connection to Consul."""
         self._client.close()
 
-    def _listed(self, table: Table, service: Service, path: bytes, deadline: float, *, keep: bool) -> Bucket:
+    def _listed(self, table: Table, service: Service, path: bytes, deadline: float, *, keep: bool) -> Entries:
         place = (table.name, service.name)
         if keep and place in self._kept and self._clock() < self._kept[place][0]:
             return self._kept[place][1]
         page = self._ask(path, deadline, lambda left: self._client.list(path, timeout=left))
         if page.filtered:
-            raise Forbidden(f"Consul hides keys under {shown(path)} from this token")
+            raise Forbidden(f"Consul hides keys under {printable(path)} from this token")
         if not page.pairs:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
-        bucket = Bucket(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
+        bucket = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
         self._kept[place] = (self._clock() + KEEP_SECONDS, bucket)
         for problem in bucket.problems:
             if problem not in self._told and len(self._told) < REMEMBERED:
@@ -96,14 +96,14 @@ class Direct:
         try:
             answer = read(deadline - now)
         except Unreachable as error:
-            breaker.failed(error, self._clock(), random.random())  # noqa: S311 - jitter, no secret
+            breaker.failure(error, self._clock(), random.random())  # noqa: S311 - jitter, no secret
             raise
         except SourceError as error:
-            breaker.worked(self._clock())
-            refusal = self._refusals.setdefault(path, Outage(f"{shown(path)}", "answering error"))
-            refusal.failed(error, self._clock(), 0.0)
+            breaker.success(self._clock())
+            refusal = self._refusals.setdefault(path, Backoff(f"{printable(path)}", "answering error"))
+            refusal.failure(error, self._clock(), 0.0)
             raise
-        breaker.worked(self._clock())
+        breaker.success(self._clock())
         if path in self._refusals:
-            self._refusals.pop(path).worked(self._clock())
+            self._refusals.pop(path).success(self._clock())
         return answer

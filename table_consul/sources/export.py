@@ -15,7 +15,7 @@ import msgspec
 
 from table_consul.errors import SourceError
 from table_consul.services import Service, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 
 log = logging.getLogger("table_consul")
 
@@ -59,7 +59,7 @@ def read_bounded(file: BinaryIO) -> bytes:
     return data
 
 
-class Writer:
+class AtomicWriter:
     """Writes an export in steps, under a temporary name; whoever reads the real name finds a whole file, old or new."""
 
     def __init__(self, path: str) -> None:
@@ -104,8 +104,8 @@ class Writer:
             os.unlink(self._partial)
 
 
-def read_kept(path: str) -> tuple[list[tuple[bytes, bytes | None]], float]:
-    """What a Writer wrote, in ascending order of keys, and when (seconds since the epoch).
+def read_snapshot_file(path: str) -> tuple[list[tuple[bytes, bytes | None]], float]:
+    """What a AtomicWriter wrote, in ascending order of keys, and when (seconds since the epoch).
 
     Raises:
         FileNotFoundError: there is none yet.
@@ -129,7 +129,7 @@ def read_kept(path: str) -> tuple[list[tuple[bytes, bytes | None]], float]:
         raise SourceError(f"{path}: not used, as it is damaged: {error}") from None
 
 
-class File:
+class FileSource:
     """A source that reads its file again whenever it has changed. A bad version leaves the last good one standing."""
 
     def __init__(self, path: str) -> None:
@@ -137,9 +137,9 @@ class File:
         self._seen: tuple[int, int, int] | None = None
         self._pairs: list[tuple[bytes, bytes | None]] | None = None
         self._error: SourceError | None = None
-        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._buckets: dict[tuple[str, str], Entries] = {}
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002
         """See responder.Source. Never waits: the file is local."""
         self._refresh()
         if self._pairs is None:
@@ -149,7 +149,7 @@ class File:
         if bucket is None or bucket.table != table:
             path = table.path(service)
             entries = ((key[len(path) :], value) for key, value in self._pairs if key.startswith(path))
-            self._buckets[place] = bucket = Bucket(table, service, entries)
+            self._buckets[place] = bucket = Entries(table, service, entries)
             for problem in bucket.problems:
                 log.warning("%s", problem)
         return bucket
@@ -167,7 +167,7 @@ class File:
 
     def _refresh(self) -> None:
         try:
-            with open(self._path, "rb", opener=open_at_once) as file:
+            with open(self._path, "rb", opener=open_regular_file) as file:
                 status = os.fstat(file.fileno())
                 seen = (status.st_mtime_ns, status.st_ino, status.st_size)
                 if seen == self._seen:
@@ -190,7 +190,7 @@ class File:
         self._seen, self._error = None, error
 
 
-def open_at_once(path: str, flags: int) -> int:
+def open_regular_file(path: str, flags: int) -> int:
     """An opener for open() that takes nothing but files: no wait for a named pipe's writer, no device without end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode

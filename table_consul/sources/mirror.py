@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from table_consul.errors import SourceError, Unreachable, shown
+from table_consul.errors import SourceError, Unreachable, printable
 from table_consul.services import SERVICES, Table
-from table_consul.services.entries import Bucket, Builder
+from table_consul.services.entries import Entries, EntriesBuilder
 
 # Between the ends of two queries: a burst of edits is read as a few. Half of the edits are seen sooner than that.
 LEAST_PAUSE_SECONDS = 0.02
@@ -33,14 +33,14 @@ class TooManyKeys(SourceError):
     """The table has more than ``max_keys`` entries."""
 
 
-class WatchState(msgspec.Struct, frozen=True):
+class QueryState(msgspec.Struct, frozen=True):
     """Where a watch stands: the index to ask with, and how many answers in a row have brought nothing."""
 
     index: int = 0
     idle: int = 0
 
 
-class Turn(msgspec.Struct, frozen=True):
+class QueryResult(msgspec.Struct, frozen=True):
     """One answer to a blocking query."""
 
     index: int
@@ -51,7 +51,7 @@ class Turn(msgspec.Struct, frozen=True):
     """Seconds from its first byte to its last, decoding included."""
 
 
-def advance(state: WatchState, turn: Turn) -> tuple[WatchState, float]:
+def next_query(state: QueryState, turn: QueryResult) -> tuple[QueryState, float]:
     """The next state of the watch, and the seconds to pause before the next query.
 
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
@@ -59,14 +59,14 @@ def advance(state: WatchState, turn: Turn) -> tuple[WatchState, float]:
     """
     index = 0 if turn.index < state.index else max(turn.index, 1)
     if turn.waited_out:
-        return WatchState(index), 0.0
+        return QueryState(index), 0.0
     if state.index == 0:
         # An index that goes to and fro (stale servers by turns) is no news, and must not make this a busy loop.
-        return WatchState(index, state.idle), 0.0
+        return QueryState(index, state.idle), 0.0
     if turn.changed:
-        return WatchState(index), max(LEAST_PAUSE_SECONDS, turn.took)
+        return QueryState(index), max(LEAST_PAUSE_SECONDS, turn.took)
     idle = state.idle + 1
-    return WatchState(index, idle), min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
+    return QueryState(index, idle), min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
 
 
 def wait_seconds(keys: int, max_age: float) -> float:
@@ -78,7 +78,7 @@ def wait_seconds(keys: int, max_age: float) -> float:
 class Snapshot(msgspec.Struct, frozen=True):
     """The buckets below one prefix at one moment, by the name of their service. Never changed."""
 
-    buckets: Mapping[str, Bucket]
+    buckets: Mapping[str, Entries]
     hidden: Mapping[str, SourceError]
     """Services whose bucket may not be read: what looks absent from it may be there."""
     restored: bool = False
@@ -90,12 +90,12 @@ class Snapshot(msgspec.Struct, frozen=True):
         return sum(len(bucket) for bucket in self.buckets.values())
 
 
-def unproven(services: Iterable[str], former: Snapshot | None) -> list[str]:
+def unverified_services(services: Iterable[str], former: Snapshot | None) -> list[str]:
     """Those services of which it is not known whether their folder may be read at all."""
     return [name for name in services if former is None or former.restored or name in former.hidden]
 
 
-class Doubt(NamedTuple):
+class AbsenceCheck(NamedTuple):
     """A key whose absence is to be proven by reading it."""
 
     service: str
@@ -104,7 +104,7 @@ class Doubt(NamedTuple):
     """Its bucket had entries, which go on answering while this cannot be proven."""
 
 
-class Loading:
+class SnapshotBuilder:
     """A snapshot in the making: entries come in as Consul lists them, in ascending order."""
 
     def __init__(
@@ -121,7 +121,7 @@ class Loading:
         """
         self._former = former
         self._builders = [
-            Builder(table, SERVICES[name], None if former is None else former.buckets[name]) for name in services
+            EntriesBuilder(table, SERVICES[name], None if former is None else former.buckets[name]) for name in services
         ]
         self._prefix = prefix
         self._limit = table.max_keys
@@ -138,7 +138,7 @@ class Loading:
             return
         self._count += len(pairs)
         if self._count > self._limit:
-            raise TooManyKeys(f"{shown(self._prefix)} holds more than max_keys = {self._limit} keys")
+            raise TooManyKeys(f"{printable(self._prefix)} holds more than max_keys = {self._limit} keys")
         first, last = pairs[0][0], pairs[-1][0]
         for builder in self._builders:
             path = builder.path
@@ -148,7 +148,7 @@ class Loading:
             elif first < path + b"\xff" and last >= path:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
 
-    def doubts(self, addressable: Callable[[bytes], bool], *, filtered: bool) -> Iterator[Doubt]:
+    def absence_checks(self, is_url_safe: Callable[[bytes], bool], *, filtered: bool) -> Iterator[AbsenceCheck]:
         """The keys to read before the absence of others is believed; ``filtered``: Consul says that it hides some.
 
         ACLs make a list look shorter, or empty, without an error; only the read of one key says 403.
@@ -157,14 +157,14 @@ class Loading:
         for builder in self._builders:
             name = builder.service.name
             lost = (builder.path + key for key in builder.lost())
-            asked = [key for key, _ in zip(filter(addressable, lost), range(PROOFS if filtered else 1), strict=False)]
+            asked = [key for key, _ in zip(filter(is_url_safe, lost), range(PROOFS if filtered else 1), strict=False)]
             for key in asked:
-                yield Doubt(name, key, held=True)
+                yield AbsenceCheck(name, key, held=True)
             if asked or name in self._hidden or PROBE in builder.values:
                 continue
             held = former is not None and name not in former.hidden and len(former.buckets[name]) > 0
             if filtered or (held and not builder.values and not builder.refused):
-                yield Doubt(name, builder.path + PROBE, held)
+                yield AbsenceCheck(name, builder.path + PROBE, held)
 
     def hide(self, service: str, error: SourceError) -> None:
         """Note that the bucket of this service could not be read: what is not in it may be there all the same."""
@@ -202,7 +202,7 @@ class Mirror:
             snapshot, confirmed = self.state
             self.state = (snapshot, confirmed)
 
-    def bucket(self, service: str, key: bytes | None, now: float) -> Bucket:
+    def entries(self, service: str, key: bytes | None, now: float) -> Entries:
         """The bucket of this service, which is true of this key (None: of all there are).
 
         Raises:
@@ -214,6 +214,6 @@ class Mirror:
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
-        if service in snapshot.hidden and (key is None or not snapshot.buckets[service].check(key)):
+        if service in snapshot.hidden and (key is None or not snapshot.buckets[service].has_own_entry(key)):
             raise snapshot.hidden[service].with_traceback(None)
         return snapshot.buckets[service]

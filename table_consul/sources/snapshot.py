@@ -10,10 +10,10 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 
-from table_consul.errors import SourceError, shown
+from table_consul.errors import SourceError, printable
 from table_consul.services import SERVICES, Table
-from table_consul.sources.export import Writer, read_kept
-from table_consul.sources.mirror import Loading, Snapshot
+from table_consul.sources.export import AtomicWriter, read_snapshot_file
+from table_consul.sources.mirror import Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
 
@@ -25,7 +25,7 @@ TOUCH_SECONDS = 60.0
 Pairs = list[tuple[bytes, bytes | None]]
 
 
-class Copy:
+class SnapshotFile:
     """The file for one prefix of one table. That it cannot be written is told once, and keeps nothing from working."""
 
     def __init__(self, path: str, table: Table, prefix: bytes, services: Sequence[str]) -> None:
@@ -39,12 +39,12 @@ class Copy:
         self.outdated = True
         """Whether there is something that has not been written."""
 
-    def writer(self) -> Writer | None:
+    def writer(self) -> AtomicWriter | None:
         """What takes the entries of the next snapshot; None while it is too early for one, or there can be none."""
         if time.monotonic() - self._written_at < WRITE_SECONDS:
             return None
         try:
-            return Writer(self._path)
+            return AtomicWriter(self._path)
         except OSError as error:
             self.failed(error)
             return None
@@ -56,7 +56,7 @@ class Copy:
         self._fails = True
         self._written_at = time.monotonic()
 
-    def finish(self, writer: Writer | None, snapshot: Snapshot, *, changed: bool) -> None:
+    def finish(self, writer: AtomicWriter | None, snapshot: Snapshot, *, changed: bool) -> None:
         """Put what the writer took in its place, if it is worth that; or note that what is there still holds."""
         self.outdated = self.outdated or changed
         if not self.outdated:
@@ -90,7 +90,7 @@ class Copy:
     def restored(self) -> tuple[Snapshot, float] | None:
         """What the file holds, and how old that is in seconds; None, and a line in the log, if it is not to be used."""
         try:
-            kept, written = read_kept(self._path)
+            kept, written = read_snapshot_file(self._path)
             loading = loaded(self._table, self._prefix, self._services, kept, self._path)
         except FileNotFoundError:
             return None
@@ -98,15 +98,15 @@ class Copy:
             log.warning("%s", error)
             return None
         if loading is None:
-            log.warning("%s: not used, as it holds nothing of %s", self._path, shown(self._prefix))
+            log.warning("%s: not used, as it holds nothing of %s", self._path, printable(self._prefix))
             return None
         snapshot = loading.finish(restored=True)
         age = max(0.0, time.time() - written)
-        log.info("%s: %d entries of %.0f s ago from %s", shown(self._prefix), snapshot.size, age, self._path)
+        log.info("%s: %d entries of %.0f s ago from %s", printable(self._prefix), snapshot.size, age, self._path)
         return snapshot, age
 
 
-def loaded(table: Table, prefix: bytes, services: Sequence[str], kept: Pairs, path: str) -> Loading | None:
+def loaded(table: Table, prefix: bytes, services: Sequence[str], kept: Pairs, path: str) -> SnapshotBuilder | None:
     """What this file holds of the prefix, in the making; None if that is nothing.
 
     A service of which it neither has an entry nor says that there is none is not known to be empty.
@@ -118,13 +118,13 @@ def loaded(table: Table, prefix: bytes, services: Sequence[str], kept: Pairs, pa
     pairs = [pair for pair in kept if pair[0].startswith(prefix) and pair[0] not in marks]
     folders = paths(table, services)
     missing = {
-        name: SourceError(f"{shown(folder)} is not in the copy {path}")
+        name: SourceError(f"{printable(folder)} is not in the copy {path}")
         for name, folder in folders.items()
         if folder not in marks and not any(key.startswith(folder) for key, _ in pairs)
     }
     if len(missing) == len(folders):
         return None
-    loading = Loading(table, prefix, services, None, missing)
+    loading = SnapshotBuilder(table, prefix, services, None, missing)
     loading.take(pairs)
     return loading
 

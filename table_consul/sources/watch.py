@@ -12,26 +12,26 @@ import time
 from collections.abc import Callable, Iterable
 
 from table_consul import kv
-from table_consul.backoff import Outage
-from table_consul.errors import BadResponse, Forbidden, SourceError, shown
+from table_consul.backoff import Backoff
+from table_consul.errors import BadResponse, Forbidden, SourceError, printable
 from table_consul.services import SERVICES, Service, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 from table_consul.shortcut import Known
-from table_consul.sources.export import Writer
+from table_consul.sources.export import AtomicWriter
 from table_consul.sources.mirror import (
     PROBE,
-    Doubt,
-    Loading,
+    AbsenceCheck,
     Mirror,
+    QueryResult,
+    QueryState,
     Snapshot,
+    SnapshotBuilder,
     TooManyKeys,
-    Turn,
-    WatchState,
-    advance,
-    unproven,
+    next_query,
+    unverified_services,
     wait_seconds,
 )
-from table_consul.sources.snapshot import Copy
+from table_consul.sources.snapshot import SnapshotFile
 
 log = logging.getLogger("table_consul")
 
@@ -46,19 +46,19 @@ class Watch(threading.Thread):
         self, table: Table, prefix: bytes, services: Iterable[str], keep: str | None, connect: Callable[[], kv.Client]
     ) -> None:
         """``keep`` is the file that holds the last snapshot for a start without Consul."""
-        super().__init__(name=f"watch {shown(prefix)}", daemon=True)
+        super().__init__(name=f"watch {printable(prefix)}", daemon=True)
         self.mirror = Mirror(table.max_age)
         self.too_large = False
         self.reloads = 0
         self.index = 0
         self.took = 0.0
-        self.outage = Outage(
-            f"{shown(prefix)} from Consul", "answering from the last good copy, if there is one, else error"
+        self.outage = Backoff(
+            f"{printable(prefix)} from Consul", "answering from the last good copy, if there is one, else error"
         )
         self._table = table
         self.prefix = prefix
         self._services = tuple(services)
-        self._copy = None if keep is None else Copy(keep, table, prefix, self._services)
+        self._copy = None if keep is None else SnapshotFile(keep, table, prefix, self._services)
         self._connect = connect
         self._client = connect()
         self._renewed = False
@@ -66,7 +66,7 @@ class Watch(threading.Thread):
         self._first_by = time.monotonic() + table.deadline
         self._wake = threading.Event()
         self._stopped = False
-        self._state = WatchState()
+        self._state = QueryState()
 
     def settled(self, deadline: float) -> None:
         """Return once the first attempt to read Consul has ended, well or not, or when it has taken too long.
@@ -120,7 +120,7 @@ class Watch(threading.Thread):
                 self._client = self._connect()
             pause = self.turn()
         except TooManyKeys as error:
-            self.outage.worked(time.monotonic())
+            self.outage.success(time.monotonic())
             if not self.too_large:
                 log.warning("%s: every answer reads Consul from now on (mode direct)", error)
             self.too_large = True
@@ -132,15 +132,15 @@ class Watch(threading.Thread):
             log.exception("internal error; please report it")
             return self._failed(SourceError(f"internal error ({type(error).__name__})"))
         if self.too_large:
-            log.warning("%s: no longer too large, answering from memory again", shown(self.prefix))
+            log.warning("%s: no longer too large, answering from memory again", printable(self.prefix))
         self.too_large = False
-        self.outage.worked(time.monotonic())
+        self.outage.success(time.monotonic())
         return pause
 
     def _failed(self, error: SourceError) -> float:
         self.mirror.last_error = error
-        self._state = WatchState()
-        return self.outage.failed(error, time.monotonic(), random.random())  # noqa: S311 - jitter, no secret
+        self._state = QueryState()
+        return self.outage.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, no secret
 
     def turn(self) -> float:
         """Ask Consul once and take over what it says; the seconds to pause afterwards.
@@ -150,15 +150,15 @@ class Watch(threading.Thread):
         """
         former = self.mirror.state[0] if self.mirror.state is not None else None
         wait = wait_seconds(0 if former is None else former.size, self._table.max_age)
-        doubted = unproven(self._services, former)
+        doubted = unverified_services(self._services, former)
         forbidden = {name: error for name in doubted if (error := self._refusal(name)) is not None}
         if len(forbidden) < len(doubted):
-            self._state = WatchState()  # what may be read by now is to be seen now, and not when it changes
+            self._state = QueryState()  # what may be read by now is to be seen now, and not when it changes
         # The same index means the same contents, which need no reading unless they are still to be written to disk.
         known = 0 if former is None or (self._copy is not None and self._copy.outdated) else self._state.index
         reading = _Reading(
             known,
-            lambda: Loading(self._table, self.prefix, self._services, former, forbidden),
+            lambda: SnapshotBuilder(self._table, self.prefix, self._services, former, forbidden),
             self._copy,
         )
         started = time.monotonic()
@@ -171,7 +171,7 @@ class Watch(threading.Thread):
                 timeout=self._table.deadline,
             )
             if reading.loading is not None:
-                for doubt in reading.loading.doubts(kv.addressable, filtered=page.filtered):
+                for doubt in reading.loading.absence_checks(kv.is_url_safe, filtered=page.filtered):
                     self._prove(reading.loading, doubt)
         except BaseException:
             reading.abandon()
@@ -188,9 +188,9 @@ class Watch(threading.Thread):
         self._report(former, snapshot)
         if self._copy is not None:
             self._copy.finish(reading.writer, snapshot, changed=snapshot is not former)
-        self._state, pause = advance(
+        self._state, pause = next_query(
             self._state,
-            Turn(
+            QueryResult(
                 index=page.index,
                 changed=snapshot is not former,
                 waited_out=self._state.index > 0 and ended - started >= wait,
@@ -205,23 +205,23 @@ class Watch(threading.Thread):
         try:
             self._client.get(path + PROBE, timeout=self._table.deadline)
         except Forbidden as error:
-            return Forbidden(f"{shown(path)} may not be read: {error}")
+            return Forbidden(f"{printable(path)} may not be read: {error}")
         return None
 
-    def _prove(self, loading: Loading, doubt: Doubt) -> None:
+    def _prove(self, loading: SnapshotBuilder, doubt: AbsenceCheck) -> None:
         """Read one key that Consul no longer lists, or that stands for a folder of which it may hide some."""
         try:
             pair = self._read(doubt)
         except Forbidden as error:
             if doubt.held:
-                raise Forbidden(f"{shown(doubt.key)} is not listed, and may not be read: {error}") from None
+                raise Forbidden(f"{printable(doubt.key)} is not listed, and may not be read: {error}") from None
             path = self._table.path(SERVICES[doubt.service])
-            loading.hide(doubt.service, Forbidden(f"{shown(path)} may not be read: {error}"))
+            loading.hide(doubt.service, Forbidden(f"{printable(path)} may not be read: {error}"))
             return
         if pair is not None:
-            raise BadResponse(f"{shown(doubt.key)} is there, but Consul does not list it")
+            raise BadResponse(f"{printable(doubt.key)} is there, but Consul does not list it")
 
-    def _read(self, doubt: Doubt) -> kv.Pair | None:
+    def _read(self, doubt: AbsenceCheck) -> kv.Pair | None:
         try:
             return self._client.get(doubt.key, timeout=self._table.deadline)
         except BadResponse:
@@ -237,10 +237,10 @@ class Watch(threading.Thread):
             return
         self.reloads += 1
         if former is None:
-            log.info("%s: %d entries from Consul at %s", shown(self.prefix), snapshot.size, self._client.address)
+            log.info("%s: %d entries from Consul at %s", printable(self.prefix), snapshot.size, self._client.address)
         if snapshot.hidden.keys() != (set() if former is None else former.hidden.keys()):
             names = ", ".join(snapshot.hidden) or "nothing any more"
-            log.warning("%s: Consul lets this token not read: %s; answering error there", shown(self.prefix), names)
+            log.warning("%s: Consul lets this token not read: %s; answering error there", printable(self.prefix), names)
         for name, bucket in snapshot.buckets.items():
             told = set() if former is None else set(former.buckets[name].problems)
             for problem in bucket.problems:
@@ -251,12 +251,12 @@ class Watch(threading.Thread):
 class _Reading:
     """What one query brings, on its way into a snapshot and onto the disk."""
 
-    def __init__(self, known: int, loading: Callable[[], Loading], copy: Copy | None) -> None:
+    def __init__(self, known: int, loading: Callable[[], SnapshotBuilder], copy: SnapshotFile | None) -> None:
         self._known = known
         self._new_loading = loading
         self._copy = copy
-        self.loading: Loading | None = None
-        self.writer: Writer | None = None
+        self.loading: SnapshotBuilder | None = None
+        self.writer: AtomicWriter | None = None
         self.began = time.monotonic()
 
     def begin(self, index: int) -> kv.Take | None:
@@ -286,14 +286,14 @@ class _Reading:
             self.writer = None
 
 
-class Mirrored:
+class MirrorSource:
     """A source: the mirrors of one table, one for its folder and one for each path that lies elsewhere."""
 
     def __init__(
         self,
         table: Table,
         connect: Callable[[], kv.Client],
-        former: Mirrored | None = None,
+        former: MirrorSource | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``former`` read the same table with other settings; its last good copy answers until there is a newer one."""
@@ -315,11 +315,11 @@ class Mirrored:
         """Whether the table has more keys than a mirror shall hold."""
         return self._watches[service.name].too_large
 
-    def bucket(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Bucket:  # noqa: ARG002
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002
         """See responder.Source. From memory; waits only while nothing has been read at all."""
         watch = self._watches[service.name]
         watch.settled(deadline)
-        return watch.mirror.bucket(service.name, key, self._clock())
+        return watch.mirror.entries(service.name, key, self._clock())
 
     def known(self, service: str) -> Known | None:
         """The values of this service and how long they are good for; see shortcut.py."""

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from table_consul.backoff import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, Outage, pause
+from table_consul.backoff import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, Backoff, delay
 from table_consul.errors import Unreachable
 
 
 def outage():
-    return Outage("Consul at X", "answering error until it is back")
+    return Backoff("Consul at X", "answering error until it is back")
 
 
 def lines(caplog):
@@ -19,30 +19,30 @@ def lines(caplog):
 
 
 def test_pauses_double_up_to_a_cap():
-    assert [pause(failures, 0.0) for failures in range(1, 7)] == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0]
+    assert [delay(failures, 0.0) for failures in range(1, 7)] == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0]
 
 
 def test_the_first_pause_needs_a_failure():
-    assert pause(0, 0.0) == FIRST_PAUSE_SECONDS
+    assert delay(0, 0.0) == FIRST_PAUSE_SECONDS
 
 
 def test_chance_takes_up_to_a_quarter_off_after_the_cap():
-    assert (pause(99, 1.0), pause(99, 0.0)) == (LAST_PAUSE_SECONDS * 0.75, LAST_PAUSE_SECONDS)
+    assert (delay(99, 1.0), delay(99, 0.0)) == (LAST_PAUSE_SECONDS * 0.75, LAST_PAUSE_SECONDS)
 
 
 @settings(deadline=None)
 @given(failures=st.integers(0, 10**9), chance=st.floats(0, 1))
 def test_a_recovery_is_noticed_within_the_last_pause_however_long_it_took(failures, chance):
-    assert 0 < pause(failures, chance) <= LAST_PAUSE_SECONDS
+    assert 0 < delay(failures, chance) <= LAST_PAUSE_SECONDS
 
 
 def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
     caplog.set_level(logging.DEBUG)
     found = outage()
     for second in range(5):
-        found.failed(Unreachable("connection refused"), 100.0 + second, 0.0)
-    found.worked(107.5)
-    found.worked(108.0)
+        found.failure(Unreachable("connection refused"), 100.0 + second, 0.0)
+    found.success(107.5)
+    found.success(108.0)
     assert lines(caplog) == [
         "Consul at X: connection refused; answering error until it is back",
         "Consul at X: back after 7.5 s and 5 failures",
@@ -50,21 +50,21 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
 
 
 def test_a_success_without_an_outage_says_nothing(caplog):
-    outage().worked(1.0)
+    outage().success(1.0)
     assert lines(caplog) == []
 
 
 def test_a_second_outage_is_told_again_and_begins_with_the_first_pause(caplog):
     found = outage()
     for now in (0.0, 1.0, 2.0):
-        found.failed(Unreachable("a"), now, 0.0)
-    found.worked(3.0)
-    assert (found.not_before, found.failed(Unreachable("b"), 4.0, 0.0)) == (0.0, FIRST_PAUSE_SECONDS)
+        found.failure(Unreachable("a"), now, 0.0)
+    found.success(3.0)
+    assert (found.not_before, found.failure(Unreachable("b"), 4.0, 0.0)) == (0.0, FIRST_PAUSE_SECONDS)
     assert lines(caplog)[-1] == "Consul at X: b; answering error until it is back"
 
 
 @pytest.mark.parametrize("now", [0.0, 1e9])
 def test_nothing_is_tried_before_the_pause_is_over(now):
     found = outage()
-    wait = found.failed(Unreachable("a"), now, 0.5)
+    wait = found.failure(Unreachable("a"), now, 0.5)
     assert (now + wait, now, "a") == (found.not_before, found.since, found.last_error)

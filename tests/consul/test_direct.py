@@ -8,7 +8,7 @@ from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
 from table_consul.kv import Page, Pair
 from table_consul.services import SERVICES, Table
-from table_consul.sources.direct import KEEP_SECONDS, Direct
+from table_consul.sources.direct import KEEP_SECONDS, DirectSource
 
 TABLE = Table("aliases", prefix="mail")
 ROOT = b"mail/aliases/alias/root"
@@ -64,11 +64,11 @@ def client():
 
 @pytest.fixture
 def direct(client):
-    return Direct(client, client.clock)
+    return DirectSource(client, client.clock)
 
 
 def bucket(direct, service="alias", key=b"root", table=TABLE, left=2.0):
-    return direct.bucket(table, SERVICES[service], key, direct._clock() + left)
+    return direct.entries(table, SERVICES[service], key, direct._clock() + left)
 
 
 def lines(caplog):
@@ -112,7 +112,11 @@ def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
 )
 def test_a_key_that_no_url_can_name_is_absent_and_never_reaches_the_client(client, direct, key):
     client.error = AssertionError("asked")
-    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).check(key), client.asked) == (None, False, [])
+    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).has_own_entry(key), client.asked) == (
+        None,
+        False,
+        [],
+    )
 
 
 @pytest.mark.parametrize("key", [b"%2e%2e/secret", b"root?raw", b"root#x", b"?keys", b"..%2f..", b"a b", b"a;b"])
@@ -127,12 +131,12 @@ def test_a_key_that_only_looks_like_more_than_a_key_is_asked_for_as_it_is(client
 def test_fetch_lists_the_bucket_with_keys_relative_to_it(client, direct):
     client.store = {b"mail/aliases/source/192.0.2.1": None, b"mail/aliases/source/": None, b"other/192.0.2.9": b""}
     found = bucket(direct, "source", None)
-    assert (found.after(None), len(found)) == ((b"192.0.2.1", b"192.0.2.1"), 1)
+    assert (found.next_after(None), len(found)) == ((b"192.0.2.1", b"192.0.2.1"), 1)
 
 
 def test_an_empty_list_is_proven_by_reading_one_key_with_the_time_that_is_left(client, direct):
     client.takes = 0.5
-    assert None is bucket(direct, "source", None).after(None)
+    assert None is bucket(direct, "source", None).next_after(None)
     assert client.asked == [("list", b"mail/aliases/source/", 2.0), ("get", b"mail/aliases/source/-", 1.5)]
 
 
@@ -152,7 +156,7 @@ def test_a_fetch_never_answers_from_an_old_list(client, direct):
     client.store = {b"mail/aliases/source/192.0.2.1": None}
     bucket(direct, "source", None)
     client.store = {b"mail/aliases/source/192.0.2.2": None}
-    assert bucket(direct, "source", None).after(None) == (b"192.0.2.2", b"192.0.2.2")
+    assert bucket(direct, "source", None).next_after(None) == (b"192.0.2.2", b"192.0.2.2")
 
 
 # ---- pattern services: the whole bucket, for a while ----
@@ -162,11 +166,11 @@ def test_a_fetch_never_answers_from_an_old_list(client, direct):
 def network(client, direct):
     """Asks in which entry an address lies."""
     client.store = {b"mail/aliases/netaddr/192.0.2.0/24": None}
-    return lambda: direct.bucket(TABLE, SERVICES["netaddr"], b"192.0.2.1", client.now + 2.0)
+    return lambda: direct.entries(TABLE, SERVICES["netaddr"], b"192.0.2.1", client.now + 2.0)
 
 
 def test_a_pattern_service_reads_the_whole_bucket(network, client):
-    assert network().check(b"192.0.2.1")
+    assert network().has_own_entry(b"192.0.2.1")
     assert client.asked == [("list", b"mail/aliases/netaddr/", 2.0)]
 
 

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES, Table
 from table_consul.sources import export
-from table_consul.sources.export import File, read_export
+from table_consul.sources.export import FileSource, read_export
 from tests.dialogue import write_source
 
 TABLE = Table("aliases")
@@ -38,11 +38,11 @@ def folder(tmp_path):
 
 @pytest.fixture
 def source(folder):
-    return File(str(folder / "export.json"))
+    return FileSource(str(folder / "export.json"))
 
 
 def bucket(source, service="alias", table=TABLE):
-    return source.bucket(table, SERVICES[service], b"root", 0.0)
+    return source.entries(table, SERVICES[service], b"root", 0.0)
 
 
 def lines(caplog):
@@ -113,7 +113,7 @@ def test_a_file_that_was_never_good_is_an_error_that_names_it(folder, source, te
 
 
 def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
-    source = File(str(tmp_path / "export.json"))
+    source = FileSource(str(tmp_path / "export.json"))
     with pytest.raises(SourceError, match=r"export\.json: No such file or directory"):
         bucket(source)
     write_source(tmp_path, {"aliases/alias/root": b"gilles"})
@@ -122,20 +122,20 @@ def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
 
 def test_a_folder_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="Is a directory"):
-        bucket(File(str(tmp_path)))
+        bucket(FileSource(str(tmp_path)))
 
 
 @pytest.mark.timeout(10)
 def test_a_named_pipe_is_an_error_and_nothing_to_wait_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceError, match=r"pipe: "):
-        bucket(File(str(tmp_path / "pipe")))
+        bucket(FileSource(str(tmp_path / "pipe")))
 
 
 @pytest.mark.timeout(10)
 def test_a_device_is_an_error_and_not_read_to_its_end():
     with pytest.raises(SourceError, match="/dev/zero: a device, not a file"):
-        bucket(File("/dev/zero"))
+        bucket(FileSource("/dev/zero"))
 
 
 def test_a_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source, monkeypatch):

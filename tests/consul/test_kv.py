@@ -293,7 +293,7 @@ def test_nothing_is_ever_written(client, fake):
 
 @pytest.mark.parametrize("key", UNADDRESSABLE)
 def test_a_key_that_no_url_can_name_is_refused_before_any_request(client, fake, key):
-    assert not kv.addressable(key)
+    assert not kv.is_url_safe(key)
     with pytest.raises(ValueError, match="no URL can name"):
         client.get(key, timeout=1)
     assert fake.requests == []
@@ -310,7 +310,7 @@ def test_a_prefix_that_no_url_can_name_is_refused_before_any_request(client, fak
 
 @pytest.mark.parametrize("key", ODD)
 def test_an_odd_key_is_read_as_it_stands_and_nothing_else(client, fake, key):
-    assert kv.addressable(key)
+    assert kv.is_url_safe(key)
     assert client.get(key, timeout=1) is None
     fake.put(key, b"odd")
     assert client.get(key, timeout=1).value == b"odd"
@@ -325,7 +325,7 @@ def test_an_odd_key_is_read_as_it_stands_and_nothing_else(client, fake, key):
 def test_no_key_changes_which_key_is_read(client, fake, text):
     key = b"consul/alias/" + text.encode("utf-8", "surrogatepass")
     fake.requests.clear()
-    if not kv.addressable(key):
+    if not kv.is_url_safe(key):
         return
     fake.put(key, b"mine")
     assert client.get(key, timeout=2).key == key

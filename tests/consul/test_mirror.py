@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from table_consul.errors import Forbidden, SourceError, Unreachable
-from table_consul.kv import addressable
+from table_consul.kv import is_url_safe
 from table_consul.services import Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import (
@@ -12,15 +12,15 @@ from table_consul.sources.mirror import (
     MOST_PAUSE_SECONDS,
     MOST_WAIT_SECONDS,
     PROOFS,
-    Doubt,
-    Loading,
+    AbsenceCheck,
     Mirror,
+    QueryResult,
+    QueryState,
     Snapshot,
+    SnapshotBuilder,
     TooManyKeys,
-    Turn,
-    WatchState,
-    advance,
-    unproven,
+    next_query,
+    unverified_services,
     wait_seconds,
 )
 
@@ -32,11 +32,11 @@ BOTH = [ROOT, (DOMAIN + b"example.org", b"")]
 
 
 def turn(index=7, *, changed=False, waited_out=False, took=0.0):
-    return Turn(index=index, changed=changed, waited_out=waited_out, took=took)
+    return QueryResult(index=index, changed=changed, waited_out=waited_out, took=took)
 
 
 def loading(pairs=(), former=None, table=TABLE, forbidden=None):
-    made = Loading(table, PREFIX, table.services, former, forbidden or {})
+    made = SnapshotBuilder(table, PREFIX, table.services, former, forbidden or {})
     made.take(list(pairs))
     return made
 
@@ -46,60 +46,60 @@ def snapshot(pairs=(), former=None, table=TABLE):
 
 
 def doubts(pairs, former, *, filtered=False):
-    return list(loading(pairs, former).doubts(addressable, filtered=filtered))
+    return list(loading(pairs, former).absence_checks(is_url_safe, filtered=filtered))
 
 
 # ---- the index ----
 
 
 def test_a_higher_index_is_the_one_to_wait_on_next():
-    assert advance(WatchState(5), turn(7, changed=True))[0] == WatchState(7)
+    assert next_query(QueryState(5), turn(7, changed=True))[0] == QueryState(7)
 
 
 def test_an_index_that_goes_backwards_restarts_at_zero():
-    assert advance(WatchState(7), turn(6, changed=True))[0] == WatchState(0)
+    assert next_query(QueryState(7), turn(6, changed=True))[0] == QueryState(0)
 
 
 def test_an_index_is_at_least_one():
-    assert advance(WatchState(0), turn(0))[0] == WatchState(1)
+    assert next_query(QueryState(0), turn(0))[0] == QueryState(1)
 
 
 def test_the_same_index_is_kept():
-    assert advance(WatchState(7), turn(7, waited_out=True)) == (WatchState(7), 0.0)
+    assert next_query(QueryState(7), turn(7, waited_out=True)) == (QueryState(7), 0.0)
 
 
 # ---- the pause ----
 
 
 def test_after_the_first_load_the_wait_for_changes_begins_at_once():
-    assert advance(WatchState(), turn(changed=True)) == (WatchState(7), 0.0)
+    assert next_query(QueryState(), turn(changed=True)) == (QueryState(7), 0.0)
 
 
 def test_after_a_wait_without_news_the_next_begins_at_once_and_churn_is_forgotten():
-    assert advance(WatchState(7, idle=4), turn(7, waited_out=True)) == (WatchState(7), 0.0)
+    assert next_query(QueryState(7, idle=4), turn(7, waited_out=True)) == (QueryState(7), 0.0)
 
 
 def test_under_churn_there_is_a_least_pause():
-    assert advance(WatchState(5, idle=3), turn(7, changed=True)) == (WatchState(7), LEAST_PAUSE_SECONDS)
+    assert next_query(QueryState(5, idle=3), turn(7, changed=True)) == (QueryState(7), LEAST_PAUSE_SECONDS)
 
 
 def test_reading_takes_at_most_half_of_the_time():
-    assert advance(WatchState(5), turn(7, changed=True, took=0.9))[1] == 0.9
+    assert next_query(QueryState(5), turn(7, changed=True, took=0.9))[1] == 0.9
 
 
 def test_queries_that_return_with_nothing_new_are_asked_ever_more_rarely_up_to_a_limit():
-    state, pauses = WatchState(7), []
+    state, pauses = QueryState(7), []
     for _ in range(8):
-        state, pause = advance(state, turn(7))
+        state, pause = next_query(state, turn(7))
         pauses.append(pause)
     assert pauses == [0.04, 0.08, 0.16, 0.32, MOST_PAUSE_SECONDS, MOST_PAUSE_SECONDS, MOST_PAUSE_SECONDS, 0.5]
-    assert advance(WatchState(7, idle=10_000), turn(7))[1] == MOST_PAUSE_SECONDS
+    assert next_query(QueryState(7, idle=10_000), turn(7))[1] == MOST_PAUSE_SECONDS
 
 
 def test_an_index_that_goes_to_and_fro_without_news_is_no_busy_loop():
-    state, waited = WatchState(), 0.0
+    state, waited = QueryState(), 0.0
     for number in range(20):
-        state, pause = advance(state, turn(7 - number % 2))
+        state, pause = next_query(state, turn(7 - number % 2))
         waited += pause
     assert waited > 1.0
 
@@ -130,7 +130,7 @@ def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch()
         (b"mail/aliases/aliases/x", b"no"), (DOMAIN + b"c", b"3"), (b"mail/aliases/z", b"no"),
     ]  # fmt: skip
     for cut in range(len(pairs) + 1):
-        made = Loading(table, PREFIX, table.services, None, {})
+        made = SnapshotBuilder(table, PREFIX, table.services, None, {})
         made.take(pairs[:cut])
         made.take(pairs[cut:])
         found = made.finish()
@@ -144,7 +144,7 @@ def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch()
 
 def test_two_services_may_share_one_folder():
     table = Table("t", services=("alias", "string"), paths={"string": "t/alias"})
-    made = Loading(table, b"t/", table.services, None, {})
+    made = SnapshotBuilder(table, b"t/", table.services, None, {})
     made.take([(b"t/alias/a", b"1")])
     assert {name: bucket.lookup(b"a") for name, bucket in made.finish().buckets.items()} == {
         "alias": b"1",
@@ -154,7 +154,7 @@ def test_two_services_may_share_one_folder():
 
 def test_a_path_elsewhere_is_a_prefix_of_its_own():
     table = Table("t", services=("alias",), paths={"alias": "shared/people"})
-    made = Loading(table, b"shared/people/", table.services, None, {})
+    made = SnapshotBuilder(table, b"shared/people/", table.services, None, {})
     made.take([(b"shared/people/a", b"1")])
     assert made.finish().buckets["alias"].lookup(b"a") == b"1"
 
@@ -191,41 +191,43 @@ def test_nothing_lost_is_nothing_doubted():
 def test_of_the_lost_keys_one_of_each_service_is_doubted():
     former = snapshot([*((ALIAS + b"%02d" % number, b"x") for number in range(20)), BOTH[1]])
     assert doubts([], former) == [
-        Doubt("alias", ALIAS + b"00", held=True),
-        Doubt("domain", DOMAIN + b"example.org", held=True),
+        AbsenceCheck("alias", ALIAS + b"00", held=True),
+        AbsenceCheck("domain", DOMAIN + b"example.org", held=True),
     ]
 
 
 def test_where_consul_says_that_it_hides_keys_more_of_the_lost_are_doubted():
     former = snapshot([*((ALIAS + b"%02d" % number, b"x") for number in range(20)), BOTH[1]])
     found = [doubt for doubt in doubts([BOTH[1]], former, filtered=True) if doubt.service == "alias"]
-    assert found == [Doubt("alias", ALIAS + b"%02d" % number, held=True) for number in range(PROOFS)]
+    assert found == [AbsenceCheck("alias", ALIAS + b"%02d" % number, held=True) for number in range(PROOFS)]
 
 
 def test_where_consul_says_that_it_hides_keys_a_bucket_that_lost_none_is_doubted_as_well():
     assert doubts(BOTH, snapshot(BOTH), filtered=True) == [
-        Doubt("alias", ALIAS + b"-", held=True),
-        Doubt("domain", DOMAIN + b"-", held=True),
+        AbsenceCheck("alias", ALIAS + b"-", held=True),
+        AbsenceCheck("domain", DOMAIN + b"-", held=True),
     ]
     assert doubts(BOTH, None, filtered=True) == [
-        Doubt("alias", ALIAS + b"-", held=False),
-        Doubt("domain", DOMAIN + b"-", held=False),
+        AbsenceCheck("alias", ALIAS + b"-", held=False),
+        AbsenceCheck("domain", DOMAIN + b"-", held=False),
     ]
 
 
 def test_a_listed_key_of_the_name_of_the_probe_is_proof_enough():
-    assert doubts([(ALIAS + b"-", b"x"), BOTH[1]], None, filtered=True) == [Doubt("domain", DOMAIN + b"-", held=False)]
+    assert doubts([(ALIAS + b"-", b"x"), BOTH[1]], None, filtered=True) == [
+        AbsenceCheck("domain", DOMAIN + b"-", held=False)
+    ]
 
 
 def test_a_lost_key_that_no_url_can_name_is_no_proof_so_the_folder_is_asked_for():
     former = snapshot([(ALIAS + b"a//b", b"x"), BOTH[1]])
-    assert doubts([BOTH[1]], former) == [Doubt("alias", ALIAS + b"-", held=True)]
+    assert doubts([BOTH[1]], former) == [AbsenceCheck("alias", ALIAS + b"-", held=True)]
 
 
 def test_a_bucket_that_is_empty_is_believed_to_be_where_its_folder_may_be_read():
     assert doubts([BOTH[1]], None) == []
-    assert unproven(TABLE.services, None) == ["alias", "domain"]
-    assert unproven(TABLE.services, snapshot([BOTH[1]])) == []
+    assert unverified_services(TABLE.services, None) == ["alias", "domain"]
+    assert unverified_services(TABLE.services, snapshot([BOTH[1]])) == []
 
 
 def hidden(pairs=(BOTH[1],), former=None):
@@ -234,14 +236,14 @@ def hidden(pairs=(BOTH[1],), former=None):
 
 def test_a_bucket_is_hidden_whose_folder_could_not_be_read_before_and_is_tried_again_each_time():
     assert list(hidden().hidden) == ["alias"]
-    assert unproven(TABLE.services, hidden()) == ["alias"]
+    assert unverified_services(TABLE.services, hidden()) == ["alias"]
     made = loading([BOTH[1]], hidden(), forbidden={"alias": Forbidden("still")})
-    assert list(made.doubts(addressable, filtered=True)) == [Doubt("domain", DOMAIN + b"-", held=True)]
+    assert list(made.absence_checks(is_url_safe, filtered=True)) == [AbsenceCheck("domain", DOMAIN + b"-", held=True)]
 
 
 def test_a_bucket_may_turn_out_to_be_hidden_afterwards():
     made = loading([BOTH[1]], snapshot([BOTH[1]]))
-    assert next(made.doubts(addressable, filtered=True)) == Doubt("alias", ALIAS + b"-", held=False)
+    assert next(made.absence_checks(is_url_safe, filtered=True)) == AbsenceCheck("alias", ALIAS + b"-", held=False)
     made.hide("alias", Forbidden("may not be read"))
     assert list(made.finish().hidden) == ["alias"]
 
@@ -255,20 +257,20 @@ def test_what_is_hidden_still_is_no_change_and_what_is_no_longer_is_one():
 def test_a_hidden_bucket_is_an_error_and_the_others_answer():
     held = Mirror(10.0)
     held.confirm(hidden(), 0.0)
-    assert held.bucket("domain", b"example.org", 1.0).check(b"example.org")
+    assert held.entries("domain", b"example.org", 1.0).has_own_entry(b"example.org")
     for _ in range(3):
         with pytest.raises(Forbidden, match="may not be read") as caught:
-            held.bucket("alias", b"root", 1.0)
+            held.entries("alias", b"root", 1.0)
     assert len(caught.traceback) == 2
 
 
 def test_of_a_bucket_that_is_hidden_in_part_the_rest_answers_and_absence_is_an_error():
     held = Mirror(10.0)
     held.confirm(hidden(BOTH), 0.0)
-    assert held.bucket("alias", b"root", 1.0).lookup(b"root") == b"gilles"
+    assert held.entries("alias", b"root", 1.0).lookup(b"root") == b"gilles"
     for key in (b"nobody", None):
         with pytest.raises(Forbidden):
-            held.bucket("alias", key, 1.0)
+            held.entries("alias", key, 1.0)
 
 
 # ---- a copy from disk proves nothing ----
@@ -279,7 +281,7 @@ def restored(pairs):
 
 
 def test_what_comes_from_disk_is_all_unproven():
-    assert unproven(TABLE.services, restored(BOTH)) == ["alias", "domain"]
+    assert unverified_services(TABLE.services, restored(BOTH)) == ["alias", "domain"]
 
 
 def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets():
@@ -297,20 +299,20 @@ def test_before_anything_was_read_the_last_error_says_why():
     held = Mirror(10.0)
     for _ in range(3):
         with pytest.raises(Unreachable, match="nothing has been read from Consul yet") as caught:
-            held.bucket("alias", b"root", 0.0)
+            held.entries("alias", b"root", 0.0)
     assert len(caught.traceback) == 2
     held.last_error = SourceError("token file: gone")
     with pytest.raises(SourceError, match="token file: gone"):
-        held.bucket("alias", b"root", 0.0)
+        held.entries("alias", b"root", 0.0)
 
 
 def test_the_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_when():
     held = Mirror(10.0)
     held.confirm(snapshot(BOTH), 100.0)
     held.last_error = Unreachable("connection refused")
-    assert held.bucket("alias", b"root", 110.0).lookup(b"root") == b"gilles"
+    assert held.entries("alias", b"root", 110.0).lookup(b"root") == b"gilles"
     with pytest.raises(Unreachable, match=r"no data from Consul for 12 s; last error: connection refused"):
-        held.bucket("alias", b"root", 112.0)
+        held.entries("alias", b"root", 112.0)
 
 
 def test_a_confirmation_makes_it_young_again():
@@ -318,15 +320,15 @@ def test_a_confirmation_makes_it_young_again():
     kept = snapshot(BOTH)
     held.confirm(kept, 100.0)
     held.confirm(kept, 200.0)
-    assert held.bucket("alias", b"root", 205.0) is kept.buckets["alias"]
+    assert held.entries("alias", b"root", 205.0) is kept.buckets["alias"]
 
 
 def test_a_reader_keeps_its_snapshot_while_another_takes_its_place():
     held = Mirror(10.0)
     held.confirm(snapshot(BOTH), 0.0)
-    reading = held.bucket("alias", b"root", 0.0)
+    reading = held.entries("alias", b"root", 0.0)
     held.confirm(snapshot([], held.state[0]), 0.0)
-    assert (reading.lookup(b"root"), held.bucket("alias", b"root", 0.0).lookup(b"root")) == (b"gilles", None)
+    assert (reading.lookup(b"root"), held.entries("alias", b"root", 0.0).lookup(b"root")) == (b"gilles", None)
 
 
 def test_who_remembers_the_state_is_told_to_look_again():

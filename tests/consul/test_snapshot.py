@@ -7,8 +7,8 @@ import pytest
 
 from table_consul.services import Table
 from table_consul.sources import snapshot as snapshot_module
-from table_consul.sources.mirror import Loading
-from table_consul.sources.snapshot import Copy
+from table_consul.sources.mirror import SnapshotBuilder
+from table_consul.sources.snapshot import SnapshotFile
 
 TABLE = Table("t", services=("alias", "domain"))
 OLD_SECONDS = 5000.0
@@ -27,12 +27,12 @@ def path(tmp_path):
 
 @pytest.fixture
 def copy(path):
-    return Copy(str(path), TABLE, TABLE.root, TABLE.services)
+    return SnapshotFile(str(path), TABLE, TABLE.root, TABLE.services)
 
 
 def write(copy, pairs=((b"t/alias/root", b"gilles"),)):
     writer = copy.writer()
-    loading = Loading(TABLE, TABLE.root, TABLE.services, None, {})
+    loading = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None, {})
     for each in (loading, writer):
         each.take([*pairs])
     snapshot = loading.finish()

@@ -17,8 +17,8 @@ from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, Forbidden, SourceError, Unreachable
 from table_consul.services import SERVICES, Table
 from table_consul.sources import snapshot
-from table_consul.sources.watch import Mirrored
-from table_consul.tables import MIRRORED_TABLES, Sources
+from table_consul.sources.watch import MirrorSource
+from table_consul.tables import MIRRORED_TABLES, Tables
 from tests.dialogue import eventually
 from tests.fake_consul import CONSUL_1_21_5, Answer, FakeConsul, cut, html, stall
 
@@ -51,7 +51,7 @@ def mirrored():
 
     def make(addresses, table=TABLE, former=None, **options):
         addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
-        made.append(Mirrored(table, lambda: kv.Client(ConsulConfig(addresses=addresses, **options)), former))
+        made.append(MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=addresses, **options)), former))
         return made[-1]
 
     yield make
@@ -70,7 +70,7 @@ def no_thread_is_left_dead():
 
 def ask(source, key=b"root", service="alias", left=None, table=None):
     table = table or source.table
-    bucket = source.bucket(table, SERVICES[service], key, time.monotonic() + (left or table.deadline))
+    bucket = source.entries(table, SERVICES[service], key, time.monotonic() + (left or table.deadline))
     return bucket.lookup(key)
 
 
@@ -328,7 +328,7 @@ def test_a_bucket_of_which_consul_hides_a_part_is_an_error(fake, mirrored):
     with pytest.raises(Forbidden):
         ask(source, b"nobody")
     with pytest.raises(Forbidden):  # a fetch: it would leave out what is hidden
-        source.bucket(source.table, SERVICES["alias"], None, time.monotonic() + 2)
+        source.entries(source.table, SERVICES["alias"], None, time.monotonic() + 2)
 
 
 def test_a_bucket_that_was_empty_and_is_hidden_before_it_fills_is_an_error(fake, mirrored, caplog):
@@ -405,7 +405,7 @@ def sources(tmp_path):
                 raise box[0]
             return box[0]
 
-        source = Sources(load)
+        source = Tables(load)
         source.box = box
         made.append(source)
         return source
@@ -659,7 +659,7 @@ def test_a_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("table_consul.sources.export.Writer.take", full)
+        patched.setattr("table_consul.sources.export.AtomicWriter.take", full)
         for name in (b"eric", b"robert"):
             fake.put(ROOT, name)
             becomes(source, name)
@@ -671,7 +671,7 @@ def test_a_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_pa
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("table_consul.sources.export.Writer.finish", full)
+    monkeypatch.setattr("table_consul.sources.export.AtomicWriter.finish", full)
     source = mirrored(fake.address, copied)
     for name in (b"eric", b"robert"):
         fake.put(ROOT, name)
@@ -895,6 +895,6 @@ def test_a_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monke
     def broken(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(snapshot, "read_kept", broken)
+    monkeypatch.setattr(snapshot, "read_snapshot_file", broken)
     assert ask(mirrored(fake.address, copied)) == b"gilles"
     assert "internal error; please report it" in lines(caplog)

@@ -19,7 +19,7 @@ from table_consul.config import ConsulConfig
 from table_consul.errors import Forbidden, SourceError, Unreachable
 from table_consul.services import Table
 from table_consul.sources import mirror
-from table_consul.sources.watch import Mirrored
+from table_consul.sources.watch import MirrorSource
 from tests.consul.test_watch import ask, becomes, settled
 from tests.dialogue import eventually
 from tests.rig import cache
@@ -37,7 +37,7 @@ def mirrored():
 
     def make(address, table=TABLE, **options):
         settings = ConsulConfig(addresses=(address,), **options)
-        made.append(Mirrored(table, lambda: kv.Client(settings)))
+        made.append(MirrorSource(table, lambda: kv.Client(settings)))
         return made[-1]
 
     yield make

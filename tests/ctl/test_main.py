@@ -87,7 +87,7 @@ def test_version():
     ],
 )
 def test_whoever_asks_for_help_does_not_wait_for_the_http_client(arguments):
-    script = f"import sys; from table_consul.ctl.program import main; main({arguments!r})\n"
+    script = f"import sys; from table_consul.ctl.main import main; main({arguments!r})\n"
     script += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"

@@ -13,7 +13,7 @@ from table_consul.ctl import files, plan
 from table_consul.ctl.entries import Entry, Parsed
 from table_consul.ctl.plan import Change, Stored
 from table_consul.services import SERVICES, Table
-from table_consul.services.entries import Bucket, Builder
+from table_consul.services.entries import Entries, EntriesBuilder
 
 TABLE = Table("aliases")
 ALIAS, DOMAIN, USERINFO, STRING = (SERVICES[name] for name in ("alias", "domain", "userinfo", "string"))
@@ -220,9 +220,9 @@ texts = st.text(st.sampled_from('ab"[]{}\\,: |#é1'), max_size=10).map(lambda te
 @given(texts, st.sampled_from(["auto", "text", "json"]), st.sampled_from(["alias", "string", "domain", "mailaddrmap"]))
 def test_text_is_stored_so_that_it_is_read_as_that_text(text, value_format, name):
     service = SERVICES[name]
-    meant = Bucket(replace(TABLE, value_format="text"), service, [(b"a", text)])
+    meant = Entries(replace(TABLE, value_format="text"), service, [(b"a", text)])
     table = replace(TABLE, value_format=value_format)
-    read = Bucket(table, service, [(b"a", plan.stored_value(table, service, b"a", text))])
+    read = Entries(table, service, [(b"a", plan.stored_value(table, service, b"a", text))])
     if meant.values:
         assert read.values == meant.values
 
@@ -247,7 +247,7 @@ def test_an_import_of_an_export_changes_nothing(entries, name):
 def test_an_import_of_a_table_file_changes_nothing_that_is_in_it(entries, name):
     service = SERVICES[name]
     there = stored(service, entries.items())
-    builder = Builder(TABLE, service)
+    builder = EntriesBuilder(TABLE, service)
     builder.take(entries.items())
     text, _ = files.table_text(service, sorted(builder.values.items()))
     again = files.read(text, service, "auto", path=TABLE.path(service))

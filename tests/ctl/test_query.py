@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from table_consul.ctl import tracing
-from table_consul.errors import ConfigError, shown
+from table_consul.errors import ConfigError, printable
 from table_consul.services import SERVICES, Table, passwords
 from tests.control import at_terminal, control
 from tests.dialogue import Child, eventually, write_config, write_source
@@ -539,7 +539,7 @@ def said(answer):
     """As on the wire, where a reason is cut."""
     if answer["result"] == "found":
         return "found" + (f"|{answer['value']}" if "value" in answer else "")
-    return "not-found" if answer["result"] == "not-found" else f"error|{shown(answer['reason'], 400)}"
+    return "not-found" if answer["result"] == "not-found" else f"error|{printable(answer['reason'], 400)}"
 
 
 def differing(conf, questions):

@@ -423,7 +423,7 @@ def test_without_the_library_one_line_says_what_to_install(tmp_path):
     library = tmp_path / "without" / "prometheus_client"
     library.mkdir(parents=True)
     (library / "__init__.py").write_text("raise ModuleNotFoundError('blocked', name='prometheus_client')")
-    code = "from table_consul.ctl.program import main; raise SystemExit(main())"
+    code = "from table_consul.ctl.main import main; raise SystemExit(main())"
     run = subprocess.run(
         [sys.executable, "-c", code, "-c", configured(tmp_path), "status"],
         capture_output=True,

@@ -94,7 +94,7 @@ def test_a_transaction_is_sent_whole_with_token_and_datacenter_and_reads_go_on(s
     (request,) = fake.requests
     assert (request.target, request.headers["x-consul-token"]) == ("/v1/txn?dc=dc1", "hunter2")
     assert fake.body == [txn.operation(change, {}) for change in added(3)]
-    assert [each.value for each in store.bucket(PATH)] == [b"x"]
+    assert [each.value for each in store.entries(PATH)] == [b"x"]
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_a_list_that_an_acl_shortened_is_not_taken_for_all_there_is(store, fake)
     fake.put(PATH + b"b", b"x")
     fake.denied = (PATH + b"b",)
     with pytest.raises(Forbidden):
-        store.bucket(PATH)
+        store.entries(PATH)
 
 
 def test_an_empty_list_is_believed_when_a_key_below_may_be_read(store, fake):
-    assert store.bucket(PATH) == []
+    assert store.entries(PATH) == []
     fake.denied = (PATH,)
     with pytest.raises(Forbidden):
-        store.bucket(PATH)
+        store.entries(PATH)
 
 
 def test_in_a_namespace_each_operation_says_so_for_the_request_cannot(fake):
@@ -285,4 +285,4 @@ def test_the_values_of_a_bucket_come_with_index_and_flags(fake, store):
     headers = {"X-Consul-Index": "20", "X-Consul-Knownleader": "true"}
     listed = Answer(200, headers, json.dumps([entry, empty]).encode())
     fake.handle = lambda request: fake.consul(request) if "recurse" not in request.params else listed
-    assert store.bucket(PATH) == [Stored(PATH + b"a", b"\xff", 12, 7), Stored(PATH + b"b", b"", 13, 0)]
+    assert store.entries(PATH) == [Stored(PATH + b"a", b"\xff", 12, 7), Stored(PATH + b"b", b"", 13, 0)]

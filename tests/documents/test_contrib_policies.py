@@ -92,7 +92,7 @@ def test_the_file_grants_what_the_command_would_write(name, option, tmp_path):
     (tmp_path / "table-consul.toml").write_text("")
     made = subprocess.run(
         [
-            *(sys.executable, "-c", "import sys; from table_consul.ctl.program import main; sys.exit(main())"),
+            *(sys.executable, "-c", "import sys; from table_consul.ctl.main import main; sys.exit(main())"),
             *("-c", str(tmp_path / "table-consul.toml"), "policy", *TABLES, *([option] if option else [])),
         ],
         capture_output=True,

@@ -299,7 +299,7 @@ def test_status_says_what_the_page_shows(consul, tmp_path):
         f'[consul]\naddress = "http://{consul.address}"\n[defaults]\nprefix = "mail"\n[tables.aliases]\n'
         f'[metrics]\ntextfile = "{tmp_path}/table-consul-{{table}}.prom"\n'
     )
-    control = [sys.executable, "-c", "import sys; from table_consul.ctl.program import main; sys.exit(main())"]
+    control = [sys.executable, "-c", "import sys; from table_consul.ctl.main import main; sys.exit(main())"]
     with Child(str(tmp_path / "table-consul.toml")) as child:
         child.handshake()
         said: list[str] = []

@@ -308,7 +308,7 @@ def test_arguments_of_a_command_are_in_its_synopsis(name):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_works_as_the_page_says(shell):
     assert f"_TABLE_CONSULCTL_COMPLETE={shell}_source table-consulctl" in source("table-consulctl.8")
-    run = (sys.executable, "-c", "import sys; from table_consul.ctl.program import main; sys.exit(main())")
+    run = (sys.executable, "-c", "import sys; from table_consul.ctl.main import main; sys.exit(main())")
     asked = {**os.environ, "_TABLE_CONSULCTL_COMPLETE": f"{shell}_source"}
     done = subprocess.run(run, env=asked, capture_output=True, text=True, check=False)
     if "not supported" in done.stderr or "older than" in done.stderr:

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from table_consul.errors import EntryError
 from table_consul.protocol import Found
-from table_consul.services import DEFAULT_SERVICES, SERVICES, Table, fold
-from table_consul.services.entries import Bucket, Builder
+from table_consul.services import DEFAULT_SERVICES, SERVICES, Table, fold_key
+from table_consul.services.entries import Entries, EntriesBuilder
 from tests.services.test_values import RAW, SERVICE, TABLES
 
 TABLE = Table("aliases")
@@ -19,7 +19,7 @@ LISTS = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex")
 
 
 def bucket(service, *pairs, table=TABLE):
-    return Bucket(table, SERVICES[service], pairs)
+    return Entries(table, SERVICES[service], pairs)
 
 
 # ---- layout ----
@@ -53,7 +53,7 @@ def test_service_bits_are_those_of_smtpd():
 
 
 def test_stored_keys_are_folded_with_ascii_rules_alone():
-    assert "straße@É.example".encode() == fold("STRAßE@É.Example".encode())
+    assert "straße@É.example".encode() == fold_key("STRAßE@É.Example".encode())
 
 
 def test_an_upper_case_key_answers_for_the_lower_case_question():
@@ -84,11 +84,11 @@ def test_a_good_spelling_replaces_a_refused_one_and_the_other_way_round():
 
 def test_folders_and_the_bucket_itself_are_no_entries():
     found = bucket("alias", (b"", None), (b"staff/", None), (b"staff/root", b"gilles"))
-    assert (len(found), found.check(b"staff/"), found.lookup(b"staff/root")) == (1, False, b"gilles")
+    assert (len(found), found.has_own_entry(b"staff/"), found.lookup(b"staff/root")) == (1, False, b"gilles")
 
 
 def test_keys_may_contain_slashes():
-    assert bucket("netaddr", (b"192.0.2.0/24", None)).check(b"192.0.2.0/24")
+    assert bucket("netaddr", (b"192.0.2.0/24", None)).has_own_entry(b"192.0.2.0/24")
 
 
 def test_keys_and_values_in_utf_8_pass_as_they_are():
@@ -99,7 +99,7 @@ def test_keys_and_values_in_utf_8_pass_as_they_are():
 def test_an_absent_key_is_none():
     assert (
         bucket("alias", (b"root", b"gilles")).lookup(b"nobody"),
-        bucket("alias").check(b"nobody"),
+        bucket("alias").has_own_entry(b"nobody"),
     ) == (None, False)
 
 
@@ -110,7 +110,7 @@ def test_an_absent_key_is_none():
 @pytest.mark.parametrize("raw", [b"", None, b" \n", b'""'])
 def test_in_a_list_service_a_key_without_value_is_a_member_and_answers_with_itself(service, raw):
     found = bucket(service, (b"example.org", raw))
-    assert (found.check(b"example.org"), found.lookup(b"example.org")) == (True, b"example.org")
+    assert (found.has_own_entry(b"example.org"), found.lookup(b"example.org")) == (True, b"example.org")
 
 
 @pytest.mark.parametrize("service", ["alias", "credentials", "userinfo", "addrname", "mailaddrmap", "string"])
@@ -119,7 +119,7 @@ def test_elsewhere_a_key_without_value_is_there_but_its_lookup_is_an_error(servi
     found = bucket(service, (b"root", raw))
     with pytest.raises(EntryError, match=f"aliases/{service}/root: there is no value"):
         found.lookup(b"root")
-    assert found.check(b"root")
+    assert found.has_own_entry(b"root")
 
 
 def test_a_list_entry_with_a_value_answers_with_the_value():
@@ -150,7 +150,7 @@ def test_a_refused_entry_is_in_the_table_and_its_lookup_names_the_key():
     found = bucket("alias", (b"bad", b"|sh"))
     with pytest.raises(EntryError, match=r"^aliases/alias/bad: the value holds a \|command"):
         found.lookup(b"bad")
-    assert found.check(b"bad")
+    assert found.has_own_entry(b"bad")
 
 
 def test_control_characters_of_a_key_are_escaped_in_messages():
@@ -170,7 +170,7 @@ def test_asking_for_a_refused_entry_again_and_again_holds_on_to_nothing():
 
 class TestBuilder:
     def build(self, *pairs, former=None, table=TABLE, service="alias"):
-        builder = Builder(table, SERVICES[service], former)
+        builder = EntriesBuilder(table, SERVICES[service], former)
         builder.take(pairs)
         return builder
 
@@ -223,7 +223,7 @@ def test_a_record_for_another_service_is_an_error_that_names_the_fields_and_no_p
     found = bucket("userinfo", (b"vera", b'{"password": "x"}'))
     with pytest.raises(EntryError, match="aliases/userinfo/vera: the record has no uid and no gid and no home, which"):
         found.lookup(b"vera")
-    assert (found.problems, found.check(b"vera")) == ([], True)
+    assert (found.problems, found.has_own_entry(b"vera")) == ([], True)
 
 
 def test_a_record_that_lacks_a_part_of_what_is_asked_is_a_problem():
@@ -246,7 +246,7 @@ def test_the_default_answers_for_those_who_have_no_entry_of_their_own():
         EntryError, match=r"aliases/userinfo/\*: the user asked for has no %d, which the home here needs"
     ):
         users.lookup(b"eric")
-    assert (users.holds(b"vera"), users.check(b"vera")) == (True, False)
+    assert (users.contains(b"vera"), users.has_own_entry(b"vera")) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -396,11 +396,11 @@ def test_a_key_in_upper_case_cannot_be_found_in_a_table_that_is_read_directly():
 
 def test_what_is_told_of_an_entry_that_stays_is_still_there_when_others_change():
     former = bucket("credentials", (b"vera", b"hunter2"), (b"gone", b"hunter2"))
-    builder = Builder(TABLE, SERVICES["credentials"], former)
+    builder = EntriesBuilder(TABLE, SERVICES["credentials"], former)
     builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
     built = builder.finish()
     assert [problem.partition(":")[0] for problem in built.problems] == ["aliases/credentials/vera"]
-    builder = Builder(TABLE, SERVICES["credentials"], built)
+    builder = EntriesBuilder(TABLE, SERVICES["credentials"], built)
     builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
     assert builder.finish() is built
 
@@ -415,14 +415,14 @@ NAMES = ["jörg@exämple.org", "用户@例子.公司", "пользователь
 def test_internationalised_names_are_bytes_in_and_bytes_out(service, name):
     key = name.encode()
     found = bucket(service, (key, key))
-    assert (found.lookup(key), found.check(key)) == (key, True)
+    assert (found.lookup(key), found.has_own_entry(key)) == (key, True)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_internationalised_domains_match_as_bytes_with_and_without_wildcard(name):
     domain = name.partition("@")[2].encode()
     found = bucket("domain", (b"*." + domain, None))
-    assert (found.check(b"mx." + domain), found.check(domain)) == (True, False)
+    assert (found.has_own_entry(b"mx." + domain), found.has_own_entry(domain)) == (True, False)
 
 
 def test_one_name_in_two_normal_forms_is_two_keys_as_in_a_file():
@@ -440,7 +440,7 @@ def test_bytes_that_are_no_utf_8_pass_as_they_are():
 def fetched(found, count):
     last, values = None, []
     for _ in range(count):
-        last, value = found.after(last)
+        last, value = found.next_after(last)
         values.append(value)
     return values
 
@@ -459,7 +459,7 @@ def test_fetch_gives_values_when_configured_and_the_key_where_there_is_none():
 
 
 def test_fetch_of_an_empty_bucket_is_nothing():
-    assert (bucket("source").after(None), bucket("source").after(b"gone")) == (None, None)
+    assert (bucket("source").next_after(None), bucket("source").next_after(b"gone")) == (None, None)
 
 
 def test_fetch_passes_over_what_cannot_be_said():
@@ -473,7 +473,7 @@ def test_fetch_of_values_passes_over_what_is_refused():
 
 def test_fetch_is_an_error_where_nothing_can_be_said():
     with pytest.raises(EntryError, match=r"aliases/source/a\\n: the key holds a control character"):
-        bucket("source", (b"b\r", None), (b"a\n", None)).after(None)
+        bucket("source", (b"b\r", None), (b"a\n", None)).next_after(None)
 
 
 KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
@@ -487,7 +487,7 @@ KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
 def test_whatever_comes_and_goes_every_key_that_stays_is_fetched_once_a_round(stays, changes):
     last, values = None, []
     for others in changes:
-        last, value = bucket("source", *((key, None) for key in sorted(stays | others))).after(last)
+        last, value = bucket("source", *((key, None) for key in sorted(stays | others))).next_after(last)
         values.append(value)
     steady = [value for value in values if value in stays]
     assert [*islice(cycle(sorted(stays)), len(steady))] == steady
@@ -499,8 +499,8 @@ def test_whatever_comes_and_goes_every_key_that_stays_is_fetched_once_a_round(st
 @settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_what_a_bucket_answers_can_be_said(table, service, key, raw):
-    found = Bucket(table, service, [(key, raw)])
-    for ask in (lambda: found.lookup(fold(key)), lambda: (found.after(None) or (None, None))[1]):
+    found = Entries(table, service, [(key, raw)])
+    for ask in (lambda: found.lookup(fold_key(key)), lambda: (found.next_after(None) or (None, None))[1]):
         try:
             value = ask()
         except EntryError:
@@ -511,10 +511,10 @@ def test_what_a_bucket_answers_can_be_said(table, service, key, raw):
 @settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_a_value_read_again_from_what_it_became_is_the_same(table, service, key, raw):
-    """A Builder takes over what stood there before: what it would have read must be what stood there."""
-    former = Bucket(table, service, [(key, raw)])
-    again = [(key, former.values.get(fold(key), raw))]
-    builder = Builder(table, service, former)
+    """A EntriesBuilder takes over what stood there before: what it would have read must be what stood there."""
+    former = Entries(table, service, [(key, raw)])
+    again = [(key, former.values.get(fold_key(key), raw))]
+    builder = EntriesBuilder(table, service, former)
     builder.take(again)
-    fresh = Bucket(table, service, again)
+    fresh = Entries(table, service, again)
     assert (fresh.values, set(fresh.refused)) == (builder.values, set(builder.refused))

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from table_consul.errors import EntryError
 from table_consul.services import SERVICES, Table
-from table_consul.services.entries import Bucket
-from table_consul.services.values import LINE_MAX, is_plain_list, list_nodes, read_value, sayable
+from table_consul.services.entries import Entries
+from table_consul.services.values import LINE_MAX, is_plain_list, is_valid_reply_value, parse_value, split_list
 
 TABLE = Table("aliases")
 COMMANDS = replace(TABLE, allow_commands=True)
@@ -18,7 +18,7 @@ ROOT_ALLOWED = replace(TABLE, allow_root=True)
 
 
 def read(raw, service="alias", table=TABLE, key=b"root", value_format="auto"):
-    return read_value(replace(table, value_format=value_format), SERVICES[service], key, raw)
+    return parse_value(replace(table, value_format=value_format), SERVICES[service], key, raw)
 
 
 def refusal(raw, service="alias", table=TABLE, key=b"root", value_format="auto"):
@@ -28,7 +28,7 @@ def refusal(raw, service="alias", table=TABLE, key=b"root", value_format="auto")
 
 
 def bucket(service, *pairs, table=TABLE):
-    return Bucket(table, SERVICES[service], pairs)
+    return Entries(table, SERVICES[service], pairs)
 
 
 # ---- formats ----
@@ -106,7 +106,7 @@ def test_an_array_of_commands_keeps_each_one_whole():
 )
 def test_a_quoted_command_reaches_smtpd_as_the_same_command(raw, command):
     """aliases(5) writes commands in quotes, which JSON would take away; what smtpd makes of the answer decides."""
-    (node,) = list_nodes(read(raw, table=COMMANDS))
+    (node,) = split_list(read(raw, table=COMMANDS))
     assert command == (node[2:-1] if node.startswith(b'"') else node[1:])
 
 
@@ -516,7 +516,7 @@ LINES = st.lists(st.sampled_from([b"a", b"|", b"/", b",", b" ", b"\\", b'"', b"'
 @example(b'"\'"')
 def test_list_nodes_are_those_of_smtpd(line):
     try:
-        nodes = list_nodes(line)
+        nodes = split_list(line)
     except EntryError:
         nodes = None
     assert expand_line_split(line) == nodes
@@ -556,10 +556,10 @@ SERVICE = st.sampled_from(sorted(SERVICES.values()))
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_a_value_is_sayable_or_empty_or_an_entry_error(table, service, key, raw):
     try:
-        value = read_value(table, service, key, raw)
+        value = parse_value(table, service, key, raw)
     except EntryError:
         return
-    assert value == b"" or sayable(value)
+    assert value == b"" or is_valid_reply_value(value)
 
 
 # ---- lists ----
@@ -576,4 +576,4 @@ def test_a_plain_list_is_nothing_that_smtpd_would_refuse_or_run(line):
     if is_plain_list(line):
         nodes = expand_line_split(line)
         assert all(alias_type(node) is None and b"'" not in node and b'"' not in node for node in nodes)
-        assert nodes == list_nodes(line)
+        assert nodes == split_list(line)

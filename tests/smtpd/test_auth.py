@@ -18,11 +18,19 @@ from table_consul.protocol import Failed, Found, NotFound, Request
 from table_consul.responder import Responder
 from table_consul.server import Daemon
 from table_consul.services import SERVICES, Table, passwords
-from table_consul.services.entries import Bucket
-from table_consul.services.passwords import DEFAULT, MARKS, PASSWORD_BYTES, Verifier, parse, unmarked, usable
+from table_consul.services.entries import Entries
+from table_consul.services.passwords import (
+    DEFAULT,
+    PASSWORD_BYTES,
+    SCHEME_PREFIXES,
+    Verifier,
+    parse,
+    strip_scheme,
+    verifiable_hash,
+)
 from table_consul.sources import watch
-from table_consul.sources.direct import Direct
-from table_consul.tables import Sources
+from table_consul.sources.direct import DirectSource
+from table_consul.tables import Tables
 from tests.dialogue import write_config, write_source
 
 try:
@@ -88,13 +96,13 @@ def test_case_counts(name):
 
 @pytest.mark.parametrize("name", HASHES)
 def test_a_hash_may_stand_behind_a_user_and_a_mark(name):
-    stored = b"vera:" + unmarked(b"{ARGON2ID}" + HASHES[name])
+    stored = b"vera:" + strip_scheme(b"{ARGON2ID}" + HASHES[name])
     assert verified(stored)
 
 
-@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("mark", SCHEME_PREFIXES)
 def test_marks_are_read_in_any_case(mark):
-    assert unmarked(mark.title() + SHA512) == SHA512
+    assert strip_scheme(mark.title() + SHA512) == SHA512
 
 
 @pytest.mark.parametrize(
@@ -191,14 +199,14 @@ B64 = b"." * 43
     ],
 )
 def test_a_hash_that_takes_longer_than_the_deadline_is_refused_unseen(cheap, dear):
-    assert usable(cheap, 2.0).text == cheap
+    assert verifiable_hash(cheap, 2.0).text == cheap
     with pytest.raises(EntryError, match=r"takes about [0-9.]+ s to verify, more than the deadline of 2 s"):
         verified(dear)
     assert not verified(None, others=[dear])
 
 
 def test_a_longer_deadline_allows_a_dearer_hash():
-    assert usable(b"$2b$15$" + b"." * 53, 5.0) is not None
+    assert verifiable_hash(b"$2b$15$" + b"." * 53, 5.0) is not None
 
 
 @pytest.mark.parametrize("name", HASHES)
@@ -206,7 +214,7 @@ def test_what_is_known_of_a_cost_is_no_less_than_it_is(name):
     """The figures are twice those of a slow core: else they would let through what breaks the deadline."""
     began = time.process_time()
     verified(HASHES[name])
-    assert time.process_time() - began < parse(unmarked(HASHES[name])).seconds + 0.5
+    assert time.process_time() - began < parse(strip_scheme(HASHES[name])).seconds + 0.5
 
 
 # ---- a user that there is not ----
@@ -231,7 +239,7 @@ def spied(monkeypatch):
 
 @pytest.mark.parametrize("name", HASHES)
 def test_an_absent_user_costs_what_a_wrong_password_costs(spied, name):
-    stored = unmarked(HASHES[name])
+    stored = strip_scheme(HASHES[name])
     spied.verify("users", stored, b"x", [], 2.0)
     spied.verify("users", None, b"x", [stored], 2.0)
     assert spied.settings() == [parse(stored).setting] * 2
@@ -305,11 +313,11 @@ class Scripted:
         self.errors = {}
         self.asked = []
 
-    def bucket(self, table, service, key, deadline):
+    def entries(self, table, service, key, deadline):
         self.asked.append((service.name, key, deadline))
         if service.name in self.errors:
             raise self.errors[service.name]
-        return Bucket(table, service, self.services.get(service.name, {}).items())
+        return Entries(table, service, self.services.get(service.name, {}).items())
 
 
 def ask(source, key, op="check", table=TABLE):
@@ -423,14 +431,14 @@ class Client:
 )
 def test_direct_reads_two_keys_for_any_user_and_none_that_no_url_can_name(user, reply, reads):
     client = Client(auth_vera=SHA512, credentials_eric=SHA512)
-    assert ask(Direct(client, lambda: 1000.0), f"{user}:{PASSWORD}") == reply
+    assert ask(DirectSource(client, lambda: 1000.0), f"{user}:{PASSWORD}") == reply
     assert client.asked == reads
 
 
 def test_direct_takes_no_refusal_of_consul_for_absence():
     client = Client()
     client.errors[b"users/credentials/vera"] = Forbidden("403")
-    assert isinstance(ask(Direct(client, lambda: 1000.0), f"vera:{PASSWORD}"), Failed)
+    assert isinstance(ask(DirectSource(client, lambda: 1000.0), f"vera:{PASSWORD}"), Failed)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +451,7 @@ def test_direct_takes_no_refusal_of_consul_for_absence():
 )
 def test_a_mirror_of_auth_holds_credentials_too(monkeypatch, services, read):
     monkeypatch.setattr(watch.Watch, "start", lambda each: None)
-    mirrored = watch.Mirrored(replace(TABLE, services=services), lambda: None)
+    mirrored = watch.MirrorSource(replace(TABLE, services=services), lambda: None)
     assert [each._services for each in mirrored.watches] == [read]
 
 
@@ -466,7 +474,7 @@ def said(path, keys, caplog=None, version="7.9.0"):
         theirs.shutdown(socket.SHUT_WR)
         from table_consul import config
 
-        sources = Sources(lambda: config.load(str(path), {}))
+        sources = Tables(lambda: config.load(str(path), {}))
         Daemon(sources, lambda _: None).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))

@@ -116,7 +116,7 @@ def test_a_person_at_a_terminal_is_told_what_this_is(monkeypatch, capsys):
 def wire(monkeypatch):
     """The program's end of the wire in this process, and smtpd's."""
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(cli, "take_the_wire", lambda: (theirs.fileno(), theirs.fileno()))
+    monkeypatch.setattr(cli, "claim_stdio", lambda: (theirs.fileno(), theirs.fileno()))
     monkeypatch.setattr(os, "isatty", lambda _: False)
     with ours, theirs:
         yield ours
@@ -163,7 +163,7 @@ def test_the_environment_of_the_consul_command_counts_and_no_library_sees_it(wir
     seen = []
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "192.0.2.1:8500")
     monkeypatch.setenv("CONSUL_HTTP_SSL", "")
-    monkeypatch.setattr(cli, "Sources", lambda load: seen.append(load()) or Stopped.stop())
+    monkeypatch.setattr(cli, "Tables", lambda load: seen.append(load()) or Stopped.stop())
     (tmp_path / "c.toml").write_text("")
     with pytest.raises(Stopped):
         cli.main([str(tmp_path / "c.toml")])

@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from table_consul import __version__
-from table_consul.backoff import Outage
-from table_consul.counters import CELLS_MAX, Tally
+from table_consul.backoff import Backoff
+from table_consul.counters import CELLS_MAX, Counters
 from table_consul.errors import ConfigError, Unreachable
 from table_consul.metrics import Reader
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
@@ -116,7 +116,7 @@ def counts(tally):
 
 
 def test_requests_are_counted_by_table_service_operation_and_kind_of_reply():
-    tally = Tally(layout)
+    tally = Counters(layout)
     added(tally, [(request(), Found), (request(), Found), (request("domain", "check"), NotFound)], 0.0)
     added(tally, [(request("", "update"), Updated), (request(), Failed)], 0.0)
     assert {
@@ -129,7 +129,7 @@ def test_requests_are_counted_by_table_service_operation_and_kind_of_reply():
 
 @pytest.mark.parametrize(("seconds", "place"), [(0.0, 0), (0.00001, 0), (0.00002, 1), (0.05, 7), (1.5, 10), (99.0, 11)])
 def test_an_answer_is_counted_in_the_interval_of_its_seconds_whose_end_belongs_to_it(seconds, place):
-    tally = Tally(layout)
+    tally = Counters(layout)
     added(tally, [(request(), Found), (request(), Found)], seconds)
     (cell,) = tally.cells().values()
     assert [2 if number == place else 0 for number in range(12)] == cell[:-1]
@@ -137,7 +137,7 @@ def test_an_answer_is_counted_in_the_interval_of_its_seconds_whose_end_belongs_t
 
 
 def test_answers_that_took_their_deadline_are_counted_by_table():
-    tally = Tally(layout)
+    tally = Counters(layout)
     for seconds in (1.99, 2.0, 3.0):
         added(tally, [(request(), Failed)], seconds)
     added(tally, [(request(table=".."), Failed)], 3.0)
@@ -145,14 +145,14 @@ def test_answers_that_took_their_deadline_are_counted_by_table():
 
 
 def test_names_that_strangers_could_invent_do_not_become_series():
-    tally = Tally(layout)
+    tally = Counters(layout)
     for number in range(10):
         added(tally, [(request(f"service{number}", f"op{number}"), Failed)], 0.0)
     assert {("aliases", "(other)", "(other)", Failed): 10} == counts(tally)
 
 
 def test_tables_beyond_the_bound_are_counted_together():
-    tally = Tally(layout)
+    tally = Counters(layout)
     for number in range(CELLS_MAX + 10):
         added(tally, [(request(table=f"table{number}"), Found)], 3.0)
         tally.failed(f"table{number}", Unreachable("away"), 0.0)
@@ -161,7 +161,7 @@ def test_tables_beyond_the_bound_are_counted_together():
 
 
 def test_a_source_has_recovered_when_it_has_told_anything_since_it_last_could_not():
-    tally = Tally(layout)
+    tally = Counters(layout)
     added(tally, [(request(), Found)], 0.0)
     seen = [tally.recovered("aliases")]
     tally.failed("aliases", Unreachable("away"), 0.0)
@@ -195,7 +195,7 @@ def watch(**more):
         **{
             "prefix": b"aliases/",
             "too_large": False,
-            "outage": Outage("aliases/", "error"),
+            "outage": Backoff("aliases/", "error"),
             "index": 7,
             "reloads": 3,
             "took": 0.5,
@@ -206,12 +206,12 @@ def watch(**more):
 
 
 def test_failures_of_one_outage_after_another_add_up():
-    outage = Outage("aliases/", "error")
-    reader = Reader("aliases", kept(Tally(layout), watch(outage=outage)))
+    outage = Backoff("aliases/", "error")
+    reader = Reader("aliases", kept(Counters(layout), watch(outage=outage)))
     seen = []
     for failures in (0, 2, 1, 0, 3):
         for number in range(failures):
-            outage.failed(Unreachable("away"), 100.0 + number, 0.0)
+            outage.failure(Unreachable("away"), 100.0 + number, 0.0)
         samples = collected(reader)
         seen.append(
             (
@@ -220,12 +220,12 @@ def test_failures_of_one_outage_after_another_add_up():
             )
         )
         if failures == 1:
-            outage.worked(200.0)
+            outage.success(200.0)
     assert seen == [(0, 1), (2, 0), (3, 0), (3, 1), (6, 0)]
 
 
 def test_a_table_too_large_to_be_mirrored_counts_as_one_that_is_read_directly():
-    tally = Tally(layout)
+    tally = Counters(layout)
     added(tally, [(request(), Found)], 0.0)
     samples = collected(Reader("aliases", kept(tally, watch(too_large=True, index=0))))
     assert samples["table_consul_up"] == {("aliases/", "aliases"): 1}
@@ -234,7 +234,7 @@ def test_a_table_too_large_to_be_mirrored_counts_as_one_that_is_read_directly():
 
 
 def test_errors_are_counted_by_table_from_nothing_on():
-    tally = Tally(layout)
+    tally = Counters(layout)
     seen = []
     for answered in ([], [(request(), Found), (request(), Failed)], [(request("domain", "check"), Failed)]):
         added(tally, answered, 0.0)
@@ -243,12 +243,12 @@ def test_errors_are_counted_by_table_from_nothing_on():
 
 
 def test_the_last_error_of_a_mirror_is_told_with_its_moment_and_stays_when_consul_is_back():
-    outage = Outage("aliases/", "error")
-    reader = Reader("aliases", kept(Tally(layout), watch(outage=outage)))
+    outage = Backoff("aliases/", "error")
+    reader = Reader("aliases", kept(Counters(layout), watch(outage=outage)))
     assert "table_consul_last_error_timestamp_seconds" not in collected(reader)
-    outage.failed(Unreachable("no leader"), time.monotonic() - 200, 0.0)
-    outage.failed(Unreachable("connection refused"), time.monotonic() - 100, 0.0)
-    outage.worked(time.monotonic())
+    outage.failure(Unreachable("no leader"), time.monotonic() - 200, 0.0)
+    outage.failure(Unreachable("connection refused"), time.monotonic() - 100, 0.0)
+    outage.success(time.monotonic())
     (told,) = collected(reader)["table_consul_last_error_timestamp_seconds"].items()
     assert (told[0], told[1]) == (
         ("connection refused", "aliases/", "aliases"),
@@ -257,7 +257,7 @@ def test_the_last_error_of_a_mirror_is_told_with_its_moment_and_stays_when_consu
 
 
 def test_the_last_error_of_a_table_that_is_read_directly_or_from_a_file_is_told():
-    tally = Tally(layout)
+    tally = Counters(layout)
     added(tally, [(request(), Failed)], 0.0)
     tally.failed("aliases", Unreachable("no answer in time"), time.monotonic() - 50)
     tally.failed("..", Unreachable("never told"), 0.0)
@@ -269,12 +269,12 @@ def test_the_last_error_of_a_table_that_is_read_directly_or_from_a_file_is_told(
 
 
 def test_an_error_of_one_cause_is_one_series_and_no_token_is_in_it():
-    outage = Outage("aliases/", "error")
-    reader = Reader("aliases", kept(Tally(layout), watch(outage=outage)))
+    outage = Backoff("aliases/", "error")
+    reader = Reader("aliases", kept(Counters(layout), watch(outage=outage)))
     texts = set()
     for number in range(3):
         token = f"0123456{number}-89ab-cdef-0123-456789abcdef"
-        outage.failed(Unreachable(f"away for {number}.5 s: 500 of {token} {'a1' * 20}{number}"), 100.0, 0.0)
+        outage.failure(Unreachable(f"away for {number}.5 s: 500 of {token} {'a1' * 20}{number}"), 100.0, 0.0)
         texts |= {key[0] for key in collected(reader)["table_consul_last_error_timestamp_seconds"]}
     assert texts == {"away for ...: 500 of ... ..."}
 
@@ -286,7 +286,7 @@ def test_services_that_may_not_be_read_are_told_apart():
         size=1,
     )
     mirror = SimpleNamespace(state=(snapshot, time.monotonic() - 30), max_age=600.0)
-    samples = collected(Reader("aliases", kept(Tally(layout), watch(mirror=mirror))))
+    samples = collected(Reader("aliases", kept(Counters(layout), watch(mirror=mirror))))
     assert samples["table_consul_service_hidden"] == {
         ("aliases/", "alias", "aliases"): 0,
         ("aliases/", "domain", "aliases"): 1,
@@ -305,7 +305,7 @@ NAMES = re.compile(r"\btable_consul_[a-z_]+")
 def published():
     """The names of all that can be published, as Prometheus stores them."""
     names = set()
-    for family in Reader("aliases", kept(Tally(layout))).collect():
+    for family in Reader("aliases", kept(Counters(layout))).collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
         names |= {family.name + suffix for suffix in suffixes}
     return names
@@ -348,7 +348,7 @@ def test_each_alert_has_a_summary_a_runbook_and_a_severity():
 
 
 def test_requests_without_a_name_count_for_the_table_of_the_process():
-    tally = Tally(layout)
+    tally = Counters(layout)
     added(tally, [(request(table=""), Found), (request(table="aliases"), Found)], 3.0)
     samples = collected(Reader("aliases", kept(tally)))
     assert samples["table_consul_requests_total"] == {("lookup", "found", "alias", "aliases"): 2}
@@ -356,7 +356,7 @@ def test_requests_without_a_name_count_for_the_table_of_the_process():
 
 
 def test_numbers_can_be_read_while_others_are_counted():
-    tally, stop = Tally(layout), threading.Event()
+    tally, stop = Counters(layout), threading.Event()
 
     def count():
         while not stop.is_set() and len(tally.cells()) < CELLS_MAX:

@@ -11,7 +11,7 @@ from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.responder import UPDATE_SECONDS, Responder
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 
 ARRIVED = 1000.0
 
@@ -24,12 +24,12 @@ class Scripted:
         self.error: Exception | None = None
         self.asked = []
 
-    def bucket(self, table, service, key, deadline):
+    def entries(self, table, service, key, deadline):
         self.asked.append((table.name, service.name, key, deadline))
         if self.error is not None:
             raise self.error
         entries = self.services.get(service.name, {})
-        return Bucket(table, service, entries.items() if isinstance(entries, dict) else ((e, b"") for e in entries))
+        return Entries(table, service, entries.items() if isinstance(entries, dict) else ((e, b"") for e in entries))
 
     def update(self, deadline):
         self.asked.append(deadline)

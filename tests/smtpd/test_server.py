@@ -16,19 +16,19 @@ from table_consul.errors import ConfigError, SourceError, Unreachable
 from table_consul.protocol import Failed, Found
 from table_consul.server import REMEMBERED, Daemon
 from table_consul.services import DEFAULT_SERVICES, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 
 HELLO = b"config|smtpd-version|7.9.0\nconfig|tablename|aliases\nconfig|ready\n"
 ROOT = b"table|0.1|0|aliases|lookup|alias|%d|root\n"
 
 
 class Scripted:
-    """What Daemon needs of Sources: entries of `alias`, or errors to raise."""
+    """What Daemon needs of Tables: entries of `alias`, or errors to raise."""
 
     tally = None
 
     def __init__(self):
-        self.entries = {b"root": b"gilles"}
+        self.stored = {b"root": b"gilles"}
         self.errors: dict[bytes | None, Exception] = {}
         self.registered = ["alias"]
         self.prepared = []
@@ -47,11 +47,11 @@ class Scripted:
     def known(self, table, service):
         return None
 
-    def bucket(self, table, service, key, deadline):
+    def entries(self, table, service, key, deadline):
         self.deadlines.append(deadline)
         if key in self.errors:
             raise self.errors[key]
-        return Bucket(table, service, self.entries.items() if service.name == "alias" else ())
+        return Entries(table, service, self.stored.items() if service.name == "alias" else ())
 
     def update(self, deadline):
         if None in self.errors:
@@ -167,7 +167,7 @@ def test_a_reply_that_cannot_be_sent_is_an_error_reply(sources, monkeypatch, cap
 
 
 def test_an_entry_that_is_no_good_is_logged_once(sources, caplog):
-    sources.entries[b"root"] = b"|sh"
+    sources.stored[b"root"] = b"|sh"
     replies(sources, *(ROOT % n for n in range(9)))
     assert [line.startswith("aliases/alias/root: ") for line in logged(caplog)] == [True]
 
@@ -263,7 +263,7 @@ def test_descriptors_that_do_not_block_are_waited_for(sources, monkeypatch):
                 )
 
         monkeypatch.setattr(server.select, "select", select)
-        sources.entries[b"root"] = b"x" * 2000
+        sources.stored[b"root"] = b"x" * 2000
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         assert Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
     assert {"read", "write"} == {*waited}

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul import imsg, protocol, server
-from table_consul.counters import Tally
+from table_consul.counters import Counters
 from table_consul.imsg import MAX_VALUE
 from table_consul.responder import Responder
 from table_consul.server import Loop
 from table_consul.services import SERVICES, Table
-from table_consul.services.entries import Bucket
+from table_consul.services.entries import Entries
 from table_consul.shortcut import Known, Shortcut
 from table_consul.sources.mirror import Mirror, Snapshot
-from table_consul.tables import Sources
+from table_consul.tables import Tables
 from tests.smtpd.test_imsg import CHECK, CLOSE, FETCH, LOOKUP, UPDATE, message, opening, question
 
 TABLE = Table("consul", max_age=100.0)
@@ -30,11 +30,11 @@ ENTRIES = {
 
 
 def snapshot(entries=ENTRIES):
-    return Snapshot({name: Bucket(TABLE, SERVICES[name], pairs) for name, pairs in entries.items()}, {})
+    return Snapshot({name: Entries(TABLE, SERVICES[name], pairs) for name, pairs in entries.items()}, {})
 
 
-class Mirrored:
-    """What Sources is to the loop, on one mirror and a clock that a test sets."""
+class MirrorSource:
+    """What Tables is to the loop, on one mirror and a clock that a test sets."""
 
     def __init__(self):
         self.now = 0.0
@@ -54,8 +54,8 @@ class Mirrored:
     def table(self, name):
         return Table(name, max_age=TABLE.max_age)
 
-    def bucket(self, table, service, key, deadline):
-        return self.mirror.bucket(service.name, key, self.now)
+    def entries(self, table, service, key, deadline):
+        return self.mirror.entries(service.name, key, self.now)
 
     def known(self, table, service):
         self.learned += 1
@@ -70,7 +70,7 @@ def served(source, *chunks, know=None):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         clock = lambda: source.now  # noqa: E731
-        short = know and Shortcut(know, Tally(source.table), clock)
+        short = know and Shortcut(know, Counters(source.table), clock)
         loop = Loop(source, Responder(source.table, source).answer, lambda name: None, clock, short=short)
         waiting = iter(chunks)
 
@@ -110,8 +110,8 @@ LINES = st.builds(
 
 @given(st.lists(st.lists(LINES, min_size=1, max_size=4).map(b"".join), max_size=6))
 def test_the_short_way_and_the_long_way_say_the_same_bytes(chunks):
-    source = Mirrored()
-    assert served(source, HELLO, *chunks, know=source.known) == served(Mirrored(), HELLO, *chunks)
+    source = MirrorSource()
+    assert served(source, HELLO, *chunks, know=source.known) == served(MirrorSource(), HELLO, *chunks)
 
 
 QUESTIONS = st.builds(
@@ -127,19 +127,19 @@ QUESTIONS = st.builds(
 
 @given(st.sampled_from([b"consul", b"other"]), st.lists(st.lists(QUESTIONS, max_size=2).map(b"".join), max_size=6))
 def test_so_they_do_in_imsg(table, chunks):
-    source = Mirrored()
+    source = MirrorSource()
     chunks = [opening(table), *filter(None, chunks)]
-    assert served(source, *chunks, know=source.known) == served(Mirrored(), *chunks)
+    assert served(source, *chunks, know=source.known) == served(MirrorSource(), *chunks)
 
 
 @pytest.fixture
 def source():
-    return Mirrored()
+    return MirrorSource()
 
 
 @pytest.fixture
 def shortcut(source):
-    return Shortcut(source.known, Tally(source.table), lambda: source.now)
+    return Shortcut(source.known, Counters(source.table), lambda: source.now)
 
 
 def test_a_key_in_memory_is_answered(shortcut):
@@ -214,7 +214,7 @@ def test_data_too_old_to_be_believed_take_the_long_way_which_says_error(source, 
 
 
 def test_what_was_answered_is_counted(source):
-    tally = Tally(source.table)
+    tally = Counters(source.table)
     shortcut = Shortcut(source.known, tally, lambda: source.now)
     data = lookup(b"root") * 3
     in_lines(shortcut, data)
@@ -231,7 +231,7 @@ def test_a_bug_in_the_shortcut_costs_no_answer(source, caplog):
 
 
 def test_sources_know_only_exact_services_in_memory(source):
-    sources = Sources.__new__(Sources)
+    sources = Tables.__new__(Tables)
     sources._tables = {"consul": TABLE}
     sources._mirrors = {"consul": SimpleNamespace(known=lambda service: Known(None, None, {}, 0.0))}
     asked = {name: sources.known("consul", name) is not None for name in SERVICES}
@@ -247,7 +247,7 @@ def test_sources_know_only_exact_services_in_memory(source):
 
 @pytest.mark.parametrize(("home", "known"), [(b"/home/%u", False), (b"/var/vmail", True)])
 def test_a_default_entry_with_something_to_fill_in_is_never_answered_as_it_stands(home, known):
-    sources = Sources.__new__(Sources)
+    sources = Tables.__new__(Tables)
     sources._tables = {"consul": TABLE}
     values = {b"*": b"1000:1000:" + home}
     sources._mirrors = {"consul": SimpleNamespace(known=lambda service: Known(None, None, values, 0.0))}

@@ -11,7 +11,7 @@ from table_consul.errors import ConfigError, Forbidden, SourceError
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
 from table_consul.sources import direct, watch
 from table_consul.sources.mirror import Mirror, Snapshot
-from table_consul.tables import MIRRORED_TABLES, REMEMBERED, Sources
+from table_consul.tables import MIRRORED_TABLES, REMEMBERED, Tables
 from tests.dialogue import open_sources, write_config, write_source
 
 ALIAS = SERVICES["alias"]
@@ -52,7 +52,7 @@ def opened(tmp_path):
 
 
 def lookup(found, name, key=b"root", deadline=1e9):
-    return found.bucket(found.table(name), ALIAS, key, deadline).lookup(key)
+    return found.entries(found.table(name), ALIAS, key, deadline).lookup(key)
 
 
 # ---- tables ----
@@ -99,7 +99,7 @@ def test_the_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
 
 
 def test_without_a_configuration_every_question_is_answered_with_the_reason():
-    found = Sources(Loader(ConfigError("FILE: key: no")))
+    found = Tables(Loader(ConfigError("FILE: key: no")))
     assert ([*DEFAULT_SERVICES], "auto") == (found.services("t"), found.procexec_reply("t"))
     found.prepare("t")
     with pytest.raises(ConfigError, match="FILE: key: no"):
@@ -107,7 +107,7 @@ def test_without_a_configuration_every_question_is_answered_with_the_reason():
 
 
 def test_asking_a_broken_configuration_again_and_again_holds_on_to_nothing():
-    found = Sources(Loader(ConfigError("FILE: key: no")))
+    found = Tables(Loader(ConfigError("FILE: key: no")))
     depth = 0
     for _ in range(50):
         with pytest.raises(ConfigError) as caught:
@@ -124,14 +124,14 @@ def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hi
     depth = 0
     for _ in range(50):
         with pytest.raises(SourceError) as caught:
-            mirror.bucket("alias", None, 0.0)
+            mirror.entries("alias", None, 0.0)
         depth = len(caught.traceback)
     assert depth < 10
 
 
 def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
     loader = Loader(ConfigError("FILE: key: no"))
-    found = Sources(loader)
+    found = Tables(loader)
     loader.config = Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",)))
     found.update(0.0)
     assert (found.broken, lookup(found, "aliases")) == (None, b"gilles")
@@ -139,7 +139,7 @@ def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
 
 def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
     loader = Loader(Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))))
-    found = Sources(loader)
+    found = Tables(loader)
     before = lookup(found, "aliases")
     loader.config = ConfigError("FILE: key: no")
     with pytest.raises(ConfigError, match="FILE: key: no"):
@@ -150,7 +150,7 @@ def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
 def test_an_update_brings_other_permissions_into_force(tmp_path):
     file = ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))
     loader = Loader(Config(path=None, consul=file, defaults=Table("consul", allow_commands=True)))
-    found = Sources(loader)
+    found = Tables(loader)
     before = lookup(found, "aliases", b"command")
     loader.config = Config(path=None, consul=file)
     found.update(0.0)
@@ -178,7 +178,7 @@ def test_a_file_address_answers_from_that_file(opened):
 def test_direct_mode_reads_consul_and_mirror_mode_mirrors_it(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     kinds = [type(found._source(found.table(name), ALIAS)) for name in ("aliases", "large")]
-    assert [watch.Mirrored, direct.Direct] == kinds
+    assert [watch.MirrorSource, direct.DirectSource] == kinds
 
 
 def test_a_source_is_made_once(opened, unused):
@@ -199,20 +199,20 @@ def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
     mirrored = found._source(found.table("aliases"), ALIAS)
     mirrored.too_large = lambda service: service is ALIAS
     kinds = [type(found._source(found.table("aliases"), SERVICES[name])) for name in ("alias", "domain")]
-    assert [direct.Direct, watch.Mirrored] == kinds
+    assert [direct.DirectSource, watch.MirrorSource] == kinds
 
 
 def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused, monkeypatch):
     monkeypatch.setattr(tables, "MIRRORED_TABLES", 2)
     found = opened(address=unused)
     kinds = [type(found._source(found.table(name), ALIAS)) for name in ("a", "b", "c", "a")]
-    assert [watch.Mirrored, watch.Mirrored, direct.Direct, watch.Mirrored] == kinds
+    assert [watch.MirrorSource, watch.MirrorSource, direct.DirectSource, watch.MirrorSource] == kinds
     assert 0 < MIRRORED_TABLES < 200
 
 
 def test_an_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
     closed = []
-    monkeypatch.setattr(direct.Direct, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
+    monkeypatch.setattr(direct.DirectSource, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
     found = opened('mode = "direct"', address=unused)
     former = found._source(found.table("t"), ALIAS)
     write_config(tmp_path, 'mode = "direct"', "max_age = 7", address=unused)
@@ -248,8 +248,8 @@ def test_sources_of_a_file_import_no_client(tmp_path):
     import subprocess
 
     code = (
-        "import sys; from table_consul.sources import Sources; from table_consul import config;"
-        "s = Sources(lambda: config.load(sys.argv[1], {})); s.prepare('t'); print('table_consul.kv' in sys.modules)"
+        "import sys; from table_consul.tables import Tables; from table_consul import config;"
+        "s = Tables(lambda: config.load(sys.argv[1], {})); s.prepare('t'); print('table_consul.kv' in sys.modules)"
     )
     run = [sys.executable, "-c", code, str(write_config(tmp_path))]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -15,6 +15,8 @@ The text of each is one line that a mail operator can act on. None ever holds a 
 
 from __future__ import annotations
 
+import msgspec
+
 
 class TableConsulError(Exception):
     """Root of all errors that this package raises on purpose."""
@@ -50,6 +52,10 @@ class Forbidden(SourceError):
 
 class BadResponse(SourceError):
     """A redirect, a body that is not Consul's, or an answer to another question."""
+
+
+# What decoding bytes that are not ours may raise: msgspec's errors are ValueErrors only from 0.21 on.
+UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 def printable(data: bytes | str, limit: int = 120) -> str:

@@ -181,10 +181,10 @@ class Reader:
                 limit.add_metric(labels, watch.mirror.max_age)
                 index.add_metric(labels, watch.index)
                 keys.add_metric(labels, snapshot.size)
-                refused.add_metric(labels, sum(len(bucket.refused) for bucket in snapshot.buckets.values()))
+                refused.add_metric(labels, sum(len(bucket.errors) for bucket in snapshot.entries.values()))
                 load.add_metric(labels, watch.took)
-                for service in snapshot.buckets:
-                    hidden.add_metric((*labels, service), int(service in snapshot.hidden))
+                for service in snapshot.entries:
+                    hidden.add_metric((*labels, service), int(service in snapshot.forbidden))
         for table, labels in self._direct(mirrored):
             up.add_metric(labels, int(self._kept.tally.recovered(table)))
             failures.add_metric(labels, self._kept.tally.failures.get(table, (0, 0.0))[0])

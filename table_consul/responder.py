@@ -17,9 +17,6 @@ from table_consul.services.passwords import SAMPLE_SIZE, Verifier
 from table_consul.services.values import MissingFields
 from table_consul.sources import Source
 
-# The default deadline; the configured one may be what cannot be read.
-UPDATE_SECONDS = 2.0
-
 
 class Responder:
     """Answers requests for any number of tables. Its only memory is where each fetch stands, and what hashes cost."""
@@ -35,7 +32,7 @@ class Responder:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
         try:
             if request.op == "update":
-                self.source.update(arrived + UPDATE_SECONDS)
+                self.source.update()
                 return Updated()
             service = SERVICES.get(request.service)
             if service is None:

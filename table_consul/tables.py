@@ -109,7 +109,7 @@ class Tables:
             return None  # that entry is no answer as it stands, not even for its own key
         return known
 
-    def update(self, deadline: float) -> None:
+    def update(self) -> None:
         """See responder.Source. A bad configuration changes nothing.
 
         Raises:
@@ -124,7 +124,7 @@ class Tables:
             self.prepare(self._named)
         for source in (self._file, self._direct, *self._mirrors.values()):
             if source is not None:
-                source.update(deadline)
+                source.update()
 
     def prepare(self, name: str) -> None:
         """Make the source of this table now, so that the first answer need not wait for it."""

@@ -19,7 +19,6 @@ from table_consul.ctl.main import SERVICE, UNCUT, pass_config
 from table_consul.errors import SourceError, TableConsulError, printable
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import EntriesBuilder
-from table_consul.services.values import MissingFields
 from table_consul.sources.export import open_regular_file, read_bounded
 
 if TYPE_CHECKING:
@@ -110,12 +109,12 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
     path = table.path(service)
     builder = EntriesBuilder(table, service)
     builder.take((each.key[len(path) :], each.value) for each in stored)
-    problems = [str(error) for error in builder.refused.values() if not isinstance(error, MissingFields)]
+    problems = [str(error) for key, error in builder.errors.items() if key not in builder.incomplete]
     text, unsaid = files.table_text(service, sorted(builder.values.items()))
     problems += [f"{printable(path + key)}: cannot be said in a file: table" for key in unsaid]
     spelled = {fold_key(each.key) for each in stored}
     if len(spelled) < len(stored):
-        problems += [each for each in builder.problems if "the same key as" in each]
+        problems += [str(each) for each in builder.spelling if "the same key as" in each.text]
     if not problems:
         return text
     for problem in problems[:PROBLEMS_SHOWN]:

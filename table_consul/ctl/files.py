@@ -16,15 +16,12 @@ import msgspec
 from table_consul.ctl.aliases import read_aliases
 from table_consul.ctl.entries import BLANKS, SPACE, Entry, FormatError, Parsed, Problem, content
 from table_consul.ctl.passwd import read_passwd
-from table_consul.errors import printable
-from table_consul.services import Service, fold_key
+from table_consul.errors import UNDECODABLE, printable
+from table_consul.services import MAX_KEY_BYTES, Service, fold_key
 
 FORMATS = ("auto", "aliases", "table", "passwd", "export")
 # Services whose entries may stand without a value: smtpd then takes the file for a list.
 LISTED = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "string")
-
-# smtpd asks for no longer one (smtpd: table.c, `char lkey[1024]`).
-KEY_MAX_BYTES = 1023
 
 _JSON_LIST = re.compile(rb"\s*\[\s*(?:\{|\]\s*\Z)")
 _PASSWD = re.compile(rb"[^:\s]+(?::[^:]*){6,}")
@@ -89,7 +86,7 @@ def guess(data: bytes, service: Service) -> str:
 def _is_json(data: bytes) -> bool:
     try:
         msgspec.json.decode(data)
-    except (ValueError, RecursionError):
+    except UNDECODABLE:
         return False
     return True
 
@@ -201,7 +198,7 @@ def read_export(data: bytes, service: Service, path: bytes, below: bytes | None 
         found = [
             (each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in _EXPORT.decode(data)
         ]
-    except (ValueError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise FormatError(f"this is no output of `consul kv export`: {printable(str(error))}") from None
     folder = _folder([key for key, _, _ in found], service, path) if below is None else below
     entries = [
@@ -246,7 +243,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
 
 def _reads_back(line: bytes, key: bytes, value: bytes, service: Service, *, listed: bool) -> bool:
     # smtpd: table_static.c, table_static_priv_add: `char lkey[1024]`.
-    if line.startswith(_BYTE_ORDER_MARK) or b"\0" in line or len(key) > KEY_MAX_BYTES or line.count(b"\n") != 1:
+    if line.startswith(_BYTE_ORDER_MARK) or b"\0" in line or len(key) > MAX_KEY_BYTES or line.count(b"\n") != 1:
         return False
     before = b"# @list\n" if listed else b"-\t-\n"  # what the rest of the file makes of it
     found = [(each.key, each.value) for each in read_table(before + line, service).entries]

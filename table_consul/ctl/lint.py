@@ -22,7 +22,6 @@ from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, pas
 from table_consul.errors import Forbidden, SourceError, printable
 from table_consul.services import SERVICES, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.services.values import MissingFields
 
 if TYPE_CHECKING:
     from table_consul.config import Config
@@ -170,12 +169,12 @@ def _told(bucket: Entries, entries: Stored) -> Iterator[tuple[bytes, str]]:
 
     path = bucket.path
     stored = spelled(entries, path)
-    refused = {key: str(error) for key, error in bucket.refused.items() if not isinstance(error, MissingFields)}
-    by_entry = [*refused.items(), *bucket.doubts.items()]
+    refused = {key: str(error) for key, error in bucket.errors.items() if key not in bucket.incomplete}
+    by_entry = [*refused.items(), *((key, str(each)) for key, each in bucket.warnings.items())]
     for key, problem in by_entry:
         yield path + stored.get(key, key), problem.removeprefix(f"{printable(path + key)}: ")
     # The rest, of spellings and patterns, has its key in its text alone, where a long one is cut.
-    rest = Counter(bucket.problems) - Counter(problem for _, problem in by_entry)
+    rest = Counter(map(str, bucket.problems)) - Counter(problem for _, problem in by_entry)
     names: dict[str, list[bytes]] = {}
     for key in entries:
         for name in {printable(key), printable(path + fold_key(key[len(path) :]))}:
@@ -208,9 +207,7 @@ def _useless(buckets: Iterable[Entries]) -> Iterator[Problem]:
     for bucket in buckets:
         folders.setdefault(bucket.path, []).append(bucket)
     for path, readers in folders.items():
-        lacking = Counter(
-            key for reader in readers for key, error in reader.refused.items() if isinstance(error, MissingFields)
-        )
+        lacking = Counter(key for reader in readers for key in reader.incomplete)
         for key, times in lacking.items():
             if times == len(readers):
                 names = " nor ".join(reader.service.name for reader in readers)

@@ -15,8 +15,8 @@ from table_consul.ctl.main import duration
 from table_consul.errors import SourceError, printable
 from table_consul.services import Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.sources import Source
-from table_consul.sources.direct import PROBE, DirectSource
+from table_consul.sources import PROBE, Source
+from table_consul.sources.direct import DirectSource
 from table_consul.sources.export import FileSource, open_regular_file, read_bounded, read_export
 from table_consul.sources.mirror import Mirror, TooManyKeys
 from table_consul.sources.snapshot import loaded, paths
@@ -133,7 +133,7 @@ class Kept:
         assert self._mirror.state is not None
         return self._mirror.entries(service.name, key, self._mirror.state[1])
 
-    def update(self, deadline: float) -> None:
+    def update(self) -> None:
         """See responder.Source."""
 
 
@@ -147,7 +147,7 @@ class Lost:
         """See responder.Source."""
         raise self._error.with_traceback(None)
 
-    def update(self, deadline: float) -> None:
+    def update(self) -> None:
         """See responder.Source."""
 
 
@@ -166,7 +166,7 @@ class Reading:
         """See responder.Source."""
         return self.place(table, service).source.entries(table, service, key, deadline)
 
-    def update(self, deadline: float) -> None:
+    def update(self) -> None:
         """See responder.Source."""
 
     def place(self, table: Table, service: Service) -> Place:

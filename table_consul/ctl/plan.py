@@ -12,12 +12,11 @@ from typing import NamedTuple
 import msgspec
 
 from table_consul.ctl.entries import Entry, Parsed, Problem
-from table_consul.ctl.files import KEY_MAX_BYTES
-from table_consul.errors import EntryError, printable
+from table_consul.errors import UNDECODABLE, EntryError, printable
 from table_consul.kv import is_url_safe
-from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries, EntriesBuilder
-from table_consul.services.values import MissingFields, parse_value
+from table_consul.services.values import parse_value
 
 # Consul takes 512 KB a transaction (txn_max_req_len), in base64 and with the key; smtpd takes far less.
 VALUE_MAX_BYTES = 376 << 10
@@ -122,7 +121,7 @@ class _Reading:
 
     def belongs(self, key: bytes) -> bool:
         """Whether the entry is one of this service: a folder may hold records that say nothing for it."""
-        return not isinstance(self._builder.refused.get(fold_key(key)), MissingFields)
+        return fold_key(key) not in self._builder.incomplete
 
 
 def plan(
@@ -257,7 +256,7 @@ def _record(table: Table, service: Service, value: bytes) -> dict[str, object] |
         return None
     try:
         return msgspec.json.decode(value, type=dict[str, object])
-    except (ValueError, RecursionError):
+    except UNDECODABLE:
         return None
 
 
@@ -283,8 +282,8 @@ def _unfit(path: bytes, changes: Sequence[Change], lines: Mapping[bytes, int], s
                 )
                 if service.name == "relayhost" and b"://" in name:
                     text += '; make it the value of a key of your own choice, and set fetch = "values"'
-            elif len(name) > KEY_MAX_BYTES and not service.patterns:
-                text = f"the key has {len(name)} bytes, and smtpd asks for {KEY_MAX_BYTES} at most"
+            elif len(name) > MAX_KEY_BYTES and not service.patterns:
+                text = f"the key has {len(name)} bytes, and smtpd asks for {MAX_KEY_BYTES} at most"
         if value is not None and len(value) > VALUE_MAX_BYTES:
             text = f"the value has {len(value)} bytes, and a transaction of Consul's takes {VALUE_MAX_BYTES} of it"
         if text:
@@ -310,4 +309,4 @@ def _judged(
 def _complaints(table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> Iterator[str]:
     bucket = Entries(table, service, pairs)
     for problem in bucket.problems:
-        yield problem.removeprefix(printable(bucket.path))
+        yield str(problem).removeprefix(printable(bucket.path))

@@ -16,14 +16,11 @@ import msgspec
 from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, pass_config
 from table_consul.errors import SourceError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
-from table_consul.services import fold_key
+from table_consul.services import MAX_KEY_BYTES, fold_key
 
 if TYPE_CHECKING:
     from table_consul.config import Config
     from table_consul.ctl.tracing import Step
-
-# smtpd: table.c, table_lookup: its buffer for the key in lower case, less the NUL.
-KEY_BYTES = 1023
 
 
 @click.command("query")
@@ -146,8 +143,8 @@ class _Asker:
 
     def ask(self, key: bytes) -> Reply:
         """The reply to smtpd; an error, too, for what smtpd does not ask."""
-        if len(key) > KEY_BYTES:
-            return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {KEY_BYTES}")
+        if len(key) > MAX_KEY_BYTES:
+            return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}")
         # smtpd leaves a password as it is, and the responder folds the user.
         folded = key if self.service == "auth" else fold_key(key)
         return self._responder.answer(Request(self.operation, b"1", self.table, self.service, folded), time.monotonic())

@@ -44,7 +44,7 @@ class Trace:
         self._asked[-1] = (table, service, bucket)
         return bucket
 
-    def update(self, deadline: float) -> None:
+    def update(self) -> None:
         """See responder.Source."""
 
     def explain(self, op: str, key: bytes) -> list[Step]:
@@ -86,9 +86,9 @@ class Trace:
             if entry == DEFAULT_KEY and service.default and b"%" in bucket.values.get(entry, b""):
                 yield Step("value", "%u, %n, %d in the home are filled in")
         told = {f"{printable(folder + name)}: " for name in (entry, stored)}
-        for problem in bucket.problems:
+        for problem in map(str, bucket.problems):
             for head in told:
-                if problem.startswith(head) and entry not in bucket.refused:  # that is the answer itself
+                if problem.startswith(head) and entry not in bucket.errors:  # that is the answer itself
                     yield Step("problem", problem.removeprefix(head))
 
     def _spelling(self, entries: Stored, folder: bytes) -> dict[bytes, bytes]:
@@ -104,7 +104,7 @@ def _number(entries: int) -> str:
 
 def _entry(bucket: Entries, key: bytes) -> tuple[bytes | None, str]:
     """The entry that answers for the key, and why if it is not the key itself."""
-    default = DEFAULT_KEY in bucket.values or DEFAULT_KEY in bucket.refused
+    default = DEFAULT_KEY in bucket.values or DEFAULT_KEY in bucket.errors
     if bucket.service.default and default and bucket.uses_default(key) and key != DEFAULT_KEY:
         return DEFAULT_KEY, ", which answers for all who have none of their own"
     entry = bucket.find(key)

@@ -19,6 +19,7 @@ from table_consul import kv
 from table_consul.backoff import delay
 from table_consul.ctl.plan import Change, Stored
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
+from table_consul.sources import PROBE
 from table_consul.transport import Answer, Transport
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ READ_SECONDS = 60.0
 WRITE_SECONDS = 10.0
 # An election of a new leader takes less, and so does the time in which a limit of Consul's says 429.
 PATIENCE_SECONDS = 15.0
-# Any name will do to learn whether a folder may be read at all.
-_PROBE = b"-"
 
 
 class _Entry(msgspec.Struct, rename="pascal", gc=False):
@@ -114,7 +113,7 @@ class Store(kv.Client):
 
         # ACLs make a list look shorter, or empty, without an error; only the read of one key says 403. It also tells
         # sooner than a list, which may take long, that nobody answers.
-        self.get(path + _PROBE, timeout=WRITE_SECONDS)
+        self.get(path + PROBE, timeout=WRITE_SECONDS)
         return self._read(path, accept, READ_SECONDS, recurse=True)
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[tuple[Change, str]]:

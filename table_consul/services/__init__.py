@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import msgspec
 
+# smtpd asks for no longer key, and its own tables hold none (smtpd: table.c, table_lookup: char lkey[1024]).
+MAX_KEY_BYTES = 1023
+
 
 class Service(NamedTuple):
     """One thing that smtpd asks tables for (smtpd: smtpd-api.h, enum table_service)."""

@@ -16,12 +16,12 @@ from types import MappingProxyType
 from typing import Protocol
 
 from table_consul.errors import EntryError
+from table_consul.services import MAX_KEY_BYTES
 from table_consul.services.match import (
     DELIMITER,
     DOTTED,
     IPV4_BITS,
     IPV6_BITS,
-    KEY_BYTES,
     MAILADDR_PART_BYTES,
     TOO_LONG,
     inet_net_pton,
@@ -127,7 +127,7 @@ class Domains:
         self._wildcards = _Wildcards()
         self._others: list[tuple[bytes, list[bytes]]] = []
         for entry in entries:
-            if len(entry) > KEY_BYTES:
+            if len(entry) > MAX_KEY_BYTES:
                 self.problems.append((entry, TOO_LONG))
             elif b"*" not in entry:
                 self._exact.add(entry.lower(), entry)
@@ -214,7 +214,7 @@ class Networks:
                 rival = rivals.setdefault(number, entry)
                 if entry < rival:
                     rivals[number] = entry
-            elif len(entry) > KEY_BYTES:
+            elif len(entry) > MAX_KEY_BYTES:
                 self.problems.append((entry, TOO_LONG))
             else:
                 self._words.add(entry.lower(), entry)
@@ -248,7 +248,7 @@ class HostAddresses:
         self._exact: set[bytes] = set()
         self._addresses: dict[int | tuple[int, bytes], bytes] = {}
         for entry in entries:
-            if len(entry) > KEY_BYTES:
+            if len(entry) > MAX_KEY_BYTES:
                 self.problems.append((entry, TOO_LONG))
             elif (address := parse_sockaddr(entry)) is not None:
                 rival = self._addresses.setdefault(address, entry)

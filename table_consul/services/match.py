@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# smtpd: table_static.c, table_static_priv_add. A longer key cannot get into a table there, nor be asked for.
-KEY_BYTES = 1023
+from table_consul.services import MAX_KEY_BYTES
+
 # smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE and SMTPD_MAXDOMAINPARTSIZE, without the NUL.
 MAILADDR_PART_BYTES = 255
 # smtpd.conf(5), subaddressing-delimiter: its default, as smtpd does not tell a table which one it uses.
 DELIMITER = b"+"
 
-TOO_LONG = f"smtpd takes no key of more than {KEY_BYTES} bytes; shorten it"
+TOO_LONG = f"smtpd takes no key of more than {MAX_KEY_BYTES} bytes; shorten it"
 
 
 def hostname_match(hostname: bytes, pattern: bytes) -> bool:
@@ -137,7 +137,7 @@ def text_to_netaddr(text: bytes) -> tuple[int, int, int] | None:
 
     None when smtpd would refuse it. The length stands within the brackets: ``[2001:db8::/32]``.
     """
-    if len(text) > KEY_BYTES:
+    if len(text) > MAX_KEY_BYTES:
         return None
     if text[:5].lower() == b"ipv6:":
         text = text[5:]

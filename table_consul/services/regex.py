@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Protocol
 
 from table_consul.errors import EntryError
-from table_consul.services.match import KEY_BYTES, TOO_LONG
+from table_consul.services import MAX_KEY_BYTES
+from table_consul.services.match import TOO_LONG
 
 CODES = {
     name: frozenset(members)
@@ -263,7 +264,7 @@ def regcomp(pattern: bytes) -> Regex:
     Raises:
         EntryError: it is no such expression, or one that has no answer in linear time; the text says the remedy.
     """
-    if len(pattern) > KEY_BYTES:
+    if len(pattern) > MAX_KEY_BYTES:
         raise EntryError(TOO_LONG)
     re2 = _re2()
     if re2 is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from table_consul.errors import EntryError
+from table_consul.errors import UNDECODABLE, EntryError
 from table_consul.services import passwords
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _lines(raw: bytes) -> list[bytes] | None:
     try:
         decoded = msgspec.json.decode(raw, type=str | list[str])
         return [line.encode() for line in ([decoded] if isinstance(decoded, str) else decoded)]
-    except ValueError:  # msgspec's DecodeError, and what is no UTF-8
+    except UNDECODABLE:
         return None
 
 
@@ -101,7 +101,7 @@ def _record(raw: bytes, *, strict: bool) -> dict[str, object] | None:
     """
     try:
         return msgspec.json.decode(raw, type=dict[str, object])
-    except (ValueError, RecursionError):
+    except UNDECODABLE:
         if strict or raw[1:].lstrip()[:1] in (b'"', b"'"):
             raise EntryError("the value begins as a JSON object, but is none") from None
         return None

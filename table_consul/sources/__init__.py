@@ -7,6 +7,9 @@ from typing import Protocol
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 
+# Reading this key tells whether a folder may be read (404) or not (403), which a list does not. Any name would do.
+PROBE = b"-"
+
 
 class Source(Protocol):
     """Where buckets come from."""
@@ -21,7 +24,7 @@ class Source(Protocol):
         """
         ...
 
-    def update(self, deadline: float) -> None:
+    def update(self) -> None:
         """Read configuration, token and data anew.
 
         Raises:

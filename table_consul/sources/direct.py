@@ -14,13 +14,12 @@ from table_consul.errors import Forbidden, SourceError, Unreachable, printable
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.services.values import DEFAULT_KEY
+from table_consul.sources import PROBE
 
 T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
 
-# An empty list proves nothing: Consul leaves out what the token may not read. Reading one key tells (404 or 403).
-PROBE = b"-"
 # Pattern services are matched against the whole bucket, which several rules of one mail ask for in a row.
 KEEP_SECONDS = 1.0
 # Problems are told once; a bound on how many are remembered.
@@ -59,7 +58,7 @@ class DirectSource:
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left))
         return [] if pair is None else [(key, pair.value)]
 
-    def update(self, deadline: float) -> None:  # noqa: ARG002 - nothing here waits
+    def update(self) -> None:
         """Forget what is kept, read the token anew, and try Consul again at once."""
         self._kept.clear()
         self._breaker.not_before = 0.0
@@ -81,8 +80,8 @@ class DirectSource:
         bucket = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
         self._kept[place] = (self._clock() + KEEP_SECONDS, bucket)
         for problem in bucket.problems:
-            if problem not in self._told and len(self._told) < REMEMBERED:
-                self._told.add(problem)
+            if str(problem) not in self._told and len(self._told) < REMEMBERED:
+                self._told.add(str(problem))
                 log.warning("%s", problem)
         return bucket
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from table_consul.errors import SourceError
+from table_consul.errors import UNDECODABLE, SourceError
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 
@@ -43,7 +43,7 @@ def read_export(data: bytes) -> list[tuple[bytes, bytes | None]]:
     """
     try:
         return [(entry.key.encode(), b64decode(entry.value or "", validate=True)) for entry in _decoder.decode(data)]
-    except (ValueError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise SourceError(f"this is no output of `consul kv export`: {error}") from None
 
 
@@ -154,7 +154,7 @@ class FileSource:
                 log.warning("%s", problem)
         return bucket
 
-    def update(self, deadline: float) -> None:  # noqa: ARG002
+    def update(self) -> None:
         """Read the file again even if it looks the same.
 
         Raises:

@@ -14,6 +14,7 @@ import msgspec
 from table_consul.errors import SourceError, Unreachable, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries, EntriesBuilder
+from table_consul.sources import PROBE
 
 # Between the ends of two queries: a burst of edits is read as a few. Half of the edits are seen sooner than that.
 LEAST_PAUSE_SECONDS = 0.02
@@ -25,8 +26,6 @@ MOST_WAIT_SECONDS = 60.0
 KEYS_PER_WAIT_SECOND = 1000
 # How many lost keys are asked for where Consul says that it hides some: a guess at what was deleted and what is hidden.
 PROOFS = 8
-# Any name will do to learn whether a folder may be read at all.
-PROBE = b"-"
 
 
 class TooManyKeys(SourceError):
@@ -78,8 +77,8 @@ def wait_seconds(keys: int, max_age: float) -> float:
 class Snapshot(msgspec.Struct, frozen=True):
     """The buckets below one prefix at one moment, by the name of their service. Never changed."""
 
-    buckets: Mapping[str, Entries]
-    hidden: Mapping[str, SourceError]
+    entries: Mapping[str, Entries]
+    forbidden: Mapping[str, SourceError]
     """Services whose bucket may not be read: what looks absent from it may be there."""
     restored: bool = False
     """It comes from a copy on disk; Consul has proven nothing of it to this process."""
@@ -87,12 +86,12 @@ class Snapshot(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """How many entries there are."""
-        return sum(len(bucket) for bucket in self.buckets.values())
+        return sum(len(bucket) for bucket in self.entries.values())
 
 
 def unverified_services(services: Iterable[str], former: Snapshot | None) -> list[str]:
     """Those services of which it is not known whether their folder may be read at all."""
-    return [name for name in services if former is None or former.restored or name in former.hidden]
+    return [name for name in services if former is None or former.restored or name in former.forbidden]
 
 
 class AbsenceCheck(NamedTuple):
@@ -121,7 +120,7 @@ class SnapshotBuilder:
         """
         self._former = former
         self._builders = [
-            EntriesBuilder(table, SERVICES[name], None if former is None else former.buckets[name]) for name in services
+            EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
         ]
         self._prefix = prefix
         self._limit = table.max_keys
@@ -156,17 +155,17 @@ class SnapshotBuilder:
         former = self._former
         for builder in self._builders:
             name = builder.service.name
-            lost = (builder.path + key for key in builder.lost())
+            lost = (builder.path + key for key in builder.missing_keys())
             asked = [key for key, _ in zip(filter(is_url_safe, lost), range(PROOFS if filtered else 1), strict=False)]
             for key in asked:
                 yield AbsenceCheck(name, key, held=True)
             if asked or name in self._hidden or PROBE in builder.values:
                 continue
-            held = former is not None and name not in former.hidden and len(former.buckets[name]) > 0
-            if filtered or (held and not builder.values and not builder.refused):
+            held = former is not None and name not in former.forbidden and len(former.entries[name]) > 0
+            if filtered or (held and not builder.values and not builder.errors):
                 yield AbsenceCheck(name, builder.path + PROBE, held)
 
-    def hide(self, service: str, error: SourceError) -> None:
+    def mark_forbidden(self, service: str, error: SourceError) -> None:
         """Note that the bucket of this service could not be read: what is not in it may be there all the same."""
         self._hidden[service] = error
 
@@ -177,8 +176,8 @@ class SnapshotBuilder:
         if (
             former is not None
             and not former.restored
-            and former.hidden.keys() == self._hidden.keys()
-            and all(bucket is former.buckets[name] for name, bucket in buckets.items())
+            and former.forbidden.keys() == self._hidden.keys()
+            and all(bucket is former.entries[name] for name, bucket in buckets.items())
         ):
             return former
         return Snapshot(buckets, self._hidden, restored)
@@ -214,6 +213,6 @@ class Mirror:
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
-        if service in snapshot.hidden and (key is None or not snapshot.buckets[service].has_own_entry(key)):
-            raise snapshot.hidden[service].with_traceback(None)
-        return snapshot.buckets[service]
+        if service in snapshot.forbidden and (key is None or not snapshot.entries[service].has_own_entry(key)):
+            raise snapshot.forbidden[service].with_traceback(None)
+        return snapshot.entries[service]

@@ -63,12 +63,12 @@ class SnapshotFile:
             self._touch()
         if writer is None:
             return
-        if not self.outdated or any(snapshot.buckets[name] for name in snapshot.hidden):
+        if not self.outdated or any(snapshot.entries[name] for name in snapshot.forbidden):
             writer.abandon()  # of a bucket that is known in part the copy would be worse than an older one
             return
         try:
             # A folder marks a bucket as known wholly: without it an empty one proves nothing when this is read again.
-            known = (name for name in self._services if name not in snapshot.hidden)
+            known = (name for name in self._services if name not in snapshot.forbidden)
             writer.take([(path, b"") for path in paths(self._table, known).values()])
             writer.finish()
         except OSError as error:

@@ -17,9 +17,9 @@ from table_consul.errors import BadResponse, Forbidden, SourceError, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.shortcut import Known
+from table_consul.sources import PROBE
 from table_consul.sources.export import AtomicWriter
 from table_consul.sources.mirror import (
-    PROBE,
     AbsenceCheck,
     Mirror,
     QueryResult,
@@ -88,7 +88,7 @@ class Watch(threading.Thread):
         self.outage = former.outage  # so that its end is told, too
         if former.mirror.state is not None:
             snapshot, confirmed = former.mirror.state
-            self.mirror.confirm(Snapshot(snapshot.buckets, snapshot.hidden, restored=True), confirmed)
+            self.mirror.confirm(Snapshot(snapshot.entries, snapshot.forbidden, restored=True), confirmed)
         return True
 
     def stop(self) -> None:
@@ -216,7 +216,7 @@ class Watch(threading.Thread):
             if doubt.held:
                 raise Forbidden(f"{printable(doubt.key)} is not listed, and may not be read: {error}") from None
             path = self._table.path(SERVICES[doubt.service])
-            loading.hide(doubt.service, Forbidden(f"{printable(path)} may not be read: {error}"))
+            loading.mark_forbidden(doubt.service, Forbidden(f"{printable(path)} may not be read: {error}"))
             return
         if pair is not None:
             raise BadResponse(f"{printable(doubt.key)} is there, but Consul does not list it")
@@ -238,11 +238,11 @@ class Watch(threading.Thread):
         self.reloads += 1
         if former is None:
             log.info("%s: %d entries from Consul at %s", printable(self.prefix), snapshot.size, self._client.address)
-        if snapshot.hidden.keys() != (set() if former is None else former.hidden.keys()):
-            names = ", ".join(snapshot.hidden) or "nothing any more"
+        if snapshot.forbidden.keys() != (set() if former is None else former.forbidden.keys()):
+            names = ", ".join(snapshot.forbidden) or "nothing any more"
             log.warning("%s: Consul lets this token not read: %s; answering error there", printable(self.prefix), names)
-        for name, bucket in snapshot.buckets.items():
-            told = set() if former is None else set(former.buckets[name].problems)
+        for name, bucket in snapshot.entries.items():
+            told = set() if former is None else set(former.entries[name].problems)
             for problem in bucket.problems:
                 if problem not in told:
                     log.warning("%s", problem)
@@ -328,11 +328,11 @@ class MirrorSource:
         if state is None or self._watches[service].too_large:
             return None
         snapshot, confirmed = state
-        if service in snapshot.hidden or snapshot.restored:
+        if service in snapshot.forbidden or snapshot.restored:
             return None
-        return Known(mirror, state, snapshot.buckets[service].values, confirmed + mirror.max_age)
+        return Known(mirror, state, snapshot.entries[service].values, confirmed + mirror.max_age)
 
-    def update(self, deadline: float) -> None:  # noqa: ARG002
+    def update(self) -> None:
         """Have the watches read token and TLS files anew and, if any of them is pausing, try again at once.
 
         Raises:

@@ -184,7 +184,7 @@ def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
 
 def test_an_update_forgets_what_was_kept(network, direct):
     first = network()
-    direct.update(0.0)
+    direct.update()
     assert network() is not first
 
 
@@ -238,14 +238,14 @@ def test_a_refusal_proves_that_consul_is_back(client, direct, caplog):
 
 def test_an_update_reads_the_token_and_tries_consul_again_at_once(client, direct):
     failing(client, direct, Unreachable("connection refused"))
-    direct.update(0.0)
+    direct.update()
     assert (bucket(direct).lookup(b"root"), client.tokens) == (b"gilles", 1)
 
 
 def test_an_update_says_when_the_token_cannot_be_read(client, direct):
     client.error = SourceError("token file: gone")
     with pytest.raises(SourceError, match="token file: gone"):
-        direct.update(0.0)
+        direct.update()
 
 
 @pytest.mark.parametrize("left", [0.0, -1.0])

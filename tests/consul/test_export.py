@@ -183,7 +183,7 @@ def test_problems_of_entries_are_told_once_a_version(folder, source, caplog):
 
 def test_an_update_reads_again_what_looks_the_same(source):
     first = bucket(source)
-    source.update(0.0)
+    source.update()
     assert first is not bucket(source)
 
 
@@ -191,7 +191,7 @@ def test_an_update_with_a_bad_file_is_an_error_and_the_last_good_version_answers
     bucket(source)
     spoil(folder)
     with pytest.raises(SourceError, match="this is no output"):
-        source.update(0.0)
+        source.update()
     assert bucket(source).lookup(b"root") == b"gilles"
 
 

@@ -134,7 +134,7 @@ def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch()
         made.take(pairs[:cut])
         made.take(pairs[cut:])
         found = made.finish()
-        assert {name: dict(bucket.values) for name, bucket in found.buckets.items()} == {
+        assert {name: dict(bucket.values) for name, bucket in found.entries.items()} == {
             "alias": {b"a": b"1", b"b": b"2"},
             "domain": {b"c": b"3"},
             "string": {},
@@ -146,7 +146,7 @@ def test_two_services_may_share_one_folder():
     table = Table("t", services=("alias", "string"), paths={"string": "t/alias"})
     made = SnapshotBuilder(table, b"t/", table.services, None, {})
     made.take([(b"t/alias/a", b"1")])
-    assert {name: bucket.lookup(b"a") for name, bucket in made.finish().buckets.items()} == {
+    assert {name: bucket.lookup(b"a") for name, bucket in made.finish().entries.items()} == {
         "alias": b"1",
         "string": b"1",
     }
@@ -156,7 +156,7 @@ def test_a_path_elsewhere_is_a_prefix_of_its_own():
     table = Table("t", services=("alias",), paths={"alias": "shared/people"})
     made = SnapshotBuilder(table, b"shared/people/", table.services, None, {})
     made.take([(b"shared/people/a", b"1")])
-    assert made.finish().buckets["alias"].lookup(b"a") == b"1"
+    assert made.finish().entries["alias"].lookup(b"a") == b"1"
 
 
 def test_the_same_contents_keep_the_same_snapshot():
@@ -168,8 +168,8 @@ def test_a_bucket_that_has_not_changed_is_kept_when_another_has():
     former = snapshot(BOTH)
     latter = snapshot([(ROOT[0], b"eric"), BOTH[1]], former)
     assert latter is not former
-    assert latter.buckets["domain"] is former.buckets["domain"]
-    assert latter.buckets["alias"].lookup(b"root") == b"eric"
+    assert latter.entries["domain"] is former.entries["domain"]
+    assert latter.entries["alias"].lookup(b"root") == b"eric"
 
 
 def test_a_table_may_have_max_keys_entries_and_not_one_more():
@@ -244,7 +244,7 @@ def test_a_bucket_is_hidden_whose_folder_could_not_be_read_before_and_is_tried_a
 def test_a_bucket_may_turn_out_to_be_hidden_afterwards():
     made = loading([BOTH[1]], snapshot([BOTH[1]]))
     assert next(made.absence_checks(is_url_safe, filtered=True)) == AbsenceCheck("alias", ALIAS + b"-", held=False)
-    made.hide("alias", Forbidden("may not be read"))
+    made.mark_forbidden("alias", Forbidden("may not be read"))
     assert list(made.finish().hidden) == ["alias"]
 
 
@@ -289,7 +289,7 @@ def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets()
     latter = snapshot(BOTH, former)
     assert latter is not former
     assert not latter.restored
-    assert latter.buckets["alias"] is former.buckets["alias"]
+    assert latter.entries["alias"] is former.entries["alias"]
 
 
 # ---- the mirror ----
@@ -320,7 +320,7 @@ def test_a_confirmation_makes_it_young_again():
     kept = snapshot(BOTH)
     held.confirm(kept, 100.0)
     held.confirm(kept, 200.0)
-    assert held.entries("alias", b"root", 205.0) is kept.buckets["alias"]
+    assert held.entries("alias", b"root", 205.0) is kept.entries["alias"]
 
 
 def test_a_reader_keeps_its_snapshot_while_another_takes_its_place():

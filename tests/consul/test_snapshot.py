@@ -47,8 +47,8 @@ def age(copy):
 def test_what_is_written_is_restored(copy):
     snapshot = write(copy)
     restored, _ = copy.restored()
-    assert {name: bucket.values for name, bucket in restored.buckets.items()} == {
-        name: bucket.values for name, bucket in snapshot.buckets.items()
+    assert {name: bucket.values for name, bucket in restored.entries.items()} == {
+        name: bucket.values for name, bucket in snapshot.entries.items()
     }
     assert restored.restored
 

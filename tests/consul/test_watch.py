@@ -419,7 +419,7 @@ def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, max_keys=1))
     for _ in range(3):
         asked = len(fake.requests)
-        source.update(time.monotonic() + 2)
+        source.update()
         for _ in eventually("it was tried again", 10):
             if len(fake.requests) > asked and source.watches[0].too_large:
                 break
@@ -452,7 +452,7 @@ def test_a_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it
     asked = len(fake.requests)
     assert (told(source), told(source, b"nobody"), len(fake.requests) - asked) == (b"gilles", None, 2)
     fake.delete(ALIAS + b"one too many")
-    source.update(time.monotonic() + 2)
+    source.update()
     for _ in eventually("no longer too large", 10):
         if not one.too_large:
             break
@@ -727,7 +727,7 @@ def test_an_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
     with pytest.raises(Unreachable):
         told(source)
     fake.start()
-    source.update(time.monotonic() + 2)
+    source.update()
     for _ in eventually("it is back", 10):
         with contextlib.suppress(SourceError):
             assert told(source) == b"gilles"
@@ -742,11 +742,11 @@ def test_an_update_reads_the_token_file_again_and_says_when_it_cannot(fake, sour
     assert told(source) == b"gilles"
     path.unlink()
     with pytest.raises(SourceError, match="token file"):
-        source.update(time.monotonic() + 2)
+        source.update()
     assert told(source) == b"gilles"
     path.write_text("second")
     fake.token = "second"
-    source.update(time.monotonic() + 2)
+    source.update()
     fake.put(ROOT, b"eric")
     for _ in eventually("the edit", 10):
         if told(source) == b"eric":
@@ -770,7 +770,7 @@ def test_an_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
     assert told(source) == b"gilles"
     source.box[0] = ConfigError("no TOML")
     with pytest.raises(ConfigError, match="no TOML"):
-        source.update(time.monotonic() + 2)
+        source.update()
     fake.put(ROOT, b"eric")
     for _ in eventually("the edit", 10):
         if told(source) == b"eric":
@@ -783,7 +783,7 @@ def test_an_update_with_another_address_answers_from_there(fake, sources):
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         source.box[0] = Config(None, consul=ConsulConfig(addresses=(other.address,)), defaults=TABLE)
-        source.update(time.monotonic() + 2)
+        source.update()
         assert told(source) == b"eric"
 
 
@@ -792,7 +792,7 @@ def test_an_update_from_an_address_where_nothing_was_ever_read(fake, sources):
     with pytest.raises(Unreachable):
         told(source)
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
-    source.update(time.monotonic() + 2)
+    source.update()
     assert told(source) == b"gilles"
 
 
@@ -802,7 +802,7 @@ def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(f
     fake.stop()
     settings = ConsulConfig(addresses=(fake.address, closed()))
     source.box[0] = Config(None, consul=settings, defaults=TABLE)
-    source.update(time.monotonic() + 2)
+    source.update()
     assert (told(source), told(source, b"nobody")) == (b"gilles", None)
     fake.start()
     fake.put(ROOT, b"eric")
@@ -821,7 +821,7 @@ def test_an_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, capl
             break
     fake.start()
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed())), defaults=TABLE)
-    source.update(time.monotonic() + 2)
+    source.update()
     assert told(source) == b"gilles"
     for _ in eventually("its end is told", 10):
         if any(" back after " in line for line in caplog.messages):
@@ -834,7 +834,7 @@ def test_entries_judged_by_other_rules_are_not_taken_over(fake, sources):
     assert told(source) == b"|sh"
     fake.stop()
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
-    source.update(time.monotonic() + 2)
+    source.update()
     with pytest.raises(SourceError):
         told(source)
 

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from table_consul.services import regex
+from table_consul.services import MAX_KEY_BYTES, regex
 from table_consul.services.index import INDEXES, Addresses, Domains, HostAddresses, Networks, Regexes
 from table_consul.services.match import (
-    KEY_BYTES,
     addrname_match,
     table_domain_match,
     table_mailaddr_match,
@@ -238,7 +237,7 @@ def test_expressions_mean_what_glibc_takes_them_for(entry, matching, other):
     [
         b"(a)\\1", b"\\<a", b"(a", b"[a", b"[[:alpha:", b"[[.a", b"[[:nope:]]", b"[[.ab.]]", b"[b-a]", b"[a-z-9]",
         b"[a-[:digit:]]", b"*a", b"^*", b"a|*b", b"(?:a)", b"a{", b"a{}", b"a{x}", b"a{2,1}", b"{2}", b"a{1001}",
-        b"a\\", b"((a{500}){500}){500}", b"(" * 500 + b")" * 500 + b"(", b"a" * (KEY_BYTES + 1),
+        b"a\\", b"((a{500}){500}){500}", b"(" * 500 + b")" * 500 + b"(", b"a" * (MAX_KEY_BYTES + 1),
     ],
 )  # fmt: skip
 def test_an_expression_without_answer_is_a_problem_and_harms_no_other(entry):
@@ -280,14 +279,14 @@ def test_a_set_that_runs_out_of_memory_gives_the_same_answers(monkeypatch, memor
         ("netaddr", b"example.org"),
         ("netaddr", b"192.0.2.0/33"),
         ("netaddr", b"[2001:db8::]/32"),
-        ("netaddr", b"1" * (KEY_BYTES + 1)),
+        ("netaddr", b"1" * (MAX_KEY_BYTES + 1)),
         ("addrname", b"example.org"),
         ("addrname", b"192.0.2"),
         ("addrname", b"192.0.2.256"),
-        ("addrname", b"1" * (KEY_BYTES + 1)),
+        ("addrname", b"1" * (MAX_KEY_BYTES + 1)),
         ("mailaddr", b"u" * 256 + b"@example.org"),
         ("mailaddr", b"@" + b"h" * 256),
-        ("domain", b"h" * (KEY_BYTES + 1)),
+        ("domain", b"h" * (MAX_KEY_BYTES + 1)),
     ],
 )
 def test_an_entry_that_smtpd_could_not_use_is_told_once(service, entry):

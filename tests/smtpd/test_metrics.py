@@ -281,8 +281,8 @@ def test_an_error_of_one_cause_is_one_series_and_no_token_is_in_it():
 
 def test_services_that_may_not_be_read_are_told_apart():
     snapshot = SimpleNamespace(
-        buckets={"alias": SimpleNamespace(refused={}), "domain": SimpleNamespace(refused={})},
-        hidden={"domain": 1},
+        entries={"alias": SimpleNamespace(refused={}), "domain": SimpleNamespace(refused={})},
+        forbidden={"domain": 1},
         size=1,
     )
     mirror = SimpleNamespace(state=(snapshot, time.monotonic() - 30), max_age=600.0)

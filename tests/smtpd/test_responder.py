@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError, TableConsulError, Unreachable
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
-from table_consul.responder import UPDATE_SECONDS, Responder
+from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
 from table_consul.services.entries import Entries
 
@@ -31,8 +31,8 @@ class Scripted:
         entries = self.services.get(service.name, {})
         return Entries(table, service, entries.items() if isinstance(entries, dict) else ((e, b"") for e in entries))
 
-    def update(self, deadline):
-        self.asked.append(deadline)
+    def update(self):
+        self.asked.append(None)
         if self.error is not None:
             raise self.error
 
@@ -103,7 +103,7 @@ def test_a_fetch_asks_for_the_whole_bucket():
 
 def test_an_update_reaches_the_source_with_a_deadline():
     source = Scripted()
-    assert (Updated(), [ARRIVED + UPDATE_SECONDS]) == (ask(source, "update", ""), source.asked)
+    assert (Updated(), [None]) == (ask(source, "update", ""), source.asked)
 
 
 def test_what_the_package_does_not_raise_on_purpose_is_left_to_the_loop():

@@ -53,7 +53,7 @@ class Scripted:
             raise self.errors[key]
         return Entries(table, service, self.stored.items() if service.name == "alias" else ())
 
-    def update(self, deadline):
+    def update(self):
         if None in self.errors:
             raise self.errors[None]
 

@@ -62,7 +62,7 @@ class MirrorSource:
         if table != "consul" or service not in ("alias", "string"):
             return None
         found, confirmed = self.mirror.state
-        return Known(self.mirror, self.mirror.state, found.buckets[service].values, confirmed + TABLE.max_age)
+        return Known(self.mirror, self.mirror.state, found.entries[service].values, confirmed + TABLE.max_age)
 
 
 def served(source, *chunks, know=None):

@@ -133,7 +133,7 @@ def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
     loader = Loader(ConfigError("FILE: key: no"))
     found = Tables(loader)
     loader.config = Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",)))
-    found.update(0.0)
+    found.update()
     assert (found.broken, lookup(found, "aliases")) == (None, b"gilles")
 
 
@@ -143,7 +143,7 @@ def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
     before = lookup(found, "aliases")
     loader.config = ConfigError("FILE: key: no")
     with pytest.raises(ConfigError, match="FILE: key: no"):
-        found.update(0.0)
+        found.update()
     assert (before, lookup(found, "aliases")) == (b"gilles", b"gilles")
 
 
@@ -153,7 +153,7 @@ def test_an_update_brings_other_permissions_into_force(tmp_path):
     found = Tables(loader)
     before = lookup(found, "aliases", b"command")
     loader.config = Config(path=None, consul=file)
-    found.update(0.0)
+    found.update()
     with pytest.raises(Exception, match="set allow_commands = true"):
         lookup(found, "aliases", b"command")
     assert before == b"|/bin/sh"
@@ -164,7 +164,7 @@ def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
     lookup(found, "aliases")
     (tmp_path / "export.json").write_text("{")
     with pytest.raises(SourceError, match="this is no output"):
-        found.update(0.0)
+        found.update()
     assert lookup(found, "aliases") == b"gilles"
 
 
@@ -216,7 +216,7 @@ def test_an_update_of_the_configuration_closes_the_connection_of_the_former(open
     found = opened('mode = "direct"', address=unused)
     former = found._source(found.table("t"), ALIAS)
     write_config(tmp_path, 'mode = "direct"', "max_age = 7", address=unused)
-    found.update(0.0)
+    found.update()
     assert closed == [former]
 
 
@@ -224,14 +224,14 @@ def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_
     found = opened(address=unused)
     found.prepare("t")
     write_config(tmp_path, "max_age = 7", address=unused)
-    found.update(0.0)
+    found.update()
     assert [name for name, _ in found.watches()] == ["t"]
 
 
 def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     made = [found._source(found.table(name), ALIAS) for name in ("a", "large")]
-    found.update(0.0)
+    found.update()
     assert made == [found._source(found.table(name), ALIAS) for name in ("a", "large")]
 
 
@@ -239,7 +239,7 @@ def test_an_update_of_what_has_changed_makes_every_source_anew(opened, unused, t
     found = opened(address=unused)
     made = found._source(found.table("a"), ALIAS)
     opened("deadline = 1", address=unused)
-    found.update(0.0)
+    found.update()
     assert made is not found._source(found.table("a"), ALIAS)
 
 

@@ -235,7 +235,7 @@ def hidden(pairs=(BOTH[1],), former=None):
 
 
 def test_a_bucket_is_hidden_whose_folder_could_not_be_read_before_and_is_tried_again_each_time():
-    assert list(hidden().hidden) == ["alias"]
+    assert list(hidden().forbidden) == ["alias"]
     assert unverified_services(TABLE.services, hidden()) == ["alias"]
     made = loading([BOTH[1]], hidden(), forbidden={"alias": Forbidden("still")})
     assert list(made.absence_checks(is_url_safe, filtered=True)) == [AbsenceCheck("domain", DOMAIN + b"-", held=True)]
@@ -245,7 +245,7 @@ def test_a_bucket_may_turn_out_to_be_hidden_afterwards():
     made = loading([BOTH[1]], snapshot([BOTH[1]]))
     assert next(made.absence_checks(is_url_safe, filtered=True)) == AbsenceCheck("alias", ALIAS + b"-", held=False)
     made.mark_forbidden("alias", Forbidden("may not be read"))
-    assert list(made.finish().hidden) == ["alias"]
+    assert list(made.finish().forbidden) == ["alias"]
 
 
 def test_what_is_hidden_still_is_no_change_and_what_is_no_longer_is_one():

@@ -281,7 +281,7 @@ def test_an_error_of_one_cause_is_one_series_and_no_token_is_in_it():
 
 def test_services_that_may_not_be_read_are_told_apart():
     snapshot = SimpleNamespace(
-        entries={"alias": SimpleNamespace(refused={}), "domain": SimpleNamespace(refused={})},
+        entries={"alias": SimpleNamespace(errors={}), "domain": SimpleNamespace(errors={})},
         forbidden={"domain": 1},
         size=1,
     )

@@ -41,7 +41,7 @@ _BINARY_FORMATS = {
 
 
 class FormatError(TableConsulError):
-    """A file, or one line of it, cannot be imported."""
+    """A file, or a line of it, does not have the format it should have; or entries cannot be written in a format."""
 
 
 class FileEntry(NamedTuple):
@@ -124,13 +124,16 @@ def read(
     """The content of the file in the format ``wanted``; ``path`` and ``below`` are as for `read_export`.
 
     Raises:
-        FormatError: the file as a whole does not have this format.
+        FormatError: the file as a whole does not have this format, or no keys below ``below``.
     """
     refuse_binary(data)
     data = data.removeprefix(_BYTE_ORDER_MARK)
     name = detect_format(data, service) if wanted == "auto" else wanted
     if name == "export":
-        return read_export(data, service, path, below)
+        parsed = read_export(data, service, path, below)
+        if below is not None and not parsed.entries and parsed.left_out:
+            raise FormatError(f"contains no keys below {printable(below)}")
+        return parsed
     if name == "passwd":
         return read_passwd(data, service, record=record)
     if name == "aliases":
@@ -243,6 +246,10 @@ def _reads_back(line: bytes, key: bytes, value: bytes, service: Service, *, list
 _QUOTED_COMMAND = re.compile(rb'(?:(?<=,)|\A)\s*\|"((?:[^"\\]|\\.)*)"\s*(?=,|\Z)')
 # A continuation line that smtpd 7.6 and later would read as an entry of its own in a file: table.
 _OWN_ENTRY = re.compile(rb'"[^"]*"\s*:|[A-Za-z0-9_.+@*=-]+(?:[ \t]*:|[ \t]+[^ \t,])')
+_AMBIGUOUS = (
+    "starts with a blank: aliases(5) continues the line before, a file: table of smtpd starts an entry; choose"
+    " --format aliases or --format table"
+)
 # A line up to a # that is its first byte or follows a blank, and that is neither quoted nor escaped.
 _UNCOMMENTED = re.compile(rb'(?:\\.?|"(?:\\.?|[^"\\])*"?|[^"\\#]|(?<=[^ \t])#)*', re.DOTALL)
 
@@ -269,11 +276,7 @@ def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
         elif not logical:
             problems.append(LineProblem(number, "starts with a blank, but there is no line before it to continue"))
         elif cautious and not after_backslash and not logical[-1][1][-1].endswith(b",") and _OWN_ENTRY.match(part):
-            text = (
-                "starts with a blank: aliases(5) continues the line before, a file: table of smtpd starts an entry;"
-                " choose --format aliases or --format table"
-            )
-            problems.append(LineProblem(number, text))
+            problems.append(LineProblem(number, _AMBIGUOUS))
         else:
             logical[-1][1].append(part)
     parsed = _parse_lines("aliases", ((number, b" ".join(parts)) for number, parts in logical), _alias)
@@ -378,7 +381,9 @@ _EXPORT = msgspec.json.Decoder(list[_Exported])
 
 
 def _decode_export(data: bytes) -> list[tuple[bytes, bytes, int]]:
-    return [(each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in _EXPORT.decode(data)]
+    return [
+        (each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in _EXPORT.decode(data)
+    ]
 
 
 def read_export(data: bytes, service: Service, path: bytes, below: bytes | None = None) -> ParsedFile:
@@ -400,10 +405,7 @@ def read_export(data: bytes, service: Service, path: bytes, below: bytes | None 
         for number, (key, value, flags) in enumerate(exported, 1)
         if key.startswith(folder) and not key.endswith(b"/")
     ]
-    left_out = sum(not key.startswith(folder) for key, _, _ in exported)
-    if below is not None and not entries and left_out:
-        raise FormatError(f"contains no keys below {printable(below)}")
-    return ParsedFile("export", entries, [], left_out)
+    return ParsedFile("export", entries, [], sum(not key.startswith(folder) for key, _, _ in exported))
 
 
 def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:

@@ -222,7 +222,10 @@ def test_record_keeps_an_id_that_is_not_a_number():
         "gid": "9" * 5000,
         "home": "/home/vera",
     }
-    assert {line: "neither" in expected or "UTF-8" in expected for line, expected in problems(parsed).items()} == {2: True, 3: True}
+    assert {line: "neither" in expected or "UTF-8" in expected for line, expected in problems(parsed).items()} == {
+        2: True,
+        3: True,
+    }
 
 
 def test_record_leaves_out_missing_fields():

@@ -54,16 +54,8 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
     help=f"The format of FILE, one of {', '.join(files.FORMATS)}; default: auto.",
 )
 @click.option("--from", "below", metavar="FOLDER", help="With an export: the folder whose keys to import.")
-@click.option(
-    "--record",
-    is_flag=True,
-    help="With a passwd file: write one JSON object per user, for several services with one folder.",
-)
-@click.option(
-    "--token-file",
-    metavar="PATH",
-    help="The ACL token to write with; default: that of the environment, otherwise the configured one.",
-)
+@click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
+@click.option("--token-file", metavar="PATH", help="The ACL token to write with; see above for the default.")
 @as_json
 @pass_config
 def command(  # noqa: PLR0913 - the command line
@@ -87,15 +79,13 @@ def command(  # noqa: PLR0913 - the command line
 
     \b
     FILE may be
-      aliases  aliases(5) of smtpd,
-               Postfix or sendmail
-      table    a file: table of smtpd,
-               mapping or list
+      aliases  aliases(5) of smtpd, Postfix
+               or sendmail
+      table    a file: table of smtpd
       passwd   passwd(5), shadow(5),
                master.passwd(5), or a
                passwd-file of Dovecot
-      export   the output of
-               consul kv export
+      export   of consul kv export
 
     auto reads JSON as export, and a file for alias as aliases. A file for credentials, auth or userinfo is passwd if
     each line has a name and six colons. Everything else is table. If a line could mean either, auto asks for --format.

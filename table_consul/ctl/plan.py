@@ -71,13 +71,10 @@ def duplicate_problems(parsed: ParsedFile, changed: Container[bytes] | None = No
     problems = []
     for entry in parsed.entries:
         former = first.setdefault(fold_key(entry.key), entry)
-        if former is entry or not (
-            changed is None or former.key == entry.key or former.key in changed or entry.key in changed
-        ):
-            continue
-        spelled = "" if former.key == entry.key else f" as {printable(former.key)}"
-        text = f"{printable(entry.key)}: already in {parsed.unit} {former.line}{spelled}"
-        problems.append(LineProblem(entry.line, text))
+        same = former.key == entry.key
+        if former is not entry and (same or changed is None or former.key in changed or entry.key in changed):
+            text = f"{printable(entry.key)}: already in {parsed.unit} {former.line}"
+            problems.append(LineProblem(entry.line, text if same else f"{text} as {printable(former.key)}"))
     return problems
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.files import FormatError
 from table_consul.ctl.main import SERVICE, UNCUT, pass_config
-from table_consul.errors import SourceError, printable
+from table_consul.errors import UNDECODABLE, SourceError, printable
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import EntriesBuilder
 from table_consul.sources.export import open_regular_file, read_bounded
@@ -65,7 +68,7 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
         raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
     stored = [each for each in _stored(settings, table, service) if not each.key.endswith(b"/")]
     if wanted == "export":
-        text = files.export_text((each.key, each.value, each.flags) for each in stored)
+        text = export_text((each.key, each.value, each.flags) for each in stored)
     else:
         text = _table_text(table, service, stored)
     if file == "-":
@@ -92,10 +95,10 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
     name = address.removeprefix("file://")
     try:
         with open(name, "rb", opener=open_regular_file) as file:
-            parsed = files.read_export(read_bounded(file), service, path, path)
-    except FormatError as error:
+            exported = read_export(read_bounded(file))
+    except SourceError as error:
         raise SourceError(f"{printable(name)}: {error}") from None
-    return [plan.Stored(path + each.key, each.value, 0, each.flags) for each in parsed.entries]
+    return [plan.Stored(key, value, 0, flags) for key, value, flags in exported if key.startswith(path)]
 
 
 def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> bytes:
@@ -124,6 +127,36 @@ def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int) -> None:
         click.echo(f"{where}: {what}", err=True)
     if len(problems) > limit:
         click.echo(f"... and {len(problems) - limit} more", err=True)
+
+
+class _Exported(msgspec.Struct):
+    key: str
+    value: str | None = None
+    flags: int = 0
+
+
+_EXPORT = msgspec.json.Decoder(list[_Exported])
+
+
+def read_export(data: bytes) -> list[tuple[bytes, bytes, int]]:
+    """Keys, values and flags of a ``consul kv export``, in its order.
+
+    Raises:
+        SourceError: it is something else, or incomplete.
+    """
+    try:
+        found = _EXPORT.decode(data)
+        return [(each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in found]
+    except UNDECODABLE as error:
+        raise SourceError(f"not the output of `consul kv export`: {printable(str(error))}") from None
+
+
+def export_text(entries: Iterable[tuple[bytes, bytes, int]]) -> bytes:
+    """Keys, values and flags as ``consul kv export`` writes them."""
+    objects = [
+        {"key": key.decode(), "flags": flags, "value": b64encode(value).decode()} for key, value, flags in entries
+    ]
+    return (json.dumps(objects, indent="\t", ensure_ascii=False) + "\n").encode()
 
 
 def replace_file(path: str, data: bytes, *, private: bool) -> None:

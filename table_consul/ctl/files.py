@@ -6,10 +6,8 @@ Pure: bytes in, entries and line problems out. Knows neither Consul nor what a s
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -24,8 +22,8 @@ LISTED = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "stri
 _SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
 _BLANKS = b" \t"
 _KEY_END = re.compile(rb"[ \t:]")
-# Editors on Windows write it before UTF-8.
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Editors on Windows write it before UTF-8."""
 # How the files begin that are most often given in place of a text; patterns, as two of them have their mark further in.
 _BINARY_FORMATS = {
     "gzip": rb"\x1f\x8b",
@@ -118,27 +116,14 @@ def detect_format(data: bytes, service: Service) -> str:
     return "passwd" if users else "table"
 
 
-def read(
-    data: bytes, service: Service, wanted: str, *, path: bytes, below: bytes | None = None, record: bool = False
-) -> ParsedFile:
-    """The content of the file in the format ``wanted``; ``path`` and ``below`` are as for `read_export`.
+def read(data: bytes, service: Service, name: str, *, cautious: bool = False, record: bool = False) -> ParsedFile:
+    """The content of a text file in the format ``name``, which is not export.
 
-    Raises:
-        FormatError: the file as a whole does not have this format, or no keys below ``below``.
+    ``cautious`` is for `read_aliases`, ``record`` for `read_passwd`.
     """
-    refuse_binary(data)
-    data = data.removeprefix(_BYTE_ORDER_MARK)
-    name = detect_format(data, service) if wanted == "auto" else wanted
-    if name == "export":
-        parsed = read_export(data, service, path, below)
-        if below is not None and not parsed.entries and parsed.left_out:
-            raise FormatError(f"contains no keys below {printable(below)}")
-        return parsed
     if name == "passwd":
         return read_passwd(data, service, record=record)
-    if name == "aliases":
-        return read_aliases(data, cautious=wanted == "auto")
-    return read_table(data, service)
+    return read_aliases(data, cautious=cautious) if name == "aliases" else read_table(data, service)
 
 
 def _significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -232,7 +217,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
 
 
 def _reads_back(line: bytes, key: bytes, value: bytes, service: Service, *, listed: bool) -> bool:
-    if line.startswith(_BYTE_ORDER_MARK) or b"\0" in line or len(key) > MAX_KEY_BYTES or line.count(b"\n") != 1:
+    if line.startswith(BYTE_ORDER_MARK) or b"\0" in line or len(key) > MAX_KEY_BYTES or line.count(b"\n") != 1:
         return False
     before = b"# @list\n" if listed else b"-\t-\n"  # stands for the rest of the file, which decides what this line is
     entries = read_table(before + line, service).entries[0 if listed else 1 :]
@@ -371,41 +356,28 @@ PASSWD_SERVICES = tuple(_PASSWD_VALUES)
 # consul kv export.
 
 
-class _Exported(msgspec.Struct):
-    key: str
-    value: str | None = None
-    flags: int = 0
+def entries_of_export(
+    exported: Sequence[tuple[bytes, bytes, int]], service: Service, path: bytes, below: bytes | None = None
+) -> ParsedFile:
+    """The entries of one folder in an export, with keys relative to it in their original case.
 
-
-_EXPORT = msgspec.json.Decoder(list[_Exported])
-
-
-def _decode_export(data: bytes) -> list[tuple[bytes, bytes, int]]:
-    return [
-        (each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in _EXPORT.decode(data)
-    ]
-
-
-def read_export(data: bytes, service: Service, path: bytes, below: bytes | None = None) -> ParsedFile:
-    """Entries of a ``consul kv export``: keys relative to their folder, in their original case; values byte by byte.
-
-    The folder is ``below`` if given; otherwise ``path``, the folder to be filled, if the file has keys there; otherwise
-    the only folder in the file named after the service. Keys that end in ``/`` are folders, not entries.
+    ``exported`` are whole keys, values and flags. The folder is ``below`` if given; otherwise ``path``, the folder to
+    be filled, if there are keys below it; otherwise the only folder named after the service. Keys that end in ``/`` are
+    folders, not entries.
 
     Raises:
-        FormatError: this is not an export, or none of these rules finds a folder.
+        FormatError: none of these rules finds a folder, or ``below`` holds no entries but other folders do.
     """
-    try:
-        exported = _decode_export(data)
-    except UNDECODABLE as error:
-        raise FormatError(f"not the output of `consul kv export`: {printable(str(error))}") from None
     folder = _folder([key for key, _, _ in exported], service, path) if below is None else below
     entries = [
         FileEntry(key[len(folder) :], value, number, flags)
         for number, (key, value, flags) in enumerate(exported, 1)
         if key.startswith(folder) and not key.endswith(b"/")
     ]
-    return ParsedFile("export", entries, [], sum(not key.startswith(folder) for key, _, _ in exported))
+    left_out = sum(not key.startswith(folder) for key, _, _ in exported)
+    if below is not None and not entries and left_out:
+        raise FormatError(f"contains no keys below {printable(below)}")
+    return ParsedFile("export", entries, [], left_out)
 
 
 def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:
@@ -417,11 +389,3 @@ def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:
         return folders[0]
     candidates = ", ".join(printable(folder) for folder in folders[:3]) or f"none is named {service.name}/"
     raise FormatError(f"cannot tell which folder of the export to import ({candidates}); name it with --from FOLDER")
-
-
-def export_text(entries: Iterable[tuple[bytes, bytes, int]]) -> bytes:
-    """Whole keys, values and flags as ``consul kv export`` writes them."""
-    objects = [
-        {"key": key.decode(), "flags": flags, "value": b64encode(value).decode()} for key, value, flags in entries
-    ]
-    return (json.dumps(objects, indent="\t", ensure_ascii=False) + "\n").encode()

@@ -15,10 +15,10 @@ import msgspec
 
 from table_consul import config
 from table_consul.ctl import files
-from table_consul.ctl.export import echo_problems
+from table_consul.ctl.export import echo_problems, read_export
 from table_consul.ctl.files import PASSWD_SERVICES, FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import FAILED, NO, SERVICE, as_json, as_writer, pass_config
-from table_consul.errors import printable
+from table_consul.errors import SourceError, printable
 from table_consul.services import SERVICES, Service, Table
 
 if TYPE_CHECKING:
@@ -116,19 +116,17 @@ def command(  # noqa: PLR0913 - the command line
     from table_consul.ctl import plan, txn
 
     table, service = settings.table(table_name), SERVICES[service_name]
-    _check_options(settings, service, wanted, below, record=record)
+    _check_options(settings, service, wanted, record=record)
     name = "standard input" if file == "-" else printable(file)
-    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
     try:
-        parsed = files.read(_content(file), service, wanted, path=table.path(service), below=folder, record=record)
-    except FormatError as error:
+        parsed = _parsed(file, table, service, wanted, below, record=record)
+    except (FormatError, SourceError) as error:
         raise FormatError(f"{name}: {error}") from None
     except OSError as error:
         raise FormatError(f"{name}: {(error.strerror or str(error)).lower()}") from None
-    if below is not None and parsed.format != "export":
-        raise click.UsageError(f"--from is for `consul kv export`, and {name} is read as {parsed.format}")
-    if record and parsed.format != "passwd":
-        raise click.UsageError(f"--record is for passwd files, and {name} is read as {parsed.format}")
+    for option, given, form in (("--from", below is not None, "export"), ("--record", record, "passwd")):
+        if given and parsed.format != form:
+            raise click.UsageError(f"{option} is for --format {form}, but {name} is read as {parsed.format}")
     if prune and not parsed.entries and not parsed.problems:
         raise FormatError(f"{name}: no entries; with --prune every stored entry would be removed")
     duplicates = [] if parsed.format == "export" else plan.duplicate_problems(parsed)
@@ -169,23 +167,22 @@ def command(  # noqa: PLR0913 - the command line
     return FAILED if report["conflicts"] else 0
 
 
-def _check_options(settings: config.Config, service: Service, wanted: str, below: str | None, *, record: bool) -> None:
+def _check_options(settings: config.Config, service: Service, wanted: str, *, record: bool) -> None:
     if settings.consul.addresses[0].startswith("file://"):
         raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
     if wanted == "aliases" and service.name != "alias":
         raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
     if (wanted == "passwd" or record) and service.name not in PASSWD_SERVICES:
         raise click.UsageError(f"a passwd file has nothing for {service.name}, only for {', '.join(PASSWD_SERVICES)}")
-    if below is not None and wanted not in ("auto", "export"):
-        raise click.UsageError(f"--from is for `consul kv export`, not for --format {wanted}")
 
 
-def _content(file: str) -> bytes:
-    """All of the file; unlike the configuration, it may be a pipe.
+def _parsed(file: str, table: Table, service: Service, wanted: str, below: str | None, *, record: bool) -> ParsedFile:
+    """The content of the file, which may be a pipe, unlike the configuration.
 
     Raises:
         OSError: it cannot be read.
-        FormatError: it is too large, or not text.
+        FormatError: it is too large, or not in the format.
+        SourceError: it is not an export.
     """
     if file == "-" and sys.stdin is None:
         raise FormatError("closed")
@@ -195,7 +192,13 @@ def _content(file: str) -> bytes:
         data += opened.read(FILE_MAX_BYTES)
     if len(data) > FILE_MAX_BYTES:
         raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MB; import it in parts")
-    return data
+    files.refuse_binary(data)
+    data = data.removeprefix(files.BYTE_ORDER_MARK)
+    form = files.detect_format(data, service) if wanted == "auto" else wanted
+    if form != "export":
+        return files.read(data, service, form, cautious=wanted == "auto", record=record)
+    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
+    return files.entries_of_export(read_export(data), service, table.path(service), folder)
 
 
 def _folders_within(settings: config.Config, table: Table, service: Service) -> list[bytes]:

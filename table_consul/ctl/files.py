@@ -17,7 +17,7 @@ from table_consul.services import MAX_KEY_BYTES, Service, fold_key
 
 FORMATS = ("auto", "aliases", "table", "passwd", "export")
 # Services whose entries need no value: smtpd then reads the file as a list.
-LISTED = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "string")
+_LIST_SERVICES = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "string")
 
 _SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
 _BLANKS = b" \t"
@@ -166,7 +166,7 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
     if not listed:
         with contextlib.suppress(FormatError):
             listed = _split_entry(text)[1] is None
-    if listed and service.name not in LISTED:
+    if listed and service.name not in _LIST_SERVICES:
         problem = f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
         return ParsedFile("table", [], [LineProblem(first, problem)])
 
@@ -202,7 +202,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
     It is a list if no entry has a value. An entry that import would read differently from smtpd is left out as well.
     """
     pairs = [(fold_key(key), value) for key, value in entries]
-    listed = not any(value for _, value in pairs) and service.name in LISTED
+    listed = not any(value for _, value in pairs) and service.name in _LIST_SERVICES
     separator = b":\t" if service.name == "alias" else b"\t"
     lines: list[bytes] = [b"# @list\n"] if listed else []
     left_out: list[bytes] = []

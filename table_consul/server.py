@@ -225,8 +225,8 @@ class Daemon(Loop):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """See Loop."""
-        shortcut = Shortcut(sources.known, sources.tally, clock)
-        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally, shortcut)
+        shortcut = Shortcut(sources.known, sources.counters, clock)
+        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.counters, shortcut)
 
 
 def claim_stdio() -> tuple[int, int]:

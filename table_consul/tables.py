@@ -48,7 +48,7 @@ class Tables:
         self._direct: DirectSource | None = None
         self._mirrors: dict[str, MirrorSource] = {}
         self._former: dict[str, MirrorSource] = {}
-        self.tally = Counters(self.table)
+        self.counters = Counters(self.table)
         self.started = time.time()
         self._exporter: Exporter | None = None
         self._named: str | None = None

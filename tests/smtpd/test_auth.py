@@ -478,7 +478,7 @@ def said(path, keys, caplog=None, version="7.9.0"):
         Daemon(sources, lambda _: None).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
-    said.cells = sources.tally.cells()
+    said.cells = sources.counters.cells()
     return answers.splitlines()
 
 

@@ -25,7 +25,7 @@ ROOT = b"table|0.1|0|aliases|lookup|alias|%d|root\n"
 class Scripted:
     """What Daemon needs of Tables: entries of `alias`, or errors to raise."""
 
-    tally = None
+    counters = None
 
     def __init__(self):
         self.stored = {b"root": b"gilles"}
@@ -357,7 +357,7 @@ class Counting:
 
 
 def test_what_was_answered_is_counted_with_its_outcome(sources):
-    sources.tally = tally = Counting()
+    sources.counters = tally = Counting()
     sources.errors[b"away"] = Unreachable("away")
     away, short = b"table|0.1|0|aliases|lookup|alias|2|away\n", b"table|0.1|0|t|check|alias|3\n"
     replies(sources, ROOT % 1, away, b"hello\n", short)
@@ -366,8 +366,8 @@ def test_what_was_answered_is_counted_with_its_outcome(sources):
 
 
 def test_a_bug_in_counting_harms_no_answer(sources, caplog):
-    sources.tally = Counting()
-    sources.tally.error = RuntimeError("bug")
+    sources.counters = Counting()
+    sources.counters.error = RuntimeError("bug")
     sources.errors[b"away"] = Unreachable("away")
     away = b"table|0.1|0|aliases|lookup|alias|2|away\n"
     assert replies(sources, ROOT % 1, away) == [b"lookup-result|1|found|gilles", b"lookup-result|2|error|away"]

@@ -15,6 +15,7 @@ import msgspec
 
 from table_consul import rules
 from table_consul.errors import ConfigError, printable
+from table_consul.files import open_regular_file
 from table_consul.services import SERVICES, Table
 from table_consul.shape import ConsulSection, Document, TableSection, misshapen
 
@@ -192,7 +193,7 @@ def _parse(path: str) -> dict[str, Any]:
     name = printable(path)
     if "\0" in path:
         raise ConfigError(f"{name}: no file has such a name")
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular_file) as file:
         data = file.read(SIZE_MAX + 1)
     if len(data) > SIZE_MAX:
         raise ConfigError(f"{name}: too large (allowed: {SIZE_MAX} bytes)")

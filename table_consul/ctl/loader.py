@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from table_consul import kv
 from table_consul.ctl.main import duration
-from table_consul.errors import SourceError, printable
+from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.services import Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, Source
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.export import FileSource, open_regular_file, read_bounded, read_export
-from table_consul.sources.mirror import Mirror, TooManyKeys
-from table_consul.sources.snapshot import loaded, paths
-from table_consul.sources.watch import Watch
+from table_consul.sources.mirror import Mirror
+from table_consul.sources.snapshot import paths, snapshot_from_export
+from table_consul.sources.watch import load_once
 
 if TYPE_CHECKING:
     from table_consul.config import Config, ConsulConfig
@@ -37,7 +37,6 @@ class Client(kv.Client):
         self.entries: dict[bytes, bytes | None] = {}
         self.reads: list[bytes] = []
         """The keys and folders that were read, without those that only prove that a folder may be."""
-        self.index = 0
 
     def get(self, key: bytes, *, timeout: float) -> kv.Pair | None:
         pair = super().get(key, timeout=timeout)
@@ -49,54 +48,11 @@ class Client(kv.Client):
             self.entries[key] = pair.value
         return pair
 
-    def list(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0) -> kv.Page:
-        page = super().list(prefix, timeout=timeout, index=index, wait=wait)
+    def list(self, prefix: bytes, *, timeout: float) -> kv.Page:
+        page = super().list(prefix, timeout=timeout)
         self.reads.append(prefix)
         self.entries.update((pair.key, pair.value) for pair in page.pairs)
         return page
-
-    def watch(
-        self,
-        prefix: bytes,
-        begin: Callable[[int], kv.Take | None],
-        *,
-        timeout: float,
-        index: int = 0,
-        wait: float = 0,
-    ) -> kv.Seen:
-        def began(seen: int) -> kv.Take | None:
-            self.entries.clear()  # an answer that broke off, if there was one
-            take = begin(seen)
-
-            def taken(pairs: Pairs) -> None:
-                self.entries.update(pairs)
-                if take is not None:
-                    take(pairs)
-
-            return taken
-
-        page = super().watch(prefix, began, timeout=timeout, index=index, wait=wait)
-        self.index = page.index
-        return page
-
-
-Pairs = list[tuple[bytes, bytes | None]]
-
-
-class Look(Watch):
-    """A watch that asks once, in the thread of its caller, and writes no copy."""
-
-    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], client: Client) -> None:
-        super().__init__(table, prefix, services, None, lambda: client)
-
-    def look(self) -> Mirror:
-        """What Consul has now.
-
-        Raises:
-            SourceError: Consul cannot tell; TooManyKeys where the daemon would read directly.
-        """
-        self.turn()
-        return self.mirror
 
 
 class Place:
@@ -195,13 +151,16 @@ class Reading:
                 if copy is not None:
                     return copy
             client = self.client()
-            mirror = Look(table, prefix, services, client).look()
-        except TooManyKeys:
+            client.entries.clear()
+            found, index = load_once(client, table, prefix, services, client.entries.update)
+        except TooLarge:
             return self._directly(f" (more than max_keys = {table.max_keys})")
         except SourceError as error:
             return Place(Lost(error), dict, str)
-        origin = f"Consul at {client.address}, index {client.index}"
+        origin = f"Consul at {client.address}, index {index}"
         client.close()
+        mirror = Mirror(table.max_age)
+        mirror.replace(found, 0.0)
         return Place(Kept(mirror), lambda: client.entries, lambda: origin)
 
     def _directly(self, why: str = "") -> Place:
@@ -228,7 +187,7 @@ def _file(path: str) -> Place:
             version = (status.st_mtime_ns, status.st_ino)
             if version not in known:
                 known.clear()
-                known[version] = dict(read_export(read_bounded(file)))
+                known[version] = {each.key: each.value for each in read_export(read_bounded(file))}
         return known[version]
 
     return Place(FileSource(path), entries, lambda: printable(path))
@@ -253,13 +212,13 @@ def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place 
         raise SourceError(f"{path}: {(error.strerror or str(error)).lower()}; {whose}--live asks Consul") from None
     except SourceError as error:
         raise SourceError(f"{path}: the copy is damaged, and --live asks Consul: {error}") from None
-    loading = loaded(table, prefix, services, kept, f"{path}; --live asks Consul")
+    loading = snapshot_from_export(table, prefix, services, kept, f"{path}; --live asks Consul")
     if loading is None:
         return None
     mirror = Mirror(table.max_age)
-    mirror.confirm(loading.finish(restored=True), 0.0)
+    mirror.replace(loading.finish(restored=True), 0.0)
     folders = set(paths(table, services).values())
-    entries = dict(pair for pair in kept if pair[0] not in folders)
+    entries = {each.key: each.value for each in kept if each.key not in folders}
     origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
     return Place(Kept(mirror), lambda: entries, lambda: origin)
 

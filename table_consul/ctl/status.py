@@ -163,8 +163,8 @@ def _ask_consul(config: Config, status: Status, refusal: str | None) -> str | No
                 continue
             # The daemon's own query, so that the index is of the same kind; nobody wants the entries.
             path = paths[prefix.prefix]
-            seen = client.watch(path, lambda _index: None, timeout=max(table.deadline, CONSUL_SECONDS))
-            prefix.consul_index, prefix.ahead = seen.index, seen.index > prefix.index
+            with client.blocking_query(path, timeout=max(table.deadline, CONSUL_SECONDS)) as seen:
+                prefix.consul_index, prefix.ahead = seen.index, seen.index > prefix.index
             if seen.filtered:
                 prefix.remarks.append("Consul hides keys of it from this token")
     except (SourceError, ValueError) as error:

@@ -169,12 +169,12 @@ class Reader:
             if watch.too_large:
                 continue
             mirrored.add(table)
-            if watch.outage.total:
-                text = _lasting(watch.outage.last_error)
-                error.add_metric((*labels, text), today - (now - watch.outage.failed_at))
-            up.add_metric(labels, int(watch.index > 0 and watch.outage.since is None))
+            if watch.backoff.total:
+                text = _lasting(watch.backoff.last_error)
+                error.add_metric((*labels, text), today - (now - watch.backoff.failed_at))
+            up.add_metric(labels, int(watch.index > 0 and watch.backoff.since is None))
             reloads.add_metric(labels, watch.reloads)
-            failures.add_metric(labels, watch.outage.total)
+            failures.add_metric(labels, watch.backoff.total)
             if watch.mirror.state is not None:
                 snapshot, confirmed = watch.mirror.state
                 age.add_metric(labels, now - confirmed)
@@ -182,7 +182,7 @@ class Reader:
                 index.add_metric(labels, watch.index)
                 keys.add_metric(labels, snapshot.size)
                 refused.add_metric(labels, sum(len(bucket.errors) for bucket in snapshot.entries.values()))
-                load.add_metric(labels, watch.took)
+                load.add_metric(labels, watch.load_seconds)
                 for service in snapshot.entries:
                     hidden.add_metric((*labels, service), int(service in snapshot.forbidden))
         for table, labels in self._direct(mirrored):

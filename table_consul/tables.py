@@ -104,8 +104,14 @@ class Tables:
             return None
         if SERVICES[service].patterns or SERVICES[service].answers != "value":
             return None
-        known = mirrored.known(service)
-        if known is not None and SERVICES[service].default and b"%" in known.values.get(DEFAULT_KEY, b""):
+        from table_consul.shortcut import Known
+
+        mirror = mirrored.mirror(SERVICES[service])
+        state = mirror.state
+        if state is None or service in state[0].forbidden or state[0].restored:
+            return None
+        known = Known(mirror, state, state[0].entries[service].values, state[1] + mirror.max_age)
+        if SERVICES[service].default and b"%" in known.values.get(DEFAULT_KEY, b""):
             return None  # that entry is no answer as it stands, not even for its own key
         return known
 

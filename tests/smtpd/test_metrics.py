@@ -195,10 +195,10 @@ def watch(**more):
         **{
             "prefix": b"aliases/",
             "too_large": False,
-            "outage": Backoff("aliases/", "error"),
+            "backoff": Backoff("aliases/", "error"),
             "index": 7,
             "reloads": 3,
-            "took": 0.5,
+            "load_seconds": 0.5,
             "mirror": SimpleNamespace(state=None, max_age=86400.0),
             **more,
         }
@@ -207,7 +207,7 @@ def watch(**more):
 
 def test_failures_of_one_outage_after_another_add_up():
     outage = Backoff("aliases/", "error")
-    reader = Reader("aliases", kept(Counters(layout), watch(outage=outage)))
+    reader = Reader("aliases", kept(Counters(layout), watch(backoff=outage)))
     seen = []
     for failures in (0, 2, 1, 0, 3):
         for number in range(failures):
@@ -244,7 +244,7 @@ def test_errors_are_counted_by_table_from_nothing_on():
 
 def test_the_last_error_of_a_mirror_is_told_with_its_moment_and_stays_when_consul_is_back():
     outage = Backoff("aliases/", "error")
-    reader = Reader("aliases", kept(Counters(layout), watch(outage=outage)))
+    reader = Reader("aliases", kept(Counters(layout), watch(backoff=outage)))
     assert "table_consul_last_error_timestamp_seconds" not in collected(reader)
     outage.failure(Unreachable("no leader"), time.monotonic() - 200, 0.0)
     outage.failure(Unreachable("connection refused"), time.monotonic() - 100, 0.0)
@@ -270,7 +270,7 @@ def test_the_last_error_of_a_table_that_is_read_directly_or_from_a_file_is_told(
 
 def test_an_error_of_one_cause_is_one_series_and_no_token_is_in_it():
     outage = Backoff("aliases/", "error")
-    reader = Reader("aliases", kept(Counters(layout), watch(outage=outage)))
+    reader = Reader("aliases", kept(Counters(layout), watch(backoff=outage)))
     texts = set()
     for number in range(3):
         token = f"0123456{number}-89ab-cdef-0123-456789abcdef"

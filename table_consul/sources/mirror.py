@@ -216,7 +216,6 @@ class Mirror:
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
-        entries = snapshot.entries[service]
-        if service in snapshot.forbidden and (key is None or not entries.has_own_entry(key)):
+        if service in snapshot.forbidden and (key is None or not snapshot.entries[service].has_own_entry(key)):
             raise snapshot.forbidden[service].with_traceback(None)
-        return entries
+        return snapshot.entries[service]

@@ -18,7 +18,7 @@ from table_consul.errors import ConfigError, Forbidden, SourceError, Unreachable
 from table_consul.services import SERVICES, Table
 from table_consul.sources.mirror import TooManyKeys
 from table_consul.sources.watch import MirrorSource, load_once
-from table_consul.tables import MIRRORED_TABLES, Tables
+from table_consul.tables import MAX_MIRRORED_TABLES, Tables
 from tests.dialogue import eventually
 from tests.fake_consul import CONSUL_1_21_5, Answer, FakeConsul, cut, html, stall
 
@@ -413,7 +413,7 @@ def sources(tmp_path):
 
     yield make
     for source in made:
-        source._forget()
+        source.close()
 
 
 def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
@@ -541,11 +541,11 @@ def test_a_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
 
 def test_a_bounded_number_of_tables_is_mirrored_and_the_others_are_read_directly(fake, sources):
     source = sources(fake.address)
-    for number in range(MIRRORED_TABLES + 3):
+    for number in range(MAX_MIRRORED_TABLES + 3):
         fake.put(b"mail/table%d/alias/root" % number, b"%d" % number)
-    for number in range(MIRRORED_TABLES + 3):
+    for number in range(MAX_MIRRORED_TABLES + 3):
         assert told(source, name=f"table{number}") == b"%d" % number
-    assert len(source._mirrors) == MIRRORED_TABLES
+    assert len(source._mirrors) == MAX_MIRRORED_TABLES
 
 
 # ---- the copy on disk ----

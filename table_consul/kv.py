@@ -109,6 +109,9 @@ class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has
 
     delete = post = put
 
+    def close(self) -> None:
+        """Nothing; py-consul requires it."""
+
 
 class _Library(base.Consul):  # type: ignore[misc]  # the library has no types
     def __init__(self, settings: ConsulConfig) -> None:

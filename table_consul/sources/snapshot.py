@@ -17,8 +17,6 @@ log = logging.getLogger("table_consul")
 
 # A file of 100,000 entries is not written for each of a hundred edits.
 WRITE_SECONDS = 10.0
-# How often a file whose contents are still true is touched: its time is when Consul last confirmed it.
-TOUCH_SECONDS = 60.0
 
 
 class SnapshotFile:
@@ -32,16 +30,13 @@ class SnapshotFile:
         services: Sequence[str],
         *,
         write_seconds: float = WRITE_SECONDS,
-        touch_seconds: float = TOUCH_SECONDS,
     ) -> None:
         self._path = path
         self._table = table
         self._prefix = prefix
         self._services = services
         self._write_seconds = write_seconds
-        self._touch_seconds = touch_seconds
         self._write_after = 0.0
-        self._touch_after = 0.0
         self._fails = False
         self._writer: AtomicWriter | None = None
         self._empty = True
@@ -78,7 +73,10 @@ class SnapshotFile:
         """Put the new version in place, if it is worth that; or note that the file is still true."""
         self.dirty = self.dirty or changed
         if not self.dirty:
-            self._touch()
+            try:
+                os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
+            except OSError:
+                self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
         if not self.dirty or any(snapshot.entries[name] for name in snapshot.forbidden):
             self.discard()  # a file with a part of a service's entries would be worse than an older one
         # A folder marks a service as known wholly: without it an empty one proves nothing when this is read again.
@@ -94,8 +92,7 @@ class SnapshotFile:
             return
         self._writer = None
         self.dirty = self._fails = False
-        now = time.monotonic()
-        self._write_after, self._touch_after = now + self._write_seconds, now + self._touch_seconds
+        self._write_after = time.monotonic() + self._write_seconds
 
     def discard(self) -> None:
         """Leave the file as it is."""
@@ -109,16 +106,6 @@ class SnapshotFile:
             log.warning("%s: not written: %s", self._path, error.strerror)
         self._fails = True
         self._write_after = time.monotonic() + self._write_seconds
-
-    def _touch(self) -> None:
-        now = time.monotonic()
-        if now < self._touch_after:
-            return
-        self._touch_after = now + self._touch_seconds
-        try:
-            os.utime(self._path, follow_symlinks=False)
-        except OSError:
-            self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
 
     def load(self) -> tuple[Snapshot, float] | None:
         """The snapshot in the file and its age in seconds; None, with a log line if the file cannot be used."""

@@ -20,7 +20,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def file(path):
-    return SnapshotFile(str(path), TABLE, TABLE.root, TABLE.services, write_seconds=0.0, touch_seconds=0.0)
+    return SnapshotFile(str(path), TABLE, TABLE.root, TABLE.services, write_seconds=0.0)
 
 
 def write(file, pairs=((b"t/alias/root", b"gilles"),)):
@@ -68,11 +68,3 @@ def test_a_copy_that_was_removed_is_written_again(file, path):
     assert file.dirty
     write(file)
     assert (path.exists(), file.dirty) == (True, False)
-
-
-def test_a_copy_is_confirmed_once_a_minute_at_most(path):
-    file = SnapshotFile(str(path), TABLE, TABLE.root, TABLE.services)
-    snapshot = write(file)
-    os.utime(path, (time.time() - OLD_SECONDS,) * 2)
-    file.finish(snapshot, changed=False)
-    assert age(file) >= OLD_SECONDS

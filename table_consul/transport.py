@@ -140,7 +140,6 @@ class Endpoint(requests.adapters.HTTPAdapter):
         self._pool.ConnectionCls = functools.partial(_Connection, endpoint=self)  # type: ignore[assignment]  # only called
 
     def close(self) -> None:
-        super().close()
         self._pool.close()
 
     def get_connection_with_tls_context(self, *_args: Any, **_kwargs: Any) -> urllib3.HTTPConnectionPool:  # noqa: ANN401 - the parent's
@@ -164,8 +163,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
             if self._url.scheme == "https":
                 self._context = self._context or tls_context(self._settings)
                 sock.settimeout(self._left())  # ssl takes it for the handshake as a whole
-                name = self._settings.tls_server_name or self._host
-                sock = self._context.wrap_socket(sock, server_hostname=name)  # type: ignore[assignment]  # a _TLSSocket
+                sock = self._context.wrap_socket(sock, server_hostname=self._settings.tls_server_name or self._host)  # type: ignore[assignment]  # a _TLSSocket
         except BaseException:
             sock.close()
             raise
@@ -205,10 +203,8 @@ class Endpoint(requests.adapters.HTTPAdapter):
 def _getaddrinfo(resolution: Future[list[Any]], host: str, port: int) -> None:
     try:
         resolution.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except UnicodeError:
-        resolution.set_exception(OSError(f"{host!r} is not a host name"))
-    except OSError as error:
-        resolution.set_exception(error)
+    except (OSError, UnicodeError) as error:
+        resolution.set_exception(error if isinstance(error, OSError) else OSError(f"{host!r} is not a host name"))
 
 
 def _dial(family: int, target: Any, timeout: float) -> _Socket:  # noqa: ANN401 - as socket.connect
@@ -225,8 +221,6 @@ def _dial(family: int, target: Any, timeout: float) -> _Socket:  # noqa: ANN401 
 
 
 class Request(NamedTuple):
-    """What to send."""
-
     path: str
     params: Sequence[tuple[str, Any]]
     headers: Mapping[str, str]
@@ -259,8 +253,8 @@ class Transport:
 
     def reset(self) -> None:
         """Let the next request open a new connection, with the TLS files as they are then."""
+        self.close()
         for endpoint in self._endpoints:
-            endpoint.close()
             endpoint.reset()
 
     def close(self) -> None:
@@ -336,30 +330,27 @@ class Transport:
     def _judge(self, raw: requests.Response, *, write: bool) -> Answer:
         """The answer, if Consul gave it and it proves what it says; else raises the SourceError it amounts to."""
         status, headers = raw.status_code, raw.headers
+        beginning = functools.partial(raw.raw.read, _BEGINNING_BYTES)
         # 409: nothing was written, and the body says what stood in the way.
         if status not in ((200, 409) if write else (200, 404)):
-            raise self._refusal(status, self._beginning(raw))
+            raise self._refusal(status, beginning())
         if write:
             return Answer(raw)
         leader = headers.get("X-Consul-Knownleader")
-        # Whoever asks for stale reads wants old data rather than none; that something is *not* there, though, is
-        # nothing a server without a leader can know: it may not have caught up.
+        # Stale reads prefer old data to none; but a server without a leader cannot know that something is not there.
         if leader == "false" and (status == 404 or not self._stale):
             raise Unreachable(f"Consul at {self.address} has no cluster leader")
         # Where the connection broke within the headers nothing else would show it.
         if leader != "true" and status == 404:
-            raise self.bad("404 that is not from Consul's key-value store", self._beginning(raw))
+            raise self.bad("404 that is not from Consul's key-value store", beginning())
         number = headers.get("X-Consul-Index", "")
         index = int(number) if number.isascii() and number.isdigit() and len(number) <= 20 else 0
         if index <= 0:
-            raise self.bad(f"{status} without an index, so not from Consul's key-value store", self._beginning(raw))
+            raise self.bad(f"{status} without an index, so not from Consul's key-value store", beginning())
         if headers.get("Content-Encoding", "identity") != "identity":
             raise self.bad("compressed answer, which was not asked for")
         filtered = headers.get("X-Consul-Results-Filtered-By-ACLs", "").lower() == "true"
         return Answer(raw, status == 404, index, filtered)
-
-    def _beginning(self, raw: requests.Response) -> bytes:
-        return bytes(raw.raw.read(_BEGINNING_BYTES))
 
     def _refusal(self, status: int, body: bytes) -> SourceError:
         said = f"{status} {self._excerpt(body)}".rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -15,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config
-from table_consul.errors import EntryError, printable
+from table_consul.errors import EntryError, TableConsulError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
 from table_consul.services import MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.entries import Entries
@@ -129,15 +130,15 @@ def _with_passwords(keys: Iterable[str]) -> Iterator[bytes]:
 
 
 class _Query:
-    """Asks one service of a table through the daemon's responder, and is the `Source` that the responder reads."""
+    """Asks one service of a table through the daemon's responder, and remembers what the last answer was made from."""
 
     def __init__(self, config: Config, table: str, service: str, op: str, *, live: bool) -> None:
         from table_consul.ctl.loader import Loader
         from table_consul.responder import Responder
 
-        self.table, self.service, self.op = config.table(table).name, service, op
+        self.table, self.service, self.op = config.table(table), service, op
         self._loader = Loader(config, live=live)
-        self._responder = Responder(config.table, self)
+        self._responder = Responder()
         self._used: list[tuple[Loaded, Service, Entries | None]] = []
 
     def ask(self, key: bytes) -> Reply:
@@ -147,18 +148,19 @@ class _Query:
             return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}")
         # smtpd leaves a password as it is, and the responder folds the user.
         folded = key if self.service == "auth" else fold_key(key)
-        return self._responder.answer(Request(self.op, b"1", self.table, self.service, folded), time.monotonic())
+        request = Request(self.op, b"1", self.table.name, self.service, folded)
+        deadline = time.monotonic() + self.table.deadline
+        try:
+            return self._responder.answer(request, self.table, functools.partial(self._read, deadline))
+        except TableConsulError as error:
+            return Failed(str(error))
 
-    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """As `Source.entries`."""
-        loaded = self._loader.load(table, service)
+    def _read(self, deadline: float, service: Service, key: bytes | None) -> Entries:
+        loaded = self._loader.load(self.table, service)
         self._used.append((loaded, service, None))
-        entries = loaded.entries(table, service, key, deadline)
+        entries = loaded.entries(self.table, service, key, deadline)
         self._used[-1] = (loaded, service, entries)
         return entries
-
-    def update(self) -> None:
-        """As `Source.update`; never asked for here."""
 
     def explain(self, key: bytes) -> list[Step]:
         """How the last answer was made, to the question for this key."""
@@ -181,7 +183,7 @@ class _Printer:
 
     def __call__(self, query: _Query, key: bytes, reply: Reply, trace: Iterable[Step] | None) -> None:
         name = query.name(key)
-        what = printable(name) if query.op != "fetch" else f"{query.table} {query.service}"
+        what = printable(name) if query.op != "fetch" else f"{query.table.name} {query.service}"
         if isinstance(reply, Found):
             value = b"found" if reply.value is None else reply.value
             parts = [name, value] if self._several else [value]
@@ -199,7 +201,7 @@ class _Printer:
 
 
 def _print_json(query: _Query, key: bytes, reply: Reply, trace: Iterable[Step] | None) -> None:
-    answer: dict[str, object] = {"table": query.table, "service": query.service, "op": query.op}
+    answer: dict[str, object] = {"table": query.table.name, "service": query.service, "op": query.op}
     if query.op != "fetch":
         answer["key"] = json_text(query.name(key))
     if isinstance(reply, Found):

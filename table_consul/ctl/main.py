@@ -32,7 +32,6 @@ NO = 1
 FAILED = 2
 """Exit status when there is no answer: a mistake on the command line or in the configuration, Consul unreachable."""
 
-ERROR_CHARACTERS = 2000
 UNCUT = 1 << 30
 """The limit of `errors.printable` for data that is printed whole."""
 
@@ -124,9 +123,6 @@ def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.Con
     return replace(consul, token=token, token_file=None) if token else consul
 
 
-# ---- what commands print ----
-
-
 def json_text(data: bytes) -> str:
     """The bytes as text for JSON, with escapes for bytes that are not UTF-8."""
     return data.decode("utf-8", "backslashreplace")
@@ -158,9 +154,6 @@ def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = No
         click.echo(click.wrap_text(what, columns, "    ", "    ") if columns else f"{where}: {what}", err=err)
     if limit is not None and len(problems) > limit:
         click.echo(f"... and {len(problems) - limit} more", err=err)
-
-
-# ---- the program ----
 
 
 @click.group(
@@ -208,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         with contextlib.suppress(OSError):  # standard error is full or closed: the exit status still counts
             for line in _explanation(error, debug="--debug" in given):
-                click.echo(f"table-consulctl: {printable(line, ERROR_CHARACTERS)}", err=True)
+                click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
         return FAILED
     return status if isinstance(status, int) else 0
 

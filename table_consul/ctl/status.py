@@ -21,7 +21,7 @@ import msgspec
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config
 from table_consul.errors import ConfigError, SourceError, TableConsulError, Unreachable, printable
-from table_consul.metrics import EVERY_SECONDS
+from table_consul.metrics import WRITE_INTERVAL_SECONDS
 from table_consul.services import Table
 from table_consul.sources.export import open_regular_file
 
@@ -36,8 +36,8 @@ CONSUL_SECONDS = 10.0
 LAG_SECONDS = 5.0
 POLL_SECONDS = 0.25
 # Three writes were missed: the process is gone, and its file stays.
-STALE_SECONDS = 3 * EVERY_SECONDS
-# A daemon serves one connection at a time, and each may be held for half of this.
+STALE_SECONDS = 3 * WRITE_INTERVAL_SECONDS
+# A daemon closes each connection within about half of this.
 ANSWER_SECONDS = 10.0
 # Some 200 bytes a series: more than one process has.
 SIZE_MAX = 16 << 20
@@ -194,7 +194,9 @@ def scrape(metrics: MetricsConfig, table: str, *, timeout: float = ANSWER_SECOND
             if age <= STALE_SECONDS:
                 samples = _samples(data, table)
                 return Status(table, "direct", healthy=True, place=place, taken=taken, live=live), samples
-            text = f"last written {age:.0f} s ago, while a running process writes it every {EVERY_SECONDS:.0f} s"
+            text = (
+                f"last written {age:.0f} s ago, while a running process writes it every {WRITE_INTERVAL_SECONDS:.0f} s"
+            )
             text += " (remove the file if the table no longer exists)"
         except (FileNotFoundError, ConnectionRefusedError) as error:
             text = (error.strerror or str(error)).lower()
@@ -383,7 +385,7 @@ def _set_consul_index(prefix: Prefix, index: int | None) -> None:
 
 def _wait(config: Config, status: Status, asked: float) -> None:
     """Give a daemon that seems to be behind time to load, and publish, what Consul had when it was asked."""
-    by = asked + LAG_SECONDS + (0 if status.live else EVERY_SECONDS)
+    by = asked + LAG_SECONDS + (0 if status.live else WRITE_INTERVAL_SECONDS)
     if any(prefix.ahead for prefix in status.prefixes) and not status.live and sys.stderr.isatty():
         click.echo(f"waiting for the next metrics in {status.place}", err=True)
     while any(prefix.ahead for prefix in status.prefixes):

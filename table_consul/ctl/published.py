@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from table_consul import rules
-from table_consul.config import MetricsConfig
+from table_consul.config import MetricsConfig, table_name
 from table_consul.errors import TableConsulError, printable
 from table_consul.metrics import CLIENT_SECONDS, EVERY_SECONDS
 
@@ -94,7 +93,7 @@ def names(metrics: MetricsConfig) -> set[str]:
         for path in glob.iglob("*".join(map(glob.escape, (before, *rest)))):
             if matched := re.fullmatch(expression, path):
                 with contextlib.suppress(ValueError):  # no table has such a name, so this is somebody else's file
-                    found.add(rules.table_name(matched[1]))
+                    found.add(table_name(matched[1]))
     return found
 
 

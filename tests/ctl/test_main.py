@@ -139,7 +139,7 @@ def test_the_environment_of_the_consul_command_counts(tmp_path):
 
 def test_a_name_that_no_table_can_have_is_refused(conf):
     done = control("-c", conf, "lint", "a/b")
-    assert (done.status, done.said.startswith("table-consulctl: table name: 'a/b' is no name")) == (2, True)
+    assert (done.status, done.said.startswith("table-consulctl: invalid table name 'a/b'")) == (2, True)
 
 
 def test_without_a_table_those_with_a_section_are_meant_and_without_any_it_asks_which(tmp_path):

@@ -15,7 +15,7 @@ from table_consul.services import SERVICES, Table
 
 # From an answer out of memory to one that took the longest deadline many would set.
 BOUNDS_SECONDS = (0.00001, 0.000025, 0.0001, 0.00025, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 2.5)
-# No deadline is shorter (shape.py), so quicker answers need no comparison with theirs.
+# No deadline is shorter (services.Table), so quicker answers need no comparison with theirs.
 LEAST_DEADLINE_SECONDS = 0.05
 OUTCOMES: Mapping[type, str] = {Found: "found", NotFound: "not-found", Failed: "error", Updated: "ok"}
 # In the dialects of 2020 a request brings the table's name: a bound on how many are told apart.

@@ -142,7 +142,7 @@ def test_the_environment_of_the_consul_command_counts(tmp_path):
 
 def test_a_name_that_no_table_can_have_is_refused(conf):
     done = control("-c", conf, "lint", "a/b")
-    assert (done.status, done.said.startswith("table-consulctl: table name: 'a/b' is no name")) == (2, True)
+    assert (done.status, done.said.startswith("table-consulctl: invalid table name 'a/b'")) == (2, True)
 
 
 def test_lint_without_table_takes_tables_with_a_section_or_is_a_usage_error(tmp_path):

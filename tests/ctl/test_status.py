@@ -227,7 +227,7 @@ def test_a_file_whose_name_no_table_can_have_is_somebody_else_s(tmp_path, ctl):
 
 def test_a_name_that_no_table_can_have_is_a_mistake(tmp_path, ctl):
     code, out, err = ctl(configured(tmp_path), "a/b")
-    assert (code, out, "is no name of a table" in err) == (2, "", True)
+    assert (code, out, "invalid table name" in err) == (2, "", True)
 
 
 @given(st.binary(max_size=300))

@@ -6,7 +6,7 @@ Consul's documentation (api-docs/features/blocking, "Implementation Details") an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -132,7 +132,7 @@ class SnapshotBuilder:
         self._count = 0
         self._forbidden = dict(forbidden)
 
-    def take(self, pairs: list[tuple[bytes, bytes | None]]) -> None:
+    def take(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Take some entries, with their full keys.
 
         Raises:

@@ -172,7 +172,7 @@ def snapshot_from_export(
     if len(missing) == len(folders):
         return None
     builder = SnapshotBuilder(table, prefix, services, None, missing)
-    builder.take([*pairs])
+    builder.take(pairs)
     return builder
 
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 import sys
-import tempfile
-from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.files import FormatError
-from table_consul.ctl.main import SERVICE, UNCUT, pass_config
-from table_consul.errors import UNDECODABLE, SourceError, printable
+from table_consul.ctl.main import SERVICE, UNCUT, echo_problems, pass_config
+from table_consul.errors import SourceError, printable
+from table_consul.files import AtomicWriter, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import EntriesBuilder
-from table_consul.sources.export import open_regular_file, read_bounded
+from table_consul.sources.export import export_entry, read_export
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Stored
@@ -68,7 +65,8 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
         raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
     stored = [each for each in _stored(settings, table, service) if not each.key.endswith(b"/")]
     if wanted == "export":
-        text = export_text((each.key, each.value, each.flags) for each in stored)
+        objects = [export_entry(each.key, each.value, each.flags) for each in stored]
+        text = b"[\n" + b",\n".join(objects) + b"\n]\n" if objects else b"[]\n"
     else:
         text = _table_text(table, service, stored)
     if file == "-":
@@ -121,44 +119,6 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
     return text
 
 
-def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int) -> None:
-    """Print each problem as ``WHERE: WHAT`` on standard error, and beyond the limit how many more there are."""
-    for where, what in problems[:limit]:
-        click.echo(f"{where}: {what}", err=True)
-    if len(problems) > limit:
-        click.echo(f"... and {len(problems) - limit} more", err=True)
-
-
-class _Exported(msgspec.Struct):
-    key: str
-    value: str | None = None
-    flags: int = 0
-
-
-_EXPORT = msgspec.json.Decoder(list[_Exported])
-
-
-def read_export(data: bytes) -> list[tuple[bytes, bytes, int]]:
-    """Keys, values and flags of a ``consul kv export``, in its order.
-
-    Raises:
-        SourceError: it is something else, or incomplete.
-    """
-    try:
-        found = _EXPORT.decode(data)
-        return [(each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in found]
-    except UNDECODABLE as error:
-        raise SourceError(f"not the output of `consul kv export`: {printable(str(error))}") from None
-
-
-def export_text(entries: Iterable[tuple[bytes, bytes, int]]) -> bytes:
-    """Keys, values and flags as ``consul kv export`` writes them."""
-    objects = [
-        {"key": key.decode(), "flags": flags, "value": b64encode(value).decode()} for key, value, flags in entries
-    ]
-    return (json.dumps(objects, indent="\t", ensure_ascii=False) + "\n").encode()
-
-
 def replace_file(path: str, data: bytes, *, private: bool) -> None:
     """Replace the content of a file atomically: a reader finds all of the old content or all of the new.
 
@@ -178,23 +138,11 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     mode = 0o600 if private else stat.S_IMODE(former.st_mode) if former else 0o666 & ~umask
-    path = os.path.realpath(path)
+    owner = None if private or former is None else (former.st_uid, former.st_gid)
+    writer = AtomicWriter(os.path.realpath(path), mode=mode, owner=owner)
     try:
-        descriptor, partial = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=os.path.dirname(path))
-    except OSError as error:
-        error.filename = path  # the operator does not know the temporary name
-        raise
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if former is not None and not private:
-                with contextlib.suppress(PermissionError):
-                    os.fchown(file.fileno(), former.st_uid, former.st_gid)
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, path)
+        writer.write(data)
+        writer.commit()
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
+        writer.discard()
         raise

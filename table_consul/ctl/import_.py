@@ -15,11 +15,21 @@ import msgspec
 
 from table_consul import config
 from table_consul.ctl import files
-from table_consul.ctl.export import echo_problems, read_export
 from table_consul.ctl.files import PASSWD_SERVICES, FormatError, LineProblem, ParsedFile
-from table_consul.ctl.main import FAILED, NO, SERVICE, as_json, as_writer, pass_config
+from table_consul.ctl.main import (
+    FAILED,
+    NO,
+    SERVICE,
+    as_json,
+    as_writer,
+    counted,
+    echo_problems,
+    json_text,
+    pass_config,
+)
 from table_consul.errors import SourceError, printable
 from table_consul.services import SERVICES, Service, Table
+from table_consul.sources.export import read_export
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Change, Plan
@@ -152,7 +162,7 @@ def command(  # noqa: PLR0913 - the command line
                 _echo_changes(report)
             for progress in [] if dry_run else _write(planned.changes, store):
                 report["written"] += len(progress.written)
-                report["conflicts"] += [_text(change.key) for change in progress.conflicts]
+                report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
             _echo_result(report, as_json=as_json)
         except BaseException:
             if not dry_run:
@@ -219,7 +229,7 @@ def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProble
         [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)],
         limit=PROBLEMS_SHOWN,
     )
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    count = counted(len(problems), "problem", "problems")
     raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
 
 
@@ -245,15 +255,15 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
     words = {sign: word for word, (sign, _) in _STYLES.items()}
     changes = []
     for change in plan.changes:
-        shown: dict[str, Any] = {"change": words[change.sign], "key": _text(change.key[len(path) :])}
+        shown: dict[str, Any] = {"change": words[change.sign], "key": json_text(change.key[len(path) :])}
         if not service.hashed:
-            shown["from"] = None if change.old_answer is None else _text(change.old_answer)
-            shown["to"] = None if change.new_answer is None else _text(change.new_answer)
+            shown["from"] = None if change.old_answer is None else json_text(change.old_answer)
+            shown["to"] = None if change.new_answer is None else json_text(change.new_answer)
         changes.append(shown)
     return {
         "table": table.name,
         "service": service.name,
-        "path": _text(path),
+        "path": json_text(path),
         "format": parsed.format,
         "dry_run": dry_run,
         "changes": changes,
@@ -262,10 +272,6 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
         "written": 0,
         "conflicts": [],
     }
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "backslashreplace")
 
 
 def _echo_changes(report: dict[str, Any]) -> None:
@@ -277,10 +283,9 @@ def _echo_changes(report: dict[str, Any]) -> None:
     if limit is not None and len(changes) > limit:
         click.echo(f"... and {len(changes) - limit} more (--dry-run shows all)")
     if report["left_out"]:
-        click.echo(f"skipped entries of the export in other folders: {report['left_out']}", err=True)
-    counted = Counter(change["change"] for change in changes)
-    parts = [f"{counted[word]} to {word}" for word in _STYLES]
-    click.echo(f"{', '.join(parts)}, {report['unchanged']} unchanged")
+        click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
+    counts = Counter(change["change"] for change in changes)
+    click.echo(", ".join(f"{counts[word]} to {word}" for word in _STYLES) + f", {report['unchanged']} unchanged")
 
 
 def _description(change: dict[str, Any]) -> str:

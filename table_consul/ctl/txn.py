@@ -20,7 +20,7 @@ from table_consul.backoff import delay
 from table_consul.ctl.plan import Change, Stored
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 from table_consul.sources import PROBE
-from table_consul.transport import Answer, Transport
+from table_consul.transport import Request
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
@@ -36,13 +36,6 @@ WRITE_SECONDS = 10.0
 RETRY_SECONDS = 15.0
 
 
-class _Entry(msgspec.Struct, rename="pascal", gc=False):
-    key: str
-    value: bytes | None
-    modify_index: int
-    flags: int = 0
-
-
 class _Failure(msgspec.Struct, rename="pascal"):
     op_index: int
     what: str
@@ -52,39 +45,15 @@ class _Result(msgspec.Struct, rename="pascal"):
     errors: list[_Failure] | None
 
 
-_ENTRIES = msgspec.json.Decoder(list[_Entry])
 _RESULT = msgspec.json.Decoder(_Result)
-
-
-class _Transport(Transport):
-    """Sends transactions as well as reads."""
-
-    def send(self, path: str, body: bytes, token: str | None) -> object:
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        if token is not None:
-            headers["X-Consul-Token"] = token
-        parameters = [("dc", self._settings.datacenter)] if self._settings.datacenter else []
-        self._request.method, self._request.body = "PUT", body
-        try:
-            return self.get(None, path, parameters, headers)
-        finally:
-            self._request.method, self._request.body = "GET", None
-
-    def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> Answer:
-        if self._request.method == "GET":
-            return super()._judge(status, headers, body)
-        if status not in (200, 409):  # 409: nothing was written, and the body has the reasons
-            raise self._failure(status, body)
-        return Answer(body, 0, filtered=False)
 
 
 class Store(kv.Client):
     """A client that also writes; like `kv.Client`, it has one conversation at a time."""
 
-    transport = _Transport
-
     def __init__(self, settings: ConsulConfig) -> None:
         super().__init__(settings)
+        self._datacenter = [("dc", settings.datacenter)] if settings.datacenter else []
         # The namespace is a field of each operation; Consul ignores it as a parameter of the request.
         scope = {"Namespace": settings.namespace, "Partition": settings.partition}
         self.scope = {name: value for name, value in scope.items() if value is not None}
@@ -95,18 +64,13 @@ class Store(kv.Client):
         Raises:
             SourceError: Consul does not answer, or this token may not read all of them.
         """
-
-        def accept(answer: Answer) -> list[Stored]:
-            if answer.filtered:
-                raise Forbidden(f"Consul at {self.address} hides keys below {printable(path)} from this token")
-            found = [] if answer.body is None else self._transport.decoded(_ENTRIES, answer.body)
-            self._check_below(path, [each.key.encode() for each in found])
-            return [Stored(each.key.encode(), each.value or b"", each.modify_index, each.flags) for each in found]
-
         # An ACL makes a list shorter, or empty, without an error; only the read of one key answers 403. It also finds
         # sooner than a list, which may take long, that Consul does not answer.
         self.get(path + PROBE, timeout=WRITE_SECONDS)
-        return self._read(path, accept, READ_SECONDS, recurse=True)
+        page = self.list(path, timeout=READ_SECONDS)
+        if page.filtered:
+            raise Forbidden(f"Consul at {self.address} hides keys below {printable(path)} from this token")
+        return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in page.pairs]
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[tuple[Change, str]]:
         """Write all of the changes, or none; if none, the changes that Consul refused, each with its reason.
@@ -114,18 +78,19 @@ class Store(kv.Client):
         Raises:
             SourceError: they may or may not be written (Unreachable), or Consul refused the request as a whole.
         """
-
-        def accept(answer: Answer) -> list[tuple[Change, str]]:
-            failures = self._transport.decoded(_RESULT, answer.body or b"").errors or []
-            if not all(0 <= each.op_index < len(changes) for each in failures):
-                raise BadResponse(f"Consul at {self.address} reports operations that were not in the transaction")
-            return [(changes[each.op_index], each.what) for each in failures]
-
         body = json.dumps([operation(change, self.scope) for change in changes]).encode()
-        transport = self._transport
-        assert isinstance(transport, _Transport)
-        # Not by the library's own Txn.put: that of py-consul sends no token.
-        return self._ask(lambda: transport.send("/v1/txn", body, self._library.token), accept, timeout)
+
+        def build() -> Request:
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            if self._library.token:  # py-consul's own Txn.put would not send it
+                headers["X-Consul-Token"] = self._library.token
+            return Request("/v1/txn", self._datacenter, headers, "PUT", body)
+
+        with self._send(build, timeout) as response:
+            failures = response.decoded(_RESULT).errors or []
+            if not all(0 <= each.op_index < len(changes) for each in failures):
+                raise response.bad("reports operations that were not in the transaction")
+        return [(changes[each.op_index], each.what) for each in failures]
 
     def is_written(self, change: Change) -> bool:
         """Whether Consul holds the result of the change, whoever wrote it."""

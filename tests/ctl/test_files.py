@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul.ctl import files
-from table_consul.ctl.export import export_text, read_export
 from table_consul.ctl.files import FormatError, read_aliases, read_passwd
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES
+from table_consul.sources.export import export_entry, read_export
 
 ALIAS, DOMAIN, STRING = SERVICES["alias"], SERVICES["domain"], SERVICES["string"]
 CREDENTIALS, USERINFO = SERVICES["credentials"], SERVICES["userinfo"]
@@ -293,9 +293,9 @@ def test_empty_export_has_no_entries():
     assert read(b"[]\n", ALIAS, "auto") == ("export", [], [], 0)
 
 
-def test_export_text_is_read_back_unchanged():
-    text = export_text([(PATH + b"a", b"\xff\n", 5), (PATH + "gr\u00fc\u00df".encode(), b"", 0)])
-    parsed = read(text, ALIAS, "auto")
+def test_export_entries_are_read_back_unchanged():
+    entries = [(PATH + b"a", b"\xff\n", 5), (PATH + "gr\u00fc\u00df".encode(), b"", 0)]
+    parsed = read(b"[%b]" % b",".join(export_entry(*each) for each in entries), ALIAS, "auto")
     assert parsed.entries == [(b"a", b"\xff\n", 1, 5), ("gr\u00fc\u00df".encode(), b"", 2, 0)]
 
 

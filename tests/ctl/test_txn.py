@@ -6,7 +6,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from table_consul.config import ConsulConfig
@@ -59,6 +59,7 @@ def test_batch_has_at_most_64_operations():
     assert list(txn.batches([], {})) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, VALUE_MAX_BYTES), max_size=8))
 def test_batches_fit_a_transaction_and_lose_nothing(sizes):
     changes = [Change(PATH + "\u00e9".encode() * 511 + b"%d" % at, None, b"x" * size) for at, size in enumerate(sizes)]

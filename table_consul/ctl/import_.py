@@ -89,8 +89,8 @@ def command(  # noqa: PLR0913 - the command line
 
     \b
     FILE may be
-      aliases  aliases(5) of smtpd, Postfix
-               or sendmail
+      aliases  aliases(5) of smtpd,
+               Postfix or sendmail
       table    a file: table of smtpd
       passwd   passwd(5), shadow(5),
                master.passwd(5), or a

@@ -617,7 +617,7 @@ def test_failure_is_logged_once_and_so_is_its_end(program, bridge, clock, caplog
     assert made.answer(ROOT, clock()) == Found(b"gilles")
     first, second = (record.getMessage() for record in caplog.records)
     assert first == "table-x: exited with status 7; returning errors until it runs again"
-    assert second.startswith("table-x: back after ")
+    assert second.startswith("table-x: recovered after ")
 
 
 def test_warm_up_starts_the_child_before_the_first_question(program, bridge, tmp_path):

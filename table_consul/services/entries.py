@@ -18,6 +18,7 @@ from table_consul.services.values import (
     expand_default_home,
     is_valid_reply_value,
     parse_value,
+    warning_for,
 )
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ class EntriesBuilder:
         self.incomplete.discard(folded)
 
     def _parse(self, folded: bytes, key: bytes, raw: bytes | None) -> None:
-        from table_consul.services.doubts import doubt
-
         try:
             value = parse_value(self.table, self.service, folded, raw)
         except EntryError as error:
@@ -129,7 +128,7 @@ class EntriesBuilder:
                 self.incomplete.add(folded)
             return
         self.values[folded] = value
-        if (text := doubt(self.table, self.service, folded, value)) is not None:
+        if (text := warning_for(self.table, self.service, folded, value)) is not None:
             self.warnings[folded] = Problem(self.path + key, text)
 
     def missing_keys(self) -> Iterator[bytes]:
@@ -273,7 +272,7 @@ class Entries:
 
     def _key(self, entry: bytes) -> bytes:
         if not is_valid_reply_value(entry):
-            raise EntryError(str(Problem(self._stored(entry), "the key holds a control character")))
+            raise EntryError(str(Problem(self._stored(entry), "the key contains a control character")))
         return entry
 
     def next_after(self, last: bytes | None) -> tuple[bytes, bytes] | None:

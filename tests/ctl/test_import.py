@@ -132,7 +132,7 @@ def test_what_lint_refuses_for_another_service_of_the_same_folder_is_refused(con
     text = b"bob:{PLAIN}secret:1000:100::/home/bob:/bin/sh\n"
     done = control("-c", conf, "import", "t", "userinfo", "-", "--record", stdin=text)
     assert (done.status, entries(consul, "people/")) == (2, {})
-    assert "standard input:1: bob: the value is no hash" in done.said
+    assert "standard input:1: bob: not a hash" in done.said
     assert "credentials" in done.said
     assert "secret" not in done.said
 
@@ -228,7 +228,7 @@ def test_a_long_list_of_changes_is_cut_before_writing_and_whole_in_a_dry_run(con
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"ok: x\nroot: |/bin/sh\n", ":2: root: the value holds a |command"),
+        (b"ok: x\nroot: |/bin/sh\n", ":2: root: the value contains a |command"),
         (b"ok: x\n\nroot:\n", ":3: has no value"),
         (b"ok: x\na: b\nA: c\n", ":3: a stands in line 2 already"),
         (b"ok: x\na//b: c\n", ":2: a//b: no URL"),

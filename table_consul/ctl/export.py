@@ -114,7 +114,7 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
     problems += [f"{printable(path + key)}: cannot be said in a file: table" for key in unsaid]
     spelled = {fold_key(each.key) for each in stored}
     if len(spelled) < len(stored):
-        problems += [str(each) for each in builder.spelling if "the same key as" in each.text]
+        problems += map(str, builder.spelling)
     if not problems:
         return text
     for problem in problems[:PROBLEMS_SHOWN]:

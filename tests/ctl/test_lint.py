@@ -158,7 +158,7 @@ def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(l
 def test_two_spellings_of_one_key_are_told(lint):
     done = lint({"aliases/alias/Root": b"a", "aliases/alias/root": b"b"})
     assert (done.status, done.text.startswith("aliases/alias/Root: ")) == (1, True)
-    assert "aliases/alias/root, which answers; delete one of them" in done.text
+    assert "aliases/alias/root, which takes precedence; delete one of the two" in done.text
 
 
 def test_capitals_are_a_problem_where_keys_are_read_directly(live):

@@ -30,7 +30,6 @@ from table_consul.services.match import (
 from table_consul.services.regex import REGEX_SET_BYTES, RegexSet, escape_warnings, regcomp
 
 REGEX_SET_SIZE = 250
-
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
 NO_NETWORK = (
     "not a network: matches only this very name, as `match from rdns` asks for (expected 192.0.2.1, 192.0.2.0/24, "

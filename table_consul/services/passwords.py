@@ -13,7 +13,9 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from table_consul.errors import ConfigError, EntryError, PeerError
 from table_consul.services import compiled
@@ -49,7 +51,7 @@ def _argon2_units(cost: bytes) -> int:
     return int(memory) * int(passes)
 
 
-class Scheme(NamedTuple):
+class Scheme(msgspec.Struct, frozen=True):
     """One format of hashes."""
 
     name: str
@@ -81,7 +83,7 @@ SCHEMES = (
 )
 
 
-class Hash(NamedTuple):
+class Hash(msgspec.Struct, frozen=True):
     """A hash of a known format."""
 
     scheme: str
@@ -92,8 +94,8 @@ class Hash(NamedTuple):
 
     def with_dummy_digest(self) -> Hash:
         """The same format, setting and cost with a digest that no password has."""
-        filler = b"A" if self.scheme == "argon2" else b"."
-        return self._replace(text=self.setting + filler * (len(self.text) - len(self.setting)))
+        digest = (b"A" if self.scheme == "argon2" else b".") * (len(self.text) - len(self.setting))
+        return Hash(self.scheme, self.setting + digest, self.setting, self.seconds)
 
 
 # What `smtpctl encrypt` makes where crypt(3) can; it stands in until a hash of the table has been seen.
@@ -130,8 +132,7 @@ def parse(text: bytes) -> Hash | None:
 
 def hash_part(credential: bytes) -> bytes:
     """The hash within a credential, ``HASH`` or ``USER:HASH``."""
-    _, colon, after = credential.partition(b":")
-    return after if colon else credential
+    return credential.partition(b":")[2] if b":" in credential else credential
 
 
 def verifiable_hash(credential: bytes, most: float) -> Hash | None:

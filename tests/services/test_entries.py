@@ -553,9 +553,9 @@ CASE_VARIANTS = [
 SHA512 = b"$6$saltsalt$" + b"." * 86
 STORED = st.sampled_from(
     [
-        b"gilles", b"gilles\n", b'"gilles"', b'["gilles"]', b"|sh", b'"|sh"', b"gilles, eric schmidt", b"a\nb", b"",
-        None, b"1000:1000:/home/x", b"0:0:/root", RECORD, b'{"password": "hunter2"}', b'{"uid": 1}', b"{}",
-        b"{CRYPT}" + SHA512, SHA512, b"vera:hunter2", b"hunter2", b"*", b"*LK*", b"192.0.2.1",
+        b'"gilles"', b'"\\"gilles\\""', b'["gilles"]', b"|sh", b'"|sh"', b"gilles, eric schmidt", b"a\nb",
+        b"gilles", b"gilles\n", b"", None, b"1000:1000:/home/x", b"0:0:/root", RECORD, b'{"password": "hunter2"}',
+        b'{"uid": 1}', b"{}", b"{CRYPT}" + SHA512, SHA512, b"vera:hunter2", b"hunter2", b"*", b"*LK*", b"192.0.2.1",
     ]
 )  # fmt: skip
 PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique_by=lambda pair: pair[0])
@@ -586,6 +586,7 @@ def state(found):
 @given(stages=st.lists(st.tuples(REUSING_TABLES, PAIRS), min_size=2, max_size=4))
 @example(stages=[(TABLE, [(b"root", b"gilles")]), (TABLE, [(b"Root", b"|sh"), (b"root", b"gilles")])])
 @example(stages=[(TABLE, [(b"Root", b"")]), (TABLE, [(b"root", b"")])])
+@example(stages=[(TABLE, [(b"root", b'"\\"gilles\\""')]), (TABLE, [(b"root", b'"gilles"')])])
 def test_entries_built_on_former_ones_equal_those_built_from_scratch(service, stages):
     former = None
     for table, pairs in stages:

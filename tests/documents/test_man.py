@@ -16,7 +16,6 @@ import pytest
 from table_consul import cli, config, procexec
 from table_consul.ctl import main
 from table_consul.services import SERVICES
-from table_consul.shape import ConsulSection, DefaultsSection, LogSection, MetricsSection
 
 MAN = Path(__file__).parents[2] / "man"
 PAGES = sorted(path.name for path in MAN.glob("*.[0-9]"))
@@ -24,7 +23,7 @@ PAGES = sorted(path.name for path in MAN.glob("*.[0-9]"))
 FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
 }
-SECTIONS = {"consul": ConsulSection, "defaults": DefaultsSection, "log": LogSection, "metrics": MetricsSection}
+SECTIONS = [section for section in config.KEYS if section != "tables"]
 PROGRAMS = {"table-consul.8": cli._parser(), "table-procexec.8": procexec._parser()}
 
 
@@ -184,8 +183,7 @@ def section_of_page(section):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_keys_of_the_configuration_are_those_of_the_program(section):
-    known = [each.name for each in msgspec.structs.fields(SECTIONS[section])]
-    assert sorted(section_of_page(section)) == sorted(f"Ic {key}" for key in known)
+    assert sorted(section_of_page(section)) == sorted(f"Ic {key}" for key in config.KEYS[section])
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -197,9 +195,9 @@ def test_defaults_of_the_configuration_are_those_of_the_program(section):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_choices_of_the_configuration_are_told(section):
-    for field in msgspec.structs.fields(SECTIONS[section]):
-        literals = re.findall(r"Literal\[([^]]*)\]", str(field.type))
-        told = section_of_page(section)[f"Ic {field.name}"]
+    for key, field in config.KEYS[section].items():
+        literals = re.findall(r"Literal\[([^]]*)\]", str(field))
+        told = section_of_page(section)[f"Ic {key}"]
         words = [word for literal in literals for word in re.findall(r"'([\w-]+)'", literal)]
         assert [word for word in words if f".Cm {word}" not in told] == []
 
@@ -207,13 +205,11 @@ def test_choices_of_the_configuration_are_told(section):
 def test_variables_are_told_beside_their_keys():
     told = section_of_page("consul")
     for group in config.VARIABLES:
-        for key, (variable, _) in group.items():
-            assert f".Ev {variable}" in told[f"Ic {key}"]
+        for key, variable in group.items():
+            assert f".Ev {variable}" in told[f"Ic {'token_file' if key == 'token' else key}"]
     for key, variable in (
         ("address", "CONSUL_HTTP_ADDR"),
         ("address", "CONSUL_HTTP_SSL"),
-        ("tls_verify", "CONSUL_HTTP_SSL_VERIFY"),
-        ("token_file", "CONSUL_HTTP_TOKEN"),
     ):
         assert f".Ev {variable}" in told[f"Ic {key}"]
 

@@ -61,9 +61,9 @@ def test_check_of_a_good_configuration_says_so_and_ends_with_0(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[consul]\naddres = 1\n", "consul.addres: unknown key (allowed: "),
+        ("[consul]\naddres = 1\n", "consul.addres: unknown key (did you mean address?)"),
         ('[defaults]\nmode = "both"\n', "defaults.mode: "),
-        ("[defaults", "no TOML"),
+        ("[defaults", "invalid TOML"),
     ],
 )
 def test_check_of_a_bad_configuration_says_where_and_ends_with_2(tmp_path, text, said):
@@ -163,7 +163,7 @@ def test_the_environment_of_the_consul_command_counts_and_no_library_sees_it(wir
     seen = []
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "192.0.2.1:8500")
     monkeypatch.setenv("CONSUL_HTTP_SSL", "")
-    monkeypatch.setattr(cli, "Tables", lambda load: seen.append(load()) or Stopped.stop())
+    monkeypatch.setattr(cli, "Tables", lambda load, _: seen.append(load()) or Stopped.stop())
     (tmp_path / "c.toml").write_text("")
     with pytest.raises(Stopped):
         cli.main([str(tmp_path / "c.toml")])

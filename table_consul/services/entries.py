@@ -58,8 +58,10 @@ class EntriesBuilder:
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
         self._former = former if former is not None and former.path == self.path else None
-        # Other settings, such as allow_commands, may judge the same value otherwise.
-        self._reusable = former if former is not None and former.table == table else None
+        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline.
+        self._reusable: Entries | None = None
+        if former is not None and former.table.same_entries(table):
+            self._reusable = former if former.table.deadline == table.deadline or not service.hashed else None
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
         self._valid: Mapping[bytes, bytes] = {}
         if self._reusable is not None and table.value_format != "json":

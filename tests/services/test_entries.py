@@ -221,7 +221,7 @@ class TestBuilder:
 
     def test_missing_keys_are_known_after_a_change_of_settings(self):
         former = entries("alias", (b"Root", b"gilles"))
-        table = replace(TABLE, deadline=5.0)
+        table = replace(TABLE, allow_commands=True)
         assert [*self.build(former=former, table=table).missing_keys()] == [b"Root"]
         moved = replace(TABLE, paths={"alias": "elsewhere"})
         assert [*self.build(former=former, table=moved).missing_keys()] == []
@@ -556,10 +556,20 @@ STORED = st.sampled_from(
         b'"gilles"', b'"\\"gilles\\""', b'["gilles"]', b"|sh", b'"|sh"', b"gilles, eric schmidt", b"a\nb",
         b"gilles", b"gilles\n", b"", None, b"1000:1000:/home/x", b"0:0:/root", RECORD, b'{"password": "hunter2"}',
         b'{"uid": 1}', b"{}", b"{CRYPT}" + SHA512, SHA512, b"vera:hunter2", b"hunter2", b"*", b"*LK*", b"192.0.2.1",
+        b"$2b$15$" + b"." * 53,
     ]
 )  # fmt: skip
 PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique_by=lambda pair: pair[0])
-REUSING_TABLES = st.sampled_from([TABLE, COMMANDS, *(replace(TABLE, value_format=each) for each in ("text", "json"))])
+REUSING_TABLES = st.sampled_from(
+    [
+        TABLE,
+        COMMANDS,
+        replace(TABLE, value_format="text"),
+        replace(TABLE, value_format="json"),
+        replace(TABLE, services=("auth", "credentials"), deadline=0.1),
+        replace(TABLE, services=("auth", "credentials"), deadline=60.0),
+    ]
+)
 
 
 def state(found):

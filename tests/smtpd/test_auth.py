@@ -29,7 +29,6 @@ from table_consul.services.passwords import (
     verifiable_hash,
     verify_hash,
 )
-from table_consul.sources import watch
 from table_consul.sources.direct import DirectSource
 from table_consul.tables import Tables
 from tests.dialogue import write_config, write_source
@@ -459,10 +458,8 @@ def test_direct_mode_does_not_take_403_for_absence():
         (("alias",), ("alias",)),
     ],
 )
-def test_mirror_of_auth_includes_credentials(monkeypatch, services, read):
-    monkeypatch.setattr(watch.Watch, "start", lambda each: None)
-    mirrored = watch.MirrorSource(replace(TABLE, services=services), lambda: None)
-    assert [each._services for each in mirrored.watches] == [read]
+def test_mirror_of_auth_includes_credentials(services, read):
+    assert replace(TABLE, services=services).folders() == {b"users/": [*read]}
 
 
 def test_file_source_is_asked_for_credentials_when_only_auth_is_registered(tmp_path):

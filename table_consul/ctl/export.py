@@ -17,7 +17,7 @@ from table_consul.ctl.files import FormatError
 from table_consul.ctl.main import SERVICE, UNCUT, echo_problems, pass_config
 from table_consul.errors import SourceError, printable
 from table_consul.files import AtomicWriter, open_regular_file, read_bounded
-from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import EntriesBuilder
 from table_consul.sources.export import export_entry, read_export
 
@@ -106,11 +106,7 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
     text, left_out = files.table_text(service, sorted(builder.values.items()))
     problems = [(error.key, error.text) for key, error in builder.errors.items() if key not in builder.incomplete]
     problems += [(path + key, "cannot be written to a file: table") for key in left_out]
-    for each in stored:
-        folded = fold_key(each.key[len(path) :])
-        winner = path + builder.original_case.get(folded, folded)
-        if each.key != winner:
-            problems.append((each.key, f"differs only in case from {printable(winner)}, which takes precedence"))
+    problems += builder.spelling
     if problems:
         echo_problems([(printable(key), what) for key, what in problems], limit=PROBLEMS_SHOWN)
         raise FormatError(

@@ -132,7 +132,7 @@ def test_entry_invalid_for_another_service_of_the_folder_is_rejected(consul, tmp
     text = b"bob:{PLAIN}secret:1000:100::/home/bob:/bin/sh\n"
     done = control("-c", conf, "import", "t", "userinfo", "-", "--record", stdin=text)
     assert (done.status, entries(consul, "people/")) == (2, {})
-    assert "standard input:1: bob: the value is no hash" in done.said
+    assert "standard input:1: bob: not a hash" in done.said
     assert "credentials" in done.said
     assert "secret" not in done.said
 
@@ -228,7 +228,7 @@ def test_long_list_of_changes_is_whole_only_in_a_dry_run(consul):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"ok: x\nroot: |/bin/sh\n", ":2: root: the value holds a |command"),
+        (b"ok: x\nroot: |/bin/sh\n", ":2: root: the value contains a |command"),
         (b"ok: x\n\nroot:\n", ":3: has no value"),
         (b"ok: x\na: b\nA: c\n", ":3: a: already in line 2"),
         (b"ok: x\na//b: c\n", ":2: a//b: no URL"),

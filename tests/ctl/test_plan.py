@@ -103,7 +103,7 @@ def test_flags_survive_a_change_and_come_with_an_export():
         (b"a", b"|/bin/sh", "allow_commands"),
         (b"a", b'x, "y', "quote"),
         (b"a", b"x" * 2048, "2048"),
-        (b"a", b"two words", "neither user nor address"),
+        (b"a", b"two words", "neither a user nor an address"),
         (b"a//b", b"x", "no URL"),
         (b"a/../b", b"x", "no URL"),
         (b"/a", b"x", "no URL"),

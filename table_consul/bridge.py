@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from random import random
 
-from table_consul import imsg
 from table_consul.backoff import Backoff
 from table_consul.child import END_SECONDS, Child, ChildError, HandshakeRefused
-from table_consul.protocol import Failed, Found, Reply, Request, Session
+from table_consul.protocol import Failed, Reply, Request
 from table_consul.services import DEFAULT_SERVICES, SERVICES
 
 
 class Bridge:
-    """One command, at most one process of it at a time. Its methods are those that daemon.Loop calls.
+    """One command, at most one process of it at a time. Its methods are those that server.Server calls.
 
     Which dialect the command speaks is found out once. Its first process is told the handshake of ``smtpd-tables``, to
     which one of 2020 answers nothing, or by ending: then it is spoken to as one of 2020. While neither has led to an
@@ -43,7 +42,6 @@ class Bridge:
         self._clock = clock
         self._chance = chance
         self._child: Child | None = None
-        self._early: Reply | None = None
         self._outage = Backoff(name, "answering error until it runs again")
 
     def services(self, table: str) -> list[str]:
@@ -59,45 +57,15 @@ class Bridge:
             offered = set()
         return [name for name in SERVICES if name in offered] or list(DEFAULT_SERVICES)
 
-    def procexec_reply(self, _table: str) -> str:
-        """See daemon.Tables."""
-        return "auto"
-
-    def prepare(self, table: str) -> None:
+    def warm_up(self, table: str) -> None:
         """Start the child, that it may be ready when the first question comes."""
         try:
             self._running(table)
         except ChildError as error:
             self._failed(error)
 
-    def replies(self, data: bytes, session: Session | imsg.Session) -> bytes | None:
-        """The short way of `answer`: a lookup in imsg that the child answers with a value; see daemon.ShortWay."""
-        if not isinstance(session, imsg.Session):
-            return None
-        asked = imsg.usual(data)
-        child = self._child
-        if asked is None or child is None or asked[0] != imsg.LOOKUP or self._outage.since is not None:
-            return None
-        try:
-            reply = child.lookup(session.table, asked[1], asked[2], self._clock() + self._deadline)
-        except ChildError as error:
-            self._failed(error)
-            reply = Failed(f"{self._name}: {error}", error)
-        if isinstance(reply, bytes):
-            if len(reply) <= imsg.MAX_VALUE:
-                return imsg.found(reply)
-            reply = Found(reply)
-        self._early = reply
-        return None
-
-    def count(self, arrived: float) -> None:
-        """See daemon.ShortWay; nobody counts here."""
-
     def answer(self, request: Request, arrived: float) -> Reply:
         """What the child answers, else Failed; within the deadline either way."""
-        if self._early is not None:  # it was asked already, and only the saying is left
-            reply, self._early = self._early, None
-            return reply
         if self._child is None and self._clock() < self._outage.not_before:
             error = ChildError(self._outage.last_error)
             return Failed(f"{self._name}: {error}; it will be started again", error)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from table_consul import log
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.server import Loop, claim_stdio
+from table_consul.server import Server, claim_stdio
 from table_consul.services import DEFAULT_SERVICES
 
 Check = Callable[[str, str, str], bool]
@@ -27,7 +27,7 @@ Update = Callable[[str], None]
 
 
 class Callbacks:
-    """Answers by calling functions; see serve. Its methods are those that daemon.Loop calls."""
+    """Answers by calling functions; see serve. Its methods are those of `server.Answerer`."""
 
     def __init__(
         self,
@@ -47,11 +47,7 @@ class Callbacks:
         """The services that were chosen."""
         return self._services
 
-    def procexec_reply(self, _table: str) -> str:
-        """See daemon.Tables."""
-        return "auto"
-
-    def prepare(self, _table: str) -> None:
+    def warm_up(self, _table: str) -> None:
         """Nothing is left to prepare."""
 
     def answer(self, request: Request, _arrived: float) -> Reply:
@@ -105,4 +101,4 @@ def serve(
         log.start("info", "auto", table, program)
 
     named("")
-    Loop(answerer, answerer.answer, named).serve(*claim_stdio())
+    Server(answerer, named).serve(*claim_stdio())

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from table_consul import __version__, config, log
 from table_consul.errors import ConfigError
-from table_consul.server import Daemon, claim_stdio
+from table_consul.server import Server, claim_stdio
 from table_consul.tables import Tables
 
 if TYPE_CHECKING:
     import argparse
+
+    from table_consul.metrics import Exporter
 
 DESCRIPTION = """\
 OpenSMTPD table backend that answers from Consul's key-value store: the key
@@ -29,7 +31,7 @@ Without CONFIG: {config.DEFAULT_PATH} if there is one, else defaults and the env
 of the consul command (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...).
 """
 
-NOT_FOR_PEOPLE = f"""\
+HINT = f"""\
 table-consul {__version__} is started by OpenSMTPD's smtpd, and speaks its table protocol on standard input and
 output. In smtpd.conf:
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check(options.check)
         path = options.config
     if os.isatty(0):
-        return _not_for_people()
+        return _print_hint()
     return serve(path)
 
 
@@ -89,38 +91,50 @@ def check(path: str) -> int:
 def serve(path: str | None) -> int:
     """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
     read_from, write_to = claim_stdio()
-    environ = _take_the_environment()
-    table = ""
+    environ = _pop_consul_variables()
+    exporter: Exporter | None = None
+    table_name = ""
 
     def load() -> config.Config:
         loaded = config.load(path, environ)
-        log.start(loaded.log.level, loaded.log.target, table)
+        log.start(loaded.log.level, loaded.log.target, table_name)
         return loaded
 
-    def named(name: str) -> None:
-        nonlocal table
-        table = name
-        logs = sources.config.log if sources.config else config.LogConfig()
-        log.start(logs.level, logs.target, table)
+    def on_table_name(name: str) -> None:
+        nonlocal table_name
+        table_name = name
+        settings = tables.config.log if tables.config else config.LogConfig()
+        log.start(settings.level, settings.target, name)
 
-    sources = Tables(load)
-    if sources.broken is not None:
-        named("")
+    def on_change() -> None:
+        nonlocal exporter
+        if exporter is not None and exporter.is_alive():
+            exporter.wake()
+        elif tables.config is not None and tables.config.metrics != config.MetricsConfig():
+            from table_consul.metrics import Exporter
+
+            exporter = Exporter(tables.table(tables.name or "").name, tables)
+            exporter.start()
+
+    tables = Tables(load, on_change)
+    if tables.broken is not None:
+        on_table_name("")
         logging.getLogger("table_consul").error(
-            "%s; answering error until it is mended and the table updated (smtpctl update table)", sources.broken
+            "%s; answering error until it is mended and the table updated (smtpctl update table)", tables.broken
         )
-    if Daemon(sources, named).serve(read_from, write_to):
+    server = Server(tables, on_table_name, counters=tables.counters, procexec_reply=tables.procexec_reply)
+    if server.serve(read_from, write_to):
         return 0
-    return _not_for_people()
+    return _print_hint()
 
 
-def _not_for_people() -> int:
+def _print_hint() -> int:
     if sys.stderr is not None:  # closed by whoever started this
-        sys.stderr.write(NOT_FOR_PEOPLE)
+        sys.stderr.write(HINT)
     return 2
 
 
-def _take_the_environment() -> dict[str, str]:
+def _pop_consul_variables() -> dict[str, str]:
     """The environment as it was; what is left holds nothing that a library would take for its own configuration."""
     environ = dict(os.environ)
     for name in environ:

@@ -1,7 +1,7 @@
 """The binary dialect of OpenSMTPD up to 7.5: the same events and replies as ``protocol``, framed as imsg(3) does.
 
 Knows nothing of sockets, of Consul, or of what a table holds. A message is a header of 16 bytes and a body; all numbers
-are in the byte order of this machine, for both ends run on it (smtpd: table_proc.c; openbsd-compat/imsg.h)::
+are in the byte order of this machine, as both ends run on it (smtpd: table_proc.c; openbsd-compat/imsg.h)::
 
     smtpd                                            answer, always of type OK
     OPEN    uint32 version, char name[2048]          nothing
@@ -9,10 +9,10 @@ are in the byte order of this machine, for both ends run on it (smtpd: table_pro
     LOOKUP    key, NUL                               the same, and after a 1: value, NUL
     FETCH   int32 service, size_t n, n parameters    the same, and after a 1: value, NUL
     UPDATE                                           int32: 1 updated, 0 not
-    CLOSE                                            none: no question follows
+    CLOSE                                            none: no request follows
 
-A parameter is two strings, each with its NUL; smtpd sends none. smtpd asks one question at a time and takes any answer
-of another shape as reason to exit. Facts from 6.8.0p2 and 7.4.0p1, whose code for tables is the same.
+A parameter is two strings, each with its NUL; smtpd sends none. smtpd sends one request at a time and exits on any
+answer of another form. Facts from 6.8.0p2 and 7.4.0p1, whose code for tables is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ HEADER = Struct("=IHHII")  # type, length with the header, flags, peer id, proce
 _VERSION = Struct("=I")
 # Service and count, a size_t of this machine; in standard sizes there is no padding between them.
 _QUESTION = Struct("=i" + {4: "I", 8: "Q"}[calcsize("@N")])
-_USUAL = Struct(HEADER.format + _QUESTION.format[1:])
 _ANSWER = Struct(HEADER.format + "i")
 
 # openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() of either end fails on more, and smtpd exits.
@@ -48,85 +47,62 @@ def speaks(data: bytes) -> bool:
     return bool(data) and data[0] < 8
 
 
-def usual(data: bytes) -> tuple[int, str, bytes] | None:
-    """Kind, service and key, if these bytes are one question and nothing else; for whoever takes a shortcut."""
-    size = len(data)
-    if not _USUAL.size < size <= MAX_MESSAGE:
-        return None
-    kind, length, _, _, _, bit, count = _USUAL.unpack_from(data)
-    if length != size or count or bit not in NAMES or data.find(b"\0", _USUAL.size) != size - 1:
-        return None
-    return kind, NAMES[bit], data[_USUAL.size : -1]
-
-
-def found(value: bytes) -> bytes:
-    """The answer to a lookup that found this value, which fits into a message."""
-    return _ANSWER.pack(OK, _ANSWER.size + len(value) + 1, 0, 0, 0, 1) + value + b"\0"
-
-
 class Session:
-    """One conversation with smtpd, as ``protocol.Session``. Requests carry the name of the table that OPEN told.
+    """One conversation with smtpd, as ``protocol.Session``. Requests carry the table's name from OPEN.
 
-    A length that no message can have leaves no way to find the next message: that is told once, and the rest of the
-    conversation passes unheard and unanswered, as an answer to what smtpd did not ask would end it. smtpd itself cannot
-    send such a length, for its own imsg_create() refuses it.
+    A length that no message can have leaves no way to find the next message. It is reported once, and the rest of the
+    conversation is ignored: answering what smtpd did not ask would end it. smtpd itself cannot send such a length, as
+    its own imsg_create() refuses it.
     """
 
     def __init__(self) -> None:
         self.dialect: str | None = None
         self.closed = False
-        self._lost = False
-        self.table = ""
+        self._framing_lost = False
+        self._table = ""
         self._data = b""
-        self._at = 0
 
-    @property
-    def takes_shortcuts(self) -> bool:
-        """Whether smtpd has begun, is at the beginning of a message, and can still be understood."""
-        return self.dialect is not None and self._at == len(self._data) and not self.closed and not self._lost
+    def receive_data(self, data: bytes) -> list[Event]:
+        """The events that are complete with this data, which may be cut anywhere. After CLOSE there are none."""
+        if self._data:
+            data = self._data + data
+        events: list[Event] = []
+        at, size = 0, len(data)
+        while size - at >= HEADER.size and not self.closed and not self._framing_lost:
+            kind, length, _, _, _ = HEADER.unpack_from(data, at)
+            if not HEADER.size <= length <= MAX_MESSAGE:
+                self._framing_lost = True
+                text = f"invalid message length {length}; framing lost, ignoring all further input"
+                events.append(Malformed(text, None))
+            elif size - at < length:
+                break
+            else:
+                event = self._event(kind, data[at + HEADER.size : at + length])
+                if event is not None:
+                    events.append(event)
+                at += length
+        self._data = b"" if self.closed or self._framing_lost else data[at:]
+        return events
 
-    def receive_data(self, data: bytes) -> None:
-        """Take what was read from smtpd, in any cut."""
-        if not self.closed and not self._lost:
-            self._data = data if self._at == len(self._data) else self._data[self._at :] + data
-            self._at = 0
-
-    def next_event(self) -> Event | None:
-        """What smtpd said next, or None when that has not arrived yet. After CLOSE nothing ever does."""
-        data, at = self._data, self._at
-        present = len(data) - at
-        if present < HEADER.size:
-            return None
-        kind, length, _, _, _ = HEADER.unpack_from(data, at)
-        if not HEADER.size <= length <= MAX_MESSAGE:
-            self._forget()
-            self._lost = True
-            return Malformed(f"no message has {length} bytes; smtpd can no longer be understood", None)
-        if present < length:
-            return None
-        body = data[at + HEADER.size : at + length]
-        self._at = at + length
+    def _event(self, kind: int, body: bytes) -> Event | None:
         self.dialect = "imsg"
-        if kind in OPS:
-            return self._question(OPS[kind], body)
+        op = OPS.get(kind)
+        if op is not None:
+            return self._question(op, body)
         if kind == OPEN:
             return self._open(body)
         if kind == UPDATE:
-            return Request("update", b"", self.table, "", b"")
+            return Request("update", b"", self._table, "", b"")
         if kind == CLOSE:
-            self._forget()
             self.closed = True
             return None
         return Malformed(f"unknown message of type {kind}", None)
 
-    def _forget(self) -> None:
-        self._data, self._at = b"", 0
-
     def _open(self, body: bytes) -> Ready:
-        # Another version is told on, not refused: smtpd waits for this answer, and takes a refusal as reason to exit.
+        # Another version is reported, not refused: smtpd waits for this answer and exits on a refusal.
         version = _VERSION.unpack_from(body)[0] if len(body) >= _VERSION.size else 0
-        self.table = body[_VERSION.size :].partition(b"\0")[0].decode("utf-8", "backslashreplace")
-        return Ready({"tablename": self.table, "protocol": f"imsg {version}"})
+        self._table = body[_VERSION.size :].partition(b"\0")[0].decode("utf-8", "backslashreplace")
+        return Ready({"tablename": self._table, "protocol": f"imsg {version}"})
 
     def _question(self, op: str, body: bytes) -> Request | Malformed:
         if len(body) < _QUESTION.size:
@@ -142,20 +118,19 @@ class Session:
             text = parts[-1]
         if op == "fetch":
             return self._malformed(op, service, "a fetch has no key") if text else self._request(op, service, b"")
-        key, end, rest = text.partition(b"\0")
-        if end and not rest:
-            return self._request(op, service, key)
+        if text.find(b"\0") == len(text) - 1 >= 0:
+            return Request(op, b"", self._table, service, text[:-1])
         what = "has NUL in it" if text.endswith(b"\0") else "does not end with NUL"
         return self._malformed(op, service, f"a key {what}: {printable(text.removesuffix(bytes(1)))!r}")
 
     def _request(self, op: str, service: str, key: bytes) -> Request:
-        return Request(op, b"", self.table, service, key)
+        return Request(op, b"", self._table, service, key)
 
     def _malformed(self, op: str, service: str, reason: str) -> Malformed:
         return Malformed(reason, self._request(op, service, b""))
 
     def register(self, _services: Iterable[str]) -> bytes:
-        """The reply to Ready. In this dialect smtpd is not told of services, and asks for any."""
+        """The reply to Ready. In this dialect smtpd learns of no services and asks for any."""
         return HEADER.pack(OK, HEADER.size, 0, 0, 0)
 
     def send(self, request: Request, reply: Reply) -> bytes:

@@ -54,7 +54,7 @@ class Kept(Protocol):
     """What keeps the numbers, as far as it is read here; see sources.Tables."""
 
     config: Config | None
-    tally: Counters
+    counters: Counters
     started: float
 
     def table(self, name: str) -> Table: ...
@@ -91,7 +91,7 @@ class Reader:
     def _requests(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-        tally = self._kept.tally
+        tally = self._kept.counters
         counts: dict[tuple[str, str, str, str], float] = {}
         times: dict[tuple[str, str], list[float]] = {}
         for (table, service, op, kind), cell in tally.cells().items():
@@ -186,8 +186,8 @@ class Reader:
                 for service in snapshot.entries:
                     hidden.add_metric((*labels, service), int(service in snapshot.forbidden))
         for table, labels in self._direct(mirrored):
-            up.add_metric(labels, int(self._kept.tally.recovered(table)))
-            failures.add_metric(labels, self._kept.tally.failures.get(table, (0, 0.0))[0])
+            up.add_metric(labels, int(self._kept.counters.recovered(table)))
+            failures.add_metric(labels, self._kept.counters.failures.get(table, (0, 0.0))[0])
         for labels, text, moment in self._reasons(mirrored):
             error.add_metric((*labels, _lasting(text)), today - (now - moment))
         yield from (up, age, limit, index, keys, refused, hidden, large, load, reloads, failures, error)
@@ -195,7 +195,7 @@ class Reader:
     def _reasons(self, mirrored: set[str]) -> Iterator[tuple[tuple[str, str], str, float]]:
         """Why answers from elsewhere than a mirror could last not be given: labels, text, moment."""
         told = set(mirrored)
-        for name, (text, moment) in self._kept.tally.last_errors.copy().items():
+        for name, (text, moment) in self._kept.counters.last_errors.copy().items():
             with contextlib.suppress(ConfigError):
                 table = self._kept.table(name)
                 if table.name not in told:
@@ -208,7 +208,7 @@ class Reader:
         if config is None or config.consul.addresses[0].startswith("file://"):
             return
         told = {OTHER, *mirrored}
-        for name in dict.fromkeys(table for table, service, *_ in self._kept.tally.cells() if service in SERVICES):
+        for name in dict.fromkeys(table for table, service, *_ in self._kept.counters.cells() if service in SERVICES):
             with contextlib.suppress(ConfigError):
                 table = self._kept.table(name)
                 if name not in told and table.name not in told:

@@ -142,7 +142,7 @@ def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: 
     # They cost more to import than all the rest, and are not needed where the child takes our place.
     from table_consul import log
     from table_consul.bridge import Bridge
-    from table_consul.server import Loop, claim_stdio
+    from table_consul.server import Server, claim_stdio
 
     def named(table: str) -> None:
         log.start("info", "auto", table, "table-procexec")
@@ -151,7 +151,7 @@ def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: 
     bridge = Bridge(command[0], lambda: [find(command[0], beside), *command[1:]], dialect, deadline)
     read_from, write_to = claim_stdio()
     try:
-        Loop(bridge, bridge.answer, named, short=bridge).serve(read_from, write_to)
+        Server(bridge, named).serve(read_from, write_to)
     finally:
         bridge.close()
     return 0

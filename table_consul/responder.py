@@ -1,7 +1,7 @@
-"""What smtpd is told: a request and a bucket in, a reply out.
+"""What smtpd is answered: a request and the entries it is about in, a reply out.
 
 Decides between ``not-found``, which bounces the mail, and ``error``, which keeps it. Knows neither the wire nor where
-buckets come from; time is a number that the caller reads.
+entries come from; time is a number that the caller reads.
 """
 
 from __future__ import annotations
@@ -9,93 +9,90 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain, islice
 
-from table_consul.errors import EntryError, SourceError, TableConsulError, printable
-from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
+from table_consul.errors import EntryError, SourceError, printable
+from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply, Request
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.services.passwords import SAMPLE_SIZE, Verifier
 from table_consul.services.values import MissingFields
-from table_consul.sources import Source
 
 
 class Responder:
-    """Answers requests for any number of tables. Its only memory is where each fetch stands, and what hashes cost."""
+    """Replies for any number of tables. It remembers only where each fetch is, and what verifying a hash costs."""
 
-    def __init__(self, tables: Callable[[str], Table], source: Source) -> None:
-        """``tables`` tells how the table of that name is laid out; it may raise ConfigError."""
-        self.tables = tables
-        self.source = source
-        self._last: dict[tuple[str, str], bytes] = {}
+    def __init__(self) -> None:
+        self._last_fetched: dict[tuple[str, str], bytes] = {}
         self._verifier = Verifier()
 
-    def answer(self, request: Request, arrived: float) -> Reply:
-        """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
-        try:
-            if request.op == "update":
-                self.source.update()
-                return Updated()
-            service = SERVICES.get(request.service)
-            if service is None:
-                return Failed(f"unknown service {printable(request.service)!r}")
-            table = self.tables(request.table)
-            if service.name not in table.services:
-                return Failed(f"service {service.name} is not among the services of table {printable(table.name)!r}")
-            return self._ask(request, service, table, arrived + table.deadline)
-        except TableConsulError as error:
-            return Failed(str(error), error)
+    def reply(self, request: Request, entries: Entries) -> Reply:
+        """The reply to a check, lookup or fetch, from entries that hold everything there is for its key.
 
-    def _ask(self, request: Request, service: Service, table: Table, deadline: float) -> Reply:
-        if service.answers == "check":
-            return self._authenticate(request, table, deadline)
-        if request.op == "fetch":
-            bucket = self.source.entries(table, service, None, deadline)
-            place = (table.name, service.name)
-            after = bucket.next_after(self._last.get(place))
-            if after is None:
-                return NotFound()
-            self._last[place], value = after
-            return Found(value)
-        bucket = self.source.entries(table, service, request.key, deadline)
+        Raises:
+            EntryError: the entry that answers cannot be used.
+        """
+        if request.op == "lookup":
+            value = entries.lookup(request.key)
+            return NOT_FOUND if value is None else Found(value)
         if request.op == "check":
-            return Found() if bucket.contains(request.key) else NotFound()
-        found = bucket.lookup(request.key)
-        return NotFound() if found is None else Found(found)
+            return FOUND if entries.contains(request.key) else NOT_FOUND
+        place = (entries.table.name, entries.service.name)
+        found = entries.next_after(self._last_fetched.get(place))
+        if found is None:
+            return NOT_FOUND
+        self._last_fetched[place], value = found
+        return Found(value)
 
-    def _authenticate(self, request: Request, table: Table, deadline: float) -> Reply:
-        """Whether the password is that of the user; nothing that is said or kept holds either of them.
+    def answer(self, request: Request, table: Table, read: Callable[[Service, bytes | None], Entries]) -> Reply:
+        """The reply to a request about this table; ``read`` returns the entries of a service for a key (None: all).
+
+        Raises:
+            SourceError: ``read`` has no answer now.
+            EntryError: the entry that answers cannot be used.
+        """
+        service = SERVICES.get(request.service)
+        if service is None:
+            return Failed(f"unknown service {printable(request.service)!r}")
+        if service.name not in table.services:
+            return Failed(f"service {service.name} is not among the services of table {printable(table.name)!r}")
+        if service.answers == "check":
+            return self._authenticate(request, table, read)
+        return self.reply(request, read(service, None if request.op == "fetch" else request.key))
+
+    def _authenticate(self, request: Request, table: Table, read: Callable[[Service, bytes | None], Entries]) -> Reply:
+        """Whether the password is the user's; nothing that is logged or remembered holds either of them.
 
         smtpd puts a colon between the two (smtpd: lka.c, lka_authenticate), so no user's name can hold one. Users are
-        looked up in lower case like all else; the password is taken as it is. Both buckets are asked for whoever it is:
-        where that is a read of Consul, the time it takes would tell who is in the first.
+        looked up in lower case as all keys are; the password is taken as it is. Both services are read for any user:
+        where that is a read of Consul, the time it takes would reveal who is in the first.
         """
         user, colon, password = request.key.partition(b":")
         if request.op != "check" or not colon:
             return Failed("the service auth answers check alone, with a key USER:PASSWORD")
         user = fold_key(user)
-        buckets: list[Entries] = []
+        sources: list[Entries] = []
         stored: bytes | None = None
-        place = b""
-        lacking: MissingFields | None = None
+        path = b""
+        incomplete: MissingFields | None = None
         for name in ("auth", "credentials"):
             try:
-                bucket = self.source.entries(table, SERVICES[name], user, deadline)
+                entries = read(SERVICES[name], user)
             except SourceError:
                 if stored is None:
                     raise
                 continue
-            buckets.append(bucket)
+            sources.append(entries)
             if stored is not None:
                 continue
-            place = bucket.path
+            path = entries.path
             try:
-                stored = bucket.lookup(user)
+                stored = entries.lookup(user)
             except MissingFields as error:
-                lacking = error
-        if stored is None and lacking is not None:
-            raise lacking.with_traceback(None)
-        others = islice(chain.from_iterable(bucket.values.values() for bucket in buckets), SAMPLE_SIZE)
+                incomplete = error
+        if stored is None and incomplete is not None:
+            raise incomplete
+        others = islice(chain.from_iterable(entries.values.values() for entries in sources), SAMPLE_SIZE)
         try:
             verified = self._verifier.verify(table.name, stored, password, others, table.deadline)
-        except EntryError as error:  # of what stands in Consul, so that its key may be named
-            raise EntryError(f"{printable(place + user)}: {error}") from None
-        return Found() if verified else NotFound()
+        except EntryError as error:  # about what is stored in Consul, so its key may be named
+            raise EntryError(f"{printable(path + user)}: {error}") from None
+        return FOUND if verified else NOT_FOUND

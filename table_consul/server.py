@@ -1,4 +1,4 @@
-"""The loop between smtpd's socket and whoever answers. Ends when smtpd closes it, and for no other reason."""
+"""The loop between smtpd's socket and whoever answers. Only smtpd ends it, by closing the socket."""
 
 from __future__ import annotations
 
@@ -6,231 +6,215 @@ import logging
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from table_consul import imsg
 from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, printable
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
-from table_consul.responder import Responder
-from table_consul.services import DEFAULT_SERVICES, Table
-from table_consul.shortcut import Shortcut
-from table_consul.tables import Tables
+from table_consul.services import DEFAULT_SERVICES
 
 log = logging.getLogger("table_consul")
 
 READ_SIZE = 65536
 # When many requests wait, replies are gathered into one write, but none is held back while another takes long.
 GATHER_SECONDS = 0.001
-# Complaints about the same thing are logged once; a bound on how many are remembered.
-REMEMBERED = 4096
+# A complaint is logged once; a bound on how many are remembered.
+MAX_COMPLAINTS = 4096
 
 
-class TablesByName(Protocol):
-    """What the loop asks about a table by name, beside the questions of smtpd."""
+class Answerer(Protocol):
+    """Whoever answers: the configured tables, a child process, or functions of a program's own."""
 
     def services(self, name: str, /) -> list[str]:
-        """The services to register; at least one."""
+        """The services to register for the table of this name; at least one."""
         ...
 
-    def prepare(self, name: str, /) -> None:
-        """Do what would make the first answer late."""
+    def answer(self, request: Request, arrived: float, /) -> Reply:
+        """The reply to a request that arrived at this moment; what it raises becomes an error reply."""
         ...
 
-    def procexec_reply(self, name: str, /) -> str:
-        """The first word of replies in the dialect of 2020, or ``auto``."""
-        ...
-
-
-class ShortWay(Protocol):
-    """Who answers what is asked most without the detour of events and replies; see shortcut.py."""
-
-    def replies(self, data: bytes, session: Session | imsg.Session, /) -> bytes | None:
-        """All that is to be written, or None: then nothing has been answered."""
-        ...
-
-    def count(self, arrived: float, /) -> None:
-        """Note that it has been written."""
+    def warm_up(self, name: str, /) -> None:
+        """Do what would make the first answer late, now that smtpd has its handshake and asks nothing yet."""
         ...
 
 
-class Loop:
-    """One smtpd, one session in a dialect that its first bytes decide, and one who answers."""
+class Server:
+    """One conversation with smtpd, in the dialect that its first bytes decide, answered by one `Answerer`."""
 
     def __init__(
         self,
-        tables: TablesByName,
-        answer: Callable[[Request, float], Reply],
-        named: Callable[[str], None],
+        answerer: Answerer,
+        on_table_name: Callable[[str], None],
+        *,
+        counters: Counters | None = None,
+        procexec_reply: Callable[[str], str] = lambda _table: "auto",
         clock: Callable[[], float] = time.monotonic,
-        tally: Counters | None = None,
-        short: ShortWay | None = None,
     ) -> None:
-        """``answer`` gets each request and the moment it arrived; what it raises becomes an error reply.
+        """``on_table_name`` is called once, when smtpd has shown its dialect, with the table's name if it has one.
 
-        ``named`` is told the name of the table, and thereby that smtpd has said which dialect it speaks.
+        ``procexec_reply`` is as for `protocol.Session`.
         """
-        self._tables = tables
-        self._answer = answer
-        self._named = named
+        self._answerer = answerer
+        self._on_table_name = on_table_name
+        self._counters = counters
         self._clock = clock
-        self._session: Session | imsg.Session = Session(tables.procexec_reply)
-        self._tally = tally or Counters(Table)
-        self._short = short
-        self._told: set[str] = set()
+        self._session: Session | imsg.Session = Session(procexec_reply)
+        self._complaints: set[str] = set()
         self._begun = False
-        self._unprepared: str | None = None
+        self._cold: str | None = None
 
     def serve(self, read_from: int, write_to: int) -> bool:
-        """Answer until smtpd closes the conversation. Whether it spoke at all, in any of its dialects."""
-        data = _read(read_from)
+        """Answer on these descriptors until smtpd closes the conversation; whether it spoke any of its dialects."""
+
+        def write(data: bytes) -> bool:
+            # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
+            return _write(read_from if isinstance(self._session, imsg.Session) else write_to, data)
+
+        return self.run(lambda: _read(read_from), write)
+
+    def run(self, read: Callable[[], bytes], write: Callable[[bytes], bool]) -> bool:
+        """As `serve`; ``read`` returns what has arrived, nothing at the end, and ``write`` False if smtpd is gone."""
+        data = read()
         if imsg.speaks(data):
             self._session = imsg.Session()
-            write_to = read_from  # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket
+        session, clock = self._session, self._clock
         while data:
-            if not self._answer_at_once(data, write_to):
-                self._session.receive_data(data)
-                if not self._answer_all(write_to) or self._session.closed:
-                    break
-            data = _read(read_from)
-        return self._session.dialect is not None
+            arrived = clock()
+            events = session.receive_data(data)
+            if not self._begun:
+                self._begin(events)
+            if not self._answer_all(events, arrived, write) or session.closed:
+                break
+            self._warm_up()
+            data = read()
+        return session.dialect is not None
 
-    def _answer_at_once(self, data: bytes, write_to: int) -> bool:
-        """Whether the shortcut had all the replies; if smtpd is gone the next read tells."""
-        if self._short is None or not self._session.takes_shortcuts:
-            return False
-        arrived = self._clock()
-        try:
-            replies = self._short.replies(data, self._session)
-        except Exception as error:  # noqa: BLE001 - as in _answered
-            self._tell_traceback(error)
-            return False
-        if replies is None:
-            return False
-        _write(write_to, replies)
-        self._short.count(arrived)
-        return True
-
-    def _answer_all(self, write_to: int) -> bool:
-        arrived = self._clock()
+    def _answer_all(self, events: list[Event], arrived: float, write: Callable[[bytes], bool]) -> bool:
+        """Answer the events of one read, in order; False when smtpd is gone."""
+        answer, send, clock = self._answerer.answer, self._session.send, self._clock
         replies: list[bytes] = []
-        gathering = arrived
-        while (event := self._session.next_event()) is not None:
-            replies.append(self._reply(event, arrived))
-            if self._clock() - gathering > GATHER_SECONDS:
-                if not _write(write_to, b"".join(replies)):
+        answered: list[tuple[Request, Reply, float]] = []
+        last_write = arrived
+        for event in events:
+            if event.__class__ is Request:
+                try:
+                    reply = answer(event, arrived)
+                    if reply.__class__ is Failed:
+                        self._report(event, reply)
+                    data = send(event, reply)
+                except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
+                    reply = self._failure(event, error)
+                    data = send(event, reply)
+                now = clock()
+                answered.append((event, reply, now - arrived))
+            else:
+                data = self._other(event)
+                now = clock()
+                if isinstance(event, Malformed) and event.request is not None:
+                    answered.append((event.request, Failed(event.reason), now - arrived))
+            replies.append(data)
+            if now - last_write > GATHER_SECONDS:
+                if not write(b"".join(replies)):
                     return False
                 replies.clear()
-                gathering = self._clock()
-        if not _write(write_to, b"".join(replies)):
+                last_write = clock()
+        if replies and not write(b"".join(replies) if len(replies) > 1 else replies[0]):
             return False
-        self._get_ready()
+        if self._counters is not None:
+            self._count(self._counters, answered)
         return True
 
-    def _reply(self, event: Event, arrived: float) -> bytes:
-        if isinstance(event, Request):
-            if not self._begun:
-                self._begin(event.table, "")
-            return self._send(event, self._answered(event, arrived), arrived)
+    def _count(self, counters: Counters, answered: list[tuple[Request, Reply, float]]) -> None:
+        try:
+            for request, reply, seconds in answered:
+                counters.add(request, reply.__class__, seconds)
+                if isinstance(reply, Failed) and isinstance(reply.cause, SourceError):
+                    counters.failed(request.table, reply.cause, self._clock())
+        except Exception as error:  # noqa: BLE001 - as in _answer_all
+            self._log_traceback(error)
+
+    def _other(self, event: Event) -> bytes:
+        """The reply to what is not a request that can be answered."""
         if isinstance(event, Ready):
-            self._begin(event.config.get("tablename", ""), event.config.get("smtpd-version", ""))
-            return self._session.register(self._services(event))
-        return self._refused(event, arrived)
+            return self._session.register(self._services(event.config))
+        assert isinstance(event, Malformed)
+        self._warn_once(event.reason)
+        if self._counters is not None:
+            self._counters.malformed += 1
+        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
 
-    def _answered(self, request: Request, arrived: float) -> Reply:
-        try:
-            reply = self._answer(request, arrived)
-        except Exception as error:  # noqa: BLE001 - the process must outlive its bugs, as smtpd would not outlive the process
-            self._tell_traceback(error)
-            return Failed(f"internal error ({type(error).__name__}); see the log of table-consul")
-        if isinstance(reply, Failed):
-            if isinstance(reply.cause, SourceError):
-                log.debug("%s %s: %s", request.op, request.service, reply.reason)  # the source tells outages, once each
-            else:
-                self._tell(reply.reason)
-        return reply
+    def _report(self, request: Request, reply: Failed) -> None:
+        if isinstance(reply.cause, SourceError):
+            log.debug("%s %s: %s", request.op, request.service, reply.reason)  # the source reports its outages itself
+        else:
+            self._warn_once(reply.reason)
 
-    def _send(self, request: Request, reply: Reply, arrived: float) -> bytes:
-        try:
-            data = self._session.send(request, reply)
-        except ReplyError as error:
-            self._tell(f"{request.op} {request.service}: {error}")
-            reply = Failed(str(error))
-            data = self._session.send(request, reply)
-        try:
-            self._tally.add(request, reply.__class__, self._clock() - arrived)
-            if isinstance(reply, Failed) and isinstance(reply.cause, SourceError):
-                self._tally.failed(request.table, reply.cause, self._clock())
-        except Exception as error:  # noqa: BLE001 - as in _answered
-            self._tell_traceback(error)
-        return data
+    def _failure(self, request: Request, error: Exception) -> Failed:
+        if isinstance(error, ReplyError):
+            self._warn_once(f"{request.op} {request.service}: {error}")
+            return Failed(str(error))
+        self._log_traceback(error)
+        return Failed(f"internal error ({type(error).__name__}); see the log of table-consul")
 
-    def _refused(self, event: Malformed, arrived: float) -> bytes:
-        self._tell(event.reason)
-        self._tally.malformed += 1
-        return b"" if event.request is None else self._send(event.request, Failed(event.reason), arrived)
-
-    def _begin(self, table: str, version: str) -> None:
+    def _begin(self, events: list[Event]) -> None:
+        """Note the table's name once smtpd has shown its dialect, by the end of a handshake or by a request."""
+        first = next((event for event in events if not isinstance(event, Malformed)), None)
+        if first is None:
+            return
+        version = ""
+        if isinstance(first, Ready):
+            table, version = first.config.get("tablename", ""), first.config.get("smtpd-version", "")
+        else:
+            table = first.table
         self._begun = True
-        self._unprepared = table
+        self._cold = table
         try:
-            self._named(table)
-        except Exception as error:  # noqa: BLE001 - as in _answered
-            self._tell_traceback(error)
+            self._on_table_name(table)
+        except Exception as error:  # noqa: BLE001 - as in _answer_all
+            self._log_traceback(error)
         log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
 
-    def _get_ready(self) -> None:
-        """Do what would make the first answer late, now that smtpd has its handshake and asks nothing yet."""
-        table, self._unprepared = self._unprepared, None
-        if table is None:
+    def _warm_up(self) -> None:
+        if self._cold is None:
             return
+        table, self._cold = self._cold, None
         try:
-            self._tables.prepare(table)
-        except Exception as error:  # noqa: BLE001 - as in _answered; the answers will say what is wrong
-            self._tell_traceback(error)
+            self._answerer.warm_up(table)
+        except Exception as error:  # noqa: BLE001 - as in _answer_all; the answers will say what is wrong
+            self._log_traceback(error)
 
-    def _services(self, event: Ready) -> list[str]:
-        services = self._tables.services(event.config.get("tablename", ""))
-        if "auth" in services and not _auth_is_usable(event.config.get("smtpd-version", "")):
-            # Before 7.9 smtpd lower-cases the password in the key (smtpd: table.c, table_lookup).
-            log.warning("auth is not registered: this smtpd lower-cases passwords; OpenSMTPD 7.9 and later do not")
+    def _services(self, config: Mapping[str, str]) -> list[str]:
+        try:
+            services = self._answerer.services(config.get("tablename", ""))
+        except Exception as error:  # noqa: BLE001 - as in _answer_all
+            self._log_traceback(error)
+            services = list(DEFAULT_SERVICES)
+        if "auth" in services and not _keeps_case_of_passwords(config.get("smtpd-version", "")):
+            log.warning("not registering auth: OpenSMTPD before 7.9 lower-cases the password")
             services = [name for name in services if name != "auth"] or list(DEFAULT_SERVICES)
         return services
 
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            if len(self._told) >= REMEMBERED:
-                self._told.clear()
-            self._told.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._complaints:
+            if len(self._complaints) >= MAX_COMPLAINTS:
+                self._complaints.clear()
+            self._complaints.add(text)
             log.warning("%s", text)
 
-    def _tell_traceback(self, error: Exception) -> None:
+    def _log_traceback(self, error: Exception) -> None:
         at = error.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         kind = f"{type(error).__name__} at {at and (at.tb_frame.f_code.co_filename, at.tb_lineno)}"
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._complaints:
+            self._complaints.add(kind)
             log.error("internal error; please report it", exc_info=error)
 
 
-class Daemon(Loop):
-    """The loop with the responder, answering from the configured sources."""
-
-    def __init__(
-        self,
-        sources: Tables,
-        named: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """See Loop."""
-        shortcut = Shortcut(sources.known, sources.tally, clock)
-        super().__init__(sources, Responder(sources.table, sources).answer, named, clock, sources.tally, shortcut)
-
-
 def claim_stdio() -> tuple[int, int]:
-    """The socket to smtpd as two descriptors of our own; nothing else can write to it by accident."""
+    """Two descriptors of our own for the socket to smtpd; nothing else can write to it by accident."""
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started without one of the three: a copy of the socket must not take its place
     read_from, write_to = os.dup(0), os.dup(1)
@@ -240,7 +224,8 @@ def claim_stdio() -> tuple[int, int]:
     return read_from, write_to
 
 
-def _auth_is_usable(version: str) -> bool:
+def _keeps_case_of_passwords(version: str) -> bool:
+    """Whether this smtpd leaves passwords as they are: 7.9 and later (smtpd: table.c, table_lookup)."""
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
     return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (7, 9)
@@ -253,7 +238,7 @@ def _read(fd: int) -> bytes:
         except BlockingIOError:
             select.select([fd], [], [])
         except OSError:
-            return b""  # reset by an smtpd that died: as good as end of file
+            return b""  # reset by an smtpd that died: the same as end of file
 
 
 def _write(fd: int, data: bytes) -> bool:

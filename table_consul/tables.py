@@ -1,77 +1,134 @@
-"""Which source answers for which table, as the configuration says; and what ``smtpctl update table`` sets in motion."""
+"""Every table by its name: how it is laid out, which source has its entries, and what ``smtpctl update table`` does."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from table_consul.config import Config, MetricsConfig
+from table_consul.config import Config
 from table_consul.counters import Counters
-from table_consul.errors import ConfigError, SourceError
+from table_consul.errors import ConfigError, SourceError, TableConsulError
+from table_consul.protocol import Failed, Reply, Request, Updated
+from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Service, Table
 from table_consul.services.entries import Entries
-from table_consul.services.values import DEFAULT_KEY
 from table_consul.sources import Source
 
 if TYPE_CHECKING:
-    from table_consul.metrics import Exporter
-    from table_consul.shortcut import Known
     from table_consul.sources.direct import DirectSource
+    from table_consul.sources.mirror import Mirror, Snapshot
     from table_consul.sources.watch import MirrorSource, Watch
 
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
-REMEMBERED = 256
+MAX_NAMES = 256
 # In the dialects of 2020 one process may be asked about any number of tables; each mirror holds a connection to Consul,
-# of which an agent grants a client 200 (its http_max_conns_per_client). Further tables are read directly.
-MIRRORED_TABLES = 16
+# of which an agent grants a client 200 (limits.http_max_conns_per_client). Further tables are read directly.
+MAX_MIRRORED_TABLES = 16
+
+
+class Route(NamedTuple):
+    """Where the answers for one service of one table are, resolved once for a mirror's present state."""
+
+    entries: Entries
+    mirror: Mirror
+    state: tuple[Snapshot, float]
+    """The route ends when the mirror is in another state: with the next edit or confirmation, or when it stops."""
+    good_until: float
+    """On the clock of requests."""
 
 
 class Tables:
-    """The source of every table, made when it is first asked: what a source imports costs more than the rest."""
+    """Answers requests for every table. Sources are made when they are first needed: importing them takes longest.
 
-    def __init__(self, load: Callable[[], Config]) -> None:
+    Everything here runs in the thread that answers smtpd, except `watches`, which any thread may call.
+    """
+
+    def __init__(self, load: Callable[[], Config], on_change: Callable[[], None] = lambda: None) -> None:
         """``load`` reads the configuration, or raises ConfigError; it is called here and at each update.
 
-        Without a configuration that can be used every answer is an error that says why: ending the process would end
-        the mail server with it, and the mail waits until the file is mended and the table updated.
+        ``on_change`` is called when the first table has its name, and after each update.
+
+        With a configuration that cannot be used, every answer is an error with the reason: ending the process would end
+        the mail server, and this way mail waits until the file is fixed and the table updated.
         """
         self._load = load
+        self._on_change = on_change
         self.config: Config | None = None
         self.broken: ConfigError | None = None
         try:
             self.config = load()
         except ConfigError as error:
             self.broken = error
+        self.counters = Counters(self.table)
+        self.started = time.time()
+        """Seconds since the epoch."""
+        self.name: str | None = None
+        """The name that smtpd gave in its handshake, or with its first request."""
+        self._responder = Responder()
         self._tables: dict[str, Table] = {}
+        self._routes: dict[tuple[str, str], Route] = {}
         self._file: Source | None = None
         self._direct: DirectSource | None = None
         self._mirrors: dict[str, MirrorSource] = {}
         self._former: dict[str, MirrorSource] = {}
-        self.tally = Counters(self.table)
-        self.started = time.time()
-        self._exporter: Exporter | None = None
-        self._named: str | None = None
+
+    def answer(self, request: Request, arrived: float) -> Reply:
+        """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
+        route = self._routes.get((request.table, request.service))
+        try:
+            if route is not None and route.mirror.state is route.state and arrived <= route.good_until:
+                return self._responder.reply(request, route.entries)
+            return self._answer(request, arrived)
+        except TableConsulError as error:
+            return Failed(str(error), error)
+
+    def _answer(self, request: Request, arrived: float) -> Reply:
+        """As `answer`, for what has no route."""
+        if request.op == "update":
+            self.update()
+            return Updated()
+        table = self.table(request.table)
+        deadline = arrived + table.deadline
+
+        def read(service: Service, key: bytes | None) -> Entries:
+            entries = self.entries(table, service, key, deadline)
+            if service.name == request.service and service.answers != "check":
+                self._add_route(request.table, service, entries)
+            return entries
+
+        return self._responder.answer(request, table, read)
+
+    def _add_route(self, name: str, service: Service, entries: Entries) -> None:
+        """Remember where the next answer is, if these entries are a mirror's and hold for every key."""
+        source = self._mirrors.get(entries.table.name)
+        if source is None:
+            return
+        mirror = source.mirror(service)
+        state = mirror.state
+        if state is None or state[0].entries[service.name] is not entries or service.name in state[0].forbidden:
+            return
+        if len(self._routes) >= MAX_NAMES:
+            self._routes.clear()
+        self._routes[name, service.name] = Route(entries, mirror, state, state[1] + mirror.max_age)
 
     def table(self, name: str) -> Table:
         """How this table is laid out; the configured default stands in for an empty name.
 
         Raises:
-            ConfigError: there can be no table of that name.
+            ConfigError: there is no configuration, or there can be no table of that name.
         """
-        known = self._tables.get(name)
-        if known is None:
+        table = self._tables.get(name)
+        if table is None:
             if self.config is None:
-                raise (self.broken or ConfigError("no configuration")).with_traceback(
-                    None
-                )  # else it grows with each raise
-            known = self.config.table(name or self.config.default_table)
-            if len(self._tables) < REMEMBERED:
-                self._tables[name] = known
-        return known
+                raise ConfigError(str(self.broken))
+            table = self.config.table(name or self.config.default_table)
+            if len(self._tables) < MAX_NAMES:
+                self._tables[name] = table
+        return table
 
     def services(self, name: str) -> list[str]:
-        """The services to register for this table: those that answer with errors, too, if that is all they can."""
+        """The services to register for this table, also if it can only answer with errors."""
         try:
             return list(self.table(name).services)
         except ConfigError:
@@ -85,32 +142,23 @@ class Tables:
             return "auto" if self.config is None else self.config.defaults.procexec_reply
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """See responder.Source."""
+        """The entries that answer for this key (None: all), from the source that the configuration gives the table.
+
+        Raises:
+            SourceError: the source has no answer by the deadline.
+        """
         source = self._source(table, service)
         try:
             return source.entries(table, service, key, deadline)
         except SourceError:
             mirrored = self._mirrors.get(table.name)
-            if mirrored is None or source is not mirrored or not mirrored.too_large(service):
+            if source is not mirrored or not mirrored.too_large(service):
                 raise
             # It turned out to be too large while this request waited for the first load.
             return self._read_directly().entries(table, service, key, deadline)
 
-    def known(self, table: str, service: str) -> Known | None:
-        """The values of a service of exact keys, if the table has it and they are in memory; see shortcut.py."""
-        layout = self._tables.get(table)
-        mirrored = self._mirrors.get(table)
-        if layout is None or mirrored is None or service not in layout.services:
-            return None
-        if SERVICES[service].patterns or SERVICES[service].answers != "value":
-            return None
-        known = mirrored.known(service)
-        if known is not None and SERVICES[service].default and b"%" in known.values.get(DEFAULT_KEY, b""):
-            return None  # that entry is no answer as it stands, not even for its own key
-        return known
-
     def update(self) -> None:
-        """See responder.Source. A bad configuration changes nothing.
+        """Read the configuration again, and have every source read its data again. A bad configuration changes nothing.
 
         Raises:
             TableConsulError: the configuration, the token or the file cannot be used.
@@ -118,44 +166,35 @@ class Tables:
         config = self._load()
         former, self.config, self.broken = self.config, config, None
         self._tables.clear()
+        self._routes.clear()
         if former is None or config != former:
-            self._forget()
-        if self._named is not None:
-            self.prepare(self._named)
+            self.close()
+        if self.name is not None:
+            self.warm_up(self.name)
         for source in (self._file, self._direct, *self._mirrors.values()):
             if source is not None:
                 source.update()
 
-    def prepare(self, name: str) -> None:
+    def warm_up(self, name: str) -> None:
         """Make the source of this table now, so that the first answer need not wait for it."""
-        self._named = name
+        self.name = name
         if self.config is not None:
             table = self.table(name)
             self._source(table, SERVICES[table.services[0]])
-            self._export()
+            self._on_change()
 
-    def watches(self) -> list[tuple[str, Watch]]:
-        """Every watch there is, with the name of its table."""
-        return [(name, watch) for name, mirrored in self._mirrors.copy().items() for watch in mirrored.watches]
-
-    def _export(self) -> None:
-        """See to it that metrics go where the configuration says, once smtpd has named the table."""
-        if self._exporter is not None and self._exporter.is_alive():
-            self._exporter.wake()
-        elif self._named is not None and self.config is not None and self.config.metrics != MetricsConfig():
-            from table_consul.metrics import Exporter
-
-            self._exporter = Exporter(self.table(self._named).name, self)
-            self._exporter.start()
-
-    def _forget(self) -> None:
-        """Part with what another configuration made, but for the copies in memory: Consul may be away just now."""
+    def close(self) -> None:
+        """Close every source. Mirrors made later for the same tables still take over what is in memory."""
         self._former, self._mirrors = self._mirrors, {}
         for mirrored in self._former.values():
             mirrored.close()
         if self._direct is not None:
             self._direct.close()
         self._file = self._direct = None
+
+    def watches(self) -> list[tuple[str, Watch]]:
+        """Every watch there is, with the name of its table."""
+        return [(name, watch) for name, mirrored in self._mirrors.copy().items() for watch in mirrored.watches]
 
     def _source(self, table: Table, service: Service) -> Source:
         mirrored = self._mirrors.get(table.name)
@@ -169,7 +208,7 @@ class Tables:
 
                 self._file = FileSource(address.removeprefix("file://"))
             return self._file
-        if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MIRRORED_TABLES:
+        if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
             return self._mirror(table)
         return self._read_directly()
 

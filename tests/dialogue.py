@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from table_consul import config
-from table_consul.protocol import Failed, Ready, Request, Session
-from table_consul.responder import Responder
+from table_consul.server import Server
 from table_consul.tables import Tables
 
 if TYPE_CHECKING:
@@ -111,24 +110,18 @@ def read_transcript(path: Path) -> Dialogue:
     return Dialogue(path.stem, tuple(defaults), tuple((said, answered) for said, answered in turns))
 
 
-def converse(sources: Tables, chunks: Iterable[bytes]) -> bytes:
-    """All that session and responder answer when they are told these chunks; a loop without a process around it."""
-    session, responder = Session(sources.procexec_reply), Responder(sources.table, sources)
-    answered = b""
-    for chunk in chunks:
-        session.receive_data(chunk)
-        while (event := session.next_event()) is not None:
-            if isinstance(event, Ready):
-                answered += session.register(sources.services(event.config.get("tablename", "")))
-                continue
-            request = event if isinstance(event, Request) else event.request
-            if request is not None:
-                reply = responder.answer(event, 0.0) if isinstance(event, Request) else Failed(event.reason)
-                answered += session.send(request, reply)
-    return answered
+def converse(tables: Tables, chunks: Iterable[bytes]) -> bytes:
+    """All that the server answers when it reads these chunks, one at a time."""
+    written: list[bytes] = []
+    arriving = iter(chunks)
+    server = Server(
+        tables, lambda _name: None, counters=tables.counters, procexec_reply=tables.procexec_reply, clock=lambda: 0.0
+    )
+    server.run(lambda: next((chunk for chunk in arriving if chunk), b""), lambda data: written.append(data) or True)
+    return b"".join(written)
 
 
-def open_sources(path: Path, environ: dict[str, str] | None = None) -> Tables:
+def open_tables(path: Path, environ: dict[str, str] | None = None) -> Tables:
     return Tables(lambda: config.load(str(path), environ or {}))
 
 

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, pass_config
-from table_consul.errors import SourceError, printable
+from table_consul.errors import SourceError, TableConsulError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
 from table_consul.services import MAX_KEY_BYTES, fold_key
 
@@ -139,7 +139,9 @@ class _Asker:
             from table_consul.ctl.tracing import Trace
 
             self._trace = Trace(reading)
-        self._responder = Responder(config.table, self._trace or reading)
+        self._source = self._trace or reading
+        self._layout = config.table(table)
+        self._responder = Responder()
 
     def ask(self, key: bytes) -> Reply:
         """The reply to smtpd; an error, too, for what smtpd does not ask."""
@@ -147,7 +149,15 @@ class _Asker:
             return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}")
         # smtpd leaves a password as it is, and the responder folds the user.
         folded = key if self.service == "auth" else fold_key(key)
-        return self._responder.answer(Request(self.operation, b"1", self.table, self.service, folded), time.monotonic())
+        deadline = time.monotonic() + self._layout.deadline
+        try:
+            return self._responder.answer(
+                Request(self.operation, b"1", self.table, self.service, folded),
+                self._layout,
+                lambda service, key: self._source.entries(self._layout, service, key, deadline),
+            )
+        except TableConsulError as error:
+            return Failed(str(error), error)
 
     def explain(self, key: bytes) -> list[Step] | None:
         """How the last answer came about, if that was wanted."""

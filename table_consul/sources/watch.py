@@ -16,7 +16,6 @@ from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
-from table_consul.shortcut import Known
 from table_consul.sources import PROBE
 from table_consul.sources.export import AtomicWriter
 from table_consul.sources.mirror import (
@@ -321,16 +320,9 @@ class MirrorSource:
         watch.settled(deadline)
         return watch.mirror.entries(service.name, key, self._clock())
 
-    def known(self, service: str) -> Known | None:
-        """The values of this service and how long they are good for; see shortcut.py."""
-        mirror = self._watches[service].mirror
-        state = mirror.state
-        if state is None or self._watches[service].too_large:
-            return None
-        snapshot, confirmed = state
-        if service in snapshot.forbidden or snapshot.restored:
-            return None
-        return Known(mirror, state, snapshot.entries[service].values, confirmed + mirror.max_age)
+    def mirror(self, service: Service) -> Mirror:
+        """The mirror that holds the entries of this service."""
+        return self._watches[service.name].mirror
 
     def update(self) -> None:
         """Have the watches read token and TLS files anew and, if any of them is pausing, try again at once.

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from table_consul.ctl.policy import read_folders
 from table_consul.protocol import Request
-from table_consul.responder import Responder
 from table_consul.services import SERVICES, Table
 from tests.control import control
-from tests.dialogue import Child, open_sources
+from tests.dialogue import Child, open_tables
 from tests.fake_consul import FakeConsul
 from tests.rig import cache
 from tests.rig.consul import ConsulAgent, ConsulError, consul_binary
@@ -117,13 +116,12 @@ def test_the_rules_cover_all_that_the_daemon_reads_and_each_is_needed(tmp_path, 
         lines = [f"{key} = {json.dumps(value)}" for key, value in json.loads(own).items()]
         lines.append(f"paths = {{ {', '.join(f'{name} = {json.dumps(at)}' for name, at in paths.items())} }}")
         path.write_text(f'[consul]\naddress = "{fake.address}"\n[tables.t]\n' + "\n".join(lines))
-        sources = open_sources(path)
+        sources = open_tables(path)
         assert sources.table("t") == table
-        responder = Responder(sources.table, sources)
         for name in table.services:
             for op in ["check"] if name == "auth" else ["check", "lookup", "fetch"]:
-                responder.answer(Request(op, b"1", "t", name, b"vera:secret"), time.monotonic())
-        sources._forget()
+                sources.answer(Request(op, b"1", "t", name, b"vera:secret"), time.monotonic())
+        sources.close()
         read = [request.key.decode() for request in fake.requests]
     assert [key for key in read if not key.startswith(tuple(folders))] == []
     assert [folder for folder in folders if not any(key.startswith(folder) for key in read)] == []

@@ -10,7 +10,7 @@ import sys
 import hcl2
 import pytest
 
-from tests.dialogue import converse, open_sources, write_config, write_source
+from tests.dialogue import converse, open_tables, write_config, write_source
 from tests.documents.document import CONTRIB, smtpd_check
 
 # ---- contrib/smtpd.conf.example ----
@@ -77,7 +77,7 @@ def test_what_terraform_puts_is_what_tables_answer(terraform, tmp_path):
             entries |= {body["path_prefix"] + key: value.encode() for key, value in body["subkeys"].items()}
         elif kind == "consul_keys":
             entries |= {key["path"]: key["value"].encode() for key in body["key"] if "${" not in key["value"]}
-    sources = open_sources(write_config(tmp_path, address=f"file://{write_source(tmp_path, entries)}"))
+    sources = open_tables(write_config(tmp_path, address=f"file://{write_source(tmp_path, entries)}"))
     said = [
         "table|0.1|0|domains|check|1|domain|mail.example.org",
         "table|0.1|0|aliases|lookup|2|alias|postmaster",

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from table_consul.server import Daemon
+from table_consul.server import Server
 from table_consul.services import SERVICES
-from tests.dialogue import PATIENCE_SECONDS, open_sources, read_transcript, write_config, write_source
+from tests.dialogue import PATIENCE_SECONDS, open_tables, read_transcript, write_config, write_source
 from tests.documents.document import page
 
 PAGE = page("docs/protocols.md")
@@ -50,7 +50,7 @@ def read_imsg(text):
 
 def serve(sources, wire):
     with wire:
-        Daemon(sources, lambda _table: None).serve(wire.fileno(), wire.fileno())
+        Server(sources, lambda _table: None, procexec_reply=sources.procexec_reply).serve(wire.fileno(), wire.fileno())
 
 
 def say(wire, chunks):
@@ -83,7 +83,7 @@ def conversation(request, tmp_path_factory):
         dialogue = read_transcript(folder / "page")
         defaults, turns = dialogue.defaults, dialogue.turns
     config = write_config(folder, *defaults, address=f"file://{write_source(folder, ENTRIES)}")
-    return turns, lambda chunks: replayed(open_sources(config), chunks)
+    return turns, lambda chunks: replayed(open_tables(config), chunks)
 
 
 def test_the_page_shows_every_dialect():

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from table_consul.errors import ConfigError, EntryError, Forbidden, PeerError, Unreachable
+from table_consul.errors import ConfigError, EntryError, Forbidden, PeerError, TableConsulError, Unreachable
 from table_consul.kv import Pair
 from table_consul.protocol import Failed, Found, NotFound, Request
 from table_consul.responder import Responder
-from table_consul.server import Daemon
+from table_consul.server import Server
 from table_consul.services import SERVICES, Table, passwords
 from table_consul.services.entries import Entries
 from table_consul.services.passwords import (
@@ -323,7 +323,15 @@ class Scripted:
 def ask(source, key, op="check", table=TABLE):
     if isinstance(key, str):
         key = key.encode()
-    return Responder(lambda name: table, source).answer(Request(op, b"1", "users", "auth", key), 1000.0)
+    deadline = 1000.0 + table.deadline
+    try:
+        return Responder().answer(
+            Request(op, b"1", "users", "auth", key),
+            table,
+            lambda service, user: source.entries(table, service, user, deadline),
+        )
+    except TableConsulError as error:
+        return Failed(str(error), error)
 
 
 def test_the_right_password_is_found_and_a_wrong_one_is_not():
@@ -475,10 +483,10 @@ def said(path, keys, caplog=None, version="7.9.0"):
         from table_consul import config
 
         sources = Tables(lambda: config.load(str(path), {}))
-        Daemon(sources, lambda _: None).serve(ours.fileno(), ours.fileno())
+        Server(sources, lambda _: None, counters=sources.counters).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
-    said.cells = sources.tally.cells()
+    said.cells = sources.counters.cells()
     return answers.splitlines()
 
 

@@ -10,7 +10,7 @@ import pytest
 from table_consul import callbacks
 from table_consul.callbacks import Callbacks
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
-from table_consul.server import Loop
+from table_consul.server import Server
 from table_consul.services import DEFAULT_SERVICES
 from tests.dialogue import Child
 from tests.smtpd.test_imsg import ALIAS, CHECK, FETCH, LOOKUP, SOURCE, UPDATE
@@ -122,7 +122,7 @@ def said(lines, caplog, **functions):
         ours.sendall(lines)
         ours.shutdown(socket.SHUT_WR)
         caplog.set_level(logging.ERROR)
-        Loop(answerer, answerer.answer, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        Server(answerer, lambda _: None).serve(theirs.fileno(), theirs.fileno())
         theirs.shutdown(socket.SHUT_WR)
         return ours.makefile("rb").read()
 

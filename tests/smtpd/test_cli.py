@@ -163,7 +163,7 @@ def test_the_environment_of_the_consul_command_counts_and_no_library_sees_it(wir
     seen = []
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "192.0.2.1:8500")
     monkeypatch.setenv("CONSUL_HTTP_SSL", "")
-    monkeypatch.setattr(cli, "Tables", lambda load: seen.append(load()) or Stopped.stop())
+    monkeypatch.setattr(cli, "Tables", lambda load, _: seen.append(load()) or Stopped.stop())
     (tmp_path / "c.toml").write_text("")
     with pytest.raises(Stopped):
         cli.main([str(tmp_path / "c.toml")])

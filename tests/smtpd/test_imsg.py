@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ from hypothesis import strategies as st
 from table_consul.errors import ReplyError
 from table_consul.imsg import HEADER, MAX_MESSAGE, MAX_VALUE, Session, speaks
 from table_consul.protocol import Failed, Found, Malformed, NotFound, Ready, Request, Updated
-from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, SERVICES
-from tests.dialogue import ENTRIES, open_sources, write_config, write_source
+from tests.dialogue import ENTRIES, converse, open_tables, write_config, write_source
 from tests.e2e.record_imsg import FOLDER, MORE
 
 OPEN, CLOSE, UPDATE, CHECK, LOOKUP, FETCH = range(2, 8)
@@ -41,9 +41,7 @@ def events(*chunks):
     session = Session()
     found = []
     for chunk in chunks:
-        session.receive_data(chunk)
-        while (event := session.next_event()) is not None:
-            found.append(event)
+        found += session.receive_data(chunk)
     return found
 
 
@@ -59,18 +57,8 @@ def asked(*messages):
 
 
 def replayed(folder, chunks):
-    sources = open_sources(write_config(folder, address=f"file://{write_source(folder, ENTRIES | MORE)}"))
-    session, responder = Session(), Responder(sources.table, sources)
-    answered = b""
-    for chunk in chunks:
-        session.receive_data(chunk)
-        while (event := session.next_event()) is not None:
-            if isinstance(event, Ready):
-                answered += session.register(())
-            else:
-                assert isinstance(event, Request)
-                answered += session.send(event, responder.answer(event, 0.0))
-    return answered
+    tables = open_tables(write_config(folder, address=f"file://{write_source(folder, ENTRIES | MORE)}"))
+    return converse(tables, chunks)
 
 
 @pytest.fixture(scope="module", params=sorted(Path(FOLDER).glob("*.hex")), ids=lambda path: path.stem)
@@ -221,10 +209,11 @@ def test_after_a_length_that_cannot_be_nothing_more_is_understood(length):
 
 def test_what_is_no_longer_understood_takes_no_memory():
     session = Session()
-    for _ in range(100):
-        session.receive_data(b"\0" * 65536)
-        session.next_event()
-    assert session._data == b""
+    tracemalloc.start()
+    events = [event for _ in range(100) for event in session.receive_data(b"\0" * 65536)]
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(events), grown < 3 * 65536) == (1, True)
 
 
 def test_the_longest_message_is_understood():
@@ -234,16 +223,14 @@ def test_the_longest_message_is_understood():
 
 def test_close_ends_the_conversation():
     session = Session()
-    session.receive_data(opening() + message(CLOSE) + question(LOOKUP, ALIAS, b"root\0"))
-    assert ([Ready, type(None)], True) == ([type(session.next_event()) for _ in range(2)], session.closed)
-    session.receive_data(question(LOOKUP, ALIAS, b"root\0"))
-    assert session.next_event() is None
+    found = session.receive_data(opening() + message(CLOSE) + question(LOOKUP, ALIAS, b"root\0"))
+    assert ([Ready], True) == ([type(event) for event in found], session.closed)
+    assert session.receive_data(question(LOOKUP, ALIAS, b"root\0")) == []
 
 
 def test_a_conversation_is_open_until_then():
     session = Session()
-    session.receive_data(opening() + message(UPDATE))
-    assert [Ready, Request] == [type(session.next_event()) for _ in range(2)]
+    assert [Ready, Request] == [type(event) for event in session.receive_data(opening() + message(UPDATE))]
     assert not session.closed
 
 

@@ -235,9 +235,9 @@ def test_a_bug_in_answering_is_an_error_reply_and_the_next_answer_is_good(config
     bug = (
         STRAY[: STRAY.index("def answer")]
         + (
-            "def answer(self, request, arrived):\n"
+            "def answer(self, request, *more):\n"
             "    if request.key == b'bug': raise RuntimeError('secret\\x1b[31m')\n"
-            "    return found(self, request, arrived)\n"
+            "    return found(self, request, *more)\n"
         )
         + STRAY[STRAY.index("responder.Responder.answer = ") :]
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import pytest
 from hypothesis import example, given, settings
@@ -21,7 +22,7 @@ from table_consul.protocol import (
     Updated,
 )
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import TRANSCRIPTS, converse, open_sources, read_transcript, write_config
+from tests.dialogue import TRANSCRIPTS, converse, open_tables, read_transcript, write_config
 
 HELLO = b"config|ready\n"
 CHECK = Request("check", b"1", "t", "alias", b"root")
@@ -34,16 +35,13 @@ def events(*chunks):
     session = Session()
     found = []
     for chunk in chunks:
-        session.receive_data(chunk)
-        while (event := session.next_event()) is not None:
-            found.append(event)
+        found += session.receive_data(chunk)
     return found
 
 
 def session(dialect):
     made = Session()
     made.receive_data(HELLO if dialect == "smtpd-tables" else b"table|\n")
-    made.next_event()
     assert dialect == made.dialect
     return made
 
@@ -55,7 +53,7 @@ def session(dialect):
 def dialogue(request, tmp_path_factory):
     found = read_transcript(request.param)
     folder = tmp_path_factory.mktemp("transcript")
-    return found, lambda chunks: converse(open_sources(write_config(folder, *found.defaults)), chunks)
+    return found, lambda chunks: converse(open_tables(write_config(folder, *found.defaults)), chunks)
 
 
 def test_each_turn_of_a_transcript_is_answered_as_it_says(dialogue):
@@ -91,7 +89,6 @@ def test_the_first_line_decides_the_dialect():
     for line in (b"config|protocol|0.1\n", b"table|0.1\n", b"hello\n", b""):
         made = Session()
         made.receive_data(line)
-        made.next_event()
         dialects.append(made.dialect)
     assert dialects == ["smtpd-tables", "procexec", None, None]
 
@@ -173,9 +170,11 @@ def test_a_longer_line_before_any_dialect_is_refused_without_an_answer():
 
 def test_a_line_without_end_takes_bounded_memory():
     made = Session()
-    for _ in range(100):
-        made.receive_data(b"x" * MAX_LINE)
-    assert len(made._tail) + sum(map(len, made._lines)) <= 3 * MAX_LINE
+    tracemalloc.start()
+    rejected = [event for _ in range(200) for event in made.receive_data(b"x" * MAX_LINE)]
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(rejected), grown < 4 * MAX_LINE) == (1, True)
 
 
 # ---- replies ----
@@ -301,8 +300,7 @@ BYTES = st.one_of(
 def test_any_bytes_are_events_and_what_can_be_answered_is_one_line_with_its_id(chunks):
     made = Session()
     for chunk in chunks:
-        made.receive_data(chunk)
-        while (event := made.next_event()) is not None:
+        for event in made.receive_data(chunk):
             assert isinstance(event, Ready | Request | Malformed)
             request = event if isinstance(event, Request) else getattr(event, "request", None)
             if request is not None:
@@ -340,10 +338,9 @@ def test_pipelined_requests_are_read_in_order_with_their_ids_and_keys(asked, dia
         middle = (service, ident) if dialect == "smtpd-tables" else (ident, service)
         fields = [b"table|0.1|0|t", op, *(middle if op != b"update" else (ident,))]
         lines.append(b"|".join([*fields, key] if op in (b"check", b"lookup") else fields) + b"\n")
-    made.receive_data(b"".join(lines))
-    seen = []
-    while (event := made.next_event()) is not None:
-        seen.append((event.op.encode(), event.service.encode(), event.id, event.key))
+    seen = [
+        (event.op.encode(), event.service.encode(), event.id, event.key) for event in made.receive_data(b"".join(lines))
+    ]
     assert [
         (op, service if op != b"update" else b"", ident, key if op in (b"check", b"lookup") else b"")
         for op, service, ident, key in asked

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError, TableConsulError, Unreachable
-from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.protocol import Failed, Found, NotFound, Request
 from table_consul.responder import Responder
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
 from table_consul.services.entries import Entries
@@ -31,15 +31,18 @@ class Scripted:
         entries = self.services.get(service.name, {})
         return Entries(table, service, entries.items() if isinstance(entries, dict) else ((e, b"") for e in entries))
 
-    def update(self):
-        self.asked.append(None)
-        if self.error is not None:
-            raise self.error
-
 
 def ask(source, op, service="alias", key=b"root", table="aliases", **options):
-    responder = Responder(lambda name: replace(Table(name), **options), source)
-    return responder.answer(Request(op, b"1", table, service, key), ARRIVED)
+    return answered(Responder(), source, Request(op, b"1", table, service, key), replace(Table(table), **options))
+
+
+def answered(responder, source, request, table):
+    """The reply; a failure of the source as Tables would make it an error reply."""
+    deadline = ARRIVED + table.deadline
+    try:
+        return responder.answer(request, table, lambda service, key: source.entries(table, service, key, deadline))
+    except TableConsulError as error:
+        return Failed(str(error), error)
 
 
 def test_a_key_that_is_there_is_found_with_its_value():
@@ -56,22 +59,12 @@ def test_a_key_that_is_proven_absent_is_not_found(op, service):
     assert NotFound() == ask(Scripted(), op, service)
 
 
-@pytest.mark.parametrize("op", ["check", "lookup", "fetch", "update"])
+@pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
 @pytest.mark.parametrize("error", [SourceError, Unreachable, Forbidden, BadResponse, ConfigError])
 def test_no_failure_is_ever_taken_for_absence(op, error):
     source = Scripted(source=[b"192.0.2.1"])
     source.error = error("no data")
     assert Failed("no data", source.error) == ask(source, op, "source")
-
-
-@pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
-def test_a_table_that_cannot_be_is_an_error(op):
-    def tables(_name):
-        raise ConfigError("table name: no")
-
-    reply = Responder(tables, Scripted()).answer(Request(op, b"1", "..", "alias", b"root"), ARRIVED)
-    assert isinstance(reply, Failed)
-    assert reply.reason == "table name: no"
 
 
 def test_an_unknown_service_is_an_error_that_shows_it_printably():
@@ -101,11 +94,6 @@ def test_a_fetch_asks_for_the_whole_bucket():
     assert source.asked == [("aliases", "source", None, ARRIVED + 2.0)]
 
 
-def test_an_update_reaches_the_source_with_a_deadline():
-    source = Scripted()
-    assert (Updated(), [None]) == (ask(source, "update", ""), source.asked)
-
-
 def test_what_the_package_does_not_raise_on_purpose_is_left_to_the_loop():
     source = Scripted()
     source.error = RuntimeError("a bug")
@@ -118,10 +106,10 @@ def test_what_the_package_does_not_raise_on_purpose_is_left_to_the_loop():
 
 class Rounds:
     def __init__(self, source):
-        self.responder = Responder(Table, source)
+        self.responder, self.source = Responder(), source
 
     def __call__(self, table="relays", service="source"):
-        reply = self.responder.answer(Request("fetch", b"1", table, service, b""), ARRIVED)
+        reply = answered(self.responder, self.source, Request("fetch", b"1", table, service, b""), Table(table))
         return reply.value if isinstance(reply, Found) else reply
 
 
@@ -177,7 +165,7 @@ def test_every_key_that_stays_is_given_once_a_round_whatever_comes_and_goes(stay
 
 @settings(deadline=None)
 @given(
-    op=st.sampled_from(["check", "lookup", "fetch", "update"]),
+    op=st.sampled_from(["check", "lookup", "fetch"]),
     service=st.sampled_from([*SERVICES]) | st.text(),
     key=st.binary(),
     table=st.text(),
@@ -185,7 +173,7 @@ def test_every_key_that_stays_is_given_once_a_round_whatever_comes_and_goes(stay
 )
 def test_any_request_and_any_entry_have_a_reply(op, service, key, table, raw):
     source = Scripted(**{name: {key: raw} for name in SERVICES})
-    assert isinstance(ask(source, op, service, key, table), Found | NotFound | Updated | Failed)
+    assert isinstance(ask(source, op, service, key, table), Found | NotFound | Failed)
 
 
 def test_every_error_of_the_package_has_one_root():

@@ -6,65 +6,56 @@ import re
 import socket
 import struct
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from table_consul import server
-from table_consul.errors import ConfigError, SourceError, Unreachable
-from table_consul.protocol import Failed, Found
-from table_consul.server import REMEMBERED, Daemon
-from table_consul.services import DEFAULT_SERVICES, Table
-from table_consul.services.entries import Entries
+from table_consul.errors import ConfigError, EntryError, SourceError, TableConsulError, Unreachable
+from table_consul.protocol import Failed, Found, NotFound, Updated
+from table_consul.server import MAX_COMPLAINTS, Server
+from table_consul.services import DEFAULT_SERVICES
 
 HELLO = b"config|smtpd-version|7.9.0\nconfig|tablename|aliases\nconfig|ready\n"
 ROOT = b"table|0.1|0|aliases|lookup|alias|%d|root\n"
 
 
 class Scripted:
-    """What Daemon needs of Tables: entries of `alias`, or errors to raise."""
-
-    tally = None
+    """An answerer with entries of `alias`, or errors to raise."""
 
     def __init__(self):
-        self.stored = {b"root": b"gilles"}
+        self.values = {b"root": b"gilles"}
         self.errors: dict[bytes | None, Exception] = {}
         self.registered = ["alias"]
-        self.prepared = []
-        self.unprepared: Exception | None = None
-        self.deadlines = []
-
-    def table(self, name):
-        return Table(name, services=DEFAULT_SERVICES)
+        self.warmed_up = []
+        self.cold: Exception | None = None
+        self.arrivals = []
 
     def services(self, name):
         return self.registered
 
-    def procexec_reply(self, name):
-        return "auto"
+    def answer(self, request, arrived):
+        self.arrivals.append(arrived)
+        error = self.errors.get(request.key if request.op != "update" else None)
+        if isinstance(error, TableConsulError):
+            return Failed(str(error), error)
+        if error is not None:
+            raise error
+        if request.op == "update":
+            return Updated()
+        value = self.values.get(request.key)
+        return NotFound() if value is None else Found(None if request.op == "check" else value)
 
-    def known(self, table, service):
-        return None
-
-    def entries(self, table, service, key, deadline):
-        self.deadlines.append(deadline)
-        if key in self.errors:
-            raise self.errors[key]
-        return Entries(table, service, self.stored.items() if service.name == "alias" else ())
-
-    def update(self):
-        if None in self.errors:
-            raise self.errors[None]
-
-    def prepare(self, name):
-        self.prepared.append(name)
-        if self.unprepared is not None:
-            raise self.unprepared
+    def warm_up(self, name):
+        self.warmed_up.append(name)
+        if self.cold is not None:
+            raise self.cold
 
 
 @pytest.fixture
-def sources():
+def tables():
     return Scripted()
 
 
@@ -73,32 +64,32 @@ def level(caplog):
     caplog.set_level(logging.DEBUG)
 
 
-def served(sources, data, named=lambda _: None, **options):
+def served(tables, data, named=lambda _: None, **options):
     """What a daemon answers to all this in one piece, and what `serve` returned."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(data)
         ours.shutdown(socket.SHUT_WR)
-        spoke = Daemon(sources, named, **options).serve(theirs.fileno(), theirs.fileno())
+        spoke = Server(tables, named, **options).serve(theirs.fileno(), theirs.fileno())
         theirs.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: ours.recv(65536), b"")), spoke
 
 
-def replies(sources, *lines):
-    return served(sources, HELLO + b"".join(lines))[0].split(b"register|ready\n")[1].splitlines()
+def replies(tables, *lines):
+    return served(tables, HELLO + b"".join(lines))[0].split(b"register|ready\n")[1].splitlines()
 
 
 def logged(caplog, level=logging.WARNING):
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
-def test_it_registers_the_services_that_the_source_names(sources):
-    sources.registered = ["alias", "domain"]
-    assert served(sources, HELLO)[0] == b"register|alias\nregister|domain\nregister|ready\n"
+def test_it_registers_the_services_that_the_source_names(tables):
+    tables.registered = ["alias", "domain"]
+    assert served(tables, HELLO)[0] == b"register|alias\nregister|domain\nregister|ready\n"
 
 
-def test_it_says_whether_anyone_spoke_a_dialect(sources):
-    assert [served(sources, data)[1] for data in (HELLO, b"table|0.1|0|update|1\n", b"hello\n", b"")] == [
+def test_it_says_whether_anyone_spoke_a_dialect(tables):
+    assert [served(tables, data)[1] for data in (HELLO, b"table|0.1|0|update|1\n", b"hello\n", b"")] == [
         True,
         True,
         False,
@@ -115,138 +106,141 @@ def test_it_says_whether_anyone_spoke_a_dialect(sources):
     ],
 )
 def test_the_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_first_answer(
-    sources, caplog, said, table, dialect
+    tables, caplog, said, table, dialect
 ):
     names = []
-    served(sources, said + b"table|0.1|0|t|update|2\n", names.append)
+    served(tables, said + b"table|0.1|0|t|update|2\n", names.append)
     assert ([table], [table], True) == (
         names,
-        sources.prepared,
+        tables.warmed_up,
         any(line.endswith(f"speaks {dialect}") for line in logged(caplog, logging.INFO)),
     )
 
 
-def test_the_handshake_is_written_before_the_source_is_made_ready(sources):
+def test_the_handshake_is_written_before_the_source_is_made_ready(tables):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        sources.prepare = lambda _: seen.append(ours.recv(65536, socket.MSG_DONTWAIT))
+        tables.warm_up = lambda _: seen.append(ours.recv(65536, socket.MSG_DONTWAIT))
         seen: list[bytes] = []
         ours.sendall(HELLO)
         ours.shutdown(socket.SHUT_WR)
-        Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())
     assert seen == [b"register|alias\nregister|ready\n"]
 
 
-def test_a_source_that_cannot_be_made_ready_harms_no_answer(sources, caplog):
-    sources.unprepared = RuntimeError("a bug")
-    assert replies(sources, ROOT % 1) == [b"lookup-result|1|found|gilles"]
+def test_a_source_that_cannot_be_made_ready_harms_no_answer(tables, caplog):
+    tables.cold = RuntimeError("a bug")
+    assert replies(tables, ROOT % 1) == [b"lookup-result|1|found|gilles"]
     assert logged(caplog) == ["internal error; please report it"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), RecursionError(), MemoryError(), ValueError("x\n\x1b")])
-def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(sources, error):
-    sources.errors[b"bug"] = error
+def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(tables, error):
+    tables.errors[b"bug"] = error
     ask = b"table|0.1|0|aliases|lookup|alias|1|bug\n"
     name = type(error).__name__.encode()
     assert [
         b"lookup-result|1|error|internal error (%b); see the log of table-consul" % name,
         b"lookup-result|2|found|gilles",
-    ] == replies(sources, ask, ROOT % 2)
+    ] == replies(tables, ask, ROOT % 2)
 
 
-def test_an_exception_is_logged_with_its_traceback_once_a_place(sources, caplog):
-    sources.errors[b"root"] = RuntimeError("bug")
-    replies(sources, *(ROOT % n for n in range(9)))
+def test_an_exception_is_logged_with_its_traceback_once_a_place(tables, caplog):
+    tables.errors[b"root"] = RuntimeError("bug")
+    replies(tables, *(ROOT % n for n in range(9)))
     assert [record.exc_info is not None for record in caplog.records if record.levelno >= logging.WARNING] == [True]
 
 
-def test_a_reply_that_cannot_be_sent_is_an_error_reply(sources, monkeypatch, caplog):
-    monkeypatch.setattr(server.Responder, "answer", lambda *_: Found(None))
-    assert replies(sources, ROOT % 1) == [b"lookup-result|1|error|lookup is answered with a value"]
-    assert logged(caplog) == ["lookup alias: lookup is answered with a value"]
+def test_a_reply_that_cannot_be_sent_is_an_error_reply(tables, monkeypatch, caplog):
+    monkeypatch.setattr(tables, "answer", lambda *_: Found(None))
+    assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found does not answer lookup"]
+    assert logged(caplog) == ["lookup alias: Found does not answer lookup"]
 
 
-def test_an_entry_that_is_no_good_is_logged_once(sources, caplog):
-    sources.stored[b"root"] = b"|sh"
-    replies(sources, *(ROOT % n for n in range(9)))
+def test_an_entry_that_is_no_good_is_logged_once(tables, caplog):
+    tables.errors[b"root"] = EntryError("aliases/alias/root: the value holds a |command")
+    replies(tables, *(ROOT % n for n in range(9)))
     assert [line.startswith("aliases/alias/root: ") for line in logged(caplog)] == [True]
 
 
-def test_outages_are_left_to_the_source_to_tell(sources, caplog):
-    sources.errors[b"root"] = Unreachable("Consul is away")
-    assert replies(sources, ROOT % 1) == [b"lookup-result|1|error|Consul is away"]
+def test_outages_are_left_to_the_source_to_tell(tables, caplog):
+    tables.errors[b"root"] = Unreachable("Consul is away")
+    assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Consul is away"]
     assert (logged(caplog), "lookup alias: Consul is away" in logged(caplog, logging.DEBUG)) == ([], True)
 
 
 @pytest.mark.parametrize("error", [ConfigError("FILE: key: no"), SourceError("token file: gone")])
-def test_an_update_that_fails_says_why(sources, error):
-    sources.errors[None] = error
-    assert [b"update-result|1|error|" + str(error).encode()] == replies(sources, b"table|0.1|0|aliases|update|1\n")
+def test_an_update_that_fails_says_why(tables, error):
+    tables.errors[None] = error
+    assert [b"update-result|1|error|" + str(error).encode()] == replies(tables, b"table|0.1|0|aliases|update|1\n")
 
 
-def test_a_line_that_cannot_be_answered_is_logged_once_and_printably(sources, caplog):
-    assert replies(sources, b"\x1b[31mhello\n" * 3) == []
-    assert logged(caplog) == [r"this is no line of smtpd's: '\\x1b[31mhello'"]
+def test_a_line_that_cannot_be_answered_is_logged_once_and_printably(tables, caplog):
+    assert replies(tables, b"\x1b[31mhello\n" * 3) == []
+    assert logged(caplog) == [r"not a protocol line: '\\x1b[31mhello'"]
 
 
-def test_complaints_that_never_repeat_take_bounded_memory(sources):
-    made = Daemon(sources, lambda _: None)
-    for number in range(3 * REMEMBERED):
-        made._tell(str(number))
-    assert len(made._told) <= REMEMBERED
+def test_complaints_that_never_repeat_take_bounded_memory(tables, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("table_consul"), "disabled", True)
+    lines = (b"%080d\n" % number for number in range(3 * MAX_COMPLAINTS))
+    tracemalloc.start()
+    Server(tables, lambda _: None).run(lambda: next(lines, b""), lambda _: True)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 300 * MAX_COMPLAINTS
 
 
-def test_all_requests_of_one_read_have_the_deadline_of_their_arrival(sources):
+def test_all_requests_of_one_read_have_the_deadline_of_their_arrival(tables):
     ticks = iter(range(1000))
-    served(sources, HELLO + ROOT % 1 + ROOT % 2, clock=lambda: float(next(ticks)))
-    assert sources.deadlines == [2.0, 2.0]
+    served(tables, HELLO + ROOT % 1 + ROOT % 2, clock=lambda: float(next(ticks)))
+    assert tables.arrivals == [0.0, 0.0]
 
 
 class TestWrites:
     """One write for many answers, and none is held back while another takes long."""
 
-    def writes(self, sources, monkeypatch, step):
+    def run(self, tables, data, step, *, gone=False):
         written, now = [], [0.0]
 
         def clock():
             now[0] += step
             return now[0]
 
-        monkeypatch.setattr(server, "_write", lambda _fd, data: written.append(data) or True)
-        served(sources, HELLO + b"".join(ROOT % n for n in range(10)), clock=clock)
-        return [len(data.splitlines()) for data in written if data]
+        chunks = iter([data])
+        server = Server(tables, lambda _: None, clock=clock)
+        assert server.run(lambda: next(chunks, b""), lambda data: written.append(data) or not gone)
+        return [len(data.splitlines()) for data in written]
 
-    def test_quick_answers_are_gathered(self, sources, monkeypatch):
-        assert self.writes(sources, monkeypatch, 0.0) == [12]
+    def test_quick_answers_are_gathered(self, tables):
+        assert self.run(tables, HELLO + b"".join(ROOT % n for n in range(10)), 0.0) == [12]
 
-    def test_slow_answers_are_written_one_by_one(self, sources, monkeypatch):
-        assert [2, *[1] * 10] == self.writes(sources, monkeypatch, 0.01)
+    def test_slow_answers_are_written_one_by_one(self, tables):
+        answers = self.run(tables, HELLO + b"".join(ROOT % n for n in range(10)), 0.01)
+        assert [each for each in answers if each] == [2, *[1] * 10]
 
     @pytest.mark.parametrize("step", [0.0, 0.01])
-    def test_the_loop_ends_when_smtpd_is_gone(self, sources, monkeypatch, step):
-        now = iter(range(1000))
-        monkeypatch.setattr(server, "_write", lambda *_: False)
-        assert served(sources, HELLO + ROOT % 1, clock=lambda: next(now) * step) == (b"", True)
-        assert sources.prepared == []
+    def test_the_loop_ends_when_smtpd_is_gone(self, tables, step):
+        self.run(tables, HELLO + ROOT % 1, step, gone=True)
+        assert tables.warmed_up == []
 
 
-def test_reading_from_what_is_no_longer_there_is_the_end(sources):
+def test_reading_from_what_is_no_longer_there_is_the_end(tables):
     ours, theirs = socket.socketpair()
     descriptor = theirs.detach()
     os.close(descriptor)
     ours.close()
-    assert Daemon(sources, lambda _: None).serve(descriptor, descriptor) is False
+    assert Server(tables, lambda _: None).serve(descriptor, descriptor) is False
 
 
-def test_a_peer_that_is_gone_before_it_is_answered_is_the_end(sources):
+def test_a_peer_that_is_gone_before_it_is_answered_is_the_end(tables):
     ours, theirs = socket.socketpair()
     ours.sendall(HELLO)
     ours.close()
     with theirs:
-        assert Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        assert Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())
 
 
-def test_descriptors_that_do_not_block_are_waited_for(sources, monkeypatch):
+def test_descriptors_that_do_not_block_are_waited_for(tables, monkeypatch):
     ours, theirs = socket.socketpair()
     waited = []
     with ours, theirs:
@@ -263,9 +257,9 @@ def test_descriptors_that_do_not_block_are_waited_for(sources, monkeypatch):
                 )
 
         monkeypatch.setattr(server.select, "select", select)
-        sources.stored[b"root"] = b"x" * 2000
+        tables.values[b"root"] = b"x" * 2000
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        assert Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        assert Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())
     assert {"read", "write"} == {*waited}
 
 
@@ -305,13 +299,13 @@ def test_any_line_has_one_answer_or_one_log_line_or_is_part_of_a_handshake(caplo
         assert not middle or re.fullmatch(rb"[a-zA-Z-]+\|[^|\n]+\|" + outcome + rb"\n", middle, re.DOTALL)
 
 
-def test_no_answer_is_lost_when_answers_are_many(sources):
+def test_no_answer_is_lost_when_answers_are_many(tables):
     ours, theirs = socket.socketpair()
     count = 500
     with ours, theirs:
         ours.sendall(HELLO + b"".join(ROOT % n for n in range(count)))
         ours.shutdown(socket.SHUT_WR)
-        Daemon(sources, lambda _: None).serve(theirs.fileno(), theirs.fileno())
+        Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())
         theirs.close()
         data = b"".join(iter(lambda: ours.recv(65536), b""))
     assert [b"lookup-result|%d|found|gilles" % n for n in range(count)] == data.splitlines()[2:]
@@ -324,16 +318,16 @@ def test_no_answer_is_lost_when_answers_are_many(sources):
     ("version", "names"),
     [("7.9.0-portable", ["alias", "auth"]), ("7.10", ["alias", "auth"]), ("7.8.0p1", ["alias"]), ("x.9", ["alias"])],
 )
-def test_auth_is_registered_with_an_smtpd_that_keeps_passwords_as_they_are(sources, caplog, version, names):
-    sources.registered = ["alias", "auth"]
-    answered = served(sources, b"config|smtpd-version|%b\nconfig|ready\n" % version.encode())[0].decode()
+def test_auth_is_registered_with_an_smtpd_that_keeps_passwords_as_they_are(tables, caplog, version, names):
+    tables.registered = ["alias", "auth"]
+    answered = served(tables, b"config|smtpd-version|%b\nconfig|ready\n" % version.encode())[0].decode()
     assert answered.split() == [*(f"register|{name}" for name in names), "register|ready"]
     assert len(logged(caplog)) == 2 - len(names)
 
 
-def test_with_auth_alone_an_older_smtpd_is_told_of_services_that_it_knows(sources):
-    sources.registered = ["auth"]
-    answered = served(sources, b"config|smtpd-version|7.6.0\nconfig|ready\n")[0].decode()
+def test_with_auth_alone_an_older_smtpd_is_told_of_services_that_it_knows(tables):
+    tables.registered = ["auth"]
+    answered = served(tables, b"config|smtpd-version|7.6.0\nconfig|ready\n")[0].decode()
     assert answered.split() == [*(f"register|{name}" for name in DEFAULT_SERVICES), "register|ready"]
 
 
@@ -356,29 +350,30 @@ class Counting:
         self.failures.append((table, str(error)))
 
 
-def test_what_was_answered_is_counted_with_its_outcome(sources):
-    sources.tally = tally = Counting()
-    sources.errors[b"away"] = Unreachable("away")
+def test_what_was_answered_is_counted_with_its_outcome(tables):
+    counters = Counting()
+    tables.errors[b"away"] = Unreachable("away")
     away, short = b"table|0.1|0|aliases|lookup|alias|2|away\n", b"table|0.1|0|t|check|alias|3\n"
-    replies(sources, ROOT % 1, away, b"hello\n", short)
-    assert tally.added == [(b"1", Found), (b"2", Failed), (b"3", Failed)]
-    assert (tally.failures, tally.malformed) == ([("aliases", "away")], 2)
+    served(tables, HELLO + ROOT % 1 + away + b"hello\n" + short, counters=counters)
+    assert counters.added == [(b"1", Found), (b"2", Failed), (b"3", Failed)]
+    assert (counters.failures, counters.malformed) == ([("aliases", "away")], 2)
 
 
-def test_a_bug_in_counting_harms_no_answer(sources, caplog):
-    sources.tally = Counting()
-    sources.tally.error = RuntimeError("bug")
-    sources.errors[b"away"] = Unreachable("away")
+def test_a_bug_in_counting_harms_no_answer(tables, caplog):
+    counters = Counting()
+    counters.error = RuntimeError("bug")
+    tables.errors[b"away"] = Unreachable("away")
     away = b"table|0.1|0|aliases|lookup|alias|2|away\n"
-    assert replies(sources, ROOT % 1, away) == [b"lookup-result|1|found|gilles", b"lookup-result|2|error|away"]
+    answered, _ = served(tables, HELLO + ROOT % 1 + away, counters=counters)
+    assert answered.endswith(b"lookup-result|1|found|gilles\nlookup-result|2|error|away\n")
     assert set(logged(caplog)) == {"internal error; please report it"}
 
 
-def test_a_log_that_cannot_be_started_harms_no_answer(sources, caplog):
+def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):
     def broken(_name):
         raise RuntimeError("bug")
 
-    assert served(sources, HELLO + ROOT % 1, broken)[0].endswith(b"lookup-result|1|found|gilles\n")
+    assert served(tables, HELLO + ROOT % 1, broken)[0].endswith(b"lookup-result|1|found|gilles\n")
     assert logged(caplog) == ["internal error; please report it"]
 
 
@@ -386,7 +381,7 @@ def test_a_log_that_cannot_be_started_harms_no_answer(sources, caplog):
 
 
 @pytest.mark.parametrize("cut", [1, 15, 16, 17, 10_000])
-def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_it_was_asked(sources, cut):
+def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_it_was_asked(tables, cut):
     """smtpd: smtpd.c, fork_proc_backend of 7.5 and before: standard output is not the socket."""
     body = struct.pack("=I", 2) + b"aliases".ljust(2048, b"\0")
     opened = struct.pack("=IHHII", 2, 16 + len(body), 0, 0, 1) + body
@@ -395,7 +390,17 @@ def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_
         ours.sendall(opened[:cut])
         rest = threading.Timer(0.01, lambda: (ours.sendall(opened[cut:]), ours.shutdown(socket.SHUT_WR)))
         rest.start()
-        assert Daemon(sources, lambda _: None).serve(theirs.fileno(), nowhere.fileno())
+        assert Server(tables, lambda _: None).serve(theirs.fileno(), nowhere.fileno())
         rest.join()
         answer = ours.recv(65536)
     assert struct.unpack("=IHHII", answer)[:2] == (0, 16)
+
+
+def test_services_that_cannot_be_told_are_the_usual_ones(tables, monkeypatch, caplog):
+    def broken(_name):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(tables, "services", broken)
+    answered, _ = served(tables, HELLO)
+    assert answered.decode().split() == [*(f"register|{name}" for name in DEFAULT_SERVICES), "register|ready"]
+    assert logged(caplog) == ["internal error; please report it"]

@@ -11,8 +11,8 @@ from table_consul.errors import ConfigError, Forbidden, SourceError
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
 from table_consul.sources import direct, watch
 from table_consul.sources.mirror import Mirror, Snapshot
-from table_consul.tables import MIRRORED_TABLES, REMEMBERED, Tables
-from tests.dialogue import open_sources, write_config, write_source
+from table_consul.tables import MAX_MIRRORED_TABLES, MAX_NAMES, Tables
+from tests.dialogue import open_tables, write_config, write_source
 
 ALIAS = SERVICES["alias"]
 
@@ -43,12 +43,12 @@ def opened(tmp_path):
     made = []
 
     def open_them(*defaults, **options):
-        made.append(open_sources(write_config(tmp_path, *defaults, **options)))
+        made.append(open_tables(write_config(tmp_path, *defaults, **options)))
         return made[-1]
 
     yield open_them
     for each in made:
-        each._forget()
+        each.close()
 
 
 def lookup(found, name, key=b"root", deadline=1e9):
@@ -75,9 +75,9 @@ def test_no_name_from_smtpd_leads_out_of_its_folder(opened, name):
 
 def test_names_without_end_take_bounded_memory(opened):
     found = opened()
-    for number in range(2 * REMEMBERED):
+    for number in range(2 * MAX_NAMES):
         assert f"t{number}" == found.table(f"t{number}").name
-    assert len(found._tables) <= REMEMBERED
+    assert len(found._tables) <= MAX_NAMES
 
 
 def test_a_table_registers_the_services_of_its_section(opened):
@@ -101,7 +101,7 @@ def test_the_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
 def test_without_a_configuration_every_question_is_answered_with_the_reason():
     found = Tables(Loader(ConfigError("FILE: key: no")))
     assert ([*DEFAULT_SERVICES], "auto") == (found.services("t"), found.procexec_reply("t"))
-    found.prepare("t")
+    found.warm_up("t")
     with pytest.raises(ConfigError, match="FILE: key: no"):
         found.table("t")
 
@@ -190,7 +190,7 @@ def test_a_source_is_made_once(opened, unused):
 
 def test_what_is_made_ready_is_what_answers(opened, unused):
     found = opened(address=unused)
-    found.prepare("aliases")
+    found.warm_up("aliases")
     assert {"aliases"} == {*found._mirrors}
 
 
@@ -203,11 +203,11 @@ def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
 
 
 def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused, monkeypatch):
-    monkeypatch.setattr(tables, "MIRRORED_TABLES", 2)
+    monkeypatch.setattr(tables, "MAX_MIRRORED_TABLES", 2)
     found = opened(address=unused)
     kinds = [type(found._source(found.table(name), ALIAS)) for name in ("a", "b", "c", "a")]
     assert [watch.MirrorSource, watch.MirrorSource, direct.DirectSource, watch.MirrorSource] == kinds
-    assert 0 < MIRRORED_TABLES < 200
+    assert 0 < MAX_MIRRORED_TABLES < 200
 
 
 def test_an_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
@@ -222,7 +222,7 @@ def test_an_update_of_the_configuration_closes_the_connection_of_the_former(open
 
 def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_asked_for(opened, unused, tmp_path):
     found = opened(address=unused)
-    found.prepare("t")
+    found.warm_up("t")
     write_config(tmp_path, "max_age = 7", address=unused)
     found.update()
     assert [name for name, _ in found.watches()] == ["t"]
@@ -249,7 +249,7 @@ def test_sources_of_a_file_import_no_client(tmp_path):
 
     code = (
         "import sys; from table_consul.tables import Tables; from table_consul import config;"
-        "s = Tables(lambda: config.load(sys.argv[1], {})); s.prepare('t'); print('table_consul.kv' in sys.modules)"
+        "s = Tables(lambda: config.load(sys.argv[1], {})); s.warm_up('t'); print('table_consul.kv' in sys.modules)"
     )
     run = [sys.executable, "-c", code, str(write_config(tmp_path))]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"

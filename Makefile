@@ -36,7 +36,7 @@ $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
 	@$(MAKE) venv
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[metrics,regex]' --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[metrics,regex]' --group dev
 	@$(BIN)/python -m pip install --quiet --editable '.[auth]' >$(VENV)/auth.log 2>&1 || \
 	    echo 'without what the service auth needs, which takes a C compiler here: see $(VENV)/auth.log'
 	touch $@

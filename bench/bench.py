@@ -24,7 +24,7 @@ from typing import Any
 
 from bench import alone, report
 from bench.report import Row
-from bench.tables import addresses, aliases, domains, expressions, networks, write_keys
+from bench.tables import absent, addresses, aliases, domains, expressions, networks, write_keys
 from tests.rig import cache
 from tests.rig.consul import ConsulAgent, consul_version
 
@@ -38,6 +38,8 @@ OURS_CPU, CONSUL_CPU = 1, 0
 SMALL, LARGE = "t1k", "t100k"
 SIZES = {SMALL: 1_000, LARGE: 100_000}
 EDITED_KEY = "zz-edited@example.org"
+# What is asked: keys that are there, keys that are not, and both; smtpd's questions find nothing at least as often.
+HITS, MISSES, HALVES = "", ".misses", ".halves"
 DRIVER_SECONDS = 600
 
 Times = dict[str, Any]
@@ -79,6 +81,7 @@ class Bench:
         self.python = Child(
             "Python floor", lambda table: [self.script("floor", f"{python} -IS"), str(self.keys(table))]
         )
+        self.minimal = Child("minimal child", lambda table: [self.script("own", sys.executable), str(self.keys(table))])
         self.get = Child("C, one GET", lambda table: [str(BUILD / "get"), host, port, f"{table}/alias"])
         self.poc = Child(
             "2020", lambda table: [self.script("poc", sys.executable), f"http://{host}:{port}/v1/kv/{table}/alias"]
@@ -89,8 +92,8 @@ class Bench:
         self.walk = Child("C, a walk", lambda table: [str(BUILD / "walk"), table, str(self.entries(table))])
         self.direct = Child("direct", lambda _table: [self.program, str(self.configuration("direct"))])
 
-    def keys(self, table: str) -> Path:
-        return self.folder / f"{table}.keys"
+    def keys(self, table: str, asked: str = HITS) -> Path:
+        return self.folder / f"{table}{asked}.keys"
 
     def entries(self, table: str) -> Path:
         return self.folder / f"{table}.entries"
@@ -128,6 +131,9 @@ class Bench:
             else:
                 service, (entries, asked) = table, PATTERNS[table](SIZES[LARGE])
             write_keys(self.keys(table), asked)
+            misses = absent(len(asked))
+            write_keys(self.keys(table, MISSES), misses)
+            write_keys(self.keys(table, HALVES), asked | misses)
             self.entries(table).write_text("".join(f"{key}\n" for key in sorted(entries)))
             self.consul.kv_txn({f"{table}/{service}/{key}": value for key, value in entries.items()})
             self.loaded.add(table)
@@ -138,13 +144,20 @@ class Bench:
             return f"{table}/alias/{next(keys).partition(chr(9))[0]}"
 
     def run(
-        self, child: Child, table: str, *steps: str, one_cpu: bool = True, op: str = "lookup", service: str = "alias"
+        self,
+        child: Child,
+        table: str,
+        *steps: str,
+        one_cpu: bool = True,
+        op: str = "lookup",
+        service: str = "alias",
+        asked: str = HITS,
     ) -> dict[str, Any]:
         """What the driver measured, its steps by their names; of steps of one name, the last."""
         pins = ["-d", str(OURS_CPU), "-c", str(OURS_CPU)] if one_cpu else []
         errors = self.folder / "stderr"
         command = [str(BUILD / "driver"), *pins, "-p", child.dialect, "-o", op, "-s", service, "-t", table]
-        command += ["-e", str(errors), "-k", str(self.keys(table))]
+        command += ["-e", str(errors), "-k", str(self.keys(table, asked))]
         command += [*(part for step in steps for part in ("-x", step)), "--"]
         self.pin_consul(one_cpu=one_cpu)
         errors.unlink(missing_ok=True)
@@ -192,7 +205,7 @@ def start(bench: Bench) -> None:
     times = bench.compare([bench.floor, bench.python, bench.mirror], rounds, SMALL, "warm 10")
     ours = times["mirror"]
     bench.rows += [
-        Row("start to register|ready", ours["ready_ms"], "ms", "Python floor", times["Python floor"]["ready_ms"], 6,
+        Row("start to register|ready", ours["ready_ms"], "ms", "Python floor", times["Python floor"]["ready_ms"], 5,
             as_ratio=True),
         Row("start to the first value", ours["warm"]["loaded_ms"], "ms", "Python floor",
             times["Python floor"]["warm"]["loaded_ms"]),
@@ -200,37 +213,55 @@ def start(bench: Bench) -> None:
 
 
 def lookup(bench: Bench) -> None:
-    """Lookups with one request outstanding, and with 64."""
+    """Lookups and checks that find something, nothing, or both by turns; one request outstanding, and 64."""
     bench.load(SMALL, LARGE)
     rounds, many = (1, 40_000) if bench.quick else (7, 100_000)
-    children = [bench.floor, bench.python, bench.mirror]
-    steps = ("warm 30", f"lookup {many}", f"pipe {4 * many} 64", "memory")
-    small = bench.compare(children, rounds, SMALL, *steps)
+    children = [bench.floor, bench.python, bench.minimal, bench.mirror]
+    one = ("warm 30", f"lookup {many}")
+    steps = (*one, f"pipe {4 * many} 64", "memory")
+    hits = bench.compare(children, rounds, SMALL, *steps)
+    others = {
+        "miss": bench.compare(children, rounds, SMALL, *one, asked=MISSES),
+        "half": bench.compare(children, rounds, SMALL, *steps, asked=HALVES),
+        "check": bench.compare(children, rounds, SMALL, *one, op="check"),
+        "check, miss": bench.compare(children, rounds, SMALL, *one, op="check", asked=MISSES),
+    }
     large = bench.compare(children, rounds, LARGE, *steps)
     free = bench.compare(children, (rounds + 1) // 2, SMALL, *steps, one_cpu=False)
-    floor, python, ours = (small[child.name] for child in children)
-    ratio = {name: large[name]["lookup"]["p50"] / small[name]["lookup"]["p50"] for name in small}
+    for name, times in {"hit": hits, **others}.items():
+        for rank in ("p50", "p99"):
+            wanted = {("hit", "p50"): 1.3, ("miss", "p50"): 1.4, ("hit", "p99"): 1.6, ("miss", "p99"): 1.6}
+            for beside in (bench.python, bench.floor, bench.minimal):
+                if beside is not bench.python and (rank == "p99" or name not in ("hit", "miss")):
+                    continue
+                limit = wanted.get((name, rank)) if beside is bench.python else None
+                bench.rows.append(
+                    Row(f"lookup {rank}, 1k, {name}".replace("lookup p50, 1k, check", "check p50, 1k")
+                        .replace("lookup p99, 1k, check", "check p99, 1k"),
+                        times["mirror"]["lookup"][rank], "us", beside.name, times[beside.name]["lookup"][rank], limit,
+                        as_ratio=True)
+                )  # fmt: skip
+    ratio = {name: large[name]["lookup"]["p50"] / hits[name]["lookup"]["p50"] for name in hits}
+    bench.rows.append(Row("lookup p50, 100k / 1k", ratio["mirror"], "x", "Python floor", ratio["Python floor"], 1.15))
+    for name, times, limit in (
+        ("1k, hit", hits, None),
+        ("1k, half misses", others["half"], 500_000),
+        ("100k, hit", large, None),
+        ("1k, hit, free", free, None),
+    ):
+        bench.rows.append(
+            Row(f"pipelined 64, {name}", times["mirror"]["pipe"]["per_second"], "/s", "Python floor",
+                times["Python floor"]["pipe"]["per_second"], limit, at_least=True)
+        )  # fmt: skip
     bench.rows += [
-        Row("lookup p50, 1k", ours["lookup"]["p50"], "us", "C floor", floor["lookup"]["p50"], 1.6, as_ratio=True),
-        Row("lookup p99, 1k", ours["lookup"]["p99"], "us", "C floor", floor["lookup"]["p99"], 1.8, as_ratio=True),
-        Row("lookup p50, 1k", ours["lookup"]["p50"], "us", "Python floor", python["lookup"]["p50"]),
-        Row("lookup p50, 100k", large["mirror"]["lookup"]["p50"], "us", "C floor", large["C floor"]["lookup"]["p50"]),
-        Row("lookup p99, 100k", large["mirror"]["lookup"]["p99"], "us", "C floor", large["C floor"]["lookup"]["p99"]),
-        Row("lookup p50, 100k / 1k", ratio["mirror"], "x", "C floor", ratio["C floor"], 1.15),
-        Row("pipelined 64, 1k", ours["pipe"]["per_second"], "/s", "C floor", floor["pipe"]["per_second"], 250_000,
-            at_least=True),
-        Row("pipelined 64, 1k", ours["pipe"]["per_second"], "/s", "Python floor", python["pipe"]["per_second"]),
-        Row("pipelined 64, 100k", large["mirror"]["pipe"]["per_second"], "/s", "C floor",
-            large["C floor"]["pipe"]["per_second"]),
-        Row("lookup p50, 1k, free", free["mirror"]["lookup"]["p50"], "us", "C floor",
-            free["C floor"]["lookup"]["p50"]),
-        Row("lookup p99, 1k, free", free["mirror"]["lookup"]["p99"], "us", "C floor",
-            free["C floor"]["lookup"]["p99"]),
-        Row("pipelined 64, 1k, free", free["mirror"]["pipe"]["per_second"], "/s", "C floor",
-            free["C floor"]["pipe"]["per_second"]),
-        Row("RSS, 1k", ours["memory"]["rss_mb"], "MB", "Python floor", python["memory"]["rss_mb"], 32),
+        Row("lookup p50, 1k, free", free["mirror"]["lookup"]["p50"], "us", "Python floor",
+            free["Python floor"]["lookup"]["p50"]),
+        Row("lookup p99, 1k, free", free["mirror"]["lookup"]["p99"], "us", "Python floor",
+            free["Python floor"]["lookup"]["p99"]),
+        Row("RSS, 1k", hits["mirror"]["memory"]["rss_mb"], "MB", "Python floor",
+            hits["Python floor"]["memory"]["rss_mb"], 29),
         Row("RSS, 100k", large["mirror"]["memory"]["rss_mb"], "MB", "Python floor",
-            large["Python floor"]["memory"]["rss_mb"], 75),
+            large["Python floor"]["memory"]["rss_mb"], 60),
         Row("peak, 100k, before any reload", large["mirror"]["memory"]["peak_mb"], "MB", limit=150),
     ]  # fmt: skip
 
@@ -278,7 +309,7 @@ def reload(bench: Bench) -> None:
         ]  # fmt: skip
         if one_cpu:
             bench.rows += [
-                Row("RSS, 100k, after reloads", busy["memory"]["rss_mb"], "MB", limit=75),
+                Row("RSS, 100k, after reloads", busy["memory"]["rss_mb"], "MB", limit=68),
                 Row("peak, 100k, after reloads", busy["memory"]["peak_mb"], "MB", limit=150),
             ]
 
@@ -331,19 +362,21 @@ def imsg(bench: Bench) -> None:
     bench.load(SMALL)
     rounds, many = (1, 20_000) if bench.quick else (7, 60_000)
     children = [bench.mirror, bench.imsg, bench.bridge]
-    times = bench.compare(children, rounds, SMALL, "warm 30", f"lookup {many}", "memory")
-    lines, ours, bridge = (times[child.name] for child in children)
-    for rank, wanted in (("p50", True), ("p99", False)):
-        asked, bridged = ours["lookup"][rank], bridge["lookup"][rank]
-        bench.rows += [
-            Row(f"imsg {rank}, 1k", asked, "us", "lines", lines["lookup"][rank], 1.2 if wanted else None,
-                as_ratio=True),
-            Row(f"bridge {rank}, 1k", bridged, "us", "child, imsg", asked, 2.5 if wanted else None, as_ratio=True,
-                note="the target's reading: what the bridge adds where smtpd speaks imsg either way" if wanted else ""),
-            Row(f"bridge {rank}, 1k", bridged, "us", "child, lines", lines["lookup"][rank], 2.5 if wanted else None,
-                as_ratio=True, note="the other reading: what the bridge itself asks" if wanted else ""),
-        ]  # fmt: skip
-    bench.rows.append(Row("bridge RSS, 1k", bridge["memory"]["rss_mb"], "MB", "child, imsg", ours["memory"]["rss_mb"]))
+    for name, asked in (("hit", HITS), ("miss", MISSES)):
+        times = bench.compare(children, rounds, SMALL, "warm 30", f"lookup {many}", "memory", asked=asked)
+        lines, ours, bridge = (times[child.name] for child in children)
+        for rank, wanted in (("p50", True), ("p99", False)):
+            alone, bridged = ours["lookup"][rank], bridge["lookup"][rank]
+            bench.rows += [
+                Row(f"imsg {rank}, 1k, {name}", alone, "us", "lines", lines["lookup"][rank], 1.1 if wanted else None,
+                    as_ratio=True),
+                Row(f"bridge {rank}, 1k, {name}", bridged, "us", "child, imsg", alone, 2.2 if wanted else None,
+                    as_ratio=True),
+                Row(f"bridge {rank}, 1k, {name}", bridged, "us", "child, lines", lines["lookup"][rank],
+                    2.2 if wanted else None, as_ratio=True),
+            ]  # fmt: skip
+        memory = (bridge["memory"]["rss_mb"], "MB", "child, imsg", ours["memory"]["rss_mb"])
+    bench.rows.append(Row("bridge RSS, 1k", *memory))
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {

@@ -19,6 +19,14 @@ def aliases(count: int) -> dict[str, str]:
     return table
 
 
+def absent(count: int) -> dict[str, str | None]:
+    """As many keys of the length of those of `aliases` that are in no table."""
+    chance = random.Random(-count)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    names = (f"absent{number}." for number in range(count))
+    return {head + "".join(chance.choices(letters, k=88 - len(head))) + "@example.org": None for head in names}
+
+
 def networks(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
     """Networks and single addresses of both families, and addresses with the answer of smtpd's own matcher."""
     chance = random.Random(count)

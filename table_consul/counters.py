@@ -1,6 +1,6 @@
-"""What was asked, and how it was answered: counters that cost an answer a dictionary lookup and two additions.
+"""Counters of requests and replies, at the cost of one dictionary lookup and two additions a request.
 
-Knows neither who reads them nor how; see metrics.py.
+The server loop alone writes them; metrics.py reads copies. Imported before the handshake with smtpd, so it stays small.
 """
 
 from __future__ import annotations
@@ -13,77 +13,65 @@ from table_consul.errors import ConfigError
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.services import SERVICES, Table
 
-# From an answer out of memory to one that took the longest deadline many would set.
+# From a reply out of memory to one that took the longest deadline that many would configure.
 BOUNDS_SECONDS = (0.00001, 0.000025, 0.0001, 0.00025, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 2.5)
-# No deadline is shorter (shape.py), so quicker answers need no comparison with theirs.
-LEAST_DEADLINE_SECONDS = 0.05
+# The shortest deadline that can be configured, so faster replies need not be compared with that of their table.
+MIN_DEADLINE_SECONDS = 0.05
 OUTCOMES: Mapping[type, str] = {Found: "found", NotFound: "not-found", Failed: "error", Updated: "ok"}
-# In the dialects of 2020 a request brings the table's name: a bound on how many are told apart.
+# In the dialects of 2020 a request brings the table's name: a bound on how many names are counted separately.
 CELLS_MAX = 512
 OTHER = "(other)"
 OPS = frozenset({"check", "lookup", "fetch", "update"})
 
-Cell = tuple[str, str, str, type]
+Labels = tuple[str, str, str, type]
+"""Table, service, operation, and type of the reply."""
+Cell = list[float]
+"""Seconds in total, replies that missed the deadline, then replies per interval: BOUNDS_SECONDS are the inclusive upper
+ends, and the last interval has none. CPython is faster at small positive indices, hence the order."""
 
 
 class Counters:
-    """What was asked and how it was answered. Written by the loop alone; readers take copies and never wait for it."""
+    """The server loop alone may write; other threads read copies and never make it wait."""
 
     def __init__(self, tables: Callable[[str], Table]) -> None:
-        """``tables`` tells how the table of that name is laid out; it may raise ConfigError."""
+        """``tables`` returns the table of that name or raises ConfigError; called in the server loop."""
         self._tables = tables
-        self._cells: dict[Cell, list[float]] = {}
+        self._cells: dict[Labels, Cell] = {}
         self.malformed = 0
-        self.deadline_hits: dict[str, int] = {}
-        self.failures: dict[str, tuple[int, float]] = {}
-        """Answers that the source could not give, by table; and how many it had given before the last of them."""
-        self.last_errors: dict[str, tuple[str, float]] = {}
-        """Why it could not the last time, by table; and that moment on the clock of the loop."""
+        self.failures: dict[str, tuple[int, str, float, float]] = {}
+        """By table: how often its source failed, the last error, its time on the loop's clock, and `answers` then."""
 
-    def add(self, request: Request, kind: type, seconds: float) -> None:
-        """Count a request, by the type of its reply, which was there so long after the request was read."""
+    def add(self, request: Request, reply: type, seconds: float) -> None:
+        """Count a request by the type of its reply, which was ready so long after the request was read."""
         try:
-            cell = self._cells[request.table, request.service, request.op, kind]
+            cell = self._cells[request.table, request.service, request.op, reply]
         except KeyError:
-            cell = self._cell(request, kind)
-        cell[-1] += seconds
+            cell = self._cell(request, reply)
+        cell[0] += seconds
         if seconds <= 0.00001:  # BOUNDS_SECONDS[0], the usual case
-            cell[0] += 1
+            cell[2] += 1
         else:
-            cell[bisect_left(BOUNDS_SECONDS, seconds)] += 1
-            if seconds >= LEAST_DEADLINE_SECONDS:
-                self._slow(request.table, seconds)
+            cell[2 + bisect_left(BOUNDS_SECONDS, seconds)] += 1
+            if seconds >= MIN_DEADLINE_SECONDS:
+                with contextlib.suppress(ConfigError):
+                    cell[1] += seconds >= self._tables(request.table).deadline
 
     def failed(self, table: str, error: Exception, now: float) -> None:
-        """Note that the source of this table could not tell, and why."""
-        count, _ = self.failures.get(table, (0, 0.0))
-        if count or len(self.failures) < CELLS_MAX:
-            self.failures[table] = (count + 1, self._given(table))
-            self.last_errors[table] = (str(error), now)
+        """Count a failure of the source of this table."""
+        if table in self.failures or len(self.failures) < CELLS_MAX:
+            total = self.failures[table][0] if table in self.failures else 0
+            self.failures[table] = (total + 1, str(error), now, self.answers(table))
 
-    def recovered(self, table: str) -> bool:
-        """Whether the source of this table has told anything since it last could not."""
-        _, before = self.failures.get(table, (0, -1.0))
-        return self._given(table) > before
+    def answers(self, table: str) -> float:
+        """The number of replies about this table that were not errors; a source that recovers makes it grow."""
+        return sum(sum(cell[2:]) for (t, *_, reply), cell in self.cells().items() if t == table and reply is not Failed)
 
-    def cells(self) -> dict[Cell, list[float]]:
-        """A copy: answers in each of the intervals that end at BOUNDS_SECONDS, slower ones, and the sum of seconds."""
-        return {key: cell[:] for key, cell in self._cells.copy().items()}
+    def cells(self) -> dict[Labels, Cell]:
+        """A copy of all cells."""
+        return {labels: cell[:] for labels, cell in self._cells.copy().items()}
 
-    def _cell(self, request: Request, kind: type) -> list[float]:
+    def _cell(self, request: Request, reply: type) -> Cell:
         table = request.table if len(self._cells) < CELLS_MAX else OTHER
         service = request.service if request.service in SERVICES or not request.service else OTHER
-        key = (table, service, request.op if request.op in OPS else OTHER, kind)
-        return self._cells.setdefault(key, [0] * (len(BOUNDS_SECONDS) + 1) + [0.0])
-
-    def _given(self, table: str) -> float:
-        return sum(
-            sum(cell[:-1]) for (name, *_, kind), cell in self.cells().items() if name == table and kind is not Failed
-        )
-
-    def _slow(self, table: str, seconds: float) -> None:
-        with contextlib.suppress(ConfigError):
-            if seconds >= self._tables(table).deadline and (
-                table in self.deadline_hits or len(self.deadline_hits) < CELLS_MAX
-            ):
-                self.deadline_hits[table] = self.deadline_hits.get(table, 0) + 1
+        labels = (table, service, request.op if request.op in OPS else OTHER, reply)
+        return self._cells.setdefault(labels, [0.0, 0] + [0] * (len(BOUNDS_SECONDS) + 1))

@@ -1,4 +1,4 @@
-"""Where log lines go: to syslog, facility mail, as smtpd's own, or to a person's terminal."""
+"""Log lines go to syslog, facility mail, like those of smtpd, or to standard error."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class OneLine(logging.Formatter):
         return "\n".join(f"    {printable(line, 1000)}" for line in super().formatException(ei).split("\n"))
 
 
-def _stderr_is_heard() -> bool:
-    """Whether standard error is a terminal; or, as in a container, there is no syslog and it leads anywhere at all.
+def _stderr_is_read() -> bool:
+    """Whether standard error is a terminal or, without syslog (as in a container), anything but /dev/null.
 
     That of a daemonised smtpd leads to /dev/null (daemon(3)), and syslog may be started after it.
     """
@@ -61,13 +61,13 @@ def _stderr_is_heard() -> bool:
 
 
 def start(level: str, target: str, table: str, program: str = "table-consul") -> None:
-    """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) whichever of them is heard.
+    """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) whichever of them somebody reads.
 
     Lines carry ``<program>[<table>]``. May be called again when the table's name or the configuration is known.
     """
     identity = f"{program}[{printable(table, 60)}]" if table else program
     handler: logging.Handler
-    if target == "syslog" or (target == "auto" and not _stderr_is_heard()):
+    if target == "syslog" or (target == "auto" and not _stderr_is_read()):
         syslog.openlog(identity, 0, syslog.LOG_MAIL)
         handler = SyslogHandler()
         handler.setFormatter(OneLine("%(message)s"))

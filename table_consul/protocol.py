@@ -121,27 +121,28 @@ class Session:
         """
         self.dialect: str | None = None
         self._procexec_reply = procexec_reply
-        self._parse: Callable[[bytes], Request | Malformed] | None = None
+        self._parse: Callable[[bytes], Request | None] | None = None
         self._tail = b""
         self._overlong = False
         self._config: dict[str, str] = {}
 
     def receive_data(self, data: bytes) -> list[Event]:
         """The events that are complete with this data, which may be cut anywhere."""
-        lines = (self._tail + data).split(b"\n")
-        self._tail = lines.pop()
+        if self._tail:
+            data = self._tail + data
+        *lines, self._tail = data.split(b"\n")
         if self._overlong and lines:
             del lines[0]
             self._overlong = False
-        events: list[Event] = []
-        for line in lines:
-            parse = self._parse
-            if line[:6] != b"table|" or len(line) > MAX_LINE or parse is None:
-                event = self._other_line(line)
+        if self._parse is not None and len(data) <= MAX_LINE:
+            # Once the dialect is known nearly every line is a request; what is not is None here.
+            events: list[Event] = []
+            for line in lines:
+                event = self._parse(line) or self._other_line(line)
                 if event is not None:
                     events.append(event)
-            else:
-                events.append(parse(line))
+        else:
+            events = [event for event in map(self._other_line, lines) if event is not None]
         if self._overlong:
             self._tail = b""
         elif len(self._tail) > MAX_LINE:
@@ -151,7 +152,7 @@ class Session:
         return events
 
     def _other_line(self, line: bytes) -> Event | None:
-        """The event of any line but a usual request; None for a part of the handshake."""
+        """The event of any line; None for a part of the handshake."""
         kind, _, rest = line.partition(b"|")
         if len(line) > MAX_LINE:
             return self._reject(line)
@@ -173,10 +174,11 @@ class Session:
 
     def _speak(self, dialect: str) -> None:
         self.dialect = dialect
-        self._parse = DIALECTS[dialect].parse
+        self._parse = DIALECTS[dialect].parse_usual
 
     def _reject(self, line: bytes) -> Malformed:
-        event = self._parse(line[:HEAD_BYTES]) if self._parse is not None and line.startswith(b"table|") else None
+        known = self.dialect is not None and line.startswith(b"table|")
+        event = DIALECTS[self.dialect or ""].parse(line[:HEAD_BYTES]) if known else None
         return Malformed(f"a line of more than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
 
     def register(self, services: Iterable[str]) -> bytes:
@@ -198,16 +200,17 @@ class Session:
             head = word.encode() + b"|"
         kind = reply.__class__
         if kind is Found:
-            value = reply.value  # type: ignore[union-attr]  # mypy does not follow __class__, which costs half of isinstance
-            if value is not None and request.op in _WITH_VALUE:
-                return head + request.id + b"|found|" + value + b"\n"
-            if value is None and request.op == "check":
-                return head + request.id + b"|found\n"
+            value = reply.value  # type: ignore[union-attr]  # mypy does not follow __class__, at half of isinstance's cost
+            if value is None:
+                if request.op == "check":
+                    return b"".join((head, request.id, b"|found\n"))
+            elif request.op in _WITH_VALUE:
+                return b"".join((head, request.id, b"|found|", value, b"\n"))
         elif kind is NotFound:
             if request.op != "update":
-                return head + request.id + b"|not-found\n"
+                return b"".join((head, request.id, b"|not-found\n"))
         elif kind is Failed:
-            return head + request.id + DIALECTS[self.dialect or "procexec"].failure(reply.reason)  # type: ignore[union-attr]
+            return head + request.id + DIALECTS[self.dialect or "procexec"].failure(reply.reason)  # type: ignore[union-attr]  # likewise
         elif request.op == "update":
             return head + request.id + DIALECTS[self.dialect or "procexec"].updated
         raise ReplyError(f"{kind.__name__} does not answer {request.op}")
@@ -217,10 +220,16 @@ _HEADS = {op: f"{op}-result|".encode() for op in OPS.values()}
 _WITH_VALUE = ("lookup", "fetch")
 
 
+def _usual_smtpd_tables(line: bytes) -> Request | None:
+    """The request, if the line is a check or a lookup with all its fields, as nearly all are."""
+    parts = line.split(b"|", 7)
+    if len(parts) == 8 and parts[4] in WITH_KEY and parts[6] and parts[0] == b"table":
+        return Request(WITH_KEY[parts[4]], parts[6], _NAMES[parts[3]], _NAMES[parts[5]], parts[7])
+    return None
+
+
 def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
     parts = line.split(b"|", 7)
-    if len(parts) == 8 and parts[6] and parts[4] in WITH_KEY:  # nearly all of them; what follows would say the same
-        return Request(WITH_KEY[parts[4]], parts[6], _NAMES[parts[3]], _NAMES[parts[5]], parts[7])
     op = parts[4] if len(parts) > 5 else b""
     if op == b"update":
         service, ident, key = b"", parts[5], b""
@@ -260,6 +269,7 @@ def _request(
 class Dialect(NamedTuple):
     """What differs between the dialects: how a request is read, and two of the replies."""
 
+    parse_usual: Callable[[bytes], Request | None]
     parse: Callable[[bytes], Request | Malformed]
     failure: Callable[[str], bytes]
     updated: bytes
@@ -267,7 +277,10 @@ class Dialect(NamedTuple):
 
 DIALECTS: Mapping[str, Dialect] = {
     "smtpd-tables": Dialect(
-        _parse_smtpd_tables, lambda reason: b"|error|" + printable(reason, 400).encode() + b"\n", b"|ok\n"
+        _usual_smtpd_tables,
+        _parse_smtpd_tables,
+        lambda reason: b"|error|" + printable(reason, 400).encode() + b"\n",
+        b"|ok\n",
     ),
-    "procexec": Dialect(_parse_procexec, lambda _reason: b"|failure\n", b"|updated\n"),
+    "procexec": Dialect(lambda _line: None, _parse_procexec, lambda _reason: b"|failure\n", b"|updated\n"),
 }

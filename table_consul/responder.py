@@ -17,6 +17,23 @@ from table_consul.services.passwords import SAMPLE_SIZE, Verifier
 from table_consul.services.values import MissingFields
 
 
+def replies_from(entries: Entries, op: str) -> Callable[[bytes], Reply]:
+    """What replies to a check or a lookup of a key, from entries that hold everything there is for the key.
+
+    What is returned raises EntryError where the entry that answers cannot be used.
+    """
+    if op == "check":
+        contains = entries.contains
+        return lambda key: FOUND if contains(key) else NOT_FOUND
+    lookup = entries.lookup
+
+    def reply(key: bytes) -> Reply:
+        value = lookup(key)
+        return NOT_FOUND if value is None else Found(value)
+
+    return reply
+
+
 class Responder:
     """Replies for any number of tables. It remembers only where each fetch is, and what verifying a hash costs."""
 
@@ -24,17 +41,7 @@ class Responder:
         self._last_fetched: dict[tuple[str, str], bytes] = {}
         self._verifier = Verifier()
 
-    def reply(self, request: Request, entries: Entries) -> Reply:
-        """The reply to a check, lookup or fetch, from entries that hold everything there is for its key.
-
-        Raises:
-            EntryError: the entry that answers cannot be used.
-        """
-        if request.op == "lookup":
-            value = entries.lookup(request.key)
-            return NOT_FOUND if value is None else Found(value)
-        if request.op == "check":
-            return FOUND if entries.contains(request.key) else NOT_FOUND
+    def _fetch(self, entries: Entries) -> Reply:
         place = (entries.table.name, entries.service.name)
         found = entries.next_after(self._last_fetched.get(place))
         if found is None:
@@ -56,7 +63,9 @@ class Responder:
             return Failed(f"service {service.name} is not among the services of table {printable(table.name)!r}")
         if service.answers == "check":
             return self._authenticate(request, table, read)
-        return self.reply(request, read(service, None if request.op == "fetch" else request.key))
+        if request.op == "fetch":
+            return self._fetch(read(service, None))
+        return replies_from(read(service, request.key), request.op)(request.key)
 
     def _authenticate(self, request: Request, table: Table, read: Callable[[Service, bytes | None], Entries]) -> Reply:
         """Whether the password is the user's; nothing that is logged or remembered holds either of them.

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from table_consul import imsg
 from table_consul.counters import Counters
-from table_consul.errors import ReplyError, SourceError, printable
+from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES
 
@@ -93,45 +93,37 @@ class Server:
 
     def _answer_all(self, events: list[Event], arrived: float, write: Callable[[bytes], bool]) -> bool:
         """Answer the events of one read, in order; False when smtpd is gone."""
-        answer, send, clock = self._answerer.answer, self._session.send, self._clock
+        answer, send, clock, count = self._answerer.answer, self._session.send, self._clock, self._count
         replies: list[bytes] = []
-        answered: list[tuple[Request, Reply, float]] = []
         last_write = arrived
         for event in events:
             if event.__class__ is Request:
                 try:
                     reply = answer(event, arrived)
-                    if reply.__class__ is Failed:
-                        self._report(event, reply)
                     data = send(event, reply)
                 except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
-                    reply = self._failure(event, error)
+                    reply = _failure(error)
                     data = send(event, reply)
                 now = clock()
-                answered.append((event, reply, now - arrived))
+                count(event, reply, now - arrived)
             else:
                 data = self._other(event)
                 now = clock()
-                if isinstance(event, Malformed) and event.request is not None:
-                    answered.append((event.request, Failed(event.reason), now - arrived))
             replies.append(data)
             if now - last_write > GATHER_SECONDS:
                 if not write(b"".join(replies)):
                     return False
                 replies.clear()
                 last_write = clock()
-        if replies and not write(b"".join(replies) if len(replies) > 1 else replies[0]):
-            return False
-        if self._counters is not None:
-            self._count(self._counters, answered)
-        return True
+        return not replies or write(b"".join(replies))
 
-    def _count(self, counters: Counters, answered: list[tuple[Request, Reply, float]]) -> None:
+    def _count(self, request: Request, reply: Reply, seconds: float) -> None:
+        """Count the reply; log why if it is an error."""
         try:
-            for request, reply, seconds in answered:
-                counters.add(request, reply.__class__, seconds)
-                if isinstance(reply, Failed) and isinstance(reply.cause, SourceError):
-                    counters.failed(request.table, reply.cause, self._clock())
+            if reply.__class__ is Failed:
+                self._report(request, reply)
+            if self._counters is not None:
+                self._counters.add(request, reply.__class__, seconds)
         except Exception as error:  # noqa: BLE001 - as in _answer_all
             self._log_traceback(error)
 
@@ -140,23 +132,28 @@ class Server:
         if isinstance(event, Ready):
             return self._session.register(self._services(event.config))
         assert isinstance(event, Malformed)
-        self._warn_once(event.reason)
         if self._counters is not None:
             self._counters.malformed += 1
-        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
+        if event.request is None:
+            self._warn_once(event.reason)
+            return b""
+        reply = Failed(event.reason)
+        self._count(event.request, reply, 0.0)
+        return self._session.send(event.request, reply)
 
     def _report(self, request: Request, reply: Failed) -> None:
-        if isinstance(reply.cause, SourceError):
+        """Log why this is an error, once for each reason."""
+        cause = reply.cause
+        if isinstance(cause, SourceError):
             log.debug("%s %s: %s", request.op, request.service, reply.reason)  # the source reports its outages itself
-        else:
+            if self._counters is not None:
+                self._counters.failed(request.table, cause, self._clock())
+        elif isinstance(cause, ReplyError):
+            self._warn_once(f"{request.op} {request.service}: {reply.reason}")
+        elif cause is None or isinstance(cause, TableConsulError):
             self._warn_once(reply.reason)
-
-    def _failure(self, request: Request, error: Exception) -> Failed:
-        if isinstance(error, ReplyError):
-            self._warn_once(f"{request.op} {request.service}: {error}")
-            return Failed(str(error))
-        self._log_traceback(error)
-        return Failed(f"internal error ({type(error).__name__}); see the log of table-consul")
+        else:
+            self._log_traceback(cause)
 
     def _begin(self, events: list[Event]) -> None:
         """Note the table's name once smtpd has shown its dialect, by the end of a handshake or by a request."""
@@ -222,6 +219,12 @@ def claim_stdio() -> tuple[int, int]:
     os.dup2(2, 1)
     os.close(nowhere)
     return read_from, write_to
+
+
+def _failure(error: Exception) -> Failed:
+    if isinstance(error, TableConsulError):
+        return Failed(str(error), error)
+    return Failed(f"internal error ({type(error).__name__}); see the log of table-consul", error)
 
 
 def _keeps_case_of_passwords(version: str) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from table_consul.config import Config
 from table_consul.counters import Counters
 from table_consul.errors import ConfigError, SourceError, TableConsulError
 from table_consul.protocol import Failed, Reply, Request, Updated
-from table_consul.responder import Responder
+from table_consul.responder import Responder, replies_from
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import Source
@@ -27,10 +29,10 @@ MAX_NAMES = 256
 MAX_MIRRORED_TABLES = 16
 
 
-class Route(NamedTuple):
-    """Where the answers for one service of one table are, resolved once for a mirror's present state."""
+class Route(msgspec.Struct, frozen=True, gc=False):
+    """What replies to one kind of request for one service of one table, resolved once for a mirror's present state."""
 
-    entries: Entries
+    reply: Callable[[bytes], Reply]
     mirror: Mirror
     state: tuple[Snapshot, float]
     """The route ends when the mirror is in another state: with the next edit or confirmation, or when it stops."""
@@ -67,7 +69,7 @@ class Tables:
         """The name that smtpd gave in its handshake, or with its first request."""
         self._responder = Responder()
         self._tables: dict[str, Table] = {}
-        self._routes: dict[tuple[str, str], Route] = {}
+        self._routes: dict[tuple[str, str, str], Route] = {}
         self._file: Source | None = None
         self._direct: DirectSource | None = None
         self._mirrors: dict[str, MirrorSource] = {}
@@ -75,10 +77,10 @@ class Tables:
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
-        route = self._routes.get((request.table, request.service))
+        route = self._routes.get((request.table, request.service, request.op))
         try:
             if route is not None and route.mirror.state is route.state and arrived <= route.good_until:
-                return self._responder.reply(request, route.entries)
+                return route.reply(request.key)
             return self._answer(request, arrived)
         except TableConsulError as error:
             return Failed(str(error), error)
@@ -93,13 +95,13 @@ class Tables:
 
         def read(service: Service, key: bytes | None) -> Entries:
             entries = self.entries(table, service, key, deadline)
-            if service.name == request.service and service.answers != "check":
-                self._add_route(request.table, service, entries)
+            if key is not None and service.answers != "check" and service.name == request.service:
+                self._add_route(request, service, entries)
             return entries
 
         return self._responder.answer(request, table, read)
 
-    def _add_route(self, name: str, service: Service, entries: Entries) -> None:
+    def _add_route(self, request: Request, service: Service, entries: Entries) -> None:
         """Remember where the next answer is, if these entries are a mirror's and hold for every key."""
         source = self._mirrors.get(entries.table.name)
         if source is None:
@@ -110,7 +112,8 @@ class Tables:
             return
         if len(self._routes) >= MAX_NAMES:
             self._routes.clear()
-        self._routes[name, service.name] = Route(entries, mirror, state, state[1] + mirror.max_age)
+        place = (request.table, request.service, request.op)
+        self._routes[place] = Route(replies_from(entries, request.op), mirror, state, state[1] + mirror.max_age)
 
     def table(self, name: str) -> Table:
         """How this table is laid out; the configured default stands in for an empty name.

@@ -19,13 +19,13 @@ from typing import NamedTuple
 from table_consul import rules
 from table_consul.config import MetricsConfig
 from table_consul.errors import TableConsulError, printable
-from table_consul.metrics import CLIENT_SECONDS, EVERY_SECONDS
+from table_consul.metrics import CLIENT_SECONDS, WRITE_INTERVAL_SECONDS
 
 # A file that was left out three times: its process is gone, and the file stays.
-STALE_SECONDS = 3 * EVERY_SECONDS
-# Connections are served one after the other, and each may be held for half of this.
+STALE_SECONDS = 3 * WRITE_INTERVAL_SECONDS
+# A daemon closes each connection within about half of this.
 ANSWER_SECONDS = 2 * CLIENT_SECONDS
-# Some 200 bytes a series: more tables than one process has cells for (tally.py).
+# Some 200 bytes a series: more tables than one process has cells for (counters.py).
 SIZE_MAX = 16 << 20
 READ_BYTES = 1 << 16
 # No moment, index or count of ours is larger; time.localtime() takes none that is much so.
@@ -141,7 +141,7 @@ def _read_file(path: str) -> Publication:
         version = next((s.labels.get("version", "?") for s in publication.samples if s.name.endswith("_info")), "?")
         raise NobodyThere(
             f"{place} was last written {age:.0f} s ago, by version {printable(version)}; a process that runs writes it"
-            f" every {EVERY_SECONDS:.0f} s (remove the file if there is no such table any more)"
+            f" every {WRITE_INTERVAL_SECONDS:.0f} s (remove the file if there is no such table any more)"
         )
     return publication
 

@@ -16,7 +16,7 @@ from table_consul.ctl import published
 from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config
 from table_consul.ctl.states import Prefix, Status, status_of, sum_up
 from table_consul.errors import SourceError, Unreachable, printable
-from table_consul.metrics import EVERY_SECONDS
+from table_consul.metrics import WRITE_INTERVAL_SECONDS
 
 # An agent without a leader says so after 7 seconds (Consul 1.8.7), and a large table takes one to arrive.
 CONSUL_SECONDS = 10.0
@@ -130,7 +130,7 @@ def _compare(config: Config, statuses: list[Status]) -> None:
 
 def _wait_for_news(config: Config, status: Status, asked: float) -> None:
     """Give a daemon that seems to be behind the time to take over, and publish, what Consul had when it was asked."""
-    by = asked + LAG_SECONDS + (0 if status.live else EVERY_SECONDS)
+    by = asked + LAG_SECONDS + (0 if status.live else WRITE_INTERVAL_SECONDS)
     if any(prefix.ahead for prefix in status.prefixes) and not status.live and sys.stderr.isatty():
         click.echo(f"waiting for the next numbers in {status.place}", err=True)
     while any(prefix.ahead for prefix in status.prefixes):

@@ -330,7 +330,7 @@ def fake():
 def impatient(monkeypatch):
     """The lag that a daemon is granted, cut short."""
     monkeypatch.setattr(status, "LAG_SECONDS", 0.3)
-    monkeypatch.setattr(status, "EVERY_SECONDS", 0.3)
+    monkeypatch.setattr(status, "WRITE_INTERVAL_SECONDS", 0.3)
     monkeypatch.setattr(status, "POLL_SECONDS", 0.02)
 
 

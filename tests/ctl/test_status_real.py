@@ -66,7 +66,7 @@ def test_whatever_changes_in_consul_a_table_that_follows_is_not_said_to_be_behin
 
 def test_a_daemon_that_hangs_is_behind_consul(consul, tmp_path, ctl, monkeypatch):
     monkeypatch.setattr(status, "LAG_SECONDS", 0.2)
-    monkeypatch.setattr(status, "EVERY_SECONDS", 0.2)
+    monkeypatch.setattr(status, "WRITE_INTERVAL_SECONDS", 0.2)
     consul.kv_put("aliases/alias/root", "gilles")
     with served(tmp_path, consul, textfile=True) as (child, path):
         becomes(ctl, path, "following")

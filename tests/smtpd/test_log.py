@@ -26,7 +26,7 @@ def stderr(capsys):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def syslog_lines(monkeypatch):
     """What reaches syslog(3), with its priority; and how it was opened."""
     found = []
     monkeypatch.setattr(syslog, "openlog", lambda *opened: found.append(opened))
@@ -45,62 +45,62 @@ def logger():
     return logging.getLogger("table_consul")
 
 
-def test_lines_carry_the_name_of_the_table(stderr):
+def test_lines_carry_the_table_name(stderr):
     log.start("info", "stderr", "aliases")
     logger().info("hello %s", "there")
     assert stderr.getvalue() == "table-consul[aliases]: INFO: hello there\n"
 
 
-def test_before_the_name_of_the_table_is_known_lines_do_without(stderr):
+def test_lines_have_no_table_before_its_name_is_known(stderr):
     log.start("info", "stderr", "")
     logger().warning("hello")
     assert stderr.getvalue() == "table-consul: WARNING: hello\n"
 
 
 @pytest.mark.parametrize(("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
-def test_a_level_hides_what_is_below_it(stderr, level, seen):
+def test_level_hides_lower_levels(stderr, level, seen):
     log.start(level, "stderr", "t")
     for say in (logger().debug, logger().info, logger().warning, logger().error):
         say("x")
     assert seen == stderr.getvalue().count("\n")
 
 
-def test_libraries_may_warn_but_never_tell_details_even_at_debug(stderr):
+def test_libraries_log_warnings_but_no_debug_lines(stderr):
     log.start("debug", "stderr", "t")
     logging.getLogger("urllib3").debug("X-Consul-Token: secret")
     logging.getLogger("urllib3").warning("retrying")
     assert stderr.getvalue() == "table-consul[t]: WARNING: retrying\n"
 
 
-def test_starting_again_replaces_what_was_before(stderr):
+def test_second_start_replaces_the_handler(stderr):
     log.start("info", "stderr", "")
     log.start("info", "stderr", "t")
     logger().info("once")
     assert stderr.getvalue() == "table-consul[t]: INFO: once\n"
 
 
-def test_without_a_terminal_auto_is_syslog_with_facility_mail(told, stderr):
+def test_auto_is_syslog_with_facility_mail_without_a_terminal(syslog_lines, stderr):
     log.start("info", "auto", "aliases")
     logger().info("hello")
-    assert told == [("table-consul[aliases]", 0, syslog.LOG_MAIL), (syslog.LOG_INFO, "hello")]
+    assert syslog_lines == [("table-consul[aliases]", 0, syslog.LOG_MAIL), (syslog.LOG_INFO, "hello")]
 
 
-def test_with_a_terminal_auto_is_that_terminal(told, monkeypatch, capsys):
+def test_auto_is_a_terminal_if_there_is_one(syslog_lines, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log.start("info", "auto", "aliases")
-    assert told == []
+    assert syslog_lines == []
 
 
 @pytest.mark.parametrize(
-    ("syslog_is_there", "path", "heard"),
+    ("syslog_is_there", "path", "stderr_is_read"),
     [
         (False, "err", True),
         (False, os.devnull, False),  # a daemonised smtpd, and syslog may come yet
         (True, "err", False),
     ],
 )
-def test_without_syslog_auto_is_stderr_if_that_leads_anywhere(
-    told, monkeypatch, tmp_path, syslog_is_there, path, heard
+def test_auto_is_stderr_without_syslog_unless_that_is_dev_null(
+    syslog_lines, monkeypatch, tmp_path, syslog_is_there, path, stderr_is_read
 ):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os.path, "exists", lambda name: syslog_is_there and name == "/dev/log")
@@ -109,25 +109,25 @@ def test_without_syslog_auto_is_stderr_if_that_leads_anywhere(
         log.start("info", "auto", "t")
         logger().info("hello")
         monkeypatch.undo()
-    assert (told == []) is heard
-    assert heard is False or (tmp_path / path).read_text() == "table-consul[t]: INFO: hello\n"
+    assert (syslog_lines == []) is stderr_is_read
+    assert stderr_is_read is False or (tmp_path / path).read_text() == "table-consul[t]: INFO: hello\n"
 
 
-def test_without_standard_error_auto_is_syslog_and_stderr_is_silence(told, monkeypatch):
+def test_auto_is_syslog_without_standard_error(syslog_lines, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     log.start("info", "stderr", "t")
     logger().info("nobody hears")
     log.start("info", "auto", "t")
     logger().info("hello")
-    assert told[1:] == [(syslog.LOG_INFO, "hello")]
+    assert syslog_lines[1:] == [(syslog.LOG_INFO, "hello")]
 
 
-def test_each_level_has_its_priority(told):
+def test_level_has_its_syslog_priority(syslog_lines):
     log.start("debug", "syslog", "t")
     for say in (logger().debug, logger().info, logger().warning, logger().error, logger().critical):
         say("x")
     priorities = [syslog.LOG_DEBUG, syslog.LOG_INFO, syslog.LOG_WARNING, syslog.LOG_ERR, syslog.LOG_ERR]
-    assert priorities == [priority for priority, _ in told[1:]]
+    assert priorities == [priority for priority, _ in syslog_lines[1:]]
 
 
 NASTY = ["a\x1b[31mb", "a\nforged line", "a\rb", "a\0b", "a\u202eb", "a\ud800b", "a\x9bb", "a\u2028b"]
@@ -135,33 +135,33 @@ NASTY = ["a\x1b[31mb", "a\nforged line", "a\rb", "a\0b", "a\u202eb", "a\ud800b",
 
 @pytest.mark.parametrize("target", ["stderr", "syslog"])
 @pytest.mark.parametrize("nasty", NASTY)
-def test_control_characters_in_messages_are_made_visible(told, stderr, target, nasty):
+def test_control_characters_in_messages_are_escaped(syslog_lines, stderr, target, nasty):
     log.start("info", target, "t")
     logger().warning("%s", nasty)
-    lines = [line for _, line in told[1:]] or stderr.getvalue().rstrip("\n").split("\n")
+    lines = [line for _, line in syslog_lines[1:]] or stderr.getvalue().rstrip("\n").split("\n")
     assert (len(lines), lines[0].isprintable()) == (1, True)
 
 
 @pytest.mark.parametrize("target", ["stderr", "syslog"])
 @pytest.mark.parametrize("nasty", NASTY)
-def test_control_characters_in_a_traceback_are_made_visible(told, stderr, target, nasty):
+def test_control_characters_in_tracebacks_are_escaped(syslog_lines, stderr, target, nasty):
     log.start("info", target, "t")
     try:
         raise RuntimeError(nasty)
     except RuntimeError as error:
         logger().error("internal error", exc_info=error)
-    lines = [line for _, line in told[1:]] or stderr.getvalue().rstrip("\n").split("\n")
+    lines = [line for _, line in syslog_lines[1:]] or stderr.getvalue().rstrip("\n").split("\n")
     assert [line for line in lines if not line.isprintable()] == []
     assert [True] * (len(lines) - 1) == [line.startswith("    ") for line in lines[1:]]
     assert "RuntimeError: a" in "\n".join(lines)
 
 
-def test_control_characters_in_the_name_of_the_table_are_made_visible(told):
+def test_control_characters_in_the_table_name_are_escaped(syslog_lines):
     log.start("info", "syslog", "a\x1b\0\ud800")
-    assert told[0][0] == "table-consul[a\\x1b\\x00\\ud800]"
+    assert syslog_lines[0][0] == "table-consul[a\\x1b\\x00\\ud800]"
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(told, monkeypatch, capsys):
+def test_syslog_that_fails_is_ignored(syslog_lines, monkeypatch, capsys):
     def broken(*_):
         raise OSError("no log daemon")
 

@@ -77,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(path: str) -> int:
     """Say what is wrong with the configuration; the exit status, 0 or 2."""
+    from table_consul.check import check_files
+
     try:
-        lines = config.problems(config.load(path, os.environ))
+        lines = check_files(config.load(path, os.environ))
     except ConfigError as error:
         lines = [str(error), *getattr(error, "__notes__", [])]
     for line in lines:

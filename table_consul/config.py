@@ -1,36 +1,48 @@
-"""The configuration: one TOML file, and the environment of the ``consul`` command where the file is silent.
+"""The configuration: one TOML file, and the environment of the ``consul`` command for what the file does not set.
 
-Knows nothing of Consul's HTTP or of smtpd's wire, and reads no environment but the one passed in. `shape` says which
-keys there are, `rules` what their values must be, `access` whether the files they name can be used.
+Each key is declared once, as a field of the Struct that the rest of the program reads: `ConsulConfig`, `LogConfig`,
+`MetricsConfig`, and `Table` for ``[defaults]`` and ``[tables.NAME]``. msgspec checks its type, `VALIDATORS` the rest.
+Nothing here opens the files that a configuration names (check.py does), or reads any environment but the one passed in.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import Meta
+from msgspec.structs import FieldInfo
 
-from table_consul import rules
 from table_consul.errors import ConfigError, printable
 from table_consul.services import SERVICES, Table
-from table_consul.shape import ConsulSection, Document, TableSection, misshapen
-
-T = TypeVar("T")
 
 DEFAULT_PATH = "/etc/mail/table-consul.toml"
 
-# A configuration for thousands of tables fits; /dev/zero given by mistake does not fill the memory of the mail host.
+# A configuration for thousands of tables fits; a large file given by mistake does not fill the memory of the mail host.
 SIZE_MAX = 4 * 1024 * 1024
+
+# linux: unix(7), sun_path holds 108 bytes, the last of which is NUL; OpenBSD's holds 104.
+SOCKET_PATH_MAX = 103
+
+# What a URL means without a port; so does Consul's own client (consul: api/api.go, NewClient adds none).
+PORTS = {"http": 80, "https": 443}
 
 
 class ConsulConfig(msgspec.Struct, frozen=True):
-    """How Consul is reached. Addresses are ``http://h:p``, ``https://h:p``, ``unix:///path``, or one ``file:///path``."""
+    """``[consul]``: how Consul is reached."""
 
-    addresses: tuple[str, ...] = ("http://127.0.0.1:8500",)
+    addresses: Annotated[tuple[str, ...], Meta(min_length=1, description="an address or a list of addresses")] = (
+        msgspec.field(default=("http://127.0.0.1:8500",), name="address")
+    )
+    """``http://h:p``, ``https://h:p``, ``unix:///path``, or a single ``file:///path``."""
     token: str | None = None
+    """From the environment only: people show each other their configuration files."""
     token_file: str | None = None
     ca_file: str | None = None
     ca_path: str | None = None
@@ -41,7 +53,7 @@ class ConsulConfig(msgspec.Struct, frozen=True):
     datacenter: str | None = None
     namespace: str | None = None
     partition: str | None = None
-    consistency: str = "default"
+    consistency: Literal["default", "stale", "consistent"] = "default"
 
     def __repr__(self) -> str:
         """Without the token, for whatever prints a configuration."""
@@ -49,294 +61,393 @@ class ConsulConfig(msgspec.Struct, frozen=True):
 
 
 class LogConfig(msgspec.Struct, frozen=True):
-    """What is logged, and where to."""
+    """``[log]``: what is logged, and where to."""
 
-    level: str = "info"
-    target: str = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    target: Literal["auto", "syslog", "stderr"] = "auto"
 
 
 class MetricsConfig(msgspec.Struct, frozen=True):
-    """Where numbers go, if anywhere; both may hold ``{table}``, as each table has a process of its own."""
+    """``[metrics]``: where metrics go. Both may contain ``{table}``, as each table has a process of its own."""
 
     textfile: str | None = None
     listen: str | None = None
 
 
 class Config(msgspec.Struct, frozen=True):
-    """All of the configuration, checked. A reload builds another one."""
+    """The whole configuration, checked and immutable. A reload builds another one."""
 
     path: str | None
-    """The file, None when there is none."""
+    """The file, None if there is none."""
     consul: ConsulConfig = msgspec.field(default_factory=ConsulConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     defaults: Table = msgspec.field(default_factory=lambda: Table("consul"))
-    """``[defaults]``; its name is that of the table where a dialect brings none."""
+    """``[defaults]``; its name is that of the table in a dialect that names none."""
     tables: Mapping[str, Table] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """The tables that have a section of their own."""
     origins: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """Where each key of ``consul`` was written, for messages about the files it names."""
+    """``environment: VARIABLE`` for each key of ``consul`` that the environment sets, for messages."""
 
     @property
     def default_table(self) -> str:
-        """The name of the table where a dialect brings none."""
+        """The name of the table in a dialect that names none."""
         return self.defaults.name
 
     def table(self, name: str) -> Table:
-        """How the table of this name is answered for: ``[defaults]`` under ``[tables.NAME]``.
+        """The settings of this table: its ``[tables.NAME]`` if there is one, else ``[defaults]``.
 
         Raises:
-            ConfigError: the name cannot be a folder in Consul; in the dialects of 2020 it comes with each request.
+            ConfigError: the name cannot be a folder in Consul; in the dialects of 2020 each request brings it.
 
         """
         if name in self.tables:
             return self.tables[name]
         try:
-            return _named(msgspec.structs.replace(self.defaults, name=rules.table_name(name)))
+            return _table({**msgspec.structs.asdict(self.defaults), "name": table_name(name)})
         except ValueError as error:
-            raise ConfigError(f"table name: {error}") from None
+            raise ConfigError(str(error)) from None
+
+
+# The variables of the consul command, but for those of the address. If the file sets any key of a group, the
+# environment sets none of them: they are alternatives, or two parts of one thing.
+VARIABLES: tuple[dict[str, str], ...] = (
+    {"token_file": "CONSUL_HTTP_TOKEN_FILE", "token": "CONSUL_HTTP_TOKEN"},
+    {"ca_file": "CONSUL_CACERT", "ca_path": "CONSUL_CAPATH"},
+    {"cert_file": "CONSUL_CLIENT_CERT", "key_file": "CONSUL_CLIENT_KEY"},
+    {"tls_server_name": "CONSUL_TLS_SERVER_NAME"},
+    {"tls_verify": "CONSUL_HTTP_SSL_VERIFY"},
+    {"namespace": "CONSUL_NAMESPACE"},
+    {"partition": "CONSUL_PARTITION"},
+)
+
+# What follows are validators. Each returns the value in its normal form, or raises ValueError with a text for each
+# mistake, which does not quote what may be a secret under the wrong key.
+
+
+def absolute_path(value: str) -> str:
+    """The path of a file."""
+    if not value.startswith("/"):
+        raise ValueError("must be an absolute path (smtpd starts tables in /)")
+    if value.endswith("/") or not value.isprintable():
+        raise ValueError("must not end in / or contain unprintable characters")
+    return value
+
+
+def visible_ascii(value: str) -> str:
+    """The value, which becomes part of an HTTP request."""
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("must be visible ASCII characters, without spaces and line breaks")
+    return value
+
+
+_HOST = r"(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?"
+_HOST_PORT = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{_HOST})(?::([0-9]{{1,5}}))?/?")
+
+
+def host_name(value: str) -> str:
+    """The host name without a port, as the consul command drops it (consul: api/api.go, SetupTLSConfig)."""
+    match = _HOST_PORT.fullmatch(value)
+    if match is None or value.endswith("/"):
+        raise ValueError(f"invalid host name {quoted(value)}")
+    return match[1].strip("[]")
+
+
+def table_name(value: str) -> str:
+    """The name, which is one segment of a Consul path, and one field of a line in the protocol of smtpd."""
+    if value in {"", ".", ".."} or {"/", "|"} & {*value} or not value.isprintable():
+        raise ValueError(
+            f"invalid table name {quoted(value)} (use printable characters other than / and |, not . or ..)"
+        )
+    return value
+
+
+def consul_path(value: str) -> str:
+    """The path without a slash at either end."""
+    path = value.removeprefix("/").removesuffix("/")
+    if not path.isprintable() or any(segment in {"", ".", ".."} for segment in path.split("/")):
+        raise ValueError(f"invalid Consul path {quoted(value)} (segments must be printable, and not empty, . or ..)")
+    return path
+
+
+def prefix(value: str) -> str:
+    """The path without a slash at either end; it may be empty."""
+    return "" if value in {"", "/"} else consul_path(value)
+
+
+def services(value: tuple[str, ...]) -> tuple[str, ...]:
+    """The services in the order of `SERVICES`, each once."""
+    if unknown := [name for name in value if name not in SERVICES]:
+        raise ValueError(*(f"unknown service {quoted(name)} {suggestion(name, SERVICES)}" for name in unknown))
+    return tuple(name for name in SERVICES if name in value)
+
+
+def addresses(values: tuple[str, ...]) -> tuple[str, ...]:
+    """The addresses in their normal form, each once."""
+    normal: dict[str, None] = {}
+    mistakes: list[str] = []
+    for value in values:
+        try:
+            normal[address(value)] = None
+        except ValueError as error:
+            mistakes += error.args
+    if len(values) > 1 and any(each.startswith("file://") for each in values):
+        mistakes.append("file:// cannot be combined with other addresses")
+    if mistakes:
+        raise ValueError(*mistakes)
+    return tuple(normal)
+
+
+def address(value: str) -> str:
+    """The address in its normal form, with a port."""
+    scheme, separator, rest = value.partition("://")
+    if separator and scheme in {"unix", "file"}:
+        return _socket(value, scheme)
+    # What holds one of these may hold a password or a token.
+    invalid = "invalid address" if {*value} & {*"@?#"} else f"invalid address {quoted(value)}"
+    if scheme not in PORTS or not separator:
+        raise ValueError(f"{invalid} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
+    match = _HOST_PORT.fullmatch(rest)
+    if match is None:
+        raise ValueError(f"{invalid} (only HOST:PORT may follow {scheme}://)")
+    host, port = match[1].lower(), int(match[2] or PORTS[scheme])
+    if host.startswith("["):
+        from ipaddress import IPv6Address
+
+        try:
+            host = f"[{IPv6Address(host[1:-1])}]"
+        except ValueError:
+            raise ValueError(f"invalid IPv6 address {quoted(host)}") from None
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must be between 1 and 65535, not {port}")
+    return f"{scheme}://{host}:{port}"
+
+
+def _socket(value: str, scheme: str) -> str:
+    path = absolute_path(value.removeprefix(f"{scheme}://"))
+    if scheme == "unix" and len(path.encode("utf-8", "surrogateescape")) > SOCKET_PATH_MAX:
+        raise ValueError(f"the path of a socket must not be longer than {SOCKET_PATH_MAX} bytes")
+    return value
+
+
+def listen_address(value: str) -> str:
+    """The address, which no other host can reach: metrics tell much about the mail of a host."""
+    from ipaddress import ip_address
+
+    if value.startswith("unix://"):
+        return _socket(value, "unix")
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", value)
+    try:
+        if match and ip_address(match[1] or match[2]).is_loopback and 1 <= int(match[3]) <= 65535:
+            return value
+    except ValueError:
+        pass
+    raise ValueError(f"invalid listen address {quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
+
+
+def boolean(value: str) -> bool:
+    """The boolean in a variable, as the consul command reads it (Go's strconv.ParseBool)."""
+    if value not in {*_TRUE, *_FALSE}:
+        raise ValueError(f"must be one of {', '.join((*_TRUE, *_FALSE))}, not {quoted(value)}")
+    return value in _TRUE
+
+
+_TRUE = ("1", "t", "T", "TRUE", "true", "True")
+_FALSE = ("0", "f", "F", "FALSE", "false", "False")
+
+# What the value of a key must be beyond its type; "path" is what a service has in paths.
+VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("token_file", "ca_file", "cert_file", "key_file", "snapshot", "textfile"), absolute_path),
+    **dict.fromkeys(("token", "datacenter", "namespace", "partition"), visible_ascii),
+    "address": addresses,
+    "ca_path": lambda folder: absolute_path(folder.removesuffix("/")),
+    "tls_server_name": host_name,
+    "table": table_name,
+    "prefix": prefix,
+    "services": services,
+    "path": consul_path,
+    "listen": listen_address,
+}
+
+# The keys of each section of the file: a field of its Struct, or the keys of a section below it. "tables" stands for
+# any [tables.NAME].
+KEYS: Mapping[str, dict[str, Any]] = {
+    section: {field.encode_name: field for field in msgspec.structs.fields(struct)}
+    for section, struct in (
+        *(("consul", ConsulConfig), ("defaults", Table), ("tables", Table)),
+        *(("log", LogConfig), ("metrics", MetricsConfig)),
+    )
+}
+del KEYS["consul"]["token"], KEYS["tables"]["table"]
+KEYS["defaults"]["paths"] = KEYS["tables"]["paths"] = {name: FieldInfo(name, "path", str) for name in SERVICES}
+
+
+def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the type of the field
+    if field.encode_name == "address" and isinstance(raw, str):
+        raw = [raw]
+    try:
+        value = msgspec.convert(raw, field.type)
+    except msgspec.ValidationError:
+        raise ValueError(f"must be {_expected(field.type)}") from None
+    validate = VALIDATORS.get(field.encode_name)
+    return validate(value) if validate else value
+
+
+def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell it
+    if hasattr(form, "__metadata__"):
+        return str(form.__metadata__[0].description)
+    if choices := [each for each in get_args(form) if isinstance(each, str)]:
+        return f"one of {', '.join(choices)}"
+    return "true or false" if form is bool else "a string"
+
+
+def suggestion(word: str, options: Collection[str]) -> str:
+    """In parentheses: the option that was probably meant, or all of them."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word[:100], options, 1)
+    return f"(did you mean {close[0]}?)" if close else f"(use one of: {', '.join(options)})"
+
+
+def quoted(text: str) -> str:
+    return f"'{printable(text, 60)}'"
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
     """The configuration in the file, `DEFAULT_PATH` (if there is such a file) when None, and in the environment.
 
     Raises:
-        ConfigError: with the first thing that is wrong as its text, one line, and all further ones as notes
-            (``__notes__``), a line each. Files that the configuration names are not opened: see `problems`.
+        ConfigError: with the first mistake as its text, one line, and all further ones as notes (``__notes__``), a
+            line each. Files that the configuration names are not opened: see `check.check_files`.
 
     """
-    wanted = DEFAULT_PATH if path is None else path
-    document: dict[str, Any] = {}
-    file: str | None = None
+    file = DEFAULT_PATH if path is None else path
+    found: dict[str, Any] | None = None
     try:
-        document = _parse(wanted)
-        file = wanted
+        found = _parse(file)
     except OSError as error:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
-            from table_consul import check
+            from table_consul.check import explain_os_error
 
-            raise ConfigError(f"{printable(wanted)}: {check.refusal(wanted, error)}") from None
-    at = printable(file or "")
-    try:
-        sections = msgspec.convert(document, Document)
-    except msgspec.ValidationError as error:
-        raise _refusal([f"{at}: {line}" for line in misshapen(Document, document)] or [f"{at}: {error}"]) from None
-    findings = _Findings()
-    consul, origins = _consul(sections.consul, at, environ, findings)
-    default_table = findings.check(f"{at}: defaults.table", rules.table_name, sections.defaults.table)
-    defaults = _settings(sections.defaults, f"{at}: defaults", findings)
+            raise ConfigError(f"{printable(file)}: {explain_os_error(file, error)}") from None
+    document = {**{name: {} for name in KEYS}, **(found or {})}
+    errors = _Errors(printable(file))
+    names = document["tables"] if isinstance(document["tables"], dict) else {}
+    sections = errors.section(document, "", {**KEYS, "tables": dict.fromkeys(names, KEYS["tables"])})
+    origins = _environment(sections["consul"], environ, errors)
+    defaults = {"name": "consul", "paths": {}, **sections["defaults"]}
     tables = {}
-    for name, section in sections.tables.items():
-        findings.check(f"{at}: tables.{printable(name)}", rules.table_name, name)
-        own = _settings(section, f"{at}: tables.{printable(name)}", findings)
-        tables[name] = {**defaults, **own, "paths": {**defaults["paths"], **own["paths"]}}
-    metrics = MetricsConfig(
-        findings.check(f"{at}: metrics.textfile", rules.absolute, sections.metrics.textfile),
-        findings.check(f"{at}: metrics.listen", rules.listen, sections.metrics.listen),
-    )
-    if findings.lines:
-        raise _refusal(findings.lines)
+    for name, own in sections["tables"].items():
+        errors.check(f"{printable(file)}: tables.{printable(name)}", table_name, name)
+        tables[name] = {**defaults, **own, "name": name, "paths": {**defaults["paths"], **own.get("paths", {})}}
+    if errors.lines:
+        refusal = ConfigError(errors.lines[0])
+        for line in errors.lines[1:]:
+            refusal.add_note(line)
+        raise refusal
     return Config(
-        path=file,
-        consul=consul,
-        log=LogConfig(sections.log.level, sections.log.target),
-        metrics=metrics,
-        defaults=_table(default_table or "consul", defaults),
-        tables=MappingProxyType({name: _named(_table(name, settings)) for name, settings in tables.items()}),
+        path=None if found is None else file,
+        consul=ConsulConfig(**sections["consul"]),
+        log=LogConfig(**sections["log"]),
+        metrics=MetricsConfig(**sections["metrics"]),
+        defaults=Table(**defaults),
+        tables=MappingProxyType({name: _table(settings) for name, settings in tables.items()}),
         origins=MappingProxyType(origins),
     )
 
 
-def problems(config: Config) -> list[str]:
-    """What would keep this user from working with the configuration, or gives a secret away; a line each.
-
-    For ``--check``, not for `load`: a mail server starts although a token is written only a second later.
-    """
-    from table_consul import check
-
-    found = []
-    consul = config.consul
-    named = {
-        "token_file": consul.token_file,
-        "ca_file": consul.ca_file,
-        "cert_file": consul.cert_file,
-        "key_file": consul.key_file,
-        "ca_path": consul.ca_path,
-        "address": consul.addresses[0].removeprefix("file://") if consul.addresses[0].startswith("file://") else None,
-    }
-    for key, path in named.items():
-        if path is not None and (what := check.unreadable(path, folder=key == "ca_path", secret=key in _SECRET_FILES)):
-            found.append(f"{config.origins.get(key, f'consul.{key}')}: {printable(path)}: {what}")
-    if config.path is not None and (what := check.unreadable(config.path)):
-        found.append(f"{config.path}: {what}")
-    if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
-        at = config.origins.get("tls_verify", "consul.tls_verify")
-        found.append(f"{at}: anyone on the way to Consul can read the token and forge answers")
-    tables = list(config.tables.values()) or [config.table(config.default_table)]
-    written: dict[str, str] = {}
-    for table in tables:
-        textfile = config.metrics.textfile and config.metrics.textfile.replace("{table}", table.name)
-        for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile)):
-            if not path:
-                continue
-            at = f"{config.path}: {key} of table {printable(table.name)}"
-            if path in written:
-                found.append(f"{at}: table {printable(written[path])} has the same file (put {{table}} into its name)")
-            elif what := check.unwritable(path, private=key == "snapshot"):
-                found.append(f"{at}: {what}")
-            written[path] = table.name
-    return found
+def _table(settings: dict[str, Any]) -> Table:
+    """The table with its name in the path of its snapshot, as each table has a process and a snapshot of its own."""
+    snapshot = settings.get("snapshot")
+    return Table(**{**settings, "snapshot": snapshot and snapshot.replace("{table}", settings["name"])})
 
 
 def _parse(path: str) -> dict[str, Any]:
     name = printable(path)
     if "\0" in path:
-        raise ConfigError(f"{name}: no file has such a name")
-    with open(path, "rb") as file:
+        raise ConfigError(f"{name}: invalid file name")
+    # Without O_NONBLOCK a named pipe would wait for its writer, and smtpd for the handshake.
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError(f"{name}: not a regular file")
         data = file.read(SIZE_MAX + 1)
     if len(data) > SIZE_MAX:
-        raise ConfigError(f"{name}: too large (allowed: {SIZE_MAX} bytes)")
+        raise ConfigError(f"{name}: must not be larger than {SIZE_MAX} bytes")
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}: byte {data[error.start]:#04x} in line {line} is no UTF-8") from None
+        raise ConfigError(f"{name}: byte {data[error.start]:#04x} in line {line} is not UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
     except ValueError as error:
-        raise ConfigError(f"{name}: no TOML: {printable(str(error))}") from None
+        raise ConfigError(f"{name}: invalid TOML: {printable(str(error))}") from None
 
 
-def _refusal(lines: list[str]) -> ConfigError:
-    error = ConfigError(lines[0])
-    for line in lines[1:]:
-        error.add_note(line)
-    return error
+class _Errors:
+    """Collects the mistakes, so that all of them are reported at once."""
 
-
-class _Findings:
-    """What the rules found wrong, so that all of it can be said at once."""
-
-    def __init__(self) -> None:
+    def __init__(self, file: str) -> None:
+        self.file = file
         self.lines: list[str] = []
 
-    def add(self, at: str, what: str) -> None:
-        self.lines.append(f"{at}: {what}")
-
-    def check(self, at: str, rule: Callable[[Any], T], value: object) -> T | None:
-        """The value in its normal form; None for None, and where the rule refuses it."""
-        if value is None:
-            return None
+    def check(self, origin: str, convert: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - see convert
+        """The value that convert returns, None if it finds mistakes."""
         try:
-            return rule(value)
+            return convert(*arguments)
         except ValueError as error:
-            self.add(at, str(error))
-        return None
+            self.lines += [f"{origin}: {text}" for text in error.args]
+            return None
+
+    def section(self, raw: object, name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a section in their normal form, by the fields of its Struct."""
+        if not isinstance(raw, dict):
+            self.lines.append(f"{self.file}: {name}: must be a [{name}] section")
+            return {}
+        values: dict[str, Any] = {}
+        for key, value in raw.items():
+            path = f"{name}.{printable(key)}" if name else printable(key)
+            field = keys.get(key)
+            if field is None:
+                self.lines.append(f"{self.file}: {path}: unknown key {suggestion(key, keys)}")
+            elif isinstance(field, FieldInfo):
+                values[field.name] = self.check(f"{self.file}: {path}", _convert, field, value)
+            else:
+                values[key] = self.section(value, path, field)
+        return values
 
 
-# Keys that mean something together: where the file has one of them, the environment has no say in the others.
-VARIABLES: tuple[dict[str, tuple[str, Callable[[str], str]]], ...] = (
-    {"token_file": ("CONSUL_HTTP_TOKEN_FILE", rules.absolute)},
-    {"ca_file": ("CONSUL_CACERT", rules.absolute), "ca_path": ("CONSUL_CAPATH", rules.folder_path)},
-    {"cert_file": ("CONSUL_CLIENT_CERT", rules.absolute), "key_file": ("CONSUL_CLIENT_KEY", rules.absolute)},
-    {"tls_server_name": ("CONSUL_TLS_SERVER_NAME", rules.host)},
-    {"namespace": ("CONSUL_NAMESPACE", rules.word)},
-    {"partition": ("CONSUL_PARTITION", rules.word)},
-)
-_SECRET_FILES = frozenset({"token_file", "key_file"})
-
-
-def _consul(
-    section: ConsulSection, file: str, environ: Mapping[str, str], findings: _Findings
-) -> tuple[ConsulConfig, dict[str, str]]:
-    """Consul's section, and where each of its keys was written.
-
-    An empty variable is an unset one, and a token file beats a token (consul: api/api.go, defaultConfig, NewClient).
-    """
+def _environment(consul: dict[str, Any], environ: Mapping[str, str], errors: _Errors) -> dict[str, str]:
+    """Add the fields that the environment sets to those that the file sets, and return the origins of their keys."""
     origins: dict[str, str] = {}
-    values: dict[str, Any] = {}
-
-    def variable(name: str, key: str) -> str | None:
-        value = environ.get(name) or None
-        if value is not None:
+    unset = [group for group in VARIABLES if group.keys().isdisjoint(consul)]
+    for key, name in (variable for group in unset for variable in group.items()):
+        if value := environ.get(name):  # an empty variable is an unset one (consul: api/api.go, defaultConfig)
             origins[key] = f"environment: {name}"
-        return value
-
-    for key in ("address", "tls_verify", "datacenter", *(key for group in VARIABLES for key in group)):
-        if getattr(section, key) is not None:
-            origins[key] = f"{file}: consul.{key}"
-    for group in VARIABLES:
-        written = any(key in origins for key in group)
-        for key, (name, rule) in group.items():
-            value = getattr(section, key) if written else variable(name, key)
-            values[key] = findings.check(origins.get(key, ""), rule, value)
+            consul[key] = errors.check(origins[key], boolean if key == "tls_verify" else VALIDATORS[key], value)
     # consul: go-rootcerts, LoadCACerts takes the file and then does not look at the folder
-    if values["ca_file"] is not None and section.ca_file is None:
-        values["ca_path"] = None
-    if ("cert_file" in origins) != ("key_file" in origins):
-        (present, absent) = ("cert_file", "key_file") if "cert_file" in origins else ("key_file", "cert_file")
-        findings.add(
-            origins[present],
-            f"has no {absent} beside it (allowed: both or none, as for the consul command; one file may serve as both)",
-        )
-    verify = section.tls_verify
-    if verify is None:
-        verify = findings.check(
-            "environment: CONSUL_HTTP_SSL_VERIFY", rules.boolean, variable("CONSUL_HTTP_SSL_VERIFY", "tls_verify")
-        )
-    token = variable("CONSUL_HTTP_TOKEN", "token") if section.token_file is None else None
-    return ConsulConfig(
-        addresses=_addresses(section, file, environ, findings),
-        token=findings.check("environment: CONSUL_HTTP_TOKEN", rules.token, token),
-        tls_verify=verify is not False,
-        datacenter=findings.check(f"{file}: consul.datacenter", rules.word, section.datacenter),
-        consistency=section.consistency,
-        **values,
-    ), origins
+    if "ca_file" in origins:
+        consul.pop("ca_path", None)
+    for present, absent in (("cert_file", "key_file"), ("key_file", "cert_file")):
+        if present in consul and absent not in consul:
+            origin = origins.get(present, f"{errors.file}: consul.{present}")
+            errors.lines.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
+    addr, ssl = environ.get("CONSUL_HTTP_ADDR"), environ.get("CONSUL_HTTP_SSL")
+    if "addresses" not in consul and (addr or ssl):
+        origins["address"] = "environment: CONSUL_HTTP_ADDR"
+        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL", boolean, ssl)
+        consul["addresses"] = errors.check(origins["address"], _http_addr, addr or "127.0.0.1:8500", tls)
+    return origins
 
 
-def _addresses(section: ConsulSection, file: str, environ: Mapping[str, str], findings: _Findings) -> tuple[str, ...]:
-    if section.address is not None:
-        at = f"{file}: consul.address"
-        written = [section.address] if isinstance(section.address, str) else section.address
-        addresses = tuple(dict.fromkeys(findings.check(at, rules.address, each) or "" for each in written))
-        if len(addresses) > 1 and any(each.startswith("file://") for each in addresses):
-            findings.add(at, "a file:// stands alone: it holds all there is (allowed: one file://, or servers)")
-        return addresses
-    tls = environ.get("CONSUL_HTTP_SSL") or None
-    encrypted = findings.check("environment: CONSUL_HTTP_SSL", rules.boolean, tls) or False
-    value = environ.get("CONSUL_HTTP_ADDR") or "127.0.0.1:8500"
-    at = "environment: CONSUL_HTTP_ADDR"
+def _http_addr(value: str, tls: bool | None) -> tuple[str, ...]:  # noqa: FBT001 - both come from the environment
+    """CONSUL_HTTP_ADDR as a list of addresses, as the consul command takes it (consul: api/api.go, NewClient)."""
     scheme = value.partition("://")[0] if "://" in value else "http"
     if scheme == "file":
-        findings.add(at, "the consul command knows no file:// (allowed: HOST:PORT, http://, https://, unix://)")
-    if scheme == "unix" and encrypted:
-        findings.add("environment: CONSUL_HTTP_SSL", f"no TLS over a unix socket, which {at[13:]} names")
-    if scheme in rules.PORTS:
-        # consul: api/api.go, NewClient: "Never revert to http if TLS was explicitly requested."
-        value = ("https" if encrypted else scheme) + "://" + value.removeprefix(f"{scheme}://")
-    return (findings.check(at, rules.address, value) or "",)
-
-
-def _settings(section: TableSection, at: str, findings: _Findings) -> dict[str, Any]:
-    """What the section says, as arguments of `Table`; what it does not say is absent, but for the paths."""
-    settings = {key: value for key, value in msgspec.structs.asdict(section).items() if value is not None}
-    settings.pop("table", None)
-    for key, rule in (("prefix", rules.prefix), ("services", rules.services), ("snapshot", rules.absolute)):
-        if key in settings:
-            settings[key] = findings.check(f"{at}.{key}", rule, settings[key])
-    paths = {}
-    for service, path in settings.get("paths", {}).items():
-        if service not in SERVICES:
-            findings.add(f"{at}.paths.{printable(service)}", f"unknown service {rules.choice(service, SERVICES)}")
-        paths[service] = findings.check(f"{at}.paths.{printable(service)}", rules.consul_path, path)
-    return {**settings, "paths": paths}
-
-
-def _table(name: str, settings: dict[str, Any]) -> Table:
-    return Table(**{**settings, "name": name, "paths": MappingProxyType(settings["paths"])})
-
-
-def _named(table: Table) -> Table:
-    """The table with its name in the path of its snapshot, as each table has a process and a copy of its own."""
-    return msgspec.structs.replace(table, snapshot=table.snapshot and table.snapshot.replace("{table}", table.name))
+        raise ValueError("the consul command does not support file:// (use HOST:PORT, http://, https:// or unix://)")
+    if scheme == "unix" and tls:
+        raise ValueError("no TLS over a unix socket (unset CONSUL_HTTP_SSL)")
+    # "Never revert to http if TLS was explicitly requested."
+    if scheme == "http":
+        value = f"{'https' if tls else 'http'}://{value.removeprefix('http://')}"
+    return addresses((value,))

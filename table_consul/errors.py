@@ -23,7 +23,7 @@ class TableConsulError(Exception):
 
 
 class ConfigError(TableConsulError):
-    """The configuration cannot be used; the text is ``FILE: key: what is wrong (allowed: ...)``."""
+    """The configuration cannot be used; the text is ``FILE: KEY: WHAT IS WRONG (HINT)``."""
 
 
 class PeerError(TableConsulError):

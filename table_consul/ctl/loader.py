@@ -1,284 +1,166 @@
-"""Where the control command has tables from: what the daemon reads, by the daemon's own code, but read once.
-
-Remembers what stood in the store as it stood there, which a bucket does not, for whoever explains or judges it.
-"""
+"""Load what one command needs of its tables, once: from Consul, from a snapshot file, or from the file of a file://."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.ctl.main import duration
 from table_consul.errors import SourceError, printable
-from table_consul.services import Service, Table, fold_key
+from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
-from table_consul.sources import PROBE, Source
 from table_consul.sources.direct import DirectSource
-from table_consul.sources.export import FileSource, open_regular_file, read_bounded, read_export
-from table_consul.sources.mirror import Mirror, TooManyKeys
-from table_consul.sources.snapshot import loaded, paths
+from table_consul.sources.export import open_regular_file, read_bounded, read_export
+from table_consul.sources.mirror import Mirror, Snapshot, SnapshotBuilder, TooManyKeys
+from table_consul.sources.snapshot import loaded as builder_from_snapshot_file
 from table_consul.sources.watch import Watch
 
 if TYPE_CHECKING:
     from table_consul.config import Config, ConsulConfig
 
-Stored = Mapping[bytes, bytes | None]
-"""Whole keys and values as they stand in the store."""
+Pairs = Mapping[bytes, bytes | None]
+"""Whole keys and values, as they are stored."""
 
 
-class Client(kv.Client):
-    """A client that remembers what it has read."""
+class Loaded(NamedTuple):
+    """The entries of some services of a table, and the pairs they come from."""
 
-    def __init__(self, settings: ConsulConfig) -> None:
-        super().__init__(settings)
-        self.entries: dict[bytes, bytes | None] = {}
-        self.reads: list[bytes] = []
-        """The keys and folders that were read, without those that only prove that a folder may be."""
-        self.index = 0
-
-    def get(self, key: bytes, *, timeout: float) -> kv.Pair | None:
-        pair = super().get(key, timeout=timeout)
-        if not key.endswith(b"/" + PROBE):
-            self.reads.append(key)
-        if pair is None:
-            self.entries.pop(key, None)
-        else:
-            self.entries[key] = pair.value
-        return pair
-
-    def list(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0) -> kv.Page:
-        page = super().list(prefix, timeout=timeout, index=index, wait=wait)
-        self.reads.append(prefix)
-        self.entries.update((pair.key, pair.value) for pair in page.pairs)
-        return page
-
-    def watch(
-        self,
-        prefix: bytes,
-        begin: Callable[[int], kv.Take | None],
-        *,
-        timeout: float,
-        index: int = 0,
-        wait: float = 0,
-    ) -> kv.Seen:
-        def began(seen: int) -> kv.Take | None:
-            self.entries.clear()  # an answer that broke off, if there was one
-            take = begin(seen)
-
-            def taken(pairs: Pairs) -> None:
-                self.entries.update(pairs)
-                if take is not None:
-                    take(pairs)
-
-            return taken
-
-        page = super().watch(prefix, began, timeout=timeout, index=index, wait=wait)
-        self.index = page.index
-        return page
+    origin: Callable[[], str]
+    """Where they come from, such as ``Consul at http://127.0.0.1:8500, index 17``."""
+    pairs: Pairs
+    """Everything that was read; if ``direct``, so far."""
+    entries: Callable[[Table, Service, bytes | None, float], Entries]
+    """As `Source.entries`."""
+    direct: bool = False
+    """Each answer reads a key, or a folder, from Consul."""
+    too_large: bool = False
+    """``direct`` because of ``max_keys``."""
 
 
-Pairs = list[tuple[bytes, bytes | None]]
-
-
-class Look(Watch):
-    """A watch that asks once, in the thread of its caller, and writes no copy."""
-
-    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], client: Client) -> None:
-        super().__init__(table, prefix, services, None, lambda: client)
-
-    def look(self) -> Mirror:
-        """What Consul has now.
-
-        Raises:
-            SourceError: Consul cannot tell; TooManyKeys where the daemon would read directly.
-        """
-        self.turn()
-        return self.mirror
-
-
-class Place:
-    """A source that was read, what stands there, and its name for a reader."""
-
-    def __init__(self, source: Source, entries: Callable[[], Stored], origin: Callable[[], str]) -> None:
-        self.source = source
-        self.reads: list[bytes] | None = None
-        """What was read, where that is not the folder as a whole."""
-        self.large = False
-        """It is read directly as it has too many keys."""
-        self._entries = entries
-        self._origin = origin
-
-    @property
-    def entries(self) -> Stored:
-        """What stands there; of a table that is read directly, what has been read so far."""
-        return self._entries()
-
-    @property
-    def origin(self) -> str:
-        """Where that is, such as ``Consul at http://127.0.0.1:8500, index 17``; empty if it could not be read."""
-        return self._origin()
-
-
-class Kept:
-    """A source that answers from a mirror, of whatever age: that of a copy is told, not judged."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        self._mirror = mirror
-
-    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002
-        """See responder.Source."""
-        assert self._mirror.state is not None
-        return self._mirror.entries(service.name, key, self._mirror.state[1])
-
-    def update(self) -> None:
-        """See responder.Source."""
-
-
-class Lost:
-    """A source that could not be read, and is not tried again for each key."""
-
-    def __init__(self, error: SourceError) -> None:
-        self._error = error
-
-    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002
-        """See responder.Source."""
-        raise self._error.with_traceback(None)
-
-    def update(self) -> None:
-        """See responder.Source."""
-
-
-class Reading:
-    """The source of every table, as sources.Tables, but for one command: each folder is read once."""
+class Loader:
+    """Loads tables for one command. Failures are remembered: they cost one deadline, not one a key."""
 
     def __init__(self, config: Config, *, live: bool = False) -> None:
-        """``live`` passes by the copies on disk (``snapshot``)."""
+        """``live`` reads Consul even if there is a snapshot file."""
         self._config = config
         self._live = live
-        self._places: dict[tuple[str, bytes], Place] = {}
-        self._direct: Place | None = None
-        self._file: Place | None = None
+        self._loaded: dict[tuple[str, bytes], Loaded | SourceError] = {}
+        self._read_file = functools.cache(_read_file)
 
-    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """See responder.Source."""
-        return self.place(table, service).source.entries(table, service, key, deadline)
+    def load(self, table: Table, service: Service) -> Loaded:
+        """What the entries of this service are made from.
 
-    def update(self) -> None:
-        """See responder.Source."""
+        Raises:
+            SourceError: it cannot be read.
+        """
+        folders = enumerate(table.folders().items())
+        number, prefix, services = next((n, p, names) for n, (p, names) in folders if service.name in names)
+        at = (table.name, prefix)
+        if at not in self._loaded:
+            try:
+                self._loaded[at] = self._load(table, number, prefix, services)
+            except TooManyKeys:
+                origin = f"{self._direct.origin()} (more than max_keys = {table.max_keys})"
+                self._loaded[at] = self._direct._replace(origin=lambda: origin, too_large=True)
+            except SourceError as error:
+                self._loaded[at] = error
+        found = self._loaded[at]
+        if isinstance(found, SourceError):
+            raise found.with_traceback(None)  # else it grows with each raise
+        return found
 
-    def place(self, table: Table, service: Service) -> Place:
-        """Where the entries of this service are read; a source that cannot be read raises when it is asked."""
+    def _load(self, table: Table, number: int, prefix: bytes, services: Sequence[str]) -> Loaded:
         address = self._config.consul.addresses[0]
         if address.startswith("file://"):
-            self._file = self._file or _file(address.removeprefix("file://"))
-            return self._file
-        folders = table.folders()
-        number, prefix = next((n, p) for n, (p, names) in enumerate(folders.items()) if service.name in names)
-        place = self._places.get((table.name, prefix))
-        if place is None:
-            place = self._places[table.name, prefix] = self._read(table, number, prefix, folders[prefix])
-        return place
-
-    def client(self) -> Client:
-        """Another client of the configured Consul."""
-        return Client(self._config.consul)
-
-    def _read(self, table: Table, number: int, prefix: bytes, services: list[str]) -> Place:
+            pairs, _ = self._read_file(address.removeprefix("file://"))
+            unlimited = replace(table, max_keys=len(pairs))
+            builder = SnapshotBuilder(unlimited, prefix, services, None, {})
+            builder.take(pairs)
+            return _mirrored(builder.finish(), printable(address.removeprefix("file://")), dict(pairs))
         if table.mode == "direct":
-            return self._directly()
-        try:
-            if table.snapshot and not self._live:
-                copy = _copy(table, table.snapshot + (f".{number}" if number else ""), prefix, services)
-                if copy is not None:
-                    return copy
-            client = self.client()
-            mirror = Look(table, prefix, services, client).look()
-        except TooManyKeys:
-            return self._directly(f" (more than max_keys = {table.max_keys})")
-        except SourceError as error:
-            return Place(Lost(error), dict, str)
-        origin = f"Consul at {client.address}, index {client.index}"
-        client.close()
-        return Place(Kept(mirror), lambda: client.entries, lambda: origin)
-
-    def _directly(self, why: str = "") -> Place:
-        if self._direct is None:
-            client = self.client()
-            self._direct = Place(
-                DirectSource(client), lambda: client.entries, lambda: f"Consul at {client.address}, read directly"
-            )
-            self._direct.reads = client.reads
-        if not why:
             return self._direct
-        direct = self._direct
-        place = Place(direct.source, lambda: direct.entries, lambda: direct.origin + why)
-        place.reads, place.large = direct.reads, True
-        return place
+        if table.snapshot and not self._live:
+            path, hint = table.snapshot + (f".{number}" if number else ""), "; --live reads Consul"
+            with contextlib.suppress(FileNotFoundError):
+                pairs, written = self._read_file(path, hint)
+                kept = builder_from_snapshot_file(table, prefix, services, pairs, path + hint)
+                if kept is not None:  # else nothing in it is of this table
+                    origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
+                    return _mirrored(kept.finish(restored=True), origin, dict(pairs))
+        with contextlib.closing(_RecordingClient(self._config.consul)) as client:
+            snapshot, index = _load_once(table, prefix, services, client)
+            return _mirrored(snapshot, f"Consul at {client.address}, index {index}", client.pairs)
+
+    @functools.cached_property
+    def _direct(self) -> Loaded:
+        client = _RecordingClient(self._config.consul)
+        origin = lambda: f"Consul at {client.address}, read directly"  # noqa: E731 - the address may change
+        return Loaded(origin, client.pairs, DirectSource(client).entries, direct=True)
 
 
-def _file(path: str) -> Place:
-    known: dict[tuple[int, int], Stored] = {}
-
-    def entries() -> Stored:
-        with open(path, "rb", opener=open_regular_file) as file:
-            status = os.fstat(file.fileno())
-            version = (status.st_mtime_ns, status.st_ino)
-            if version not in known:
-                known.clear()
-                known[version] = dict(read_export(read_bounded(file)))
-        return known[version]
-
-    return Place(FileSource(path), entries, lambda: printable(path))
+def _load_once(table: Table, prefix: bytes, services: Sequence[str], client: kv.Client) -> tuple[Snapshot, int]:
+    """What Consul has now, as the daemon's first query reads it, and its index. Raises SourceError, TooManyKeys."""
+    watch = Watch(table, prefix, services, None, lambda: client)
+    watch.turn()
+    assert watch.mirror.state is not None
+    return watch.mirror.state[0], watch.index
 
 
-def _copy(table: Table, path: str, prefix: bytes, services: list[str]) -> Place | None:
-    """The copy that the daemon keeps of this folder; None where the daemon, too, would go to Consul.
+def _mirrored(snapshot: Snapshot, origin: str, pairs: Pairs) -> Loaded:
+    mirror = Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
+    mirror.confirm(snapshot, 0.0)
+    return Loaded(lambda: origin, pairs, lambda _table, service, key, _: mirror.entries(service.name, key, 0.0))
 
-    What the daemon does not trust (others may have written it) is good enough to be looked at.
+
+def _read_file(path: str, hint: str = "") -> tuple[list[tuple[bytes, bytes | None]], float]:
+    """The sorted pairs of a ``consul kv export`` and when it was written, in seconds since the epoch.
+
+    Unlike the daemon this reads a snapshot file that others can read or have written.
 
     Raises:
-        SourceError: there is a copy, but it cannot be read.
+        FileNotFoundError: a file with a ``hint`` does not exist.
+        SourceError: it cannot be read; the text ends with ``hint``.
     """
     try:
         with open(path, "rb", opener=open_regular_file) as file:
-            written = os.fstat(file.fileno()).st_mtime
-            kept = sorted(read_export(read_bounded(file)))
-    except FileNotFoundError:
-        return None
+            return sorted(read_export(read_bounded(file))), os.fstat(file.fileno()).st_mtime
     except OSError as error:
-        whose = "its owner may read it, and " if isinstance(error, PermissionError) else ""
-        raise SourceError(f"{path}: {(error.strerror or str(error)).lower()}; {whose}--live asks Consul") from None
+        if hint and isinstance(error, FileNotFoundError):
+            raise
+        raise SourceError(f"{path}: {error.strerror}{hint}") from None
     except SourceError as error:
-        raise SourceError(f"{path}: the copy is damaged, and --live asks Consul: {error}") from None
-    loading = loaded(table, prefix, services, kept, f"{path}; --live asks Consul")
-    if loading is None:
-        return None
-    mirror = Mirror(table.max_age)
-    mirror.confirm(loading.finish(restored=True), 0.0)
-    folders = set(paths(table, services).values())
-    entries = dict(pair for pair in kept if pair[0] not in folders)
-    origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
-    return Place(Kept(mirror), lambda: entries, lambda: origin)
+        raise SourceError(f"{path}: {error}{hint}") from None
 
 
-def below(entries: Stored, folder: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-    """Those entries that stand below the folder, by their whole keys."""
-    return ((key, value) for key, value in entries.items() if key.startswith(folder))
+class _RecordingClient(kv.Client):
+    """A client that keeps the pairs it has read."""
 
+    def __init__(self, settings: ConsulConfig) -> None:
+        super().__init__(settings)
+        self.pairs: dict[bytes, bytes | None] = {}
 
-def spelled(entries: Stored, folder: bytes) -> dict[bytes, bytes]:
-    """How each key of the folder that is asked for is spelled in the store; of several spellings the one that answers.
+    def get(self, key: bytes, **options: Any) -> kv.Pair | None:  # noqa: ANN401 - passed on
+        pair = super().get(key, **options)
+        if pair is not None:
+            self.pairs[key] = pair.value
+        return pair
 
-    See services.py, EntriesBuilder: the one in lower case, else the first.
-    """
-    found: dict[bytes, bytes] = {}
-    for key, _ in below(entries, folder):
-        name = key[len(folder) :]
-        if fold_key(name) == name:
-            found[name] = name
-        else:
-            found.setdefault(fold_key(name), name)
-    return found
+    def list(self, prefix: bytes, **options: Any) -> kv.Page:  # noqa: ANN401 - passed on
+        page = super().list(prefix, **options)
+        self.pairs.update((pair.key, pair.value) for pair in page.pairs)
+        return page
+
+    def watch(self, prefix: bytes, begin: Callable[[int], kv.Take | None], **options: Any) -> kv.Seen:  # noqa: ANN401 - passed on
+        def recording(index: int) -> kv.Take | None:
+            self.pairs.clear()  # of a response that was cut off
+            take = begin(index)
+            return take and (lambda pairs: (self.pairs.update(pairs), take(pairs))[1])
+
+        return super().watch(prefix, recording, **options)

@@ -1,13 +1,13 @@
-"""``table-consulctl policy``: the least that Consul's ACLs have to grant the daemon's token.
+"""``table-consulctl policy``: the smallest ACL policy with which the daemon can answer.
 
-The rules follow what is read: a mirror lists the table's folder, and each folder of ``paths`` that lies elsewhere;
-direct reads list or read single keys of each service's folder. In both, the key ``-`` there is read as a proof.
+A mirror lists the table's folder, and each folder of ``paths`` outside it; direct mode lists each service's folder or
+reads single keys there. Both read the key ``-`` of a folder, to find out whether the token may read it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -24,23 +24,22 @@ INDENT = "  "
 
 @click.command("policy")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--write", is_flag=True, help="Grant what import needs, too. The mail servers do without.")
+@click.option("--write", is_flag=True, help="Grant write access, which import needs and the mail servers do not.")
 @click.option(
     "--list",
     "key_list",
     is_flag=True,
-    help="Grant list as well as read, which Consul asks for where acl.enable_key_list_policy is set.",
+    help="Grant list as well as read. Consul needs this where acl.enable_key_list_policy is set.",
 )
 @as_json
 @pass_config
 def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: bool, as_json: bool) -> int:
     """Write the smallest ACL policy with which table-consul can answer for TABLE.
 
-    Without TABLE: for all tables with a section in the configuration. Name those
-    tables of smtpd.conf that have no section.
+    Without TABLE: all tables with a section in the configuration. Name the tables of smtpd.conf that have no section.
 
-    A namespace or a partition of the configuration is put around the rules (Consul Enterprise). A policy that is made
-    in that namespace itself needs the rules alone.
+    If the configuration sets a namespace or a partition, the rules are put into it (Consul Enterprise). A policy that
+    is created in that namespace needs only the inner rules.
 
     \b
     Examples:
@@ -54,26 +53,26 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
     chosen = chosen_tables(config, tables)
     level = "write" if write else "list" if key_list else "read"
     folders = read_folders(chosen)
-    around = [
-        (kind, name)
-        for kind, name in (("partition", config.consul.partition), ("namespace", config.consul.namespace))
-        if name is not None
-    ]
+    scopes = {"namespace": config.consul.namespace, "partition": config.consul.partition}  # the inner one first
     if as_json:
         rules: object = {"key_prefix": {folder: {"policy": level} for folder in folders}}
-        for kind, name in reversed(around):
-            rules = {kind: {name: rules}}
+        for scope, name in scopes.items():
+            rules = rules if name is None else {scope: {name: rules}}
         click.echo(_quoted(rules))
-    else:
-        names = ", ".join(printable(table.name) for table in chosen)
-        purpose = "Fill" if write else "Answer for"
-        click.echo(f"# {purpose} the tables of table-consul: {names}")
-        click.echo("\n".join(_hcl(around, folders, level)))
+        return 0
+    lines = [
+        line for folder in folders for line in (f"key_prefix {_quoted(folder)} {{", f'{INDENT}policy = "{level}"', "}")
+    ]
+    for scope, name in scopes.items():
+        if name is not None:
+            lines = [f"{scope} {_quoted(name)} {{", *(INDENT + line for line in lines), "}"]
+    names = ", ".join(printable(table.name) for table in chosen)
+    click.echo("\n".join([f"# {'Fill' if write else 'Answer for'} the tables of table-consul: {names}", *lines]))
     return 0
 
 
 def read_folders(tables: Iterable[Table]) -> list[str]:
-    """The folders that are read for these tables, in order, none within another."""
+    """The folders that are read for these tables, sorted, none of them within another."""
     folders: set[str] = set()
     for table in tables:
         direct = table.mode == "direct"
@@ -84,20 +83,6 @@ def read_folders(tables: Iterable[Table]) -> list[str]:
     )
 
 
-def _hcl(around: Sequence[tuple[str, str]], folders: Iterable[str], level: str) -> Iterable[str]:
-    depth = 0
-    for kind, name in around:
-        yield f"{INDENT * depth}{kind} {_quoted(name)} {{"
-        depth += 1
-    for folder in folders:
-        yield f"{INDENT * depth}key_prefix {_quoted(folder)} {{"
-        yield f'{INDENT * depth}{INDENT}policy = "{level}"'
-        yield f"{INDENT * depth}}}"
-    while depth:
-        depth -= 1
-        yield f"{INDENT * depth}}}"
-
-
 def _quoted(value: object) -> str:
-    """A text as HCL quotes it, or all as JSON, which Consul reads as HCL: a dollar sign could begin an expression."""
+    """The value as JSON, which Consul reads as HCL, where a dollar sign could begin an expression."""
     return json.dumps(value, ensure_ascii=False).replace("$", "\\u0024")

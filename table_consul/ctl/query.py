@@ -1,26 +1,30 @@
-"""``table-consulctl query``: what smtpd would be told, by the code that tells smtpd."""
+"""``table-consulctl query``: what smtpd is answered, by the code that answers smtpd; with --trace, why."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
+from msgspec.structs import replace
 
-from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, pass_config
-from table_consul.errors import SourceError, TableConsulError, printable
+from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config
+from table_consul.errors import EntryError, TableConsulError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
-from table_consul.services import MAX_KEY_BYTES, fold_key
+from table_consul.services import MAX_KEY_BYTES, Service, Table, fold_key
+from table_consul.services.entries import Entries
+from table_consul.services.values import DEFAULT_KEY, parse_value
 
 if TYPE_CHECKING:
     from table_consul.config import Config
-    from table_consul.ctl.tracing import Step
+    from table_consul.ctl.loader import Loaded
 
 
 @click.command("query")
@@ -31,12 +35,16 @@ if TYPE_CHECKING:
     "--op",
     type=click.Choice(("check", "lookup", "fetch")),
     metavar="OP",
-    help="check: is it there? lookup: its value. fetch: the next element of the list, without a KEY. "
+    help="check: is the key in the table? lookup: its value. fetch: the next element of the list, without a KEY. "
     "Default: lookup; check for the service auth.",
 )
-@click.option("--count", type=click.IntRange(1), metavar="N", help="Of fetch: so many, one after the other; default 1.")
-@click.option("--live", is_flag=True, help="Ask Consul, and not the copy on disk (snapshot).")
-@click.option("--trace", is_flag=True, help="Say on standard error where the answer comes from, and what decided.")
+@click.option(
+    "--count", type=click.IntRange(1), metavar="N", help="With --op fetch: how many elements to fetch (default 1)."
+)
+@click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
+@click.option(
+    "--trace", is_flag=True, help="Print to standard error where the answer comes from, and which rules decided."
+)
 @as_json
 @pass_config
 def command(  # noqa: PLR0913 - the command line
@@ -51,17 +59,17 @@ def command(  # noqa: PLR0913 - the command line
     trace: bool,
     as_json: bool,
 ) -> int:
-    """Ask TABLE for KEYs as smtpd does, and print what it would be told.
+    """Look up KEYs in TABLE as smtpd does, and print the answers.
 
-    One KEY: its value. Several, or - for keys on standard input, one a line: KEY, a tab, the value, a line each.
-    What is not found, and why there is no answer, is said on standard error.
+    With one KEY, its value. With several, or with - for keys from standard input, one per line: KEY, a tab and the
+    value on each line. Keys that are not found, and errors, are reported on standard error.
 
-    The answer comes from the copy on disk if one is configured (snapshot) and there, else from Consul. The daemon
-    writes that copy within 10 seconds of a change.
+    The answer comes from the snapshot file if one is configured and exists, otherwise from Consul. The daemon writes
+    that file after a change, within a minute or so.
 
-    For auth a KEY is a user, whose password is asked for; on standard input it is USER:PASSWORD.
+    For auth a KEY is a user, and the password is asked for; on standard input it is USER:PASSWORD.
 
-    Exit status: 0 all are found, 1 some are not, 2 for some there is no answer.
+    Exit status: 0 all keys are found, 1 some are not, 2 some have no answer.
 
     \b
     Examples:
@@ -72,124 +80,110 @@ def command(  # noqa: PLR0913 - the command line
       table-consulctl query aliases source --op fetch --count 3
       table-consulctl query aliases auth vera
     """  # noqa: D301 - the mark by which click keeps lines as they are
-    operation = op or ("check" if service == "auth" else "lookup")
-    if operation == "fetch" and keys:
-        raise click.UsageError("fetch takes no KEY: it gives the next element of the list.")
-    if operation != "fetch" and not keys:
-        raise click.UsageError(f"{operation} needs a KEY, or - for keys on standard input.")
-    if operation != "fetch" and count is not None:
+    op = op or ("check" if service == "auth" else "lookup")
+    if op == "fetch" and keys:
+        raise click.UsageError("fetch takes no KEY: it returns the next element of the list.")
+    if op != "fetch" and not keys:
+        raise click.UsageError(f"{op} needs a KEY, or - for keys on standard input.")
+    if op != "fetch" and count is not None:
         raise click.UsageError("--count is for --op fetch.")
-    if operation == "fetch":
-        questions: Iterable[bytes] = itertools.repeat(b"", count or 1)
+    questions: Iterable[bytes]
+    if op == "fetch":
+        questions = itertools.repeat(b"", count or 1)
     else:
-        questions = _with_passwords(keys) if service == "auth" else _asked(keys)
-    asker = _Asker(config, table, service, operation, live=live, trace=trace)
-    show = _ShowJson(asker) if as_json else _Show(asker, several=len(keys) > 1 or "-" in keys)
+        questions = _with_passwords(keys) if service == "auth" else _from_arguments(keys)
+    query = _Query(config, table, service, op, live=live)
+    show = _print_json if as_json else _Printer(several=len(keys) > 1 or "-" in keys)
     status = 0
     for key in questions:
-        reply = asker.ask(key)
-        show(key, reply)
+        reply = query.ask(key)
+        show(query, key, reply, query.explain(key) if trace else None)
         status = max(status, FAILED if isinstance(reply, Failed) else NO if isinstance(reply, NotFound) else 0)
     return status
 
 
-def _asked(keys: Iterable[str]) -> Iterator[bytes]:
+def _from_arguments(keys: Iterable[str]) -> Iterator[bytes]:
     for key in keys:
         if key != "-":
             yield os.fsencode(key)
             continue
         for line in sys.stdin.buffer:
-            if asked := line.rstrip(b"\r\n"):
-                yield asked
+            if stripped := line.rstrip(b"\r\n"):
+                yield stripped
 
 
 def _with_passwords(keys: Iterable[str]) -> Iterator[bytes]:
     for key in keys:
         if key == "-":
-            yield from _asked(["-"])
+            yield from _from_arguments(["-"])
         elif ":" in key:
             raise click.UsageError(
                 "A password on the command line can be seen by all users of this host. "
                 "Give the user alone, or - and USER:PASSWORD on standard input."
             )
         elif not sys.stdin.isatty():
-            raise click.UsageError(
-                "No terminal to ask for the password at: use -, and USER:PASSWORD on standard input."
-            )
+            raise click.UsageError("No terminal to ask for the password: use -, and USER:PASSWORD on standard input.")
         else:
-            password = click.prompt(
-                f"Password of {printable(key)}", hide_input=True, default="", show_default=False, err=True
-            )
+            prompt = f"Password of {printable(key)}"
+            password = click.prompt(prompt, hide_input=True, default="", show_default=False, err=True)
             yield os.fsencode(f"{key}:{password}")
 
 
-class _Asker:
-    """Puts questions to the daemon's own responder."""
+class _Query:
+    """Asks one service of a table through the daemon's responder, and remembers what the last answer was made from."""
 
-    def __init__(self, config: Config, table: str, service: str, operation: str, *, live: bool, trace: bool) -> None:
-        from table_consul.ctl.loader import Reading
+    def __init__(self, config: Config, table: str, service: str, op: str, *, live: bool) -> None:
+        from table_consul.ctl.loader import Loader
         from table_consul.responder import Responder
 
-        self.table = config.table(table).name
-        self.service = service
-        self.operation = operation
-        reading = Reading(config, live=live)
-        self._trace = None
-        if trace:
-            from table_consul.ctl.tracing import Trace
-
-            self._trace = Trace(reading)
-        self._source = self._trace or reading
-        self._layout = config.table(table)
+        self.table, self.service, self.op = config.table(table), service, op
+        self._loader = Loader(config, live=live)
         self._responder = Responder()
+        self._used: list[tuple[Loaded, Service, Entries | None]] = []
 
     def ask(self, key: bytes) -> Reply:
-        """The reply to smtpd; an error, too, for what smtpd does not ask."""
+        """The reply to smtpd, or an error if smtpd never asks for such a key."""
+        self._used.clear()
         if len(key) > MAX_KEY_BYTES:
             return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}")
         # smtpd leaves a password as it is, and the responder folds the user.
         folded = key if self.service == "auth" else fold_key(key)
-        deadline = time.monotonic() + self._layout.deadline
+        request = Request(self.op, b"1", self.table.name, self.service, folded)
+        deadline = time.monotonic() + self.table.deadline
         try:
-            return self._responder.answer(
-                Request(self.operation, b"1", self.table, self.service, folded),
-                self._layout,
-                lambda service, key: self._source.entries(self._layout, service, key, deadline),
-            )
+            return self._responder.answer(request, self.table, functools.partial(self._read, deadline))
         except TableConsulError as error:
-            return Failed(str(error), error)
+            return Failed(str(error))
 
-    def explain(self, key: bytes) -> list[Step] | None:
-        """How the last answer came about, if that was wanted."""
-        if self._trace is None:
-            return None
-        from table_consul.ctl.tracing import Step
+    def _read(self, deadline: float, service: Service, key: bytes | None) -> Entries:
+        loaded = self._loader.load(self.table, service)
+        self._used.append((loaded, service, None))
+        entries = loaded.entries(self.table, service, key, deadline)
+        self._used[-1] = (loaded, service, entries)
+        return entries
 
-        # What decides about a password is the value of its user.
-        op, named = ("lookup", self.named(key)) if self.service == "auth" else (self.operation, key)
-        try:
-            return self._trace.explain(op, named)
-        except (SourceError, OSError) as error:  # what the file held has gone meanwhile
-            return [Step("source", str(error))]
+    def explain(self, key: bytes) -> list[Step]:
+        """How the last answer was made, to the question for this key."""
+        op = "lookup" if self.service == "auth" else self.op  # what decides about a password is the value of its user
+        return [step for used in self._used for step in _explain(*used, op, self.name(key))]
 
-    def named(self, key: bytes) -> bytes:
-        """The key as it may be shown: without a password."""
+    def name(self, key: bytes) -> bytes:
+        """The key without a password."""
         return key.partition(b":")[0] if self.service == "auth" else key
 
 
-class _Show:
-    """Writes answers for a reader: exact bytes, unless it is a terminal that they could play with."""
+class _Printer:
+    """Prints answers as text: exact bytes, but no control characters on a terminal."""
 
-    def __init__(self, asker: _Asker, *, several: bool) -> None:
-        self._asker = asker
+    def __init__(self, *, several: bool) -> None:
         self._several = several
         self._terminal = sys.stdout is not None and sys.stdout.isatty()
         wraps = sys.stderr is not None and sys.stderr.isatty()
         self._columns = max(30, shutil.get_terminal_size().columns) if wraps else UNCUT
 
-    def __call__(self, key: bytes, reply: Reply) -> None:
-        name = self._asker.named(key)
-        what = printable(name) if self._asker.operation != "fetch" else f"{self._asker.table} {self._asker.service}"
+    def __call__(self, query: _Query, key: bytes, reply: Reply, trace: Iterable[Step] | None) -> None:
+        name = query.name(key)
+        what = printable(name) if query.op != "fetch" else f"{query.table.name} {query.service}"
         if isinstance(reply, Found):
             value = b"found" if reply.value is None else reply.value
             parts = [name, value] if self._several else [value]
@@ -201,35 +195,100 @@ class _Show:
             click.echo(f"{what}: error: {printable(reply.reason, UNCUT)}", err=True)
         else:
             click.echo(f"{what}: not found", err=True)
-        for step in self._asker.explain(key) or ():
+        for step in trace or ():
             head = f"  {step.what:8} "
             click.echo(click.wrap_text(step.text, self._columns, head, " " * len(head)), err=True)
 
 
-class _ShowJson:
-    """Writes one object a line. Bytes that are no UTF-8 appear as escapes."""
-
-    def __init__(self, asker: _Asker) -> None:
-        self._asker = asker
-
-    def __call__(self, key: bytes, reply: Reply) -> None:
-        asker = self._asker
-        answer: dict[str, Any] = {"table": asker.table, "service": asker.service, "op": asker.operation}
-        if asker.operation != "fetch":
-            answer["key"] = _escaped(asker.named(key))
-        if isinstance(reply, Found):
-            answer["result"] = "found"
-            if reply.value is not None:
-                answer["value"] = _escaped(reply.value)
-        elif isinstance(reply, Failed):
-            answer |= {"result": "error", "reason": reply.reason}
-        else:
-            answer["result"] = "not-found"
-        steps = asker.explain(key)
-        if steps is not None:
-            answer["trace"] = [{"what": step.what, "text": step.text} for step in steps]
-        click.echo(msgspec.json.encode(answer))
+def _print_json(query: _Query, key: bytes, reply: Reply, trace: Iterable[Step] | None) -> None:
+    answer: dict[str, object] = {"table": query.table.name, "service": query.service, "op": query.op}
+    if query.op != "fetch":
+        answer["key"] = json_text(query.name(key))
+    if isinstance(reply, Found):
+        answer["result"] = "found"
+        if reply.value is not None:
+            answer["value"] = json_text(reply.value)
+    elif isinstance(reply, Failed):
+        answer |= {"result": "error", "reason": reply.reason}
+    else:
+        answer["result"] = "not-found"
+    if trace is not None:
+        answer["trace"] = trace
+    click.echo(msgspec.json.encode(answer))
 
 
-def _escaped(data: bytes) -> str:
-    return data.decode("utf-8", "backslashreplace")
+# ---- --trace ----
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One line of an explanation. No text holds any part of a value."""
+
+    what: str
+    """``source``, ``read``, ``asked``, ``entry``, ``value``, ``safety`` or ``problem``."""
+    text: str
+
+
+def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str, key: bytes) -> Iterator[Step]:
+    yield Step("source", loaded.origin())
+    if entries is None:
+        return
+    folder, folded = entries.path, fold_key(key)
+    if not loaded.direct or service.patterns or op == "fetch":
+        yield Step("read", f"{printable(folder)} ({counted(len(entries), 'entry', 'entries')})")
+    else:
+        for each in (folded, DEFAULT_KEY)[: 1 + entries.uses_default(folded)]:
+            yield Step("read", printable(folder + each))
+    if op == "fetch":
+        what = "values" if entries.table.fetch == "values" else "keys"
+        yield Step("value", f"one of the {what} per fetch, in the order of the keys (fetch = {entries.table.fetch})")
+        return
+    if folded != key:
+        yield Step("asked", f"{printable(folded)}: smtpd asks in lower case")
+    entry = entries.find(folded)
+    why = "" if entry == folded else f", which matches {printable(folded)}"
+    if entries.uses_default(folded) and folded != DEFAULT_KEY and entries.find(DEFAULT_KEY) is not None:
+        entry, why = DEFAULT_KEY, ", the default for users without an entry"
+    if entry is None:
+        yield Step("entry", f"none, nor {printable(DEFAULT_KEY)}" if service.default else "none")
+        return
+    stored = folder + entries.original_case.get(entry, entry)
+    yield Step("entry", printable(stored) + why + (", stored in another case" if stored != folder + entry else ""))
+    if op == "lookup":
+        yield from explain_value(entries.table, service, entry, loaded.pairs.get(stored))
+    if entry not in entries.errors:  # the error is the answer itself
+        yield from (Step("problem", problem.text) for problem in entries.problems if problem.key == stored)
+
+
+def explain_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> Iterator[Step]:
+    """The rules without which the stored value would have been answered otherwise.
+
+    `parse_value` itself is asked again with each rule off, so that this cannot differ from what the daemon does.
+    """
+
+    def parsed(table: Table, service: Service) -> bytes | None:
+        try:
+            return parse_value(table, service, key, raw)
+        except EntryError:
+            return None
+
+    value = parsed(table, service)
+    if value is not None:
+        as_text = replace(table, value_format="text")
+        object_fields = f"{', '.join(service.fields)} of the JSON object" if (raw or b"")[:1] == b"{" else ""
+        if parsed(as_text, service._replace(fields=())) != value:
+            yield Step("value", f"{object_fields or 'decoded from JSON'} (value_format = {table.value_format})")
+        elif raw and raw.rstrip() != raw:
+            yield Step("value", "trailing white space is dropped")
+        if parsed(table, service._replace(joined=False)) != value:
+            yield Step("value", "lines are joined to one list, without comments")
+        if parsed(table, service._replace(hashed=False)) not in (None, value):
+            yield Step("value", "the {SCHEME}, $2y$ or lock is rewritten for crypt(3)")
+        if not value and service.answers == "entry":
+            yield Step("value", "empty, so the entry itself is the answer")
+        if service.default and key == DEFAULT_KEY and b"%" in value:
+            yield Step("value", "%u, %n, %d in the home are filled in")
+    for option, what in (("allow_commands", "commands and files"), ("allow_root", "uid or gid 0")):
+        allowed = bool(getattr(table, option))
+        if (parsed(replace(table, **{option: not allowed}), service) is None) != (value is None):
+            verb = "permits" if allowed else "refuses"
+            yield Step("safety", f"{option} = {str(allowed).lower()} {verb} {what}")

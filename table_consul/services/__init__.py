@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 # smtpd asks for no longer key, and its own tables hold none (smtpd: table.c, table_lookup: char lkey[1024]).
 MAX_KEY_BYTES = 1023
@@ -67,21 +68,27 @@ DEFAULT_SERVICES = tuple(name for name in SERVICES if name != "auth")
 
 
 class Table(msgspec.Struct, frozen=True):
-    """How one table is laid out in Consul, read, and answered for; durations in seconds."""
+    """How one table is laid out in Consul, read, and answered for; durations in seconds.
 
-    name: str
+    The fields are the keys of ``[defaults]`` and ``[tables.NAME]``. config.py checks values against their types; a
+    description completes "must be ...".
+    """
+
+    name: str = msgspec.field(name="table")
     prefix: str = ""
-    mode: str = "mirror"
-    services: tuple[str, ...] = DEFAULT_SERVICES
-    deadline: float = 2.0
-    max_age: float = 86400.0
-    max_keys: int = 500_000
+    mode: Literal["mirror", "direct"] = "mirror"
+    services: Annotated[tuple[str, ...], Meta(min_length=1, description="a list of one or more services")] = (
+        DEFAULT_SERVICES
+    )
+    deadline: Annotated[float, Meta(ge=0.05, le=60, description="between 0.05 and 60 seconds")] = 2.0
+    max_age: Annotated[float, Meta(gt=0, le=1e10, description="above 0 and at most 10000000000 seconds")] = 86400.0
+    max_keys: Annotated[int, Meta(ge=1, le=10**9, description="a whole number between 1 and 1000000000")] = 500_000
     snapshot: str | None = None
-    value_format: str = "auto"
-    fetch: str = "keys"
+    value_format: Literal["auto", "text", "json"] = "auto"
+    fetch: Literal["keys", "values"] = "keys"
     allow_commands: bool = False
     allow_root: bool = False
-    procexec_reply: str = "auto"
+    procexec_reply: Literal["auto", "table-response", "table-result"] = "auto"
     paths: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
     @property

@@ -427,7 +427,7 @@ def test_an_interrupt_says_how_far_it_went(consul, between):
 
     between(2, interrupt)
     done = importer(consul, "aliases", "alias", "-", stdin=many(100))
-    assert (done.status, "64 of 100" in done.said, "table-consulctl: broken off" in done.said) == (2, True, True)
+    assert (done.status, "64 of 100" in done.said, "table-consulctl: interrupted" in done.said) == (2, True, True)
     assert len(entries(consul)) == 64
 
 

@@ -88,14 +88,14 @@ def test_an_empty_table_is_no_problem(lint):
         ("alias/a//b", b"vera", "no URL can name this key"),
         ("alias/../b", b"vera", "no URL can name this key"),
         ("alias/a\nb", b"vera", "no URL can name this key"),
-        ("credentials/record", b'{"uid": 1}', "nothing that credentials could use (allowed: password)"),
-        ("userinfo/record", b'{"password": "x"}', "nothing that userinfo could use (allowed: uid, gid, home)"),
+        ("credentials/record", b'{"uid": 1}', "no field for credentials (allowed: password)"),
+        ("userinfo/record", b'{"password": "x"}', "no field for userinfo (allowed: uid, gid, home)"),
         (
             "root",
             b"vera",
-            "no service is named between table and key, so this is no entry (allowed: aliases/SERVICE/KEY",
+            "not an entry: no service between table and key (use aliases/SERVICE/KEY, such as aliases/alias/root)",
         ),
-        ("alias", b"vera", "no service is named between table and key"),
+        ("alias", b"vera", "not an entry: no service between table and key"),
     ],
 )
 def test_a_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
@@ -116,21 +116,21 @@ def test_a_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
         ("user-info", "rename the folder to userinfo"),
         ("mailaddrs", "rename the folder to mailaddr"),
         ("relay", "rename the folder to relayhost"),
-        ("xyz", "allowed: alias, domain, "),
-        ("auth", "auth is not among the services of table aliases (allowed: add it to `services`)"),
+        ("xyz", "use one of alias, domain, "),
+        ("auth", "auth is not among the services of table aliases (add it to `services`)"),
     ],
 )
-def test_a_folder_that_nothing_asks_for_is_told_once_with_the_likely_name(lint, folder, hint):
+def test_unused_folder_is_one_problem_with_the_likely_name(lint, folder, hint):
     done = lint({**GOOD, f"aliases/{folder}/a": b"x", f"aliases/{folder}/b/c": b"x"})
     (line,) = done.text.splitlines()
-    assert (done.status, line.startswith(f"aliases/{folder}/: 2 entries that nothing asks for: ")) == (1, True)
+    assert (done.status, line.startswith(f"aliases/{folder}/: 2 entries smtpd never asks for: ")) == (1, True)
     assert hint in line
 
 
 def test_entries_of_a_service_that_is_read_elsewhere_are_told(lint):
     done = lint({**GOOD, "people/vera": b"vera"}, '[defaults]\npaths = { alias = "people" }')
     assert done.text.splitlines() == [
-        "aliases/alias/: 2 entries that nothing asks for: the entries of alias are read from people/, as `paths` says"
+        "aliases/alias/: 2 entries smtpd never asks for: the entries of alias are read from people/, as `paths` says"
     ]
 
 
@@ -146,8 +146,7 @@ def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(l
     assert lint({"people/vera": b'{"uid": 1, "gid": 1, "home": "/h"}'}, shared).status == 0
     done = lint({"people/vera": b'{"shell": "/bin/sh"}'}, shared)
     assert done.text == (
-        "people/vera: the record has nothing that credentials nor userinfo could use "
-        "(allowed: password, uid, gid, home)\n"
+        "people/vera: the record has no field for credentials or userinfo (allowed: password, uid, gid, home)\n"
     )
 
 
@@ -165,7 +164,7 @@ def test_capitals_are_a_problem_where_keys_are_read_directly(live):
 
 def test_strays_are_seen_in_direct_mode_too(live):
     done = live({**GOOD, "aliases/aliases/x": b"y"}, '[defaults]\nmode = "direct"')
-    assert "aliases/aliases/: 1 entry that nothing asks for" in done.text
+    assert "aliases/aliases/: 1 entry smtpd never asks for" in done.text
 
 
 def test_a_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
@@ -181,19 +180,19 @@ def test_what_acls_hide_cannot_be_judged(live, fake):
     assert (done.status, "aliases/alias/ may not be read" in done.said) == (2, True)
 
 
-def test_without_consul_there_is_no_verdict(live, fake):
+def test_unreachable_consul_is_an_error(live, fake):
     fake.stop()
     done = live({}, "[defaults]\ndeadline = 0.5")
     assert (done.status, done.text) == (2, "")
-    assert done.said.startswith("aliases: no verdict: Consul at http://127.0.0.1:")
+    assert done.said.startswith("aliases: not checked: Consul at http://127.0.0.1:")
 
 
-def test_a_table_without_a_verdict_keeps_none_from_the_others(live, fake):
+def test_unreadable_table_does_not_keep_others_from_being_checked(live, fake):
     fake.denied = (b"aliases/",)
     entries = {**GOOD, "domains/oops": b"x"}
     done = live(entries, "", "aliases", "domains")
     assert (done.status, done.text.partition(":")[0]) == (2, "domains/oops")
-    assert "aliases: no verdict: " in done.said
+    assert "aliases: not checked: " in done.said
     aliases, domains = json.loads(live(entries, "", "aliases", "domains", "--json").text)["tables"]
     assert (set(aliases), len(domains["problems"])) == ({"table", "error"}, 1)
 
@@ -252,7 +251,7 @@ def test_no_part_of_a_value_is_shown(lint):
     assert (done.status, "secret" in done.text.replace("secrets", "")) == (1, False)
 
 
-def test_all_that_the_daemon_logs_is_told(lint, tmp_path):
+def test_lint_prints_every_problem_the_daemon_logs(lint, tmp_path):
     rng = random.Random(3)
     values = [b"x", b"|sh", b"a\nb", b"", b"0:0:/", b"1:1:/h", b'{"uid": 1}', b'{"a"', b'"open', b"{SSHA}x", b"a b c"]
     keys = ["root", "Root", "a b", " x", "192.0.2.0/99", "a:b", "(", "*", "long" * 60, "long" * 60 + "2", "x: y"]

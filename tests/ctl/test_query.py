@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from table_consul.ctl import tracing
+from table_consul.ctl.query import explain_value
 from table_consul.errors import ConfigError, printable
 from table_consul.services import SERVICES, Table, passwords
 from tests.control import at_terminal, control
@@ -240,13 +240,13 @@ def test_without_a_terminal_nobody_is_asked_for_a_password(with_auth):
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
-        (["alias", "root"], ["entry mail/aliases/alias/root", "value white space at the end is dropped"]),
+        (["alias", "root"], ["entry mail/aliases/alias/root", "value trailing white space is dropped"]),
         (
             ["alias", "STAFF"],
             [
                 "asked staff: smtpd asks in lower case",
-                "entry mail/aliases/alias/Staff, in lower case as all keys are",
-                "value white space at the end is dropped",
+                "entry mail/aliases/alias/Staff, stored in another case",
+                "value trailing white space is dropped",
                 "value lines are joined to one list, without comments",
                 (
                     "problem element 2 of the value is neither user nor address to smtpd, "
@@ -271,7 +271,7 @@ def test_without_a_terminal_nobody_is_asked_for_a_password(with_auth):
             ["domain", "mail.example.org"],
             [
                 "entry mail/aliases/domain/*.example.org, which matches mail.example.org",
-                "value there is none, so the entry is the answer",
+                "value empty, so the entry itself is the answer",
             ],
         ),
         (
@@ -281,7 +281,7 @@ def test_without_a_terminal_nobody_is_asked_for_a_password(with_auth):
         (
             ["userinfo", "eric"],
             [
-                "entry mail/aliases/userinfo/*, which answers for all who have none of their own",
+                "entry mail/aliases/userinfo/*, the default for users without an entry",
                 "value %u, %n, %d in the home are filled in",
             ],
         ),
@@ -295,13 +295,13 @@ def test_without_a_terminal_nobody_is_asked_for_a_password(with_auth):
         ),
         (
             ["credentials", "vera"],
-            ["entry mail/aliases/credentials/vera", "value the mark before the hash is dropped"],
+            ["entry mail/aliases/credentials/vera", "value the {SCHEME}, $2y$ or lock is rewritten for crypt(3)"],
         ),
         (["string", "list"], ["entry mail/aliases/string/list"]),
-        (["source", "--op", "fetch"], ["value the keys in their order, one a fetch (fetch = keys)"]),
+        (["source", "--op", "fetch"], ["value one of the keys per fetch, in the order of the keys (fetch = keys)"]),
     ],
 )
-def test_a_trace_tells_entry_and_rules(conf, arguments, steps):
+def test_trace_names_entry_and_rules(conf, arguments, steps):
     source, read, *rest = traced(conf, *arguments)
     assert source == f"source {conf.parent}/export.json"
     assert read.startswith(f"read mail/aliases/{arguments[0]}/ (")
@@ -315,7 +315,7 @@ def test_a_trace_for_people_follows_its_answer_on_standard_error(conf):
         [
             "  read     mail/aliases/alias/ (6 entries)",
             "  entry    mail/aliases/alias/root",
-            "  value    white space at the end is dropped",
+            "  value    trailing white space is dropped",
         ],
     )
 
@@ -329,13 +329,13 @@ def test_a_trace_at_a_terminal_of_40_columns_wraps(conf):
     assert {line[:11].strip() for line in lines} == {"", "source", "read", "entry", "value", "problem"}
 
 
-def test_a_trace_tells_what_an_allowance_lets_through(conf):
+def test_trace_names_the_option_that_permits_a_value(conf):
     conf.write_text(conf.read_text() + "allow_commands = true\nallow_root = true\n")
-    assert "safety allow_commands = true lets commands and files through" in traced(conf, "alias", "command")
-    assert "safety allow_root = true lets uid or gid 0 through" in traced(conf, "userinfo", "admin")
+    assert "safety allow_commands = true permits commands and files" in traced(conf, "alias", "command")
+    assert "safety allow_root = true permits uid or gid 0" in traced(conf, "userinfo", "admin")
 
 
-def test_a_trace_of_auth_tells_of_both_buckets(with_auth):
+def test_trace_of_auth_covers_both_services(with_auth):
     done = query(with_auth, "auth", "-", "--trace", "--json", stdin=f"vera:{PASSWORD}\n".encode())
     steps = [step["text"] for step in json.loads(done.text)["trace"] if step["what"] == "entry"]
     assert steps == ["none", "mail/aliases/credentials/vera"]
@@ -356,9 +356,9 @@ BYTES = st.one_of(
     form=st.sampled_from(["auto", "text", "json"]),
     allowed=st.booleans(),
 )
-def test_rules_explain_whatever_stands_there_and_quote_nothing_of_it(raw, service, form, allowed):
+def test_trace_explains_any_value_and_quotes_nothing_of_it(raw, service, form, allowed):
     table = Table("t", value_format=form, allow_commands=allowed, allow_root=allowed)
-    steps = tracing.rules(table, service, b"key", raw)
+    steps = [*explain_value(table, service, b"key", raw)]
     assert {step.what for step in steps} <= {"value", "safety"}
     assert not any("secret" in step.text for step in steps)
     if form == "text":
@@ -382,7 +382,7 @@ def test_a_table_that_is_read_directly_is_asked_for_the_key_alone(live, fake):
         f"source Consul at {fake.address}, read directly",
         "read mail/aliases/alias/root",
         "entry mail/aliases/alias/root",
-        "value white space at the end is dropped",
+        "value trailing white space is dropped",
     ]
     assert [request.key for request in fake.requests] == [b"mail/aliases/alias/root"]
     # What smtpd would be told: a key with capitals is not found there.
@@ -390,7 +390,7 @@ def test_a_table_that_is_read_directly_is_asked_for_the_key_alone(live, fake):
     assert traced(conf, "userinfo", "eric")[1:4] == [
         "read mail/aliases/userinfo/eric",
         "read mail/aliases/userinfo/*",
-        "entry mail/aliases/userinfo/*, which answers for all who have none of their own",
+        "entry mail/aliases/userinfo/*, the default for users without an entry",
     ]
     assert traced(conf, "domain", "a.example.org")[1] == "read mail/aliases/domain/ (1 entry)"
 
@@ -445,10 +445,10 @@ def test_without_a_copy_consul_is_asked(kept, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[{", b"", b"\x00" * 100, b'{"a": 1}'])
-def test_a_damaged_copy_is_said_with_the_way_round_it(kept, tmp_path, content):
+def test_damaged_snapshot_file_is_an_error_that_names_live(kept, tmp_path, content):
     (tmp_path / "aliases.json").write_bytes(content)
     done = query(kept, "alias", "root")
-    assert (done.status, "--live asks Consul" in done.said) == (2, True)
+    assert (done.status, "--live reads Consul" in done.said) == (2, True)
     assert query(kept, "alias", "root", "--live").status == 0
 
 

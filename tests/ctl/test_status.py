@@ -1,3 +1,5 @@
+"""`table-consulctl status`: what the published metrics, and Consul, say about each table."""
+
 from __future__ import annotations
 
 import http.server
@@ -17,9 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul import __version__, config
-from table_consul.config import MetricsConfig
-from table_consul.ctl import main, published, status
-from table_consul.errors import TableConsulError
+from table_consul.config import Config, MetricsConfig
+from table_consul.ctl import main, status
 from tests.dialogue import Child, eventually, write_config
 from tests.fake_consul import FakeConsul
 
@@ -105,7 +106,7 @@ def test_what_is_published_makes_a_state_and_an_exit_status(tmp_path, ctl, metri
     assert ctl(path, "--offline")[1].startswith(f"aliases: {state}\n")
 
 
-def test_a_folder_that_the_token_may_not_read_is_named_and_not_well(tmp_path, ctl):
+def test_folder_that_the_token_may_not_read_is_named_and_not_healthy(tmp_path, ctl):
     hidden = [
         sample("service_hidden", int(s == "domain"), table="aliases", prefix="aliases/", service=s)
         for s in ("alias", "domain")
@@ -142,7 +143,7 @@ def test_all_that_is_published_is_shown(tmp_path, ctl):
     assert __version__ in out
 
 
-def test_a_table_from_a_file_is_well_when_its_process_runs(tmp_path, ctl):
+def test_table_from_a_file_is_healthy_when_its_process_runs(tmp_path, ctl):
     publish(tmp_path)
     outcome = ctl(configured(tmp_path, address=f"file://{tmp_path}/export.json"), "--json")
     assert (outcome[0], told(outcome)["state"]) == (0, "file")
@@ -172,7 +173,7 @@ def test_a_file_that_is_no_longer_written_is_that_of_a_process_that_is_gone(tmp_
     os.utime(path, (time.time() - 100,) * 2)
     stale = ctl(configured(tmp_path), "--offline", "--json")
     assert [(told(each)["state"], each[0]) for each in (fresh, stale)] == [("following", 0), ("not running", 1)]
-    assert "was last written 100 s ago" in told(stale)["remarks"][0]
+    assert "last written 100 s ago" in told(stale)["remarks"][0]
 
 
 @pytest.mark.parametrize(
@@ -187,10 +188,10 @@ def test_a_file_that_is_no_longer_written_is_that_of_a_process_that_is_gone(tmp_
         + sample("start_time_seconds", 1e300, table="aliases").encode(),
     ],
 )
-def test_what_is_no_publication_is_unknown(tmp_path, ctl, content):
+def test_file_without_metrics_of_the_table_is_unknown(tmp_path, ctl, content):
     (tmp_path / "aliases.prom").write_bytes(content)
     outcome = ctl(configured(tmp_path), "aliases", "--json")
-    assert (outcome[0], told(outcome)["state"], told(outcome)["well"]) == (2, "unknown", None)
+    assert (outcome[0], told(outcome)["state"], told(outcome)["healthy"]) == (2, "unknown", None)
 
 
 def test_a_pipe_or_a_folder_in_place_of_the_file_is_unknown_and_keeps_nobody_waiting(tmp_path, ctl):
@@ -200,7 +201,7 @@ def test_a_pipe_or_a_folder_in_place_of_the_file_is_unknown_and_keeps_nobody_wai
     assert (code, [each["state"] for each in json.loads(out)["tables"]]) == (2, ["unknown", "unknown"])
 
 
-def test_one_table_that_is_not_well_outweighs_those_of_which_nothing_is_known(tmp_path, ctl):
+def test_unhealthy_table_outweighs_unknown_ones(tmp_path, ctl):
     publish(tmp_path, **LOST)
     (tmp_path / "broken.prom").write_text("x")
     assert ctl(configured(tmp_path), "--offline")[0] == 1
@@ -226,16 +227,15 @@ def test_a_file_whose_name_no_table_can_have_is_somebody_else_s(tmp_path, ctl):
 
 def test_a_name_that_no_table_can_have_is_a_mistake(tmp_path, ctl):
     code, out, err = ctl(configured(tmp_path), "a/b")
-    assert (code, out, "is no name of a table" in err) == (2, "", True)
+    assert (code, out, "invalid table name" in err) == (2, "", True)
 
 
 @given(st.binary(max_size=300))
-def test_nothing_in_a_file_is_more_than_unreadable(tmp_path_factory, data):
+def test_any_bytes_in_a_file_are_unknown(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.prom"
     path.write_bytes(data)
-    metrics = MetricsConfig(textfile=str(path))
-    with pytest.raises(published.Unreadable):
-        published.read(metrics, "aliases")
+    found, samples = status.scrape(MetricsConfig(textfile=str(path)), "aliases")
+    assert (found.state, found.healthy, samples) == ("unknown", None, [])
 
 
 @given(
@@ -249,7 +249,7 @@ def test_the_name_of_every_table_is_found_in_the_name_of_its_file(tmp_path_facto
     path.touch()
     # As a shell does, what begins with a dot is passed over, if nothing stands before it.
     expected = set() if name.startswith(".") and pattern.startswith("{") else {name}
-    assert published.names(MetricsConfig(textfile=f"{folder}/{pattern}")) == expected
+    assert status.published_tables(Config(None, metrics=MetricsConfig(textfile=f"{folder}/{pattern}"))) == expected
 
 
 # ---- sockets ----
@@ -281,12 +281,12 @@ def stranger():
 @pytest.mark.parametrize(
     ("code", "body", "remark"),
     [
-        (200, b"<html>hello</html>", "holds"),
-        (404, b"", "answers with 404"),
-        (200, numbers("domains").encode(), "tells of domains alone (put {table} into its name)"),
+        (200, b"<html>hello</html>", "no Prometheus metrics"),
+        (404, b"", "answers with status 404"),
+        (200, numbers("domains").encode(), "metrics of domains only (put {table} into its name)"),
     ],
 )
-def test_somebody_else_at_the_port_is_unknown(tmp_path, ctl, stranger, monkeypatch, code, body, remark):
+def test_other_server_at_the_port_is_unknown(tmp_path, ctl, stranger, monkeypatch, code, body, remark):
     monkeypatch.setattr(Stranger, "answer", body)
     monkeypatch.setattr(Stranger, "status", code)
     outcome = ctl(configured(tmp_path, metrics=f'listen = "{stranger}"'), "aliases", "--json")
@@ -301,19 +301,17 @@ def test_a_port_where_nobody_listens_is_that_of_a_process_that_is_gone(tmp_path,
     assert (outcome[0], told(outcome)["state"]) == (1, "not running")
 
 
-def test_somebody_who_never_answers_is_unknown_in_time(tmp_path, ctl, monkeypatch):
-    monkeypatch.setattr(published, "ANSWER_SECONDS", 0.2)
+def test_silent_listener_is_unknown_within_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         listen = f"127.0.0.1:{silent.getsockname()[1]}"
-        outcome = ctl(configured(tmp_path, metrics=f'listen = "{listen}"'), "--json")
-    assert (outcome[0], "does not answer within" in told(outcome)["remarks"][0]) == (2, True)
+        found, _ = status.scrape(MetricsConfig(listen=listen), "aliases", timeout=0.2)
+    assert (found.state, found.remarks) == ("unknown", [f"{listen}: timed out"])
 
 
-def test_an_answer_without_end_is_given_up(tmp_path, ctl, stranger, monkeypatch):
-    monkeypatch.setattr(published, "SIZE_MAX", 1000)
-    monkeypatch.setattr(Stranger, "answer", numbers().encode() * 50)
+def test_answer_without_end_is_unknown(tmp_path, ctl, stranger, monkeypatch):
+    monkeypatch.setattr(Stranger, "answer", b"\n" * (status.SIZE_MAX + 1))
     outcome = ctl(configured(tmp_path, metrics=f'listen = "{stranger}"'), "--json")
-    assert (outcome[0], "answers without end" in told(outcome)["remarks"][0]) == (2, True)
+    assert (outcome[0], "an answer without end" in told(outcome)["remarks"][0]) == (2, True)
 
 
 # ---- Consul ----
@@ -334,17 +332,17 @@ def impatient(monkeypatch):
     monkeypatch.setattr(status, "POLL_SECONDS", 0.02)
 
 
-def test_a_table_that_stays_behind_consul_is_not_well(tmp_path, ctl, fake, impatient):
+def test_table_that_stays_behind_consul_is_not_healthy(tmp_path, ctl, fake, impatient):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
     outcome = ctl(configured(tmp_path, address=fake.address), "--json")
     (prefix,) = told(outcome)["prefixes"]
     assert (outcome[0], prefix["ahead"], prefix["consul_index"]) == (1, True, fake.index)
     _, out, _ = ctl(configured(tmp_path, address=fake.address))
-    assert f"{fake.index - 1}, Consul has {fake.index}" in out
+    assert f"{fake.index - 1} (Consul has {fake.index})" in out
     assert "Consul is ahead of this table" in out
 
 
-def test_a_table_that_has_what_consul_has_is_well(tmp_path, ctl, fake):
+def test_table_that_has_what_consul_has_is_healthy(tmp_path, ctl, fake):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index})
     outcome = ctl(configured(tmp_path, address=fake.address), "--json")
     assert (outcome[0], told(outcome)["prefixes"][0]["ahead"]) == (0, False)
@@ -365,14 +363,14 @@ def test_offline_asks_consul_nothing(tmp_path, ctl, fake):
     assert (outcome[0], told(outcome)["prefixes"][0]["ahead"], fake.requests) == (0, None, [])
 
 
-def test_where_consul_does_not_tell_a_table_that_says_it_follows_is_unknown(tmp_path, ctl, fake):
+def test_following_table_is_unknown_when_consul_is_unreachable(tmp_path, ctl, fake):
     publish(tmp_path, "aliases", **FOLLOWING)
     publish(tmp_path, "domains", **FOLLOWING)
     fake.stop()
     code, out, _ = ctl(configured(tmp_path, address=fake.address), "--json")
     tables = json.loads(out)["tables"]
-    assert (code, [table["well"] for table in tables]) == (2, [None, None])
-    assert all("Consul does not tell whether it is ahead" in table["remarks"][-1] for table in tables)
+    assert (code, [table["healthy"] for table in tables]) == (2, [None, None])
+    assert all("cannot compare with Consul" in table["remarks"][-1] for table in tables)
 
 
 def test_no_token_is_shown(tmp_path, ctl, fake, monkeypatch):
@@ -433,12 +431,6 @@ def test_without_the_library_one_line_says_what_to_install(tmp_path):
     )
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert "install table-consul[metrics]" in run.stderr
-
-
-def test_the_parser_is_asked_for_before_anything_is_read(monkeypatch):
-    monkeypatch.setitem(sys.modules, "prometheus_client.parser", None)
-    with pytest.raises(TableConsulError, match="not installed"):
-        published.require_parser()
 
 
 # ---- with the daemon ----

@@ -102,7 +102,7 @@ def test_a_table_with_too_many_keys_says_so(consul, tmp_path, ctl):
         assert (code, table["prefixes"][0]["remarks"]) == (1, ['raise max_keys, or configure mode = "direct"'])
 
 
-def test_a_table_that_is_read_directly_is_well_and_then_away(consul, tmp_path, ctl):
+def test_direct_table_is_healthy_until_consul_is_killed(consul, tmp_path, ctl):
     consul.kv_put("aliases/alias/root", "gilles")
     with served(tmp_path, consul, 'mode = "direct"') as (child, path):
         assert becomes(ctl, path, "direct")[0] == 0
@@ -125,7 +125,7 @@ def test_a_folder_that_the_token_may_not_read_is_named(consul_with_acl, tmp_path
         assert token not in json.dumps(table)
 
 
-def test_a_token_that_was_revoked_is_an_outage_and_no_part_of_what_is_said(consul_with_acl, tmp_path, ctl):
+def test_revoked_token_is_an_outage_and_is_not_printed(consul_with_acl, tmp_path, ctl):
     agent = consul_with_acl
     agent.kv_put("aliases/alias/root", "gilles")
     token = agent.token('key_prefix "aliases/" { policy = "read" }')

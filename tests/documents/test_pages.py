@@ -205,7 +205,7 @@ def table(tmp_path_factory):
         with Child(str(path)) as child:
             child.handshake()
             for _ in eventually("the table follows Consul, and the text file is some seconds old"):
-                if "following" in (shown := status()) and "ago" in shown:
+                if "following" in (shown := status()) and "s old" in shown:
                     break
             textfile = (folder / "table-consul-aliases.prom").read_text()
             fake.stop()

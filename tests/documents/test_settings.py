@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from table_consul import config, shape
+from table_consul import config
 from table_consul.services import SERVICES
 from tests.documents import manual
 from tests.documents.document import CONTRIB, page, rows, written
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 PAGE = page("docs/configuration.md")
 EXAMPLE = (CONTRIB / "table-consul.toml.example").read_text()
 UNCOMMENTED = re.sub(r"^#(?=[^ \n])", "", EXAMPLE, flags=re.MULTILINE)
-FIELDS = {
-    section.name: {each.name: each.type for each in msgspec.structs.fields(section.type)}
-    for section in msgspec.structs.fields(shape.Document)
-    if section.name != "tables"
-}
+FIELDS = {section: keys for section, keys in config.KEYS.items() if section != "tables"}
 VARIABLES = {
     "CONSUL_HTTP_ADDR": "address",
     "CONSUL_HTTP_SSL": "address",

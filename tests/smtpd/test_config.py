@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from table_consul import check, config, rules, services, shape
+from table_consul import check, config, services
 from table_consul.errors import ConfigError
 
+VARIABLES = ["CONSUL_HTTP_ADDR", "CONSUL_HTTP_SSL", *(name for group in config.VARIABLES for name in group.values())]
 SECRET = "b1gs33cr3t-0f-0pa1"
 
 
@@ -51,7 +52,7 @@ def nobody():
 
     def run(check: str, *arguments: str) -> str:
         """What the check prints, run as a user that owns nothing."""
-        begin = "import os, sys; from table_consul import check as access, config"
+        begin = "import os, sys; from table_consul import check, config"
         code = f"{begin}; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n{check}"
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         return done.stdout
@@ -167,9 +168,9 @@ def test_log_and_metrics_are_taken(load):
     assert loaded.metrics == config.MetricsConfig("/var/lib/{table}.prom", "[::1]:9100")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a\nb", "a\0b", "a\udc80"])
-def test_a_name_that_cannot_be_a_folder_is_no_table(load, name):
-    with pytest.raises(ConfigError, match="is no name of a table"):
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a|b", "|", "a\nb", "a\rb", "a\0b", "a\udc80"])
+def test_table_name_that_no_folder_or_line_can_hold_is_refused(load, name):
+    with pytest.raises(ConfigError, match=r"^invalid table name "):
         load().table(name)
 
 
@@ -199,42 +200,43 @@ def test_addresses_keep_their_order_and_lose_repetitions(load):
     assert addresses == ("http://b:1", "http://a:1", "unix:///s")
 
 
-ALLOWED = "(allowed: http://HOST:PORT, https://HOST:PORT, unix:///PATH, file:///PATH"
+USE = "(use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)"
+ONLY = "(only HOST:PORT may follow http://)"
+PATH = "must be an absolute path (smtpd starts tables in /)"
 
 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("127.0.0.1:8500", f"'127.0.0.1:8500' is no address {ALLOWED}; did you mean http://127.0.0.1:8500?)"),
-        ("", f"'' is no address {ALLOWED})"),
-        ("tcp://consul:8500", f"'tcp://consul:8500' is no address {ALLOWED})"),
-        ("HTTP://consul:8500", f"'HTTP://consul:8500' is no address {ALLOWED})"),
-        ("http://", f"'http://' is no address: HOST:PORT alone may follow http:// {ALLOWED})"),
-        ("http://c/v1", f"'http://c/v1' is no address: HOST:PORT alone may follow http:// {ALLOWED})"),
-        ("http://a b", f"'http://a b' is no address: HOST:PORT alone may follow http:// {ALLOWED})"),
-        ("http://a..b", f"'http://a..b' is no address: HOST:PORT alone may follow http:// {ALLOWED})"),
-        ("http://c:x", f"'http://c:x' is no address: HOST:PORT alone may follow http:// {ALLOWED})"),
-        ("http://c:0", "0 is no port (allowed: 1 to 65535)"),
-        ("http://c:65536", "65536 is no port (allowed: 1 to 65535)"),
-        ("http://[::g]:1", f"'http://[::g]:1' is no address: HOST:PORT alone may follow http:// {ALLOWED})"),
-        ("http://[:::]:1", "':::' is no IPv6 address"),
-        ("unix://run/s", "no absolute path; smtpd runs its tables in / (allowed: /path/to/it)"),
-        ("file://export.json", "no absolute path; smtpd runs its tables in / (allowed: /path/to/it)"),
-        ("unix:///" + "s" * 200, "longer than a socket's path can be (allowed: 103 bytes)"),
+        ("127.0.0.1:8500", f"invalid address '127.0.0.1:8500' {USE}"),
+        ("", f"invalid address '' {USE}"),
+        ("tcp://consul:8500", f"invalid address 'tcp://consul:8500' {USE}"),
+        ("HTTP://consul:8500", f"invalid address 'HTTP://consul:8500' {USE}"),
+        ("http://", f"invalid address 'http://' {ONLY}"),
+        ("http://c/v1", f"invalid address 'http://c/v1' {ONLY}"),
+        ("http://a b", f"invalid address 'http://a b' {ONLY}"),
+        ("http://a..b", f"invalid address 'http://a..b' {ONLY}"),
+        ("http://c:x", f"invalid address 'http://c:x' {ONLY}"),
+        ("http://c:0", "port must be between 1 and 65535, not 0"),
+        ("http://c:65536", "port must be between 1 and 65535, not 65536"),
+        ("http://[::g]:1", f"invalid address 'http://[::g]:1' {ONLY}"),
+        ("http://[:::]:1", "invalid IPv6 address '[:::]'"),
+        ("unix://run/s", PATH),
+        ("file://export.json", PATH),
+        ("unix:///" + "s" * 200, "the path of a socket must not be longer than 103 bytes"),
     ],
 )
 def test_bad_address_is_named(refusal, written, message):
     assert refusal(f'[consul]\naddress = "{written}"') == [f"consul.address: {message}"]
 
 
-def test_file_source_stands_alone(refusal):
+def test_file_address_cannot_be_combined_with_servers(refusal):
     (line,) = refusal('[consul]\naddress = ["http://c:1", "file:///x"]')
-    assert line == "consul.address: a file:// stands alone: it holds all there is (allowed: one file://, or servers)"
+    assert line == "consul.address: file:// cannot be combined with other addresses"
 
 
 def test_empty_list_of_addresses_is_refused(refusal):
-    (line,) = refusal("[consul]\naddress = []")
-    assert line == "consul.address: an empty list does not fit (allowed: a string, or a list of strings)"
+    assert refusal("[consul]\naddress = []") == ["consul.address: must be an address or a list of addresses"]
 
 
 # ---- the environment of the consul command ----
@@ -345,49 +347,45 @@ def test_booleans_of_the_environment_are_those_of_go(load, text):
     assert load(CONSUL_HTTP_SSL_VERIFY=text).consul.tls_verify is (text in {"1", "t", "T", "TRUE", "true", "True"})
 
 
-BOOLEANS = "(allowed: 1, t, T, TRUE, true, True, 0, f, F, FALSE, false, False)"
-PATH = "no absolute path; smtpd runs its tables in / (allowed: /path/to/it)"
-PAIR = "beside it (allowed: both or none, as for the consul command; one file may serve as both)"
+BOOLEANS = "must be one of 1, t, T, TRUE, true, True, 0, f, F, FALSE, false, False"
+PAIR = "set both or neither (one file may serve as both)"
+ASCII = "must be visible ASCII characters, without spaces and line breaks"
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("CONSUL_HTTP_SSL", "yes", f"'yes' is no boolean {BOOLEANS}"),
-        ("CONSUL_HTTP_SSL_VERIFY", "no", f"'no' is no boolean {BOOLEANS}"),
-        (
-            "CONSUL_HTTP_ADDR",
-            "http://[::1",
-            f"'http://[::1' is no address: HOST:PORT alone may follow http:// {ALLOWED})",
-        ),
+        ("CONSUL_HTTP_SSL_VERIFY", "no", f"{BOOLEANS}, not 'no'"),
+        ("CONSUL_HTTP_ADDR", "http://[::1", f"invalid address 'http://[::1' {ONLY}"),
         ("CONSUL_CACERT", "ca.pem", PATH),
+        ("CONSUL_CACERT", "/ca/", "must not end in / or contain unprintable characters"),
         ("CONSUL_CAPATH", "ca", PATH),
+        ("CONSUL_HTTP_TOKEN", "a b", ASCII),
         ("CONSUL_HTTP_TOKEN_FILE", "token", PATH),
-        ("CONSUL_CLIENT_CERT", "/c", f"has no key_file {PAIR}"),
-        ("CONSUL_CLIENT_KEY", "/k", f"has no cert_file {PAIR}"),
-        ("CONSUL_TLS_SERVER_NAME", "a b", "'a b' is no host name"),
-        ("CONSUL_NAMESPACE", "a b", "'a b' is no name (allowed: visible ASCII characters)"),
-        ("CONSUL_PARTITION", "ä", "'ä' is no name (allowed: visible ASCII characters)"),
+        ("CONSUL_CLIENT_CERT", "/c", f"set without key_file: {PAIR}"),
+        ("CONSUL_CLIENT_KEY", "/k", f"set without cert_file: {PAIR}"),
+        ("CONSUL_TLS_SERVER_NAME", "a b", "invalid host name 'a b'"),
+        ("CONSUL_NAMESPACE", "a b", ASCII),
+        ("CONSUL_PARTITION", "ä", ASCII),
+        ("CONSUL_HTTP_SSL", "yes", f"{BOOLEANS}, not 'yes'"),
     ],
 )
 def test_bad_variable_is_named(refusal, variable, value, message):
     assert refusal(**{variable: value}) == [f"environment: {variable}: {message}"]
 
 
-def test_environment_knows_no_file_source(refusal):
+def test_environment_takes_no_file_address(refusal):
     (line,) = refusal(CONSUL_HTTP_ADDR="file:///x")
-    assert line.startswith("environment: CONSUL_HTTP_ADDR: the consul command knows no file://")
+    assert line.startswith("environment: CONSUL_HTTP_ADDR: the consul command does not support file://")
 
 
 def test_tls_over_a_unix_socket_is_refused_and_not_dropped(refusal):
     (line,) = refusal(CONSUL_HTTP_ADDR="unix:///s", CONSUL_HTTP_SSL="1")
-    assert line == "environment: CONSUL_HTTP_SSL: no TLS over a unix socket, which CONSUL_HTTP_ADDR names"
+    assert line == "environment: CONSUL_HTTP_ADDR: no TLS over a unix socket (unset CONSUL_HTTP_SSL)"
 
 
 def test_empty_variables_are_unset(load, file):
-    names = [name for group in config.VARIABLES for name, _ in group.values()]
-    names += ["CONSUL_HTTP_ADDR", "CONSUL_HTTP_SSL", "CONSUL_HTTP_SSL_VERIFY", "CONSUL_HTTP_TOKEN"]
-    assert load(**dict.fromkeys(names, "")) == config.Config(path=str(file))
+    assert load(**dict.fromkeys(VARIABLES, "")) == config.Config(path=str(file))
 
 
 def test_environment_of_the_process_is_not_read(load, monkeypatch):
@@ -399,97 +397,66 @@ def test_environment_of_the_process_is_not_read(load, monkeypatch):
 # ---- refusals ----
 
 
+SERVICES = ", ".join(services.SERVICES)
+NAME = "(use printable characters other than / and |, not . or ..)"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[consol]", "consol: unknown key (allowed: consul, defaults, tables, log, metrics; did you mean consul?)"),
-        (
-            "[metrics]\nfile = 1",
-            "metrics.file: unknown key (allowed: textfile, listen; did you mean textfile?)",
-        ),
-        ("consul = 1", "consul: a number where a table belongs (allowed: keys below a line [consul])"),
-        ("[tables]\nx = 1", "tables.x: a number where a table belongs (allowed: keys below a line [tables.x])"),
-        ("tables = []", "tables: an empty list where a table belongs (allowed: keys below a line [tables])"),
-        ("[defaults]\ndeadline = 'two'", "defaults.deadline: a string does not fit (allowed: seconds, 0.05 to 60)"),
-        ("[defaults]\ndeadline = true", "defaults.deadline: true or false does not fit (allowed: seconds, 0.05 to 60)"),
-        ("[defaults]\ndeadline = 0.01", "defaults.deadline: 0.01 does not fit (allowed: seconds, 0.05 to 60)"),
-        ("[defaults]\ndeadline = 61", "defaults.deadline: 61 does not fit (allowed: seconds, 0.05 to 60)"),
-        ("[defaults]\ndeadline = nan", "defaults.deadline: nan does not fit (allowed: seconds, 0.05 to 60)"),
-        ("[defaults]\nmax_age = 0", "defaults.max_age: 0 does not fit (allowed: seconds, more than 0)"),
-        ("[defaults]\nmax_age = inf", "defaults.max_age: inf does not fit (allowed: seconds, more than 0)"),
-        ("[defaults]\nmax_keys = 0", "defaults.max_keys: 0 does not fit (allowed: a whole number, 1 to 1000000000)"),
-        (
-            "[defaults]\nmax_keys = 1.5",
-            "defaults.max_keys: 1.5 does not fit (allowed: a whole number, 1 to 1000000000)",
-        ),
-        ("[defaults]\nallow_root = 1", "defaults.allow_root: 1 does not fit (allowed: true or false)"),
-        ("[defaults]\nprefix = 1", "defaults.prefix: 1 does not fit (allowed: a string)"),
-        ("[defaults]\nprefix = 2020-01-01", "defaults.prefix: a date or time does not fit (allowed: a string)"),
-        (
-            "[defaults]\nmode = 'mirrow'",
-            "defaults.mode: no such choice, 'mirrow' (allowed: mirror, direct; did you mean mirror?)",
-        ),
-        ("[defaults]\nmode = 1", "defaults.mode: 1 does not fit (allowed: mirror, direct)"),
-        (
-            "[tables.x]\ntable = 'y'",
-            f"tables.x.table: unknown key (allowed: {', '.join(shape.TableSection.__struct_fields__)})",
-        ),
-        ("[tables.x.paths]\nalias = 3", "tables.x.paths.alias: 3 does not fit (allowed: a string)"),
-        (
-            "[log]\ntarget = 'sysklog'",
-            "log.target: no such choice, 'sysklog' (allowed: auto, syslog, stderr; did you mean syslog?)",
-        ),
-        (
-            "[defaults]\nservices = []",
-            "defaults.services: an empty list does not fit (allowed: a list with at least one of "
-            + ", ".join(services.SERVICES)
-            + ")",
-        ),
-        (
-            "[defaults]\nservices = ['aliases']",
-            "defaults.services: unknown service 'aliases' (allowed: "
-            + ", ".join(services.SERVICES)
-            + "; did you mean alias?)",
-        ),
-        (
-            "[defaults.paths]\ndomains = 'x'",
-            "defaults.paths.domains: unknown service (allowed: "
-            + ", ".join(services.SERVICES)
-            + "; did you mean domain?)",
-        ),
+        ("[consol]", "consol: unknown key (did you mean consul?)"),
+        ("[metrics]\nfile = 1", "metrics.file: unknown key (did you mean textfile?)"),
+        ("[defaults]\ndeadlin = 2", "defaults.deadlin: unknown key (did you mean deadline?)"),
+        ("[metrics]\nport = 1", "metrics.port: unknown key (use one of: textfile, listen)"),
+        ("consul = 1", "consul: must be a [consul] section"),
+        ("[tables]\nx = 1", "tables.x: must be a [tables.x] section"),
+        ("tables = []", "tables: must be a [tables] section"),
+        ("[defaults]\npaths = 'x'", "defaults.paths: must be a [defaults.paths] section"),
+        ("[defaults]\ndeadline = 'two'", "defaults.deadline: must be between 0.05 and 60 seconds"),
+        ("[defaults]\ndeadline = true", "defaults.deadline: must be between 0.05 and 60 seconds"),
+        ("[defaults]\ndeadline = 0.01", "defaults.deadline: must be between 0.05 and 60 seconds"),
+        ("[defaults]\ndeadline = 61", "defaults.deadline: must be between 0.05 and 60 seconds"),
+        ("[defaults]\ndeadline = nan", "defaults.deadline: must be between 0.05 and 60 seconds"),
+        ("[defaults]\nmax_age = 0", "defaults.max_age: must be above 0 and at most 10000000000 seconds"),
+        ("[defaults]\nmax_age = inf", "defaults.max_age: must be above 0 and at most 10000000000 seconds"),
+        ("[defaults]\nmax_keys = 0", "defaults.max_keys: must be a whole number between 1 and 1000000000"),
+        ("[defaults]\nmax_keys = 1.5", "defaults.max_keys: must be a whole number between 1 and 1000000000"),
+        ("[defaults]\nallow_root = 1", "defaults.allow_root: must be true or false"),
+        ("[defaults]\nprefix = 1", "defaults.prefix: must be a string"),
+        ("[defaults]\nprefix = 2020-01-01", "defaults.prefix: must be a string"),
+        ("[defaults]\nsnapshot = 1", "defaults.snapshot: must be a string"),
+        ("[defaults]\nmode = 'mirrow'", "defaults.mode: must be one of mirror, direct"),
+        ("[defaults]\nmode = 1", "defaults.mode: must be one of mirror, direct"),
+        ("[tables.x]\ntable = 'y'", f"tables.x.table: unknown key (use one of: {', '.join(config.KEYS['tables'])})"),
+        ("[tables.x.paths]\nalias = 3", "tables.x.paths.alias: must be a string"),
+        ("[log]\ntarget = 'sysklog'", "log.target: must be one of auto, syslog, stderr"),
+        ("[defaults]\nservices = []", "defaults.services: must be a list of one or more services"),
+        ("[defaults]\nservices = 'alias'", "defaults.services: must be a list of one or more services"),
+        ("[defaults]\nservices = ['aliases']", "defaults.services: unknown service 'aliases' (did you mean alias?)"),
+        ("[defaults]\nservices = ['x']", f"defaults.services: unknown service 'x' (use one of: {SERVICES})"),
+        ("[defaults.paths]\ndomains = 'x'", "defaults.paths.domains: unknown key (did you mean domain?)"),
         ("[defaults]\nsnapshot = 'x.json'", f"defaults.snapshot: {PATH}"),
         ("[metrics]\ntextfile = 'x.prom'", f"metrics.textfile: {PATH}"),
-        ("[consul]\ncert_file = '/c'", f"consul.cert_file: has no key_file {PAIR}"),
-        ("[consul]\nkey_file = '/c'", f"consul.key_file: has no cert_file {PAIR}"),
-        ("[consul]\ndatacenter = ''", "consul.datacenter: '' is no name (allowed: visible ASCII characters)"),
-        ("[consul]\ntls_server_name = 'x/'", "consul.tls_server_name: 'x/' is no host name"),
-        (
-            '[tables."a/b"]',
-            "tables.a/b: 'a/b' is no name of a table (allowed: one path segment of printable characters)",
-        ),
-        (
-            "[defaults]\ntable = '..'",
-            "defaults.table: '..' is no name of a table (allowed: one path segment of printable characters)",
-        ),
+        ("[consul]\ncert_file = '/c'", f"consul.cert_file: set without key_file: {PAIR}"),
+        ("[consul]\nkey_file = '/c'", f"consul.key_file: set without cert_file: {PAIR}"),
+        ("[consul]\ndatacenter = ''", f"consul.datacenter: {ASCII}"),
+        ("[consul]\ntls_server_name = 'x/'", "consul.tls_server_name: invalid host name 'x/'"),
+        ("[consul]\ntls_verify = '0'", "consul.tls_verify: must be true or false"),
+        ('[tables."a/b"]', f"tables.a/b: invalid table name 'a/b' {NAME}"),
+        ('[tables."a|b"]', f"tables.a|b: invalid table name 'a|b' {NAME}"),
+        ("[defaults]\ntable = '..'", f"defaults.table: invalid table name '..' {NAME}"),
     ],
 )
-def test_refusal_names_the_key_and_what_is_allowed(refusal, text, message):
+def test_refusal_names_the_key_and_the_constraint(refusal, text, message):
     assert refusal(text) == [message]
-
-
-def test_misspelt_key_brings_the_right_one(refusal):
-    (line,) = refusal("[defaults]\ndeadlin = 2")
-    assert line.startswith("defaults.deadlin: unknown key (allowed: prefix, mode, services, deadline, ")
-    assert line.endswith("; did you mean deadline?)")
 
 
 @pytest.mark.parametrize("path", ["", "/", "//", "a//b", "//a", "a//", ".", "..", "a/../b", "./a", "a\\u0000b", "a\\n"])
 def test_path_that_consul_would_not_take_literally_is_refused(refusal, path):
     (line,) = refusal(f'[defaults.paths]\nalias = "{path}"')
-    assert line.startswith("defaults.paths.alias: '")
-    assert " is no path in Consul (allowed: " in line
+    assert line.startswith("defaults.paths.alias: invalid Consul path '")
     if path not in {"", "/"}:
-        assert " is no path in Consul" in refusal(f'[defaults]\nprefix = "{path}"')[0]
+        assert "invalid Consul path '" in refusal(f'[defaults]\nprefix = "{path}"')[0]
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.9.9.9:65535", "[::1]:9100", "unix:///run/{table}.sock"])
@@ -506,49 +473,44 @@ def test_metrics_listen_on_loopback_or_a_unix_socket(load, listen):
 )
 def test_metrics_are_not_offered_to_the_network(refusal, listen):
     (line,) = refusal(f'[metrics]\nlisten = "{listen}"')
-    assert line == (
-        f"metrics.listen: '{listen}' is no place to listen (allowed: 127.0.0.1:PORT, [::1]:PORT, unix:///PATH)"
-    )
+    use = "(use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)"
+    assert line == f"metrics.listen: invalid listen address '{listen}' {use}"
 
 
-def test_all_that_is_wrong_is_said_at_once(refusal):
-    lines = refusal("[defaults]\ndeadline = 0\nmod = 1\n[tables.x]\nfetch = 'all'\n[log]\nlevel = 3")
-    assert [line.partition(":")[0] for line in lines] == [
-        "defaults.deadline", "defaults.mod", "tables.x.fetch", "log.level"
-    ]  # fmt: skip
+def test_all_mistakes_are_reported_at_once(refusal):
     lines = refusal(
-        "[consul]\naddress = ['a', 'b']\n[defaults]\nprefix = '..'\n[tables.x]\nsnapshot = 'x'", CONSUL_CACERT="c"
+        "[consul]\naddress = ['a', 'b']\n[defaults]\nprefix = '..'\ndeadline = 0\nmod = 1\n"
+        "services = ['aliass', 'domains']\n[tables.x]\nfetch = 'all'\nsnapshot = 'x'\n[log]\nlevel = 3",
+        CONSUL_CACERT="c",
     )
-    assert [line.rpartition(": ")[0].partition(": '")[0] for line in lines if "no address" in line] == [
-        "consul.address"
-    ] * 2
-    assert [line.partition(":")[0] for line in lines] == [
-        "environment", "consul.address", "consul.address", "defaults.prefix", "tables.x.snapshot"
-    ]  # fmt: skip
+    assert sorted(line.partition(": ")[0] for line in lines) == [
+        *("consul.address", "consul.address", "defaults.deadline", "defaults.mod", "defaults.prefix"),
+        *("defaults.services", "defaults.services", "environment", "log.level", "tables.x.fetch", "tables.x.snapshot"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[consul", "no TOML: Expected ']' at the end of a table declaration (at end of document)"),
-        (b"[log]\nlevel = debug", "no TOML: Invalid value (at line 2, column 9)"),
-        (b"[log]\n[log]", "no TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
-        (b"[log]\nlevel = '\xff'", "byte 0xff in line 2 is no UTF-8"),
+        (b"[consul", "invalid TOML: Expected ']' at the end of a table declaration (at end of document)"),
+        (b"[log]\nlevel = debug", "invalid TOML: Invalid value (at line 2, column 9)"),
+        (b"[log]\n[log]", "invalid TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
+        (b"[log]\nlevel = '\xff'", "byte 0xff in line 2 is not UTF-8"),
         ("x = 1".encode("utf-16-le"), None),
         (b"x = " + b"[" * 100_000, "nested too deeply"),
         (b"[defaults]\nmax_keys = " + b"9" * 5000, None),
-        (b"#" * (config.SIZE_MAX + 1), f"too large (allowed: {config.SIZE_MAX} bytes)"),
+        (b"#" * (config.SIZE_MAX + 1), f"must not be larger than {config.SIZE_MAX} bytes"),
     ],
     ids=["open", "bare", "twice", "latin-1", "utf-16", "deep", "long number", "large"],
 )
-def test_file_that_is_no_toml_says_where(refusal, data, message):
+def test_invalid_toml_is_reported_with_its_position(refusal, data, message):
     (line,) = refusal(data)
-    assert line == message or (message is None and line.startswith("no TOML: "))
+    assert line == message or (message is None and line.startswith("invalid TOML: "))
 
 
 def test_huge_hexadecimal_is_refused_by_its_key(refusal):
     (line,) = refusal("[defaults]\ndeadline = 0x" + "f" * 5000)
-    assert line == "defaults.deadline: a number does not fit (allowed: seconds, 0.05 to 60)"
+    assert line == "defaults.deadline: must be between 0.05 and 60 seconds"
 
 
 def test_missing_file_is_said(tmp_path):
@@ -569,9 +531,20 @@ def test_empty_path_is_not_the_default_path(file, monkeypatch):
         config.load("", {})
 
 
-def test_folder_is_said(tmp_path):
+def test_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r": is a folder$"):
         config.load(str(tmp_path), {})
+
+
+def test_named_pipe_without_writer_is_refused_at_once(file):
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=r": not a regular file$"):
+        config.load(str(file), {})
+
+
+def test_device_is_refused():
+    with pytest.raises(ConfigError, match=r"^/dev/zero: not a regular file$"):
+        config.load("/dev/zero", {})
 
 
 LOAD = "try: config.load(sys.argv[1], {})\nexcept Exception as error: print(error)"
@@ -582,7 +555,7 @@ def test_unreadable_file_names_the_user_and_the_remedy(nobody, open_path):
     path.write_text("")
     path.chmod(0o600)
     text = nobody(LOAD, str(path))
-    assert text.startswith(f"{path}: not readable by user nobody (uid 65534); smtpd runs its tables as an unprivileged")
+    assert text.startswith(f"{path}: not readable by user nobody (uid 65534); smtpd runs tables as an unprivileged")
     assert f"chown root:{check.smtpd_group()} {path}; chmod 0640 {path}" in text
 
 
@@ -622,8 +595,7 @@ def test_no_error_holds_a_secret(refusal, text, environ):
 
 def test_token_in_the_file_is_refused_with_the_right_key(refusal):
     (line,) = refusal(f"[consul]\ntoken = '{SECRET}'")
-    assert line.startswith("consul.token: unknown key (")
-    assert line.endswith("; did you mean token_file?)")
+    assert line == "consul.token: unknown key (did you mean token_file?)"
 
 
 def test_token_is_in_no_repr(load):
@@ -632,15 +604,15 @@ def test_token_is_in_no_repr(load):
     assert SECRET not in repr(loaded)
 
 
-# ---- problems, for --check ----
+# ---- files, for --check ----
 
 
-def test_nothing_to_say_of_a_good_configuration(load, tmp_path):
+def test_good_configuration_has_no_problems(load, tmp_path):
     tmp_path.chmod(0o750)
     (tmp_path / "token").write_text(SECRET)
     (tmp_path / "token").chmod(0o640)
     text = f'[consul]\ntoken_file = "{tmp_path}/token"\nca_path = "{tmp_path}"\n[defaults]\nsnapshot = "{tmp_path}/s"'
-    assert config.problems(load(text)) == []
+    assert check.check_files(load(text)) == []
 
 
 def test_named_files_that_are_missing_are_told_with_their_key(load, file):
@@ -650,7 +622,7 @@ def test_named_files_that_are_missing_are_told_with_their_key(load, file):
         CONSUL_CLIENT_CERT="/no/cert",
         CONSUL_CLIENT_KEY="/no/key",
     )
-    assert config.problems(loaded) == [
+    assert check.check_files(loaded) == [
         f"{file}: consul.token_file: /no/token: not found",
         f"{file}: consul.ca_file: /no/ca: not found",
         "environment: CONSUL_CLIENT_CERT: /no/cert: not found",
@@ -662,33 +634,36 @@ def test_named_files_that_are_missing_are_told_with_their_key(load, file):
 
 
 def test_folder_in_place_of_a_file_is_told_and_the_reverse(load, file):
-    lines = config.problems(load(f'[consul]\nca_file = "{file.parent}"\nca_path = "{file}"'))
-    assert [line.rpartition(": ")[2] for line in lines] == ["is a folder", "is no folder"]
+    lines = check.check_files(load(f'[consul]\nca_file = "{file.parent}"\nca_path = "{file}"'))
+    assert [line.rpartition(": ")[2] for line in lines] == ["is a folder", "not a folder"]
 
 
 def test_secret_that_everyone_can_read_is_told(load, tmp_path):
     (tmp_path / "token").write_text(SECRET)
     (tmp_path / "token").chmod(0o644)
-    (line,) = config.problems(load(f'[consul]\ntoken_file = "{tmp_path}/token"'))
-    assert line.endswith("/token: a secret that everyone on this machine can read (try: chmod 0640)")
+    (line,) = check.check_files(load(f'[consul]\ntoken_file = "{tmp_path}/token"'))
+    assert line.endswith("/token: every user of this machine can read this secret (try: chmod 0640)")
     assert SECRET not in line
 
 
 def test_snapshot_that_others_can_read_is_told(load, tmp_path):
     (tmp_path / "copy").write_text("[]")
     (tmp_path / "copy").chmod(0o640)
-    (line,) = config.problems(load(f'[tables.a]\nsnapshot = "{tmp_path}/copy"'))
-    assert line.endswith("snapshot of table a: a copy of the table that others can read (try: chmod 0600)")
+    (line,) = check.check_files(load(f'[tables.a]\nsnapshot = "{tmp_path}/copy"'))
+    assert line.endswith("snapshot of table a: other users can read this copy of the table (try: chmod 0600)")
 
 
 def test_two_tables_with_one_snapshot_are_told(load, tmp_path):
-    (line,) = config.problems(load(f'[defaults]\nsnapshot = "{tmp_path}/copy"\n[tables.a]\n[tables.b]'))
-    assert line.endswith("snapshot of table b: table a has the same file (put {table} into its name)")
+    (line,) = check.check_files(load(f'[defaults]\nsnapshot = "{tmp_path}/copy"\n[tables.a]\n[tables.b]'))
+    assert line.endswith("snapshot of table b: same file as for table a (put {table} into its name)")
 
 
 def test_unverified_tls_is_told(load):
-    (line,) = config.problems(load('[consul]\naddress = "https://c"\ntls_verify = false'))
-    assert line.endswith("consul.tls_verify: anyone on the way to Consul can read the token and forge answers")
+    text = "TLS verification is off: a man in the middle can read the token and forge answers"
+    (line,) = check.check_files(load('[consul]\naddress = "https://c"\ntls_verify = false'))
+    assert line.endswith(f"/table-consul.toml: consul.tls_verify: {text}")
+    (line,) = check.check_files(load('[consul]\naddress = "https://c"', CONSUL_HTTP_SSL_VERIFY="false"))
+    assert line == f"environment: CONSUL_HTTP_SSL_VERIFY: {text}"
 
 
 def test_file_that_only_root_can_read_is_told_to_root(load, tmp_path):
@@ -696,8 +671,8 @@ def test_file_that_only_root_can_read_is_told_to_root(load, tmp_path):
         pytest.skip("what root alone can read is tried as root (sudo make test)")
     (tmp_path / "token").write_text(SECRET)
     (tmp_path / "token").chmod(0o600)
-    (line,) = config.problems(load(f'[consul]\ntoken_file = "{tmp_path}/token"'))
-    assert "for root alone" in line
+    (line,) = check.check_files(load(f'[consul]\ntoken_file = "{tmp_path}/token"'))
+    assert "/token: only root can read it, but smtpd runs tables as an unprivileged user" in line
 
 
 def test_configuration_that_only_root_can_read_is_told_to_root(load, file):
@@ -705,13 +680,13 @@ def test_configuration_that_only_root_can_read_is_told_to_root(load, file):
         pytest.skip("what root alone can read is tried as root (sudo make test)")
     loaded = load()
     file.chmod(0o600)
-    (line,) = config.problems(loaded)
-    assert line.startswith(f"{file}: for root alone, ")
+    (line,) = check.check_files(loaded)
+    assert line.startswith(f"{file}: only root can read it, ")
 
 
 def test_named_pipe_without_writer_does_not_hold_the_check(load, tmp_path):
     os.mkfifo(tmp_path / "token", 0o640)
-    assert config.problems(load(f'[consul]\ntoken_file = "{tmp_path}/token"')) == []
+    assert check.check_files(load(f'[consul]\ntoken_file = "{tmp_path}/token"')) == []
 
 
 def test_what_another_user_cannot_use_is_told(nobody, open_path):
@@ -724,7 +699,7 @@ def test_what_another_user_cannot_use_is_told(nobody, open_path):
         f'[defaults]\nsnapshot = "{open_path}/x"'
     )
     token, folder, snapshot = nobody(
-        "print(*config.problems(config.load(sys.argv[1], {})), sep='\\n')", str(path)
+        "print(*check.check_files(config.load(sys.argv[1], {})), sep='\\n')", str(path)
     ).splitlines()
     assert f"consul.token_file: {open_path}/token: not readable by user nobody (uid 65534); " in token
     assert f"consul.ca_path: {open_path}/ca: folder {open_path}/ca cannot be entered by user nobody" in folder
@@ -801,10 +776,6 @@ def test_any_bytes_are_a_config_or_a_config_error(load, data):
     config_or_config_error(load, data, {})
 
 
-VARIABLES = ["CONSUL_HTTP_ADDR", "CONSUL_HTTP_SSL", "CONSUL_HTTP_SSL_VERIFY", "CONSUL_HTTP_TOKEN"]
-VARIABLES += [name for group in config.VARIABLES for name, _ in group.values()]
-
-
 @relaxed
 @given(st.dictionaries(st.sampled_from(VARIABLES), TEXTS | st.just("1") | st.text(st.characters(), max_size=9)))
 def test_any_environment_is_a_config_or_a_config_error(load, environ):
@@ -812,23 +783,14 @@ def test_any_environment_is_a_config_or_a_config_error(load, environ):
 
 
 @given(st.text(st.characters(codec=None), max_size=30))
-def test_every_rule_gives_a_value_or_says_what_is_wrong(text):
-    for rule in (
-        rules.address,
-        rules.listen,
-        rules.host,
-        rules.absolute,
-        rules.consul_path,
-        rules.table_name,
-        rules.word,
-    ):
-        said: object = None
+def test_every_validator_returns_a_value_or_texts(text):
+    for key, validate in config.VALIDATORS.items():
         try:
-            assert rule(text) is not None
+            assert validate((text,) if key in {"address", "services"} else text) is not None
         except ValueError as error:
-            said = error
-        # Not one of its children, whose texts are Python's.
-        assert said is None or (type(said) is ValueError and str(said).isprintable())
+            # Not one of its children, whose texts are Python's.
+            assert type(error) is ValueError  # noqa: PT017 - whether there is one is not known
+            assert all(each.isprintable() for each in error.args)  # noqa: PT017 - as above
 
 
 def test_import_brings_nothing_that_only_errors_and_networks_need():

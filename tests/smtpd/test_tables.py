@@ -69,7 +69,7 @@ def test_the_configured_default_stands_in_for_an_empty_name(opened):
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\nb", "a\0b"])
 def test_no_name_from_smtpd_leads_out_of_its_folder(opened, name):
-    with pytest.raises(ConfigError, match="table name: "):
+    with pytest.raises(ConfigError, match="invalid table name "):
         opened().table(name)
 
 

@@ -1,4 +1,4 @@
-"""How long to leave Consul alone after a failure, and one log line when an outage begins and one when it ends.
+"""Back-off after failures, with one log line when an outage starts and one when it ends.
 
 The arithmetic of waiting, without waiting: time and randomness come in as numbers.
 """
@@ -30,7 +30,7 @@ class Backoff:
     __slots__ = ("consequence", "failed_at", "failures", "last_error", "not_before", "since", "total", "what")
 
     def __init__(self, what: str, consequence: str) -> None:
-        """``what`` fails and ``consequence`` follows, as the log shall say it."""
+        """The log line of an outage is ``what``, the error, and its ``consequence``."""
         self.what = what
         self.consequence = consequence
         self.since: float | None = None
@@ -39,10 +39,10 @@ class Backoff:
         self.not_before = 0.0
         self.last_error = ""
         self.failed_at = 0.0
-        """The moment of the failure that ``last_error`` tells of; without meaning while ``total`` is 0."""
+        """The moment of ``last_error``; meaningless while ``total`` is 0."""
 
     def failure(self, error: Exception, now: float, chance: float) -> float:
-        """Take note of a failure; the pause until the next attempt, in seconds."""
+        """Note a failure; the pause until the next attempt, in seconds."""
         self.failures += 1
         self.total += 1
         self.last_error = str(error)
@@ -55,10 +55,13 @@ class Backoff:
         return wait
 
     def success(self, now: float) -> None:
-        """Take note of a success, which ends the outage if there was one."""
+        """Note a success, which ends the outage if there was one."""
         if self.since is None:
             return
-        log.warning("%s: back after %.1f s and %d failures", self.what, now - self.since, self.failures)
+        line = "%s: recovered after %.1f s (%d failed attempts)"
+        if self.failures == 1:
+            line = line.replace("attempts", "attempt")
+        log.warning(line, self.what, now - self.since, self.failures)
         self.since = None
         self.failures = 0
         self.not_before = 0.0

@@ -7,9 +7,7 @@ Nothing here opens the files that a configuration names (check.py does), or read
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
@@ -20,6 +18,7 @@ from msgspec import Meta
 from msgspec.structs import FieldInfo
 
 from table_consul.errors import ConfigError, printable
+from table_consul.files import open_regular_file
 from table_consul.services import SERVICES, Table
 
 DEFAULT_PATH = "/etc/mail/table-consul.toml"
@@ -366,10 +365,7 @@ def _parse(path: str) -> dict[str, Any]:
     name = printable(path)
     if "\0" in path:
         raise ConfigError(f"{name}: invalid file name")
-    # Without O_NONBLOCK a named pipe would wait for its writer, and smtpd for the handshake.
-    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError(f"{name}: not a regular file")
+    with open(path, "rb", opener=open_regular_file) as file:
         data = file.read(SIZE_MAX + 1)
     if len(data) > SIZE_MAX:
         raise ConfigError(f"{name}: must not be larger than {SIZE_MAX} bytes")

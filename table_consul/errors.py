@@ -8,7 +8,8 @@ TableConsulError
 └── SourceError          the source cannot tell now: the mail waits
     ├── Unreachable      no connection, no leader, no answer in time: true for every key, and likely to pass
     ├── Forbidden        Consul refuses the token, or there is none
-    └── BadResponse      an answer that Consul would not give, or that does not answer the question
+    ├── BadResponse      an answer that Consul would not give, or that does not answer the question
+    └── TooLarge         more data than may be held in memory: the table is read directly
 
 The text of each is one line that a mail operator can act on. None ever holds a token, a password or a hash.
 """
@@ -52,6 +53,10 @@ class Forbidden(SourceError):
 
 class BadResponse(SourceError):
     """A redirect, a body that is not Consul's, or an answer to another question."""
+
+
+class TooLarge(SourceError):
+    """More data than may be held in memory."""
 
 
 # What decoding bytes that are not ours may raise: msgspec's errors are ValueErrors only from 0.21 on.

@@ -117,7 +117,7 @@ class Collector:
         now = time.monotonic()
         epoch = time.time() - now
         for table, watch in self._tables.watches():
-            labels, backoff = (table, printable(watch.prefix)), watch.outage
+            labels, backoff = (table, printable(watch.prefix)), watch.backoff
             yield "too_large", labels, int(watch.too_large)
             if watch.too_large:
                 continue
@@ -135,7 +135,7 @@ class Collector:
                 yield "snapshot_index", labels, watch.index
                 yield "snapshot_keys", labels, snapshot.size
                 yield "entries_refused", labels, sum(len(entries.errors) for entries in snapshot.entries.values())
-                yield "load_seconds", labels, watch.took
+                yield "load_seconds", labels, watch.load_seconds
                 for service in snapshot.entries:
                     yield "service_hidden", (*labels, service), int(service in snapshot.forbidden)
         # The other tables read Consul, or the file, once per request.

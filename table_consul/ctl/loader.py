@@ -13,14 +13,14 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.ctl.main import duration
-from table_consul.errors import SourceError, printable
+from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources.direct import DirectSource
-from table_consul.sources.export import open_regular_file, read_bounded, read_export
-from table_consul.sources.mirror import Mirror, Snapshot, SnapshotBuilder, TooManyKeys
-from table_consul.sources.snapshot import loaded as builder_from_snapshot_file
-from table_consul.sources.watch import Watch
+from table_consul.sources.export import Exported, open_regular_file, read_bounded, read_export
+from table_consul.sources.mirror import Mirror, Snapshot, SnapshotBuilder
+from table_consul.sources.snapshot import snapshot_from_export
+from table_consul.sources.watch import load_once
 
 if TYPE_CHECKING:
     from table_consul.config import Config, ConsulConfig
@@ -66,7 +66,7 @@ class Loader:
         if at not in self._loaded:
             try:
                 self._loaded[at] = self._load(table, number, prefix, services)
-            except TooManyKeys:
+            except TooLarge:
                 origin = f"{self._direct.origin()} (more than max_keys = {table.max_keys})"
                 self._loaded[at] = self._direct._replace(origin=lambda: origin, too_large=True)
             except SourceError as error:
@@ -79,7 +79,8 @@ class Loader:
     def _load(self, table: Table, number: int, prefix: bytes, services: Sequence[str]) -> Loaded:
         address = self._config.consul.addresses[0]
         if address.startswith("file://"):
-            pairs, _ = self._read_file(address.removeprefix("file://"))
+            exported, _ = self._read_file(address.removeprefix("file://"))
+            pairs = [(each.key, each.value) for each in exported]
             unlimited = replace(table, max_keys=len(pairs))
             builder = SnapshotBuilder(unlimited, prefix, services, None, {})
             builder.take(pairs)
@@ -89,14 +90,15 @@ class Loader:
         if table.snapshot and not self._live:
             path, hint = table.snapshot + (f".{number}" if number else ""), "; --live reads Consul"
             with contextlib.suppress(FileNotFoundError):
-                pairs, written = self._read_file(path, hint)
-                kept = builder_from_snapshot_file(table, prefix, services, pairs, path + hint)
+                exported, written = self._read_file(path, hint)
+                kept = snapshot_from_export(table, prefix, services, exported, path + hint)
                 if kept is not None:  # else nothing in it is of this table
                     origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
-                    return _mirrored(kept.finish(restored=True), origin, dict(pairs))
-        with contextlib.closing(_RecordingClient(self._config.consul)) as client:
-            snapshot, index = _load_once(table, prefix, services, client)
-            return _mirrored(snapshot, f"Consul at {client.address}, index {index}", client.pairs)
+                    return _mirrored(kept.finish(restored=True), origin, {each.key: each.value for each in exported})
+        stored: dict[bytes, bytes | None] = {}
+        with contextlib.closing(kv.Client(self._config.consul)) as client:
+            snapshot, index = load_once(client, table, prefix, services, stored.update)
+            return _mirrored(snapshot, f"Consul at {client.address}, index {index}", stored)
 
     @functools.cached_property
     def _direct(self) -> Loaded:
@@ -105,22 +107,14 @@ class Loader:
         return Loaded(origin, client.pairs, DirectSource(client).entries, direct=True)
 
 
-def _load_once(table: Table, prefix: bytes, services: Sequence[str], client: kv.Client) -> tuple[Snapshot, int]:
-    """What Consul has now, as the daemon's first query reads it, and its index. Raises SourceError, TooManyKeys."""
-    watch = Watch(table, prefix, services, None, lambda: client)
-    watch.turn()
-    assert watch.mirror.state is not None
-    return watch.mirror.state[0], watch.index
-
-
 def _mirrored(snapshot: Snapshot, origin: str, pairs: Pairs) -> Loaded:
     mirror = Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
-    mirror.confirm(snapshot, 0.0)
+    mirror.replace(snapshot, 0.0)
     return Loaded(lambda: origin, pairs, lambda _table, service, key, _: mirror.entries(service.name, key, 0.0))
 
 
-def _read_file(path: str, hint: str = "") -> tuple[list[tuple[bytes, bytes | None]], float]:
-    """The sorted pairs of a ``consul kv export`` and when it was written, in seconds since the epoch.
+def _read_file(path: str, hint: str = "") -> tuple[list[Exported], float]:
+    """The sorted entries of a ``consul kv export`` and when it was written, in seconds since the epoch.
 
     Unlike the daemon this reads a snapshot file that others can read or have written.
 
@@ -156,11 +150,3 @@ class _RecordingClient(kv.Client):
         page = super().list(prefix, **options)
         self.pairs.update((pair.key, pair.value) for pair in page.pairs)
         return page
-
-    def watch(self, prefix: bytes, begin: Callable[[int], kv.Take | None], **options: Any) -> kv.Seen:  # noqa: ANN401 - passed on
-        def recording(index: int) -> kv.Take | None:
-            self.pairs.clear()  # of a response that was cut off
-            take = begin(index)
-            return take and (lambda pairs: (self.pairs.update(pairs), take(pairs))[1])
-
-        return super().watch(prefix, recording, **options)

@@ -370,10 +370,10 @@ def _ask_consul(config: Config, client: kv.Client, status: Status) -> None:
             prefix.remarks.append(f"not in {printable(config.path or 'the configuration')}: update the table")
             continue
         timeout = max(table.deadline, CONSUL_SECONDS)
-        # The daemon's own query, so that the index is of the same kind; its body is dropped.
-        seen = client.watch(paths[prefix.prefix], lambda _index: None, timeout=timeout)
-        _set_consul_index(prefix, seen.index)
-        if seen.filtered:
+        # The daemon's own query, so that the index is of the same kind; its body is not read.
+        with client.blocking_query(paths[prefix.prefix], timeout=timeout) as response:
+            _set_consul_index(prefix, response.index)
+        if response.filtered:
             prefix.remarks.append("Consul hides keys of it from this token")
 
 

@@ -20,7 +20,7 @@ from table_consul.backoff import delay
 from table_consul.ctl.plan import Change, Stored
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 from table_consul.sources import PROBE
-from table_consul.transport import Answer, Transport
+from table_consul.transport import Request
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
@@ -36,13 +36,6 @@ WRITE_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
 
 
-class _Entry(msgspec.Struct, rename="pascal", gc=False):
-    key: str
-    value: bytes | None
-    modify_index: int
-    flags: int = 0
-
-
 class _Failed(msgspec.Struct, rename="pascal"):
     op_index: int
     what: str
@@ -52,41 +45,15 @@ class _Reply(msgspec.Struct, rename="pascal"):
     errors: list[_Failed] | None
 
 
-_ENTRIES = msgspec.json.Decoder(list[_Entry])
 _REPLY = msgspec.json.Decoder(_Reply)
-
-
-class _Transport(Transport):
-    """Sends transactions as well as reads."""
-
-    def transact(self, operations: Sequence[Mapping[str, Any]], token: str | None) -> object:
-        """What `accept` makes of the answer; raises SourceError."""
-        body = json.dumps(operations).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        if token is not None:
-            headers["X-Consul-Token"] = token
-        here = [("dc", self._settings.datacenter)] if self._settings.datacenter else []
-        self._request.method, self._request.body = "PUT", body
-        try:
-            return self.get(None, "/v1/txn", here, headers)
-        finally:
-            self._request.method, self._request.body = "GET", None
-
-    def _judge(self, status: int, headers: Mapping[str, str], body: bytes) -> Answer:
-        if self._request.method == "GET":
-            return super()._judge(status, headers, body)
-        if status not in (200, 409):  # 409: nothing was written, and the body says what stood in the way
-            raise self._failure(status, body)
-        return Answer(body, 0, filtered=False)
 
 
 class Store(kv.Client):
     """A client that also writes; as `kv.Client`, it has one conversation at a time."""
 
-    transport = _Transport
-
     def __init__(self, settings: ConsulConfig) -> None:
         super().__init__(settings)
+        self._here = [("dc", settings.datacenter)] if settings.datacenter else []
         # Of an operation in another namespace its own fields tell; no parameter of the request does.
         self.scope = {
             name: value
@@ -100,21 +67,13 @@ class Store(kv.Client):
         Raises:
             SourceError: Consul cannot tell, or does not let this token see all of them.
         """
-
-        def accept(answer: Answer) -> list[Stored]:
-            if answer.filtered:
-                raise Forbidden(f"Consul at {self.address} hides keys below {printable(path)} from this token")
-            if answer.body is None:
-                return []
-            entries = self._transport.decoded(_ENTRIES, answer.body)
-            found = [Stored(each.key.encode(), each.value or b"", each.modify_index, each.flags) for each in entries]
-            self._check_below(path, [each.key for each in found])
-            return found
-
         # ACLs make a list look shorter, or empty, without an error; only the read of one key says 403. It also tells
         # sooner than a list, which may take long, that nobody answers.
         self.get(path + PROBE, timeout=WRITE_SECONDS)
-        return self._read(path, accept, READ_SECONDS, recurse=True)
+        page = self.list(path, timeout=READ_SECONDS)
+        if page.filtered:
+            raise Forbidden(f"Consul at {self.address} hides keys below {printable(path)} from this token")
+        return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in page.pairs]
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[tuple[Change, str]]:
         """Write all of the changes, or none: then those that stand in the way, each with what Consul says of it.
@@ -122,18 +81,19 @@ class Store(kv.Client):
         Raises:
             SourceError: it is not known whether they were written (Unreachable), or Consul refused them for good.
         """
+        body = json.dumps([operation(change, self.scope) for change in changes]).encode()
 
-        def accept(answer: Answer) -> list[tuple[Change, str]]:
-            failed = self._transport.decoded(_REPLY, answer.body or b"").errors or []
+        def build() -> Request:
+            # Not by the library's own Txn.put: that of py-consul sends no token.
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            token = {"X-Consul-Token": self._library.token} if self._library.token else {}
+            return Request("/v1/txn", self._here, {**headers, **token}, "PUT", body)
+
+        with self._send(build, timeout) as response:
+            failed = response.decoded(_REPLY).errors or []
             if not all(0 <= each.op_index < len(changes) for each in failed):
-                raise BadResponse(f"Consul at {self.address} speaks of operations that were not in the transaction")
-            return [(changes[each.op_index], each.what) for each in failed]
-
-        operations = [operation(change, self.scope) for change in changes]
-        transport = self._transport
-        assert isinstance(transport, _Transport)
-        # Not by the library's own Txn.put: that of py-consul sends no token.
-        return self._ask(lambda: transport.transact(operations, self._library.token), accept, timeout)
+                raise response.bad("speaks of operations that were not in the transaction")
+        return [(changes[each.op_index], each.what) for each in failed]
 
     def stands(self, change: Change) -> bool:
         """Whether Consul has, by whatever hand, what the change was to bring."""

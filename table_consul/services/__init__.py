@@ -107,6 +107,11 @@ class Table(msgspec.Struct, frozen=True):
         more = ("credentials",) if "auth" in self.services and "credentials" not in self.services else ()
         return (*self.services, *more)
 
+    def same_entries(self, other: Table) -> bool:
+        """Whether an entry means the same in both: they differ at most in settings that never reach an entry."""
+        unrelated = {key: getattr(other, key) for key in ("deadline", "max_age", "snapshot", "procexec_reply")}
+        return msgspec.structs.replace(self, **unrelated) == other
+
     def folders(self) -> dict[bytes, list[str]]:
         """The folders in Consul to be watched, and the services whose entries each of them holds."""
         folders: dict[bytes, list[str]] = {}

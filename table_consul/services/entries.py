@@ -43,7 +43,7 @@ class EntriesBuilder:
         self.table = table
         self.service = service
         self.path = table.path(service)
-        if former is not None and former.table != table:
+        if former is not None and not former.table.same_entries(table):
             former = None  # it was validated by other settings, such as allow_commands
         self.former = former
         self.values: dict[bytes, bytes] = {}

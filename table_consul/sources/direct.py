@@ -15,15 +15,15 @@ from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.services.values import DEFAULT_KEY
 from table_consul.sources import PROBE
+from table_consul.transport import BadRequest
 
 T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
 
-# Pattern services are matched against the whole bucket, which several rules of one mail ask for in a row.
-KEEP_SECONDS = 1.0
-# Problems are told once; a bound on how many are remembered.
-REMEMBERED = 4096
+# Pattern services are matched against all entries, which several rules of one mail ask for in a row.
+CACHE_SECONDS = 1.0
+MAX_WARNINGS = 4096  # Each is logged once; a bound on how many are remembered.
 
 
 class DirectSource:
@@ -36,21 +36,39 @@ class DirectSource:
     def __init__(self, client: kv.Client, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
-        self._breaker = Backoff(f"Consul at {client.address}", "answering error until it is back")
+        self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
-        self._kept: dict[tuple[str, str], tuple[float, Entries]] = {}
-        self._told: set[str] = set()
+        self._cache: dict[tuple[str, str], tuple[float, Entries]] = {}
+        self._warned: set[str] = set()
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """See responder.Source. One key is read where that is enough, or two if there may be a default; else all."""
+        """The entry of this key, and the default of the service if that may answer; all entries where those are needed.
+
+        Raises:
+            SourceError: Consul cannot be read by the deadline, or refuses.
+        """
         path = table.path(service)
         if key is None or service.patterns:
-            return self._listed(table, service, path, deadline, keep=key is not None)
+            return self._list(table, service, path, deadline, cached=key is not None)
         pairs = self._read(path, key, deadline)
-        bucket = Entries(table, service, pairs)
-        if bucket.uses_default(key):
-            bucket = Entries(table, service, [*pairs, *self._read(path, DEFAULT_KEY, deadline)])
-        return bucket
+        entries = Entries(table, service, pairs)
+        if entries.uses_default(key):
+            entries = Entries(table, service, [*pairs, *self._read(path, DEFAULT_KEY, deadline)])
+        return entries
+
+    def update(self) -> None:
+        """Forget cached lists, read token and TLS files anew, and try Consul again at once.
+
+        Raises:
+            SourceError: the token file cannot be used.
+        """
+        self._cache.clear()
+        self._breaker.not_before = 0.0
+        self._client.reload()
+
+    def close(self) -> None:
+        """Close the connection to Consul."""
+        self._client.close()
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not kv.is_url_safe(path + key):
@@ -58,51 +76,48 @@ class DirectSource:
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left))
         return [] if pair is None else [(key, pair.value)]
 
-    def update(self) -> None:
-        """Forget what is kept, read the token anew, and try Consul again at once."""
-        self._kept.clear()
-        self._breaker.not_before = 0.0
-        self._client.reload_token()
-
-    def close(self) -> None:
-        """Close the connection to Consul."""
-        self._client.close()
-
-    def _listed(self, table: Table, service: Service, path: bytes, deadline: float, *, keep: bool) -> Entries:
-        place = (table.name, service.name)
-        if keep and place in self._kept and self._clock() < self._kept[place][0]:
-            return self._kept[place][1]
+    def _list(self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool) -> Entries:
+        until, entries = self._cache.get((table.name, service.name), (0.0, None))
+        if cached and entries is not None and self._clock() < until:
+            return entries
         page = self._ask(path, deadline, lambda left: self._client.list(path, timeout=left))
         if page.filtered:
             raise Forbidden(f"Consul hides keys under {printable(path)} from this token")
         if not page.pairs:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
-        bucket = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
-        self._kept[place] = (self._clock() + KEEP_SECONDS, bucket)
-        for problem in bucket.problems:
-            if str(problem) not in self._told and len(self._told) < REMEMBERED:
-                self._told.add(str(problem))
-                log.warning("%s", problem)
-        return bucket
+        entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
+        self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries)
+        for problem in entries.problems:
+            self._warn_once(printable(problem.key), problem.text)
+        return entries
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T]) -> T:
         now = self._clock()
         breaker = self._breaker
         if now < breaker.not_before:
-            raise Unreachable(f"Consul is away for {now - (breaker.since or now):.0f} s: {breaker.last_error}")
+            since = now if breaker.since is None else breaker.since
+            raise Unreachable(f"Consul has been unreachable for {now - since:.0f} s: {breaker.last_error}")
         if now >= deadline:
-            raise Unreachable("no time is left to ask Consul")
+            raise Unreachable("deadline expired before Consul could be queried")
         try:
             answer = read(deadline - now)
         except Unreachable as error:
-            breaker.failure(error, self._clock(), random.random())  # noqa: S311 - jitter, no secret
+            breaker.failure(error, self._clock(), random.random())  # noqa: S311 - jitter, not a secret
             raise
         except SourceError as error:
             breaker.success(self._clock())
-            refusal = self._refusals.setdefault(path, Backoff(f"{printable(path)}", "answering error"))
-            refusal.failure(error, self._clock(), 0.0)
+            if isinstance(error, BadRequest):  # about this one key, which the next lookup does not ask for
+                self._warn_once(printable(path), f"{error}; returning errors for such keys")
+            else:
+                refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))
+                refusal.failure(error, self._clock(), 0.0)
             raise
         breaker.success(self._clock())
         if path in self._refusals:
             self._refusals.pop(path).success(self._clock())
         return answer
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._warned and len(self._warned) < MAX_WARNINGS:
+            self._warned.add(about)
+            log.warning("%s: %s", about, text)

@@ -1,4 +1,4 @@
-"""A copy of one table's entries, and every rule of keeping it true, as arithmetic.
+"""A table's entries in memory, and the pure functions that decide when and how to refresh them.
 
 Knows nothing of threads, HTTP or files; moments come in as seconds on the caller's clock. The rules are those of
 Consul's documentation (api-docs/features/blocking, "Implementation Details") and of consul-template's watch/view.go.
@@ -6,12 +6,13 @@ Consul's documentation (api-docs/features/blocking, "Implementation Details") an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
 
-from table_consul.errors import SourceError, Unreachable, printable
+from table_consul.errors import SourceError, TooLarge, Unreachable, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries, EntriesBuilder
 from table_consul.sources import PROBE
@@ -24,19 +25,21 @@ MOST_PAUSE_SECONDS = 0.5
 LEAST_WAIT_SECONDS = 10.0
 MOST_WAIT_SECONDS = 60.0
 KEYS_PER_WAIT_SECOND = 1000
-# How many lost keys are asked for where Consul says that it hides some: a guess at what was deleted and what is hidden.
-PROOFS = 8
+# How many missing keys are read where Consul says that it hides some: a guess at what was deleted and what is hidden.
+MAX_ABSENCE_CHECKS = 8
 
 
-class TooManyKeys(SourceError):
+class TooManyKeys(TooLarge):
     """The table has more than ``max_keys`` entries."""
 
 
 class QueryState(msgspec.Struct, frozen=True):
-    """Where a watch stands: the index to ask with, and how many answers in a row have brought nothing."""
+    """How a watch asks next: the index to wait on, and how many answers in a row have brought nothing."""
 
     index: int = 0
     idle: int = 0
+    filtered: bool = False
+    """An ACL hid some of the keys the last time."""
 
 
 class QueryResult(msgspec.Struct, frozen=True):
@@ -44,28 +47,30 @@ class QueryResult(msgspec.Struct, frozen=True):
 
     index: int
     changed: bool
-    waited_out: bool
+    timed_out: bool
     """Consul held the query for as long as it was asked to."""
-    took: float
-    """Seconds from its first byte to its last, decoding included."""
+    load_seconds: float
+    """From its first byte until the snapshot was built."""
+    filtered: bool = False
 
 
-def next_query(state: QueryState, turn: QueryResult) -> tuple[QueryState, float]:
+def next_query(state: QueryState, result: QueryResult) -> tuple[QueryState, float]:
     """The next state of the watch, and the seconds to pause before the next query.
 
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
     the store has yet to reach hides every edit until then. An index is at least 1.
     """
-    index = 0 if turn.index < state.index else max(turn.index, 1)
-    if turn.waited_out:
-        return QueryState(index), 0.0
-    if state.index == 0:
+    index = 0 if result.index < state.index else max(result.index, 1)
+    idle, pause = 0, 0.0
+    if state.index == 0 and not result.timed_out:
         # An index that goes to and fro (stale servers by turns) is no news, and must not make this a busy loop.
-        return QueryState(index, state.idle), 0.0
-    if turn.changed:
-        return QueryState(index), max(LEAST_PAUSE_SECONDS, turn.took)
-    idle = state.idle + 1
-    return QueryState(index, idle), min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
+        idle = state.idle
+    elif result.changed and not result.timed_out:
+        pause = max(LEAST_PAUSE_SECONDS, result.load_seconds)
+    elif not result.timed_out:
+        idle = state.idle + 1
+        pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
+    return QueryState(index, idle, result.filtered), pause
 
 
 def wait_seconds(keys: int, max_age: float) -> float:
@@ -75,18 +80,18 @@ def wait_seconds(keys: int, max_age: float) -> float:
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The buckets below one prefix at one moment, by the name of their service. Never changed."""
+    """The entries below one prefix at one moment, by service. Never changed."""
 
     entries: Mapping[str, Entries]
     forbidden: Mapping[str, SourceError]
-    """Services whose bucket may not be read: what looks absent from it may be there."""
+    """Services whose folder may not be read: what looks absent from it may be there."""
     restored: bool = False
-    """It comes from a copy on disk; Consul has proven nothing of it to this process."""
+    """It comes from a file, or from a watch with other settings; Consul has confirmed nothing of it to this one."""
 
     @property
     def size(self) -> int:
         """How many entries there are."""
-        return sum(len(bucket) for bucket in self.entries.values())
+        return sum(len(entries) for entries in self.entries.values())
 
 
 def unverified_services(services: Iterable[str], former: Snapshot | None) -> list[str]:
@@ -99,8 +104,8 @@ class AbsenceCheck(NamedTuple):
 
     service: str
     key: bytes
-    held: bool
-    """Its bucket had entries, which go on answering while this cannot be proven."""
+    had_entries: bool
+    """Its service had entries, which go on answering while this cannot be proven."""
 
 
 class SnapshotBuilder:
@@ -125,9 +130,9 @@ class SnapshotBuilder:
         self._prefix = prefix
         self._limit = table.max_keys
         self._count = 0
-        self._hidden = dict(forbidden)
+        self._forbidden = dict(forbidden)
 
-    def take(self, pairs: list[tuple[bytes, bytes | None]]) -> None:
+    def take(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Take some entries, with their full keys.
 
         Raises:
@@ -155,57 +160,55 @@ class SnapshotBuilder:
         former = self._former
         for builder in self._builders:
             name = builder.service.name
-            lost = (builder.path + key for key in builder.missing_keys())
-            asked = [key for key, _ in zip(filter(is_url_safe, lost), range(PROOFS if filtered else 1), strict=False)]
-            for key in asked:
-                yield AbsenceCheck(name, key, held=True)
-            if asked or name in self._hidden or PROBE in builder.values:
+            missing = filter(is_url_safe, (builder.path + key for key in builder.missing_keys()))
+            checked = list(islice(missing, MAX_ABSENCE_CHECKS if filtered else 1))
+            yield from (AbsenceCheck(name, key, had_entries=True) for key in checked)
+            if checked or name in self._forbidden or PROBE in builder.values:
                 continue
-            held = former is not None and name not in former.forbidden and len(former.entries[name]) > 0
-            if filtered or (held and not builder.values and not builder.errors):
-                yield AbsenceCheck(name, builder.path + PROBE, held)
+            had_entries = former is not None and name not in former.forbidden and len(former.entries[name]) > 0
+            if filtered or (had_entries and not builder.values and not builder.errors):
+                yield AbsenceCheck(name, builder.path + PROBE, had_entries)
 
     def mark_forbidden(self, service: str, error: SourceError) -> None:
-        """Note that the bucket of this service could not be read: what is not in it may be there all the same."""
-        self._hidden[service] = error
+        """Note that the folder of this service may not be read: what is not listed may still be there."""
+        self._forbidden[service] = error
 
     def finish(self, *, restored: bool = False) -> Snapshot:
         """The snapshot; the former one itself if nothing has changed."""
-        buckets = {builder.service.name: builder.finish() for builder in self._builders}
+        entries = {builder.service.name: builder.finish() for builder in self._builders}
         former = self._former
         if (
             former is not None
             and not former.restored
-            and former.forbidden.keys() == self._hidden.keys()
-            and all(bucket is former.entries[name] for name, bucket in buckets.items())
+            and former.forbidden.keys() == self._forbidden.keys()
+            and all(each is former.entries[name] for name, each in entries.items())
         ):
             return former
-        return Snapshot(buckets, self._hidden, restored)
+        return Snapshot(entries, self._forbidden, restored)
 
 
 class Mirror:
-    """The latest snapshot and when Consul last confirmed it. Readers take one reference; a swap is one assignment."""
+    """The latest snapshot of one prefix, and when Consul last confirmed it.
+
+    One thread writes, others read: ``state`` is one attribute, replaced by one assignment. It is a new tuple of the
+    snapshot and the moment of its confirmation each time, or None while there is nothing to answer from: before the
+    first load, when the table is too large, and after the watch has stopped.
+    """
 
     def __init__(self, max_age: float) -> None:
         self.max_age = max_age
         self.state: tuple[Snapshot, float] | None = None
-        self.last_error: SourceError = Unreachable("nothing has been read from Consul yet")
+        self.last_error: SourceError = Unreachable("no data received from Consul yet")
 
-    def confirm(self, snapshot: Snapshot, now: float) -> None:
-        """From now on answer from this snapshot, true at this moment."""
+    def replace(self, snapshot: Snapshot, now: float) -> None:
+        """Answer from this snapshot from now on; Consul confirmed it at this moment."""
         self.state = (snapshot, now)
 
-    def retire(self) -> None:
-        """Have whoever goes by the identity of the state look again: another source answers from now on."""
-        if self.state is not None:
-            snapshot, confirmed = self.state
-            self.state = (snapshot, confirmed)
-
     def entries(self, service: str, key: bytes | None, now: float) -> Entries:
-        """The bucket of this service, which is true of this key (None: of all there are).
+        """The entries of this service, which prove absence for this key (None: for all keys).
 
         Raises:
-            SourceError: nothing has been read yet, it is too old to be believed, or it may not be read.
+            SourceError: there are none yet, they are older than ``max_age``, or the folder may not be read.
         """
         state = self.state
         if state is None:

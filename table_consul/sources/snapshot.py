@@ -1,7 +1,4 @@
-"""The copy of a mirror on disk, for a start without Consul: when it is written, and what may be believed of it.
-
-Knows neither Consul nor threads. The file is as ``consul kv export`` writes it (file.py).
-"""
+"""The last snapshot of a mirror on disk, for a start without Consul: when it is written, and how far it is trusted."""
 
 from __future__ import annotations
 
@@ -11,111 +8,161 @@ import time
 from collections.abc import Iterable, Sequence
 
 from table_consul.errors import SourceError, printable
+from table_consul.files import AtomicWriter, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
-from table_consul.sources.export import AtomicWriter, read_snapshot_file
+from table_consul.sources.export import Exported, export_entry, read_export
 from table_consul.sources.mirror import Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
 
 # A file of 100,000 entries is not written for each of a hundred edits.
 WRITE_SECONDS = 10.0
-# How often a file whose contents are still true is said to be: its time is what Consul last confirmed.
-TOUCH_SECONDS = 60.0
-
-Pairs = list[tuple[bytes, bytes | None]]
 
 
 class SnapshotFile:
-    """The file for one prefix of one table. That it cannot be written is told once, and keeps nothing from working."""
+    """The file for one prefix of one table. A failure to write is logged once, and affects nothing else."""
 
-    def __init__(self, path: str, table: Table, prefix: bytes, services: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        table: Table,
+        prefix: bytes,
+        services: Sequence[str],
+        *,
+        write_seconds: float = WRITE_SECONDS,
+    ) -> None:
         self._path = path
         self._table = table
         self._prefix = prefix
         self._services = services
-        self._written_at = -WRITE_SECONDS
-        self._touched_at = 0.0
+        self._write_seconds = write_seconds
+        self._write_after = 0.0
         self._fails = False
-        self.outdated = True
-        """Whether there is something that has not been written."""
+        self._writer: AtomicWriter | None = None
+        self._empty = True
+        self.dirty = True
+        """Whether the latest snapshot has not been written."""
 
-    def writer(self) -> AtomicWriter | None:
-        """What takes the entries of the next snapshot; None while it is too early for one, or there can be none."""
-        if time.monotonic() - self._written_at < WRITE_SECONDS:
-            return None
+    @property
+    def due_in(self) -> float | None:
+        """Seconds until it is no longer too early to write the latest snapshot; None if that is nothing to wait for."""
+        left = self._write_after - time.monotonic()
+        return left if left > 0 and self.dirty and not self._fails else None
+
+    def begin(self) -> None:
+        """Start a new version, unless it is too early for one; entries, and `finish` or `discard`, follow."""
+        if time.monotonic() < self._write_after:
+            return
         try:
-            return AtomicWriter(self._path)
+            self._writer, self._empty = AtomicWriter(self._path), True
         except OSError as error:
-            self.failed(error)
-            return None
+            self._fail(error)
 
-    def failed(self, error: OSError) -> None:
-        """Note that writing failed, and that it will for a while."""
+    def write(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Write entries of the version that was begun."""
+        if self._writer is None:
+            return
+        try:
+            for key, value in pairs:
+                self._writer.write((b"[\n" if self._empty else b",\n") + export_entry(key, value or b""))
+                self._empty = False
+        except OSError as error:
+            self._fail(error)
+
+    def finish(self, snapshot: Snapshot, *, changed: bool) -> None:
+        """Put the new version in place, if it is worth that; or note that the file is still true."""
+        self.dirty = self.dirty or changed
+        if not self.dirty:
+            try:
+                os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
+            except OSError:
+                self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
+        if not self.dirty or any(snapshot.entries[name] for name in snapshot.forbidden):
+            self.discard()  # a file with a part of a service's entries would be worse than an older one
+        # A folder marks a service as known wholly: without it an empty one proves nothing when this is read again.
+        known = [name for name in self._services if name not in snapshot.forbidden]
+        self.write((path, b"") for path in paths(self._table, known).values())
+        if self._writer is None:
+            return
+        try:
+            self._writer.write(b"[]\n" if self._empty else b"\n]\n")
+            self._writer.commit()
+        except OSError as error:
+            self._fail(error)
+            return
+        self._writer = None
+        self.dirty = self._fails = False
+        self._write_after = time.monotonic() + self._write_seconds
+
+    def discard(self) -> None:
+        """Leave the file as it is."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+
+    def _fail(self, error: OSError) -> None:
+        self.discard()
         if not self._fails:
             log.warning("%s: not written: %s", self._path, error.strerror)
         self._fails = True
-        self._written_at = time.monotonic()
+        self._write_after = time.monotonic() + self._write_seconds
 
-    def finish(self, writer: AtomicWriter | None, snapshot: Snapshot, *, changed: bool) -> None:
-        """Put what the writer took in its place, if it is worth that; or note that what is there still holds."""
-        self.outdated = self.outdated or changed
-        if not self.outdated:
-            self._touch()
-        if writer is None:
-            return
-        if not self.outdated or any(snapshot.entries[name] for name in snapshot.forbidden):
-            writer.abandon()  # of a bucket that is known in part the copy would be worse than an older one
-            return
+    def load(self) -> tuple[Snapshot, float] | None:
+        """The snapshot in the file and its age in seconds; None, with a log line if the file cannot be used."""
         try:
-            # A folder marks a bucket as known wholly: without it an empty one proves nothing when this is read again.
-            known = (name for name in self._services if name not in snapshot.forbidden)
-            writer.take([(path, b"") for path in paths(self._table, known).values()])
-            writer.finish()
-        except OSError as error:
-            writer.abandon()
-            self.failed(error)
-            return
-        self.outdated = self._fails = False
-        self._written_at = self._touched_at = time.monotonic()
-
-    def _touch(self) -> None:
-        if time.monotonic() - self._touched_at < TOUCH_SECONDS:
-            return
-        self._touched_at = time.monotonic()
-        try:
-            os.utime(self._path, follow_symlinks=False)
-        except OSError:
-            self.outdated = True  # it is gone, or somebody else's: the next snapshot is written
-
-    def restored(self) -> tuple[Snapshot, float] | None:
-        """What the file holds, and how old that is in seconds; None, and a line in the log, if it is not to be used."""
-        try:
-            kept, written = read_snapshot_file(self._path)
-            loading = loaded(self._table, self._prefix, self._services, kept, self._path)
+            entries, written = read_snapshot_file(self._path)
+            builder = snapshot_from_export(self._table, self._prefix, self._services, entries, self._path)
         except FileNotFoundError:
             return None
         except SourceError as error:
             log.warning("%s", error)
             return None
-        if loading is None:
-            log.warning("%s: not used, as it holds nothing of %s", self._path, printable(self._prefix))
+        if builder is None:
+            log.warning("%s: ignored: contains no keys under %s", self._path, printable(self._prefix))
             return None
-        snapshot = loading.finish(restored=True)
+        snapshot = builder.finish(restored=True)
         age = max(0.0, time.time() - written)
         log.info("%s: %d entries of %.0f s ago from %s", printable(self._prefix), snapshot.size, age, self._path)
         return snapshot, age
 
 
-def loaded(table: Table, prefix: bytes, services: Sequence[str], kept: Pairs, path: str) -> SnapshotBuilder | None:
-    """What this file holds of the prefix, in the making; None if that is nothing.
+def read_snapshot_file(path: str) -> tuple[list[Exported], float]:
+    """The entries of a snapshot file, in ascending order of keys, and when it was written (seconds since the epoch).
 
-    A service of which it neither has an entry nor says that there is none is not known to be empty.
+    Raises:
+        FileNotFoundError: there is none yet.
+        SourceError: others can read it or have written it (it may hold password hashes), or it is damaged.
+    """
+    try:
+        with open(path, "rb", opener=open_regular_file) as file:
+            status = os.fstat(file.fileno())
+            data = read_bounded(file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from None
+    except SourceError as error:
+        raise SourceError(f"{path}: not used: {error}") from None
+    if status.st_mode & 0o077 or status.st_uid != os.geteuid():
+        raise SourceError(f"{path}: not used, as it belongs to another user or others may read it (allowed: mode 0600)")
+    try:
+        return sorted(read_export(data)), status.st_mtime
+    except SourceError as error:
+        raise SourceError(f"{path}: not used, as it is damaged: {error}") from None
+
+
+def snapshot_from_export(
+    table: Table, prefix: bytes, services: Sequence[str], exported: Sequence[Exported], path: str
+) -> SnapshotBuilder | None:
+    """A builder with the entries of this file below the prefix; None if there are none.
+
+    A service of which the file has neither an entry nor the folder is not known to be empty.
 
     Raises:
         SourceError: there are more entries than the table may have.
     """
-    marks = {key for key, _ in kept if key.endswith(b"/")}
-    pairs = [pair for pair in kept if pair[0].startswith(prefix) and pair[0] not in marks]
+    marks = {each.key for each in exported if each.key.endswith(b"/")}
+    pairs = [(each.key, each.value) for each in exported if each.key.startswith(prefix) and each.key not in marks]
     folders = paths(table, services)
     missing = {
         name: SourceError(f"{printable(folder)} is not in the copy {path}")
@@ -124,9 +171,9 @@ def loaded(table: Table, prefix: bytes, services: Sequence[str], kept: Pairs, pa
     }
     if len(missing) == len(folders):
         return None
-    loading = SnapshotBuilder(table, prefix, services, None, missing)
-    loading.take(pairs)
-    return loading
+    builder = SnapshotBuilder(table, prefix, services, None, missing)
+    builder.take(pairs)
+    return builder
 
 
 def paths(table: Table, services: Iterable[str]) -> dict[str, bytes]:

@@ -45,7 +45,7 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
     found.success(108.0)
     assert lines(caplog) == [
         "Consul at X: connection refused; answering error until it is back",
-        "Consul at X: back after 7.5 s and 5 failures",
+        "Consul at X: recovered after 7.5 s (5 failed attempts)",
     ]
 
 
@@ -68,3 +68,10 @@ def test_nothing_is_tried_before_the_pause_is_over(now):
     found = outage()
     wait = found.failure(Unreachable("a"), now, 0.5)
     assert (now + wait, now, "a") == (found.not_before, found.since, found.last_error)
+
+
+def test_one_failed_attempt_is_not_plural(caplog):
+    found = outage()
+    found.failure(Unreachable("a"), 1.0, 0.0)
+    found.success(2.0)
+    assert lines(caplog)[-1] == "Consul at X: recovered after 1.0 s (1 failed attempt)"

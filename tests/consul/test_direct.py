@@ -8,7 +8,8 @@ from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
 from table_consul.kv import Page, Pair
 from table_consul.services import SERVICES, Table
-from table_consul.sources.direct import KEEP_SECONDS, DirectSource
+from table_consul.sources.direct import CACHE_SECONDS, DirectSource
+from table_consul.transport import BadRequest
 
 TABLE = Table("aliases", prefix="mail")
 ROOT = b"mail/aliases/alias/root"
@@ -48,7 +49,7 @@ class Client:
         self._take("list", prefix, timeout)
         return Page([Pair(k, v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)], 7, self.filtered)
 
-    def reload_token(self):
+    def reload(self):
         self.tokens += 1
         if self.error is not None:
             raise self.error
@@ -176,7 +177,7 @@ def test_a_pattern_service_reads_the_whole_bucket(network, client):
 
 def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
     first = network()
-    client.now += KEEP_SECONDS - 0.1
+    client.now += CACHE_SECONDS - 0.1
     kept = network()
     client.now += 0.2
     assert (first is kept, network() is kept, len(client.asked)) == (True, False, 2)
@@ -202,7 +203,7 @@ def failing(client, direct, error, times=1):
 def test_while_consul_is_known_to_be_down_nothing_is_asked_and_the_error_says_since_when(client, direct):
     failing(client, direct, Unreachable("connection refused"))
     client.now += 0.1
-    with pytest.raises(Unreachable, match=r"Consul is away for 0 s: connection refused"):
+    with pytest.raises(Unreachable, match=r"Consul has been unreachable for 0 s: connection refused"):
         bucket(direct)
     assert len(client.asked) == 1
 
@@ -233,7 +234,7 @@ def test_a_refusal_proves_that_consul_is_back(client, direct, caplog):
     failing(client, direct, Unreachable("connection refused"))
     client.now += LAST_PAUSE_SECONDS
     failing(client, direct, Forbidden("403"))
-    assert "Consul at http://consul:8500: back after 4.0 s and 1 failures" in lines(caplog)
+    assert "Consul at http://consul:8500: recovered after 4.0 s (1 failed attempt)" in lines(caplog)
 
 
 def test_an_update_reads_the_token_and_tries_consul_again_at_once(client, direct):
@@ -250,7 +251,7 @@ def test_an_update_says_when_the_token_cannot_be_read(client, direct):
 
 @pytest.mark.parametrize("left", [0.0, -1.0])
 def test_when_no_time_is_left_nobody_is_asked(client, direct, left):
-    with pytest.raises(Unreachable, match="no time is left"):
+    with pytest.raises(Unreachable, match="deadline expired"):
         bucket(direct, left=left)
     assert client.asked == []
 
@@ -263,8 +264,8 @@ def test_each_outage_is_one_line_when_it_begins_and_one_when_it_ends(client, dir
     bucket(direct)
     bucket(direct)
     assert lines(caplog) == [
-        "Consul at http://consul:8500: connection refused; answering error until it is back",
-        "Consul at http://consul:8500: back after 20.0 s and 5 failures",
+        "Consul at http://consul:8500: connection refused; returning errors until it is back",
+        "Consul at http://consul:8500: recovered after 20.0 s (5 failed attempts)",
     ]
 
 
@@ -273,8 +274,8 @@ def test_each_refusal_of_a_bucket_is_one_line_when_it_begins_and_one_when_it_end
     bucket(direct)
     bucket(direct)
     assert lines(caplog) == [
-        "mail/aliases/alias/: 403: the token may not read this; answering error",
-        "mail/aliases/alias/: back after 0.0 s and 4 failures",
+        "mail/aliases/alias/: 403: the token may not read this; returning errors",
+        "mail/aliases/alias/: recovered after 0.0 s (4 failed attempts)",
     ]
 
 
@@ -339,5 +340,14 @@ def test_problems_of_a_listed_bucket_are_told_once(client, direct, caplog):
     client.store[b"mail/aliases/netaddr/nonsense"] = b""
     for _ in range(3):
         bucket(direct, "netaddr", b"192.0.2.1")
-        client.now += 2 * KEEP_SECONDS
+        client.now += 2 * CACHE_SECONDS
     assert [line for line in lines(caplog) if "nonsense" in line] == [lines(caplog)[0]]
+
+
+def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, direct, caplog):
+    for number in range(5):
+        client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest(f"refuses the name of key {number}")
+        with pytest.raises(BadRequest):
+            bucket(direct, key=b"%d@x" % number)
+        bucket(direct)
+    assert lines(caplog) == ["mail/aliases/alias/: refuses the name of key 0; returning errors for such keys"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from table_consul.errors import SourceError
+from table_consul.files import FILE_LIMIT_BYTES, AtomicWriter, read_bounded
 from table_consul.services import SERVICES, Table
 from table_consul.sources import export
-from table_consul.sources.export import FileSource, read_export
+from table_consul.sources.export import FileSource, export_entry, read_export
 from tests.dialogue import write_source
 
 TABLE = Table("aliases")
@@ -55,12 +57,12 @@ def spoil(folder, text="{"):
 
 def test_keys_and_values_of_an_export_are_read_in_its_order():
     data = b'[{"key":"b/","flags":0,"value":""},{"key":"a","flags":18446744073709551615,"value":"Z2lsbGVz"}]'
-    assert read_export(data) == [(b"b/", b""), (b"a", b"gilles")]
+    assert read_export(data) == [(b"b/", b"", 0), (b"a", b"gilles", 18446744073709551615)]
 
 
 def test_null_and_what_later_versions_of_consul_add_are_read():
     data = b'[{"key":"a","flags":0,"value":null,"namespace":"default","partition":"default"}]'
-    assert read_export(data) == [(b"a", b"")]
+    assert read_export(data) == [(b"a", b"", 0)]
 
 
 @pytest.mark.parametrize("text", BROKEN)
@@ -138,11 +140,16 @@ def test_a_device_is_an_error_and_not_read_to_its_end():
         bucket(FileSource("/dev/zero"))
 
 
-def test_a_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source, monkeypatch):
-    monkeypatch.setattr(export, "FILE_LIMIT_BYTES", 1 << 20)
-    os.truncate(folder / "export.json", (1 << 20) + 1)
-    with pytest.raises(SourceError, match=r"export.json: larger than 1 MiB"):
+def test_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source):
+    os.truncate(folder / "export.json", FILE_LIMIT_BYTES + 1)
+    with pytest.raises(SourceError, match=r"export.json: larger than 256 MiB"):
         bucket(source)
+
+
+def test_read_bounded_reads_up_to_its_limit():
+    assert read_bounded(io.BytesIO(b"x" * 8), 8) == b"x" * 8
+    with pytest.raises(SourceError):
+        read_bounded(io.BytesIO(b"x" * 9), 8)
 
 
 def test_a_bad_version_leaves_the_last_good_one_answering(folder, source):
@@ -159,7 +166,7 @@ def test_a_bad_version_is_told_once_and_again_when_it_was_mended_meanwhile(folde
         spoil(folder)
         for _ in range(3):
             bucket(source)
-    warnings = [line for line in lines(caplog) if "answering from its last good version" in line]
+    warnings = [line for line in lines(caplog) if "serving its last good version" in line]
     assert len(warnings) == 2
 
 
@@ -171,7 +178,7 @@ def test_the_end_of_a_bad_version_is_told(folder, source, caplog):
     write_source(folder, {"aliases/alias/root": b"gilles"})
     bucket(source)
     bucket(source)
-    assert [f"{folder}/export.json: good again"] == lines(caplog)[1:]
+    assert [f"{folder}/export.json: readable again"] == lines(caplog)[1:]
 
 
 def test_problems_of_entries_are_told_once_a_version(folder, source, caplog):
@@ -203,3 +210,71 @@ def test_asking_a_broken_file_again_and_again_holds_on_to_nothing(folder, source
             bucket(source)
         depth = len(caught.traceback)
     assert depth < 10
+
+
+def test_broken_file_is_parsed_once_a_version(folder, source, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(export, "read_export", lambda data: (parsed.append(data), read_export(data))[1])
+    spoil(folder)
+    for _ in range(20):
+        with pytest.raises(SourceError):
+            bucket(source)
+    assert len(parsed) == 1
+    spoil(folder, "{}")
+    with pytest.raises(SourceError):
+        bucket(source)
+    assert len(parsed) == 2
+
+
+# ---- writing ----
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.binary(), st.integers(0, 2**64 - 1))))
+def test_what_is_written_entry_by_entry_is_read_again(entries):
+    entries = [(key.encode(), value, flags) for key, value, flags in entries]
+    assert read_export(b"[" + b",".join(export_entry(*entry) for entry in entries) + b"]") == entries
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file"
+    first, second = AtomicWriter(str(path)), AtomicWriter(str(path))
+    first.write(b"first")
+    second.write(b"second")
+    second.commit()
+    assert path.read_bytes() == b"second"
+    first.commit()
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_writer_sets_the_mode_that_was_asked_for(tmp_path):
+    for mode in (0o600, 0o644):
+        writer = AtomicWriter(str(tmp_path / "file"), mode=mode, owner=(os.geteuid(), os.getegid()))
+        writer.commit()
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_writer_that_is_discarded_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    writer = AtomicWriter(str(tmp_path / "file"))
+    writer.write(b"new")
+    writer.discard()
+    assert ((tmp_path / "file").read_bytes(), os.listdir(tmp_path)) == (b"old", ["file"])
+
+
+def test_writer_that_may_not_set_the_mode_leaves_no_descriptor_and_no_file(tmp_path, monkeypatch):
+    def refused(*_arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refused)
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(PermissionError):
+            AtomicWriter(str(tmp_path / "file"))
+    assert (len(os.listdir("/proc/self/fd")), os.listdir(tmp_path)) == (len(before), [])
+
+
+def test_writer_in_a_folder_that_is_not_there_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        AtomicWriter(str(tmp_path / "none" / "file"))
+    assert caught.value.filename == str(tmp_path / "none" / "file")

@@ -16,9 +16,9 @@ from table_consul import kv
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, Forbidden, SourceError, Unreachable
 from table_consul.services import SERVICES, Table
-from table_consul.sources import snapshot
-from table_consul.sources.watch import MirrorSource
-from table_consul.tables import MIRRORED_TABLES, Tables
+from table_consul.sources.mirror import TooManyKeys
+from table_consul.sources.watch import MirrorSource, load_once
+from table_consul.tables import MAX_MIRRORED_TABLES, Tables
 from tests.dialogue import eventually
 from tests.fake_consul import CONSUL_1_21_5, Answer, FakeConsul, cut, html, stall
 
@@ -40,7 +40,6 @@ def fake():
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(snapshot, "WRITE_SECONDS", 0.0)
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 0.05)
 
@@ -51,7 +50,8 @@ def mirrored():
 
     def make(addresses, table=TABLE, former=None, **options):
         addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
-        made.append(MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=addresses, **options)), former))
+        settings = ConsulConfig(addresses=addresses, **options)
+        made.append(MirrorSource(table, lambda: kv.Client(settings), former, write_seconds=0.0))
         return made[-1]
 
     yield make
@@ -89,7 +89,7 @@ def becomes(source, wanted, key=b"root", **options):
 def settled(source):
     """Wait until all of its watches have read what there is, and wait for changes."""
     for _ in eventually("settled", 10):
-        if all(each._state.index for each in source.watches):
+        if all(each.index for each in source.watches):
             return
 
 
@@ -129,7 +129,7 @@ def test_the_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_
 def test_of_a_first_load_that_fails_the_answers_are_errors_at_once(mirrored):
     source = mirrored(closed())
     becomes(source, Unreachable)
-    assert source.known("alias") is None
+    assert source.mirror(SERVICES["alias"]).state is None
     began = time.monotonic()
     for _ in range(20):
         with pytest.raises(Unreachable, match="connection refused"):
@@ -227,7 +227,7 @@ def test_the_last_good_copy_answers_through_an_outage_and_nothing_is_restarted(f
     assert ask(source) == b"gilles"
     fake.stop()
     for _ in eventually("the outage is noticed", 10):
-        if source.watches[0].outage.since is not None:
+        if source.watches[0].backoff.since is not None:
             break
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
     fake.start()
@@ -251,7 +251,7 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrore
     assert ask(source) == b"gilles"
     fake.stop()
     for _ in eventually("a few failures", 10):
-        if source.watches[0].outage.failures > 5:
+        if source.watches[0].backoff.failures > 5:
             break
     fake.start()
     fake.put(ROOT, b"eric")
@@ -261,8 +261,8 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrore
             break
     begin, end = lines(caplog)
     assert begin.startswith("mail/aliases/ from Consul: Consul at http://127.0.0.1:")
-    assert begin.endswith("; answering from the last good copy, if there is one, else error")
-    assert end.startswith("mail/aliases/ from Consul: back after ")
+    assert begin.endswith("; serving the last good copy if there is one, otherwise returning errors")
+    assert end.startswith("mail/aliases/ from Consul: recovered after ")
 
 
 def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrored, monkeypatch, caplog):
@@ -272,7 +272,7 @@ def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrore
         raise ZeroDivisionError
 
     with monkeypatch.context() as patched:
-        patched.setattr(kv.Client, "watch", broken)
+        patched.setattr(kv.Client, "blocking_query", broken)
         fake.put(ROOT, b"eric")
         for _ in eventually("the bug shows", 10):
             if "internal error; please report it" in lines(caplog):
@@ -290,7 +290,7 @@ def test_a_list_emptied_by_an_acl_is_not_believed(fake, mirrored):
     fake.denied = (PREFIX,)
     fake.put(b"mail/aliases/zz", b"wakes the watch")
     for _ in eventually("it is noticed", 10):
-        if source.watches[0].outage.since is not None:
+        if source.watches[0].backoff.since is not None:
             break
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
     with pytest.raises(Forbidden):
@@ -309,7 +309,7 @@ def test_a_table_that_was_emptied_is_believed(fake, mirrored):
     becomes(source, None, b"example.org", service="domain")
 
 
-def test_a_bucket_that_may_not_be_read_is_an_error_until_it_may_without_any_edit(fake, mirrored):
+def test_a_bucket_that_may_not_be_read_is_an_error_until_it_may_without_any_edit(fake, mirrored, caplog):
     fake.denied = (DOMAIN,)
     source = mirrored(fake.address, replace(TABLE, max_age=0.9))
     assert ask(source) == b"gilles"
@@ -317,6 +317,7 @@ def test_a_bucket_that_may_not_be_read_is_an_error_until_it_may_without_any_edit
         ask(source, b"example.org", "domain")
     fake.denied = ()
     becomes(source, b"example.org", b"example.org", service="domain")
+    logged(caplog, "mail/aliases/: all services readable again")
 
 
 def test_a_bucket_of_which_consul_hides_a_part_is_an_error(fake, mirrored):
@@ -338,7 +339,7 @@ def test_a_bucket_that_was_empty_and_is_hidden_before_it_fills_is_an_error(fake,
     fake.denied = (DOMAIN,)
     fake.put(DOMAIN + b"example.org", b"")
     becomes(source, Forbidden, b"example.org", service="domain")
-    assert "mail/aliases/: Consul lets this token not read: domain; answering error there" in lines(caplog)
+    assert "mail/aliases/: the token may not read: domain; returning errors for these services" in lines(caplog)
 
 
 def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
@@ -348,7 +349,7 @@ def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
     fake.handle = lambda request: fake.consul(request) if "recurse" in request.params else html(request)
     fake.put(b"mail/aliases/zz", b"makes Consul say that it hides something")
     for _ in eventually("it is noticed", 10):
-        if source.watches[0].outage.since is not None:
+        if source.watches[0].backoff.since is not None:
             break
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
     fake.handle = fake.consul
@@ -412,7 +413,7 @@ def sources(tmp_path):
 
     yield make
     for source in made:
-        source._forget()
+        source.close()
 
 
 def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
@@ -426,7 +427,7 @@ def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
     source.close()
     source.watches[0].join(10)
     assert len(lines(caplog)) == 1
-    assert source.known("alias") is None
+    assert source.mirror(SERVICES["alias"]).state is None
 
 
 def told(source, key=b"root", service="alias", name="aliases"):
@@ -437,7 +438,7 @@ def test_a_table_above_max_keys_is_read_directly_from_the_first_answer_on_and_sa
     source = sources(fake.address, replace(TABLE, max_keys=1))
     assert [told(source), told(source, b"nobody"), told(source)] == [b"gilles", None, b"gilles"]
     assert [line for line in lines(caplog) if "max_keys" in line] == [
-        "mail/aliases/ holds more than max_keys = 1 keys: every answer reads Consul from now on (mode direct)"
+        "mail/aliases/ holds more than max_keys = 1 keys: falling back to direct mode (one Consul read per lookup)"
     ]
 
 
@@ -459,21 +460,71 @@ def test_a_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it
     asked = len(fake.requests)
     assert told(source) == b"gilles"
     assert [request for request in fake.requests[asked:] if "recurse" not in request.params] == []
-    assert "mail/aliases/: no longer too large, answering from memory again" in lines(caplog)
+    assert "mail/aliases/: no longer too large, serving it from memory again" in lines(caplog)
 
 
-def test_what_is_remembered_of_a_mirror_ends_when_it_grew_too_large_or_was_closed(fake, mirrored):
+def state_is_none(source):
+    for _ in eventually("the state is None", 10):
+        if source.mirror(SERVICES["alias"]).state is None:
+            return
+
+
+def test_state_of_a_mirror_is_none_when_the_table_grew_too_large(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, max_keys=2))
     settled(source)
-    for end in (lambda: fake.put(ALIAS + b"one too many", b"x"), source.close):
-        known = source.known("alias")
-        state = source.watches[0].mirror.state
-        assert known is None or known.memory.state is known.state
-        end()
-        for _ in eventually("the state is another", 10):
-            if source.watches[0].mirror.state is not state:
-                break
-    assert source.known("alias") is None
+    assert source.mirror(SERVICES["alias"]).state is not None
+    fake.put(ALIAS + b"one too many", b"x")
+    state_is_none(source)
+    assert source.too_large(SERVICES["alias"])
+    with pytest.raises(TooManyKeys):
+        ask(source)
+
+
+def test_state_of_a_mirror_is_none_when_it_was_closed_and_stays_so(fake, mirrored):
+    held = threading.Event()
+    source = mirrored(fake.address)
+    settled(source)
+    fake.handle = lambda request: held.wait(10) and fake.consul(request)
+    source.close()
+    assert source.mirror(SERVICES["alias"]).state is None
+    held.set()
+    fake.put(ROOT, b"eric")
+    source.watches[0].join(10)
+    assert source.mirror(SERVICES["alias"]).state is None
+
+
+def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
+    limits = kv.Limits(body_bytes=1000)
+    fake.put(ALIAS + b"large", b"x" * 2000)
+    source = MirrorSource(TABLE, lambda: kv.Client(ConsulConfig(addresses=(fake.address,)), limits=limits))
+    for _ in eventually("too large", 10):
+        if source.too_large(SERVICES["alias"]):
+            break
+    source.close()
+
+
+def test_answer_with_the_known_index_is_read_when_an_acl_begins_to_hide_keys(fake, mirrored):
+    source = mirrored(fake.address, replace(TABLE, max_age=0.6))
+    settled(source)
+    fake.denied = (DOMAIN,)
+    becomes(source, b"gilles")
+    for _ in eventually("it is noticed", 10):
+        if isinstance(source.watches[0].mirror.last_error, Forbidden):
+            break
+
+
+def test_load_once_finds_what_a_watch_finds(fake):
+    client = kv.Client(ConsulConfig(addresses=(fake.address,)))
+    fake.denied = (DOMAIN,)
+    stored = {}
+    snapshot, index = load_once(client, TABLE, PREFIX, TABLE.services, stored.update)
+    assert index == fake.index
+    assert snapshot.entries["alias"].lookup(b"root") == b"gilles"
+    assert list(snapshot.forbidden) == ["domain"]
+    assert stored == {ROOT: b"gilles"}
+    with pytest.raises(TooManyKeys):
+        load_once(client, replace(TABLE, max_keys=0), PREFIX, TABLE.services)
+    client.close()
 
 
 # ---- several tables, several folders ----
@@ -490,11 +541,11 @@ def test_a_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
 
 def test_a_bounded_number_of_tables_is_mirrored_and_the_others_are_read_directly(fake, sources):
     source = sources(fake.address)
-    for number in range(MIRRORED_TABLES + 3):
+    for number in range(MAX_MIRRORED_TABLES + 3):
         fake.put(b"mail/table%d/alias/root" % number, b"%d" % number)
-    for number in range(MIRRORED_TABLES + 3):
+    for number in range(MAX_MIRRORED_TABLES + 3):
         assert told(source, name=f"table{number}") == b"%d" % number
-    assert len(source._mirrors) == MIRRORED_TABLES
+    assert len(source._mirrors) == MAX_MIRRORED_TABLES
 
 
 # ---- the copy on disk ----
@@ -583,7 +634,7 @@ def test_a_copy_that_others_may_read_or_write_is_refused_with_a_line(mirrored, c
 def test_a_copy_of_another_table_is_no_absence(mirrored, copied, tmp_path, caplog):
     keep(tmp_path / "copy.json", {key.replace("aliases", "other"): value for key, value in WHOLE.items()})
     becomes(mirrored(closed(), copied), Unreachable)
-    logged(caplog, f"{tmp_path}/copy.json: not used, as it holds nothing of mail/aliases/")
+    logged(caplog, f"{tmp_path}/copy.json: ignored: contains no keys under mail/aliases/")
 
 
 def test_a_copy_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
@@ -626,11 +677,11 @@ def test_a_copy_is_never_replaced_by_a_worse_one(fake, mirrored, copied, tmp_pat
     fake.denied = (PREFIX,)
     fake.put(b"mail/aliases/zz", b"wakes the watch")
     for _ in eventually("several failures", 10):
-        if source.watches[0].outage.failures > 3:
+        if source.watches[0].backoff.failures > 3:
             break
     fake.handle = html
     for _ in eventually("several more", 10):
-        if source.watches[0].outage.failures > 6:
+        if source.watches[0].backoff.failures > 6:
             break
     assert (path.read_text(), os.listdir(tmp_path)) == (good, ["copy.json"])
 
@@ -659,7 +710,7 @@ def test_a_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("table_consul.sources.export.AtomicWriter.take", full)
+        patched.setattr("table_consul.files.AtomicWriter.write", full)
         for name in (b"eric", b"robert"):
             fake.put(ROOT, name)
             becomes(source, name)
@@ -671,7 +722,7 @@ def test_a_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_pa
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("table_consul.sources.export.AtomicWriter.finish", full)
+    monkeypatch.setattr("table_consul.files.AtomicWriter.commit", full)
     source = mirrored(fake.address, copied)
     for name in (b"eric", b"robert"):
         fake.put(ROOT, name)
@@ -692,7 +743,7 @@ def test_a_disk_without_any_room_is_one_line_and_no_outage(fake, mirrored, copie
         os.close(made)
         return honest("/dev/full", os.O_WRONLY)
 
-    monkeypatch.setattr("table_consul.sources.export.os.open", full)
+    monkeypatch.setattr(os, "open", full)
     for number in range(400):  # more than a buffer holds: what is in it fails to be written once more at the end
         fake.put(ALIAS + b"%d" % number, b"x" * 50)
     source = mirrored(fake.address, copied)
@@ -811,20 +862,96 @@ def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(f
             break
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"max_age": 1000.0}, {"deadline": 0.4}, {"snapshot": "/nonexistent/copy"}, {"procexec_reply": "table-result"}],
+)
+def test_update_of_a_setting_that_no_entry_depends_on_keeps_the_data_through_an_outage(fake, sources, setting):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, **setting))
+    source.update()
+    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+
+
+def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    source.box[0] = Config(
+        None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, max_age=1000.0)
+    )
+    source.update()
+    assert told(source) == b"gilles"
+    fake.denied = (ROOT,)
+    hide_silently(fake)
+    fake.start()
+    (one,) = source._mirrors["aliases"].watches
+    for _ in eventually("it is noticed", 10):
+        if isinstance(one.mirror.last_error, Forbidden):
+            break
+    assert told(source) == b"gilles"
+
+
+def hide_silently(fake):
+    """Answer as Consul before 1.11, which does not say that a list is shorter than what is there."""
+
+    def handle(request):
+        answer = fake.consul(request)
+        answer.headers.pop("X-Consul-Results-Filtered-By-ACLs", None)
+        return answer
+
+    fake.handle = handle
+
+
+def test_hidden_key_with_capitals_is_not_taken_for_absent(fake, mirrored):
+    fake.put(ALIAS + b"Eric", b"x")
+    source = mirrored(fake.address)
+    assert ask(source, b"eric") == b"x"
+    fake.denied = (ALIAS + b"Eric",)
+    hide_silently(fake)
+    for _ in eventually("it is noticed", 10):
+        fake.put(b"mail/aliases/zz", str(time.monotonic()).encode())
+        if isinstance(source.watches[0].mirror.last_error, Forbidden):
+            break
+    assert ask(source, b"eric") == b"x"
+
+
+def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, caplog):
+    held = threading.Event()
+    source = mirrored(fake.address)
+    settled(source)
+    fake.handle = lambda request: held.wait(10) and fake.consul(request)
+    source.update()
+    former = source.watches[0]
+    source.close()
+    latter = mirrored(closed(), former=source)
+    for _ in eventually("it fails", 10):
+        if latter.watches[0].backoff.failures > 1:
+            break
+    held.set()
+    fake.put(ROOT, b"eric")
+    former.join(10)
+    assert not any("recovered" in line for line in lines(caplog))
+    assert latter.watches[0].backoff.since is not None
+    assert ask(latter) == b"gilles"
+
+
 def test_an_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, caplog):
     caplog.set_level("INFO")
     source = sources(fake.address)
     assert told(source) == b"gilles"
     fake.stop()
     for _ in eventually("the outage is told", 10):
-        if any("answering from the last good copy" in line for line in caplog.messages):
+        if any("serving the last good copy" in line for line in caplog.messages):
             break
     fake.start()
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed())), defaults=TABLE)
     source.update()
     assert told(source) == b"gilles"
     for _ in eventually("its end is told", 10):
-        if any(" back after " in line for line in caplog.messages):
+        if any(" recovered after " in line for line in caplog.messages):
             break
 
 
@@ -895,6 +1022,6 @@ def test_a_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monke
     def broken(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(snapshot, "read_snapshot_file", broken)
+    monkeypatch.setattr("table_consul.sources.snapshot.read_snapshot_file", broken)
     assert ask(mirrored(fake.address, copied)) == b"gilles"
     assert "internal error; please report it" in lines(caplog)

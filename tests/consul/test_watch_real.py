@@ -61,7 +61,7 @@ def noticed(source, kind, agent=None):
     for _ in eventually(f"{kind.__name__} is noticed", 20):
         if agent is not None:
             agent.kv_put("mail/aliases/beside", str(time.monotonic()))  # in no bucket
-        if one.outage.since is not None and isinstance(one.mirror.last_error, kind):
+        if one.backoff.since is not None and isinstance(one.mirror.last_error, kind):
             return
 
 
@@ -227,7 +227,7 @@ def test_a_token_replaced_in_its_file_is_used_when_the_old_one_is_revoked(guarde
     becomes(source, b"eric")
     guarded.kv_put("mail/aliases/alias/root", "robert")
     becomes(source, b"robert")
-    assert source.watches[0].outage.since is None
+    assert source.watches[0].backoff.since is None
 
 
 # ---- ways to Consul ----

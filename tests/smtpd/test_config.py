@@ -538,12 +538,12 @@ def test_folder_is_refused(tmp_path):
 
 def test_named_pipe_without_writer_is_refused_at_once(file):
     os.mkfifo(file)
-    with pytest.raises(ConfigError, match=r": not a regular file$"):
+    with pytest.raises(ConfigError, match=r": a named pipe, not a file$"):
         config.load(str(file), {})
 
 
 def test_device_is_refused():
-    with pytest.raises(ConfigError, match=r"^/dev/zero: not a regular file$"):
+    with pytest.raises(ConfigError, match=r"^/dev/zero: a device, not a file$"):
         config.load("/dev/zero", {})
 
 

@@ -203,10 +203,10 @@ def watch(**more):
         **{
             "prefix": b"aliases/",
             "too_large": False,
-            "outage": Backoff("aliases/", "error"),
+            "backoff": Backoff("aliases/", "error"),
             "index": 7,
             "reloads": 3,
-            "took": 0.5,
+            "load_seconds": 0.5,
             "mirror": SimpleNamespace(state=None, max_age=86400.0),
             **more,
         }
@@ -215,7 +215,7 @@ def watch(**more):
 
 def test_failures_of_several_outages_add_up():
     outage = Backoff("aliases/", "error")
-    tables = fake_tables(watch(outage=outage))
+    tables = fake_tables(watch(backoff=outage))
     seen = []
     for failures in (0, 2, 1, 0, 3):
         for number in range(failures):
@@ -291,7 +291,7 @@ def test_histogram_adds_up_all_operations_of_a_service():
 
 def test_last_error_of_a_mirror_has_its_time_and_stays_after_recovery():
     outage = Backoff("aliases/", "error")
-    tables = fake_tables(watch(outage=outage))
+    tables = fake_tables(watch(backoff=outage))
     assert "table_consul_last_error_timestamp_seconds" not in collected(tables)
     outage.failure(Unreachable("no leader"), time.monotonic() - 200, 0.0)
     outage.failure(Unreachable("connection refused"), time.monotonic() - 100, 0.0)
@@ -314,7 +314,7 @@ def test_last_error_of_a_direct_or_file_table_is_published(address):
 
 def test_errors_of_one_cause_share_a_series_without_a_token():
     outage = Backoff("aliases/", "error")
-    tables = fake_tables(watch(outage=outage))
+    tables = fake_tables(watch(backoff=outage))
     texts = set()
     for number in range(3):
         token = f"0123456{number}-89ab-cdef-0123-456789abcdef"
@@ -575,7 +575,7 @@ def test_port_in_use_is_served_once_it_is_free(exporter, caplog):
         assert "Address already in use; trying again every 15 s" in caplog.text
     export()
     assert scraped(listen)["table_consul_build_info"] == {("aliases", __version__): 1}
-    assert f"metrics.listen {listen}: back after" in caplog.text
+    assert f"metrics.listen {listen}: recovered after" in caplog.text
 
 
 def test_file_that_cannot_be_written_is_logged_once_and_written_once_it_can_be(tmp_path, exporter, caplog):
@@ -586,7 +586,7 @@ def test_file_that_cannot_be_written_is_logged_once_and_written_once_it_can_be(t
     folder.mkdir()
     export()
     assert caplog.text.count("No such file or directory") == 1
-    assert caplog.text.count("back after") == 1
+    assert caplog.text.count("recovered after") == 1
     assert read(folder / "aliases.prom")["table_consul_build_info"] == {("aliases", __version__): 1}
 
 

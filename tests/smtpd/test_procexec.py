@@ -555,7 +555,7 @@ def test_a_failure_is_told_once_and_so_is_its_end(program, bridge, clock, caplog
     assert made.answer(ROOT, clock()) == Found(b"gilles")
     first, second = (record.getMessage() for record in caplog.records)
     assert first == "table-x: it has ended with status 7; answering error until it runs again"
-    assert second.startswith("table-x: back after ")
+    assert second.startswith("table-x: recovered after ")
 
 
 def test_the_child_is_started_before_it_is_asked(program, bridge, clock, tmp_path):

@@ -1,0 +1,95 @@
+"""Opening files that may be something else, and replacing them in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from typing import BinaryIO
+
+from table_consul.errors import SourceError
+
+# In base64 what kv.py takes from Consul, and the keys.
+FILE_LIMIT_BYTES = 256 << 20
+
+
+def open_regular_file(path: str, flags: int) -> int:
+    """An opener for open() that takes nothing but files: no wait for a named pipe's writer, no device without end.
+
+    Raises:
+        OSError: as open(2), or the path is a pipe or a device.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # open() itself refuses folders
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, f"a {'named pipe' if stat.S_ISFIFO(mode) else 'device'}, not a file", path)
+
+
+def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:
+    """All of an open file.
+
+    Raises:
+        SourceError: it is larger than ``limit`` bytes: more than a mail host should hold in memory.
+    """
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise SourceError(f"larger than {limit >> 20} MiB")
+    return data
+
+
+class AtomicWriter:
+    """Writes a file under a temporary name of its own; readers of the real name find the old file or the new one.
+
+    Everything here raises OSError as writing to files does; `commit` has then discarded what was written.
+    """
+
+    def __init__(self, path: str, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+        """``mode`` are the permissions of the file; ``owner`` (uid, gid) is set where this user may give files away."""
+        import tempfile
+
+        self._path = path
+        folder, name = os.path.split(path)
+        try:
+            descriptor, self._partial = tempfile.mkstemp(prefix=f"{name}.", suffix=".tmp", dir=folder or ".")
+        except OSError as error:
+            error.filename = path  # nobody knows the temporary name
+            raise
+        self._file = os.fdopen(descriptor, "wb")
+        try:
+            if owner is not None:
+                with contextlib.suppress(PermissionError):
+                    os.fchown(descriptor, *owner)
+            os.fchmod(descriptor, mode)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, data: bytes) -> None:
+        """Write some more."""
+        self._file.write(data)
+
+    def commit(self) -> None:
+        """Put the file in place, on disk for good."""
+        try:
+            with self._file as file:
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(self._partial, self._path)
+        except BaseException:
+            self.discard()
+            raise
+        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Leave the old file as it is."""
+        with contextlib.suppress(OSError):  # on a full disk closing fails as writing did
+            self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._partial)

@@ -1,0 +1,127 @@
+"""Clients of fakes, and answers that Consul would not give."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
+from tests.fake_consul import Answer, cut, entry, html, stall, trickle
+
+ROOT = b"consul/alias/root"
+# What a call may take beyond its deadline on a busy machine, before a test calls it late.
+SLACK = 0.5
+TRUE = {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}
+
+
+def config(*addresses, **options):
+    given = {
+        "token": None,
+        "token_file": None,
+        "ca_file": None,
+        "ca_path": None,
+        "cert_file": None,
+        "key_file": None,
+        "tls_server_name": None,
+        "tls_verify": True,
+        "datacenter": None,
+        "namespace": None,
+        "partition": None,
+        "consistency": "default",
+    }
+    return SimpleNamespace(addresses=addresses, **(given | options))
+
+
+class Silent:
+    """A port that takes connections and says nothing; with `full`, one that does not even take them."""
+
+    def __init__(self, *, full=False):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.fillers = []
+        while full:
+            filler = socket.socket()
+            filler.settimeout(0.1)
+            self.fillers.append(filler)
+            try:
+                filler.connect(self.listener.getsockname())
+            except TimeoutError:
+                break
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        for filler in self.fillers:
+            filler.close()
+        self.listener.close()
+
+
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def failure(client, key=ROOT, *, timeout=1.0):
+    """The error of a read, which must come within the time-out."""
+    begun = time.monotonic()
+    with pytest.raises(SourceError) as caught:
+        client.get(key, timeout=timeout)
+    assert time.monotonic() - begun < timeout + SLACK
+    text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) < 400
+    return caught.value
+
+
+def body(text, **headers):
+    return lambda request: Answer(200, TRUE | headers, text)
+
+
+GOOD = entry(ROOT, "Zg==")
+LIES = {
+    "html": (html, BadResponse),
+    "html with an index": (body(b"<html>"), BadResponse),
+    "no body": (body(b""), BadResponse),
+    "null": (body(b"null"), BadResponse),
+    "an object": (body(b'{"Key": "consul/alias/root"}'), BadResponse),
+    "cut json": (body(GOOD.body[:-1]), BadResponse),
+    "json and more": (body(GOOD.body + b"x"), BadResponse),
+    "no utf-8": (body(GOOD.body.replace(b"root", b"r\xfft")), BadResponse),
+    "a key that is no string": (body(GOOD.body.replace(b'"consul/alias/root"', b"5")), BadResponse),
+    "no value": (body(b'[{"Key":"consul/alias/root","ModifyIndex":1}]'), BadResponse),
+    "a value that is no string": (lambda request: entry(ROOT, 5), BadResponse),
+    "no base64": (lambda request: entry(ROOT, "Z"), BadResponse),
+    "base64 with a newline": (lambda request: entry(ROOT, "Zg==\n"), BadResponse),
+    "url-safe base64": (lambda request: entry(ROOT, "_-__"), BadResponse),
+    "compressed": (body(GOOD.body, **{"Content-Encoding": "gzip"}), BadResponse),
+    "204": (lambda request: Answer(204, TRUE), BadResponse),
+    "301": (lambda request: Answer(301, {"Location": "/v1/kv/other"}), BadResponse),
+    "400": (lambda request: Answer(400, {}, b"Bad Request"), BadResponse),
+    "401": (lambda request: Answer(401), Forbidden),
+    "403": (lambda request: Answer(403, {}, b"Permission denied"), Forbidden),
+    "405": (lambda request: Answer(405), BadResponse),
+    "429": (lambda request: Answer(429, {"Retry-After": "30"}), Unreachable),
+    "500": (lambda request: Answer(500, {}, b"No cluster leader"), Unreachable),
+    "503": (lambda request: Answer(503, {"Retry-After": "30"}), Unreachable),
+    "invalid key name": (lambda request: Answer(500, {}, b"Invalid key name"), BadResponse),
+    "stall": (stall, Unreachable),
+    "trickle": (trickle(GOOD), Unreachable),
+    "endless headers": (
+        lambda request: [request.send(b"HTTP/1.1 100 Continue\r\n\r\n") for _ in iter(int, 1)],
+        Unreachable,
+    ),
+    "end before an answer": (cut(GOOD, 0), Unreachable),
+    "end within the status": (cut(GOOD, 5), SourceError),
+    "end within the body": (cut(GOOD, len(GOOD.wire()) - 1), Unreachable),
+    "end within a chunk": (cut(Answer(200, TRUE, GOOD.body, chunked=True), 150), SourceError),
+    "no http": (lambda request: request.send(b"220 mx.example.org ESMTP\r\n"), BadResponse),
+    "too long a header": (lambda request: request.send(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000), BadResponse),
+    "a bad chunk": (
+        lambda request: request.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
+        SourceError,
+    ),
+}

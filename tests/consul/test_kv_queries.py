@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from table_consul import kv
+from table_consul.errors import BadResponse, TooLarge, Unreachable
+from tests.consul.clients import ROOT, SLACK, TRUE, Silent, closed_port
+from tests.fake_consul import Answer, FakeConsul, cut, stall, trickle
+
+
+class query:  # noqa: N801 - reads like a call
+    """A blocking query that was read to its end."""
+
+    def __init__(self, client, prefix=b"consul/", **options):
+        with client.blocking_query(prefix, **{"timeout": 2, **options}) as response:
+            self.index, self.filtered = response.index, response.filtered
+            self.batches = list(response.pairs())
+        self.pairs = [pair for batch in self.batches for pair in batch]
+
+
+# Blocking queries.
+
+
+def test_a_blocking_query_returns_when_something_changes(client, fake):
+    index = query(client).index
+    change = threading.Timer(0.1, fake.put, (b"consul/alias/new", b"x"))
+    change.start()
+    page = query(client, timeout=10, index=index, wait=8)
+    change.join()
+    assert [key for key, _ in page.pairs] == [b"consul/alias/new", ROOT]
+    assert fake.requests[-1].params == {"index": str(index), "wait": "8000ms", "recurse": "1"}
+
+
+def test_a_blocking_query_returns_the_same_after_its_wait(client, fake):
+    assert query(client, timeout=2, index=fake.index, wait=0.1).index == fake.index
+
+
+def test_a_blocking_query_shows_an_index_that_went_back(client, fake):
+    change = threading.Timer(0.1, fake.reset_index, (3,))
+    change.start()
+    assert query(client, timeout=10, index=fake.index, wait=8).index == 3
+    change.join()
+
+
+def test_a_blocking_query_that_is_not_answered_ends_at_its_deadline(client, fake):
+    fake.handle = stall
+    begun = time.monotonic()
+    with pytest.raises(Unreachable):
+        query(client, timeout=0.4, index=5, wait=0.2)
+    assert 0.5 < time.monotonic() - begun < 0.7 + SLACK
+
+
+def test_a_healthy_blocking_list_is_not_cut_short_for_a_second_address(fake, connect):
+    client = connect(fake.address, closed_port())
+    assert query(client, timeout=1.0, index=fake.index, wait=0.8).index == fake.index
+    assert client.address == fake.address
+
+
+def test_a_blocking_query_passes_over_an_address_that_does_not_connect(fake, connect):
+    with Silent(full=True) as dead:
+        client = connect(dead.address, fake.address)
+        assert query(client, timeout=2, index=fake.index, wait=0.5).index == fake.index
+        assert client.address == fake.address
+
+
+def test_after_a_blocking_query_that_was_not_answered_the_next_address_is_asked(fake, connect):
+    with Silent() as dead:
+        client = connect(dead.address, fake.address)
+        with pytest.raises(Unreachable):
+            query(client, timeout=0.3, index=5, wait=0.2)
+        assert query(client, timeout=0.3).index == fake.index
+
+
+# A list in pieces.
+
+
+def listing(*pairs, indent=None):
+    """The body of a list as Consul spells it."""
+    entries = [
+        {
+            "LockIndex": 0,
+            "Key": key,
+            "Flags": 0,
+            "Value": base64.b64encode(value).decode() if value else None,
+            "CreateIndex": 4,
+            "ModifyIndex": 5,
+        }
+        for key, value in pairs
+    ]
+    return json.dumps(entries, indent=indent, separators=(",", ": ") if indent else (",", ":")).encode()
+
+
+def whole(fake, body, **options):
+    fake.handle = lambda request: Answer(200, TRUE, body, **options)
+
+
+TRAPS = [
+    't/a},{"Key":"t/b"',
+    't/}, {"',
+    "t/},",
+    't/"},{"K',
+    "t/\\",
+    't/\\"},{"A',
+    "t/[{",
+    "t/}]",
+    "t/\u2028},{",
+    "t/" + '},{"Aa' * 50,
+    "t/\U0001f600",
+]
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 64, 1 << 20])
+def test_query_yields_whole_entries_however_the_body_is_cut(fake, connect, step, indent):
+    pairs = sorted((key, b"x" * (number * 7)) for number, key in enumerate(TRAPS))
+    whole(fake, listing(*pairs, indent=indent))
+    read = query(connect(fake.address, limits=kv.Limits(chunk_bytes=step)), b"t/")
+    assert read.pairs == sorted((key.encode(), value or None) for key, value in pairs)
+    assert (read.index, read.filtered) == (5, False)
+
+
+KEYS = st.text(st.sampled_from('ab/},{"Key:[]\\ \n') | st.characters(codec="utf-8"), max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    entries=st.dictionaries(KEYS, st.binary(max_size=40), max_size=12),
+    step=st.integers(1, 200),
+    indent=st.sampled_from([None, 0, 1, 4]),
+    chunked=st.booleans(),
+)
+def test_any_list_in_any_pieces_gives_the_same_pairs(fake, connect, entries, step, indent, chunked):
+    pairs = sorted((("t/" + key).encode(), value or None) for key, value in entries.items())
+    whole(fake, listing(*((key.decode(), value) for key, value in pairs), indent=indent), chunked=chunked)
+    assert query(connect(fake.address, limits=kv.Limits(chunk_bytes=step)), b"t/").pairs == pairs
+
+
+def test_query_hands_on_a_long_list_piece_by_piece(fake, client):
+    pairs = [(f"t/{number:05}", b"x" * 50) for number in range(2000)]
+    whole(fake, listing(*pairs))
+    sizes = [len(batch) for batch in query(client, b"t/").batches]
+    assert sum(sizes) == 2000
+    assert max(sizes) < 400
+
+
+def test_query_reads_the_largest_value_of_consul(fake, client):
+    whole(fake, listing(("t/a", b"1"), ("t/b", b"x" * (512 << 10)), ("t/c", b"2")))
+    assert [(key, len(value)) for key, value in query(client, b"t/").pairs] == [
+        (b"t/a", 1),
+        (b"t/b", 512 << 10),
+        (b"t/c", 1),
+    ]
+
+
+@pytest.mark.parametrize("step", [1, 1 << 20])
+@pytest.mark.parametrize("keys", [("t/b", "t/a"), ("t/a", "t/c", "t/b"), ("t/a", "u/b"), ("s/a", "t/b"), ("t",)])
+def test_query_refuses_keys_out_of_order_or_below_another_prefix(fake, connect, keys, step):
+    whole(fake, listing(*((key, b"x") for key in keys)))
+    with pytest.raises(BadResponse, match=r"order|below"):
+        query(connect(fake.address, limits=kv.Limits(chunk_bytes=step)), b"t/")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[", b"{}", b"null", b'[{"Key":"t/a"}]', b"[]]", b"[] []", listing(("t/a", b"x"))[:-1],
+             listing(("t/a", b"x")) + b"x", listing(("t/a", b"x")).replace(b'"eA=="', b'"e*=="'),
+             listing(("t/a", b"x"), ("t/b", b"y")).replace(b"},{", b"},,{")]
+)  # fmt: skip
+@pytest.mark.parametrize("step", [1, 1 << 20])
+def test_query_refuses_a_body_that_is_no_list_of_entries(fake, connect, body, step):
+    whole(fake, body)
+    with pytest.raises(BadResponse):
+        query(connect(fake.address, limits=kv.Limits(chunk_bytes=step)), b"t/")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_query_whose_body_breaks_off_anywhere_fails(fake, client, chunked):
+    answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y"), ("t/c", b"z")), chunked=chunked)
+    for length in range(answer.wire().rindex(b"]") + 1):
+        fake.handle = cut(answer, length)
+        with pytest.raises((Unreachable, BadResponse)):
+            query(client, b"t/", timeout=1)
+
+
+def test_query_that_breaks_off_is_an_error_and_the_next_one_starts_over(fake, client):
+    answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y")))
+    fake.handle = lambda request: answer
+    query(client, b"t/")
+    fake.handle = cut(answer, len(answer.wire()) - 9)
+    with pytest.raises(Unreachable, match="cut off"):
+        query(client, b"t/")
+    fake.handle = lambda request: answer
+    assert query(client, b"t/").pairs == [(b"t/a", b"x"), (b"t/b", b"y")]
+
+
+def test_query_that_breaks_off_is_asked_of_the_next_address(fake, connect):
+    with FakeConsul() as other:
+        other.put(b"t/a", b"x")
+        answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y")))
+        fake.handle = cut(answer, len(answer.wire()) - 9)
+        client = connect(fake.address, other.address)
+        with pytest.raises(Unreachable, match=fake.address):
+            query(client, b"t/")
+        assert query(client, b"t/").pairs == [(b"t/a", b"x")]
+
+
+def test_query_of_nothing_is_an_answer_with_an_index_and_no_entries(fake, client):
+    read = query(client, b"t/")
+    assert (read.pairs, read.index, read.filtered) == ([], fake.index, False)
+    whole(fake, b"[]")
+    assert query(client, b"t/").pairs == []
+
+
+def test_query_takes_no_404_but_consuls_for_emptiness(fake, client):
+    for headers in ({}, {"X-Consul-Index": "5"}, {"X-Consul-Index": "5", "X-Consul-Knownleader": "false"}):
+        fake.handle = lambda request, headers=headers: Answer(404, headers)
+        with pytest.raises((Unreachable, BadResponse)):
+            query(client, b"t/")
+
+
+def unread(client):
+    with client.blocking_query(b"t/", timeout=2) as response:
+        return response.index
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("size", "kept"), [(0, True), (5_000, True), (5_000_000, False)])
+def test_unread_response_keeps_its_connection_if_it_is_small(fake, client, size, kept, chunked):
+    whole(fake, b"x" * size, chunked=chunked)
+    assert unread(client) == 5
+    whole(fake, listing(("t/a", b"x")))
+    assert query(client, b"t/").pairs == [(b"t/a", b"x")]
+    assert [request.connection for request in fake.requests] == ([1, 1] if kept else [1, 2])
+
+
+def test_unread_response_is_not_read(fake, client):
+    sent = []
+
+    def handle(request):
+        answer = Answer(200, TRUE, b"x" * (64 << 20)).wire()
+        for at in range(0, len(answer), 1 << 16):
+            request.send(answer[at : at + (1 << 16)])
+            sent.append(at)
+
+    fake.handle = handle
+    assert unread(client) == 5
+    assert len(sent) < 512  # what the sockets' buffers hold
+
+
+def test_query_that_is_left_early_does_not_disturb_the_next(fake, client):
+    whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))))
+    with client.blocking_query(b"t/", timeout=2) as response:
+        assert next(response.pairs())[0] == (b"t/00000", b"x" * 50)
+    assert len(query(client, b"t/").pairs) == 2000
+
+
+def test_query_has_a_limit_on_the_body(fake, connect):
+    whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
+    with pytest.raises(TooLarge, match="more than"):
+        query(connect(fake.address, limits=kv.Limits(body_bytes=100_000)), b"t/")
+
+
+def test_query_tells_when_an_acl_hides_some(fake, client):
+    fake.put(b"t/a", b"x")
+    fake.put(b"t/secret", b"y")
+    fake.denied = (b"t/secret",)
+    read = query(client, b"t/")
+    assert (read.pairs, read.filtered) == ([(b"t/a", b"x")], True)
+
+
+def test_query_waits_on_its_index_and_brings_the_edit(fake, client):
+    fake.put(b"t/a", b"x")
+    index = query(client, b"t/").index
+    timer = threading.Timer(0.1, fake.put, (b"t/a", b"y"))
+    timer.start()
+    read = query(client, b"t/", index=index, wait=20, timeout=0.5)
+    timer.join()
+    assert (read.pairs, read.index) == ([(b"t/a", b"y")], index + 1)
+    assert fake.requests[-1].params == {"recurse": "1", "index": str(index), "wait": "20000ms"}
+
+
+@pytest.mark.parametrize(
+    ("consistency", "params"),
+    [("default", {"consistent": "1"}), ("stale", {"stale": "1"}), ("consistent", {"consistent": "1"})],
+)
+def test_the_first_answer_of_a_watch_comes_from_a_leader_that_has_caught_up(fake, connect, consistency, params):
+    client = connect(fake.address, consistency=consistency)
+    index = query(client, b"t/").index
+    assert fake.requests[-1].params == {"recurse": "1", **params}
+    query(client, b"t/", index=index, wait=0.05)
+    waiting = {"recurse": "1", "index": str(index), "wait": "50ms"}
+    assert fake.requests[-1].params == {**waiting, **({consistency: "1"} if consistency != "default" else {})}
+
+
+def test_query_that_is_held_longer_than_agreed_is_unreachable(fake, client):
+    fake.handle = stall
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        query(client, b"t/", index=5, wait=0.3, timeout=0.2)
+    assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
+
+
+def test_body_of_a_query_may_take_longer_than_the_deadline_as_long_as_it_arrives(fake, connect):
+    client = connect(fake.address, limits=kv.Limits(chunk_bytes=64, read_seconds=0.4))
+    pairs = [(f"t/{number}", b"x") for number in range(9)]
+    slow = trickle(Answer(200, TRUE, listing(*pairs)), pause=0.002)
+    fake.handle = slow
+    began = time.monotonic()
+    assert len(query(client, b"t/", timeout=0.6).pairs) == 9
+    assert time.monotonic() - began > 0.6
+
+
+def test_body_of_a_query_that_stops_arriving_is_unreachable(fake, connect):
+    client = connect(fake.address, limits=kv.Limits(read_seconds=0.2))
+    answer = Answer(200, TRUE, listing(("t/a", b"x")), length=1000)
+
+    def stops(request):
+        request.send(answer.wire())
+        stall(request)
+
+    for stalling in (stops, trickle(Answer(200, TRUE, listing(("t/a", b"x" * 5000))), pause=0.002)):
+        fake.handle = stalling
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match="no answer in time"):
+            query(client, b"t/", timeout=1)
+        assert time.monotonic() - began < 1.2 + SLACK
+
+
+def test_list_has_its_deadline_for_the_whole_body(fake, client):
+    answer = Answer(200, TRUE, listing(("t/a", b"x" * 5000)))
+
+    def slow(request):
+        request.send(answer.wire()[:200])
+        trickle(Answer(200, TRUE, b"x" * 5000), pause=0.01)(request)
+
+    fake.handle = slow
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        client.list(b"t/", timeout=0.4)
+    assert time.monotonic() - began < 0.4 + SLACK

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import ssl
+import subprocess
+
+import pytest
+
+from table_consul.errors import Unreachable
+from tests.consul.clients import GOOD, ROOT, Silent, failure
+from tests.fake_consul import FakeConsul, stall, trickle
+
+# TLS.
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A private authority, a server certificate for consul.example, and a client certificate."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(arguments):
+        subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
+
+    key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    try:
+        openssl(f"req -x509 {key} -days 2 -keyout ca.key -out ca.pem -subj /CN=test-authority")
+    except FileNotFoundError:
+        pytest.skip("no openssl command: apt-get install openssl")
+    (folder / "san").write_text("subjectAltName=DNS:consul.example\n")
+    for name in ("server", "client"):
+        openssl(f"req {key} -keyout {name}.key -out {name}.csr -subj /CN={name}")
+        openssl(
+            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out {name}.pem"
+        )
+    openssl("rehash .")
+    return folder
+
+
+@pytest.fixture
+def secure(authority):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority / "server.pem", authority / "server.key")
+    with FakeConsul(tls=context) as server:
+        server.put(ROOT, b"gilles")
+        server.context = context
+        yield server
+
+
+def test_tls_with_a_private_authority_and_a_server_name(secure, connect, authority):
+    for trust in ({"ca_file": str(authority / "ca.pem")}, {"ca_path": str(authority)}):
+        client = connect(secure.address, tls_server_name="consul.example", **trust)
+        secure.requests.clear()
+        assert client.get(ROOT, timeout=2).value == b"gilles"
+        assert client.list(b"consul/", timeout=2).index == secure.index
+        assert len({request.connection for request in secure.requests}) == 1
+
+
+def test_tls_sends_the_server_name_it_checks(secure, connect, authority):
+    seen = []
+    secure.context.sni_callback = lambda sock, name, context: seen.append(name)
+    client = connect(secure.address, tls_server_name="consul.example", ca_file=str(authority / "ca.pem"))
+    client.get(ROOT, timeout=2)
+    assert seen == ["consul.example"]
+
+
+def test_tls_refuses_an_unknown_authority_and_another_name(secure, connect, authority):
+    for options in ({"tls_server_name": "consul.example"}, {"ca_file": str(authority / "ca.pem")}):
+        error = failure(connect(secure.address, **options), timeout=2)
+        assert isinstance(error, Unreachable)
+        assert "certificate verification failed" in str(error)
+    assert secure.requests == []
+
+
+def test_tls_without_verification_takes_anything(secure, connect):
+    assert connect(secure.address, tls_verify=False).get(ROOT, timeout=2).value == b"gilles"
+
+
+def test_tls_with_a_client_certificate(secure, connect, authority):
+    secure.context.verify_mode = ssl.CERT_REQUIRED
+    secure.context.load_verify_locations(authority / "ca.pem")
+    trust = {"tls_server_name": "consul.example", "ca_file": str(authority / "ca.pem")}
+    assert isinstance(failure(connect(secure.address, **trust), timeout=2), Unreachable)
+    own = {"cert_file": str(authority / "client.pem"), "key_file": str(authority / "client.key")}
+    assert connect(secure.address, **trust, **own).get(ROOT, timeout=2).value == b"gilles"
+
+
+@pytest.mark.parametrize("option", ["ca_file", "cert_file"])
+def test_a_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, option):
+    path = tmp_path / "none.pem"
+    assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
+    path.write_text("no certificate")
+    assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
+
+
+def test_tls_handshake_and_answer_do_not_outlive_the_deadline(secure, connect):
+    with Silent() as dead:
+        client = connect(dead.address.replace("http:", "https:"), tls_verify=False)
+        assert isinstance(failure(client, timeout=0.3), Unreachable)
+    client = connect(secure.address, tls_verify=False)
+    for lie in (stall, trickle(GOOD)):
+        secure.handle = lie
+        assert isinstance(failure(client, timeout=0.4), Unreachable)
+
+
+def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one_are_errors(secure, fake, connect):
+    failure(connect(secure.address.replace("https:", "http:")))
+    error = failure(connect(fake.address.replace("http:", "https:"), tls_verify=False))
+    assert str(error).endswith("the server did not speak TLS (should the address be http://?)")
+
+
+def test_reload_reads_the_tls_files_again(secure, connect, authority, tmp_path):
+    trusted = tmp_path / "ca.pem"
+    trusted.write_bytes((authority / "client.pem").read_bytes())
+    client = connect(secure.address, tls_server_name="consul.example", ca_file=str(trusted))
+    assert "certificate verification failed" in str(failure(client, timeout=2))
+    trusted.write_bytes((authority / "ca.pem").read_bytes())
+    failure(client, timeout=2)
+    client.reload()
+    assert client.get(ROOT, timeout=2).value == b"gilles"

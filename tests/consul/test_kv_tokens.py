@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from table_consul.errors import Forbidden, SourceError
+from tests.consul.clients import ROOT, failure
+from tests.fake_consul import Answer
+
+# Token, parameters, environment.
+
+
+def test_the_configured_token_is_sent_in_its_header_only(fake, connect):
+    fake.token = "s3cret"
+    assert connect(fake.address, token="s3cret").get(ROOT, timeout=1).value == b"gilles"
+    assert fake.requests[-1].headers["x-consul-token"] == "s3cret"
+    assert "s3cret" not in fake.requests[-1].target
+
+
+def test_without_a_token_none_is_sent(client, fake):
+    client.get(ROOT, timeout=1)
+    assert "x-consul-token" not in fake.requests[-1].headers
+
+
+def test_a_token_that_is_echoed_does_not_show_in_the_message(fake, connect):
+    fake.handle = lambda request: Answer(403, {}, b"no such token: s3cret")
+    assert "s3cret" not in str(failure(connect(fake.address, token="s3cret")))
+
+
+def write(path, text):
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.rename(path)
+
+
+def test_the_token_file_wins_and_is_read_again_when_it_changes(fake, connect, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("first \r\n\n")
+    fake.token = "first"
+    client = connect(fake.address, token="other", token_file=str(path))
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    write(path, "second")
+    fake.token = "second"
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    assert [request.headers["x-consul-token"] for request in fake.requests] == ["first", "second"]
+
+
+def test_after_a_403_the_token_file_is_read_again_and_the_read_repeated(fake, connect, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("first")
+    stamp = path.stat()
+    fake.token = "first"
+    client = connect(fake.address, token_file=str(path))
+    client.get(ROOT, timeout=1)
+    path.write_text("other")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    fake.token = "other"
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+
+
+def test_a_403_with_an_unchanged_token_file_is_not_repeated(fake, connect, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("wrong")
+    fake.token = "right"
+    assert isinstance(failure(connect(fake.address, token_file=str(path))), Forbidden)
+    assert len(fake.requests) == 1
+
+
+def test_a_token_file_that_cannot_be_read_is_an_error_until_it_can(fake, connect, tmp_path):
+    path = tmp_path / "token"
+    client = connect(fake.address, token_file=str(path))
+    assert str(path) in str(failure(client))
+    with pytest.raises(SourceError, match="token"):
+        client.reload()
+    path.write_text("\n")
+    assert "empty" in str(failure(client))
+    assert fake.requests == []
+    path.write_text("t")
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    client.reload()
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "sp ace", "t\u00f6ken", "nul\0"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(fake, connect, tmp_path, text):
+    path = tmp_path / "token"
+    path.write_text(text)
+    assert text[:3] not in str(failure(connect(fake.address, token_file=str(path)))).replace(str(path), "")
+    with pytest.raises(SourceError):
+        connect(fake.address, token=text)
+
+
+def test_datacenter_namespace_partition_and_consistency_are_parameters(fake, connect):
+    client = connect(fake.address, datacenter="dc 1&x", namespace="ns", partition="p", consistency="stale")
+    client.get(ROOT, timeout=1)
+    expected = {"dc": "dc 1&x", "ns": "ns", "partition": "p", "stale": "1"}
+    assert fake.requests[-1].params == expected
+    client.list(b"consul/", timeout=1)
+    assert fake.requests[-1].params == expected | {"recurse": "1"}
+    connect(fake.address, consistency="consistent").keys(b"consul/", timeout=1)
+    assert fake.requests[-1].params == {"consistent": "1", "keys": "True"}
+
+
+@pytest.mark.parametrize("address", ["http://[::1]:1", "unix:///none", "127.0.0.1:1", "a:b:c:d", "https://x:1"])
+def test_the_environment_does_not_count(fake, connect, monkeypatch, tmp_path, address):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login a password b\n")
+    for name, value in {
+        "CONSUL_HTTP_ADDR": address,
+        "CONSUL_HTTP_TOKEN": "environment",
+        "CONSUL_HTTP_SSL": "true",
+        "CONSUL_HTTP_SSL_VERIFY": "1",
+        "HTTP_PROXY": "http://127.0.0.1:1",
+        "ALL_PROXY": "http://127.0.0.1:1",
+        "NETRC": str(netrc),
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert connect(fake.address).get(ROOT, timeout=1).value == b"gilles"
+    assert not {"x-consul-token", "authorization"}.intersection(fake.requests[-1].headers)
+
+
+@pytest.mark.timeout(10)
+def test_token_file_that_is_a_named_pipe_is_an_error(fake, connect, tmp_path):
+    os.mkfifo(tmp_path / "token")
+    assert "named pipe" in str(failure(connect(fake.address, token_file=str(tmp_path / "token"))))

@@ -1,6 +1,6 @@
 # Targets for whoever works on table-consul, and for `make install`; `make help` lists them.
 .POSIX:
-.PHONY: help demo test lint cover chaos bench dist install uninstall clean venv
+.PHONY: help demo test quick lint cover chaos bench dist install uninstall clean venv
 
 PYTHON = python3
 VENV = .venv
@@ -14,6 +14,10 @@ SBINDIR = $(PREFIX)/sbin
 MANDIR = $(PREFIX)/share/man
 APPDIR = $(PREFIX)/lib/table-consul
 EXTRAS = metrics
+
+# A worker for each processor, up to four; WORKERS=0 runs one test after the other and prints at once.
+WORKERS = auto
+PARALLEL = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # DESTDIR, for packages, goes before each path that is written to, and into no file. APPDIR holds the package itself.
 APP = $(DESTDIR)$(APPDIR)
@@ -32,7 +36,7 @@ $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
 	@$(MAKE) venv
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[metrics,regex]' --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[metrics,regex]' --group dev
 	@$(BIN)/python -m pip install --quiet --editable '.[auth]' >$(VENV)/auth.log 2>&1 || \
 	    echo 'without what the service auth needs, which takes a C compiler here: see $(VENV)/auth.log'
 	touch $@
@@ -41,7 +45,10 @@ demo: $(VENV)/.stamp ## mail to root follows a key in Consul, before your eyes
 	$(BIN)/python -m tests.rig.demo
 
 test: $(VENV)/.stamp ## all tests, with a real Consul and real OpenSMTPDs where that is possible
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+quick: $(VENV)/.stamp ## the tests that take neither root nor network nor long: a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not real and not slow' $(ARGS)
 
 lint: $(VENV)/.stamp ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -49,7 +56,7 @@ lint: $(VENV)/.stamp ## ruff and mypy --strict
 	$(BIN)/mypy
 
 cover: $(VENV)/.stamp ## the tests that need no root, with branch coverage
-	$(BIN)/python -m pytest -m 'not real' --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not real' --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 chaos: $(VENV)/.stamp ## the long version of tests/chaos: a cluster of three that loses its members
 	TABLE_CONSUL_CHAOS=long $(BIN)/python -m pytest -s tests/chaos $(ARGS)

@@ -1,15 +1,20 @@
-"""Fixtures with real parts, and the rule that a skipped test says how to run it.
+"""Fixtures with real parts, the markers of tests, and the rule that a skipped test says how to run it.
 
-A test that uses ``consul``, ``root`` or ``smtpd`` is marked ``real``. Where such a part cannot be had the test is
-skipped with the reason and the remedy; with ``CI=true`` in the environment every skip is a failure.
+A test that uses ``consul``, ``root`` or ``smtpd`` is marked ``real``. If such a part cannot be had, the test is skipped
+with the reason and a remedy; with ``CI=true`` in the environment every skip is a failure.
+
+With pytest-xdist each worker has its own Consul agents, and one worker runs all of a file, so that the fixtures of a
+module are made once. Files with real parts come first, tests marked ``alone`` last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 from tests.rig import cache, package
@@ -19,6 +24,12 @@ from tests.rig.root import Root
 
 REAL_PARTS = {"consul", "consul_with_acl", "consul_cluster", "root", "smtpd"}
 RELEASES = ("7.9", "7.6")
+# Files in which most tests start processes or build something; `make quick` leaves them out.
+SLOW = {f"tests/{name}.py" for name in ("test_release", "smtpd/test_process", "smtpd/test_procexec", "e2e/test_demo")}
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("table-consul", deadline=None)
+hypothesis.settings.load_profile("table-consul")
 
 
 @contextlib.contextmanager
@@ -86,10 +97,27 @@ def smtpd(root: Root) -> Iterator[Callable[..., Smtpd]]:
         yield lambda *arguments, **options: running.enter_context(Smtpd(root, *arguments, **options))
 
 
+@pytest.hookimpl(tryfirst=True)  # before what -m deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if REAL_PARTS & set(getattr(item, "fixturenames", ())):
             item.add_marker("real")
+        if item.path.relative_to(package.CHECKOUT).as_posix() in SLOW:
+            item.add_marker("slow")
+    real = {item.path for item in items if _has(item, "real")}
+    items.sort(key=lambda item: (_has(item, "alone"), item.path not in real))  # keeps the order within a file
+
+
+def _has(item: pytest.Item, marker: str) -> bool:
+    return item.get_closest_marker(marker) is not None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the clock of pytest-timeout
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test marked ``alone`` runs while no other worker runs any."""
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if _has(item, "alone") else fcntl.LOCK_SH)
+        return (yield)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -19,7 +19,7 @@ from tests.chaos.trickle import Trickle
 from tests.dialogue import Child
 from tests.rig.waiting import wait_for
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.alone]
 
 LONG = os.environ.get("TABLE_CONSUL_CHAOS") == "long"
 HEALTHY_SECONDS = 5.0 if LONG else 1.0
@@ -38,6 +38,8 @@ def report(request):
     rows: list[Judgement] = []
     yield rows
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None:  # a worker of pytest-xdist has none
+        return
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         terminal.ensure_newline()
         for line in (Judgement.HEAD, *rows):

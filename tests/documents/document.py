@@ -1,14 +1,26 @@
-"""The project's documents as tests read them: their fenced blocks, their links, and the commands that they show."""
+"""The project's documents as the tests read them: fenced blocks, links, tables, and the commands that they show."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONTRIB = ROOT / "contrib"
+CONTROL = (sys.executable, "-c", "import sys; from table_consul.ctl.main import main; sys.exit(main())")
+"""The command ``table-consulctl`` of this checkout."""
 
 
 class Fenced(NamedTuple):
@@ -73,6 +85,13 @@ class Document:
             if text:
                 yield Command(prompt, text, "".join(output), at)
 
+    def section(self, heading: str) -> str:
+        """The text between a heading, such as ``## Logs``, and the next of its own level or above."""
+        level, _, _ = heading.partition(" ")
+        begins = self.text.index(f"\n{heading}\n") + len(heading) + 2
+        ends = re.search(rf"^#{{1,{len(level)}}} ", self.text[begins:], re.MULTILINE)
+        return self.text[begins : begins + ends.start() if ends else len(self.text)]
+
     @property
     def prose(self) -> str:
         """All but its fenced blocks."""
@@ -86,3 +105,56 @@ class Document:
         """The anchors of its headings, as GitHub makes them."""
         headings = re.findall(r"^#+ (.*)$", self.prose, re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [Document(path) for folder in (".", "docs", "bench") for path in sorted((ROOT / folder).glob("*.md"))]
+
+
+def page(name: str) -> Document:
+    """The page of that path below the root, such as ``docs/keys.md``."""
+    return next(each for each in PAGES if each.path == ROOT / name)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each row of the Markdown tables in a text, without heads and rules; ``\\|`` is no border."""
+    lines = text.splitlines()
+    return [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line, after in itertools.pairwise([*lines, ""])
+        if line.startswith("|") and not line.startswith("|---") and not after.startswith("|---")
+    ]
+
+
+def written(value: object) -> str:
+    """A value as the documents write it."""
+    return json.dumps(value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+SMTPD_CHECKS = """\
+set -e
+mount -t tmpfs tmpfs /tmp
+cat > /tmp/smtpd.conf
+openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=mail.example.org -keyout /tmp/key -out /tmp/pem 2>/tmp/log
+mount -t tmpfs tmpfs /etc/ssl
+mkdir /etc/ssl/certs /etc/ssl/private
+install -m 0600 /tmp/key /etc/ssl/private/mail.example.org.key
+install -m 0644 /tmp/pem /etc/ssl/certs/mail.example.org.pem
+mount -t tmpfs -o mode=755 tmpfs /usr/libexec/opensmtpd
+for backend in table-consul table-procexec; do install -m 0755 /bin/true /usr/libexec/opensmtpd/$backend; done
+smtpd -n -f /tmp/smtpd.conf 2>&1
+"""
+
+
+def smtpd_check(release: str, conf: str) -> str:
+    """What ``smtpd -n`` of an OpenSMTPD release says about a smtpd.conf."""
+    if os.geteuid() != 0:
+        pytest.skip("a real OpenSMTPD needs root (run it as root: sudo make test)")
+    from tests.rig import cache, root
+
+    try:
+        place = root.Root(release).path
+    except cache.Unavailable as error:
+        pytest.skip(str(error))
+    mounts = 'mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
+    command = ("unshare", "--mount", "sh", "-c", mounts, place, "sh", "-c", SMTPD_CHECKS)
+    return subprocess.run(command, input=conf, capture_output=True, text=True, check=False).stdout

@@ -1,4 +1,4 @@
-"""The manual pages say what the programs are: their options, their commands, the configuration's keys and defaults."""
+"""The manual pages describe the programs as they are: options, commands, services, examples."""
 
 from __future__ import annotations
 
@@ -6,58 +6,21 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import click
-import msgspec
 import pytest
 
 from table_consul import cli, config, procexec
 from table_consul.ctl import main
 from table_consul.services import SERVICES
+from tests.documents.document import CONTROL, written
+from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
-MAN = Path(__file__).parents[2] / "man"
-PAGES = sorted(path.name for path in MAN.glob("*.[0-9]"))
 # Of OpenSMTPD and of the system; mandoc looks for them on this machine, where they need not be.
 FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
 }
-SECTIONS = [section for section in config.KEYS if section != "tables"]
 PROGRAMS = {"table-consul.8": cli._parser(), "table-procexec.8": procexec._parser()}
-
-
-def source(page):
-    return (MAN / page).read_text(encoding="ascii")
-
-
-def parts(text, heading):
-    """What stands below each heading (`.Sh` or `.Ss`), by its words."""
-    _, *found = re.split(rf"^\.{heading} (.*)\n", text, flags=re.MULTILINE)
-    return dict(zip(found[::2], found[1::2], strict=True))
-
-
-def items(text):
-    """The items of the lists in a text, by the line after `.It`, with what is said of each."""
-    _, *found = re.split(r"^\.It (.*)\n", text, flags=re.MULTILINE)
-    return {head: body.partition("\n.El")[0] for head, body in zip(found[::2], found[1::2], strict=True)}
-
-
-def marked(text, macro):
-    """Every word that stands after a macro in a text."""
-    now = ""
-    for line in text.splitlines():
-        for word in line.lstrip(".").split():
-            if word in {"Ar", "Cm", "Fl", "It", "Ns", "Oc", "Oo", "Op"}:
-                now = word
-            elif now == macro and word not in {"|", ",", "..."}:
-                yield word
-        now = ""
-
-
-def flags(text):
-    """Every option that a text names: `-h`, `--check`."""
-    return {f"-{word}" for word in marked(text, "Fl")}
 
 
 def synopsis(page):
@@ -72,21 +35,21 @@ def linted(page):
 
 
 def known_elsewhere():
-    return FOREIGN | {" ".join(page.rsplit(".", 1)) for page in PAGES}
+    return FOREIGN | {" ".join(page.rsplit(".", 1)) for page in NAMES}
 
 
 mandoc = pytest.mark.skipif(not shutil.which("mandoc"), reason="no mandoc: apt-get install mandoc")
 
 
 @mandoc
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", NAMES)
 def test_mandoc_has_nothing_to_say(page):
     assert linted(page) == []
 
 
 @mandoc
 def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
-    monkeypatch.setattr("tests.test_man.MAN", tmp_path)
+    monkeypatch.setattr("tests.documents.test_man.MAN", tmp_path)
     head = ".Dd November 22, 2026\n.Dt PAGE 8\n.Os\n.Sh NAME\n.Nm page\n.Nd one\n"
     (tmp_path / "page.8").write_text(head)
     assert linted("page.8") == []
@@ -96,19 +59,19 @@ def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
 
 
 @mandoc
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", NAMES)
 def test_a_page_fits_a_terminal(page):
     done = subprocess.run(["mandoc", "-T", "ascii", MAN / page], capture_output=True, text=True, check=True)
     assert [line for line in re.sub(".\b", "", done.stdout).splitlines() if len(line) > 80] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", NAMES)
 def test_the_title_is_the_name_of_the_page(page):
     name, _, section = page.rpartition(".")
     assert f".Dt {name.upper()} {section}\n.Os\n.Sh NAME\n.Nm {name}\n.Nd " in source(page)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", NAMES)
 def test_references_are_to_pages_that_there_are(page):
     assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= known_elsewhere()
 
@@ -142,82 +105,6 @@ def test_what_an_option_takes_and_its_default_are_told(page):
 def test_arguments_are_in_the_synopsis(page):
     names = [action.metavar.lower() for action in PROGRAMS[page]._actions if not action.option_strings]
     assert set(names) <= {*marked(synopsis(page), "Ar")}
-
-
-def stated_default(told):
-    """The default that an item states: a word, "" for none of two kinds, None where it says nothing."""
-    if re.search(r"There is no\s+default", told) or "The default is empty" in told:
-        return ""
-    if found := re.search(r"The default is\n\.Cm (\S+)", told):
-        return found[1]
-    if found := re.search(r"The default is all but\n\.Cm (\S+)", told):
-        return f"all but {found[1]}"
-    return None
-
-
-def real_defaults(section):
-    silent = config.Config(path=None)
-    values = msgspec.structs.asdict(getattr(silent, section))
-    if section == "consul":
-        values["address"] = values["addresses"][0]
-    if section == "defaults":
-        values["table"] = silent.default_table
-        assert values["services"] == tuple(name for name in SERVICES if name != "auth")
-        values["services"] = "all but auth"
-    return {key: written(value) for key, value in values.items()}
-
-
-def written(value):
-    """A default as the page writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value) if value else ""
-
-
-def section_of_page(section):
-    (found,) = (text for head, text in parts(source("table-consul.toml.5"), "Ss").items() if f"[{section}]" in head)
-    return items(found.partition("\n.Sh")[0])
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_keys_of_the_configuration_are_those_of_the_program(section):
-    assert sorted(section_of_page(section)) == sorted(f"Ic {key}" for key in config.KEYS[section])
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_defaults_of_the_configuration_are_those_of_the_program(section):
-    real = real_defaults(section)
-    stated = {head.removeprefix("Ic "): stated_default(told) for head, told in section_of_page(section).items()}
-    assert stated == {key: real[key] for key in stated}
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_choices_of_the_configuration_are_told(section):
-    for key, field in config.KEYS[section].items():
-        literals = re.findall(r"Literal\[([^]]*)\]", str(field))
-        told = section_of_page(section)[f"Ic {key}"]
-        words = [word for literal in literals for word in re.findall(r"'([\w-]+)'", literal)]
-        assert [word for word in words if f".Cm {word}" not in told] == []
-
-
-def test_variables_are_told_beside_their_keys():
-    told = section_of_page("consul")
-    for group in config.VARIABLES:
-        for key, variable in group.items():
-            assert f".Ev {variable}" in told[f"Ic {'token_file' if key == 'token' else key}"]
-    for key, variable in (
-        ("address", "CONSUL_HTTP_ADDR"),
-        ("address", "CONSUL_HTTP_SSL"),
-    ):
-        assert f".Ev {variable}" in told[f"Ic {key}"]
-
-
-def test_variables_are_those_that_the_program_reads():
-    read = set(re.findall(r'"(CONSUL_[A-Z_]+)"', Path(config.__file__).read_text()))
-    for page in ("table-consul.8", "table-consul.toml.5"):
-        assert set(re.findall(r"^\.Ev (CONSUL_\S+)", source(page), re.MULTILINE)) == read
 
 
 def test_services_are_those_of_the_program():
@@ -304,14 +191,13 @@ def test_arguments_of_a_command_are_in_its_synopsis(name):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_works_as_the_page_says(shell):
     assert f"_TABLE_CONSULCTL_COMPLETE={shell}_source table-consulctl" in source("table-consulctl.8")
-    run = (sys.executable, "-c", "import sys; from table_consul.ctl.main import main; sys.exit(main())")
     asked = {**os.environ, "_TABLE_CONSULCTL_COMPLETE": f"{shell}_source"}
-    done = subprocess.run(run, env=asked, capture_output=True, text=True, check=False)
+    done = subprocess.run(CONTROL, env=asked, capture_output=True, text=True, check=False)
     if "not supported" in done.stderr or "older than" in done.stderr:
         pytest.skip(done.stderr)
     assert f"_TABLE_CONSULCTL_COMPLETE={shell}_complete" in done.stdout
     words = {"COMP_WORDS": "table-consulctl qu", "COMP_CWORD": "1" if shell != "fish" else "qu"}
     asked = {**os.environ, **words, "_TABLE_CONSULCTL_COMPLETE": f"{shell}_complete"}
-    done = subprocess.run(run, env=asked, capture_output=True, text=True, check=False)
+    done = subprocess.run(CONTROL, env=asked, capture_output=True, text=True, check=False)
     assert "query" in done.stdout
     assert "lint" not in done.stdout

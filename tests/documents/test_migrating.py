@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents.document import Document
+from tests.documents.document import ROOT, page
 from tests.rig import cache
 from tests.rig.consul import consul_binary
 
-CHECKOUT = Path(__file__).parents[2]
-PAGE = Document(CHECKOUT / "docs/migrating.md")
+PAGE = page("docs/migrating.md")
 CONTROL = """\
 #!{python}
 import sys
@@ -58,7 +57,7 @@ def shell(consul, folder):
     (programs / "sqlite3").symlink_to(sqlite())
     work = folder / "work"
     work.mkdir()
-    (work / "contrib").symlink_to(CHECKOUT / "contrib")
+    (work / "contrib").symlink_to(ROOT / "contrib")
     (toml,) = PAGE.fenced("toml")
     (work / "paths.toml").write_text(toml.text)
     with sqlite3.connect(work / "smtp.sqlite") as database:

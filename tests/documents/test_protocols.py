@@ -7,7 +7,6 @@ import itertools
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from struct import calcsize
 from sys import byteorder
 
@@ -18,9 +17,9 @@ from hypothesis import strategies as st
 from table_consul.server import Server
 from table_consul.services import SERVICES
 from tests.dialogue import PATIENCE_SECONDS, open_tables, read_transcript, write_config, write_source
-from tests.documents.document import Document
+from tests.documents.document import page
 
-PAGE = Document(Path(__file__).parents[2] / "docs/protocols.md")
+PAGE = page("docs/protocols.md")
 ENTRIES = {
     key: value.strip().encode()
     for block in PAGE.fenced("entries")

@@ -227,7 +227,7 @@ def test_the_commands_of_the_readme_need_a_fresh_debian_with_make_and_python_alo
         root = bare.debian()
     with bare.Layer(root, {"/root/table-consul": tree}, network=True) as layer:
         assert "No such file" in layer.run("make --version >/dev/null; python3 --version; ls /usr/bin/pip 2>&1 || true")
-        said = layer.run(NEWCOMER)
+        said = layer.run(NEWCOMER, timeout=570)
     assert said.count(f"table-consul {__version__}\n") == 2
     assert "delivered" in said or "Mail went where Consul said" in said
     assert "Usage: table-consulctl" in said

@@ -68,10 +68,15 @@ def consul_version() -> tuple[int, ...]:
 
 
 def free_ports(count: int, addresses: Iterable[str] = ("127.0.0.1",)) -> list[int]:
-    """Ports that nobody uses now on any of the addresses, neither for TCP nor for UDP."""
+    """Ports that nobody uses now on any of the addresses, neither for TCP nor for UDP.
+
+    Each worker of pytest-xdist has its own ports, as a port is free until a program that was told so has bound it.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     chosen: list[int] = []
     while len(chosen) < count:
-        port = random.randrange(FIRST_PORT, LAST_PORT)
+        port = random.randrange(FIRST_PORT + worker, LAST_PORT, workers)
         if port not in chosen and all(_is_free(address, port) for address in addresses):
             chosen.append(port)
     return chosen

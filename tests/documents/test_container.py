@@ -12,15 +12,15 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from table_consul import config
+from tests.documents.document import CONTRIB, ROOT
 from tests.rig.image import CONTEXT
-from tests.rig.package import CHECKOUT
 
-CONTAINER = CHECKOUT / "contrib/container"
-DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
+CONTAINER = CONTRIB / "container"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def test_every_dependency_is_pinned_to_a_release_that_pyproject_allows_and_to_its_bytes():
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     named = re.search(r"EXTRAS=(\S+)", DOCKERFILE)
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
@@ -36,7 +36,7 @@ def test_every_dependency_is_pinned_to_a_release_that_pyproject_allows_and_to_it
 
 
 def test_what_is_sent_to_the_builder_is_what_the_tests_take_its_image_to_be_made_of():
-    lines = (CHECKOUT / ".dockerignore").read_text().splitlines()
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
     kept = {line[1:] for line in lines if line.startswith("!")}
     assert kept == set(CONTEXT) - {"Dockerfile", ".dockerignore"}
     assert "*" in lines

@@ -1,4 +1,4 @@
-"""The examples under contrib/ do what they say: for Terraform, and from an LDAP server."""
+"""The examples under contrib/ do what they say: smtpd.conf, for Terraform, and from an LDAP server."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import hcl2
 import pytest
 
 from tests.dialogue import converse, open_tables, write_config, write_source
+from tests.documents.document import CONTRIB, smtpd_check
 
-ROOT = Path(__file__).parents[2]
+# ---- contrib/smtpd.conf.example ----
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("through", ["consul", "procexec"])
+@pytest.mark.parametrize("release", ["6.8", "7.4", "7.6", "7.9"])
+def test_smtpd_accepts_the_example(release, through):
+    text = (CONTRIB / "smtpd.conf.example").read_text()
+    if through == "procexec":
+        text = text.replace("table aliases  consul:", "#", 1).replace(
+            "#table aliases procexec:", "table aliases procexec:"
+        )
+        assert "\ntable aliases procexec:/" in text
+    assert smtpd_check(release, text) == "configuration OK\n"
+
 
 # ---- contrib/terraform ----
 
@@ -37,7 +51,7 @@ def unquoted(tree):
 
 @pytest.fixture
 def terraform():
-    return unquoted(hcl2.loads((ROOT / "contrib/terraform/main.tf").read_text()))
+    return unquoted(hcl2.loads((CONTRIB / "terraform/main.tf").read_text()))
 
 
 def resources(terraform):
@@ -78,9 +92,9 @@ def test_what_terraform_puts_is_what_tables_answer(terraform, tmp_path):
 
 
 def test_files_that_terraform_reads_are_there(terraform):
-    named = re.findall(r'file\("\$\{path\.module\}/([^"]+)"\)', (ROOT / "contrib/terraform/main.tf").read_text())
+    named = re.findall(r'file\("\$\{path\.module\}/([^"]+)"\)', (CONTRIB / "terraform/main.tf").read_text())
     assert named
-    assert [name for name in named if not (ROOT / "contrib/terraform" / name).exists()] == []
+    assert [name for name in named if not (CONTRIB / "terraform" / name).exists()] == []
 
 
 # ---- contrib/ldif-to-lines.py ----
@@ -88,7 +102,7 @@ def test_files_that_terraform_reads_are_there(terraform):
 
 def lines_of(ldif, template):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "contrib/ldif-to-lines.py"), template],
+        [sys.executable, str(CONTRIB / "ldif-to-lines.py"), template],
         input=ldif,
         capture_output=True,
         text=True,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.dialogue import Child, eventually, write_config
+from tests.documents.document import CONTRIB, CONTROL
 from tests.rig import cache
 from tests.rig.consul import ConsulAgent, ConsulError
 
-CONTRIB = Path(__file__).parents[2] / "contrib"
 FILES = sorted((CONTRIB / "policies").glob("*.hcl"))
 TABLES = re.findall(r"^table (\S+) ", (CONTRIB / "smtpd.conf.example").read_text(), re.MULTILINE)
 # One entry in each of those tables, and a question that it answers.
@@ -92,7 +90,7 @@ def test_the_file_grants_what_the_command_would_write(name, option, tmp_path):
     (tmp_path / "table-consul.toml").write_text("")
     made = subprocess.run(
         [
-            *(sys.executable, "-c", "import sys; from table_consul.ctl.main import main; sys.exit(main())"),
+            *CONTROL,
             *("-c", str(tmp_path / "table-consul.toml"), "policy", *TABLES, *([option] if option else [])),
         ],
         capture_output=True,

@@ -7,18 +7,18 @@ Knows the paths and parameters of Consul's HTTP interface, and nothing of tables
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge
+from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, printable
 from table_consul.files import open_regular_file
-from table_consul.transport import BROKEN, Answer, Request, Transport
+from table_consul.transport import BROKEN, Request, Transport
 
 with warnings.catch_warnings():
     # python-consul2 is of 2020: Python warns about its spelling, and it warns about what it deprecates itself.
@@ -26,6 +26,8 @@ with warnings.catch_warnings():
     from consul import base
 
 if TYPE_CHECKING:
+    import requests
+
     from table_consul.config import ConsulConfig
 
 JITTER = 1 / 16  # Consul adds up to this part of `wait` (its api-docs/features/blocking, "wait").
@@ -37,61 +39,28 @@ _TOKEN = re.compile("[\x21-\x7e]+")  # What a header can carry as it is.
 _NEXT_ENTRY = re.compile(rb'\},\s*\{\s*"[A-Za-z]')
 
 T = TypeVar("T")
-Keys = list[bytes]  # A name of its own: inside Client `list` is a method.
 
 
-class Limits(NamedTuple):
-    """Bounds on the body of an answer."""
-
-    chunk_bytes: int = 16 << 10
-    """Read at a time, and discarded to keep a connection. Decoding that much holds Python's lock for some 50
-    microseconds, in which no reply leaves; the read before the next chunk releases it."""
-    body_bytes: int = 128 << 20
-    """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
-    read_seconds: float = 10.0
-    """For each chunk of a blocking query; the body as a whole may take for as long as it goes on arriving."""
-
-
-LIMITS = Limits()
-
-
-class Pair(NamedTuple):
+class Pair(msgspec.Struct, rename="pascal", gc=False):
     """One entry of the store; ``value`` is None where Consul says null, which is how it spells an empty value."""
 
-    key: bytes
-    value: bytes | None
-    modify_index: int
-    flags: int = 0
-
-
-class Page(NamedTuple):
-    """The entries below a prefix, the index to wait on, and whether an ACL hides some of the entries."""
-
-    pairs: list[Pair]
-    index: int  # type: ignore[assignment]  # Consul's word for it; the method of tuples is not needed here
-    filtered: bool
-
-
-class _Entry(msgspec.Struct, rename="pascal", gc=False):
-    key: str
+    name: str = msgspec.field(name="Key")
     value: bytes | None  # msgspec decodes base64, and refuses what is not exactly that.
     modify_index: int
     flags: int = 0
 
-
-_ENTRIES = msgspec.json.Decoder(list[_Entry])
-_KEYS = msgspec.json.Decoder(list[str])
-
-
-class _NoEnvironment:
-    """Replaces `os` in the library, which half reads CONSUL_* from the environment; `config` reads all of it."""
-
-    @staticmethod
-    def getenv(_name: str, default: str | None = None) -> str | None:
-        return default
+    @property
+    def key(self) -> bytes:
+        return self.name.encode()
 
 
-base.os = _NoEnvironment
+Pairs = list[Pair]  # Names of their own: inside Client `list` is a method.
+Keys = list[bytes]
+_PAIRS = msgspec.json.Decoder(Pairs)
+_NAMES = msgspec.json.Decoder(list[str])
+
+# The library half reads CONSUL_* from the environment; `config` reads all of it.
+base.os = SimpleNamespace(getenv=lambda _name, default=None: default)
 
 
 class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has no types
@@ -129,18 +98,21 @@ class Response:
     A context manager. Closing it discards what is left of a small body, and closes the connection of a large one.
     """
 
-    def __init__(self, transport: Transport, answer: Answer, limits: Limits, prefix: bytes, *, steps: bool) -> None:
-        """With ``steps`` each chunk may take `Limits.read_seconds`; without, the deadline holds for the whole body."""
-        self.index = answer.index
-        self.filtered = answer.filtered
+    def __init__(self, client: Client, raw: requests.Response, prefix: bytes = b"", *, steps: bool = False) -> None:
+        """With ``steps`` each chunk may take `Client.read_seconds`; without, the deadline holds for the whole body."""
+        self.absent = raw.status_code == 404
+        self.filtered = raw.headers.get("X-Consul-Results-Filtered-By-ACLs", "").lower() == "true"
         """An ACL hides some of the keys."""
-        self.absent = answer.absent
-        self._transport = transport
-        self._body = answer.raw
+        self._client = client
+        self._raw = raw
+        self._prefix = prefix.decode()
+        self._seconds = client.read_seconds if steps else None
         self._unread = True
-        self._limits = limits
-        self._prefix = prefix
-        self._steps = steps
+
+    @property
+    def index(self) -> int:
+        """Consul's index of what was asked for; writes have none."""
+        return int(self._raw.headers["X-Consul-Index"])
 
     def __enter__(self) -> Self:
         return self
@@ -148,59 +120,35 @@ class Response:
     def __exit__(self, *_exc: object) -> None:
         if self._unread:
             with contextlib.suppress(*BROKEN):
-                self._body.raw.read(self._limits.chunk_bytes)
-        self._body.close()
+                self._raw.raw.read(self._client.chunk_bytes)
+        self._raw.close()
 
-    def pairs(self) -> Iterator[list[tuple[bytes, bytes | None]]]:
-        """Keys and values below the prefix, in Consul's order, a few at a time.
+    def pairs(self) -> Iterator[Pairs]:
+        """The entries below the prefix, in Consul's order, a few at a time.
 
         Raises:
-            TooLarge: the body has more than `Limits.body_bytes`.
+            TooLarge: the body has more than `Client.body_bytes`.
             SourceError: it broke off, stopped arriving, or is not a list of such entries.
         """
-        for keys, entries in self._entries():
-            yield [(key, entry.value) for key, entry in zip(keys, entries, strict=True)]
-
-    def all(self) -> list[Pair]:
-        """Every entry below the prefix, with index and flags; raises as `pairs`."""
-        return [
-            Pair(key, entry.value, entry.modify_index, entry.flags)
-            for keys, entries in self._entries()
-            for key, entry in zip(keys, entries, strict=True)
-        ]
-
-    def _entries(self) -> Iterator[tuple[Keys, list[_Entry]]]:
-        last = self._prefix
+        last = ""
         for piece in _split_list(self._chunks()):
-            if self.absent:
+            pairs = [] if self.absent else self.decoded(_PAIRS, piece)
+            names = [pair.name for pair in pairs]
+            if not names:
                 continue
-            entries = self.decoded(_ENTRIES, piece)
-            keys = [entry.key.encode() for entry in entries]
-            if not keys:
-                continue
-            self.check_below(self._prefix, keys)
-            if keys[0] < last or keys != sorted(keys):
+            self.check_below(names)
+            if names[0] < last or names != sorted(names):
                 raise self.bad("lists keys out of order")
-            last = keys[-1]
-            yield keys, entries
+            last = names[-1]
+            yield pairs
 
     def _chunks(self) -> Iterator[bytes]:
-        limits, deadline, size = self._limits, self._transport.deadline, 0
+        client, size = self._client, 0
         self._unread = False
-        while True:
-            if self._steps:
-                deadline.answer_by = deadline.clock() + limits.read_seconds
-            try:
-                chunk = self._body.raw.read(limits.chunk_bytes)
-            except BROKEN as error:
-                failure = self._transport.failure(error)
-                self._transport.next_address()
-                raise failure from error
-            if not chunk:
-                return
+        while chunk := client.transport.read(self._raw, client.chunk_bytes, self._seconds):
             size += len(chunk)
-            if size > limits.body_bytes:
-                raise TooLarge(f"Consul at {self._transport.address}: more than {limits.body_bytes >> 20} MiB of data")
+            if size > client.body_bytes:
+                raise TooLarge(f"Consul at {client.address}: more than {client.body_bytes >> 20} MiB of data")
             yield chunk
 
     def decoded(self, decoder: msgspec.json.Decoder[T], piece: bytes | None = None) -> T:
@@ -211,15 +159,15 @@ class Response:
         except UNDECODABLE as error:
             raise self.bad(f"unusable answer ({error})", text) from error
 
-    def check_below(self, prefix: bytes, keys: Keys) -> None:
+    def check_below(self, names: list[str]) -> None:
         """Refuse keys that were not asked for; raises BadResponse."""
-        if not all(key.startswith(prefix) for key in keys):
+        if not all(name.startswith(self._prefix) for name in names):
             raise self.bad("lists keys that are not below the prefix")
 
     def bad(self, what: str, text: bytes = b"") -> BadResponse:
         """The error for an answer that Consul would not give; the next request goes to the next address."""
-        error = self._transport.bad(what, text)
-        self._transport.next_address()
+        error = self._client.transport.bad(what, text)
+        self._client.transport.next_address()
         return error
 
 
@@ -258,33 +206,34 @@ class Client:
     SourceError itself where a local file is at fault.
     """
 
-    def __init__(
-        self, settings: ConsulConfig, *, clock: Callable[[], float] = time.monotonic, limits: Limits = LIMITS
-    ) -> None:
-        self._clock = clock
-        self._limits = limits
-        self._transport = Transport(settings, clock)
+    chunk_bytes = 16 << 10
+    """Read at a time, and discarded to keep a connection. Decoding that much holds Python's lock for some 50
+    microseconds, in which no reply leaves; the read before the next chunk releases it."""
+    body_bytes = 128 << 20
+    """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
+    read_seconds = 10.0
+    """For each chunk of a blocking query; the body as a whole may take for as long as it goes on arriving."""
+
+    def __init__(self, settings: ConsulConfig) -> None:
+        self.transport = Transport(settings)
         self._library = _Library(settings)
-        self._token_file = pathlib.Path(settings.token_file) if settings.token_file else None
-        self._token_stamp: tuple[int, ...] | None = None
+        self._token_file = settings.token_file
         self._library.token = _checked_token(settings.token, "the configured token") if settings.token else None
 
     @property
     def address(self) -> str:
         """The address in use, for a log line."""
-        return self._transport.address
+        return self.transport.address
 
     def get(self, key: bytes, *, timeout: float) -> Pair | None:
         """The entry of exactly this key; None when Consul proved that there is none."""
-        if not is_url_safe(key):
-            raise ValueError(f"no URL can name the key {key!r}")
         with self._ask(key, timeout) as response:
             if response.absent:
                 return None
-            entries = response.decoded(_ENTRIES)
-            if len(entries) != 1 or entries[0].key.encode() != key:
+            pairs = response.decoded(_PAIRS)
+            if len(pairs) != 1 or pairs[0].key != key:
                 raise response.bad("returned a different key from the one requested")
-            return Pair(key, entries[0].value, entries[0].modify_index, entries[0].flags)
+            return pairs[0]
 
     def blocking_query(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0.0) -> Response:
         """The entries below the prefix, still to be read; a context manager.
@@ -296,95 +245,70 @@ class Client:
         was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
         #3285, #10989). Waiting on an index needs no such proof.
         """
-        _check_prefix(prefix)
         if index:
             held = wait * (1 + JITTER)
-            milliseconds = max(1, round(wait * 1000))
-            return self._ask(
-                prefix, timeout + held, held, steps=True, recurse=True, index=index, wait=f"{milliseconds}ms"
-            )
+            options = {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
+            return self._ask(prefix, timeout + held, held, steps=True, recurse=True, **options)
         consistency = "consistent" if self._library.consistency == "default" else self._library.consistency
         return self._ask(prefix, timeout, steps=True, recurse=True, consistency=consistency)
 
-    def list(self, prefix: bytes, *, timeout: float) -> Page:
-        """Every entry below the prefix, in Consul's order; none is an empty page."""
-        _check_prefix(prefix)
+    def list(self, prefix: bytes, *, timeout: float) -> Pairs:
+        """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
         with self._ask(prefix, timeout, recurse=True) as response:
-            return Page(response.all(), response.index, response.filtered)
+            return [pair for pairs in response.pairs() for pair in pairs]
 
     def keys(self, prefix: bytes, *, timeout: float) -> Keys:
         """Every key below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
-        _check_prefix(prefix)
         with self._ask(prefix, timeout, keys=True) as response:
-            if response.filtered:
-                raise Forbidden(f"Consul at {self.address} hides keys from this token")
-            keys = [] if response.absent else [key.encode() for key in response.decoded(_KEYS)]
-            response.check_below(prefix, keys)
-            return keys
+            names = [] if response.absent else response.decoded(_NAMES)
+            response.check_below(names)
+            return [name.encode() for name in names]
 
     def reload(self) -> None:
-        """Read the token file again, changed or not, and the TLS files with the next connection.
+        """Read the token file now, and the TLS files with the next connection.
 
         Raises:
             SourceError: the token file cannot be used.
         """
-        self._transport.reset()
-        self._token_stamp = None
-        self._refresh_token()
+        self.transport.close()
+        self._read_token()
 
     def close(self) -> None:
-        """Close all connections; a later read finds Consul Unreachable."""
-        self._transport.close()
+        """Close the connections; a later read opens others."""
+        self.transport.close()
 
     def _ask(self, key: bytes, timeout: float, held: float = 0.0, *, steps: bool = False, **options: Any) -> Response:  # noqa: ANN401 - the library's
+        """Ask for a key; with ``options``, for what is below a prefix, which unlike a key may be empty or end in /."""
+        if not is_url_safe(key.removesuffix(b"/") if options else key) and (key or not options):
+            raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
-        return self._send(lambda: self._library.kv.get(name, **options), timeout, held, prefix=key, steps=steps)
+        raw = self._send(lambda: self._library.kv.get(name, **options), timeout, held)
+        response = Response(self, raw, key, steps=steps)
+        if response.filtered and not steps:
+            with response:
+                raise Forbidden(f"Consul hides keys under {printable(key)} from this token")
+        return response
 
-    def _send(
-        self,
-        build: Callable[[], Request],
-        timeout: float,
-        held: float = 0.0,
-        *,
-        prefix: bytes = b"",
-        steps: bool = False,
-    ) -> Response:
+    def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:
         """Send what ``build`` makes, with the token of the moment."""
-        by = self._clock() + timeout
-        self._refresh_token()
+        by = time.monotonic() + timeout
+        token = self._read_token()
         try:
-            answer = self._transport.send(build(), by=by, held=held)
+            return self.transport.send(build(), by=by, held=held)
         except Forbidden:
-            # The file may have changed within the grain of its time stamp.
-            refused = self._library.token
-            if self._token_file is None:
+            if self._read_token() == token:
                 raise
-            self._token_stamp = None
-            self._refresh_token()
-            if self._library.token == refused:
-                raise
-            answer = self._transport.send(build(), by=by, held=held)
-        return Response(self._transport, answer, self._limits, prefix, steps=steps)
+        return self.transport.send(build(), by=by, held=held)
 
-    def _refresh_token(self) -> None:
-        if self._token_file is None:
-            return
-        try:
-            status = self._token_file.stat()
-            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
-            if stamp == self._token_stamp:
-                return
-            with open(self._token_file, "rb", opener=open_regular_file) as file:
-                text = file.read(4096).decode("ascii", "replace").rstrip()
-        except OSError as error:
-            raise SourceError(f"token file {self._token_file}: {error.strerror}") from error
-        self._library.token = _checked_token(text, f"token file {self._token_file}")
-        self._token_stamp = stamp
-
-
-def _check_prefix(prefix: bytes) -> None:
-    if prefix and not is_url_safe(prefix.removesuffix(b"/")):
-        raise ValueError(f"no URL can name the prefix {prefix!r}")
+    def _read_token(self) -> str | None:
+        if self._token_file is not None:
+            try:
+                with open(self._token_file, "rb", buffering=0, opener=open_regular_file) as file:
+                    text = file.read(4096).decode("ascii", "replace").rstrip()
+            except OSError as error:
+                raise SourceError(f"token file {self._token_file}: {error.strerror}") from error
+            self._library.token = _checked_token(text, f"token file {self._token_file}")
+        return self._library.token  # type: ignore[no-any-return]  # the library's
 
 
 def _checked_token(text: str, origin: str) -> str:

@@ -1,7 +1,7 @@
 """HTTP for kv.py: failover between addresses, deadlines, kept-alive connections, validation of status and headers.
 
 requests' timeouts are per receive: a server that sends a byte a second is never late for them. Here every socket knows
-when its exchange must be over, name resolution included, and the target of a URL is sent exactly as it was written.
+when its exchange must be over, and so does name resolution.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import errno
 import functools
 import http.client
 import os
+import re
 import socket
 import ssl
 import threading
+import time
 import urllib.parse
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import urllib3
 import urllib3.connection
 import urllib3.exceptions
@@ -36,7 +37,6 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
 
-EXCERPT_CHARACTERS = 120  # Of a body, in a message: enough to recognise a proxy's error page by its title.
 _BEGINNING_BYTES = 16 << 10  # Read of a body that is refused; most are shorter, and their connection is kept.
 
 # A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
@@ -45,6 +45,8 @@ _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCK
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
     if hasattr(socket, name)
 ]
+# Compression costs more than it saves on a host's own network, and one bound is easier held than two.
+_HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
 BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
 
 
@@ -52,43 +54,26 @@ class BadRequest(BadResponse):
     """Consul refuses this one request: another address would say the same, and other requests may succeed."""
 
 
-class Deadline:
-    """By when the current exchange must be over, as moments on ``clock``; shared by a transport and its sockets."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.connect_by = self.answer_by = 0.0
-        self.connected = False
-        """Whether this exchange opened a connection instead of using one that was kept."""
-
-    def remaining(self, by: float) -> float:
-        """Seconds until ``by``.
-
-        Raises:
-            TimeoutError: there are none.
-        """
-        left = by - self.clock()
-        if left <= 0:
-            raise TimeoutError
-        return left
+def _seconds_until(moment: float) -> float:
+    """Raises TimeoutError where it has passed."""
+    left = moment - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 class _DeadlineMixin:
-    """A socket none of whose calls outlives the deadline, however slowly bytes trickle in."""
+    """A socket none of whose calls outlives the exchange's deadline, however slowly bytes trickle in."""
 
-    deadline: Deadline | None = None  # None until connected: until then `Endpoint` sets the timeout.
+    transport: Transport
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the signature of the socket
-        self._set_timeout()
+        self.settimeout(_seconds_until(self.transport.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
         return super().recv_into(*args, **kwargs)  # type: ignore[misc,no-any-return]  # mixed into a socket
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the signature of the socket
-        self._set_timeout()
+        self.settimeout(_seconds_until(self.transport.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
         super().sendall(*args, **kwargs)  # type: ignore[misc]  # mixed into a socket
-
-    def _set_timeout(self) -> None:
-        if self.deadline is not None:
-            self.settimeout(self.deadline.remaining(self.deadline.answer_by))  # type: ignore[attr-defined]  # likewise
 
 
 class _Socket(_DeadlineMixin, socket.socket):
@@ -107,7 +92,7 @@ class _Connection(urllib3.connection.HTTPConnection):
         self._endpoint = endpoint
 
     def connect(self) -> None:
-        self._endpoint.deadline.connected = True
+        self._endpoint.transport.connected = True
         self.sock = self._endpoint.open()
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
@@ -122,19 +107,15 @@ class Endpoint(requests.adapters.HTTPAdapter):
     Used without a requests.Session, which adds proxies and netrc from the environment, cookies and redirects.
     """
 
-    def __init__(self, address: str, settings: ConsulConfig, deadline: Deadline) -> None:
+    def __init__(self, address: str, settings: ConsulConfig, transport: Transport) -> None:
         super().__init__()
         self.address = address
-        self.deadline = deadline
+        self.transport = transport
         self._settings = settings
         self._url = urllib.parse.urlsplit(address)
         self._host = self._url.hostname or "localhost"
         self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._resolution: Future[list[Any]] | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Let the next request open a new connection, with the TLS files as they are then."""
         self._context: ssl.SSLContext | None = None
         self._pool = urllib3.HTTPConnectionPool(self._host, self._port, maxsize=1)
         self._pool.ConnectionCls = functools.partial(_Connection, endpoint=self)  # type: ignore[assignment]  # only called
@@ -158,34 +139,32 @@ class Endpoint(requests.adapters.HTTPAdapter):
             OSError: there is no connection in time.
             SourceError: a TLS file cannot be used.
         """
-        sock: _Socket | _TLSSocket = self._connect()
-        try:
-            if self._url.scheme == "https":
-                self._context = self._context or tls_context(self._settings)
-                sock.settimeout(self._left())  # ssl takes it for the handshake as a whole
-                sock = self._context.wrap_socket(sock, server_hostname=self._settings.tls_server_name or self._host)  # type: ignore[assignment]  # a _TLSSocket
-        except BaseException:
-            sock.close()
-            raise
-        sock.deadline = self.deadline
-        return sock
-
-    def _left(self) -> float:
-        return self.deadline.remaining(self.deadline.connect_by)
-
-    def _connect(self) -> _Socket:
-        if self._url.scheme == "unix":
-            return _dial(socket.AF_UNIX, self.address.removeprefix("unix://"), self._left())
-        failure: OSError = OSError("name has no address")
-        found = self._resolve()
-        for number, (family, _, _, _, target) in enumerate(found):
+        if self._url.scheme == "https" and self._context is None:
+            self._context = tls_context(self._settings)
+        failure = OSError("name has no address")
+        addresses, by = self._resolve(), self.transport.connect_by
+        for others, (family, _, _, _, target) in zip(range(len(addresses))[::-1], addresses, strict=True):
+            sock: _Socket | _TLSSocket = _Socket(family, socket.SOCK_STREAM)
             try:
-                return _dial(family, target, self._left() / (len(found) - number))
+                for option in _SOCKET_OPTIONS if family != socket.AF_UNIX else ():
+                    sock.setsockopt(*option)
+                sock.settimeout(_seconds_until(by) / (1 + others))
+                sock.connect(target)
+                if self._context is not None:
+                    sock.settimeout(_seconds_until(by) / (1 + others))  # ssl takes it for the handshake as a whole
+                    name = self._settings.tls_server_name or self._host
+                    sock = self._context.wrap_socket(sock, server_hostname=name)  # type: ignore[assignment]  # a _TLSSocket
             except OSError as error:
+                sock.close()
                 failure = error
+            else:
+                sock.transport = self.transport
+                return sock
         raise failure
 
     def _resolve(self) -> list[Any]:
+        if self._url.scheme == "unix":
+            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self.address.removeprefix("unix://"))]
         with contextlib.suppress(OSError, UnicodeError):
             return socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         # getaddrinfo has no timeout: it runs in a thread, and one that hangs must not cost another with each call.
@@ -195,7 +174,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
             arguments = (resolution, self._host, self._port)
             threading.Thread(target=_getaddrinfo, args=arguments, name=f"resolve {self._host}", daemon=True).start()
         try:
-            return resolution.result(self._left())
+            return resolution.result(_seconds_until(self.transport.connect_by))
         finally:
             self._resolution = None if resolution.done() else resolution
 
@@ -207,19 +186,6 @@ def _getaddrinfo(resolution: Future[list[Any]], host: str, port: int) -> None:
         resolution.set_exception(error if isinstance(error, OSError) else OSError(f"{host!r} is not a host name"))
 
 
-def _dial(family: int, target: Any, timeout: float) -> _Socket:  # noqa: ANN401 - as socket.connect
-    sock = _Socket(family, socket.SOCK_STREAM)
-    try:
-        for option in _SOCKET_OPTIONS if family != socket.AF_UNIX else ():
-            sock.setsockopt(*option)
-        sock.settimeout(timeout)
-        sock.connect(target)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
 class Request(NamedTuple):
     path: str
     params: Sequence[tuple[str, Any]]
@@ -228,39 +194,28 @@ class Request(NamedTuple):
     body: bytes | None = None
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """An answer whose status and headers were validated, and whose body is still to be read."""
-
-    raw: requests.Response
-    absent: bool = False
-    """A 404 that can be trusted: Consul has no such key."""
-    index: int = 0
-    filtered: bool = False
-    """An ACL hides some of the keys that were asked for."""
-
-
 class Transport:
     """One conversation with Consul at a time, over kept-alive connections; not for use by two threads at once."""
 
-    def __init__(self, settings: ConsulConfig, clock: Callable[[], float]) -> None:
-        self.deadline = Deadline(clock)
+    connect_by = answer_by = 0.0
+    """By when the current exchange must be over, as moments of time.monotonic()."""
+    connected = False
+    """Whether this exchange opened a connection instead of using one that was kept."""
+
+    def __init__(self, settings: ConsulConfig) -> None:
+        self._settings = settings
         self._stale = settings.consistency == "stale"
         self._scope = [(k, v) for k, v in (("ns", settings.namespace), ("partition", settings.partition)) if v]
-        self._endpoints = [Endpoint(address, settings, self.deadline) for address in settings.addresses]
+        self._endpoints: list[Endpoint] = []
         self._current = 0
         self._prepared = requests.PreparedRequest()
-        self._headers: Mapping[str, str] | None = None
-
-    def reset(self) -> None:
-        """Let the next request open a new connection, with the TLS files as they are then."""
         self.close()
-        for endpoint in self._endpoints:
-            endpoint.reset()
 
     def close(self) -> None:
-        """Close all connections; later requests are Unreachable."""
+        """Close all connections; later requests open others, with the TLS files as they are then."""
         for endpoint in self._endpoints:
             endpoint.close()
+        self._endpoints = [Endpoint(address, self._settings, self) for address in self._settings.addresses]
 
     @property
     def address(self) -> str:
@@ -271,11 +226,11 @@ class Transport:
         """Use the next address from now on."""
         self._current = (self._current + 1) % len(self._endpoints)
 
-    def send(self, request: Request, *, by: float, held: float = 0.0) -> Answer:
-        """Consul's answer, from the first address that gives one.
+    def send(self, request: Request, *, by: float, held: float = 0.0) -> requests.Response:
+        """Consul's answer, from the first address that gives one; status and headers are validated, the body unread.
 
-        ``by`` is the moment at which its beginning must be there (a body as well, unless it is read in steps); for
-        ``held`` seconds of that a healthy Consul may sit on the request.
+        ``by`` is the moment at which its beginning must be there (the body as well, unless `read` gives it longer); for
+        ``held`` seconds of that a healthy Consul may sit on the request. A 404 proves that there is no such key.
 
         Raises:
             SourceError: no answer in time that can be believed: Unreachable, Forbidden or BadResponse; or SourceError
@@ -284,58 +239,53 @@ class Transport:
         query = urllib.parse.urlencode([*request.params, *self._scope])
         target = urllib.parse.quote(request.path, safe="/") + ("?" + query if query else "")
         self._prepared.method, self._prepared.body = request.method, request.body
-        if request.headers != self._headers:
-            self._headers = dict(request.headers)
-            # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
-            fixed = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json"}
-            merged = {**fixed, "Accept-Encoding": "identity", **request.headers}
-            self._prepared.headers = requests.structures.CaseInsensitiveDict(merged)
+        self._prepared.headers = requests.structures.CaseInsensitiveDict({**_HEADERS, **request.headers})
         failures: list[SourceError] = []
         for candidates in range(len(self._endpoints), 0, -1):
             # An address that hangs must leave some time for the next one. While Consul sits on a blocking query it
             # looks just like one that hangs: there only connecting is shared.
-            now = self.deadline.clock()
-            self.deadline.connect_by = now + (by - now - (held if by - now > held else 0.0)) / candidates
-            self.deadline.answer_by = by if held else self.deadline.connect_by
+            now = time.monotonic()
+            self.connect_by = now + (by - now - (held if by - now > held else 0.0)) / candidates
+            self.answer_by = by if held else self.connect_by
             self._prepared.url = self.address + target
             try:
-                return self._attempt(write=request.method != "GET")
+                return self._attempt()
             except BadRequest:
                 raise
             except (Unreachable, BadResponse) as error:
                 failures.append(error)
                 self.next_address()
-            if self.deadline.clock() >= by:
+            if time.monotonic() >= by:
                 break
         text = "; ".join(str(failure) for failure in failures)
         # Of several failures the one that says most about the key counts: an address that answers is no outage.
         raise next((type(f) for f in failures if isinstance(f, BadResponse)), Unreachable)(text)
 
-    def _attempt(self, *, write: bool) -> Answer:
-        for again in (False, True):
-            self.deadline.connected = False
+    def _attempt(self, *, again: bool = False) -> requests.Response:
+        self.connected = False
+        try:
+            response = self._endpoints[self._current].send(self._prepared, stream=True)
             try:
-                raw = self._endpoints[self._current].send(self._prepared, stream=True)
-                try:
-                    return self._judge(raw, write=write)
-                except BaseException:
-                    raw.close()
-                    raise
-            except BROKEN as error:
-                # A connection that was kept may have been closed meanwhile: that says nothing about Consul.
-                if again or self.deadline.connected or isinstance(_cause_of(error), TimeoutError):
-                    raise self.failure(error) from error
-        raise AssertionError
+                return self._validated(response)
+            except BaseException:
+                response.close()
+                raise
+        except BROKEN as error:
+            # A connection that was kept may have been closed meanwhile: that says nothing about Consul.
+            if again or self.connected or isinstance(_cause_of(error), TimeoutError):
+                raise self._failure(error) from error
+        return self._attempt(again=True)
 
-    def _judge(self, raw: requests.Response, *, write: bool) -> Answer:
+    def _validated(self, response: requests.Response) -> requests.Response:
         """The answer, if Consul gave it and it proves what it says; else raises the SourceError it amounts to."""
-        status, headers = raw.status_code, raw.headers
-        beginning = functools.partial(raw.raw.read, _BEGINNING_BYTES)
+        write = self._prepared.method != "GET"
+        status, headers = response.status_code, response.headers
+        beginning = functools.partial(response.raw.read, _BEGINNING_BYTES)
         # 409: nothing was written, and the body says what stood in the way.
         if status not in ((200, 409) if write else (200, 404)):
             raise self._refusal(status, beginning())
         if write:
-            return Answer(raw)
+            return response
         leader = headers.get("X-Consul-Knownleader")
         # Stale reads prefer old data to none; but a server without a leader cannot know that something is not there.
         if leader == "false" and (status == 404 or not self._stale):
@@ -343,14 +293,26 @@ class Transport:
         # Where the connection broke within the headers nothing else would show it.
         if leader != "true" and status == 404:
             raise self.bad("404 that is not from Consul's key-value store", beginning())
-        number = headers.get("X-Consul-Index", "")
-        index = int(number) if number.isascii() and number.isdigit() and len(number) <= 20 else 0
-        if index <= 0:
+        if not re.fullmatch("0*[1-9][0-9]{0,19}", headers.get("X-Consul-Index", "")):
             raise self.bad(f"{status} without an index, so not from Consul's key-value store", beginning())
         if headers.get("Content-Encoding", "identity") != "identity":
             raise self.bad("compressed answer, which was not asked for")
-        filtered = headers.get("X-Consul-Results-Filtered-By-ACLs", "").lower() == "true"
-        return Answer(raw, status == 404, index, filtered)
+        return response
+
+    def read(self, response: requests.Response, size: int, seconds: float | None) -> bytes:
+        """The next part of the body, empty at its end; in ``seconds`` if given, whatever the deadline was.
+
+        Raises:
+            SourceError: it broke off, or did not come in time; the next request goes to the next address.
+        """
+        if seconds is not None:
+            self.answer_by = time.monotonic() + seconds
+        try:
+            return response.raw.read(size)
+        except BROKEN as error:
+            failure = self._failure(error)
+            self.next_address()
+            raise failure from error
 
     def _refusal(self, status: int, body: bytes) -> SourceError:
         said = f"{status} {self._excerpt(body)}".rstrip()
@@ -373,18 +335,18 @@ class Transport:
         return BadResponse(f"Consul at {self.address}: {what}{page}")
 
     def _excerpt(self, body: bytes) -> str:
-        """The beginning of a body, as one printable line; without the token, should a proxy echo it."""
-        text = body[: 8 * EXCERPT_CHARACTERS].decode(errors="backslashreplace")
-        if token := (self._headers or {}).get("X-Consul-Token"):
+        """Enough of a body to recognise a proxy's error page by its title; without the token, should it be echoed."""
+        text = body[:1000].decode(errors="backslashreplace")
+        if token := self._prepared.headers.get("X-Consul-Token"):
             text = text.replace(token, "(token)")
-        return printable(" ".join(text.split()), EXCERPT_CHARACTERS)
+        return printable(" ".join(text.split()))
 
-    def failure(self, error: Exception) -> SourceError:
+    def _failure(self, error: Exception) -> SourceError:
         """The error for an exchange that broke off."""
         cause = _cause_of(error)
-        cut = isinstance(cause, http.client.RemoteDisconnected | http.client.IncompleteRead)
-        garbled = isinstance(cause, http.client.HTTPException) and not cut
-        return (BadResponse if garbled else Unreachable)(f"Consul at {self.address}: {_reason_of(cause)}")
+        ended = isinstance(cause, OSError | http.client.IncompleteRead)
+        kind = BadResponse if isinstance(cause, http.client.HTTPException) and not ended else Unreachable
+        return kind(f"Consul at {self.address}: {_reason_of(cause)}")
 
 
 def tls_context(settings: ConsulConfig) -> ssl.SSLContext:

@@ -14,10 +14,11 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.ctl.main import duration
 from table_consul.errors import SourceError, TooLarge, printable
+from table_consul.files import open_regular_file, read_bounded
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources.direct import DirectSource
-from table_consul.sources.export import Exported, open_regular_file, read_bounded, read_export
+from table_consul.sources.export import Exported, read_export
 from table_consul.sources.mirror import Mirror, Snapshot, SnapshotBuilder
 from table_consul.sources.snapshot import snapshot_from_export
 from table_consul.sources.watch import load_once
@@ -94,7 +95,7 @@ class Loader:
                 kept = snapshot_from_export(table, prefix, services, exported, path + hint)
                 if kept is not None:  # else nothing in it is of this table
                     origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
-                    return _mirrored(kept.finish(restored=True), origin, {each.key: each.value for each in exported})
+                    return _mirrored(kept, origin, {each.key: each.value for each in exported})
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
             snapshot, index = load_once(client, table, prefix, services, stored.update)
@@ -109,7 +110,7 @@ class Loader:
 
 def _mirrored(snapshot: Snapshot, origin: str, pairs: Pairs) -> Loaded:
     mirror = Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
-    mirror.replace(snapshot, 0.0)
+    mirror.state = (snapshot, 0.0)
     return Loaded(lambda: origin, pairs, lambda _table, service, key, _: mirror.entries(service.name, key, 0.0))
 
 
@@ -146,7 +147,7 @@ class _RecordingClient(kv.Client):
             self.pairs[key] = pair.value
         return pair
 
-    def list(self, prefix: bytes, **options: Any) -> kv.Page:  # noqa: ANN401 - passed on
-        page = super().list(prefix, **options)
-        self.pairs.update((pair.key, pair.value) for pair in page.pairs)
-        return page
+    def list(self, prefix: bytes, **options: Any) -> list[kv.Pair]:  # noqa: ANN401 - passed on
+        found = super().list(prefix, **options)
+        self.pairs.update((pair.key, pair.value) for pair in found)
+        return found

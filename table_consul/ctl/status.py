@@ -21,9 +21,9 @@ import msgspec
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config
 from table_consul.errors import ConfigError, SourceError, TableConsulError, Unreachable, printable
+from table_consul.files import open_regular_file
 from table_consul.metrics import WRITE_INTERVAL_SECONDS
 from table_consul.services import Table
-from table_consul.sources.export import open_regular_file
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample

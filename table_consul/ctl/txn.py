@@ -67,10 +67,8 @@ class Store(kv.Client):
         # An ACL makes a list shorter, or empty, without an error; only the read of one key answers 403. It also finds
         # sooner than a list, which may take long, that Consul does not answer.
         self.get(path + PROBE, timeout=WRITE_SECONDS)
-        page = self.list(path, timeout=READ_SECONDS)
-        if page.filtered:
-            raise Forbidden(f"Consul at {self.address} hides keys below {printable(path)} from this token")
-        return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in page.pairs]
+        pairs = self.list(path, timeout=READ_SECONDS)
+        return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in pairs]
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[tuple[Change, str]]:
         """Write all of the changes, or none; if none, the changes that Consul refused, each with its reason.
@@ -86,7 +84,7 @@ class Store(kv.Client):
                 headers["X-Consul-Token"] = self._library.token
             return Request("/v1/txn", self._datacenter, headers, "PUT", body)
 
-        with self._send(build, timeout) as response:
+        with kv.Response(self, self._send(build, timeout)) as response:
             failures = response.decoded(_RESULT).errors or []
             if not all(0 <= each.op_index < len(changes) for each in failures):
                 raise response.bad("reports operations that were not in the transaction")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import Forbidden, SourceError, Unreachable, printable
+from table_consul.errors import SourceError, Unreachable, printable
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.services.values import DEFAULT_KEY
@@ -80,12 +80,10 @@ class DirectSource:
         until, entries = self._cache.get((table.name, service.name), (0.0, None))
         if cached and entries is not None and self._clock() < until:
             return entries
-        page = self._ask(path, deadline, lambda left: self._client.list(path, timeout=left))
-        if page.filtered:
-            raise Forbidden(f"Consul hides keys under {printable(path)} from this token")
-        if not page.pairs:
+        pairs = self._ask(path, deadline, lambda left: self._client.list(path, timeout=left))
+        if not pairs:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
-        entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in page.pairs))
+        entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
         self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries)
         for problem in entries.problems:
             self._warn_once(printable(problem.key), problem.text)

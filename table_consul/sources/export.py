@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from base64 import b64decode
 from typing import NamedTuple
 
 import msgspec
 
 from table_consul.errors import UNDECODABLE, SourceError
-from table_consul.files import AtomicWriter, open_regular_file, read_bounded
+from table_consul.files import open_regular_file, read_bounded
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
-
-__all__ = ["AtomicWriter", "Exported", "FileSource", "export_entry", "open_regular_file", "read_bounded", "read_export"]
 
 log = logging.getLogger("table_consul")
 
@@ -31,7 +28,7 @@ class _Entry(msgspec.Struct):
     """As the file has it (developer.hashicorp.com/consul/commands/kv/export)."""
 
     key: str
-    value: str | None = None  # not bytes: msgspec would refuse the line breaks that b64decode refuses, but say less
+    value: bytes | None = None  # msgspec decodes base64
     flags: int = 0
 
 
@@ -46,10 +43,7 @@ def read_export(data: bytes) -> list[Exported]:
         SourceError: the data are something else, or were cut off.
     """
     try:
-        return [
-            Exported(entry.key.encode(), b64decode(entry.value or "", validate=True), entry.flags)
-            for entry in _decoder.decode(data)
-        ]
+        return [Exported(each.key.encode(), each.value or b"", each.flags) for each in _decoder.decode(data)]
     except UNDECODABLE as error:
         raise SourceError(f"not the output of `consul kv export`: {error}") from None
 

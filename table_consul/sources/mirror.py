@@ -28,9 +28,7 @@ KEYS_PER_WAIT_SECOND = 1000
 # How many missing keys are read where Consul says that it hides some: a guess at what was deleted and what is hidden.
 MAX_ABSENCE_CHECKS = 8
 
-
-class TooManyKeys(TooLarge):
-    """The table has more than ``max_keys`` entries."""
+Errors = Mapping[str, SourceError]
 
 
 class QueryState(msgspec.Struct, frozen=True):
@@ -42,35 +40,27 @@ class QueryState(msgspec.Struct, frozen=True):
     """An ACL hid some of the keys the last time."""
 
 
-class QueryResult(msgspec.Struct, frozen=True):
-    """One answer to a blocking query."""
+def next_query(
+    state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float, filtered: bool
+) -> tuple[QueryState, float]:
+    """The next state of a watch after an answer, and the seconds to pause before the next query.
 
-    index: int
-    changed: bool
-    timed_out: bool
-    """Consul held the query for as long as it was asked to."""
-    load_seconds: float
-    """From its first byte until the snapshot was built."""
-    filtered: bool = False
-
-
-def next_query(state: QueryState, result: QueryResult) -> tuple[QueryState, float]:
-    """The next state of the watch, and the seconds to pause before the next query.
+    ``timed_out``: Consul held the query for as long as it was asked to. ``load_seconds`` count from the first byte.
 
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
     the store has yet to reach hides every edit until then. An index is at least 1.
     """
-    index = 0 if result.index < state.index else max(result.index, 1)
+    index = 0 if index < state.index else max(index, 1)
     idle, pause = 0, 0.0
-    if state.index == 0 and not result.timed_out:
+    if state.index == 0 and not timed_out:
         # An index that goes to and fro (stale servers by turns) is no news, and must not make this a busy loop.
         idle = state.idle
-    elif result.changed and not result.timed_out:
-        pause = max(LEAST_PAUSE_SECONDS, result.load_seconds)
-    elif not result.timed_out:
+    elif changed and not timed_out:
+        pause = max(LEAST_PAUSE_SECONDS, load_seconds)
+    elif not timed_out:
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
-    return QueryState(index, idle, result.filtered), pause
+    return QueryState(index, idle, filtered), pause
 
 
 def wait_seconds(keys: int, max_age: float) -> float:
@@ -83,7 +73,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     """The entries below one prefix at one moment, by service. Never changed."""
 
     entries: Mapping[str, Entries]
-    forbidden: Mapping[str, SourceError]
+    forbidden: Errors
     """Services whose folder may not be read: what looks absent from it may be there."""
     restored: bool = False
     """It comes from a file, or from a watch with other settings; Consul has confirmed nothing of it to this one."""
@@ -112,17 +102,14 @@ class SnapshotBuilder:
     """A snapshot in the making: entries come in as Consul lists them, in ascending order."""
 
     def __init__(
-        self,
-        table: Table,
-        prefix: bytes,
-        services: Iterable[str],
-        former: Snapshot | None,
-        forbidden: Mapping[str, SourceError],
+        self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None, forbidden: Errors
     ) -> None:
         """``forbidden`` are those services whose folder could not be read when it was tried, before Consul was asked.
 
         Before, not after: a blocking query goes by the ACLs of its beginning, which may have changed when it ends.
         """
+        self.forbidden = dict(forbidden)
+        """Services whose folder may not be read: what is not listed may still be there."""
         self._former = former
         self._builders = [
             EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
@@ -130,19 +117,18 @@ class SnapshotBuilder:
         self._prefix = prefix
         self._limit = table.max_keys
         self._count = 0
-        self._forbidden = dict(forbidden)
 
     def take(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Take some entries, with their full keys.
 
         Raises:
-            TooManyKeys: there are more than the table's ``max_keys``.
+            TooLarge: there are more than the table's ``max_keys``.
         """
         if not pairs:
             return
         self._count += len(pairs)
         if self._count > self._limit:
-            raise TooManyKeys(f"{printable(self._prefix)} holds more than max_keys = {self._limit} keys")
+            raise TooLarge(f"{printable(self._prefix)} holds more than max_keys = {self._limit} keys")
         first, last = pairs[0][0], pairs[-1][0]
         for builder in self._builders:
             path = builder.path
@@ -163,15 +149,11 @@ class SnapshotBuilder:
             missing = filter(is_url_safe, (builder.path + key for key in builder.missing_keys()))
             checked = list(islice(missing, MAX_ABSENCE_CHECKS if filtered else 1))
             yield from (AbsenceCheck(name, key, had_entries=True) for key in checked)
-            if checked or name in self._forbidden or PROBE in builder.values:
+            if checked or name in self.forbidden or PROBE in builder.values:
                 continue
             had_entries = former is not None and name not in former.forbidden and len(former.entries[name]) > 0
             if filtered or (had_entries and not builder.values and not builder.errors):
                 yield AbsenceCheck(name, builder.path + PROBE, had_entries)
-
-    def mark_forbidden(self, service: str, error: SourceError) -> None:
-        """Note that the folder of this service may not be read: what is not listed may still be there."""
-        self._forbidden[service] = error
 
     def finish(self, *, restored: bool = False) -> Snapshot:
         """The snapshot; the former one itself if nothing has changed."""
@@ -180,29 +162,24 @@ class SnapshotBuilder:
         if (
             former is not None
             and not former.restored
-            and former.forbidden.keys() == self._forbidden.keys()
+            and former.forbidden.keys() == self.forbidden.keys()
             and all(each is former.entries[name] for name, each in entries.items())
         ):
             return former
-        return Snapshot(entries, self._forbidden, restored)
+        return Snapshot(entries, self.forbidden, restored)
 
 
 class Mirror:
     """The latest snapshot of one prefix, and when Consul last confirmed it.
 
-    One thread writes, others read: ``state`` is one attribute, replaced by one assignment. It is a new tuple of the
-    snapshot and the moment of its confirmation each time, or None while there is nothing to answer from: before the
-    first load, when the table is too large, and after the watch has stopped.
+    One thread writes, others read: ``state`` is replaced by one assignment. It is a new tuple of the snapshot and the
+    moment of its confirmation each time, or None before the first load, and while the table is too large.
     """
 
     def __init__(self, max_age: float) -> None:
         self.max_age = max_age
         self.state: tuple[Snapshot, float] | None = None
         self.last_error: SourceError = Unreachable("no data received from Consul yet")
-
-    def replace(self, snapshot: Snapshot, now: float) -> None:
-        """Answer from this snapshot from now on; Consul confirmed it at this moment."""
-        self.state = (snapshot, now)
 
     def entries(self, service: str, key: bytes | None, now: float) -> Entries:
         """The entries of this service, which prove absence for this key (None: for all keys).

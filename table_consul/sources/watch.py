@@ -10,25 +10,15 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
-from table_consul.sources import PROBE
-from table_consul.sources.mirror import (
-    AbsenceCheck,
-    Mirror,
-    QueryResult,
-    QueryState,
-    Snapshot,
-    SnapshotBuilder,
-    next_query,
-    unverified_services,
-    wait_seconds,
-)
+from table_consul.sources import PROBE, mirror
+from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
 
 log = logging.getLogger("table_consul")
@@ -76,9 +66,10 @@ def read_snapshot(
     """The snapshot that the response and its builder's former one make, with the absence of keys proven.
 
     Raises:
-        SourceError: it is not to be believed; TooManyKeys.
+        SourceError: it is not to be believed; TooLarge.
     """
-    for pairs in response.pairs():
+    for found in response.pairs():
+        pairs = [(pair.name.encode(), pair.value) for pair in found]
         builder.take(pairs)
         if take is not None:
             take(pairs)
@@ -89,14 +80,14 @@ def read_snapshot(
         except Forbidden as error:
             if check.had_entries:
                 raise Forbidden(f"{printable(check.key)} is not listed, and may not be read: {error}") from None
-            builder.mark_forbidden(check.service, Forbidden(f"{printable(path)} may not be read: {error}"))
+            builder.forbidden[check.service] = Forbidden(f"{printable(path)} may not be read: {error}")
         else:
             if pair is not None:
                 raise BadResponse(f"{printable(check.key)} is there, but Consul does not list it")
     return builder.finish()
 
 
-def _read_absent(client: kv.Client, table: Table, check: AbsenceCheck, probe: bytes) -> kv.Pair | None:
+def _read_absent(client: kv.Client, table: Table, check: mirror.AbsenceCheck, probe: bytes) -> kv.Pair | None:
     try:
         return client.get(check.key, timeout=table.deadline)
     except BadResponse:
@@ -117,12 +108,7 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self,
-        table: Table,
-        prefix: bytes,
-        services: Sequence[str],
-        client: kv.Client,
-        snapshot_file: SnapshotFile | None = None,
+        self, table: Table, prefix: bytes, services: Sequence[str], client: kv.Client, snapshot_file: SnapshotFile
     ) -> None:
         super().__init__(name=f"watch {printable(prefix)}", daemon=True)
         self.prefix = prefix
@@ -142,9 +128,7 @@ class Watch(threading.Thread):
         self._attempted = threading.Event()
         self._first_by = time.monotonic() + table.deadline
         self._wake = threading.Event()
-        self._stopping = threading.Lock()  # held by whoever stops the watch, or replaces the mirror's state
         self._stopped = False
-        self._final: tuple[Snapshot, float] | None = None
         self._state = QueryState()
 
     def wait_for_first_load(self, deadline: float) -> None:
@@ -160,82 +144,57 @@ class Watch(threading.Thread):
         self._reload = True
         self._wake.set()
 
-    def adopt(self, former: Watch) -> bool:
-        """Start from the data of a stopped watch if it watched the same entries. Return whether it did."""
-        if not self._table.same_entries(former._table):
-            return False
+    def adopt(self, former: Watch) -> None:
+        """Start from the data of a stopped watch if it watched the same entries."""
         if (self.prefix, self._services) != (former.prefix, former._services):
-            return False
+            return
+        if not self._table.same_entries(former._table):
+            return
         self.backoff = copy.copy(former.backoff)  # so that the end of its outage is logged
-        if former._final is not None:
-            snapshot, confirmed = former._final
-            self.mirror.replace(Snapshot(snapshot.entries, snapshot.forbidden, restored=True), confirmed)
-        return True
+        if (state := former.mirror.state) is not None:
+            snapshot, confirmed = state
+            self.mirror.state = (Snapshot(snapshot.entries, snapshot.forbidden, restored=True), confirmed)
 
     def stop(self) -> None:
-        """End the thread when its query ends; nobody waits for that."""
-        with self._stopping:
-            self._stopped = True
-            self._final, self.mirror.state = self.mirror.state, None
+        """End the thread when its query ends; nobody waits for that, and what the query brings is ignored."""
+        self._stopped = True
         self._wake.set()
 
     def run(self) -> None:
         try:
-            if self._file is not None and self.mirror.state is None and (loaded := self._file.load()) is not None:
+            if self.mirror.state is None and (loaded := self._file.load()) is not None:
                 snapshot, age = loaded
-                self._replace(snapshot, time.monotonic() - age)
+                self.mirror.state = (snapshot, time.monotonic() - age)
         except Exception:
             log.exception("internal error; please report it")
         while not self._stopped:
-            pause = self._attempt()
+            try:
+                pause = self._turn()
+            except SourceError as error:
+                pause = self._fail(error)
+            except Exception as error:
+                log.exception("internal error; please report it")
+                pause = self._fail(SourceError(f"internal error ({type(error).__name__})"))
             self._attempted.set()
             self._wake.wait(pause)
             self._wake.clear()
+        self._file.discard()
         self._client.close()
 
-    def _replace(self, snapshot: Snapshot, now: float) -> bool:
-        with self._stopping:
-            if not self._stopped:
-                self.mirror.replace(snapshot, now)
-            return not self._stopped
-
-    def _attempt(self) -> float:
-        """Ask Consul once; the seconds to pause afterwards."""
-        try:
-            if self._reload:
-                self._reload = False
-                self._client.reload()
-            pause = self._turn()
-        except TooLarge as error:
-            return self._end_too_large(error)
-        except SourceError as error:
-            return self._fail(error)
-        except Exception as error:
-            log.exception("internal error; please report it")
-            return self._fail(SourceError(f"internal error ({type(error).__name__})"))
+    def _fail(self, error: SourceError) -> float:
+        """Note why a turn failed; the seconds to pause before the next."""
+        self._file.discard()
         if self._stopped:
             return 0.0  # another watch logs the outage now
-        if self.too_large:
-            log.warning("%s: no longer too large, serving it from memory again", printable(self.prefix))
-        self.too_large = False
-        self.backoff.success(time.monotonic())
-        return pause
-
-    def _end_too_large(self, error: TooLarge) -> float:
-        if not self._stopped:
-            self.backoff.success(time.monotonic())
-            if not self.too_large:
-                log.warning("%s: falling back to direct mode (one Consul read per lookup)", error)
-            self.mirror.last_error, self._state = error, QueryState()
-            self.too_large, self.mirror.state = True, None
+        self.mirror.last_error, self._state = error, QueryState()
+        now = time.monotonic()
+        if not isinstance(error, TooLarge):
+            return self.backoff.failure(error, now, random.random())  # noqa: S311 - jitter, not a secret
+        self.backoff.success(now)
+        if not self.too_large:
+            log.warning("%s: falling back to direct mode (one Consul read per lookup)", error)
+        self.too_large, self.mirror.state = True, None
         return TOO_LARGE_SECONDS
-
-    def _fail(self, error: SourceError) -> float:
-        if self._stopped:
-            return 0.0
-        self.mirror.last_error = error
-        self._state = QueryState()
-        return self.backoff.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, not a secret
 
     def _turn(self) -> float:
         """Ask, look, read, swap; the seconds to pause before asking again.
@@ -243,56 +202,57 @@ class Watch(threading.Thread):
         Raises:
             SourceError: Consul cannot be read, or its answer is not to be believed.
         """
+        if self._reload:
+            self._reload = False
+            self._client.reload()
         former = self.mirror.state[0] if self.mirror.state is not None else None
-        unverified = unverified_services(self._services, former)
+        unverified = mirror.unverified_services(self._services, former)
         forbidden = forbidden_services(self._client, self._table, unverified)
         if len(forbidden) < len(unverified):
             self._state = QueryState()  # what may be read by now must be seen now, and not when it changes
         state = self._state
-        wait = wait_seconds(0 if former is None else former.size, self._table.max_age)
-        dirty = self._file is not None and self._file.dirty
-        if self._file is not None and (due_in := self._file.due_in) is not None:
-            wait = min(wait, due_in)
+        wait = mirror.wait_seconds(0 if former is None else former.size, self._table.max_age)
+        wait = min(wait, self._file.due_in)
         asked = time.monotonic()
         query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=self._table.deadline)
         with query as response:
             began = time.monotonic()
-            known = not dirty and (response.index, response.filtered) == (state.index, state.filtered)
-            # The same index and the same ACLs mean the same contents.
-            snapshot = former if former is not None and known else self._read(response, former, forbidden)
+            known = not self._file.dirty and (response.index, response.filtered) == (state.index, state.filtered)
+            if former is not None and known:
+                snapshot = former  # the same index and the same ACLs mean the same contents
+            else:
+                self._file.begin()
+                builder = SnapshotBuilder(self._table, self.prefix, self._services, former, forbidden)
+                snapshot = read_snapshot(self._client, self._table, response, builder, self._file.take)
+        if self._stopped:
+            return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
         changed = snapshot is not former
-        if not self._replace(snapshot, ended):
-            if self._file is not None:
-                self._file.discard()  # another watch writes that file now
-            return 0.0
+        self.mirror.state = (snapshot, ended)
         if changed:
             self._report(former, snapshot)
-        if self._file is not None:
-            self._file.finish(snapshot, changed=changed)
+        self._file.finish(snapshot, changed=changed)
+        if self.too_large:
+            log.warning("%s: no longer too large, serving it from memory again", printable(self.prefix))
+        self.too_large = False
+        self.backoff.success(ended)
         self.index, self.load_seconds = response.index, ended - began
-        timed_out = state.index > 0 and ended - asked >= wait
-        result = QueryResult(response.index, changed, timed_out, self.load_seconds, response.filtered)
-        self._state, pause = next_query(state, result)
+        self._state, pause = mirror.next_query(
+            state,
+            response.index,
+            changed=changed,
+            timed_out=state.index > 0 and ended - asked >= wait,
+            load_seconds=self.load_seconds,
+            filtered=response.filtered,
+        )
         return pause
-
-    def _read(self, response: kv.Response, former: Snapshot | None, forbidden: Mapping[str, SourceError]) -> Snapshot:
-        builder = SnapshotBuilder(self._table, self.prefix, self._services, former, forbidden)
-        if self._file is None:
-            return read_snapshot(self._client, self._table, response, builder)
-        self._file.begin()
-        try:
-            return read_snapshot(self._client, self._table, response, builder, self._file.write)
-        except BaseException:
-            self._file.discard()
-            raise
 
     def _report(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         self.reloads += 1
         prefix = printable(self.prefix)
         if former is None:
-            line = "%s: %d entry from Consul at %s" if snapshot.size == 1 else "%s: %d entries from Consul at %s"
-            log.info(line, prefix, snapshot.size, self._client.address)
+            noun = "entry" if snapshot.size == 1 else "entries"
+            log.info("%s: %d %s from Consul at %s", prefix, snapshot.size, noun, self._client.address)
         if snapshot.forbidden.keys() != (set() if former is None else former.forbidden.keys()):
             if snapshot.forbidden:
                 names = ", ".join(snapshot.forbidden)
@@ -317,8 +277,6 @@ class MirrorSource:
         table: Table,
         connect: Callable[[], kv.Client],
         former: MirrorSource | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
         write_seconds: float = WRITE_SECONDS,
     ) -> None:
         """``former`` was the source of the same table with other settings, and was closed.
@@ -327,14 +285,11 @@ class MirrorSource:
         """
         self.table = table
         self._connect = connect
-        self._clock = clock
         self._watches: dict[str, Watch] = {}
         self.watches: list[Watch] = []
         for number, (prefix, names) in enumerate(table.folders().items()):
-            file = None
-            if table.snapshot:
-                path = f"{table.snapshot}.{number}" if number else table.snapshot
-                file = SnapshotFile(path, table, prefix, names, write_seconds=write_seconds)
+            path = f"{table.snapshot}.{number}" if number and table.snapshot else table.snapshot or ""
+            file = SnapshotFile(path, table, prefix, names, write_seconds)
             watch = Watch(table, prefix, names, connect(), file)
             for each in former.watches if former is not None else ():
                 watch.adopt(each)
@@ -358,7 +313,7 @@ class MirrorSource:
         """
         watch = self._watches[service.name]
         watch.wait_for_first_load(deadline)
-        return watch.mirror.entries(service.name, key, self._clock())
+        return watch.mirror.entries(service.name, key, time.monotonic())
 
     def update(self) -> None:
         """Have the watches read token and TLS files anew and, if any of them is pausing, try again at once.
@@ -368,11 +323,7 @@ class MirrorSource:
         """
         for watch in self.watches:
             watch.reconnect()
-        client = self._connect()  # those of the watches belong to their threads
-        try:
-            client.reload()
-        finally:
-            client.close()
+        self._connect().reload()  # the clients of the watches belong to their threads
 
     def close(self) -> None:
         """Stop watching."""

@@ -18,8 +18,9 @@ def fake():
 def connect():
     clients = []
 
-    def make(*addresses, limits=kv.LIMITS, **options):
-        clients.append(kv.Client(config(*addresses, **options), limits=limits))
+    def make(*addresses, limits=(), **options):
+        clients.append(kv.Client(config(*addresses, **options)))
+        vars(clients[-1]).update(limits)
         return clients[-1]
 
     yield make

@@ -6,7 +6,7 @@ import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
-from table_consul.kv import Page, Pair
+from table_consul.kv import Pair
 from table_consul.services import SERVICES, Table
 from table_consul.sources.direct import CACHE_SECONDS, DirectSource
 from table_consul.transport import BadRequest
@@ -26,7 +26,6 @@ class Client:
         self.store: dict[bytes, bytes | None] = {ROOT: b"gilles"}
         self.error: Exception | None = None
         self.errors: dict[bytes, Exception] = {}
-        self.filtered = False
         self.asked = []
         self.tokens = 0
         self.closed = False
@@ -43,11 +42,11 @@ class Client:
 
     def get(self, key, *, timeout):
         self._take("get", key, timeout)
-        return Pair(key, self.store[key], 1) if key in self.store else None
+        return Pair(key.decode(), self.store[key], 1) if key in self.store else None
 
     def list(self, prefix, *, timeout):
         self._take("list", prefix, timeout)
-        return Page([Pair(k, v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)], 7, self.filtered)
+        return [Pair(k.decode(), v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)]
 
     def reload(self):
         self.tokens += 1
@@ -147,10 +146,12 @@ def test_an_empty_list_whose_probe_is_refused_is_no_absence(client, direct):
         bucket(direct, "source", None)
 
 
-def test_a_list_that_consul_shortened_is_no_answer(client, direct):
-    client.filtered = True
-    with pytest.raises(Forbidden, match="hides keys under mail/aliases/source/"):
-        bucket(direct, "source", None)
+def test_list_that_consul_shortened_is_an_error_and_one_line(client, direct, caplog):
+    client.errors[b"mail/aliases/source/"] = Forbidden("hides keys")
+    for _ in range(3):
+        with pytest.raises(Forbidden):
+            bucket(direct, "source", None)
+    assert lines(caplog) == ["mail/aliases/source/: hides keys; returning errors"]
 
 
 def test_a_fetch_never_answers_from_an_old_list(client, direct):

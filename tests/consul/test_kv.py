@@ -63,7 +63,7 @@ ODD = [
 
 
 def test_get_returns_the_entry_of_a_key(client, fake):
-    assert client.get(ROOT, timeout=2) == kv.Pair(ROOT, b"gilles", fake.index)
+    assert client.get(ROOT, timeout=2) == kv.Pair(ROOT.decode(), b"gilles", fake.index)
 
 
 def test_get_of_a_key_that_is_not_there_is_none(client):
@@ -85,27 +85,28 @@ def test_values_are_bytes_of_any_kind(client, fake):
 def test_list_returns_what_is_below_a_prefix(client, fake):
     fake.put(b"consul/alias/a", None)
     fake.put(b"consul/domain/x", b"1")
-    page = client.list(b"consul/alias/", timeout=2)
-    assert page == kv.Page([kv.Pair(b"consul/alias/a", None, 12), kv.Pair(ROOT, b"gilles", 11)], 13, filtered=False)
+    found = client.list(b"consul/alias/", timeout=2)
+    assert found == [kv.Pair("consul/alias/a", None, 12), kv.Pair(ROOT.decode(), b"gilles", 11)]
 
 
-def test_list_of_nothing_is_an_empty_page_with_an_index(client, fake):
-    assert client.list(b"consul/domain/", timeout=2) == kv.Page([], fake.index, filtered=False)
+def test_list_of_nothing_is_empty(client, fake):
+    assert client.list(b"consul/domain/", timeout=2) == []
 
 
 def test_list_takes_the_empty_prefix_and_one_without_slash(client):
-    assert [pair.key for pair in client.list(b"", timeout=2).pairs] == [ROOT]
-    assert [pair.key for pair in client.list(b"consul/al", timeout=2).pairs] == [ROOT]
+    assert [pair.key for pair in client.list(b"", timeout=2)] == [ROOT]
+    assert [pair.key for pair in client.list(b"consul/al", timeout=2)] == [ROOT]
 
 
-def test_list_says_when_an_acl_hid_entries(client, fake):
+def test_list_of_entries_that_an_acl_hides_is_an_error(client, fake):
     fake.denied = (b"consul/alias/root",)
-    assert client.list(b"consul/alias/", timeout=2) == kv.Page([], fake.index, filtered=True)
+    with pytest.raises(Forbidden, match="hides keys under consul/alias/ from this token"):
+        client.list(b"consul/alias/", timeout=2)
 
 
 def test_list_returns_keys_that_no_url_can_name(client, fake):
     fake.put(b"consul/alias/a//b\n", b"x")
-    assert client.list(b"consul/alias/", timeout=2).pairs[0].key == b"consul/alias/a//b\n"
+    assert client.list(b"consul/alias/", timeout=2)[0].key == b"consul/alias/a//b\n"
 
 
 def test_keys_are_listed_in_order(client, fake):
@@ -126,7 +127,7 @@ def test_keys_that_an_acl_hides_are_an_error(client, fake):
 def test_a_large_page_arrives_whole(client, fake):
     for number in range(5000):
         fake.put(b"consul/alias/%d" % number, b"x" * 100)
-    assert len(client.list(b"consul/", timeout=10).pairs) == 5001
+    assert len(client.list(b"consul/", timeout=10)) == 5001
 
 
 def test_nothing_is_ever_written(client, fake):
@@ -286,7 +287,7 @@ def test_the_trickling_of_a_body_does_not_outlive_the_deadline(client, fake):
 
 def test_body_beyond_the_limit_is_refused(fake, connect):
     fake.put(ROOT, b"x" * 200)
-    error = failure(connect(fake.address, limits=kv.Limits(body_bytes=100)))
+    error = failure(connect(fake.address, limits={"body_bytes": 100}))
     assert isinstance(error, TooLarge)
     assert "more than" in str(error)
 
@@ -295,7 +296,7 @@ def test_a_key_outside_the_alphabet_of_consul_1_21_5_is_no_outage(client, fake):
     fake.charset = fake_consul.CONSUL_1_21_5
     assert "1.21.5" in str(failure(client, b"consul/alias/user@example.org"))
     fake.put(b"consul/alias/user@example.org", b"x")
-    assert len(client.list(b"consul/alias/", timeout=1).pairs) == 2
+    assert len(client.list(b"consul/alias/", timeout=1)) == 2
 
 
 def test_messages_show_control_characters_and_bound_what_they_quote(client, fake):

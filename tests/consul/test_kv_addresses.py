@@ -59,10 +59,11 @@ def test_a_restart_between_two_reads_goes_unnoticed(client, fake):
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_a_closed_client_reads_nothing_more(client):
-    client.get(ROOT, timeout=1)
-    client.close()
-    assert isinstance(failure(client), Unreachable)
+def test_closed_client_opens_a_connection_for_the_next_read(client, fake):
+    for _ in range(2):
+        assert client.get(ROOT, timeout=1).value == b"gilles"
+        client.close()
+    assert [request.connection for request in fake.requests] == [1, 2]
 
 
 def test_no_time_is_no_answer(client):

@@ -27,7 +27,7 @@ def read():
 
 def test_200_is_the_value(consul):
     consul.get(URL, json=ENTRY, headers=GOOD)
-    assert read() == kv.Pair(b"consul/alias/root", b"gilles", 7)
+    assert read() == kv.Pair("consul/alias/root", b"gilles", 7)
 
 
 def test_404_with_an_index_is_absence(consul):

@@ -50,7 +50,7 @@ def test_tls_with_a_private_authority_and_a_server_name(secure, connect, authori
         client = connect(secure.address, tls_server_name="consul.example", **trust)
         secure.requests.clear()
         assert client.get(ROOT, timeout=2).value == b"gilles"
-        assert client.list(b"consul/", timeout=2).index == secure.index
+        assert len(client.list(b"consul/", timeout=2)) == 1
         assert len({request.connection for request in secure.requests}) == 1
 
 

@@ -26,7 +26,7 @@ def file(path):
 def write(file, pairs=((b"t/alias/root", b"gilles"),)):
     builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None, {})
     file.begin()
-    for each in (builder.take, file.write):
+    for each in (builder.take, file.take):
         each([*pairs])
     snapshot = builder.finish()
     file.finish(snapshot, changed=True)

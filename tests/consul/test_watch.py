@@ -14,9 +14,8 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.config import Config, ConsulConfig
-from table_consul.errors import ConfigError, Forbidden, SourceError, Unreachable
+from table_consul.errors import ConfigError, Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.services import SERVICES, Table
-from table_consul.sources.mirror import TooManyKeys
 from table_consul.sources.watch import MirrorSource, load_once
 from table_consul.tables import MAX_MIRRORED_TABLES, Tables
 from tests.dialogue import eventually
@@ -476,27 +475,29 @@ def test_state_of_a_mirror_is_none_when_the_table_grew_too_large(fake, mirrored)
     fake.put(ALIAS + b"one too many", b"x")
     state_is_none(source)
     assert source.too_large(SERVICES["alias"])
-    with pytest.raises(TooManyKeys):
+    with pytest.raises(TooLarge):
         ask(source)
 
 
-def test_state_of_a_mirror_is_none_when_it_was_closed_and_stays_so(fake, mirrored):
+def test_state_of_a_mirror_does_not_change_after_it_was_closed(fake, mirrored):
     held = threading.Event()
     source = mirrored(fake.address)
     settled(source)
     fake.handle = lambda request: held.wait(10) and fake.consul(request)
+    source.update()
     source.close()
-    assert source.mirror(SERVICES["alias"]).state is None
+    state = source.mirror(SERVICES["alias"]).state
     held.set()
     fake.put(ROOT, b"eric")
     source.watches[0].join(10)
-    assert source.mirror(SERVICES["alias"]).state is None
+    assert source.mirror(SERVICES["alias"]).state is state
 
 
 def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
-    limits = kv.Limits(body_bytes=1000)
+    client = kv.Client(ConsulConfig(addresses=(fake.address,)))
+    client.body_bytes = 1000
     fake.put(ALIAS + b"large", b"x" * 2000)
-    source = MirrorSource(TABLE, lambda: kv.Client(ConsulConfig(addresses=(fake.address,)), limits=limits))
+    source = MirrorSource(TABLE, lambda: client)
     for _ in eventually("too large", 10):
         if source.too_large(SERVICES["alias"]):
             break
@@ -522,7 +523,7 @@ def test_load_once_finds_what_a_watch_finds(fake):
     assert snapshot.entries["alias"].lookup(b"root") == b"gilles"
     assert list(snapshot.forbidden) == ["domain"]
     assert stored == {ROOT: b"gilles"}
-    with pytest.raises(TooManyKeys):
+    with pytest.raises(TooLarge):
         load_once(client, replace(TABLE, max_keys=0), PREFIX, TABLE.services)
     client.close()
 
@@ -621,7 +622,7 @@ def test_a_damaged_copy_is_refused_with_a_line(mirrored, copied, tmp_path, caplo
     (tmp_path / "copy.json").write_text(text)
     (tmp_path / "copy.json").chmod(0o600)
     becomes(mirrored(closed(), copied), Unreachable)
-    logged(caplog, f"{tmp_path}/copy.json: not used, as it is damaged")
+    logged(caplog, f"{tmp_path}/copy.json: not used: not the output of `consul kv export`")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
@@ -1022,6 +1023,6 @@ def test_a_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monke
     def broken(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("table_consul.sources.snapshot.read_snapshot_file", broken)
+    monkeypatch.setattr("table_consul.sources.snapshot.SnapshotFile.load", broken)
     assert ask(mirrored(fake.address, copied)) == b"gilles"
     assert "internal error; please report it" in lines(caplog)

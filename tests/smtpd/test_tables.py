@@ -120,7 +120,7 @@ def test_asking_a_broken_configuration_again_and_again_holds_on_to_nothing():
 def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hidden):
     mirror = Mirror(60.0)
     if hidden:
-        mirror.replace(Snapshot({}, {"alias": Forbidden("hidden")}), 0.0)
+        mirror.state = (Snapshot({}, {"alias": Forbidden("hidden")}), 0.0)
     depth = 0
     for _ in range(50):
         with pytest.raises(SourceError) as caught:

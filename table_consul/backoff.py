@@ -1,7 +1,4 @@
-"""Back-off after failures, with one log line when an outage starts and one when it ends.
-
-The arithmetic of waiting, without waiting: time and randomness come in as numbers.
-"""
+"""Back-off after failures, without waiting itself: time and randomness come in as numbers."""
 
 from __future__ import annotations
 
@@ -25,9 +22,10 @@ def delay(failures: int, chance: float) -> float:
 
 
 class Backoff:
-    """Whether something is failing, since when, and when it may be tried again; moments in seconds on one clock."""
+    """Whether something is failing, since when, and when it may be tried again; moments in seconds on one clock.
 
-    __slots__ = ("consequence", "failed_at", "failures", "last_error", "not_before", "since", "total", "what")
+    It logs one line when an outage starts, and one when it ends.
+    """
 
     def __init__(self, what: str, consequence: str) -> None:
         """The log line of an outage is ``what``, the error, and its ``consequence``."""
@@ -58,10 +56,6 @@ class Backoff:
         """Note a success, which ends the outage if there was one."""
         if self.since is None:
             return
-        line = "%s: recovered after %.1f s (%d failed attempts)"
-        if self.failures == 1:
-            line = line.replace("attempts", "attempt")
-        log.warning(line, self.what, now - self.since, self.failures)
-        self.since = None
-        self.failures = 0
-        self.not_before = 0.0
+        noun = "attempt" if self.failures == 1 else "attempts"
+        log.warning("%s: recovered after %.1f s (%d failed %s)", self.what, now - self.since, self.failures, noun)
+        self.since, self.failures, self.not_before = None, 0, 0.0

@@ -10,7 +10,7 @@ import contextlib
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import requests
 
     from table_consul.config import ConsulConfig
-
-JITTER = 1 / 16  # Consul adds up to this part of `wait` (its api-docs/features/blocking, "wait").
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _TOKEN = re.compile("[\x21-\x7e]+")  # What a header can carry as it is.
@@ -54,9 +52,7 @@ class Pair(msgspec.Struct, rename="pascal", gc=False):
         return self.name.encode()
 
 
-Pairs = list[Pair]  # Names of their own: inside Client `list` is a method.
-Keys = list[bytes]
-_PAIRS = msgspec.json.Decoder(Pairs)
+_PAIRS = msgspec.json.Decoder(list[Pair])
 _NAMES = msgspec.json.Decoder(list[str])
 
 # The library half reads CONSUL_* from the environment; `config` reads all of it.
@@ -123,7 +119,7 @@ class Response:
                 self._raw.raw.read(self._client.chunk_bytes)
         self._raw.close()
 
-    def pairs(self) -> Iterator[Pairs]:
+    def pairs(self) -> Iterator[list[Pair]]:
         """The entries below the prefix, in Consul's order, a few at a time.
 
         Raises:
@@ -217,8 +213,9 @@ class Client:
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)
         self._library = _Library(settings)
-        self._token_file = settings.token_file
-        self._library.token = _checked_token(settings.token, "the configured token") if settings.token else None
+        self._token, self._token_file = settings.token, settings.token_file
+        if self._token_file is None:
+            self._read_token()
 
     @property
     def address(self) -> str:
@@ -239,25 +236,25 @@ class Client:
         """The entries below the prefix, still to be read; a context manager.
 
         With the ``index`` of a former response Consul answers when something changed since, or after ``wait`` seconds
-        plus up to a sixteenth; ``timeout`` is what it may take beyond that until the answer begins.
+        plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin.
 
         Without an index the leader makes sure that it is one and has caught up, unless `stale` is configured: one that
         was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
         #3285, #10989). Waiting on an index needs no such proof.
         """
         if index:
-            held = wait * (1 + JITTER)
+            held = wait * (1 + 1 / 16)
             options = {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
             return self._ask(prefix, timeout + held, held, steps=True, recurse=True, **options)
         consistency = "consistent" if self._library.consistency == "default" else self._library.consistency
         return self._ask(prefix, timeout, steps=True, recurse=True, consistency=consistency)
 
-    def list(self, prefix: bytes, *, timeout: float) -> Pairs:
+    def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
         with self._ask(prefix, timeout, recurse=True) as response:
             return [pair for pairs in response.pairs() for pair in pairs]
 
-    def keys(self, prefix: bytes, *, timeout: float) -> Keys:
+    def keys(self, prefix: bytes, *, timeout: float) -> Sequence[bytes]:
         """Every key below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
         with self._ask(prefix, timeout, keys=True) as response:
             names = [] if response.absent else response.decoded(_NAMES)
@@ -301,18 +298,16 @@ class Client:
         return self.transport.send(build(), by=by, held=held)
 
     def _read_token(self) -> str | None:
+        token, origin = self._token, "the configured token"
         if self._token_file is not None:
+            origin = f"token file {self._token_file}"
             try:
                 with open(self._token_file, "rb", buffering=0, opener=open_regular_file) as file:
-                    text = file.read(4096).decode("ascii", "replace").rstrip()
+                    token = file.read(4096).decode("ascii", "replace").rstrip()
             except OSError as error:
-                raise SourceError(f"token file {self._token_file}: {error.strerror}") from error
-            self._library.token = _checked_token(text, f"token file {self._token_file}")
-        return self._library.token  # type: ignore[no-any-return]  # the library's
-
-
-def _checked_token(text: str, origin: str) -> str:
-    # An empty file is one being written, or a mistake; to ask without a token may find an empty table (404), a lie.
-    if not _TOKEN.fullmatch(text):
-        raise SourceError(f"{origin} is empty or not one line of printable ASCII")
-    return text
+                raise SourceError(f"{origin}: {error.strerror}") from error
+        # An empty file is one being written, or a mistake; to ask without a token may find an empty table (404), a lie.
+        if token is not None and not _TOKEN.fullmatch(token):
+            raise SourceError(f"{origin} is empty or not one line of printable ASCII")
+        self._library.token = token
+        return token

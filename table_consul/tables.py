@@ -106,7 +106,7 @@ class Tables:
         source = self._mirrors.get(entries.table.name)
         if source is None:
             return
-        mirror = source.mirror(service)
+        mirror = source.by_service[service.name].mirror
         state = mirror.state
         if state is None or state[0].entries[service.name] is not entries or service.name in state[0].forbidden:
             return
@@ -155,7 +155,7 @@ class Tables:
             return source.entries(table, service, key, deadline)
         except SourceError:
             mirrored = self._mirrors.get(table.name)
-            if source is not mirrored or not mirrored.too_large(service):
+            if source is not mirrored or not mirrored.by_service[service.name].too_large:
                 raise
             # It turned out to be too large while this request waited for the first load.
             return self._read_directly().entries(table, service, key, deadline)
@@ -201,7 +201,7 @@ class Tables:
 
     def _source(self, table: Table, service: Service) -> Source:
         mirrored = self._mirrors.get(table.name)
-        if mirrored is not None and not mirrored.too_large(service):
+        if mirrored is not None and not mirrored.by_service[service.name].too_large:
             return mirrored
         assert self.config is not None
         address = self.config.consul.addresses[0]

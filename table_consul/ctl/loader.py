@@ -147,7 +147,7 @@ class _RecordingClient(kv.Client):
             self.pairs[key] = pair.value
         return pair
 
-    def list(self, prefix: bytes, **options: Any) -> list[kv.Pair]:  # noqa: ANN401 - passed on
+    def list(self, prefix: bytes, **options: Any) -> Sequence[kv.Pair]:  # noqa: ANN401 - passed on
         found = super().list(prefix, **options)
         self.pairs.update((pair.key, pair.value) for pair in found)
         return found

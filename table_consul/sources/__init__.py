@@ -12,22 +12,18 @@ PROBE = b"-"
 
 
 class Source(Protocol):
-    """Where buckets come from."""
-
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """The bucket, or as much of it as answers for this key (None: all of it, for fetch).
-
-        ``deadline`` is a moment on the caller's clock, by which this returns or raises.
+        """The entries of the service, or as many as answer for this key (None: all, for fetch).
 
         Raises:
-            SourceError: nobody can tell now.
+            SourceError: there is no answer by the deadline, a moment on the caller's clock.
         """
         ...
 
     def update(self) -> None:
-        """Read configuration, token and data anew.
+        """Read token, TLS files and data anew; what was known before answers until there is more.
 
         Raises:
-            TableConsulError: that is not possible; what was known before goes on answering.
+            TableConsulError: that is not possible.
         """
         ...

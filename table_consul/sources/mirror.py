@@ -21,7 +21,7 @@ from table_consul.sources import PROBE
 LEAST_PAUSE_SECONDS = 0.02
 # Of a query that returns again and again with nothing new, as for an empty prefix when others change (consul #12363).
 MOST_PAUSE_SECONDS = 0.5
-# A query that brings nothing still proves that Consul is there; but with it comes the whole table again.
+# A query that brings nothing still proves that Consul is there; but it costs Consul a scan of the prefix.
 LEAST_WAIT_SECONDS = 10.0
 MOST_WAIT_SECONDS = 60.0
 KEYS_PER_WAIT_SECOND = 1000
@@ -36,17 +36,14 @@ class QueryState(msgspec.Struct, frozen=True):
 
     index: int = 0
     idle: int = 0
-    filtered: bool = False
-    """An ACL hid some of the keys the last time."""
 
 
 def next_query(
-    state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float, filtered: bool
+    state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float
 ) -> tuple[QueryState, float]:
     """The next state of a watch after an answer, and the seconds to pause before the next query.
 
     ``timed_out``: Consul held the query for as long as it was asked to. ``load_seconds`` count from the first byte.
-
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
     the store has yet to reach hides every edit until then. An index is at least 1.
     """
@@ -60,7 +57,7 @@ def next_query(
     elif not timed_out:
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
-    return QueryState(index, idle, filtered), pause
+    return QueryState(index, idle), pause
 
 
 def wait_seconds(keys: int, max_age: float) -> float:

@@ -30,7 +30,7 @@ Take = Callable[[list[tuple[bytes, bytes | None]]], None]
 
 
 def load_once(
-    client: kv.Client, table: Table, prefix: bytes, services: Sequence[str], take: Take | None = None
+    client: kv.Client, table: Table, prefix: bytes, services: Sequence[str], take: Take
 ) -> tuple[Snapshot, int]:
     """The entries below the prefix as a watch would find them, and Consul's index of them.
 
@@ -39,17 +39,13 @@ def load_once(
     Raises:
         SourceError: Consul cannot be read; TooLarge where a watch would have the table read directly.
     """
-    builder = SnapshotBuilder(table, prefix, services, None, forbidden_services(client, table, services))
+    builder = SnapshotBuilder(table, prefix, services, None, _forbidden_services(client, table, services))
     with client.blocking_query(prefix, timeout=table.deadline) as response:
-        return read_snapshot(client, table, response, builder, take), response.index
+        return _read_snapshot(client, table, response, builder, take), response.index
 
 
-def forbidden_services(client: kv.Client, table: Table, services: Iterable[str]) -> dict[str, SourceError]:
-    """Those of the services whose folder the token may not read, each with the error for its lookups.
-
-    Raises:
-        SourceError: Consul cannot be read.
-    """
+def _forbidden_services(client: kv.Client, table: Table, services: Iterable[str]) -> dict[str, SourceError]:
+    """Those of the services whose folder the token may not read, each with the error for its lookups."""
     forbidden: dict[str, SourceError] = {}
     for name in services:
         path = table.path(SERVICES[name])
@@ -60,39 +56,33 @@ def forbidden_services(client: kv.Client, table: Table, services: Iterable[str])
     return forbidden
 
 
-def read_snapshot(
-    client: kv.Client, table: Table, response: kv.Response, builder: SnapshotBuilder, take: Take | None = None
+def _read_snapshot(
+    client: kv.Client, table: Table, response: kv.Response, builder: SnapshotBuilder, take: Take
 ) -> Snapshot:
-    """The snapshot that the response and its builder's former one make, with the absence of keys proven.
-
-    Raises:
-        SourceError: it is not to be believed; TooLarge.
-    """
+    """The snapshot that the response and its builder's former one make, with the absence of keys proven."""
     for found in response.pairs():
         pairs = [(pair.name.encode(), pair.value) for pair in found]
         builder.take(pairs)
-        if take is not None:
-            take(pairs)
+        take(pairs)
     for check in builder.absence_checks(kv.is_url_safe, filtered=response.filtered):
-        path = table.path(SERVICES[check.service])
+        if not check.had_entries:
+            builder.forbidden |= _forbidden_services(client, table, [check.service])
+            continue
         try:
-            pair = _read_absent(client, table, check, path + PROBE)
+            pair = _read_absent(client, table, check.key, table.path(SERVICES[check.service]) + PROBE)
         except Forbidden as error:
-            if check.had_entries:
-                raise Forbidden(f"{printable(check.key)} is not listed, and may not be read: {error}") from None
-            builder.forbidden[check.service] = Forbidden(f"{printable(path)} may not be read: {error}")
-        else:
-            if pair is not None:
-                raise BadResponse(f"{printable(check.key)} is there, but Consul does not list it")
+            raise Forbidden(f"{printable(check.key)} is not listed, and may not be read: {error}") from None
+        if pair is not None:
+            raise BadResponse(f"{printable(check.key)} is there, but Consul does not list it")
     return builder.finish()
 
 
-def _read_absent(client: kv.Client, table: Table, check: mirror.AbsenceCheck, probe: bytes) -> kv.Pair | None:
+def _read_absent(client: kv.Client, table: Table, key: bytes, probe: bytes) -> kv.Pair | None:
     try:
-        return client.get(check.key, timeout=table.deadline)
+        return client.get(key, timeout=table.deadline)
     except BadResponse:
         # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835), there or not.
-        if check.key == probe:
+        if key == probe:
             raise
         client.get(probe, timeout=table.deadline)
         return None
@@ -130,6 +120,7 @@ class Watch(threading.Thread):
         self._wake = threading.Event()
         self._stopped = False
         self._state = QueryState()
+        self._filtered = False
 
     def wait_for_first_load(self, deadline: float) -> None:
         """Return when the first attempt to read Consul has ended, well or not, or when it has taken too long.
@@ -197,17 +188,13 @@ class Watch(threading.Thread):
         return TOO_LARGE_SECONDS
 
     def _turn(self) -> float:
-        """Ask, look, read, swap; the seconds to pause before asking again.
-
-        Raises:
-            SourceError: Consul cannot be read, or its answer is not to be believed.
-        """
+        """Ask, look, read, swap; the seconds to pause before asking again."""
         if self._reload:
             self._reload = False
             self._client.reload()
         former = self.mirror.state[0] if self.mirror.state is not None else None
         unverified = mirror.unverified_services(self._services, former)
-        forbidden = forbidden_services(self._client, self._table, unverified)
+        forbidden = _forbidden_services(self._client, self._table, unverified)
         if len(forbidden) < len(unverified):
             self._state = QueryState()  # what may be read by now must be seen now, and not when it changes
         state = self._state
@@ -217,13 +204,13 @@ class Watch(threading.Thread):
         query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=self._table.deadline)
         with query as response:
             began = time.monotonic()
-            known = not self._file.dirty and (response.index, response.filtered) == (state.index, state.filtered)
+            known = not self._file.dirty and (response.index, response.filtered) == (state.index, self._filtered)
             if former is not None and known:
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()
                 builder = SnapshotBuilder(self._table, self.prefix, self._services, former, forbidden)
-                snapshot = read_snapshot(self._client, self._table, response, builder, self._file.take)
+                snapshot = _read_snapshot(self._client, self._table, response, builder, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
@@ -236,14 +223,10 @@ class Watch(threading.Thread):
             log.warning("%s: no longer too large, serving it from memory again", printable(self.prefix))
         self.too_large = False
         self.backoff.success(ended)
-        self.index, self.load_seconds = response.index, ended - began
+        self.index, self._filtered, self.load_seconds = response.index, response.filtered, ended - began
+        timed_out = state.index > 0 and ended - asked >= wait
         self._state, pause = mirror.next_query(
-            state,
-            response.index,
-            changed=changed,
-            timed_out=state.index > 0 and ended - asked >= wait,
-            load_seconds=self.load_seconds,
-            filtered=response.filtered,
+            state, self.index, changed=changed, timed_out=timed_out, load_seconds=self.load_seconds
         )
         return pause
 
@@ -254,8 +237,7 @@ class Watch(threading.Thread):
             noun = "entry" if snapshot.size == 1 else "entries"
             log.info("%s: %d %s from Consul at %s", prefix, snapshot.size, noun, self._client.address)
         if snapshot.forbidden.keys() != (set() if former is None else former.forbidden.keys()):
-            if snapshot.forbidden:
-                names = ", ".join(snapshot.forbidden)
+            if names := ", ".join(snapshot.forbidden):
                 log.warning("%s: the token may not read: %s; returning errors for these services", prefix, names)
             else:
                 log.warning("%s: all services readable again", prefix)
@@ -285,7 +267,7 @@ class MirrorSource:
         """
         self.table = table
         self._connect = connect
-        self._watches: dict[str, Watch] = {}
+        self.by_service: dict[str, Watch] = {}
         self.watches: list[Watch] = []
         for number, (prefix, names) in enumerate(table.folders().items()):
             path = f"{table.snapshot}.{number}" if number and table.snapshot else table.snapshot or ""
@@ -294,16 +276,8 @@ class MirrorSource:
             for each in former.watches if former is not None else ():
                 watch.adopt(each)
             self.watches.append(watch)
-            self._watches.update(dict.fromkeys(names, watch))
+            self.by_service.update(dict.fromkeys(names, watch))
             watch.start()
-
-    def mirror(self, service: Service) -> Mirror:
-        """The mirror that holds the entries of this service."""
-        return self._watches[service.name].mirror
-
-    def too_large(self, service: Service) -> bool:
-        """Whether the table has more keys than a mirror may hold."""
-        return self._watches[service.name].too_large
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002 - a mirror has one table
         """The entries of the service, from memory; waits only while nothing has been read at all.
@@ -311,7 +285,7 @@ class MirrorSource:
         Raises:
             SourceError: as `Mirror.entries`.
         """
-        watch = self._watches[service.name]
+        watch = self.by_service[service.name]
         watch.wait_for_first_load(deadline)
         return watch.mirror.entries(service.name, key, time.monotonic())
 

@@ -29,13 +29,12 @@ ROOT = (ALIAS + b"root", b"gilles")
 BOTH = [ROOT, (DOMAIN + b"example.org", b"")]
 
 
-def result(index=7, *, changed=False, timed_out=False, load_seconds=0.0, filtered=False):
+def result(index=7, *, changed=False, timed_out=False, load_seconds=0.0):
     return {
         "index": index,
         "changed": changed,
         "timed_out": timed_out,
         "load_seconds": load_seconds,
-        "filtered": filtered,
     }
 
 
@@ -358,11 +357,6 @@ def test_each_confirmation_replaces_the_state():
     mirror.state = (before[0], 0.0)
     assert mirror.state is not before
     assert mirror.state == before
-
-
-def test_next_query_remembers_whether_keys_were_hidden():
-    assert next_query(QueryState(7), **result(7, filtered=True))[0].filtered
-    assert not next_query(QueryState(7, filtered=True), **result(7))[0].filtered
 
 
 def test_a_batch_of_nothing_is_nothing():

@@ -128,7 +128,7 @@ def test_the_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_
 def test_of_a_first_load_that_fails_the_answers_are_errors_at_once(mirrored):
     source = mirrored(closed())
     becomes(source, Unreachable)
-    assert source.mirror(SERVICES["alias"]).state is None
+    assert source.by_service["alias"].mirror.state is None
     began = time.monotonic()
     for _ in range(20):
         with pytest.raises(Unreachable, match="connection refused"):
@@ -426,7 +426,7 @@ def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
     source.close()
     source.watches[0].join(10)
     assert len(lines(caplog)) == 1
-    assert source.mirror(SERVICES["alias"]).state is None
+    assert source.by_service["alias"].mirror.state is None
 
 
 def told(source, key=b"root", service="alias", name="aliases"):
@@ -464,17 +464,17 @@ def test_a_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it
 
 def state_is_none(source):
     for _ in eventually("the state is None", 10):
-        if source.mirror(SERVICES["alias"]).state is None:
+        if source.by_service["alias"].mirror.state is None:
             return
 
 
 def test_state_of_a_mirror_is_none_when_the_table_grew_too_large(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, max_keys=2))
     settled(source)
-    assert source.mirror(SERVICES["alias"]).state is not None
+    assert source.by_service["alias"].mirror.state is not None
     fake.put(ALIAS + b"one too many", b"x")
     state_is_none(source)
-    assert source.too_large(SERVICES["alias"])
+    assert source.by_service["alias"].too_large
     with pytest.raises(TooLarge):
         ask(source)
 
@@ -486,11 +486,11 @@ def test_state_of_a_mirror_does_not_change_after_it_was_closed(fake, mirrored):
     fake.handle = lambda request: held.wait(10) and fake.consul(request)
     source.update()
     source.close()
-    state = source.mirror(SERVICES["alias"]).state
+    state = source.by_service["alias"].mirror.state
     held.set()
     fake.put(ROOT, b"eric")
     source.watches[0].join(10)
-    assert source.mirror(SERVICES["alias"]).state is state
+    assert source.by_service["alias"].mirror.state is state
 
 
 def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
@@ -499,7 +499,7 @@ def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
     fake.put(ALIAS + b"large", b"x" * 2000)
     source = MirrorSource(TABLE, lambda: client)
     for _ in eventually("too large", 10):
-        if source.too_large(SERVICES["alias"]):
+        if source.by_service["alias"].too_large:
             break
     source.close()
 
@@ -524,7 +524,7 @@ def test_load_once_finds_what_a_watch_finds(fake):
     assert list(snapshot.forbidden) == ["domain"]
     assert stored == {ROOT: b"gilles"}
     with pytest.raises(TooLarge):
-        load_once(client, replace(TABLE, max_keys=0), PREFIX, TABLE.services)
+        load_once(client, replace(TABLE, max_keys=0), PREFIX, TABLE.services, stored.update)
     client.close()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,7 +198,7 @@ def test_what_is_made_ready_is_what_answers(opened, unused):
 def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
     found = opened(address=unused)
     mirrored = found._source(found.table("aliases"), ALIAS)
-    mirrored.too_large = lambda service: service is ALIAS
+    mirrored.by_service["alias"] = SimpleNamespace(too_large=True)
     kinds = [type(found._source(found.table("aliases"), SERVICES[name])) for name in ("alias", "domain")]
     assert [direct.DirectSource, watch.MirrorSource] == kinds
 

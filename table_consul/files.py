@@ -41,10 +41,7 @@ def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:
 
 
 class AtomicWriter:
-    """Writes a file under a temporary name of its own; readers of the real name find the old file or the new one.
-
-    Everything here raises OSError as writing to files does; `commit` has then discarded what was written.
-    """
+    """Writes a file under a temporary name of its own; readers of the real name find the old file or the new one."""
 
     def __init__(self, path: str, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
         """``mode`` are the permissions of the file; ``owner`` (uid, gid) is set where this user may give files away."""
@@ -72,7 +69,7 @@ class AtomicWriter:
         self._file.write(data)
 
     def commit(self) -> None:
-        """Put the file in place, on disk for good."""
+        """Put the file in place, on disk for good; an OSError has discarded it."""
         try:
             with self._file as file:
                 file.flush()

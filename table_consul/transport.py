@@ -37,8 +37,6 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
 
-_BEGINNING_BYTES = 16 << 10  # Read of a body that is refused; most are shorter, and their connection is kept.
-
 # A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
 _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)  # OpenBSD has none of the three.
@@ -102,9 +100,9 @@ class _Connection(urllib3.connection.HTTPConnection):
 
 
 class Endpoint(requests.adapters.HTTPAdapter):
-    """One address of Consul and the connection to it. Sends the target of a URL exactly as it was written.
+    """One address of Consul and the connection to it; sends the target of a URL exactly as it was written.
 
-    Used without a requests.Session, which adds proxies and netrc from the environment, cookies and redirects.
+    A requests.Session would add proxies and netrc from the environment, cookies and redirects.
     """
 
     def __init__(self, address: str, settings: ConsulConfig, transport: Transport) -> None:
@@ -133,14 +131,9 @@ class Endpoint(requests.adapters.HTTPAdapter):
         return (request.url or "").removeprefix(self.address)
 
     def open(self) -> socket.socket:
-        """A connected socket, TLS included.
-
-        Raises:
-            OSError: there is no connection in time.
-            SourceError: a TLS file cannot be used.
-        """
+        """A connected socket, TLS included."""
         if self._url.scheme == "https" and self._context is None:
-            self._context = tls_context(self._settings)
+            self._context = _tls_context(self._settings)
         failure = OSError("name has no address")
         addresses, by = self._resolve(), self.transport.connect_by
         for others, (family, _, _, _, target) in zip(range(len(addresses))[::-1], addresses, strict=True):
@@ -233,8 +226,7 @@ class Transport:
         ``held`` seconds of that a healthy Consul may sit on the request. A 404 proves that there is no such key.
 
         Raises:
-            SourceError: no answer in time that can be believed: Unreachable, Forbidden or BadResponse; or SourceError
-                itself, if a TLS file cannot be used.
+            SourceError: Unreachable, Forbidden, BadResponse; or itself, if a TLS file cannot be used.
         """
         query = urllib.parse.urlencode([*request.params, *self._scope])
         target = urllib.parse.quote(request.path, safe="/") + ("?" + query if query else "")
@@ -257,9 +249,9 @@ class Transport:
                 self.next_address()
             if time.monotonic() >= by:
                 break
-        text = "; ".join(str(failure) for failure in failures)
         # Of several failures the one that says most about the key counts: an address that answers is no outage.
-        raise next((type(f) for f in failures if isinstance(f, BadResponse)), Unreachable)(text)
+        kind = BadResponse if any(isinstance(failure, BadResponse) for failure in failures) else Unreachable
+        raise kind("; ".join(map(str, failures)))
 
     def _attempt(self, *, again: bool = False) -> requests.Response:
         self.connected = False
@@ -280,7 +272,7 @@ class Transport:
         """The answer, if Consul gave it and it proves what it says; else raises the SourceError it amounts to."""
         write = self._prepared.method != "GET"
         status, headers = response.status_code, response.headers
-        beginning = functools.partial(response.raw.read, _BEGINNING_BYTES)
+        beginning = functools.partial(response.raw.read, 16 << 10)  # most are shorter: their connection is kept
         # 409: nothing was written, and the body says what stood in the way.
         if status not in ((200, 409) if write else (200, 404)):
             raise self._refusal(status, beginning())
@@ -349,12 +341,7 @@ class Transport:
         return kind(f"Consul at {self.address}: {_reason_of(cause)}")
 
 
-def tls_context(settings: ConsulConfig) -> ssl.SSLContext:
-    """The context of HTTPS connections.
-
-    Raises:
-        SourceError: a file cannot be used; the text names the files.
-    """
+def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
         if settings.cert_file:

@@ -92,9 +92,8 @@ class DirectSource:
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T]) -> T:
         now = self._clock()
         breaker = self._breaker
-        if now < breaker.not_before:
-            since = now if breaker.since is None else breaker.since
-            raise Unreachable(f"Consul has been unreachable for {now - since:.0f} s: {breaker.last_error}")
+        if breaker.since is not None and now < breaker.not_before:
+            raise Unreachable(f"Consul has been unreachable for {now - breaker.since:.0f} s: {breaker.last_error}")
         if now >= deadline:
             raise Unreachable("deadline expired before Consul could be queried")
         try:

@@ -102,18 +102,15 @@ class FileSource:
                     return
                 self._stamp = stamp
                 pairs = read_export(read_bounded(file))
-        except OSError as error:
-            self._stamp = None
-            self._fail(SourceError(f"{self._path}: {error.strerror}"))
-        except SourceError as error:
-            self._fail(SourceError(f"{self._path}: {error}"))
+        except (OSError, SourceError) as error:
+            if isinstance(error, OSError):
+                self._stamp = None
+            text = f"{self._path}: {getattr(error, 'strerror', error)}"
+            if text != str(self._error):
+                consequence = "returning errors" if self._pairs is None else "serving its last good version"
+                log.warning("%s; %s", text, consequence)
+            self._error = SourceError(text)
         else:
             if self._error is not None:
                 log.warning("%s: readable again", self._path)
             self._pairs, self._entries, self._error = pairs, {}, None
-
-    def _fail(self, error: SourceError) -> None:
-        if str(error) != str(self._error):
-            consequence = "returning errors" if self._pairs is None else "serving its last good version"
-            log.warning("%s; %s", error, consequence)
-        self._error = error

@@ -64,7 +64,7 @@ class SnapshotFile:
             except OSError:
                 self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
         # A folder marks a service as known wholly: without it an empty one proves nothing when this is read again.
-        known = paths(self._table, (name for name in self._services if name not in snapshot.forbidden)).values()
+        known = [self._table.path(SERVICES[name]) for name in self._services if name not in snapshot.forbidden]
         if not self.dirty or not known or any(snapshot.entries[name] for name in snapshot.forbidden):
             self.discard()  # a file with a part of a service's entries would be worse than an older one
         elif self._writer is not None:
@@ -128,7 +128,7 @@ def snapshot_from_export(
     """
     marks = {each.key for each in exported if each.key.endswith(b"/")}
     pairs = [(each.key, each.value) for each in exported if each.key.startswith(prefix) and each.key not in marks]
-    folders = paths(table, services)
+    folders = {name: table.path(SERVICES[name]) for name in services}
     missing = {
         name: SourceError(f"{printable(folder)} is not in the copy {path}")
         for name, folder in folders.items()
@@ -139,8 +139,3 @@ def snapshot_from_export(
     builder = SnapshotBuilder(table, prefix, services, None, missing)
     builder.take(pairs)
     return builder.finish(restored=True)
-
-
-def paths(table: Table, services: Iterable[str]) -> dict[str, bytes]:
-    """The folder in Consul of each of these services."""
-    return {name: table.path(SERVICES[name]) for name in services}

@@ -36,8 +36,7 @@ class Backoff:
         self.total = 0
         self.not_before = 0.0
         self.last_error = ""
-        self.failed_at = 0.0
-        """The moment of ``last_error``; meaningless while ``total`` is 0."""
+        self.failed_at = 0.0  # the moment of ``last_error``
 
     def failure(self, error: Exception, now: float, chance: float) -> float:
         """Note a failure; the pause until the next attempt, in seconds."""

@@ -79,11 +79,6 @@ class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has
 
 
 class _Library(base.Consul):  # type: ignore[misc]  # the library has no types
-    def __init__(self, settings: ConsulConfig) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            super().__init__(consistency=settings.consistency, dc=settings.datacenter)
-
     def http_connect(self, *_args: object, **_kwargs: object) -> _RequestBuilder:
         return _RequestBuilder()
 
@@ -212,7 +207,9 @@ class Client:
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)
-        self._library = _Library(settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._library = _Library(consistency=settings.consistency, dc=settings.datacenter)
         self._token, self._token_file = settings.token, settings.token_file
         if self._token_file is None:
             self._read_token()

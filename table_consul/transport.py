@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import http.client
-import os
 import re
 import socket
 import ssl
@@ -95,7 +94,7 @@ class _Connection(urllib3.connection.HTTPConnection):
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
         if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
         return super().getresponse()
 
 

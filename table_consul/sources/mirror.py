@@ -111,8 +111,8 @@ class SnapshotBuilder:
         self._builders = [
             EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
         ]
+        self.table = table
         self._prefix = prefix
-        self._limit = table.max_keys
         self._count = 0
 
     def take(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> None:
@@ -124,8 +124,8 @@ class SnapshotBuilder:
         if not pairs:
             return
         self._count += len(pairs)
-        if self._count > self._limit:
-            raise TooLarge(f"{printable(self._prefix)} holds more than max_keys = {self._limit} keys")
+        if self._count > self.table.max_keys:
+            raise TooLarge(f"{printable(self._prefix)} holds more than max_keys = {self.table.max_keys} keys")
         first, last = pairs[0][0], pairs[-1][0]
         for builder in self._builders:
             path, start = builder.path, len(builder.path)
@@ -152,13 +152,8 @@ class SnapshotBuilder:
     def finish(self, *, restored: bool = False) -> Snapshot:
         """The snapshot; the former one itself if nothing has changed."""
         entries = {builder.service.name: builder.finish() for builder in self._builders}
-        former = self._former
-        if (
-            former is not None
-            and not former.restored
-            and former.forbidden.keys() == self.forbidden.keys()
-            and all(each is former.entries[name] for name, each in entries.items())
-        ):
+        former, built = self._former, (entries, self.forbidden.keys(), False)
+        if former is not None and (former.entries, former.forbidden.keys(), former.restored) == built:
             return former
         return Snapshot(entries, self.forbidden, restored)
 

@@ -26,22 +26,19 @@ log = logging.getLogger("table_consul")
 # How often a table that was too large is tried again; an update tries at once.
 TOO_LARGE_SECONDS = 600.0
 
+Connect = Callable[[], kv.Client]
 Take = Callable[[list[tuple[bytes, bytes | None]]], None]
 
 
-def load_once(
-    client: kv.Client, table: Table, prefix: bytes, services: Sequence[str], take: Take
-) -> tuple[Snapshot, int]:
-    """The entries below the prefix as a watch would find them, and Consul's index of them.
-
-    ``take`` gets what is stored, a few pairs at a time.
+def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[str], take: Take) -> tuple[Snapshot, int]:
+    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets what is stored.
 
     Raises:
         SourceError: Consul cannot be read; TooLarge where a watch would have the table read directly.
     """
-    builder = SnapshotBuilder(table, prefix, services, None, _forbidden_services(client, table, services))
+    builder = SnapshotBuilder(table, prefix, names, None, _forbidden_services(client, table, names))
     with client.blocking_query(prefix, timeout=table.deadline) as response:
-        return _read_snapshot(client, table, response, builder, take), response.index
+        return _read_snapshot(client, response, builder, take), response.index
 
 
 def _forbidden_services(client: kv.Client, table: Table, services: Iterable[str]) -> dict[str, SourceError]:
@@ -56,9 +53,7 @@ def _forbidden_services(client: kv.Client, table: Table, services: Iterable[str]
     return forbidden
 
 
-def _read_snapshot(
-    client: kv.Client, table: Table, response: kv.Response, builder: SnapshotBuilder, take: Take
-) -> Snapshot:
+def _read_snapshot(client: kv.Client, response: kv.Response, builder: SnapshotBuilder, take: Take) -> Snapshot:
     """The snapshot that the response and its builder's former one make, with the absence of keys proven."""
     for found in response.pairs():
         pairs = [(pair.name.encode(), pair.value) for pair in found]
@@ -66,10 +61,10 @@ def _read_snapshot(
         take(pairs)
     for check in builder.absence_checks(kv.is_url_safe, filtered=response.filtered):
         if not check.had_entries:
-            builder.forbidden |= _forbidden_services(client, table, [check.service])
+            builder.forbidden |= _forbidden_services(client, builder.table, [check.service])
             continue
         try:
-            pair = _read_absent(client, table, check.key, table.path(SERVICES[check.service]) + PROBE)
+            pair = _read_absent(client, builder.table, check)
         except Forbidden as error:
             raise Forbidden(f"{printable(check.key)} is not listed, and may not be read: {error}") from None
         if pair is not None:
@@ -77,24 +72,21 @@ def _read_snapshot(
     return builder.finish()
 
 
-def _read_absent(client: kv.Client, table: Table, key: bytes, probe: bytes) -> kv.Pair | None:
+def _read_absent(client: kv.Client, table: Table, check: mirror.AbsenceCheck) -> kv.Pair | None:
     try:
-        return client.get(key, timeout=table.deadline)
+        return client.get(check.key, timeout=table.deadline)
     except BadResponse:
         # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835), there or not.
-        if key == probe:
-            raise
-        client.get(probe, timeout=table.deadline)
+        client.get(table.path(SERVICES[check.service]) + PROBE, timeout=table.deadline)
         return None
 
 
 class Watch(threading.Thread):
     """Keeps the mirror of one prefix of one table.
 
-    Its own thread alone writes what metrics and status read: ``mirror``, ``too_large`` (read directly instead),
-    ``reloads`` (snapshots taken from Consul), ``index`` (Consul's, of the latest answer; 0 before the first),
-    ``load_seconds`` (from the first byte of the latest answer until it was taken over) and ``backoff``. `stop`,
-    `reconnect` and `wait_for_first_load` are for other threads.
+    Its thread alone writes what others read: ``mirror``, ``too_large`` (read directly instead), ``reloads`` (snapshots
+    taken from Consul), ``index`` (Consul's, of the latest answer; 0 before the first), ``load_seconds`` (from the first
+    byte of that answer until it was swapped in), ``backoff``. Others may `stop`, `reconnect`, `wait_for_first_load`.
     """
 
     def __init__(
@@ -123,10 +115,7 @@ class Watch(threading.Thread):
         self._filtered = False
 
     def wait_for_first_load(self, deadline: float) -> None:
-        """Return when the first attempt to read Consul has ended, well or not, or when it has taken too long.
-
-        A first answer that does not come costs one deadline, not one for each question.
-        """
+        """Return when the first attempt to read Consul has ended; if it hangs, that costs one deadline in all."""
         if not self._attempted.is_set():
             self._attempted.wait(max(0.0, min(deadline, self._first_by) - time.monotonic()))
 
@@ -137,9 +126,8 @@ class Watch(threading.Thread):
 
     def adopt(self, former: Watch) -> None:
         """Start from the data of a stopped watch if it watched the same entries."""
-        if (self.prefix, self._services) != (former.prefix, former._services):
-            return
-        if not self._table.same_entries(former._table):
+        same_keys = (self.prefix, self._services) == (former.prefix, former._services)
+        if not same_keys or not self._table.same_entries(former._table):
             return
         self.backoff = copy.copy(former.backoff)  # so that the end of its outage is logged
         if (state := former.mirror.state) is not None:
@@ -178,10 +166,9 @@ class Watch(threading.Thread):
         if self._stopped:
             return 0.0  # another watch logs the outage now
         self.mirror.last_error, self._state = error, QueryState()
-        now = time.monotonic()
         if not isinstance(error, TooLarge):
-            return self.backoff.failure(error, now, random.random())  # noqa: S311 - jitter, not a secret
-        self.backoff.success(now)
+            return self.backoff.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, not a secret
+        self.backoff.success(time.monotonic())
         if not self.too_large:
             log.warning("%s: falling back to direct mode (one Consul read per lookup)", error)
         self.too_large, self.mirror.state = True, None
@@ -198,8 +185,7 @@ class Watch(threading.Thread):
         if len(forbidden) < len(unverified):
             self._state = QueryState()  # what may be read by now must be seen now, and not when it changes
         state = self._state
-        wait = mirror.wait_seconds(0 if former is None else former.size, self._table.max_age)
-        wait = min(wait, self._file.due_in)
+        wait = min(mirror.wait_seconds(0 if former is None else former.size, self._table.max_age), self._file.due_in)
         asked = time.monotonic()
         query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=self._table.deadline)
         with query as response:
@@ -210,7 +196,7 @@ class Watch(threading.Thread):
             else:
                 self._file.begin()
                 builder = SnapshotBuilder(self._table, self.prefix, self._services, former, forbidden)
-                snapshot = _read_snapshot(self._client, self._table, response, builder, self._file.take)
+                snapshot = _read_snapshot(self._client, response, builder, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
@@ -255,11 +241,7 @@ class MirrorSource:
     """
 
     def __init__(
-        self,
-        table: Table,
-        connect: Callable[[], kv.Client],
-        former: MirrorSource | None = None,
-        write_seconds: float = WRITE_SECONDS,
+        self, table: Table, connect: Connect, former: MirrorSource | None = None, write_seconds: float = WRITE_SECONDS
     ) -> None:
         """``former`` was the source of the same table with other settings, and was closed.
 

@@ -17,8 +17,7 @@ def delay(failures: int, chance: float) -> float:
     The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul together do not come
     back together.
     """
-    doubled: float = FIRST_PAUSE_SECONDS * 2 ** min(max(failures, 1) - 1, 16)
-    return min(doubled, LAST_PAUSE_SECONDS) * (1 - chance / 4)
+    return min(FIRST_PAUSE_SECONDS * 2.0 ** min(max(failures, 1) - 1, 16), LAST_PAUSE_SECONDS) * (1 - chance / 4)
 
 
 class Backoff:

@@ -90,8 +90,7 @@ class DirectSource:
         return entries
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T]) -> T:
-        now = self._clock()
-        breaker = self._breaker
+        now, breaker = self._clock(), self._breaker
         if breaker.since is not None and now < breaker.not_before:
             raise Unreachable(f"Consul has been unreachable for {now - breaker.since:.0f} s: {breaker.last_error}")
         if now >= deadline:

@@ -129,7 +129,9 @@ class SnapshotBuilder:
         first, last = pairs[0][0], pairs[-1][0]
         for builder in self._builders:
             path, start = builder.path, len(builder.path)
-            if first < path + b"\xff" and last >= path:
+            if first.startswith(path) and last.startswith(path):
+                builder.take([(key[start:], value) for key, value in pairs])
+            elif first < path + b"\xff" and last >= path:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
 
     def absence_checks(self, is_url_safe: Callable[[bytes], bool], *, filtered: bool) -> Iterator[AbsenceCheck]:

@@ -628,8 +628,10 @@ def test_named_files_that_are_missing_are_told_with_their_key(load, file):
         "environment: CONSUL_CLIENT_CERT: /no/cert: not found",
         "environment: CONSUL_CLIENT_KEY: /no/key: not found",
         f"{file}: consul.address: /no/export: not found",
-        f"{file}: snapshot of table consul: folder /no not found",
-        f"{file}: metrics.textfile of table consul: folder /no not found",
+        *(
+            f"{file}: {key} of table consul: folder /no not found, or not writable by {check._user()}"
+            for key in ("snapshot", "metrics.textfile")
+        ),
     ]
 
 
@@ -703,7 +705,7 @@ def test_what_another_user_cannot_use_is_told(nobody, open_path):
     ).splitlines()
     assert f"consul.token_file: {open_path}/token: not readable by user nobody (uid 65534); " in token
     assert f"consul.ca_path: {open_path}/ca: folder {open_path}/ca cannot be entered by user nobody" in folder
-    assert f"snapshot of table consul: folder {open_path} not writable by user nobody (uid 65534)" in snapshot
+    assert f"consul: folder {open_path} not found, or not writable by user nobody (uid 65534)" in snapshot
 
 
 # ---- whatever comes ----

@@ -48,7 +48,7 @@ def _read_files(config: Config) -> Iterator[str]:
 
 def _written_files(config: Config) -> Iterator[str]:
     owners: dict[str, str] = {}
-    for table in list(config.tables.values()) or [config.table(config.default_table)]:
+    for table in list(config.tables.values()) or [config.table(config.defaults.name)]:
         textfile = config.metrics.textfile and config.metrics.textfile.replace("{table}", table.name)
         for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile)):
             if not path:

@@ -7,6 +7,7 @@ Nothing here opens the files that a configuration names (check.py does), or read
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
@@ -17,8 +18,8 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import FieldInfo
 
-from table_consul.errors import ConfigError, printable
-from table_consul.files import open_regular_file
+from table_consul.errors import ConfigError, SourceError, printable
+from table_consul.files import open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 
 DEFAULT_PATH = "/etc/mail/table-consul.toml"
@@ -88,11 +89,6 @@ class Config(msgspec.Struct, frozen=True):
     origins: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """``environment: VARIABLE`` for each key of ``consul`` that the environment sets, for messages."""
 
-    @property
-    def default_table(self) -> str:
-        """The name of the table in a dialect that names none."""
-        return self.defaults.name
-
     def table(self, name: str) -> Table:
         """The settings of this table: its ``[tables.NAME]`` if there is one, else ``[defaults]``.
 
@@ -103,7 +99,7 @@ class Config(msgspec.Struct, frozen=True):
         if name in self.tables:
             return self.tables[name]
         try:
-            return _table({**msgspec.structs.asdict(self.defaults), "name": table_name(name)})
+            return _table(self.defaults, _table_name(name), {})
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -124,8 +120,7 @@ VARIABLES: tuple[dict[str, str], ...] = (
 # mistake, which does not quote what may be a secret under the wrong key.
 
 
-def absolute_path(value: str) -> str:
-    """The path of a file."""
+def _absolute_path(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("must be an absolute path (smtpd starts tables in /)")
     if value.endswith("/") or not value.isprintable():
@@ -133,7 +128,7 @@ def absolute_path(value: str) -> str:
     return value
 
 
-def visible_ascii(value: str) -> str:
+def _visible_ascii(value: str) -> str:
     """The value, which becomes part of an HTTP request."""
     if not re.fullmatch(r"[!-~]+", value):
         raise ValueError("must be visible ASCII characters, without spaces and line breaks")
@@ -141,53 +136,60 @@ def visible_ascii(value: str) -> str:
 
 
 _HOST = r"(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?"
-_HOST_PORT = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{_HOST})(?::([0-9]{{1,5}}))?/?")
+_HOST_PORT = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST}))(?::([0-9]{{1,5}}))?")
 
 
-def host_name(value: str) -> str:
+def _host_port(text: str, default_port: int) -> tuple[str, int] | None:
+    """The parts of HOST:PORT or [IPv6]:PORT, if that is what the text is."""
+    if (match := _HOST_PORT.fullmatch(text)) is None:
+        return None
+    ipv6, host, port = match[1], match[2], int(match[3] or default_port)
+    if ipv6:
+        from ipaddress import IPv6Address
+
+        try:
+            host = str(IPv6Address(ipv6))
+        except ValueError:
+            return None
+    return (host.lower(), port) if 1 <= port <= 65535 else None
+
+
+def _host_name(value: str) -> str:
     """The host name without a port, as the consul command drops it (consul: api/api.go, SetupTLSConfig)."""
-    match = _HOST_PORT.fullmatch(value)
-    if match is None or value.endswith("/"):
-        raise ValueError(f"invalid host name {quoted(value)}")
-    return match[1].strip("[]")
+    if (found := _host_port(value, 443)) is None:
+        raise ValueError(f"invalid host name {_quoted(value)}")
+    return found[0]
 
 
-def table_name(value: str) -> str:
+def _table_name(value: str) -> str:
     """The name, which is one segment of a Consul path, and one field of a line in the protocol of smtpd."""
     if value in {"", ".", ".."} or {"/", "|"} & {*value} or not value.isprintable():
-        raise ValueError(
-            f"invalid table name {quoted(value)} (use printable characters other than / and |, not . or ..)"
-        )
+        hint = "(use printable characters other than / and |, not . or ..)"
+        raise ValueError(f"invalid table name {_quoted(value)} {hint}")
     return value
 
 
-def consul_path(value: str) -> str:
-    """The path without a slash at either end."""
+def _consul_path(value: str) -> str:
     path = value.removeprefix("/").removesuffix("/")
     if not path.isprintable() or any(segment in {"", ".", ".."} for segment in path.split("/")):
-        raise ValueError(f"invalid Consul path {quoted(value)} (segments must be printable, and not empty, . or ..)")
+        raise ValueError(f"invalid Consul path {_quoted(value)} (segments must be printable, and not empty, . or ..)")
     return path
 
 
-def prefix(value: str) -> str:
-    """The path without a slash at either end; it may be empty."""
-    return "" if value in {"", "/"} else consul_path(value)
-
-
-def services(value: tuple[str, ...]) -> tuple[str, ...]:
+def _services(value: tuple[str, ...]) -> tuple[str, ...]:
     """The services in the order of `SERVICES`, each once."""
     if unknown := [name for name in value if name not in SERVICES]:
-        raise ValueError(*(f"unknown service {quoted(name)} {suggestion(name, SERVICES)}" for name in unknown))
+        raise ValueError(*(f"unknown service {_quoted(name)} {_suggestion(name, SERVICES)}" for name in unknown))
     return tuple(name for name in SERVICES if name in value)
 
 
-def addresses(values: tuple[str, ...]) -> tuple[str, ...]:
+def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
     """The addresses in their normal form, each once."""
     normal: dict[str, None] = {}
     mistakes: list[str] = []
     for value in values:
         try:
-            normal[address(value)] = None
+            normal[_address(value)] = None
         except ValueError as error:
             mistakes += error.args
     if len(values) > 1 and any(each.startswith("file://") for each in values):
@@ -197,88 +199,70 @@ def addresses(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(normal)
 
 
-def address(value: str) -> str:
+def _address(value: str) -> str:
     """The address in its normal form, with a port."""
-    scheme, separator, rest = value.partition("://")
-    if separator and scheme in {"unix", "file"}:
-        return _socket(value, scheme)
+    scheme, _, rest = value.partition("://")
+    if scheme in {"unix", "file"}:
+        if len(_absolute_path(rest).encode()) > SOCKET_PATH_MAX and scheme == "unix":
+            raise ValueError(f"the path of a socket must not be longer than {SOCKET_PATH_MAX} bytes")
+        return value
+    if scheme in PORTS and (found := _host_port(rest.removesuffix("/"), PORTS[scheme])):
+        host = f"[{found[0]}]" if ":" in found[0] else found[0]
+        return f"{scheme}://{host}:{found[1]}"
     # What holds one of these may hold a password or a token.
-    invalid = "invalid address" if {*value} & {*"@?#"} else f"invalid address {quoted(value)}"
-    if scheme not in PORTS or not separator:
-        raise ValueError(f"{invalid} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
-    match = _HOST_PORT.fullmatch(rest)
-    if match is None:
-        raise ValueError(f"{invalid} (only HOST:PORT may follow {scheme}://)")
-    host, port = match[1].lower(), int(match[2] or PORTS[scheme])
-    if host.startswith("["):
-        from ipaddress import IPv6Address
-
-        try:
-            host = f"[{IPv6Address(host[1:-1])}]"
-        except ValueError:
-            raise ValueError(f"invalid IPv6 address {quoted(host)}") from None
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port must be between 1 and 65535, not {port}")
-    return f"{scheme}://{host}:{port}"
+    shown = "" if {*value} & {*"@?#"} else f" {_quoted(value)}"
+    raise ValueError(f"invalid address{shown} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
 
 
-def _socket(value: str, scheme: str) -> str:
-    path = absolute_path(value.removeprefix(f"{scheme}://"))
-    if scheme == "unix" and len(path.encode("utf-8", "surrogateescape")) > SOCKET_PATH_MAX:
-        raise ValueError(f"the path of a socket must not be longer than {SOCKET_PATH_MAX} bytes")
-    return value
-
-
-def listen_address(value: str) -> str:
+def _listen_address(value: str) -> str:
     """The address, which no other host can reach: metrics tell much about the mail of a host."""
     from ipaddress import ip_address
 
     if value.startswith("unix://"):
-        return _socket(value, "unix")
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", value)
-    try:
-        if match and ip_address(match[1] or match[2]).is_loopback and 1 <= int(match[3]) <= 65535:
+        return _address(value)
+    with contextlib.suppress(ValueError):  # a name
+        if (found := _host_port(value, 0)) and ip_address(found[0]).is_loopback:
             return value
-    except ValueError:
-        pass
-    raise ValueError(f"invalid listen address {quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
+    raise ValueError(f"invalid listen address {_quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
 
 
-def boolean(value: str) -> bool:
-    """The boolean in a variable, as the consul command reads it (Go's strconv.ParseBool)."""
-    if value not in {*_TRUE, *_FALSE}:
-        raise ValueError(f"must be one of {', '.join((*_TRUE, *_FALSE))}, not {quoted(value)}")
-    return value in _TRUE
+# In a variable, as the consul command reads it (Go's strconv.ParseBool).
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
 
 
-_TRUE = ("1", "t", "T", "TRUE", "true", "True")
-_FALSE = ("0", "f", "F", "FALSE", "false", "False")
+def _boolean(value: str) -> bool:
+    if value not in _BOOLEANS:
+        raise ValueError(f"must be one of {', '.join(_BOOLEANS)}, not {_quoted(value)}")
+    return _BOOLEANS[value]
+
 
 # What the value of a key must be beyond its type; "path" is what a service has in paths.
 VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("token_file", "ca_file", "cert_file", "key_file", "snapshot", "textfile"), absolute_path),
-    **dict.fromkeys(("token", "datacenter", "namespace", "partition"), visible_ascii),
-    "address": addresses,
-    "ca_path": lambda folder: absolute_path(folder.removesuffix("/")),
-    "tls_server_name": host_name,
-    "table": table_name,
-    "prefix": prefix,
-    "services": services,
-    "path": consul_path,
-    "listen": listen_address,
+    **dict.fromkeys(("token_file", "ca_file", "cert_file", "key_file", "snapshot", "textfile"), _absolute_path),
+    **dict.fromkeys(("token", "datacenter", "namespace", "partition"), _visible_ascii),
+    "address": _addresses,
+    "ca_path": lambda folder: _absolute_path(folder.removesuffix("/")),
+    "tls_server_name": _host_name,
+    "table": _table_name,
+    "prefix": lambda path: "" if path in {"", "/"} else _consul_path(path),
+    "services": _services,
+    "path": _consul_path,
+    "listen": _listen_address,
 }
 
+_STRUCTS = {"consul": ConsulConfig, "defaults": Table, "tables": Table, "log": LogConfig, "metrics": MetricsConfig}
 # The keys of each section of the file: a field of its Struct, or the keys of a section below it. "tables" stands for
 # any [tables.NAME].
 KEYS: Mapping[str, dict[str, Any]] = {
     section: {field.encode_name: field for field in msgspec.structs.fields(struct)}
-    for section, struct in (
-        *(("consul", ConsulConfig), ("defaults", Table), ("tables", Table)),
-        *(("log", LogConfig), ("metrics", MetricsConfig)),
-    )
+    for section, struct in _STRUCTS.items()
 }
 del KEYS["consul"]["token"], KEYS["tables"]["table"]
 KEYS["defaults"]["paths"] = KEYS["tables"]["paths"] = {name: FieldInfo(name, "path", str) for name in SERVICES}
+_SECTIONS = {**KEYS, "tables": {"*": KEYS["tables"]}}
 
 
 def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the type of the field
@@ -300,7 +284,7 @@ def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell i
     return "true or false" if form is bool else "a string"
 
 
-def suggestion(word: str, options: Collection[str]) -> str:
+def _suggestion(word: str, options: Collection[str]) -> str:
     """In parentheses: the option that was probably meant, or all of them."""
     from difflib import get_close_matches
 
@@ -308,7 +292,7 @@ def suggestion(word: str, options: Collection[str]) -> str:
     return f"(did you mean {close[0]}?)" if close else f"(use one of: {', '.join(options)})"
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     return f"'{printable(text, 60)}'"
 
 
@@ -321,63 +305,47 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
 
     """
     file = DEFAULT_PATH if path is None else path
-    found: dict[str, Any] | None = None
+    errors = _Errors(printable(file))
+    document: dict[str, Any] | None = None
     try:
-        found = _parse(file)
+        with open(file, "rb", opener=open_regular_file) as opened:
+            document = tomllib.loads(read_bounded(opened, SIZE_MAX).decode())
     except OSError as error:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
             from table_consul.check import explain_os_error
 
-            raise ConfigError(f"{printable(file)}: {explain_os_error(file, error)}") from None
-    document = {**{name: {} for name in KEYS}, **(found or {})}
-    errors = _Errors(printable(file))
-    names = document["tables"] if isinstance(document["tables"], dict) else {}
-    sections = errors.section(document, "", {**KEYS, "tables": dict.fromkeys(names, KEYS["tables"])})
+            raise ConfigError(f"{errors.file}: {explain_os_error(file, error)}") from None
+    except SourceError as error:
+        raise ConfigError(f"{errors.file}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{errors.file}: invalid TOML: {printable(str(error))}") from None
+    sections = errors.section({**{name: {} for name in KEYS}, **(document or {})}, "", _SECTIONS)
     origins = _environment(sections["consul"], environ, errors)
-    defaults = {"name": "consul", "paths": {}, **sections["defaults"]}
-    tables = {}
-    for name, own in sections["tables"].items():
-        errors.check(f"{printable(file)}: tables.{printable(name)}", table_name, name)
-        tables[name] = {**defaults, **own, "name": name, "paths": {**defaults["paths"], **own.get("paths", {})}}
+    defaults = Table(**{"name": "consul", **sections["defaults"]})
+    tables = {name: _table(defaults, name, own) for name, own in sections["tables"].items()}
+    for name in tables:
+        errors.check(f"{errors.file}: tables.{printable(name)}", _table_name, name)
     if errors.lines:
         refusal = ConfigError(errors.lines[0])
         for line in errors.lines[1:]:
             refusal.add_note(line)
         raise refusal
     return Config(
-        path=None if found is None else file,
+        path=None if document is None else file,
         consul=ConsulConfig(**sections["consul"]),
         log=LogConfig(**sections["log"]),
         metrics=MetricsConfig(**sections["metrics"]),
-        defaults=Table(**defaults),
-        tables=MappingProxyType({name: _table(settings) for name, settings in tables.items()}),
+        defaults=defaults,
+        tables=MappingProxyType(tables),
         origins=MappingProxyType(origins),
     )
 
 
-def _table(settings: dict[str, Any]) -> Table:
+def _table(defaults: Table, name: str, own: dict[str, Any]) -> Table:
     """The table with its name in the path of its snapshot, as each table has a process and a snapshot of its own."""
-    snapshot = settings.get("snapshot")
-    return Table(**{**settings, "snapshot": snapshot and snapshot.replace("{table}", settings["name"])})
-
-
-def _parse(path: str) -> dict[str, Any]:
-    name = printable(path)
-    if "\0" in path:
-        raise ConfigError(f"{name}: invalid file name")
-    with open(path, "rb", opener=open_regular_file) as file:
-        data = file.read(SIZE_MAX + 1)
-    if len(data) > SIZE_MAX:
-        raise ConfigError(f"{name}: must not be larger than {SIZE_MAX} bytes")
-    try:
-        return tomllib.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}: byte {data[error.start]:#04x} in line {line} is not UTF-8") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{name}: invalid TOML: {printable(str(error))}") from None
+    snapshot, paths = own.get("snapshot", defaults.snapshot), {**defaults.paths, **own.get("paths", {})}
+    changes = {**own, "name": name, "paths": paths, "snapshot": snapshot and snapshot.replace("{table}", name)}
+    return msgspec.structs.replace(defaults, **changes)
 
 
 class _Errors:
@@ -403,9 +371,9 @@ class _Errors:
         values: dict[str, Any] = {}
         for key, value in raw.items():
             path = f"{name}.{printable(key)}" if name else printable(key)
-            field = keys.get(key)
+            field = keys.get(key, keys.get("*"))
             if field is None:
-                self.lines.append(f"{self.file}: {path}: unknown key {suggestion(key, keys)}")
+                self.lines.append(f"{self.file}: {path}: unknown key {_suggestion(key, keys)}")
             elif isinstance(field, FieldInfo):
                 values[field.name] = self.check(f"{self.file}: {path}", _convert, field, value)
             else:
@@ -420,7 +388,7 @@ def _environment(consul: dict[str, Any], environ: Mapping[str, str], errors: _Er
     for key, name in (variable for group in unset for variable in group.items()):
         if value := environ.get(name):  # an empty variable is an unset one (consul: api/api.go, defaultConfig)
             origins[key] = f"environment: {name}"
-            consul[key] = errors.check(origins[key], boolean if key == "tls_verify" else VALIDATORS[key], value)
+            consul[key] = errors.check(origins[key], _boolean if key == "tls_verify" else VALIDATORS[key], value)
     # consul: go-rootcerts, LoadCACerts takes the file and then does not look at the folder
     if "ca_file" in origins:
         consul.pop("ca_path", None)
@@ -431,7 +399,7 @@ def _environment(consul: dict[str, Any], environ: Mapping[str, str], errors: _Er
     addr, ssl = environ.get("CONSUL_HTTP_ADDR"), environ.get("CONSUL_HTTP_SSL")
     if "addresses" not in consul and (addr or ssl):
         origins["address"] = "environment: CONSUL_HTTP_ADDR"
-        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL", boolean, ssl)
+        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL", _boolean, ssl)
         consul["addresses"] = errors.check(origins["address"], _http_addr, addr or "127.0.0.1:8500", tls)
     return origins
 
@@ -446,4 +414,4 @@ def _http_addr(value: str, tls: bool | None) -> tuple[str, ...]:  # noqa: FBT001
     # "Never revert to http if TLS was explicitly requested."
     if scheme == "http":
         value = f"{'https' if tls else 'http'}://{value.removeprefix('http://')}"
-    return addresses((value,))
+    return _addresses((value,))

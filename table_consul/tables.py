@@ -125,7 +125,7 @@ class Tables:
         if table is None:
             if self.config is None:
                 raise ConfigError(str(self.broken))
-            table = self.config.table(name or self.config.default_table)
+            table = self.config.table(name or self.config.defaults.name)
             if len(self._tables) < MAX_NAMES:
                 self._tables[name] = table
         return table

@@ -141,7 +141,7 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
             f"metrics are read with {error.name or 'prometheus_client'}, which is not installed;"
             " install table-consul[metrics] or python3-prometheus-client"
         ) from None
-    wanted = tables or sorted({*config.tables, *published_tables(config)}) or (config.default_table,)
+    wanted = tables or sorted({*config.tables, *published_tables(config)}) or (config.defaults.name,)
     statuses = [status_of(config, config.table(name)) for name in dict.fromkeys(wanted)]
     if not offline and not config.consul.addresses[0].startswith("file://"):
         _compare(config, statuses)

@@ -180,6 +180,6 @@ class Stopped(Exception):
 def test_without_an_argument_the_default_file_counts_if_it_is_there(monkeypatch, tmp_path):
     path = write_config(tmp_path, 'table = "elsewhere"')
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
-    assert config.load(None, {}).default_table == "elsewhere"
+    assert config.load(None, {}).defaults.name == "elsewhere"
     path.unlink()
-    assert config.load(None, {}).default_table == "consul"
+    assert config.load(None, {}).defaults.name == "consul"

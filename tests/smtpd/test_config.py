@@ -78,7 +78,7 @@ def test_empty_file_is_all_defaults(load, file):
     assert loaded == config.Config(path=str(file))
     assert loaded.consul == config.ConsulConfig()
     assert loaded.consul.addresses == ("http://127.0.0.1:8500",)
-    assert loaded.default_table == "consul"
+    assert loaded.defaults.name == "consul"
     assert loaded.table("aliases") == services.Table("aliases")
 
 
@@ -97,7 +97,7 @@ def test_default_file_is_read_when_it_is_there(file, monkeypatch):
     file.write_text('[defaults]\ntable = "mail"')
     monkeypatch.setattr(config, "DEFAULT_PATH", str(file))
     loaded = config.load(None, {})
-    assert (loaded.path, loaded.default_table) == (str(file), "mail")
+    assert (loaded.path, loaded.defaults.name) == (str(file), "mail")
 
 
 def test_default_file_that_is_a_folder_is_an_error(tmp_path, monkeypatch):
@@ -201,7 +201,6 @@ def test_addresses_keep_their_order_and_lose_repetitions(load):
 
 
 USE = "(use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)"
-ONLY = "(only HOST:PORT may follow http://)"
 PATH = "must be an absolute path (smtpd starts tables in /)"
 
 
@@ -212,15 +211,15 @@ PATH = "must be an absolute path (smtpd starts tables in /)"
         ("", f"invalid address '' {USE}"),
         ("tcp://consul:8500", f"invalid address 'tcp://consul:8500' {USE}"),
         ("HTTP://consul:8500", f"invalid address 'HTTP://consul:8500' {USE}"),
-        ("http://", f"invalid address 'http://' {ONLY}"),
-        ("http://c/v1", f"invalid address 'http://c/v1' {ONLY}"),
-        ("http://a b", f"invalid address 'http://a b' {ONLY}"),
-        ("http://a..b", f"invalid address 'http://a..b' {ONLY}"),
-        ("http://c:x", f"invalid address 'http://c:x' {ONLY}"),
-        ("http://c:0", "port must be between 1 and 65535, not 0"),
-        ("http://c:65536", "port must be between 1 and 65535, not 65536"),
-        ("http://[::g]:1", f"invalid address 'http://[::g]:1' {ONLY}"),
-        ("http://[:::]:1", "invalid IPv6 address '[:::]'"),
+        ("http://", f"invalid address 'http://' {USE}"),
+        ("http://c/v1", f"invalid address 'http://c/v1' {USE}"),
+        ("http://a b", f"invalid address 'http://a b' {USE}"),
+        ("http://a..b", f"invalid address 'http://a..b' {USE}"),
+        ("http://c:x", f"invalid address 'http://c:x' {USE}"),
+        ("http://c:0", f"invalid address 'http://c:0' {USE}"),
+        ("http://c:65536", f"invalid address 'http://c:65536' {USE}"),
+        ("http://[::g]:1", f"invalid address 'http://[::g]:1' {USE}"),
+        ("http://[:::]:1", f"invalid address 'http://[:::]:1' {USE}"),
         ("unix://run/s", PATH),
         ("file://export.json", PATH),
         ("unix:///" + "s" * 200, "the path of a socket must not be longer than 103 bytes"),
@@ -356,7 +355,7 @@ ASCII = "must be visible ASCII characters, without spaces and line breaks"
     ("variable", "value", "message"),
     [
         ("CONSUL_HTTP_SSL_VERIFY", "no", f"{BOOLEANS}, not 'no'"),
-        ("CONSUL_HTTP_ADDR", "http://[::1", f"invalid address 'http://[::1' {ONLY}"),
+        ("CONSUL_HTTP_ADDR", "http://[::1", f"invalid address 'http://[::1' {USE}"),
         ("CONSUL_CACERT", "ca.pem", PATH),
         ("CONSUL_CACERT", "/ca/", "must not end in / or contain unprintable characters"),
         ("CONSUL_CAPATH", "ca", PATH),
@@ -495,11 +494,14 @@ def test_all_mistakes_are_reported_at_once(refusal):
         (b"[consul", "invalid TOML: Expected ']' at the end of a table declaration (at end of document)"),
         (b"[log]\nlevel = debug", "invalid TOML: Invalid value (at line 2, column 9)"),
         (b"[log]\n[log]", "invalid TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
-        (b"[log]\nlevel = '\xff'", "byte 0xff in line 2 is not UTF-8"),
+        (
+            b"[log]\nlevel = '\xff'",
+            "invalid TOML: 'utf-8' codec can't decode byte 0xff in position 15: invalid start byte",
+        ),
         ("x = 1".encode("utf-16-le"), None),
-        (b"x = " + b"[" * 100_000, "nested too deeply"),
+        (b"x = " + b"[" * 100_000, None),
         (b"[defaults]\nmax_keys = " + b"9" * 5000, None),
-        (b"#" * (config.SIZE_MAX + 1), f"must not be larger than {config.SIZE_MAX} bytes"),
+        (b"#" * (config.SIZE_MAX + 1), "larger than 4 MiB"),
     ],
     ids=["open", "bare", "twice", "latin-1", "utf-16", "deep", "long number", "large"],
 )

@@ -7,16 +7,14 @@ Nothing here opens the files that a configuration names (check.py does), or read
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
-from msgspec.structs import FieldInfo
+from msgspec.structs import FieldInfo, fields, replace
 
 from table_consul.errors import ConfigError, SourceError, printable
 from table_consul.files import open_regular_file, read_bounded
@@ -26,9 +24,6 @@ DEFAULT_PATH = "/etc/mail/table-consul.toml"
 
 # A configuration for thousands of tables fits; a large file given by mistake does not fill the memory of the mail host.
 SIZE_MAX = 4 * 1024 * 1024
-
-# linux: unix(7), sun_path holds 108 bytes, the last of which is NUL; OpenBSD's holds 104.
-SOCKET_PATH_MAX = 103
 
 # What a URL means without a port; so does Consul's own client (consul: api/api.go, NewClient adds none).
 PORTS = {"http": 80, "https": 443}
@@ -84,9 +79,9 @@ class Config(msgspec.Struct, frozen=True):
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     defaults: Table = msgspec.field(default_factory=lambda: Table("consul"))
     """``[defaults]``; its name is that of the table in a dialect that names none."""
-    tables: Mapping[str, Table] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    tables: Mapping[str, Table] = msgspec.field(default_factory=dict)
     """The tables that have a section of their own."""
-    origins: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    origins: Mapping[str, str] = msgspec.field(default_factory=dict)
     """``environment: VARIABLE`` for each key of ``consul`` that the environment sets, for messages."""
 
     def table(self, name: str) -> Table:
@@ -94,7 +89,6 @@ class Config(msgspec.Struct, frozen=True):
 
         Raises:
             ConfigError: the name cannot be a folder in Consul; in the dialects of 2020 each request brings it.
-
         """
         if name in self.tables:
             return self.tables[name]
@@ -184,28 +178,19 @@ def _services(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
-    """The addresses in their normal form, each once."""
-    normal: dict[str, None] = {}
-    mistakes: list[str] = []
-    for value in values:
-        try:
-            normal[_address(value)] = None
-        except ValueError as error:
-            mistakes += error.args
+    mistakes = _Mistakes()
+    normal = tuple(dict.fromkeys(mistakes.check("", _address, value) for value in values))
     if len(values) > 1 and any(each.startswith("file://") for each in values):
         mistakes.append("file:// cannot be combined with other addresses")
     if mistakes:
         raise ValueError(*mistakes)
-    return tuple(normal)
+    return normal
 
 
 def _address(value: str) -> str:
-    """The address in its normal form, with a port."""
     scheme, _, rest = value.partition("://")
     if scheme in {"unix", "file"}:
-        if len(_absolute_path(rest).encode()) > SOCKET_PATH_MAX and scheme == "unix":
-            raise ValueError(f"the path of a socket must not be longer than {SOCKET_PATH_MAX} bytes")
-        return value
+        return f"{scheme}://{_absolute_path(rest)}"
     if scheme in PORTS and (found := _host_port(rest.removesuffix("/"), PORTS[scheme])):
         host = f"[{found[0]}]" if ":" in found[0] else found[0]
         return f"{scheme}://{host}:{found[1]}"
@@ -216,27 +201,19 @@ def _address(value: str) -> str:
 
 def _listen_address(value: str) -> str:
     """The address, which no other host can reach: metrics tell much about the mail of a host."""
-    from ipaddress import ip_address
-
     if value.startswith("unix://"):
         return _address(value)
-    with contextlib.suppress(ValueError):  # a name
-        if (found := _host_port(value, 0)) and ip_address(found[0]).is_loopback:
-            return value
+    found = _host_port(value, 0)
+    if found and (found[0] == "::1" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", found[0])):
+        return value
     raise ValueError(f"invalid listen address {_quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
 
 
-# In a variable, as the consul command reads it (Go's strconv.ParseBool).
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
-}
-
-
 def _boolean(value: str) -> bool:
-    if value not in _BOOLEANS:
-        raise ValueError(f"must be one of {', '.join(_BOOLEANS)}, not {_quoted(value)}")
-    return _BOOLEANS[value]
+    """The boolean in a variable, as the consul command reads it (Go's strconv.ParseBool)."""
+    if not re.fullmatch("1|t|T|TRUE|true|True|0|f|F|FALSE|false|False", value):
+        raise ValueError(f"must be true or false (or 1, 0, t, f), not {_quoted(value)}")
+    return value[0] in "1tT"
 
 
 # What the value of a key must be beyond its type; "path" is what a service has in paths.
@@ -253,16 +230,16 @@ VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
     "listen": _listen_address,
 }
 
-_STRUCTS = {"consul": ConsulConfig, "defaults": Table, "tables": Table, "log": LogConfig, "metrics": MetricsConfig}
 # The keys of each section of the file: a field of its Struct, or the keys of a section below it. "tables" stands for
 # any [tables.NAME].
-KEYS: Mapping[str, dict[str, Any]] = {
-    section: {field.encode_name: field for field in msgspec.structs.fields(struct)}
-    for section, struct in _STRUCTS.items()
+KEYS: dict[str, dict[str, Any]] = {
+    section.name: {field.encode_name: field for field in fields(section.type)}
+    for section in fields(Config)
+    if section.name in {"consul", "defaults", "log", "metrics"}
 }
-del KEYS["consul"]["token"], KEYS["tables"]["table"]
-KEYS["defaults"]["paths"] = KEYS["tables"]["paths"] = {name: FieldInfo(name, "path", str) for name in SERVICES}
-_SECTIONS = {**KEYS, "tables": {"*": KEYS["tables"]}}
+KEYS["defaults"]["paths"] = {name: FieldInfo(name, "path", str) for name in SERVICES}
+KEYS["tables"] = {key: field for key, field in KEYS["defaults"].items() if key != "table"}
+del KEYS["consul"]["token"]
 
 
 def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the type of the field
@@ -272,8 +249,7 @@ def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the typ
         value = msgspec.convert(raw, field.type)
     except msgspec.ValidationError:
         raise ValueError(f"must be {_expected(field.type)}") from None
-    validate = VALIDATORS.get(field.encode_name)
-    return validate(value) if validate else value
+    return VALIDATORS.get(field.encode_name, lambda valid: valid)(value)
 
 
 def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell it
@@ -302,10 +278,9 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: with the first mistake as its text, one line, and all further ones as notes (``__notes__``), a
             line each. Files that the configuration names are not opened: see `check.check_files`.
-
     """
     file = DEFAULT_PATH if path is None else path
-    errors = _Errors(printable(file))
+    at, mistakes = printable(file), _Mistakes()
     document: dict[str, Any] | None = None
     try:
         with open(file, "rb", opener=open_regular_file) as opened:
@@ -314,21 +289,19 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
             from table_consul.check import explain_os_error
 
-            raise ConfigError(f"{errors.file}: {explain_os_error(file, error)}") from None
-    except SourceError as error:
-        raise ConfigError(f"{errors.file}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{errors.file}: invalid TOML: {printable(str(error))}") from None
-    sections = errors.section({**{name: {} for name in KEYS}, **(document or {})}, "", _SECTIONS)
-    origins = _environment(sections["consul"], environ, errors)
+            raise ConfigError(f"{at}: {explain_os_error(file, error)}") from None
+    except (SourceError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{at}: cannot be read as TOML: {printable(str(error))}") from None
+    keys = {**KEYS, "tables": {"*": KEYS["tables"]}}
+    sections = mistakes.section({**{name: {} for name in KEYS}, **(document or {})}, at, "", keys)
+    origins = _environment(sections["consul"], environ, at, mistakes)
     defaults = Table(**{"name": "consul", **sections["defaults"]})
     tables = {name: _table(defaults, name, own) for name, own in sections["tables"].items()}
     for name in tables:
-        errors.check(f"{errors.file}: tables.{printable(name)}", _table_name, name)
-    if errors.lines:
-        refusal = ConfigError(errors.lines[0])
-        for line in errors.lines[1:]:
-            refusal.add_note(line)
+        mistakes.check(f"{at}: tables.{printable(name)}: ", _table_name, name)
+    if mistakes:
+        refusal = ConfigError(mistakes[0])
+        refusal.__notes__ = mistakes[1:]
         raise refusal
     return Config(
         path=None if document is None else file,
@@ -336,8 +309,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         log=LogConfig(**sections["log"]),
         metrics=MetricsConfig(**sections["metrics"]),
         defaults=defaults,
-        tables=MappingProxyType(tables),
-        origins=MappingProxyType(origins),
+        tables=tables,
+        origins=origins,
     )
 
 
@@ -345,73 +318,68 @@ def _table(defaults: Table, name: str, own: dict[str, Any]) -> Table:
     """The table with its name in the path of its snapshot, as each table has a process and a snapshot of its own."""
     snapshot, paths = own.get("snapshot", defaults.snapshot), {**defaults.paths, **own.get("paths", {})}
     changes = {**own, "name": name, "paths": paths, "snapshot": snapshot and snapshot.replace("{table}", name)}
-    return msgspec.structs.replace(defaults, **changes)
+    return replace(defaults, **changes)
 
 
-class _Errors:
-    """Collects the mistakes, so that all of them are reported at once."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.lines: list[str] = []
+class _Mistakes(list[str]):
+    """All mistakes of a configuration, a line each, so that they can be reported at once."""
 
     def check(self, origin: str, convert: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - see convert
         """The value that convert returns, None if it finds mistakes."""
         try:
             return convert(*arguments)
         except ValueError as error:
-            self.lines += [f"{origin}: {text}" for text in error.args]
+            self.extend(f"{origin}{text}" for text in error.args)
             return None
 
-    def section(self, raw: object, name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    def section(self, raw: object, file: str, name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a section in their normal form, by the fields of its Struct."""
         if not isinstance(raw, dict):
-            self.lines.append(f"{self.file}: {name}: must be a [{name}] section")
+            self.append(f"{file}: {name}: must be a [{name}] section")
             return {}
         values: dict[str, Any] = {}
         for key, value in raw.items():
             path = f"{name}.{printable(key)}" if name else printable(key)
             field = keys.get(key, keys.get("*"))
             if field is None:
-                self.lines.append(f"{self.file}: {path}: unknown key {_suggestion(key, keys)}")
+                self.append(f"{file}: {path}: unknown key {_suggestion(key, keys)}")
             elif isinstance(field, FieldInfo):
-                values[field.name] = self.check(f"{self.file}: {path}", _convert, field, value)
+                values[field.name] = self.check(f"{file}: {path}: ", _convert, field, value)
             else:
-                values[key] = self.section(value, path, field)
+                values[key] = self.section(value, file, path, field)
         return values
 
 
-def _environment(consul: dict[str, Any], environ: Mapping[str, str], errors: _Errors) -> dict[str, str]:
+def _environment(consul: dict[str, Any], environ: Mapping[str, str], file: str, errors: _Mistakes) -> dict[str, str]:
     """Add the fields that the environment sets to those that the file sets, and return the origins of their keys."""
     origins: dict[str, str] = {}
     unset = [group for group in VARIABLES if group.keys().isdisjoint(consul)]
     for key, name in (variable for group in unset for variable in group.items()):
         if value := environ.get(name):  # an empty variable is an unset one (consul: api/api.go, defaultConfig)
             origins[key] = f"environment: {name}"
-            consul[key] = errors.check(origins[key], _boolean if key == "tls_verify" else VALIDATORS[key], value)
+            validate = _boolean if key == "tls_verify" else VALIDATORS[key]
+            consul[key] = errors.check(f"{origins[key]}: ", validate, value)
     # consul: go-rootcerts, LoadCACerts takes the file and then does not look at the folder
     if "ca_file" in origins:
         consul.pop("ca_path", None)
     for present, absent in (("cert_file", "key_file"), ("key_file", "cert_file")):
         if present in consul and absent not in consul:
-            origin = origins.get(present, f"{errors.file}: consul.{present}")
-            errors.lines.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
+            origin = origins.get(present, f"{file}: consul.{present}")
+            errors.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
     addr, ssl = environ.get("CONSUL_HTTP_ADDR"), environ.get("CONSUL_HTTP_SSL")
     if "addresses" not in consul and (addr or ssl):
         origins["address"] = "environment: CONSUL_HTTP_ADDR"
-        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL", _boolean, ssl)
-        consul["addresses"] = errors.check(origins["address"], _http_addr, addr or "127.0.0.1:8500", tls)
+        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL: ", _boolean, ssl)
+        consul["addresses"] = errors.check(f"{origins['address']}: ", _http_addr, addr or "127.0.0.1:8500", tls)
     return origins
 
 
 def _http_addr(value: str, tls: bool | None) -> tuple[str, ...]:  # noqa: FBT001 - both come from the environment
     """CONSUL_HTTP_ADDR as a list of addresses, as the consul command takes it (consul: api/api.go, NewClient)."""
     scheme = value.partition("://")[0] if "://" in value else "http"
-    if scheme == "file":
-        raise ValueError("the consul command does not support file:// (use HOST:PORT, http://, https:// or unix://)")
-    if scheme == "unix" and tls:
-        raise ValueError("no TLS over a unix socket (unset CONSUL_HTTP_SSL)")
+    if scheme == "file" or (scheme == "unix" and tls):
+        raise ValueError(f"the consul command does not support {scheme}://{' with TLS' if tls else ''}")
     # "Never revert to http if TLS was explicitly requested."
     if scheme == "http":
         value = f"{'https' if tls else 'http'}://{value.removeprefix('http://')}"
-    return _addresses((value,))
+    return (_address(value),)

@@ -63,7 +63,7 @@ def test_check_of_a_good_configuration_says_so_and_ends_with_0(tmp_path):
     [
         ("[consul]\naddres = 1\n", "consul.addres: unknown key (did you mean address?)"),
         ('[defaults]\nmode = "both"\n', "defaults.mode: "),
-        ("[defaults", "invalid TOML"),
+        ("[defaults", "cannot be read as TOML"),
     ],
 )
 def test_check_of_a_bad_configuration_says_where_and_ends_with_2(tmp_path, text, said):

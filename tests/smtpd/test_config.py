@@ -222,7 +222,6 @@ PATH = "must be an absolute path (smtpd starts tables in /)"
         ("http://[:::]:1", f"invalid address 'http://[:::]:1' {USE}"),
         ("unix://run/s", PATH),
         ("file://export.json", PATH),
-        ("unix:///" + "s" * 200, "the path of a socket must not be longer than 103 bytes"),
     ],
 )
 def test_bad_address_is_named(refusal, written, message):
@@ -346,7 +345,7 @@ def test_booleans_of_the_environment_are_those_of_go(load, text):
     assert load(CONSUL_HTTP_SSL_VERIFY=text).consul.tls_verify is (text in {"1", "t", "T", "TRUE", "true", "True"})
 
 
-BOOLEANS = "must be one of 1, t, T, TRUE, true, True, 0, f, F, FALSE, false, False"
+BOOLEANS = "must be true or false (or 1, 0, t, f)"
 PAIR = "set both or neither (one file may serve as both)"
 ASCII = "must be visible ASCII characters, without spaces and line breaks"
 
@@ -380,7 +379,7 @@ def test_environment_takes_no_file_address(refusal):
 
 def test_tls_over_a_unix_socket_is_refused_and_not_dropped(refusal):
     (line,) = refusal(CONSUL_HTTP_ADDR="unix:///s", CONSUL_HTTP_SSL="1")
-    assert line == "environment: CONSUL_HTTP_ADDR: no TLS over a unix socket (unset CONSUL_HTTP_SSL)"
+    assert line == "environment: CONSUL_HTTP_ADDR: the consul command does not support unix:// with TLS"
 
 
 def test_empty_variables_are_unset(load, file):
@@ -491,23 +490,23 @@ def test_all_mistakes_are_reported_at_once(refusal):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[consul", "invalid TOML: Expected ']' at the end of a table declaration (at end of document)"),
-        (b"[log]\nlevel = debug", "invalid TOML: Invalid value (at line 2, column 9)"),
-        (b"[log]\n[log]", "invalid TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
+        (b"[consul", "cannot be read as TOML: Expected ']' at the end of a table declaration (at end of document)"),
+        (b"[log]\nlevel = debug", "cannot be read as TOML: Invalid value (at line 2, column 9)"),
+        (b"[log]\n[log]", "cannot be read as TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
         (
             b"[log]\nlevel = '\xff'",
-            "invalid TOML: 'utf-8' codec can't decode byte 0xff in position 15: invalid start byte",
+            "cannot be read as TOML: 'utf-8' codec can't decode byte 0xff in position 15: invalid start byte",
         ),
         ("x = 1".encode("utf-16-le"), None),
         (b"x = " + b"[" * 100_000, None),
         (b"[defaults]\nmax_keys = " + b"9" * 5000, None),
-        (b"#" * (config.SIZE_MAX + 1), "larger than 4 MiB"),
+        (b"#" * (config.SIZE_MAX + 1), "cannot be read as TOML: larger than 4 MiB"),
     ],
     ids=["open", "bare", "twice", "latin-1", "utf-16", "deep", "long number", "large"],
 )
 def test_invalid_toml_is_reported_with_its_position(refusal, data, message):
     (line,) = refusal(data)
-    assert line == message or (message is None and line.startswith("invalid TOML: "))
+    assert line == message or (message is None and line.startswith("cannot be read as TOML: "))
 
 
 def test_huge_hexadecimal_is_refused_by_its_key(refusal):

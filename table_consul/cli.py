@@ -101,7 +101,7 @@ def serve(path: str | None) -> int:
     def on_change() -> None:
         nonlocal exporter
         if exporter is not None and exporter.is_alive():
-            exporter.wake()
+            exporter.changed.set()
         elif tables.config is not None and tables.config.metrics != config.MetricsConfig():
             from table_consul.metrics import Exporter
 

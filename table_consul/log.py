@@ -59,11 +59,10 @@ def start(level: str, target: str, table: str, program: str = "table-consul") ->
     handler: logging.Handler
     if target == "syslog" or (target == "auto" and not _stderr_is_read()):
         syslog.openlog(identity, 0, syslog.LOG_MAIL)
-        handler = SyslogHandler()
-        handler.setFormatter(OneLine("%(message)s"))
+        handler, text = SyslogHandler(), "%(message)s"
     else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(OneLine(f"{identity}: %(levelname)s: %(message)s"))
+        handler, text = logging.StreamHandler(sys.stderr), f"{identity}: %(levelname)s: %(message)s"
+    handler.setFormatter(OneLine(text))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries may warn; urllib3's debug lines would hold tokens

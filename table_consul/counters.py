@@ -50,8 +50,9 @@ class Counters:
             cell[2] += 1
         else:
             cell[2 + bisect_left(BOUNDS_SECONDS, seconds)] += 1
-            with contextlib.suppress(ConfigError):
-                cell[1] += seconds >= self._tables(request.table).deadline
+            if seconds >= 0.05:  # the shortest deadline that can be configured
+                with contextlib.suppress(ConfigError):
+                    cell[1] += seconds >= self._tables(request.table).deadline
 
     def failed(self, table: str, error: Exception, now: float) -> None:
         """Count a failure of the source of this table."""

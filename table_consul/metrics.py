@@ -1,7 +1,4 @@
-"""Prometheus metrics, computed when they are read: a text file, a loopback port, or a unix socket.
-
-Every series names its table: each has a process of its own, and node_exporter rejects text files that share a series.
-"""
+"""Prometheus metrics, computed when they are read: a text file, a loopback port, or a unix socket."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import re
 import socket
 import socketserver
 import stat
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -43,7 +39,8 @@ CONNECTIONS_MAX = 8
 # Parts of an error's text that differ between failures of the same cause: each would create a new series. Also tokens.
 _VARIABLE_PARTS = re.compile(r"\b\d+(?:\.\d+)? s\b|\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
 
-# Name without "table_consul_", type, help text, and labels besides "table".
+# Name without "table_consul_", type, help text, and labels besides "table", which all have: each table has a process of
+# its own, and node_exporter rejects text files that share a series.
 METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("build_info", "Gauge", "Always 1; the label is the version of table-consul.", ("version",)),
     ("start_time_seconds", "Gauge", "When the process started, in seconds since the epoch.", ()),
@@ -80,7 +77,7 @@ def _requests(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
         totals["deadline_hits", (table,)] += cell[1]
         cells[table, service].append(cell)
     yield from ((*sample, total) for sample, total in totals.items())
-    bounds = (*map(repr, BOUNDS_SECONDS), "+Inf")
+    bounds = (*map(str, BOUNDS_SECONDS), "+Inf")
     for labels, same in cells.items():
         seconds, _, *counts = map(sum, zip(*same, strict=True))
         yield "request_seconds", labels, [*zip(bounds, accumulate(counts), strict=True)], seconds
@@ -229,4 +226,4 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().process_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - socketserver's method
-        log.debug("metrics: connection broken", exc_info=sys.exc_info())
+        log.debug("metrics: connection broken", exc_info=True)  # noqa: LOG014 - called in the handler of the exception

@@ -18,9 +18,9 @@ from msgspec.structs import replace
 from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config
 from table_consul.errors import EntryError, TableConsulError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
-from table_consul.services import MAX_KEY_BYTES, Service, Table, fold_key
+from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.services.values import DEFAULT_KEY, parse_value
+from table_consul.services.values import parse_value
 
 if TYPE_CHECKING:
     from table_consul.config import Config

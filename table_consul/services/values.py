@@ -12,7 +12,7 @@ import re
 import msgspec
 
 from table_consul.errors import UNDECODABLE, EntryError
-from table_consul.services import Service, Table, compiled, passwords
+from table_consul.services import DEFAULT_KEY, Service, Table, compiled, passwords
 from table_consul.services.match import MAILADDR_PART_BYTES, is_address, text_to_mailaddr
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
@@ -22,8 +22,6 @@ ID_MAX = 4294967295
 # smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE; smtpd.h, EXPAND_BUFFER. Without the NUL.
 USER_BYTES = 255
 COMMAND_BYTES = 1023
-# The entry that answers for every key without one, where a service has such a default.
-DEFAULT_KEY = b"*"
 
 _BARE_LOCKS = (b"*", b"!", b"!!")
 # Lists of users and addresses with nothing in them that needs a second look, as nearly all are.
@@ -235,7 +233,7 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
         raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
 
 
-def expand_default_home(text: bytes, key: bytes) -> bytes:
+def expand_home(text: bytes, key: bytes) -> bytes:
     """The value of the default entry of userinfo for this user, with ``%u``, ``%n`` and ``%d`` in its home filled in.
 
     Raises:

@@ -113,9 +113,9 @@ def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
 )
 def test_a_key_that_no_url_can_name_is_absent_and_never_reaches_the_client(client, direct, key):
     client.error = AssertionError("asked")
-    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).has_own_entry(key), client.asked) == (
+    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).find(key), client.asked) == (
         None,
-        False,
+        None,
         [],
     )
 
@@ -171,7 +171,7 @@ def network(client, direct):
 
 
 def test_a_pattern_service_reads_the_whole_bucket(network, client):
-    assert network().has_own_entry(b"192.0.2.1")
+    assert network().find(b"192.0.2.1") is not None
     assert client.asked == [("list", b"mail/aliases/netaddr/", 2.0)]
 
 

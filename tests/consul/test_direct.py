@@ -326,7 +326,7 @@ def test_a_name_that_no_key_can_have_is_not_put_into_a_home(client, direct, key)
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     found = bucket(direct, "userinfo", key)
     assert [asked for _, asked, _ in client.asked] == [USERS + b"*"]
-    with pytest.raises(EntryError, match="cannot be used in a home"):
+    with pytest.raises(EntryError, match="cannot be used in the default home"):
         found.lookup(key)
 
 

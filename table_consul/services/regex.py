@@ -30,24 +30,10 @@ CLASSES = {
     b"xdigit": frozenset(string.hexdigits.encode()),
 }
 EVERY = frozenset(range(256))
-WORD = CLASSES[b"alnum"] | {0x5F}
+WORD, SPACE = CLASSES[b"alnum"] | {0x5F}, CLASSES[b"space"]
 # Tokens that stand for several bytes, and those that stand for none, which nothing can repeat.
-CLASS_TOKENS = {
-    b".": EVERY,
-    rb"\w": WORD,
-    rb"\W": EVERY - WORD,
-    rb"\s": CLASSES[b"space"],
-    rb"\S": EVERY - CLASSES[b"space"],
-}
-EMPTY_TOKENS = {
-    b"|": b"|",
-    b"^": rb"\A",
-    b"$": rb"\z",
-    rb"\b": rb"\b",
-    rb"\B": rb"\B",
-    rb"\`": rb"\A",
-    rb"\'": rb"\z",
-}
+CLASS_TOKENS = {b".": EVERY, rb"\w": WORD, rb"\W": EVERY - WORD, rb"\s": SPACE, rb"\S": EVERY - SPACE}
+EMPTY_TOKENS = {b"|": b"|", b"^": rb"\A", b"$": rb"\z", rb"\`": rb"\A", rb"\'": rb"\z", rb"\b": rb"\b", rb"\B": rb"\B"}
 ESCAPE = rb"(?s)\\."
 INTERVAL = rb"\{([0-9]*)(,?)([0-9]*)\}"
 # Within [ ]: [:alpha:], [.-.] or [=a=]; three hyphens in a row, which glibc reads as one that is no range; any byte.

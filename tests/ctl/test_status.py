@@ -234,8 +234,8 @@ def test_a_name_that_no_table_can_have_is_a_mistake(tmp_path, ctl):
 def test_any_bytes_in_a_file_are_unknown(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.prom"
     path.write_bytes(data)
-    found, samples = status.scrape(MetricsConfig(textfile=str(path)), "aliases")
-    assert (found.state, found.healthy, samples) == ("unknown", None, [])
+    found = status.status_of(Config(None, metrics=MetricsConfig(textfile=str(path))), "aliases")
+    assert (found.state, found.healthy, found.prefixes) == ("unknown", None, [])
 
 
 @given(
@@ -304,7 +304,7 @@ def test_a_port_where_nobody_listens_is_that_of_a_process_that_is_gone(tmp_path,
 def test_silent_listener_is_unknown_within_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         listen = f"127.0.0.1:{silent.getsockname()[1]}"
-        found, _ = status.scrape(MetricsConfig(listen=listen), "aliases", timeout=0.2)
+        found = status.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.2)
     assert (found.state, found.remarks) == ("unknown", [f"{listen}: timed out"])
 
 
@@ -370,7 +370,7 @@ def test_following_table_is_unknown_when_consul_is_unreachable(tmp_path, ctl, fa
     code, out, _ = ctl(configured(tmp_path, address=fake.address), "--json")
     tables = json.loads(out)["tables"]
     assert (code, [table["healthy"] for table in tables]) == (2, [None, None])
-    assert all("cannot compare with Consul" in table["remarks"][-1] for table in tables)
+    assert all("cannot compare with Consul" in table["prefixes"][0]["remarks"][-1] for table in tables)
 
 
 def test_no_token_is_shown(tmp_path, ctl, fake, monkeypatch):

@@ -141,13 +141,18 @@ def duration(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def terminal_columns() -> int:
+    """The width to wrap text at, which can be read on any terminal."""
+    return max(40, min(shutil.get_terminal_size().columns, 100))
+
+
 def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = None, err: bool = True) -> None:
     """Print each problem as ``WHERE: WHAT``, one line each; on a terminal WHAT is wrapped below WHERE.
 
     Beyond ``limit`` only the number of problems is printed. ``err`` prints to standard error, else standard output.
     """
     stream = sys.stderr if err else sys.stdout
-    columns = max(20, shutil.get_terminal_size().columns) if stream is not None and stream.isatty() else 0
+    columns = terminal_columns() if stream is not None and stream.isatty() else 0
     for where, what in problems[:limit]:
         if columns:
             click.secho(where, bold=True, err=err)
@@ -184,9 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error; a terminal may lack letters of a key
-    columns = max(30, min(shutil.get_terminal_size().columns, 100))  # click itself takes 50 for the narrowest
+    width = terminal_columns() - 2  # click itself takes 50 for the narrowest
     try:
-        status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=columns - 2)
+        status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=width)
         if sys.stdout is not None:  # closed by the parent process
             sys.stdout.flush()
     except click.UsageError as error:

@@ -311,7 +311,7 @@ def test_silent_listener_is_unknown_within_the_timeout():
 def test_answer_without_end_is_unknown(tmp_path, ctl, stranger, monkeypatch):
     monkeypatch.setattr(Stranger, "answer", b"\n" * (status.SIZE_MAX + 1))
     outcome = ctl(configured(tmp_path, metrics=f'listen = "{stranger}"'), "--json")
-    assert (outcome[0], "an answer without end" in told(outcome)["remarks"][0]) == (2, True)
+    assert (outcome[0], "larger than 16 MiB" in told(outcome)["remarks"][0]) == (2, True)
 
 
 # ---- Consul ----

@@ -102,7 +102,7 @@ def check_table(loader: Loader, config: Config, table: Table, paths: Iterable[by
     services = [SERVICES[name] for name in table.readable_services]
     loaded = [loader.load(table, service) for service in services]
     problems: list[Problem] = []
-    if any(each.too_large for each in loaded):
+    if table.mode != "direct" and any(each.direct for each in loaded):
         hint = "every answer reads Consul; raise max_keys, which costs memory, or split the table"
         problems.append(Problem(printable(table.root), f"more than max_keys = {table.max_keys} keys: {hint}"))
         table = replace(table, mode="direct")  # which does not find keys with capitals

@@ -1,7 +1,4 @@
-"""The command line of table-consulctl: options, exit statuses, and how errors and problems are printed.
-
-Each command is a module of this package, imported when it is called; its ``command`` is the click command.
-"""
+"""The command line of table-consulctl: options, exit statuses, and how errors and problems are printed."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import click
 from msgspec.structs import replace
@@ -23,9 +20,6 @@ from msgspec.structs import replace
 from table_consul import __version__, config
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES, Table
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
@@ -35,7 +29,7 @@ FAILED = 2
 UNCUT = 1 << 30
 """The limit of `errors.printable` for data that is printed whole."""
 
-# Module and summary of each command, the most used first. The summaries are here so that help imports no command.
+# Module and summary of each command, the most used first: help imports no command.
 COMMANDS = {
     "query": ("query", "Look up keys as smtpd does."),
     "lint": ("lint", "Check the data of a table."),
@@ -64,8 +58,7 @@ class Commands(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command = importlib.import_module(f"table_consul.ctl.{COMMANDS[name][0]}").command
-        assert isinstance(command, click.Command)
+        command: click.Command = importlib.import_module(f"table_consul.ctl.{COMMANDS[name][0]}").command
         return command
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,23 +67,15 @@ class Commands(click.Group):
 
 
 SERVICE = click.Choice(tuple(SERVICES))
-"""The type of a command's SERVICE argument."""
-
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
-"""The option of a command that can print for programs."""
 
 
-def pass_config(function: Callable[Concatenate[config.Config, P], R]) -> Callable[P, R]:
-    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help.
-
-    Raises:
-        ConfigError: when the command is called, as `config.load`.
-    """
+def pass_config(function: Callable[..., int]) -> Callable[..., int]:
+    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help."""
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        path = click.get_current_context().find_root().obj
-        return function(config.load(path, os.environ), *args, **kwargs)
+    def called(**arguments: Any) -> int:  # noqa: ANN401 - those of the command
+        return function(config.load(click.get_current_context().find_root().obj, os.environ), **arguments)
 
     return called
 
@@ -102,13 +87,9 @@ def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:
         UsageError: no names, and no sections: smtpd.conf, which names the other tables, is not read here.
         ConfigError: a name that no table can have.
     """
-    if names:
-        return [settings.table(name) for name in dict.fromkeys(names)]
-    if not settings.tables:
-        raise click.UsageError(
-            "missing TABLE: the configuration has no [tables.NAME] section, so name a table from smtpd.conf"
-        )
-    return list(settings.tables.values())
+    if not names and not settings.tables:
+        raise click.UsageError("missing TABLE: the configuration has no [tables.NAME] section; name one of smtpd.conf")
+    return [settings.table(name) for name in dict.fromkeys(names or settings.tables)]
 
 
 def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.ConsulConfig:
@@ -116,8 +97,7 @@ def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.Con
 
     ``token_file`` comes first, then the environment of the ``consul`` command, then the configured token.
     """
-    path = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE")
-    token = os.environ.get("CONSUL_HTTP_TOKEN")
+    path, token = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE"), os.environ.get("CONSUL_HTTP_TOKEN")
     if path:  # a token file beats a token (consul: api/api.go, NewClient)
         return replace(consul, token=None, token_file=os.path.abspath(path))
     return replace(consul, token=token, token_file=None) if token else consul
@@ -194,45 +174,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=width)
         if sys.stdout is not None:  # closed by the parent process
             sys.stdout.flush()
-    except click.UsageError as error:
-        with contextlib.suppress(OSError):
-            error.show()
-        return FAILED
-    except (BrokenPipeError, SystemExit) as error:
-        # click turns the first into the second. Completion ends with status 0.
-        _drop_output()
-        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED
-    except Exception as error:  # noqa: BLE001 - an operator is helped by one line
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - an operator is helped by one line
         _drop_output()
         with contextlib.suppress(OSError):  # standard error is full or closed: the exit status still counts
-            for line in _explanation(error, debug="--debug" in given):
-                click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
-        return FAILED
+            _explain(error, debug="--debug" in given)
+        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED  # completion ends with 0
     return status if isinstance(status, int) else 0
 
 
-def _explanation(error: Exception, *, debug: bool) -> list[str]:
+def _explain(error: BaseException, *, debug: bool) -> None:
+    lines: Sequence[str] = ()
     match error:
-        case click.ClickException():
-            return [error.format_message()]
+        case click.UsageError():
+            error.show()
+        case SystemExit() | BrokenPipeError():  # click turns the second into the first
+            pass
         case click.Abort():  # ^C, or the end of input at a prompt
-            return ["interrupted"]
-        case TableConsulError():  # the notes of a ConfigError are further mistakes
-            return [str(error), *getattr(error, "__notes__", ())]
+            lines = ["interrupted"]
+        case click.ClickException() | TableConsulError():  # the notes of a ConfigError are further mistakes
+            lines = [str(error), *getattr(error, "__notes__", ())]
         case OSError():
             what = (error.strerror or str(error)).lower()
-            return [what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"]
-    if debug:
-        traceback.print_exception(error)
-    return [f"internal error: {type(error).__name__}: {error} (please report it, with the output of --debug)"]
+            lines = [what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"]
+        case _:
+            if debug:
+                traceback.print_exception(error)
+            about = f"{type(error).__name__}: {error}"
+            lines = [f"internal error: {about} (please report it, with the output of --debug)"]
+    for line in lines:
+        click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
 
 
 def _drop_output() -> None:
     """Drop what standard output no longer takes: Python would complain about it at exit."""
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # the first if the parent process has closed it
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,6 @@ reads single keys there. Both read the key ``-`` of a folder, to find out whethe
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterable
 
 import click
@@ -59,7 +58,8 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
     rules = "\n".join(f'key_prefix {_quoted(folder)} {{\n  policy = "{level}"\n}}' for folder in folders)
     for scope, name in scopes.items():
         if name is not None:
-            rules = f"{scope} {_quoted(name)} {{\n{textwrap.indent(rules, '  ')}\n}}"
+            inner = rules.replace("\n", "\n  ")
+            rules = f"{scope} {_quoted(name)} {{\n  {inner}\n}}"
     names = ", ".join(printable(table.name) for table in chosen)
     click.echo(f"# {'Fill' if write else 'Answer for'} the tables of table-consul: {names}\n{rules}")
     return 0

@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
     """The entries of some services of a table, and the pairs they come from."""
 
     origin: Callable[[], str]
-    """Where they come from, such as ``Consul at http://127.0.0.1:8500, index 17``."""
+    """Such as ``Consul at http://127.0.0.1:8500, index 17``."""
     pairs: Pairs
     """Everything that was read; if ``direct``, so far."""
     entries: Callable[[Table, Service, bytes | None, float], Entries]
@@ -80,12 +80,11 @@ class Loader:
             return self._direct
         if table.snapshot and not self._live:
             path, hint = table.snapshot + (f".{number}" if number else ""), "; --live reads Consul"
-            if os.path.exists(path):
-                exported, written = self._read_file(path, hint)
-                kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
-                if kept is not None:  # else nothing in it is of this table
-                    origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
-                    return _mirrored(kept.finish(restored=True), origin, {each.key: each.value for each in exported})
+            exported, written = self._read_file(path, hint) if os.path.exists(path) else ([], 0.0)
+            kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
+            if kept is not None:  # else nothing in it is of this table
+                origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
+                return _mirrored(kept.finish(restored=True), origin, {each.key: each.value for each in exported})
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
             loaded, index = watch.load_once(client, table, prefix, services, stored.update)

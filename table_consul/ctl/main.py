@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -25,7 +25,6 @@ NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
 FAILED = 2
 """Exit status when there is no answer: a mistake on the command line or in the configuration, Consul unreachable."""
-
 UNCUT = 1 << 30
 """The limit of `errors.printable` for data that is printed whole."""
 
@@ -93,10 +92,7 @@ def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:
 
 
 def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.ConsulConfig:
-    """The Consul settings with the token of the operator, as mail servers have one that can only read.
-
-    ``token_file`` comes first, then the environment of the ``consul`` command, then the configured token.
-    """
+    """The Consul settings with the operator's token: of ``token_file``, else of the environment, else as configured."""
     path, token = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE"), os.environ.get("CONSUL_HTTP_TOKEN")
     if path:  # a token file beats a token (consul: api/api.go, NewClient)
         return replace(consul, token=None, token_file=os.path.abspath(path))
@@ -158,9 +154,7 @@ def program(context: click.Context, path: str | None, debug: bool) -> None:  # n
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(FAILED)
-    logging.basicConfig(
-        format="%(levelname)s: %(message)s", level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr
-    )
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.DEBUG if debug else logging.ERROR)
     context.obj = path
 
 
@@ -175,40 +169,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # closed by the parent process
             sys.stdout.flush()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - an operator is helped by one line
-        _drop_output()
         with contextlib.suppress(OSError):  # standard error is full or closed: the exit status still counts
-            _explain(error, debug="--debug" in given)
+            for line in _explanation(error, debug="--debug" in given):
+                click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
+        try:
+            sys.stdout.flush()
+        except (AttributeError, OSError, ValueError):  # what it no longer takes Python would complain about at exit
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED  # completion ends with 0
     return status if isinstance(status, int) else 0
 
 
-def _explain(error: BaseException, *, debug: bool) -> None:
-    lines: Sequence[str] = ()
+def _explanation(error: BaseException, *, debug: bool) -> Iterator[str]:
     match error:
         case click.UsageError():
             error.show()
         case SystemExit() | BrokenPipeError():  # click turns the second into the first
             pass
         case click.Abort():  # ^C, or the end of input at a prompt
-            lines = ["interrupted"]
+            yield "interrupted"
         case click.ClickException() | TableConsulError():  # the notes of a ConfigError are further mistakes
-            lines = [str(error), *getattr(error, "__notes__", ())]
+            yield from (str(error), *getattr(error, "__notes__", ()))
         case OSError():
             what = (error.strerror or str(error)).lower()
-            lines = [what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"]
+            yield what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
         case _:
             if debug:
                 traceback.print_exception(error)
-            about = f"{type(error).__name__}: {error}"
-            lines = [f"internal error: {about} (please report it, with the output of --debug)"]
-    for line in lines:
-        click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
-
-
-def _drop_output() -> None:
-    """Drop what standard output no longer takes: Python would complain about it at exit."""
-    try:
-        sys.stdout.flush()
-    except (AttributeError, OSError, ValueError):  # the first if the parent process has closed it
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            yield f"internal error: {type(error).__name__}: {error} (please report it, with the output of --debug)"

@@ -357,6 +357,15 @@ def test_numbers_from_before_an_edit_are_waited_for(tmp_path, ctl, fake):
     assert (outcome[0], told(outcome)["prefixes"][0]["ahead"]) == (0, False)
 
 
+def test_process_that_ends_while_status_waits_is_not_running(tmp_path, ctl, fake, impatient):
+    path = publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
+    end = threading.Timer(0.2, path.unlink)
+    end.start()
+    outcome = ctl(configured(tmp_path, address=fake.address), "aliases", "--json")
+    end.join()
+    assert (outcome[0], told(outcome)["state"]) == (1, "not running")
+
+
 def test_offline_asks_consul_nothing(tmp_path, ctl, fake):
     publish(tmp_path, **FOLLOWING)
     outcome = ctl(configured(tmp_path, address=fake.address), "--offline", "--json")
@@ -370,6 +379,7 @@ def test_following_table_is_unknown_when_consul_is_unreachable(tmp_path, ctl, fa
     code, out, _ = ctl(configured(tmp_path, address=fake.address), "--json")
     tables = json.loads(out)["tables"]
     assert (code, [table["healthy"] for table in tables]) == (2, [None, None])
+    assert [table["prefixes"][0]["healthy"] for table in tables] == [None, None]
     assert all("cannot compare with Consul" in table["prefixes"][0]["remarks"][-1] for table in tables)
 
 

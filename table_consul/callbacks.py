@@ -7,7 +7,7 @@
 
     callbacks.serve(lookup=lookup)
 
-smtpd runs the program when it stands in OpenSMTPD's libexec folder as ``table-NAME`` and smtpd.conf says
+smtpd runs the program if it is installed in OpenSMTPD's libexec folder as ``table-NAME`` and smtpd.conf contains
 ``table users NAME:/etc/mail/users.conf``; the path becomes the program's first argument.
 """
 
@@ -27,7 +27,7 @@ Update = Callable[[str], None]
 
 
 class Callbacks:
-    """Answers by calling functions; see serve. Its methods are those of `server.Answerer`."""
+    """Answers by calling functions; ``serve`` says which."""
 
     def __init__(
         self,
@@ -37,21 +37,18 @@ class Callbacks:
         update: Update | None,
         services: Sequence[str],
     ) -> None:
-        self._check = check
-        self._lookup = lookup
-        self._fetch = fetch
-        self._update = update
+        self._check, self._lookup, self._fetch, self._update = check, lookup, fetch, update
         self._services = list(services)
 
-    def services(self, _table: str) -> list[str]:
-        """The services that were chosen."""
+    def services(self, _name: str) -> list[str]:
+        """The services given to ``serve``, whatever the table's name."""
         return self._services
 
-    def warm_up(self, _table: str) -> None:
-        """Nothing is left to prepare."""
+    def warm_up(self, _name: str) -> None:
+        """Nothing: functions are ready when they are given."""
 
     def answer(self, request: Request, _arrived: float) -> Reply:
-        """What the function for this operation says; what it raises passes through."""
+        """The reply that the function for this operation gives; its exceptions are the caller's to turn into errors."""
         table, service = request.table, request.service
         key = request.key.decode("utf-8", "surrogateescape")
         if request.op == "update":
@@ -82,10 +79,10 @@ def serve(
     services: Sequence[str] = DEFAULT_SERVICES,
     program: str = "table",
 ) -> None:
-    """Answer smtpd, in whichever dialect it speaks, until it is gone.
+    """Answer smtpd, in whichever dialect it speaks, until it closes the conversation.
 
-    An exception, or a value that smtpd could not take, makes smtpd put the mail off; the log, syslog or a terminal,
-    says why. Only None says that there is nothing, and lets smtpd refuse the mail. smtpd waits for every answer.
+    An exception, or a value that smtpd could not take, makes smtpd keep the mail; the reason is logged, to syslog or to
+    a terminal. Only None means that there is no such entry, and smtpd rejects the mail. smtpd waits for every answer.
 
     Args:
         check: whether ``(table, service, key)`` is in the table. Without it, whether ``lookup`` finds something.
@@ -95,10 +92,6 @@ def serve(
         services: what smtpd may ask for, by the names in smtpd-tables(7).
         program: what log lines begin with.
     """
+    log.start("info", "auto", "", program)
     answerer = Callbacks(check, lookup, fetch, update, services)
-
-    def named(table: str) -> None:
-        log.start("info", "auto", table, program)
-
-    named("")
-    Server(answerer, named).serve(*claim_stdio())
+    Server(answerer, lambda table: log.start("info", "auto", table, program)).serve(*claim_stdio())

@@ -1,287 +1,329 @@
-"""A table program as smtpd's side of the conversation sees it: one process, asked in one of the line dialects.
+"""A child process that answers in one of the line dialects, and its restarts.
 
-Nothing that the process does takes longer than its asker allows, and what it says is believed only if it is an answer
-to what was asked. What is to be done about a process that failed is the asker's business.
+``Child`` is one process, asked as smtpd would ask it; ``Bridge`` starts another when it fails. Whatever a child does,
+each answer comes within its deadline, and a line answers a question only if it carries the id of the question.
 """
 
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from math import ceil, inf
+from random import getrandbits, random
 from struct import pack
 
+from table_consul.backoff import Backoff
 from table_consul.errors import ReplyError, SourceError, printable
-from table_consul.protocol import DIALECTS, MAX_LINE, Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.services import SERVICES
+from table_consul.protocol import MAX_LINE, Failed, Found, NotFound, Reply, Request, Updated
+from table_consul.services import DEFAULT_SERVICES, SERVICES
 
-# A child that knows smtpd-tables answers the handshake as soon as it runs. One of 2020 stays silent, or ends; it is
-# found out early enough to have its first question answered within the default deadline.
+# After this a child that has not answered the handshake is one of 2020, which can still answer before the deadline.
 HANDSHAKE_SECONDS = 1.0
-# One that is known to answer the handshake may take this long to do so, while questions are answered with errors.
+# How long a child that is known to speak smtpd-tables may take to start. Until then questions are answered with errors.
 START_SECONDS = 30.0
-# Longer lines than nearly all there are; a larger buffer costs time to make.
+# smtpd knows 13 services. A child that never stops registering would hold up the answer, and fill the memory.
+MAX_REGISTRATIONS = 100
+# Nearly all lines are shorter; a larger buffer takes longer to allocate.
 READ_SIZE = 4096
-# The kernel is told how long to wait for an answer only when that has changed by more than this: it is the same from
-# question to question, and a poll for each would be a tenth of what the whole answer takes.
-GRAIN_SECONDS = 0.01
-# After end of file, as after SIGKILL, nothing may hold up the end of the bridge.
-END_SECONDS = 1.0
+# How long a system call waits before the clock is read. It is set once, as the socket's timeout: a poll() before each
+# read would cost 2 of the 35 microseconds that a whole answer takes.
+WAIT_SECONDS = 0.01
+# How long to wait for the child to exit, after end of file and again after SIGKILL.
+EXIT_SECONDS = 1.0
 
-# As smtpd 7.6 says it. The smtpd behind us did not tell its version: it is one before 7.6, which asks nobody for auth.
+# As smtpd 7.6 sends it. The smtpd behind us did not send its version; before 7.6 smtpd asks no table for auth.
 _HANDSHAKE = "config|smtpd-version|7.5.0-procexec\nconfig|protocol|0.1\nconfig|tablename|{}\nconfig|ready\n"
-
-_WORDS = {
-    (dialect, op): (b"table-response", b"table-result") if dialect == "procexec" else (f"{op}-result".encode(),)
-    for dialect in DIALECTS
-    for op in ("check", "lookup", "fetch", "update")
-}
 
 
 class ChildError(SourceError):
-    """The child ended, was silent too long, or said what answers nothing: it has to be started anew."""
-
-
-class HandshakeRefused(ChildError):
-    """The child ended, or said something else, when it was told the handshake: it may be one of 2020."""
+    """The child exited, missed its deadline or sent an invalid reply; only a new one can be asked."""
 
 
 class Child:
-    """One process of a command, as smtpd would run it: one socket as standard input and output.
+    """One process of a command, run as smtpd would run it: one socket as standard input and output.
 
     Attributes:
-        dialect: how it is spoken to; None while it may still turn out to know ``smtpd-tables``.
-        proven: whether it has said something that only a child of this dialect says.
+        dialect: the dialect that it is asked in; None while it may still answer the handshake of ``smtpd-tables``.
+        confirmed: whether it has sent a line that only a child of this dialect sends.
     """
 
     def __init__(
-        self,
-        command: Sequence[str],
-        table: str,
-        dialect: str | None,
-        clock: Callable[[], float] = time.monotonic,
+        self, command: Sequence[str], table: str, dialect: str | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Start it, and tell it the handshake unless ``dialect`` is ``procexec``.
+        """Start it, and send the handshake unless ``dialect`` is ``procexec``.
 
         Raises:
-            ChildError: it cannot be started.
+            OSError: it cannot be started.
         """
-        assert dialect is None or dialect in DIALECTS
         self.dialect = dialect
-        self.proven = False
+        self.confirmed = False
         self._clock = clock
-        self._said = b""
-        self._services: set[str] = set()
-        self._shaken = dialect == "procexec"
-        self._asked = 0
         self._started = clock()
-        # What can be asked, with the words for it where that is asked the short way.
-        self._sayable: dict[tuple[str, str], bytes | None] = {}
-        self._wire, theirs = socket.socketpair()
-        self._patience = inf
-        # Two numbers of 4 or of 8 bytes, by the system's time_t.
-        self._timeval = {8: "=ii", 16: "=qq"}[len(self._wire.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 64))]
+        self._handshake_done = dialect == "procexec"
+        self._registered: list[str] = []
+        self._questions = getrandbits(31)  # a line sent before its question cannot guess the id
+        self._templates: dict[tuple[str, str, str], bytes] = {}
+        self._buffer = b""
+        self._socket, theirs = socket.socketpair()
+        # struct timeval: two numbers of 4 or of 8 bytes, depending on the system's time_t.
+        size = len(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 64))
+        timeval = pack({8: "=ii", 16: "=qq"}[size], 0, int(WAIT_SECONDS * 1_000_000))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
         with theirs:
             try:
-                # As smtpd does it: signals that are ignored stay so, standard error is passed through.
-                self._process = subprocess.Popen(  # noqa: S603 - smtpd.conf names it
+                # As smtpd does it: ignored signals stay ignored, and standard error is passed on.
+                self._process = subprocess.Popen(  # noqa: S603 - smtpd.conf names the command
                     list(command), stdin=theirs.fileno(), stdout=theirs.fileno(), restore_signals=False
                 )
-            except OSError as error:
-                self._wire.close()
-                raise ChildError(f"cannot be run: {error.strerror}") from error
-        if not self._shaken:
-            with contextlib.suppress(OSError):  # what is wrong will show when it is asked
-                self._wire.send(_HANDSHAKE.format(" ".join(table.splitlines())).encode(), socket.MSG_DONTWAIT)
+            except OSError:
+                self._socket.close()
+                raise
+        if not self._handshake_done:
+            with contextlib.suppress(OSError):  # a child that is gone already is reported by the first read
+                self._socket.send(_HANDSHAKE.format(" ".join(table.splitlines())).encode())
 
-    def offered(self, deadline: float) -> set[str]:
-        """The services that it has registered by this moment; none if it has not, or is of 2020.
+    def registered_services(self, deadline: float) -> list[str]:
+        """The services that it has registered by this moment on the clock; none if it is not ready, or is one of 2020.
 
         Raises:
-            HandshakeRefused: see there.
-            ChildError: see `ask`.
+            ChildError: it exited, or sent something else.
         """
-        return self._services if self._shaken or self._shake_hands(deadline) else set()
+        return self._registered if self._handshake_done or self._shake_hands(deadline) else []
 
     def ask(self, request: Request, deadline: float) -> Reply:
-        """What the child answers, or Failed for what it cannot be asked; by this moment on the clock.
+        """The child's reply, by this moment on the clock; Failed if it cannot be asked for this, or not yet.
 
         Raises:
-            HandshakeRefused: see there.
-            ChildError: it gave no answer, and will give none that could be told from a late one.
+            ChildError: there is no valid reply, and a later one could not be told from the reply to the next question.
         """
-        if not self._shaken and not self._shake_hands(deadline):
+        if not self._handshake_done and not self._shake_hands(deadline):
             return Failed("the table is still starting")
-        if unsayable := self._unsayable(request):
-            return Failed(unsayable)
         assert self.dialect is not None
-        self._asked += 1
-        ident = b"%08x" % self._asked
-        line = self._exchange(_question(self.dialect, ident, request, time.time()), deadline)
-        return self._judged(request.op, ident, line)
-
-    def lookup(self, table: str, service: str, key: bytes, deadline: float) -> bytes | Reply | None:
-        """The short way of `ask`: a value, or what else it answers; None if it cannot be asked for this so simply.
-
-        Raises:
-            ChildError: see `ask`.
-        """
-        head = self._sayable.get((table, service))
-        if head is None or b"\n" in key or b"\r" in key:
-            return None
-        self._asked += 1
-        ident = b"%08x" % self._asked
-        line = self._exchange(b"table|0.1|%.6f|%b%b|%b\n" % (time.time(), head, ident, key), deadline)
-        verdict = b"lookup-result|%b|found|" % ident
-        value = line.removeprefix(verdict)
-        if value and b"\0" not in value and b"\r" not in value and len(value) < len(line):
-            return value
-        return self._judged("lookup", ident, line)
-
-    def _exchange(self, question: bytes, deadline: float) -> bytes:
-        self._send(question, deadline)
-        line = self._line(deadline)
+        key = request.key
+        # smtpd 7.6 and later refuses such keys before it asks (smtpd: table_proc.c, table_proc_lookup).
+        if b"\n" in key or b"\r" in key:
+            return Failed("a key must not contain a line break")
+        op = request.op
+        names = op, request.table, request.service
+        template = self._templates.get(names)
+        if template is None:
+            if reason := self._refusal(request):
+                return Failed(reason)
+            template = self._templates[names] = question_template(self.dialect, *names)
+        self._questions += 1
+        ident = b"%08x" % self._questions
+        self._send(template % (time.time(), ident, key), deadline)
+        line = self._read_line(deadline)
         if line is None:
-            raise ChildError("no answer in time")
-        return line
-
-    def _judged(self, op: str, ident: bytes, line: bytes) -> Reply:
-        assert self.dialect is not None
-        reply = _reply(self.dialect, ident, op, line)
+            raise ChildError("no reply before the deadline")
+        reply = parse_reply(self.dialect, op, ident, line)
         if reply is None:
             if line.startswith(b"register|"):
-                self.dialect, self.proven = "smtpd-tables", True  # it was only slow to start
-            raise ChildError(f"this does not answer {op}: {printable(line)!r}")
-        self.proven = True
+                self.dialect, self.confirmed = "smtpd-tables", True  # not of 2020, only slow to start
+            raise ChildError(f"unexpected reply to {op}: {printable(line)!r}")
+        self.confirmed = True
         return reply
 
     def close(self, patience: float = 0.0) -> None:
-        """End it: by end of file if it listens to that within so many seconds, else by force."""
-        self._wire.close()
-        for seconds in (patience, END_SECONDS):
+        """End it: by end of file, and by SIGKILL if it has not exited after this many seconds."""
+        self._socket.close()
+        for seconds in (patience, EXIT_SECONDS):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
                 return
             self._process.kill()
 
-    def _unsayable(self, request: Request) -> str:
-        # smtpd itself refuses such keys before it asks (7.6 and later: table_proc.c, table_proc_lookup).
-        if b"\n" in request.key or b"\r" in request.key:
-            return "a key with a line break cannot be asked for"
-        if (request.table, request.service) in self._sayable:
-            return ""
+    def _refusal(self, request: Request) -> str:
+        """Why it cannot be asked about this table and service; empty if it can."""
         if any(character in request.table for character in "|\r\n"):
-            return f"a table of the name {printable(request.table)!r} cannot be asked in lines"
+            return f"invalid table name {printable(request.table)!r}: contains | or a line break"
         if request.op != "update":
             if request.service not in SERVICES:
                 return f"unknown service {printable(request.service)!r}"
-            if self._services and request.service not in self._services:
-                return f"the table does not offer the service {request.service}"
-            head = f"{request.table}|lookup|{request.service}|".encode()
-            self._sayable[request.table, request.service] = head if self.dialect == "smtpd-tables" else None
+            if self._registered and request.service not in self._registered:
+                return f"the table did not register the service {request.service}"
         return ""
 
     def _shake_hands(self, deadline: float) -> bool:
-        """Whether it is ready to be asked; False when that was not to be found out by the deadline."""
-        while not self._shaken:
+        """Whether it can be asked; False if that is still open at this moment on the clock."""
+        while not self._handshake_done:
             limit = self._started + (HANDSHAKE_SECONDS if self.dialect is None else START_SECONDS)
-            try:
-                line = self._line(min(limit, deadline))
-            except ChildError as error:
-                raise HandshakeRefused(f"{error}, at the handshake") from error
+            line = self._read_line(min(limit, deadline))
             if line is None and self._clock() < limit:
                 return False
-            if line is None and self.dialect is None:
-                self.dialect = "procexec"
-                self._shaken = True
-            elif line is None:
-                raise ChildError(f"no answer to the handshake within {START_SECONDS:.0f} s")
+            if line is None:
+                if self.dialect is not None:
+                    raise ChildError(f"no answer to the handshake within {START_SECONDS:.0f} s")
+                self.dialect, self._handshake_done = "procexec", True
+            elif not line.startswith(b"register|"):
+                raise ChildError(f"unexpected reply to the handshake: {printable(line)!r}")
             elif line == b"register|ready":
                 self.dialect = "smtpd-tables"
-                self._shaken = self.proven = True
-            elif line.startswith(b"register|"):
-                self._services.add(line[9:].decode("utf-8", "backslashreplace"))
+                self._handshake_done = self.confirmed = True
+            elif len(self._registered) == MAX_REGISTRATIONS:
+                raise ChildError(f"more than {MAX_REGISTRATIONS} services registered")
             else:
-                raise HandshakeRefused(f"this does not answer the handshake: {printable(line)!r}")
+                self.dialect = "smtpd-tables"
+                self._registered.append(line[9:].decode("utf-8", "backslashreplace"))
         return True
 
     def _send(self, data: bytes, deadline: float) -> None:
         while data:
             try:
-                data = data[self._wire.send(data, socket.MSG_DONTWAIT) :]
-            except BlockingIOError as error:
-                writable = select.poll()
-                writable.register(self._wire, select.POLLOUT)
-                if not writable.poll(max(ceil((deadline - self._clock()) * 1000), 0)):
-                    raise ChildError("it does not read what it is asked") from error
-            except OSError as error:
-                raise ChildError(self._end()) from error
-
-    def _line(self, deadline: float) -> bytes | None:
-        """The next line it says, or None when there is none by the deadline."""
-        while True:
-            if self._said:
-                line, end, rest = self._said.partition(b"\n")
-                if end:
-                    self._said = rest
-                    return line
-                if len(line) > MAX_LINE:
-                    raise ChildError(f"a line of more than {MAX_LINE} bytes: {printable(line)!r}")
-            left = deadline - self._clock()
-            if abs(left - self._patience) > GRAIN_SECONDS and left > 0:
-                whole, fraction = divmod(left, 1)
-                # None at all would be for ever.
-                timeval = pack(self._timeval, int(whole), max(int(fraction * 1_000_000), 1))
-                self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-                self._patience = left
-            try:
-                data = self._wire.recv(READ_SIZE, 0 if left > 0 else socket.MSG_DONTWAIT)
+                data = data[self._socket.send(data) :]
             except BlockingIOError:
-                if left > GRAIN_SECONDS:
-                    continue
-                return None
+                pass
+            except OSError as error:
+                raise ChildError(self._exit_reason()) from error
+            if data and self._clock() >= deadline:
+                raise ChildError("not reading its input")
+
+    def _read_line(self, deadline: float) -> bytes | None:
+        """The next line without its end, or None if none is complete by this moment on the clock, or just after it."""
+        while True:
+            line, end, rest = self._buffer.partition(b"\n")
+            if end:
+                self._buffer = rest
+                return line
+            if len(line) > MAX_LINE:
+                raise ChildError(f"a line of more than {MAX_LINE} bytes: {printable(line)!r}")
+            try:
+                data = self._socket.recv(READ_SIZE)
+            except BlockingIOError:
+                data = None
             except OSError:
                 data = b""
-            if not data:
-                raise ChildError(self._end())
-            self._said += data
+            if data == b"":
+                raise ChildError(self._exit_reason())
+            self._buffer += data or b""
+            if b"\n" not in self._buffer and self._clock() >= deadline:
+                return None
 
-    def _end(self) -> str:
-        status = None
+    def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(0.05)  # its socket closes a moment before it ends
-        if status is None:
-            return "it has closed its end"
-        return f"it was ended by signal {-status}" if status < 0 else f"it has ended with status {status}"
+            status = self._process.wait(0.05)  # its socket closes a moment before it exits
+            return f"killed by signal {-status}" if status < 0 else f"exited with status {status}"
+        return "closed its socket"
 
 
-def _question(dialect: str, ident: bytes, request: Request, now: float) -> bytes:
-    op, told, service = request.op, ident.decode(), request.service
-    if op == "update":
-        return f"table|0.1|{now:.6f}|{request.table}|update|{told}\n".encode()
-    fields = f"{told}|{service}" if dialect == "procexec" else f"{service}|{told}"
-    head = f"table|0.1|{now:.6f}|{request.table}|{op}|{fields}".encode()
-    return head + b"\n" if op == "fetch" else head + b"|" + request.key + b"\n"
+class Bridge:
+    """Answers from a command: at most one process of it at a time, started when needed, and after a failure again.
+
+    Its dialect is found out once. The first process gets the handshake of ``smtpd-tables``; if it ignores that, or
+    exits, the command is asked in the dialect of 2020. Until a process has replied, the two dialects take turns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[], Sequence[str]],
+        dialect: str | None,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random,
+    ) -> None:
+        """``command`` is called for each start, returns the command line of ``name``, and may raise OSError.
+
+        ``dialect`` is None to find it out; ``deadline`` is the time from the arrival of a request to its reply, in
+        seconds.
+        """
+        self._name = name
+        self._command = command
+        self._dialect = dialect
+        self._assumed_dialect: str | None = None
+        self._deadline = deadline
+        self._clock = clock
+        self._chance = chance
+        self._child: Child | None = None
+        self._backoff = Backoff(name, "returning errors until it runs again")
+
+    def services(self, name: str) -> list[str]:
+        """The services that the child registers within the deadline; the default ones if it registers none."""
+        registered: list[str] = []
+        try:
+            registered = self._running(name).registered_services(self._clock() + self._deadline)
+        except ChildError as error:
+            self._drop(error)
+        return [service for service in SERVICES if service in registered] or list(DEFAULT_SERVICES)
+
+    def warm_up(self, name: str) -> None:
+        """Start the child before the first question for the table of this name."""
+        try:
+            self._running(name)
+        except ChildError as error:
+            self._drop(error)
+
+    def answer(self, request: Request, arrived: float) -> Reply:
+        """The child's reply, or Failed; within the deadline either way."""
+        if self._child is None and self._clock() < self._backoff.not_before:
+            error = ChildError(self._backoff.last_error)
+            return Failed(f"{self._name}: {error}; it will be restarted", error)
+        while True:
+            try:
+                child = self._child or self._running(request.table)
+                reply = child.ask(request, arrived + self._deadline)
+            except ChildError as error:
+                if self._drop(error):
+                    continue
+                return Failed(f"{self._name}: {error}", error)
+            if (self._dialect is None or self._backoff.since is not None) and child.confirmed:
+                self._dialect = child.dialect
+                self._backoff.success(self._clock())
+            return reply
+
+    def close(self) -> None:
+        """End the child as smtpd would, by end of file."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close(EXIT_SECONDS)
+
+    def _running(self, table: str) -> Child:
+        if self._child is None:
+            try:
+                self._child = Child(self._command(), table, self._dialect or self._assumed_dialect, self._clock)
+            except OSError as error:
+                raise ChildError(f"cannot be run: {error.strerror or error}") from error
+        return self._child
+
+    def _drop(self, error: ChildError) -> bool:
+        """End the child after this error. Whether to start it again at once, as one of 2020; else after a pause."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
+            if child.confirmed:
+                self._dialect = child.dialect
+            elif self._dialect is None:
+                self._assumed_dialect = None if self._assumed_dialect or child.dialect == "smtpd-tables" else "procexec"
+                if child.dialect is None:
+                    return True
+        self._backoff.failure(error, self._clock(), self._chance())
+        return False
 
 
-def _reply(dialect: str, ident: bytes, op: str, line: bytes) -> Reply | None:
-    """The reply that this line is, or None when it answers something else, or nothing."""
+def question_template(dialect: str, op: str, table: str, service: str) -> bytes:
+    """The line that asks this, with places for the time, the id, and the key (empty for fetch and update)."""
+    fields = "%b" if op == "update" else f"%b|{service}" if dialect == "procexec" else f"{service}|%b"
+    key = "|%b" if op in ("check", "lookup") else "%b"
+    return f"table|0.1|%.6f|{table.replace('%', '%%')}|{op}|{fields}{key}\n".encode()
+
+
+def parse_reply(dialect: str, op: str, ident: bytes, line: bytes) -> Reply | None:
+    """The reply in this line, or None if it is not a reply to the question of this operation and id."""
+    words = (b"table-response", b"table-result") if dialect == "procexec" else (op.encode() + b"-result",)
     parts = line.split(b"|", 3)
-    if len(parts) < 3 or parts[1] != ident or parts[0] not in _WORDS[dialect, op]:
+    if len(parts) < 3 or parts[1] != ident or parts[0] not in words:
         return None
-    verdict = parts[2]
-    value = parts[3] if len(parts) > 3 else b""
-    if op != "update" and verdict == b"found" and (op == "check" or len(parts) > 3):
+    verdict, value = parts[2], b"".join(parts[3:])
+    if verdict == b"found" and op != "update" and (op == "check" or len(parts) > 3):
         try:
             return Found() if op == "check" else Found(value)
         except ReplyError as error:
-            return Failed(f"the table answered with a value that smtpd cannot take: {error}")
+            return Failed(f"the table returned an invalid value: {error}")
     if verdict in (b"error", b"failure"):
-        return Failed(f"the table says: {printable(value, 400)}" if value else "the table says that it failed")
+        return Failed(f"the table reported: {printable(value, 400)}" if value else "the table reported a failure")
     if op == "update":
         return Updated() if verdict in (b"ok", b"updated") else None
     return NotFound() if verdict == b"not-found" else None

@@ -1,8 +1,7 @@
-"""table-procexec: lets any program that speaks one of the line dialects be a table of any OpenSMTPD.
+"""table-procexec: makes any program that speaks one of the line dialects a table of any OpenSMTPD.
 
-smtpd 7.6 and later speak lines themselves, and the program takes the place of this one. Up to 7.5 smtpd speaks imsg,
-and to a program of 2020 no smtpd can speak: then this one stays between the two, and whatever its child does, smtpd
-gets an answer in time. So it does where it is told to, for a program that may die.
+smtpd 7.6 and later speak lines, and the program replaces this one. Up to 7.5 smtpd speaks imsg, and no smtpd speaks the
+dialect of 2020: then this one stays in between, as it does with --restart, and smtpd gets each answer in time.
 """
 
 from __future__ import annotations
@@ -19,12 +18,7 @@ from collections.abc import Sequence
 from table_consul import __version__
 
 # Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
-LIBEXEC = (
-    "/usr/libexec/opensmtpd",
-    "/usr/libexec/smtpd",
-    "/usr/local/libexec/opensmtpd",
-    "/usr/lib/opensmtpd",
-)
+LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
 DEADLINE_SECONDS = 2.0
 LONGEST_DEADLINE_SECONDS = 60.0
 
@@ -37,10 +31,9 @@ protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf
 EPILOG = """\
 COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
 smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
-word, split as a shell would. OpenSMTPD 7.6 and later speak with COMMAND themselves, and end
-when it ends, unless --restart, or --dialect procexec, keeps table-procexec between
-the two. Options go into a script that runs table-procexec, for smtpd.conf has no
-place for them.
+word, split as by a shell. OpenSMTPD 7.6 and later talk to COMMAND directly, and exit when it
+exits, unless --restart or --dialect procexec keeps table-procexec in between.
+smtpd.conf has no place for options: put them into a script that runs table-procexec.
 """
 
 
@@ -52,18 +45,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--dialect", choices=("smtpd-tables", "procexec"), help="what COMMAND speaks (default: found out)"
-    )
+    parser.add_argument("--dialect", choices=("smtpd-tables", "procexec"), help="what COMMAND speaks (default: detect)")
     parser.add_argument(
         "--deadline",
         metavar="SECONDS",
         type=_seconds,
         default=DEADLINE_SECONDS,
-        help=f"how long smtpd waits for an answer at most (default: {DEADLINE_SECONDS:g})",
+        help=f"the longest that smtpd waits for an answer (default: {DEADLINE_SECONDS:g})",
     )
     parser.add_argument(
-        "--restart", action="store_true", help="stay between smtpd and COMMAND always, and start it again when it ends"
+        "--restart", action="store_true", help="always stay in between, and restart COMMAND if it exits"
     )
     parser.add_argument("--version", action="version", version=f"table-procexec {__version__}")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
@@ -82,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        # smtpd passes all that stands behind the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
+        # smtpd passes all that follows the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
         options = parser.parse_args(shlex.split(given[0]) if len(given) == 1 else given)
     except ValueError as error:
         parser.error(f"{error}: {given[0]}")
@@ -94,14 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beside = os.path.dirname(sys.argv[0])
     if first == b"":
         return 0
-    stays = options.restart or options.dialect == "procexec"
-    if first is None or (first >= b"\x08" and not stays):
+    if first is None or (first >= b"\x08" and not options.restart and options.dialect != "procexec"):
         return _become(options.command, beside)
-    return _bridge(options.command, beside, options.dialect, options.deadline)
+    return _bridge(options, beside)
 
 
 def _first_byte(fd: int) -> bytes | None:
-    """What the peer says first, left where it is; empty at end of file, None if this is no socket."""
+    """The first byte that the peer sends, left unread; empty at end of file, None if this is not a socket."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     with socket.socket(fileno=os.dup(fd)) as peer:
@@ -138,20 +128,17 @@ def find(name: str, beside: str) -> str:
     raise FileNotFoundError(2, "neither in a libexec folder of OpenSMTPD nor in PATH", name)
 
 
-def _bridge(command: Sequence[str], beside: str, dialect: str | None, deadline: float) -> int:
-    # They cost more to import than all the rest, and are not needed where the child takes our place.
+def _bridge(options: argparse.Namespace, beside: str) -> int:
+    # Imported here because that takes longer than all else, and a command that replaces us must not wait for it.
     from table_consul import log
-    from table_consul.bridge import Bridge
+    from table_consul.child import Bridge
     from table_consul.server import Server, claim_stdio
 
-    def named(table: str) -> None:
-        log.start("info", "auto", table, "table-procexec")
-
-    named("")
-    bridge = Bridge(command[0], lambda: [find(command[0], beside), *command[1:]], dialect, deadline)
-    read_from, write_to = claim_stdio()
+    log.start("info", "auto", "", "table-procexec")
+    name, *arguments = options.command
+    bridge = Bridge(name, lambda: [find(name, beside), *arguments], options.dialect, options.deadline)
     try:
-        Server(bridge, named).serve(read_from, write_to)
+        Server(bridge, lambda table: log.start("info", "auto", table, "table-procexec")).serve(*claim_stdio())
     finally:
         bridge.close()
     return 0

@@ -30,9 +30,6 @@ PURE = sorted(
         "sources",
         "sources.mirror",
         "ctl.files",
-        "ctl.aliases",
-        "ctl.passwd",
-        "ctl.entries",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

@@ -1,4 +1,4 @@
-"""``table-consulctl export``: what stands in Consul as a file for smtpd, or for `consul kv import`."""
+"""``table-consulctl export``: the entries in Consul as a file for smtpd, or for `consul kv import`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,22 +13,19 @@ import click
 
 from table_consul import config
 from table_consul.ctl import files
-from table_consul.ctl.entries import FormatError
-from table_consul.ctl.main import SERVICE, UNCUT, pass_config
-from table_consul.errors import SourceError, TableConsulError, printable
-from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.ctl.files import FormatError
+from table_consul.ctl.main import SERVICE, UNCUT, echo_problems, pass_config
+from table_consul.errors import SourceError, printable
+from table_consul.files import AtomicWriter, open_regular_file, read_bounded
+from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import EntriesBuilder
-from table_consul.sources.export import open_regular_file, read_bounded
+from table_consul.sources.export import export_entry, read_export
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Stored
 
 FORMATS = ("table", "aliases", "export")
 PROBLEMS_SHOWN = 20
-
-
-class UnsaidError(TableConsulError):
-    """Some entries cannot be said in the format asked for."""
 
 
 @click.command("export")
@@ -48,28 +44,29 @@ class UnsaidError(TableConsulError):
 def command(settings: config.Config, *, wanted: str, table_name: str, service_name: str, file: str) -> int:
     """Write the entries of SERVICE in TABLE, as Consul has them now, to FILE or standard output.
 
-    A table is a file for smtpd, for table NAME file:PATH. It holds what smtpd is told for each key, however that is
-    written in Consul. What smtpd could not read from such a file (a key with a blank, ...), and what it cannot use, is
-    told with its key, and nothing is written. aliases is the same, for alias. An export is what consul kv export
-    writes, with every entry as it stands, but without folders.
+    The format table is a file for smtpd, used as table NAME file:PATH. It holds the answer that smtpd gets for each
+    key, however that is stored in Consul. If smtpd could not read an entry from such a file (a key with a blank, ...),
+    or cannot use it, its key is printed and nothing is written. aliases is the same, for alias. export is the format
+    of consul kv export and holds every entry as it is stored, except folders.
 
-    To import the file into the same TABLE and SERVICE changes nothing. FILE is replaced at once; where there may be
-    passwords in it, only its owner can read it.
+    Importing the file into the same TABLE and SERVICE changes nothing. FILE is replaced atomically; if it may contain
+    passwords, only its owner can read it.
 
-    Exit status: 0 it is written, 2 it is not.
+    Exit status: 0 written, 2 not written.
 
     \b
     Examples:
       table-consulctl export aliases alias
       table-consulctl export aliases alias /etc/mail/aliases.copy
       table-consulctl export aliases credentials users.json --format export
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click keeps the lines after a \b as they are
     table, service = settings.table(table_name), SERVICES[service_name]
     if wanted == "aliases" and service.name != "alias":
         raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
     stored = [each for each in _stored(settings, table, service) if not each.key.endswith(b"/")]
     if wanted == "export":
-        text = files.export_text((each.key, each.value, each.flags) for each in stored)
+        objects = [export_entry(each.key, each.value, each.flags) for each in stored]
+        text = b"[\n" + b",\n".join(objects) + b"\n]\n" if objects else b"[]\n"
     else:
         text = _table_text(table, service, stored)
     if file == "-":
@@ -80,16 +77,13 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
 
 
 def _readable(text: bytes) -> str:
-    """The text for a terminal, without bytes that it could play with."""
+    """The text for a terminal, with escapes in place of control characters other than tabs and newlines."""
     lines = ("\t".join(printable(part, UNCUT) for part in line.split(b"\t")) for line in text.split(b"\n"))
     return "\n".join(lines)
 
 
 def _stored(settings: config.Config, table: Table, service: Service) -> Sequence[Stored]:
-    from table_consul.ctl import (
-        plan,
-        txn,
-    )
+    from table_consul.ctl import plan, txn
 
     path = table.path(service)
     address = settings.consul.addresses[0]
@@ -99,66 +93,52 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
     name = address.removeprefix("file://")
     try:
         with open(name, "rb", opener=open_regular_file) as file:
-            parsed = files.read_export(read_bounded(file), service, path, path)
-    except FormatError as error:
+            exported = read_export(read_bounded(file))
+    except SourceError as error:
         raise SourceError(f"{printable(name)}: {error}") from None
-    return [plan.Stored(path + each.key, each.value, 0, each.flags) for each in parsed.entries]
+    return [plan.Stored(key, value, 0, flags) for key, value, flags in exported if key.startswith(path)]
 
 
 def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> bytes:
     path = table.path(service)
     builder = EntriesBuilder(table, service)
     builder.take((each.key[len(path) :], each.value) for each in stored)
-    problems = [str(error) for key, error in builder.errors.items() if key not in builder.incomplete]
-    text, unsaid = files.table_text(service, sorted(builder.values.items()))
-    problems += [f"{printable(path + key)}: cannot be said in a file: table" for key in unsaid]
-    spelled = {fold_key(each.key) for each in stored}
-    if len(spelled) < len(stored):
-        problems += [str(each) for each in builder.spelling if "the same key as" in each.text]
-    if not problems:
-        return text
-    for problem in problems[:PROBLEMS_SHOWN]:
-        click.echo(problem, err=True)
-    if len(problems) > PROBLEMS_SHOWN:
-        click.echo(f"... and {len(problems) - PROBLEMS_SHOWN} more", err=True)
-    raise UnsaidError(f"{len(problems)} of {len(stored)} entries stand in the way; --format export holds all of them")
+    text, left_out = files.table_text(service, sorted(builder.values.items()))
+    problems = [(error.key, error.text) for key, error in builder.errors.items() if key not in builder.incomplete]
+    problems += [(path + key, "cannot be written to a file: table") for key in left_out]
+    problems += builder.spelling
+    if problems:
+        echo_problems([(printable(key), what) for key, what in problems], limit=PROBLEMS_SHOWN)
+        raise FormatError(
+            f"{len(problems)} of {len(stored)} entries cannot be written in this format; use --format export"
+        )
+    return text
 
 
 def replace_file(path: str, data: bytes, *, private: bool) -> None:
-    """Put the data in the place of a file: whoever reads it finds all of the old or all of the new.
+    """Replace the content of a file atomically: a reader finds all of the old content or all of the new.
 
-    A private one can be read by this user alone; else a file that was there keeps its mode and, where this user may
-    give files away, its owner. What is no file, such as /dev/stdout, is written to as it is. Raises OSError.
+    If private, only this user may read it; otherwise an existing file keeps its mode and, if this user may give files
+    away, its owner. What is not a regular file, such as /dev/stdout, is written to directly.
+
+    Raises:
+        OSError: it cannot be written; the file is unchanged.
     """
     former = None
-    try:
+    with contextlib.suppress(FileNotFoundError):
         former = os.stat(path)
-        mode = former.st_mode
-    except FileNotFoundError:
-        umask = os.umask(0o077)
-        os.umask(umask)
-        mode = stat.S_IFREG | (0o666 & ~umask)
-    if not stat.S_ISREG(mode):
+    if former is not None and not stat.S_ISREG(former.st_mode):
         with open(path, "wb") as file:
             file.write(data)
         return
-    path = os.path.realpath(path)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    mode = 0o600 if private else stat.S_IMODE(former.st_mode) if former else 0o666 & ~umask
+    owner = None if private or former is None else (former.st_uid, former.st_gid)
+    writer = AtomicWriter(os.path.realpath(path), mode=mode, owner=owner)
     try:
-        descriptor, partial = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=os.path.dirname(path))
-    except OSError as error:
-        error.filename = path  # nobody knows the temporary name
-        raise
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if former is not None and not private:
-                with contextlib.suppress(PermissionError):
-                    os.fchown(file.fileno(), former.st_uid, former.st_gid)
-            os.fchmod(file.fileno(), 0o600 if private else stat.S_IMODE(mode))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, path)
+        writer.write(data)
+        writer.commit()
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
+        writer.discard()
         raise

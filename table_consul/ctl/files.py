@@ -1,212 +1,383 @@
-"""Files that tables are made from: what their lines say, and which of them cannot be understood.
+"""Read and write the files that tables are made from: aliases(5), file: tables, passwd files, exports of Consul.
 
-Pure: bytes in, entries and problems out, each with its line. Knows nothing of Consul or of what a service takes.
+Pure: bytes in, entries and line problems out. Knows neither Consul nor what a service accepts as a value.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from base64 import b64decode, b64encode
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from table_consul.ctl.aliases import read_aliases
-from table_consul.ctl.entries import BLANKS, SPACE, Entry, FormatError, Parsed, Problem, content
-from table_consul.ctl.passwd import read_passwd
-from table_consul.errors import UNDECODABLE, printable
+from table_consul.errors import UNDECODABLE, TableConsulError, printable
 from table_consul.services import MAX_KEY_BYTES, Service, fold_key
 
 FORMATS = ("auto", "aliases", "table", "passwd", "export")
-# Services whose entries may stand without a value: smtpd then takes the file for a list.
-LISTED = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "string")
+# Services whose entries need no value: smtpd then reads the file as a list.
+_LIST_SERVICES = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "string")
 
-_JSON_LIST = re.compile(rb"\s*\[\s*(?:\{|\]\s*\Z)")
-_PASSWD = re.compile(rb"[^:\s]+(?::[^:]*){6,}")
-# Editors of Windows put it before UTF-8.
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BERKELEY = {number.to_bytes(4, order) for number in (0x00061561, 0x00053162) for order in ("big", "little")}
-_MAGIC = (
-    (b"\x1f\x8b", "compressed by gzip; pipe it in: gzip -dc FILE | table-consulctl import ... -"),
-    (b"BZh91AY&SY", "compressed by bzip2; pipe it in: bzip2 -dc FILE | table-consulctl import ... -"),
-    (b"\xfd7zXZ\0", "compressed by xz; pipe it in: xz -dc FILE | table-consulctl import ... -"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd; pipe it in: zstd -dc FILE | table-consulctl import ... -"),
-    (b"PK\x03\x04", "a zip archive; give the file within it"),
-    (b"SQLite format 3\0", "an SQLite database; give what a query of yours writes"),
-    (b"\xff\xfe", "UTF-16; pipe it in: iconv -f UTF-16 -t UTF-8 FILE | table-consulctl import ... -"),
-    (b"\xfe\xff", "UTF-16; pipe it in: iconv -f UTF-16 -t UTF-8 FILE | table-consulctl import ... -"),
-)
-
-
-def refuse_binary(data: bytes) -> None:
-    """Raises FormatError when this is no text, with what it is and what to do instead."""
-    place = data.find(b"\0")
-    if place < 0:
-        with contextlib.suppress(UnicodeDecodeError):
-            data.decode()
-            return
-    for magic, what in _MAGIC:
-        if data.startswith(magic):
-            raise FormatError(f"this is {what}")
-    if data[257:262] == b"ustar":
-        raise FormatError("this is a tar archive; give the file within it")
-    if data[:4] in _BERKELEY or data[12:16] in _BERKELEY:
-        raise FormatError("this is a Berkeley DB; give the text that it was made from, or what makemap -U FILE writes")
-    if place >= 0:
-        line = data.count(b"\n", 0, place) + 1
-        raise FormatError(f"this is no text: NUL in line {line}")
+_SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
+_BLANKS = b" \t"
+_KEY_END = re.compile(rb"[ \t:]")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Editors on Windows write it before UTF-8."""
+# How the files begin that are most often given in place of a text; patterns, as two of them have their mark further in.
+_BINARY_FORMATS = {
+    "gzip": rb"\x1f\x8b",
+    "bzip2": rb"BZh91AY&SY",
+    "xz": rb"\xfd7zXZ",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "zip": rb"PK\x03\x04",
+    "tar": rb".{257}ustar",
+    "SQLite": rb"SQLite format 3",
+    "Berkeley DB": rb"(?:.{12})?(?:\x00\x06\x15\x61|\x61\x15\x06\x00|\x00\x05\x31\x62|\x62\x31\x05\x00)",
+    "UTF-16": rb"\xff\xfe|\xfe\xff",
+}
 
 
-def guess(data: bytes, service: Service) -> str:
-    """The format of the file, by rules that prefer a question to a mistake; see the help of the command.
-
-    Raises:
-        FormatError: some lines look like one format, some like another; or it is a file of other JSON.
-    """
-    if _JSON_LIST.match(data):
-        return "export"
-    if data.lstrip(SPACE)[:1] in (b"{", b"[") and _is_json(data):
-        raise FormatError("this is JSON, but no output of `consul kv export`")
-    if service.name == "alias":
-        return "aliases"
-    if service.fields:
-        lines = [line for _, line in content(data)]
-        users = sum(bool(_PASSWD.fullmatch(line)) for line in lines)
-        if users and users < len(lines):
-            raise FormatError(
-                f"{users} of {len(lines)} lines look like users of a passwd file, the others do not: say which with"
-                " --format passwd or --format table"
-            )
-        return "passwd" if users else "table"
-    return "table"
+class FormatError(TableConsulError):
+    """A file, or a line of it, does not have the format it should have; or entries cannot be written in a format."""
 
 
-def _is_json(data: bytes) -> bool:
-    try:
-        msgspec.json.decode(data)
-    except UNDECODABLE:
-        return False
-    return True
+class FileEntry(NamedTuple):
+    """One key and its value (empty if it has none) as the file has them, and the line where they start."""
 
-
-def read(
-    data: bytes, service: Service, wanted: str, *, path: bytes, below: bytes | None = None, record: bool = False
-) -> Parsed:
-    """What the file says, in the format ``wanted``; ``path`` is the bucket that an export is for, see read_export.
-
-    Raises:
-        FormatError: this is no such file.
-    """
-    refuse_binary(data)
-    data = data.removeprefix(_BYTE_ORDER_MARK)
-    name = guess(data, service) if wanted == "auto" else wanted
-    if name == "export":
-        parsed = read_export(data, service, path, below)
-        if below is not None and not parsed.entries and parsed.left_out:
-            raise FormatError(f"no key in it is below {printable(below)}")
-        return parsed
-    if name == "passwd":
-        return read_passwd(data, service, record=record)
-    if name == "aliases":
-        return read_aliases(data, cautious=wanted == "auto")
-    return read_table(data, service)
-
-
-def read_table(data: bytes, service: Service) -> Parsed:
-    """A file as smtpd reads ``file:`` tables (smtpd: util.c, parse_table_line): a list, or a mapping.
-
-    Which of them the first entry says, by having a value, or ``# @list`` before it. No line continues another. Keys
-    come in lower case, as smtpd asks for them.
-    """
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    listed: bool | None = None
-    for number, line in enumerate(data.split(b"\n"), 1):
-        text = line.strip(SPACE)
-        if not text:
-            continue
-        if text.startswith(b"#"):
-            if listed is None and text[1:].lstrip(SPACE) == b"@list":
-                listed = True
-            continue
-        parts = split_entry(text)
-        if listed is None:
-            listed = parts is not None and parts[1] is None
-        if listed and service.name not in LISTED:
-            problems.append(Problem(number, f"makes the file a list to smtpd, and {service.name} needs values"))
-            break
-        what = _wrong(parts, listed=listed)
-        if what or parts is None:
-            problems.append(Problem(number, what))
-        else:
-            entries.append(
-                Entry(fold_key(text), b"", number) if listed else Entry(fold_key(parts[0]), parts[1] or b"", number)
-            )
-    return Parsed("table", entries, problems)
-
-
-def _wrong(parts: tuple[bytes, bytes | None] | None, *, listed: bool) -> str:
-    """What smtpd would not take, or would not take as it was meant; empty if nothing."""
-    if parts is None:
-        return "begins with [ and has no ]"
-    if listed:
-        return ""
-    key, value = parts
-    if not key:
-        return "has no key"
-    if not value:
-        return "has no value, as the first entry of the file has"
-    if value.startswith((b": ", b":\t")):
-        return "has a blank before its colon, which smtpd takes for part of the value"
-    return ""
-
-
-def split_entry(text: bytes) -> tuple[bytes, bytes | None] | None:
-    """Key and value of a line of a mapping; no value where smtpd sees no separator; None for a ``[`` without ``]``."""
-    if text.startswith(b"["):
-        end = text.find(b"]") + 1
-        if not end:
-            return None
-    else:
-        end = next((at for at, c in enumerate(text) if c in b" \t:"), len(text))
-    if end == len(text):
-        return text, None
-    return text[:end], text[end + 1 :].lstrip(BLANKS)
-
-
-class _Exported(msgspec.Struct):
-    key: str
-    value: str | None = None
+    key: bytes
+    value: bytes
+    line: int
     flags: int = 0
 
 
-_EXPORT = msgspec.json.Decoder(list[_Exported])
+class LineProblem(NamedTuple):
+    """What is wrong with a line of the file; line 0 if it is about an entry that only Consul has."""
+
+    line: int
+    text: str
 
 
-def read_export(data: bytes, service: Service, path: bytes, below: bytes | None = None) -> Parsed:
-    """Entries of a ``consul kv export`` with keys relative to their folder, in the spelling they have.
+class ParsedFile(NamedTuple):
+    """The content of a file, as far as its lines could be read."""
 
-    The folder is ``below`` if given; else ``path``, the bucket to be filled, if the file has keys there; else the only
-    folder in the file that is called as the service. Folders themselves (keys that end in ``/``) are no entries.
+    format: str
+    entries: list[FileEntry]
+    problems: list[LineProblem]
+    left_out: int = 0
+    """How many entries of an export belong to other folders."""
+
+    @property
+    def unit(self) -> str:
+        """What the numbers count: entries in the JSON of an export, otherwise lines."""
+        return "entry" if self.format == "export" else "line"
+
+
+def refuse_binary(data: bytes) -> None:
+    """Check that the data, which may be only the first part of a file, looks like text.
 
     Raises:
-        FormatError: this is no export, or none of these rules finds a folder.
+        FormatError: it is compressed or binary.
     """
+    nul = data.find(b"\0")
+    if nul < 0:
+        with contextlib.suppress(UnicodeDecodeError):
+            data.decode()
+            return
+    for name, pattern in _BINARY_FORMATS.items():
+        if re.match(pattern, data, re.DOTALL):
+            raise FormatError(f"compressed or binary data ({name}), not text; convert it first (- is standard input)")
+    if nul >= 0:
+        line = data.count(b"\n", 0, nul) + 1
+        raise FormatError(f"not text: line {line} contains a NUL byte")
+
+
+def detect_format(data: bytes, service: Service) -> str:
+    """The format of the file. Where two are plausible this is an error rather than a guess; the command's help has it.
+
+    Raises:
+        FormatError: some lines look like one format and some like another, or this is another kind of JSON.
+    """
+    if re.match(rb"\s*\[\s*(?:\{|\]\s*\Z)", data):
+        return "export"
+    if data.lstrip(_SPACE)[:1] in (b"{", b"["):
+        with contextlib.suppress(*UNDECODABLE):
+            msgspec.json.decode(data)
+            raise FormatError("JSON, but not the output of `consul kv export`")
+    if service.name == "alias":
+        return "aliases"
+    lines = [line for _, line in _significant_lines(data)] if service.fields else []
+    users = sum(bool(re.fullmatch(rb"[^:\s]+(?::[^:]*){6,}", line)) for line in lines)
+    if 0 < users < len(lines):
+        raise FormatError(
+            f"{users} of {len(lines)} lines look like passwd entries, the others do not; choose --format passwd or"
+            " --format table"
+        )
+    return "passwd" if users else "table"
+
+
+def read(data: bytes, service: Service, name: str, *, cautious: bool = False, record: bool = False) -> ParsedFile:
+    """The content of a text file in the format ``name``, which is not export.
+
+    ``cautious`` is for `read_aliases`, ``record`` for `read_passwd`.
+    """
+    if name == "passwd":
+        return read_passwd(data, service, record=record)
+    return read_aliases(data, cautious=cautious) if name == "aliases" else read_table(data, service)
+
+
+def _significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Numbers and text, without surrounding white space, of the lines that are neither empty nor comments."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        text = line.strip(_SPACE)
+        if text and not text.startswith(b"#"):
+            yield number, text
+
+
+def _parse_lines(
+    name: str, lines: Iterable[tuple[int, bytes]], parse: Callable[[bytes], tuple[bytes, bytes]]
+) -> ParsedFile:
+    """A file of one entry a line. Keys become lower case, as smtpd asks for them."""
+    parsed = ParsedFile(name, [], [])
+    for number, text in lines:
+        try:
+            key, value = parse(text)
+        except FormatError as error:
+            parsed.problems.append(LineProblem(number, str(error)))
+        else:
+            parsed.entries.append(FileEntry(fold_key(key), value, number))
+    return parsed
+
+
+# file: tables.
+
+
+def read_table(data: bytes, service: Service) -> ParsedFile:
+    """A list or a mapping, as smtpd reads ``file:`` tables (smtpd: util.c, parse_table_line).
+
+    It is a list if the first entry has no value, or if the comment ``# @list`` precedes it. Lines are never continued.
+    """
+    lines = list(_significant_lines(data))
+    if not lines:
+        return ParsedFile("table", [], [])
+    first, text = lines[0]
+    comments = data.split(b"\n")[: first - 1]
+    listed = any(line.strip(_SPACE)[1:].lstrip(_SPACE) == b"@list" for line in comments)
+    if not listed:
+        with contextlib.suppress(FormatError):
+            listed = _split_entry(text)[1] is None
+    if listed and service.name not in _LIST_SERVICES:
+        problem = f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
+        return ParsedFile("table", [], [LineProblem(first, problem)])
+
+    def parse(text: bytes) -> tuple[bytes, bytes]:
+        key, value = _split_entry(text)
+        if listed:
+            return text, b""
+        if not key:
+            raise FormatError("has no key")
+        if not value:
+            raise FormatError("has no value, although the first entry of the file has one")
+        if value.startswith((b": ", b":\t")):
+            raise FormatError("has a blank before its colon; smtpd would make the colon a part of the value")
+        return key, value
+
+    return _parse_lines("table", lines, parse)
+
+
+def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
+    """Key and value of a line of a mapping; the value is None if smtpd finds no separator."""
+    if text.startswith(b"["):
+        end = text.find(b"]") + 1
+        if not end:
+            raise FormatError("starts with [ but has no ]")
+    else:
+        end = len(_KEY_END.split(text, 1)[0])
+    return (text, None) if end == len(text) else (text[:end], text[end + 1 :].lstrip(_BLANKS))
+
+
+def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
+    """The entries as a ``file:`` table for smtpd, and the keys of the entries that such a file cannot hold.
+
+    It is a list if no entry has a value. An entry that import would read differently from smtpd is left out as well.
+    """
+    pairs = [(fold_key(key), value) for key, value in entries]
+    listed = not any(value for _, value in pairs) and service.name in _LIST_SERVICES
+    separator = b":\t" if service.name == "alias" else b"\t"
+    lines: list[bytes] = [b"# @list\n"] if listed else []
+    left_out: list[bytes] = []
+    for key, stored in pairs:
+        value = key if not stored and not listed and service.answers == "entry" else stored
+        line = (key if listed else key + separator + value) + b"\n"
+        if _reads_back(line, key, value, service, listed=listed):
+            lines.append(line)
+        else:
+            left_out.append(key)
+    return b"".join(lines), left_out
+
+
+def _reads_back(line: bytes, key: bytes, value: bytes, service: Service, *, listed: bool) -> bool:
+    if line.startswith(BYTE_ORDER_MARK) or b"\0" in line or len(key) > MAX_KEY_BYTES or line.count(b"\n") != 1:
+        return False
+    before = b"# @list\n" if listed else b"-\t-\n"  # stands for the rest of the file, which decides what this line is
+    entries = read_table(before + line, service).entries[0 if listed else 1 :]
+    if service.name == "alias" and [each[:2] for each in read_aliases(line).entries] != [(key, value)]:
+        return False
+    return [each[:2] for each in entries] == [(key, value)]
+
+
+# aliases(5).
+
+_QUOTED_COMMAND = re.compile(rb'(?:(?<=,)|\A)\s*\|"((?:[^"\\]|\\.)*)"\s*(?=,|\Z)')
+# A continuation line that smtpd 7.6 and later would read as an entry of its own in a file: table.
+_OWN_ENTRY = re.compile(rb'"[^"]*"\s*:|[A-Za-z0-9_.+@*=-]+(?:[ \t]*:|[ \t]+[^ \t,])')
+_AMBIGUOUS = (
+    "starts with a blank: aliases(5) continues the line before, a file: table of smtpd starts an entry; choose"
+    " --format aliases or --format table"
+)
+# A line up to a # that is its first byte or follows a blank, and that is neither quoted nor escaped.
+_UNCOMMENTED = re.compile(rb'(?:\\.?|"(?:\\.?|[^"\\])*"?|[^"\\#]|(?<=[^ \t])#)*', re.DOTALL)
+
+
+def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
+    """A file in the format of aliases(5) of smtpd, Postfix and sendmail: ``key: element, element``, quotes, comments.
+
+    A line that starts with a blank, or follows one that ends in a backslash, continues the line before. ``cautious``
+    makes it a problem where smtpd would read such a line of a ``file:`` table as an entry of its own.
+    """
+    logical: list[tuple[int, list[bytes]]] = []
+    problems: list[LineProblem] = []
+    escaped = False
+    for number, line in enumerate(data.split(b"\n"), 1):
+        match = _UNCOMMENTED.match(line)
+        text = (match[0] if match else line).rstrip(_SPACE)
+        if not text:
+            continue
+        after_backslash = escaped
+        escaped = text.endswith(b"\\") and not text.endswith(b"\\\\")
+        part = text[: -1 if escaped else None].strip(_SPACE)
+        if not after_backslash and text[:1] not in (b" ", b"\t"):
+            logical.append((number, [part]))
+        elif not logical:
+            problems.append(LineProblem(number, "starts with a blank, but there is no line before it to continue"))
+        elif cautious and not after_backslash and not logical[-1][1][-1].endswith(b",") and _OWN_ENTRY.match(part):
+            problems.append(LineProblem(number, _AMBIGUOUS))
+        else:
+            logical[-1][1].append(part)
+    parsed = _parse_lines("aliases", ((number, b" ".join(parts)) for number, parts in logical), _alias)
+    return parsed._replace(problems=sorted(problems + parsed.problems))
+
+
+def _alias(text: bytes) -> tuple[bytes, bytes]:
+    if text.startswith(b'"'):
+        key, _, rest = text[1:].partition(b'"')
+        if not rest.lstrip(_BLANKS).startswith(b":"):
+            raise FormatError("starts with a quote, but not with a quoted key and a colon")
+    else:
+        key = _KEY_END.split(text, 1)[0]
+        rest = text[len(key) :]
+    rest = rest.lstrip(_BLANKS)
+    if rest.startswith(b":") and not rest.lower().startswith((b":include:", b":error:")):
+        rest = rest[1:]
+    value = _QUOTED_COMMAND.sub(rb' "|\1"', rest).strip(_SPACE + b",")
+    if not key or not value:
+        raise FormatError("has no value" if key else "has no key")
+    return key, value
+
+
+# passwd(5) and its relatives.
+
+# name, password, uid, gid, gecos, home; a shell and, in Dovecot's passwd-files, more fields may follow.
+_PASSWD_FIELDS = 6
+# master.passwd(5) of the BSDs: name, password, uid, gid, class, change, expire, gecos, home, shell.
+_MASTER_FIELDS = 10
+# int() of very many digits is slow, and an id has fewer than this.
+_ID_DIGITS = 20
+
+
+def read_passwd(data: bytes, service: Service, *, record: bool = False) -> ParsedFile:
+    """Users of a passwd(5), shadow(5), master.passwd(5) or Dovecot passwd-file, as values of the service.
+
+    With ``record`` each value is a JSON object that serves ``credentials``, ``auth`` and ``userinfo`` alike.
+    """
+    value_of = _user_record if record else _PASSWD_VALUES[service.name]
+
+    def parse(line: bytes) -> tuple[bytes, bytes]:
+        fields = [field.strip(_BLANKS) for field in line.split(b":")]
+        if not fields[0]:
+            raise FormatError("has no user")
+        if fields[0].startswith((b"+", b"-")):
+            raise FormatError("refers to NIS, not to a user of this file")
+        if len(fields) < 2:
+            raise FormatError("has no colon, so it is not a user")
+        if len(fields) == _MASTER_FIELDS and not fields[5].startswith(b"/") and fields[8].startswith(b"/"):
+            del fields[4:7]
+        return fields[0], value_of(fields)
+
+    return _parse_lines("passwd", _significant_lines(data), parse)
+
+
+def _password(fields: list[bytes]) -> bytes:
+    if fields[1] == b"x":
+        raise FormatError("has its password in another file (import /etc/shadow)")
+    if not fields[1]:
+        raise FormatError("has no password")
+    return fields[1] if fields[1].strip(b"*!") else b"*"  # one marker for every locked account, `!*` among them
+
+
+def _user(fields: list[bytes]) -> bytes:
+    if len(fields) < _PASSWD_FIELDS or not (fields[2] and fields[3] and fields[5]):
+        raise FormatError("has no uid, gid and home")
+    return b":".join((fields[2], fields[3], fields[5]))
+
+
+def _user_record(fields: list[bytes]) -> bytes:
+    found: dict[str, object] = {}
     try:
-        found = [
-            (each.key.encode(), b64decode(each.value or "", validate=True), each.flags) for each in _EXPORT.decode(data)
-        ]
-    except UNDECODABLE as error:
-        raise FormatError(f"this is no output of `consul kv export`: {printable(str(error))}") from None
-    folder = _folder([key for key, _, _ in found], service, path) if below is None else below
+        if fields[1] not in (b"", b"x"):
+            found["password"] = fields[1].decode()
+        if len(fields) >= _PASSWD_FIELDS:
+            for name, text in zip(("uid", "gid", "home"), (fields[2], fields[3], fields[5]), strict=True):
+                number = name != "home" and text.isdigit() and len(text) <= _ID_DIGITS
+                if text:
+                    found[name] = int(text) if number else text.decode()
+    except UnicodeDecodeError:
+        raise FormatError("contains bytes that are not UTF-8, as JSON requires") from None
+    if not found:
+        raise FormatError("has neither a password nor uid, gid and home")
+    return msgspec.json.encode(found)
+
+
+_PASSWD_VALUES = {"credentials": _password, "auth": _password, "userinfo": _user}
+PASSWD_SERVICES = tuple(_PASSWD_VALUES)
+"""The services that a passwd file has values for."""
+
+
+# consul kv export.
+
+
+def entries_of_export(
+    exported: Sequence[tuple[bytes, bytes, int]], service: Service, path: bytes, below: bytes | None = None
+) -> ParsedFile:
+    """The entries of one folder in an export, with keys relative to it in their original case.
+
+    ``exported`` are whole keys, values and flags. The folder is ``below`` if given; otherwise ``path``, the folder to
+    be filled, if there are keys below it; otherwise the only folder named after the service. Keys that end in ``/`` are
+    folders, not entries.
+
+    Raises:
+        FormatError: none of these rules finds a folder, or ``below`` holds no entries but other folders do.
+    """
+    folder = _folder([key for key, _, _ in exported], service, path) if below is None else below
     entries = [
-        Entry(key[len(folder) :], value, number, flags)
-        for number, (key, value, flags) in enumerate(found, 1)
+        FileEntry(key[len(folder) :], value, number, flags)
+        for number, (key, value, flags) in enumerate(exported, 1)
         if key.startswith(folder) and not key.endswith(b"/")
     ]
-    return Parsed("export", entries, [], sum(not key.startswith(folder) for key, _, _ in found))
+    left_out = sum(not key.startswith(folder) for key, _, _ in exported)
+    if below is not None and not entries and left_out:
+        raise FormatError(f"contains no keys below {printable(below)}")
+    return ParsedFile("export", entries, [], left_out)
 
 
 def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:
@@ -216,52 +387,5 @@ def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:
     folders = sorted({key[: match.end()] for key in keys if (match := name.search(key))})
     if len(folders) == 1:
         return folders[0]
-    seen = ", ".join(printable(folder) for folder in folders[:3]) or f"none is called {service.name}/"
-    raise FormatError(f"it is not clear which folder of the export is meant ({seen}): say so with --from FOLDER")
-
-
-def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
-    """The entries as a ``file:`` table that smtpd reads, and the keys of those that cannot be said in one.
-
-    A list if no entry has a value. What import would read otherwise than smtpd counts as what cannot be said.
-    """
-    found = [(fold_key(key), value) for key, value in entries]
-    listed = not any(value for _, value in found) and service.name in LISTED
-    separator = b":\t" if service.name == "alias" else b"\t"
-    lines: list[bytes] = [b"# @list\n"] if listed else []
-    unsaid: list[bytes] = []
-    for key, value in found:
-        if not value and not listed and service.answers == "entry":
-            value = key  # noqa: PLW2901 - what smtpd is told for such an entry
-        line = (key if listed else key + separator + value) + b"\n"
-        if _reads_back(line, key, value, service, listed=listed):
-            lines.append(line)
-        else:
-            unsaid.append(key)
-    return b"".join(lines), unsaid
-
-
-def _reads_back(line: bytes, key: bytes, value: bytes, service: Service, *, listed: bool) -> bool:
-    # smtpd: table_static.c, table_static_priv_add: `char lkey[1024]`.
-    if line.startswith(_BYTE_ORDER_MARK) or b"\0" in line or len(key) > MAX_KEY_BYTES or line.count(b"\n") != 1:
-        return False
-    before = b"# @list\n" if listed else b"-\t-\n"  # what the rest of the file makes of it
-    found = [(each.key, each.value) for each in read_table(before + line, service).entries]
-    if found[0 if listed else 1 :] != [(key, value)]:
-        return False
-    return service.name != "alias" or [(each.key, each.value) for each in read_aliases(line).entries] == [(key, value)]
-
-
-def export_text(entries: Iterable[tuple[bytes, bytes, int]]) -> bytes:
-    """Whole keys, values and flags as ``consul kv export`` writes them."""
-    return (
-        json.dumps(
-            [
-                {"key": key.decode(), "flags": flags, "value": b64encode(value).decode()}
-                for key, value, flags in entries
-            ],
-            indent="\t",
-            ensure_ascii=False,
-        )
-        + "\n"
-    ).encode()
+    candidates = ", ".join(printable(folder) for folder in folders[:3]) or f"none is named {service.name}/"
+    raise FormatError(f"cannot tell which folder of the export to import ({candidates}); name it with --from FOLDER")

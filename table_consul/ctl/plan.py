@@ -1,17 +1,17 @@
-"""What an import would change: the file's entries against those in Consul.
+"""What an import changes: the entries of a file against those in Consul.
 
-Pure. What a text file says of a key is compared with what smtpd is told for it now, however that is written in Consul;
-an export of Consul's is compared byte by byte.
+Pure. A value from a text file is compared with the answer smtpd gets now, however that is stored in Consul; an export
+of Consul is compared byte by byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from table_consul.ctl.entries import Entry, Parsed, Problem
+from table_consul.ctl.files import FileEntry, LineProblem, ParsedFile
 from table_consul.errors import UNDECODABLE, EntryError, printable
 from table_consul.kv import is_url_safe
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
@@ -20,34 +20,33 @@ from table_consul.services.values import parse_value
 
 # Consul takes 512 KB a transaction (txn_max_req_len), in base64 and with the key; smtpd takes far less.
 VALUE_MAX_BYTES = 376 << 10
+
 _SHARED = (
-    "in Consul this is a record of a user, which other services may share; change it there, or import a passwd file "
-    "with --record"
+    "stored as the record of a user, which other services may share; edit it in Consul, or import a passwd file with"
+    " --record"
 )
-
-
-_LOST = "in Consul this is the value of {}, which the record of the file has not, and would take the place of"
+_OVERWRITES = "would overwrite the {} value stored in Consul, which the file does not contain"
 
 
 class Stored(NamedTuple):
-    """An entry in Consul, by its whole key; ``modified`` is its ModifyIndex."""
+    """An entry in Consul, by its whole key."""
 
     key: bytes
     value: bytes
-    modified: int
+    modify_index: int
     flags: int = 0
 
 
 class Change(NamedTuple):
-    """One key to be written: new where ``old`` is None, to be removed where ``value`` is None."""
+    """One key to write: new if ``old`` is None, to be removed if ``value`` is None."""
 
     key: bytes
     old: Stored | None
     value: bytes | None
     flags: int = 0
-    was: bytes | None = None
-    """What smtpd is told now; None for nothing that it could be."""
-    becomes: bytes | None = None
+    old_answer: bytes | None = None
+    """What smtpd gets for the key now; None if it gets no value."""
+    new_answer: bytes | None = None
 
     @property
     def sign(self) -> str:
@@ -56,39 +55,33 @@ class Change(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be done, in the order of keys, and what is wrong with the file, in the order of its lines."""
+    """The changes, in the order of keys, and the problems of the file, in the order of its lines."""
 
     changes: list[Change]
-    problems: list[Problem]
+    problems: list[LineProblem]
     unchanged: int
 
 
-def duplicates(parsed: Parsed) -> list[tuple[Entry, Entry]]:
-    """Entries whose key is that of an earlier one, differences of case aside; the earlier one first."""
-    first: dict[bytes, Entry] = {}
-    return [
-        (former, entry)
-        for entry in parsed.entries
-        if (former := first.setdefault(fold_key(entry.key), entry)) is not entry
-    ]
+def duplicate_problems(parsed: ParsedFile, changed: Container[bytes] | None = None) -> list[LineProblem]:
+    """A problem for each entry whose key is that of an earlier one or differs from it only in case.
 
-
-def duplicate_problems(parsed: Parsed, pairs: Iterable[tuple[Entry, Entry]]) -> list[Problem]:
-    """A problem for each of the pairs, with both lines."""
-    return [
-        Problem(
-            entry.line,
-            f"{printable(entry.key)} stands in {parsed.unit} {former.line} already"
-            + ("" if former.key == entry.key else f", spelled {printable(former.key)}"),
-        )
-        for former, entry in pairs
-    ]
+    With ``changed``, keys of entries that are to be written, two spellings that are both stored already are accepted.
+    """
+    first: dict[bytes, FileEntry] = {}
+    problems = []
+    for entry in parsed.entries:
+        former = first.setdefault(fold_key(entry.key), entry)
+        same = former.key == entry.key
+        if former is not entry and (same or changed is None or former.key in changed or entry.key in changed):
+            text = f"{printable(entry.key)}: already in {parsed.unit} {former.line}"
+            problems.append(LineProblem(entry.line, text if same else f"{text} as {printable(former.key)}"))
+    return problems
 
 
 def stored_value(table: Table, service: Service, key: bytes, text: bytes) -> bytes:
-    """How the text of a file is put into Consul so that it is read as just this text: as it stands, or as JSON.
+    """The text of a file as it must be stored to be read back as just this text: as it is, or as a JSON string.
 
-    Text that begins like JSON would be decoded, and where the table is of JSON nothing else is read.
+    Text that starts like JSON would be decoded, and a table whose ``value_format`` is json holds nothing else.
     """
     if not text or table.value_format == "text" or (table.value_format == "auto" and text[:1] not in b'"[{'):
         return text
@@ -107,148 +100,136 @@ def stored_value(table: Table, service: Service, key: bytes, text: bytes) -> byt
     return text
 
 
-class _Reading:
-    """What smtpd is told for each key of some entries."""
-
-    def __init__(self, table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
-        self._builder = EntriesBuilder(table, service)
-        self._builder.take(pairs)
-
-    def answer(self, key: bytes) -> bytes | None:
-        key = fold_key(key)
-        value = self._builder.values.get(key)
-        return key if value == b"" and self._builder.service.answers == "entry" else value
-
-    def belongs(self, key: bytes) -> bool:
-        """Whether the entry is one of this service: a folder may hold records that say nothing for it."""
-        return fold_key(key) not in self._builder.incomplete
-
-
 def plan(
     table: Table,
     service: Service,
-    parsed: Parsed,
+    parsed: ParsedFile,
     stored: Sequence[Stored],
     *,
     prune: bool = False,
     records: bool = False,
     others: Sequence[bytes] = (),
 ) -> Plan:
-    """What has to be written for Consul to say what the file says.
+    """What must be written so that Consul holds what the file holds.
 
-    ``prune`` removes what the file does not have, but for folders, for entries below ``others`` (folders of other
-    services within this one), and for records that say nothing for this service. ``records``: the file's values are
-    records of users, whose fields go into the records that there are; else a record that other services read, too, is
-    neither changed nor removed, but a problem.
+    ``prune`` removes entries that the file does not have, except folders, entries below ``others`` (folders of other
+    services within this one) and records without a field of this service. With ``records`` the file's values are
+    records of users, whose fields are merged into the stored records; without it, to change or remove a record that
+    another service reads as well is a problem.
     """
-    path = table.path(service)
-    sharing = _sharing(table, service)
-    there = _There(table, service, stored)
-    exported = parsed.format == "export"
-    raw = [
-        entry.value if records or exported else stored_value(table, service, entry.key, entry.value)
-        for entry in parsed.entries
-    ]
-    mine = _Reading(table, service, zip((entry.key for entry in parsed.entries), raw, strict=True))
-    problems: list[Problem] = []
-    changes: list[Change] = []
-    lines: dict[bytes, int] = {}
-    kept: set[bytes] = set()
-    for entry, given in zip(parsed.entries, raw, strict=True):
-        old = there.find(entry.key)
-        if old is None:
-            change = Change(path + entry.key, None, given, entry.flags)
-        else:
-            kept.add(old.key)
-            record = None if exported else _record(table, service, old.value)
-            was = there.reading.answer(old.key[len(path) :])
-            value: bytes | None = given
-            if records:
-                value = _merged(record, given)
-            elif old.value == given or (not exported and was is not None and was == mine.answer(entry.key)):
-                value = None
-            if value is None:
-                continue
-            if record is not None and not records:
-                problems.append(Problem(entry.line, f"{printable(entry.key)}: {_SHARED}"))
-                continue
-            if records and record is None and (owner := _lost(table, sharing, entry.key, old.value, value)):
-                problems.append(Problem(entry.line, f"{printable(entry.key)}: {_LOST.format(owner.name)}"))
-                continue
-            change = Change(old.key, old, value, entry.flags or old.flags, was)
-        lines[change.key] = entry.line
-        changes.append(change)
-    unchanged = len(parsed.entries) - len(changes) - len(problems)
-    if exported:  # two spellings that stand in Consul just so are no business of an import
-        touched = [
-            (a, b) for a, b in duplicates(parsed) if a.key == b.key or lines.keys() & {path + a.key, path + b.key}
-        ]
-        problems += duplicate_problems(parsed, touched)
-    problems += _unfit(path, changes, lines, service)
-    new = _Reading(table, service, ((each.key[len(path) :], each.value) for each in changes))
-    changes = [each._replace(becomes=new.answer(each.key[len(path) :])) for each in changes]
-    problems += _judged(table, sharing, changes, lines)
+    planner = _Planner(table, service, stored, records=records, exported=parsed.format == "export")
+    planner.compare(parsed.entries)
+    if parsed.format == "export":
+        planner.problems += duplicate_problems(parsed, planner.changes)
+    planner.validate()
     if prune:
-        gone = there.without(kept, tuple(others))
-        changes += gone
-        if len(sharing) > 1 and not records and not exported:
-            problems += [
-                Problem(0, f"{printable(each.key[len(path) :])}: {_SHARED}")
-                for each in gone
-                if each.old is not None and _record(table, service, each.old.value) is not None
-            ]
-    return Plan(sorted(changes, key=lambda each: each.key), sorted(set(problems)), unchanged)
+        planner.prune(tuple(others))
+    changes = [planner.changes[key] for key in sorted(planner.changes)]
+    return Plan(changes, sorted(set(planner.problems)), planner.unchanged)
 
 
-def _sharing(table: Table, service: Service) -> list[Service]:
-    """The service, and those others of the table that read the same folder."""
-    others = (SERVICES[name] for name in table.readable_services if name != service.name)
-    return [service, *(other for other in others if table.path(other) == table.path(service))]
+class _Planner:
+    """The state of one plan. All keys are relative to the folder of the service, and spelled as they are stored."""
 
+    def __init__(
+        self, table: Table, service: Service, stored: Sequence[Stored], *, records: bool, exported: bool
+    ) -> None:
+        self._table, self._service = table, service
+        self._records, self._exported = records, exported
+        self._path = table.path(service)
+        others = (SERVICES[name] for name in table.readable_services if name != service.name)
+        self._sharing = [service, *(other for other in others if table.path(other) == self._path)]
+        self._stored = {each.key[len(self._path) :]: each for each in stored}
+        self._now = self._built((key, old.value) for key, old in self._stored.items())
+        self._lines: dict[bytes, int] = {}
+        self.changes: dict[bytes, Change] = {}
+        self.problems: list[LineProblem] = []
+        self.unchanged = 0
 
-def _lost(table: Table, sharing: Iterable[Service], key: bytes, old: bytes, new: bytes) -> Service | None:
-    """Whose value is lost when a record takes the place of this text; None for nobody's."""
-    readers = [each for each in sharing if _reads(table, each, key, old)]
-    # UID:GID:HOME looks like USER:PASSWORD as well.
-    owner = next((each for each in readers if not each.hashed), next(iter(readers), None))
-    return None if owner is None or _reads(table, owner, key, new) else owner
-
-
-def _reads(table: Table, service: Service, key: bytes, value: bytes) -> bool:
-    try:
-        return bool(parse_value(table, service, key, value))
-    except EntryError:
-        return False
-
-
-class _There:
-    """The bucket as it stands in Consul."""
-
-    def __init__(self, table: Table, service: Service, stored: Sequence[Stored]) -> None:
-        path = table.path(service)
-        self.exact = {each.key[len(path) :]: each for each in stored}
-        self.reading = _Reading(table, service, ((key, each.value) for key, each in self.exact.items()))
-        self._folded: dict[bytes, Stored] = {}
-        for key, each in self.exact.items():
-            folded = fold_key(key)
-            if key == folded or folded not in self._folded:
-                self._folded[folded] = each
-
-    def find(self, key: bytes) -> Stored | None:
-        """The entry of this key; with other capitals, where none is spelled like this."""
-        return self.exact.get(key) or self._folded.get(fold_key(key))
-
-    def without(self, kept: Container[bytes], others: tuple[bytes, ...]) -> list[Change]:
-        """The removal of every entry of this service that is not to be kept."""
-        return [
-            Change(each.key, each, None, was=self.reading.answer(key))
-            for key, each in self.exact.items()
-            if key
-            and not key.endswith(b"/")
-            and each.key not in kept
-            and not each.key.startswith(others)
-            and self.reading.belongs(key)
+    def compare(self, entries: Sequence[FileEntry]) -> None:
+        """Find the entries that must be written."""
+        verbatim = self._records or self._exported
+        values = [
+            each.value if verbatim else stored_value(self._table, self._service, each.key, each.value)
+            for each in entries
         ]
+        wanted = self._built(zip((each.key for each in entries), values, strict=True))
+        for entry, new in zip(entries, values, strict=True):
+            folded = fold_key(entry.key)
+            spellings = (entry.key, self._now.original_case.get(folded, folded))
+            key = next((each for each in spellings if each in self._stored), entry.key)
+            self._lines[key] = entry.line
+            old = self._stored.get(key)
+            if old is None:
+                self.changes[key] = Change(self._path + key, None, new, entry.flags)
+                continue
+            record = None if self._exported else _record(self._table, self._service, old.value)
+            value = _merged(old.value, record, new) if self._records else new
+            answer = _answer(self._now, key)
+            if value == old.value or not (verbatim or answer is None or answer != _answer(wanted, entry.key)):
+                self.unchanged += 1
+            elif record is not None and not self._records:
+                self._complain(key, _SHARED)
+            elif record is None and self._records and (owner := self._overwritten_service(key, old.value, value)):
+                self._complain(key, _OVERWRITES.format(owner.name))
+            else:
+                self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
+
+    def validate(self) -> None:
+        """Find what lint would report, for each service that reads the folder, and what cannot be written at all."""
+        for key, change in self.changes.items():
+            if text := _invalid(self._service, key, change):
+                self._complain(key, text)
+        # Two spellings of one key are a problem already.
+        pairs = {fold_key(key): (key, change.value) for key, change in self.changes.items()}.values()
+        for service in self._sharing:
+            entries = Entries(self._table, service, pairs)
+            suffix = "" if service is self._service else f" (for {service.name}, which reads the same folder)"
+            for problem in entries.problems:
+                self._complain(problem.key[len(self._path) :], problem.text + suffix)
+            if service is self._service:
+                for key, change in self.changes.items():
+                    self.changes[key] = change._replace(new_answer=_answer(entries, key))
+
+    def prune(self, others: tuple[bytes, ...]) -> None:
+        """Remove what the file does not have; see `plan`."""
+        for key, old in self._stored.items():
+            folder = not key or key.endswith(b"/") or old.key.startswith(others)
+            if folder or key in self._lines or fold_key(key) in self._now.incomplete:
+                continue
+            self.changes[key] = Change(old.key, old, None, old_answer=_answer(self._now, key))
+            shared = len(self._sharing) > 1 and not self._records and not self._exported
+            if shared and _record(self._table, self._service, old.value) is not None:
+                self._complain(key, _SHARED)
+
+    def _complain(self, key: bytes, text: str) -> None:
+        self.problems.append(LineProblem(self._lines.get(key, 0), f"{printable(key)}: {text}"))
+
+    def _built(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> EntriesBuilder:
+        builder = EntriesBuilder(self._table, self._service)
+        builder.take(pairs)
+        return builder
+
+    def _overwritten_service(self, key: bytes, old: bytes, new: bytes) -> Service | None:
+        """The service whose value is lost when a record replaces this text; None if there is none."""
+
+        def reads(service: Service, value: bytes) -> bool:
+            try:
+                return bool(parse_value(self._table, service, key, value))
+            except EntryError:
+                return False
+
+        readers = [service for service in self._sharing if reads(service, old)]
+        # UID:GID:HOME looks like USER:PASSWORD as well.
+        owner = next((service for service in readers if not service.hashed), next(iter(readers), None))
+        return None if owner is None or reads(owner, new) else owner
+
+
+def _answer(entries: Entries | EntriesBuilder, key: bytes) -> bytes | None:
+    """What smtpd gets for the key of an entry; None if it gets no value."""
+    key = fold_key(key)
+    value = entries.values.get(key)
+    return key if value == b"" and entries.service.answers == "entry" else value
 
 
 def _record(table: Table, service: Service, value: bytes) -> dict[str, object] | None:
@@ -260,53 +241,24 @@ def _record(table: Table, service: Service, value: bytes) -> dict[str, object] |
         return None
 
 
-def _merged(record: Mapping[str, object] | None, value: bytes) -> bytes | None:
-    """The record with the fields of another one; None where it has them already."""
-    fields: dict[str, object] = msgspec.json.decode(value)
+def _merged(old: bytes, record: Mapping[str, object] | None, value: bytes) -> bytes:
+    """The stored record with the fields of another; ``old`` itself if it has them already."""
     if record is None:
         return value
-    merged = {**record, **fields}
-    return None if merged == record else msgspec.json.encode(merged)
+    merged: dict[str, object] = {**record, **msgspec.json.decode(value)}
+    return old if merged == record else msgspec.json.encode(merged)
 
 
-def _unfit(path: bytes, changes: Sequence[Change], lines: Mapping[bytes, int], service: Service) -> list[Problem]:
-    """What Consul, or smtpd, would not take as a key or for its size."""
-    problems = []
-    for key, old, value, *_ in changes:
-        name = key[len(path) :]
-        text = ""
-        if old is None:
-            if not is_url_safe(key):
-                text = (
-                    "no URL can name this key (allowed: UTF-8 without control characters, //, and the parts . and ..)"
-                )
-                if service.name == "relayhost" and b"://" in name:
-                    text += '; make it the value of a key of your own choice, and set fetch = "values"'
-            elif len(name) > MAX_KEY_BYTES and not service.patterns:
-                text = f"the key has {len(name)} bytes, and smtpd asks for {MAX_KEY_BYTES} at most"
-        if value is not None and len(value) > VALUE_MAX_BYTES:
-            text = f"the value has {len(value)} bytes, and a transaction of Consul's takes {VALUE_MAX_BYTES} of it"
-        if text:
-            problems.append(Problem(lines[key], f"{printable(name)}: {text}"))
-    return problems
-
-
-def _judged(
-    table: Table, sharing: Sequence[Service], changes: Sequence[Change], lines: Mapping[bytes, int]
-) -> Iterator[Problem]:
-    """What lint would say of the new entries, for each service that reads them, with their lines."""
-    path = table.path(sharing[0])
-    pairs = [(change.key[len(path) :], change.value) for change in changes]
-    for service in sharing:
-        if not list(_complaints(table, service, pairs)):
-            continue
-        of_whom = "" if service is sharing[0] else f" (for {service.name}, which reads the same folder)"
-        for pair in pairs:
-            for problem in _complaints(table, service, [pair]):
-                yield Problem(lines[path + pair[0]], problem + of_whom)
-
-
-def _complaints(table: Table, service: Service, pairs: Iterable[tuple[bytes, bytes | None]]) -> Iterator[str]:
-    bucket = Entries(table, service, pairs)
-    for problem in bucket.problems:
-        yield str(problem).removeprefix(printable(bucket.path))
+def _invalid(service: Service, name: bytes, change: Change) -> str:
+    """Why Consul or smtpd would not accept the change, for its key or its size; empty if they do."""
+    if change.value is not None and len(change.value) > VALUE_MAX_BYTES:
+        return f"the value has {len(change.value)} bytes, but a transaction of Consul holds at most {VALUE_MAX_BYTES}"
+    if change.old is not None:
+        return ""
+    if not is_url_safe(change.key):
+        way_out = '; store it as the value of a key of your choice, and set fetch = "values"'
+        text = "no URL can name this key (use UTF-8 without control characters, //, and the segments . and ..)"
+        return text + way_out if service.name == "relayhost" and b"://" in name else text
+    if len(name) > MAX_KEY_BYTES and not service.patterns:
+        return f"the key has {len(name)} bytes, but smtpd looks up at most {MAX_KEY_BYTES}"
+    return ""

@@ -1,7 +1,7 @@
-"""Writes to Consul's key-value store: transactions in which each key is written only if nobody has touched it since.
+"""Write to Consul's key-value store in transactions that change a key only if nobody else has since it was read.
 
-Every key is checked and set by the ModifyIndex it was read with, 0 for a new one. So a transaction that is sent twice
-does no harm, and neither does a run that is broken off: the next one finds what is left to do.
+Each operation is a check-and-set with the ModifyIndex that was read, 0 for a new key. A transaction that is sent twice
+therefore does no harm, and after an interruption the next run finds what is left to do.
 """
 
 from __future__ import annotations
@@ -29,46 +29,43 @@ if TYPE_CHECKING:
 OPERATIONS_MAX = 64
 BODY_MAX_BYTES = 512 << 10
 
-# A list of 100,000 entries arrives within a second or two; nobody waits for it but an operator.
+# A list of 100,000 entries arrives within a second or two; only an operator waits for it.
 READ_SECONDS = 60.0
 WRITE_SECONDS = 10.0
-# An election of a new leader takes less, and so does the time in which a limit of Consul's says 429.
-PATIENCE_SECONDS = 15.0
+# Longer than the election of a leader, and than the period in which Consul's rate limit answers 429.
+RETRY_SECONDS = 15.0
 
 
-class _Failed(msgspec.Struct, rename="pascal"):
+class _Failure(msgspec.Struct, rename="pascal"):
     op_index: int
     what: str
 
 
-class _Reply(msgspec.Struct, rename="pascal"):
-    errors: list[_Failed] | None
+class _Result(msgspec.Struct, rename="pascal"):
+    errors: list[_Failure] | None
 
 
-_REPLY = msgspec.json.Decoder(_Reply)
+_RESULT = msgspec.json.Decoder(_Result)
 
 
 class Store(kv.Client):
-    """A client that also writes; as `kv.Client`, it has one conversation at a time."""
+    """A client that also writes; like `kv.Client`, it has one conversation at a time."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         super().__init__(settings)
-        self._here = [("dc", settings.datacenter)] if settings.datacenter else []
-        # Of an operation in another namespace its own fields tell; no parameter of the request does.
-        self.scope = {
-            name: value
-            for name, value in (("Namespace", settings.namespace), ("Partition", settings.partition))
-            if value is not None
-        }
+        self._datacenter = [("dc", settings.datacenter)] if settings.datacenter else []
+        # The namespace is a field of each operation; Consul ignores it as a parameter of the request.
+        scope = {"Namespace": settings.namespace, "Partition": settings.partition}
+        self.scope = {name: value for name, value in scope.items() if value is not None}
 
     def entries(self, path: bytes) -> list[Stored]:
         """Every entry below the path, folders included, in Consul's order.
 
         Raises:
-            SourceError: Consul cannot tell, or does not let this token see all of them.
+            SourceError: Consul does not answer, or this token may not read all of them.
         """
-        # ACLs make a list look shorter, or empty, without an error; only the read of one key says 403. It also tells
-        # sooner than a list, which may take long, that nobody answers.
+        # An ACL makes a list shorter, or empty, without an error; only the read of one key answers 403. It also finds
+        # sooner than a list, which may take long, that Consul does not answer.
         self.get(path + PROBE, timeout=WRITE_SECONDS)
         page = self.list(path, timeout=READ_SECONDS)
         if page.filtered:
@@ -76,27 +73,27 @@ class Store(kv.Client):
         return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in page.pairs]
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[tuple[Change, str]]:
-        """Write all of the changes, or none: then those that stand in the way, each with what Consul says of it.
+        """Write all of the changes, or none; if none, the changes that Consul refused, each with its reason.
 
         Raises:
-            SourceError: it is not known whether they were written (Unreachable), or Consul refused them for good.
+            SourceError: they may or may not be written (Unreachable), or Consul refused the request as a whole.
         """
         body = json.dumps([operation(change, self.scope) for change in changes]).encode()
 
         def build() -> Request:
-            # Not by the library's own Txn.put: that of py-consul sends no token.
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            token = {"X-Consul-Token": self._library.token} if self._library.token else {}
-            return Request("/v1/txn", self._here, {**headers, **token}, "PUT", body)
+            if self._library.token:  # py-consul's own Txn.put would not send it
+                headers["X-Consul-Token"] = self._library.token
+            return Request("/v1/txn", self._datacenter, headers, "PUT", body)
 
         with self._send(build, timeout) as response:
-            failed = response.decoded(_REPLY).errors or []
-            if not all(0 <= each.op_index < len(changes) for each in failed):
-                raise response.bad("speaks of operations that were not in the transaction")
-        return [(changes[each.op_index], each.what) for each in failed]
+            failures = response.decoded(_RESULT).errors or []
+            if not all(0 <= each.op_index < len(changes) for each in failures):
+                raise response.bad("reports operations that were not in the transaction")
+        return [(changes[each.op_index], each.what) for each in failures]
 
-    def stands(self, change: Change) -> bool:
-        """Whether Consul has, by whatever hand, what the change was to bring."""
+    def is_written(self, change: Change) -> bool:
+        """Whether Consul holds the result of the change, whoever wrote it."""
         found = self.get(change.key, timeout=WRITE_SECONDS)
         return change.value is None if found is None else (found.value or b"") == change.value
 
@@ -106,11 +103,11 @@ def operation(change: Change, scope: Mapping[str, str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"Verb": "delete-cas" if change.value is None else "cas", "Key": change.key.decode()}
     if change.value is not None:
         fields |= {"Value": b64encode(change.value).decode(), "Flags": change.flags}
-    return {"KV": {**fields, "Index": 0 if change.old is None else change.old.modified, **scope}}
+    return {"KV": {**fields, "Index": 0 if change.old is None else change.old.modify_index, **scope}}
 
 
 def batches(changes: Sequence[Change], scope: Mapping[str, str]) -> Iterator[list[Change]]:
-    """The changes, in order, in as many as Consul takes at once."""
+    """The changes, in order, in batches of at most as many and as large as one transaction takes."""
     batch: list[Change] = []
     size = 2
     for change in changes:
@@ -125,64 +122,61 @@ def batches(changes: Sequence[Change], scope: Mapping[str, str]) -> Iterator[lis
 
 
 class Progress(NamedTuple):
-    """What has become of some changes."""
+    """The outcome of one transaction."""
 
     written: list[Change]
     conflicts: list[Change]
-    """Somebody else changed these keys since they were read; they were left alone."""
+    """Keys that somebody else changed after they were read; they were not written."""
 
 
 def write(
     changes: Sequence[Change],
     store: Store,
-    waiting: Callable[[SourceError], None] = lambda _error: None,
+    on_retry: Callable[[SourceError], None] = lambda _error: None,
     *,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Progress]:
-    """Write the changes, a transaction at a time; what has become of each. A conflict keeps back its key alone.
+    """Write the changes, one transaction after the other. A conflict affects only its own key.
 
-    ``waiting`` is told once when Consul does not answer; it is tried for `PATIENCE_SECONDS`.
+    While Consul is unreachable a transaction is repeated for `RETRY_SECONDS`; ``on_retry`` is called once for it.
 
     Raises:
-        SourceError: as Store.transact; what was yielded before is written, and of the rest the transaction at hand
-            perhaps.
+        SourceError: as Store.transact. What was yielded is written; the current transaction may be.
     """
     for batch in batches(changes, store.scope):
         conflicts: list[Change] = []
-        left = batch
-        failures = 0
-        begun = clock()
+        left, failures, begun = batch, 0, clock()
         while left:
             try:
-                failed = store.transact(left, timeout=WRITE_SECONDS)
+                refused = store.transact(left, timeout=WRITE_SECONDS)
             except Unreachable as error:
                 failures += 1
                 wait = delay(failures, random.random())  # noqa: S311 - no secret
-                if clock() - begun + wait > PATIENCE_SECONDS:
+                if clock() - begun + wait > RETRY_SECONDS:
                     raise
                 if failures == 1:
-                    waiting(error)
+                    on_retry(error)
                 sleep(wait)
                 continue
-            if not failed:
+            if not refused:
                 break
-            stale = _stale(failed, store)
+            _check_stale(refused, store)
+            stale = [change for change, _ in refused]
             left = [change for change in left if change not in stale]
             # Consul may have written what it could not confirm, and a second attempt finds that.
-            conflicts += [change for change in stale if not store.stands(change)]
+            conflicts += [change for change in stale if not store.is_written(change)]
         yield Progress([change for change in batch if change not in conflicts], conflicts)
 
 
-def _stale(failed: Sequence[tuple[Change, str]], store: Store) -> list[Change]:
-    """The changes of keys that others have touched; raises where that is not what is wrong."""
-    for change, what in failed:
+def _check_stale(refused: Sequence[tuple[Change, str]], store: Store) -> None:
+    """Raise SourceError if a change was refused for another reason than that its key changed since it was read."""
+    for change, reason in refused:
         key = printable(change.key)
-        if "permission denied" in what.lower():
+        if "permission denied" in reason.lower():
             raise Forbidden(
-                f"Consul at {store.address} does not let this token write {key}; the policy it needs: "
-                "table-consulctl policy --write TABLE; with another token: --token-file"
+                f"Consul at {store.address}: the token may not write {key} (for the policy it needs, run"
+                " table-consulctl policy --write TABLE; for another token, use --token-file)"
             )
-        if "index is stale" not in what:
-            raise BadResponse(f"Consul at {store.address} refuses to write {key}: {printable(what)}")
-    return [change for change, _ in failed]
+        if "index is stale" not in reason:
+            raise BadResponse(f"Consul at {store.address} refuses to write {key}: {printable(reason)}")

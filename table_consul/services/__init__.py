@@ -1,10 +1,12 @@
-"""What smtpd may ask, and how one table answers it. The modules beside this one say what an entry means.
+"""The services that smtpd asks tables for, and the layout of one table. The modules beside this one interpret entries.
 
-Pure: bytes in, bytes out; nothing here knows Consul's HTTP, smtpd's wire, or time.
+Pure: bytes in, bytes out; nothing here knows Consul's HTTP, smtpd's protocols, or time.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
@@ -21,24 +23,25 @@ class Service(NamedTuple):
 
     name: str
     bit: int
+    """Its bit in the binary dialect of OpenSMTPD up to 7.5."""
     answers: str
-    """``value``; ``entry``, where an entry without value answers with itself; ``check``, where there is no value."""
+    """``value``; ``entry``: an entry without value answers with its key; ``check``: lookups are not answered."""
     joined: bool = False
-    """Several lines are one list."""
+    """The value is a list, whose elements may be on lines of their own."""
     bounded: bool = False
-    """smtpd refuses LINE_MAX bytes and more."""
+    """smtpd rejects values of LINE_MAX bytes or more."""
     patterns: bool = False
-    """An entry may answer for keys that are not equal to it, so the whole bucket is needed."""
+    """An entry may match keys that are not equal to it, so a lookup needs all entries."""
     hashed: bool = False
     """The value is a credential, and may be a hash."""
     fields: tuple[str, ...] = ()
-    """What makes up the value where it is a JSON object, such as a record of one user."""
+    """The fields that make up the value if it is stored as a JSON object (the record of one user)."""
     default: bool = False
-    """An entry ``*`` answers for keys that have none."""
+    """An entry ``*`` answers for keys without an entry of their own."""
 
     @property
     def needs_value(self) -> bool:
-        """Whether an entry without value is of no use; a list of strings may be asked with ``check`` alone."""
+        """Whether an entry without value is useless. ``string`` is not: smtpd may only ask whether the key exists."""
         return self.answers != "entry" and self.name != "string"
 
 
@@ -68,7 +71,7 @@ DEFAULT_SERVICES = tuple(name for name in SERVICES if name != "auth")
 
 
 class Table(msgspec.Struct, frozen=True):
-    """How one table is laid out in Consul, read, and answered for; durations in seconds.
+    """The settings of one table: its layout in Consul, how it is read, and how it is served. Durations in seconds.
 
     The fields are the keys of ``[defaults]`` and ``[tables.NAME]``. config.py checks values against their types; a
     description completes "must be ...".
@@ -93,7 +96,7 @@ class Table(msgspec.Struct, frozen=True):
 
     @property
     def root(self) -> bytes:
-        """The folder of this table in Consul, ending in a slash; buckets named in ``paths`` may lie elsewhere."""
+        """The folder of this table in Consul, ending in a slash; services named in ``paths`` may be elsewhere."""
         return (f"{self.prefix}/{self.name}/" if self.prefix else f"{self.name}/").encode()
 
     def path(self, service: Service) -> bytes:
@@ -103,7 +106,7 @@ class Table(msgspec.Struct, frozen=True):
 
     @property
     def readable_services(self) -> tuple[str, ...]:
-        """The services whose entries are read: who has no hash in ``auth`` may have one in ``credentials``."""
+        """The services whose entries are read: a user without a hash in ``auth`` may have one in ``credentials``."""
         more = ("credentials",) if "auth" in self.services and "credentials" not in self.services else ()
         return (*self.services, *more)
 
@@ -113,7 +116,7 @@ class Table(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, **unrelated) == other
 
     def folders(self) -> dict[bytes, list[str]]:
-        """The folders in Consul to be watched, and the services whose entries each of them holds."""
+        """The folders in Consul to watch, and the services whose entries each of them contains."""
         folders: dict[bytes, list[str]] = {}
         for name in self.readable_services:
             path = self.path(SERVICES[name])
@@ -122,5 +125,11 @@ class Table(msgspec.Struct, frozen=True):
 
 
 def fold_key(key: bytes) -> bytes:
-    """The key as smtpd would ask for it (smtpd: util.c, lowercase: byte by byte, ASCII alone)."""
+    """The key as smtpd asks for it (smtpd: util.c, lowercase: ASCII letters only)."""
     return key.lower()
+
+
+@functools.cache
+def compiled(expression: bytes) -> re.Pattern[bytes]:
+    """The regular expression, compiled at its first use: compiling all of them would delay the handshake."""
+    return re.compile(expression)

@@ -1,7 +1,6 @@
-"""The entries of one service in one table: how they are built from pairs, and how a key is found among them.
+"""The entries of one service in one table: how they are built from keys and values, and how a key is found among them.
 
-They are one folder of Consul's key-value store, ``<prefix>/<table>/<service>/``. Pairs come in as bytes; every value
-that comes out is a valid reply to smtpd.
+Keys and values come in as Consul stores them; every value that comes out is a valid reply to smtpd.
 """
 
 from __future__ import annotations
@@ -18,10 +17,13 @@ from table_consul.services.values import (
     expand_default_home,
     is_valid_reply_value,
     parse_value,
+    warning_for,
 )
 
 if TYPE_CHECKING:
     from table_consul.services.index import Index
+
+_NOT_FOUND_IN_DIRECT_MODE = "smtpd asks in lower case, so mode direct never finds this key; rename it"
 
 
 class Problem(NamedTuple):
@@ -39,27 +41,31 @@ class EntriesBuilder:
     """Builds `Entries` from pairs, in as many steps as it takes. A bad entry affects no other."""
 
     def __init__(self, table: Table, service: Service, former: Entries | None = None) -> None:
-        """``former`` are the entries of an earlier load; what has not changed since is taken from them unread."""
+        """``former`` are the entries of an earlier load; values that have not changed since are not parsed again."""
         self.table = table
         self.service = service
         self.path = table.path(service)
-        if former is not None and not former.table.same_entries(table):
-            former = None  # it was validated by other settings, such as allow_commands
-        self.former = former
         self.values: dict[bytes, bytes] = {}
         """By folded key; ``b""`` where the entry has no value."""
         self.errors: dict[bytes, Problem] = {}
-        """By folded key: entries whose lookup is an error."""
+        """By folded key: entries whose lookup is an error. No key is both here and in ``values``."""
         self.incomplete: set[bytes] = set()
         """Those of them that are records without any field of this service, which another service may use."""
         self.warnings: dict[bytes, Problem] = {}
         """By folded key: entries that are served, although smtpd would reject or misread them."""
         self.spelling: list[Problem] = []
-        """Keys with capitals that do not answer."""
+        """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
-        # A value that was stored before, and that is not decoded, is valid as it is.
-        self._valid: Mapping[bytes, bytes] = {} if former is None or table.value_format == "json" else former.values
+        self._former = former if former is not None and former.path == self.path else None
+        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline.
+        self._reusable: Entries | None = None
+        if former is not None and former.table.same_entries(table):
+            self._reusable = former if former.table.deadline == table.deadline or not service.hashed else None
+        # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
+        self._valid: Mapping[bytes, bytes] = {}
+        if self._reusable is not None and table.value_format != "json":
+            self._valid = self._reusable.values
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
         self._former_keys = iter(self._valid)
         self._former_key = next(self._former_keys, None)
@@ -81,7 +87,7 @@ class EntriesBuilder:
     def _interned(self, key: bytes) -> bytes:
         """The former entries' own object for this key, so that a reload does not hold every key twice.
 
-        Both come in Consul's order; where they do not, the key itself is as good.
+        Both come in Consul's order; where they do not, the key itself does as well.
         """
         former = self._former_key
         while former is not None and former < key:
@@ -90,37 +96,26 @@ class EntriesBuilder:
         return former if former is not None and former == key else key
 
     def _resolve_case(self, key: bytes, folded: bytes) -> bool:
-        """Whether this key answers: of those that differ only in case, the lower-case one does, or else the first."""
-        exact = not self.service.patterns and self.service.name != "source"
-        if folded != key and self.table.mode == "direct" and exact:
-            text = "smtpd asks in lower case, and a table that is read directly does not find this key; rename it"
-            self.spelling.append(Problem(self.path + key, text))
+        """Whether this key answers: of those that differ only in case, the lower-case one does, else the first."""
         if folded in self.values or folded in self.errors:
             rival = self.original_case.get(folded, folded)
             if key != folded:
-                self._note_loser(key, rival)
+                self._add_shadowed(key, rival)
                 return False
-            self._note_loser(rival, key)
-            self._drop(folded)
-        if folded != key:
+            self._add_shadowed(rival, key)
+            for mapping in (self.values, self.errors, self.warnings, self.original_case):
+                mapping.pop(folded, None)
+            self.incomplete.discard(folded)
+        elif folded != key:
             self.original_case[folded] = key
         return True
 
-    def _note_loser(self, loser: bytes, winner: bytes) -> None:
-        text = (
-            f"smtpd asks in lower case, where this is the same key as {printable(self.path + winner)}, which answers; "
-            "delete one of them"
-        )
+    def _add_shadowed(self, loser: bytes, winner: bytes) -> None:
+        path = printable(self.path + winner)
+        text = f"differs only in case from {path}, which takes precedence; delete one of the two"
         self.spelling.append(Problem(self.path + loser, text))
 
-    def _drop(self, folded: bytes) -> None:
-        for place in (self.values, self.errors, self.warnings, self.original_case):
-            place.pop(folded, None)
-        self.incomplete.discard(folded)
-
     def _parse(self, folded: bytes, key: bytes, raw: bytes | None) -> None:
-        from table_consul.services.doubts import doubt
-
         try:
             value = parse_value(self.table, self.service, folded, raw)
         except EntryError as error:
@@ -129,54 +124,37 @@ class EntriesBuilder:
                 self.incomplete.add(folded)
             return
         self.values[folded] = value
-        if (text := doubt(self.table, self.service, folded, value)) is not None:
+        if (text := warning_for(self.table, self.service, folded, value)) is not None:
             self.warnings[folded] = Problem(self.path + key, text)
 
     def missing_keys(self) -> Iterator[bytes]:
-        """The keys, as they were stored, that the former entries had and these have not."""
-        if self.former is None:
+        """The keys, relative to the folder and as they were stored, that the former entries had and these have not."""
+        if self._former is None:
             return
-        for place in (self.former.values, self.former.errors):
-            for key in place:
-                if key not in self.values and key not in self.errors:
-                    yield self.former.original_case.get(key, key)
+        for folded in (*self._former.values, *self._former.errors):
+            if folded not in self.values and folded not in self.errors:
+                yield self._former.original_case.get(folded, folded)
 
     def finish(self) -> Entries:
         """The entries; the former ones themselves if nothing has changed."""
-        former = self.former
+        former = self._reusable
         if former is None:
             return Entries(self.table, self.service, builder=self)
         for folded, warning in former.warnings.items():
-            if folded in self.values and self.values[folded] is former.values[folded]:  # it was not parsed again
+            if self.values.get(folded) == former.values[folded]:  # it may not have been parsed again
                 self.warnings[folded] = warning._replace(key=self.path + self.original_case.get(folded, folded))
         unchanged = (
             former.values == self.values
             and former.errors == self.errors
             and former.warnings == self.warnings
             and former.spelling == self.spelling
+            and former.original_case == self.original_case
         )
         return former if unchanged else Entries(self.table, self.service, builder=self)
 
 
 class Entries:
     """The entries of one service in one table at one moment. Never changed once built; any thread may read them."""
-
-    __slots__ = (
-        "_default",
-        "_exact",
-        "_index",
-        "_order",
-        "errors",
-        "incomplete",
-        "original_case",
-        "path",
-        "problems",
-        "service",
-        "spelling",
-        "table",
-        "values",
-        "warnings",
-    )
 
     def __init__(
         self,
@@ -200,6 +178,8 @@ class Entries:
         refused = (problem for key, problem in self.errors.items() if key not in self.incomplete)
         self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
         """Every entry that smtpd cannot use as it is stored."""
+        if table.mode == "direct" and not service.patterns and service.name != "source":
+            self.problems += [Problem(self.path + k, _NOT_FOUND_IN_DIRECT_MODE) for k in self.original_case.values()]
         self._default = service.default and (DEFAULT_KEY in self.values or DEFAULT_KEY in self.errors)
         self._order: list[bytes] | None = None
         self._index: Index | None = None
@@ -216,22 +196,25 @@ class Entries:
     def _stored(self, key: bytes) -> bytes:
         return self.path + self.original_case.get(key, key)
 
+    def _error(self, entry: bytes, text: str) -> EntryError:
+        return EntryError(str(Problem(self._stored(entry), text)))
+
     def find(self, key: bytes) -> bytes | None:
-        """The entry that answers for this key, which smtpd has folded; None when there is none."""
+        """The entry that answers for this key, which is folded; None if there is none. The default entry is ignored."""
         if self._index is not None:
             return self._index.find(key)
         return key if key in self.values or key in self.errors else None
 
     def has_own_entry(self, key: bytes) -> bool:
-        """Whether an entry other than the default is there for the key, also one whose value is an error."""
+        """Whether there is an entry other than the default for the key, even one whose lookup is an error."""
         return self.find(key) is not None
 
     def contains(self, key: bytes) -> bool:
-        """Whether the key is in the table: by an entry for it, or by the default of the service."""
+        """Whether the key is in the table: by an entry for it, or by the default entry of the service."""
         return self._default or self.find(key) is not None
 
     def uses_default(self, key: bytes) -> bool:
-        """Whether the default of the service, if there is one, answers for this key."""
+        """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
     def lookup(self, key: bytes) -> bytes | None:
@@ -248,16 +231,13 @@ class Entries:
             if value is None and key not in self.errors:
                 return None
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
-            return self._default_value(key)
+            value = self._value(DEFAULT_KEY)
+            try:
+                return expand_default_home(value, key)
+            except EntryError as error:
+                raise self._error(DEFAULT_KEY, str(error)) from None
         entry = self.find(key)
         return None if entry is None else self._value(entry)
-
-    def _default_value(self, key: bytes) -> bytes:
-        value = self._value(DEFAULT_KEY)
-        try:
-            return expand_default_home(value, key)
-        except EntryError as error:
-            raise EntryError(str(Problem(self._stored(DEFAULT_KEY), str(error)))) from None
 
     def _value(self, entry: bytes) -> bytes:
         problem = self.errors.get(entry)
@@ -267,13 +247,12 @@ class Entries:
         if value:
             return value
         if self.service.answers != "entry":
-            text = f"there is no value, and {self.service.name} needs one"
-            raise EntryError(str(Problem(self._stored(entry), text)))
+            raise self._error(entry, f"there is no value, and {self.service.name} needs one")
         return self._key(entry)
 
     def _key(self, entry: bytes) -> bytes:
         if not is_valid_reply_value(entry):
-            raise EntryError(str(Problem(self._stored(entry), "the key holds a control character")))
+            raise self._error(entry, "the key contains a control character")
         return entry
 
     def next_after(self, last: bytes | None) -> tuple[bytes, bytes] | None:

@@ -1,38 +1,40 @@
-"""Hashes of passwords: which formats there are, what one costs to verify, and whether a password is the one.
+"""Password hashes: their formats, what one costs to verify, and whether a password matches it.
 
-Knows nothing of tables, of Consul or of smtpd. What calculates is not ours: the system's own crypt(3), through crypt-r,
-and argon2, through argon2-cffi; both are imported when the first password comes, for few tables see any.
+Knows nothing of tables, of Consul or of smtpd. The calculation is done by the system's own crypt(3), through crypt-r,
+and by argon2, through argon2-cffi; both are imported for the first password, as few tables ever see one.
 
-No text here ever holds a password, or any part of a hash beyond its format and its cost.
+No message contains a password, or any part of a hash beyond its format and its cost.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from table_consul.errors import ConfigError, EntryError, PeerError
+from table_consul.services import compiled
 
-# crypt(3) of libxcrypt takes no longer one (CRYPT_MAX_PASSPHRASE_SIZE), so that none has ever made such a hash.
+# crypt(3) of libxcrypt accepts no longer one (CRYPT_MAX_PASSPHRASE_SIZE), so no hash of a longer one exists.
 PASSWORD_BYTES = 511
-# Dovecot writes the format before the hash (doc.dovecot.org, Password Schemes); crypt(3) takes that for a part of it.
+# Dovecot writes the format before the hash (doc.dovecot.org, Password Schemes); crypt(3) does not know these.
 SCHEME_PREFIXES = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYPT}", b"{ARGON2ID}", b"{ARGON2I}")
-# What passwd -l, and others, put before a hash or in its place.
+# What passwd -l and others put before a hash, or in its place.
 LOCK_MARKERS = (b"!", b"*")
 LOCKED_ACCOUNT = b"*LK*"
-# How many entries are looked at for a hash that tells what those of the table cost.
+# How many entries are inspected to learn what the hashes of a table cost.
 SAMPLE_SIZE = 8
 
 _ITOA64 = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def _number(digits: bytes) -> int:
-    """A number as scrypt's and yescrypt's settings spell it, its low digit first."""
+    """A number as the settings of scrypt and yescrypt write it, its low digit first."""
     return sum(_ITOA64.index(digit) << 6 * place for place, digit in enumerate(digits))
 
 
@@ -49,14 +51,16 @@ def _argon2_units(cost: bytes) -> int:
     return int(memory) * int(passes)
 
 
-class Scheme(NamedTuple):
-    """One format of hashes. ``pattern`` tells the setting from the digest; the unit of cost takes so many seconds."""
+class Scheme(msgspec.Struct, frozen=True):
+    """One format of hashes."""
 
     name: str
     pattern: bytes
+    """Its first group is the setting (what precedes the digest), its second the cost within the setting."""
     units: Callable[[bytes], int] = lambda _: 1
+    """The units of work that a cost stands for."""
     unit_seconds: float = 0.0
-    """About twice what a core of 2020 takes: an estimate that shall be too high rather than too low."""
+    """What one unit takes: about twice the time on a core of 2020, as an estimate had better be too high."""
 
 
 _B64 = rb"[./0-9A-Za-z]"
@@ -79,34 +83,29 @@ SCHEMES = (
 )
 
 
-class Hash(NamedTuple):
-    """A hash whose format is known, without its digest where that is not needed."""
+class Hash(msgspec.Struct, frozen=True):
+    """A hash of a known format."""
 
     scheme: str
     text: bytes
     setting: bytes
     seconds: float
-    """What it takes to verify a password, about."""
+    """About what it takes to verify a password."""
 
     def with_dummy_digest(self) -> Hash:
         """The same format, setting and cost with a digest that no password has."""
-        filler = b"A" if self.scheme == "argon2" else b"."
-        return self._replace(text=self.setting + filler * (len(self.text) - len(self.setting)))
+        digest = (b"A" if self.scheme == "argon2" else b".") * (len(self.text) - len(self.setting))
+        return Hash(self.scheme, self.setting + digest, self.setting, self.seconds)
 
 
-# What `smtpctl encrypt` makes where crypt(3) can: a stand-in until a hash of the table has been seen.
+# What `smtpctl encrypt` makes where crypt(3) can; it stands in until a hash of the table has been seen.
 DEFAULT = Hash("SHA-512", b"$6$tableconsul$" + b"." * 86, b"$6$tableconsul$", 0.005)
 
 
-@functools.cache
-def _compiled(pattern: bytes) -> re.Pattern[bytes]:
-    return re.compile(pattern)
-
-
 def strip_scheme(text: bytes) -> bytes:
-    """The hash without Dovecot's mark, and bcrypt by the name that every crypt(3) knows; all else as it is.
+    """The hash without Dovecot's prefix, with bcrypt under the name that every crypt(3) knows.
 
-    A text is taken for a hash only if it has the form of one: clear text to relay with passes unharmed.
+    Any other text, such as a clear-text relay password, is returned unchanged.
     """
     end = text.find(b"}") + 1
     if text[:1] == b"{" and text[:end].upper() in SCHEME_PREFIXES:
@@ -117,14 +116,14 @@ def strip_scheme(text: bytes) -> bytes:
 
 
 def looks_like_a_hash(text: bytes) -> bool:
-    """Whether some crypt(3) might know the format, be it one that is not known here."""
-    return _compiled(rb"\$[0-9a-z-]+[$,].+|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13}").fullmatch(text) is not None
+    """Whether some crypt(3) might know the format, even if it cannot be verified here."""
+    return compiled(rb"\$[0-9a-z-]+[$,].+|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13}").fullmatch(text) is not None
 
 
 def parse(text: bytes) -> Hash | None:
-    """The hash, if this is one of a format that can be verified; None for any other text."""
+    """The hash, if its format can be verified here; None for any other text."""
     for scheme in SCHEMES:
-        found = _compiled(scheme.pattern).fullmatch(text)
+        found = compiled(scheme.pattern).fullmatch(text)
         if found is not None:
             cost = found[2] or (b"5000" if scheme.units is int else b"")
             return Hash(scheme.name, text, found[1], scheme.units(cost) * scheme.unit_seconds)
@@ -132,71 +131,38 @@ def parse(text: bytes) -> Hash | None:
 
 
 def hash_part(credential: bytes) -> bytes:
-    """What of a credential is the hash: ``HASH``, or what follows the colon of ``USER:HASH``."""
-    _, colon, after = credential.partition(b":")
-    return after if colon else credential
+    """The hash within a credential, ``HASH`` or ``USER:HASH``."""
+    return credential.partition(b":")[2] if b":" in credential else credential
 
 
 def verifiable_hash(credential: bytes, most: float) -> Hash | None:
     """The hash of a credential, ready to verify a password with; None for one that is locked.
 
     Raises:
-        EntryError: it is no hash, or one of a format that is not known, or would take more than so many seconds.
+        EntryError: not a hash, an unknown format, or a hash that takes more than ``most`` seconds to verify.
     """
     text = hash_part(credential)
     if text.startswith(LOCK_MARKERS):
         return None
     known = parse(text)
     if known is None:
-        raise EntryError(
-            "the value is no hash that can be verified (allowed: what crypt(3) or argon2 make, such as the output of "
-            "`smtpctl encrypt`)"
-        )
+        raise EntryError("not a hash that can be verified (use the output of `smtpctl encrypt`, or argon2)")
     if known.seconds > most:
         raise EntryError(
-            f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s, in which the "
-            "mail server waits; lower its cost, or raise the deadline"
+            f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s, while the "
+            "mail server waits; lower its cost or raise the deadline"
         )
     return known
 
 
-class Verifier:
-    """Verifies passwords. Its only memory is what the hashes of each table cost, with no digest of any."""
+def verify_hash(known: Hash, password: bytes) -> bool:
+    """Whether the hash is of this password.
 
-    def __init__(self) -> None:
-        self._typical: dict[str, Hash] = {}
-
-    def verify(self, table: str, stored: bytes | None, password: bytes, others: Iterable[bytes], most: float) -> bool:
-        """Whether this is the password of the stored credential. None has none, and takes as long to find out.
-
-        ``others`` are credentials of the same table; where there is no hash to verify, the first of them that is one
-        says what that costs, else the last that was seen. ``most`` bounds the cost, in seconds.
-
-        Raises:
-            EntryError: what is stored can be verified by nobody here.
-            ConfigError: the package that could is not installed.
-            PeerError: the password is no UTF-8, and crypt-r takes nothing else.
-        """
-        known = None if stored is None else verifiable_hash(stored, most)
-        if known is not None:
-            self._typical[table] = known.with_dummy_digest()
-            return _verify(known, password)
-        typical = next((model for model in map(_cheap(most), others) if model is not None), None)
-        blank = (typical or self._typical.get(table, DEFAULT)).with_dummy_digest()
-        with contextlib.suppress(EntryError):  # that there is no such user is certain, whatever becomes of the others
-            _verify(blank, password)
-        return False
-
-
-def _cheap(most: float) -> Callable[[bytes], Hash | None]:
-    def model(credential: bytes) -> Hash | None:
-        known = parse(hash_part(credential))
-        return known if known is not None and known.seconds <= most else None
-
-    return model
-
-
-def _verify(known: Hash, password: bytes) -> bool:
+    Raises:
+        EntryError: this system does not know the format of the hash, or the hash is damaged.
+        ConfigError: the package that verifies it is not installed.
+        PeerError: the password is not UTF-8, and crypt-r takes nothing else.
+    """
     return (_verify_argon2 if known.scheme == "argon2" else _verify_crypt)(known, password)
 
 
@@ -207,7 +173,7 @@ def _verify_crypt(known: Hash, password: bytes) -> bool:
     try:
         word = password.decode()
     except UnicodeDecodeError:
-        raise PeerError("the password is no UTF-8, and crypt-r takes nothing else") from None
+        raise PeerError("the password is not UTF-8, and crypt-r takes nothing else") from None
     if len(password) > PASSWORD_BYTES or b"\0" in password:
         return False
     text = b"$2b$" + known.text[4:] if known.text.startswith(b"$2y$") else known.text
@@ -216,7 +182,7 @@ def _verify_crypt(known: Hash, password: bytes) -> bool:
     except OSError:
         made = "*"
     if made.startswith("*"):
-        raise EntryError(f"the value is a hash by {known.scheme}, which crypt(3) of this system does not know")
+        raise EntryError(f"a hash by {known.scheme}, which crypt(3) of this system does not know")
     return compare_digest(made.encode(), text)
 
 
@@ -230,7 +196,7 @@ def _verify_argon2(known: Hash, password: bytes) -> bool:
     except exceptions.VerifyMismatchError:
         return False
     except exceptions.VerificationError:
-        raise EntryError("the value is a hash by argon2 that cannot be verified: damaged, or too large") from None
+        raise EntryError("a hash by argon2 that cannot be verified: damaged, or too large") from None
 
 
 def _binding() -> Any:  # noqa: ANN401 - a module
@@ -249,3 +215,31 @@ def _package(module: str, package: str) -> Any:  # noqa: ANN401 - a module
             f"auth: passwords cannot be verified, as the Python package {package} is not installed; "
             "install table-consul[auth]"
         ) from None
+
+
+class Verifier:
+    """Verifies passwords. Remembers only the cost parameters of each table's hashes, never a digest."""
+
+    def __init__(self, verify: Callable[[Hash, bytes], bool] = verify_hash) -> None:
+        self._verify = verify
+        self._typical: dict[str, Hash] = {}
+
+    def verify(self, table: str, stored: bytes | None, password: bytes, others: Iterable[bytes], most: float) -> bool:
+        """Whether the stored credential is of this password. None never is, which takes as long to find out.
+
+        ``others`` are credentials of the same table: without a stored hash the time is spent on the format and cost of
+        the first hash among them, else of the last one seen. ``most`` bounds that time, in seconds.
+
+        Raises:
+            EntryError, ConfigError, PeerError: as by `verifiable_hash` and `verify_hash`.
+        """
+        known = None if stored is None else verifiable_hash(stored, most)
+        if known is not None:
+            self._typical[table] = known.with_dummy_digest()
+            return self._verify(known, password)
+        hashes = (parse(hash_part(credential)) for credential in others)
+        typical = next((each for each in hashes if each is not None and each.seconds <= most), None)
+        dummy = (typical or self._typical.get(table, DEFAULT)).with_dummy_digest()
+        with contextlib.suppress(EntryError):  # whatever the hashes of others are, this user cannot log in
+            self._verify(dummy, password)
+        return False

@@ -1,24 +1,21 @@
-"""What may stand under a key in Consul: how its value is read, and whether smtpd could use it.
+"""Parse and validate the values stored in Consul.
 
-Pure: bytes in, bytes out; knows neither buckets nor where entries come from. What is certain to be no value of its
-service is refused; what only looks wrong is told, and answered as it stands.
+Pure: bytes in, bytes out; knows neither entries nor where they come from. A value that is certainly invalid for its
+service is an error; one that only looks wrong is served unchanged, with a warning, as smtpd's rules may change. No
+message contains any part of a value.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from table_consul.errors import UNDECODABLE, EntryError
-from table_consul.services import passwords
+from table_consul.services import Service, Table, compiled, passwords
+from table_consul.services.match import MAILADDR_PART_BYTES, is_address, text_to_mailaddr
 
-if TYPE_CHECKING:
-    from table_consul.services import Service, Table
-
-# smtpd: LINE_MAX. expand_line() and table_parse_lookup() refuse longer values, after the fact and without a word.
+# smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
 LINE_MAX = 2048
 # smtpd reads it as an id (to.c, text_to_userinfo: UID_MAX), and setresuid(2) takes it as "leave it as it is": as root.
 ID_MAX = 4294967295
@@ -29,38 +26,50 @@ COMMAND_BYTES = 1023
 DEFAULT_KEY = b"*"
 
 _BARE_LOCKS = (b"*", b"!", b"!!")
-_NO_JSON = 'the value is no JSON string or array of strings (allowed: "gilles", ["gilles", "eric"])'
+# Lists of users and addresses with nothing in them that needs a second look, as nearly all are.
+_PLAIN_LIST = rb"[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?(?:, ?[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?)*"
+_ERROR_REPLY = rb"[45][0-9]{2} [A-Za-z0-9]"
+_USER = rb"[A-Za-z0-9_.+-]{0,%d}" % USER_BYTES
+_ADDRESS = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+@[A-Za-z0-9.-]+"
+# Formats of Dovecot's that no crypt(3) reads (doc.dovecot.org, Password Schemes).
+_FOREIGN_SCHEME = (
+    rb"(?is)\{(?:PLAIN|CLEAR|CLEARTEXT|L?S?(?:MD5|SHA)|S?SHA(?:256|512)|(?:PLAIN|LDAP|CRAM|DIGEST|HMAC)-[A-Z0-9]+"
+    rb"|PBKDF2|SCRAM-[A-Z0-9-]+|ARGON2ID?|LANMAN|NTLM|OTP|SKEY|RPA)(?:\.[A-Z0-9]+)?\}.*"
+)
+# smtpd puts the key before the value and splits again (table.c, table_parse_lookup): of a key "gilles:0", the 0 would
+# become the uid.
+_COLON_IN_KEY = "the key contains a colon, which smtpd takes for the end of the user name"
+_BAD_NAME = "the user name cannot be used in a home directory path"
 
 
 class MissingFields(EntryError):
-    """A record is there, but says nothing of what this service asks; another service may well use it."""
+    """A record without any field of this service, which another service may use."""
 
 
 def is_valid_reply_value(value: bytes) -> bool:
-    """Whether smtpd can be told this value: one line, no NUL, not empty (smtpd: table_proc.c, "empty response")."""
+    """Whether smtpd accepts this value: one line, no NUL, not empty (smtpd: table_proc.c, "empty response")."""
     return bool(value) and not any(c in value for c in (b"\n", b"\r", b"\0"))
 
 
 def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes:
-    """What stands under a key in Consul as a value of this service, one line; ``b""`` when there is none.
+    """What is stored under a folded key as a value of this service: one line, or ``b""`` if there is no value.
 
     Raises:
-        EntryError: it is no value for this service; the text says what would be, and holds no part of the value.
+        MissingFields: a record without any field of this service.
+        EntryError: not a valid value of this service; the text says what is expected.
     """
     text = _decode(table, service, key, raw or b"").rstrip()
     if service.joined:
-        text = _joined(text)
+        text = _join_lines(text)
     if b"\n" in text or b"\r" in text or b"\0" in text:
-        raise EntryError(f"the value has several lines or a NUL, and {service.name} takes one line")
+        raise EntryError(f"the value contains a line break or a NUL; {service.name} takes a single line")
     if service.hashed and (b"{" in text or b"$2y$" in text or text in _BARE_LOCKS):
-        text = _unmarked(text)
+        text = _strip_scheme(text)
     if service.bounded and len(text) >= LINE_MAX:
-        raise EntryError(
-            f"the value has {len(text)} bytes, and smtpd refuses {LINE_MAX} and more"
-            + ("; split it into several aliases" if service.name == "alias" else "")
-        )
+        hint = " (split it into several aliases)" if service.name == "alias" else ""
+        raise EntryError(f"the value has {len(text)} bytes; smtpd rejects {LINE_MAX} or more{hint}")
     if text:
-        _judge(table, service, key, text)
+        _validate(table, service, key, text)
     return text
 
 
@@ -70,22 +79,23 @@ def _decode(table: Table, service: Service, key: bytes, raw: bytes) -> bytes:
     strict = table.value_format == "json"
     raw = raw.strip() if strict else raw.rstrip()
     opening = raw[:1]
-    if opening == b"{" and service.fields and (record := _record(raw, strict=strict)) is not None:
+    if opening == b"{" and service.fields and (record := _decode_record(raw, strict=strict)) is not None:
         return _from_record(service, key, record)
-    lines = _lines(raw) if opening in (b'"', b"[") else None
+    lines = _decode_strings(raw) if opening in (b'"', b"[") else None
     if lines is None:
         if strict and raw not in (b"", b"null"):
-            allowed = f", or an object with {' and '.join(service.fields)}" if service.fields else ""
-            raise EntryError(_NO_JSON + allowed)
+            record_hint = f", or an object with {' and '.join(service.fields)}" if service.fields else ""
+            raise EntryError(f'expected a JSON string or array of strings, such as "a" or ["a", "b"]{record_hint}')
         return b"" if strict else raw  # [2001:db8::1] and "|command" with a quote too many are text
     if service.name == "alias":
-        lines = [_requoted(line) for line in lines]
+        lines = [_quote_command(line) for line in lines]
     if len(lines) > 1 and not service.joined:
-        raise EntryError(f"the value is a list, and {service.name} takes one")
+        raise EntryError(f"the value is a list; {service.name} takes a single value")
     return b"\n".join(lines)
 
 
-def _lines(raw: bytes) -> list[bytes] | None:
+def _decode_strings(raw: bytes) -> list[bytes] | None:
+    """The strings of a JSON string or array; None for text that only begins like one."""
     try:
         decoded = msgspec.json.decode(raw, type=str | list[str])
         return [line.encode() for line in ([decoded] if isinstance(decoded, str) else decoded)]
@@ -93,60 +103,60 @@ def _lines(raw: bytes) -> list[bytes] | None:
         return None
 
 
-def _record(raw: bytes, *, strict: bool) -> dict[str, object] | None:
+def _decode_record(raw: bytes, *, strict: bool) -> dict[str, object] | None:
     """The JSON object; None for text that only begins like one, such as ``{CRYPT}$6$...``.
 
     Raises:
-        EntryError: it was meant for an object: nothing else begins with a brace and a quote.
+        EntryError: it was meant for an object, as nothing else begins with a brace and a quote.
     """
     try:
         return msgspec.json.decode(raw, type=dict[str, object])
     except UNDECODABLE:
         if strict or raw[1:].lstrip()[:1] in (b'"', b"'"):
-            raise EntryError("the value begins as a JSON object, but is none") from None
+            raise EntryError("the value starts like a JSON object but is not valid JSON") from None
         return None
 
 
 def _from_record(service: Service, key: bytes, record: dict[str, object]) -> bytes:
-    """The value of this service out of a record of one user, as Dovecot and others keep it."""
+    """The value of this service from the record of one user, as Dovecot and others store it."""
     missing = [field for field in service.fields if record.get(field) in (None, "")]
     if missing:
         text = f"the record has no {' and no '.join(missing)}, which {service.name} needs"
         raise (MissingFields if len(missing) == len(service.fields) else EntryError)(text)
-    values = [_field(field, record[field]) for field in service.fields]
+    values = [_from_field(field, record[field]) for field in service.fields]
     if service.hashed and b":" in values[0]:
         if b":" in key:
-            raise EntryError("the key holds a colon, which smtpd would take for the end of the user's name")
-        values.insert(0, key)  # a password to relay with; smtpd takes all before the first colon for its user
+            raise EntryError(_COLON_IN_KEY)
+        values.insert(0, key)  # a password to relay with; smtpd takes what precedes the first colon for its user
     return b":".join(values)
 
 
-def _field(name: str, value: object) -> bytes:
+def _from_field(name: str, value: object) -> bytes:
     number = name in ("uid", "gid")
-    if isinstance(value, int) and not isinstance(value, bool) and number:
+    if number and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     text = value.encode() if isinstance(value, str) else None
     if text is None or (number and not text.isdigit()):
-        raise EntryError(f"the record's {name} is no {'whole number' if number else 'text'}")
+        raise EntryError(f"the record's {name} is not a {'whole number' if number else 'string'}")
     return text
 
 
-def _unmarked(text: bytes) -> bytes:
-    """The credential with a hash that crypt(3) can read; a bare lock as one that smtpd does not find too short."""
+def _strip_scheme(text: bytes) -> bytes:
+    """The credential with a hash that crypt(3) can read, and a bare lock as one that smtpd does not find too short."""
     user, colon, rest = text.partition(b":")
     if not colon:
         return passwords.LOCKED_ACCOUNT if text in _BARE_LOCKS else passwords.strip_scheme(text)
     return user + colon + passwords.strip_scheme(rest)
 
 
-def _requoted(line: bytes) -> bytes:
+def _quote_command(line: bytes) -> bytes:
     """An alias command with its quotes: ``"|command, with comma"`` is aliases(5), not a JSON string."""
     if line.lstrip().startswith(b"|"):
         return b'"' + line.strip().replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
     return line
 
 
-def _joined(text: bytes) -> bytes:
+def _join_lines(text: bytes) -> bytes:
     text = text.strip()
     if b"\n" not in text and not text.startswith(b"#"):
         return text
@@ -154,95 +164,85 @@ def _joined(text: bytes) -> bytes:
     return b", ".join(line for line in lines if line and not line.startswith(b"#"))
 
 
-@functools.cache
-def _plain_list() -> re.Pattern[bytes]:
-    """Lists of users and addresses with nothing in them that needs a second look: nearly all there are."""
-    element = rb"[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?"
-    return re.compile(rb"%b(?:, ?%b)*" % (element, element))
-
-
 def is_plain_list(text: bytes) -> bool:
-    """Whether smtpd reads this as users and addresses, whatever it is asked for: no quotes, no commands."""
-    return len(text) <= USER_BYTES and _plain_list().fullmatch(text) is not None
+    """Whether smtpd reads this as users and addresses in every service: no quotes, no commands, nothing too long."""
+    return len(text) <= USER_BYTES and compiled(_PLAIN_LIST).fullmatch(text) is not None
 
 
 def split_list(text: bytes) -> list[bytes]:
     """The elements of a list as smtpd splits and unescapes them (smtpd: expand_line_split, mailaddr_line_split).
 
     Raises:
-        EntryError: smtpd refuses the whole list: a quote or an escape is left open.
+        EntryError: smtpd rejects the whole list, as a quote or an escape is left open.
     """
-    nodes: list[bytes] = []
-    node = bytearray()
+    elements: list[bytes] = []
+    element = bytearray()
     escaped = double = single = False
     for c in text:
         if escaped:
-            node.append(c)
+            element.append(c)
             escaped = False
         elif c == 0x5C:
             escaped = True
         elif c == 0x2C and not double and not single:
-            nodes.append(bytes(node).strip())
-            node.clear()
+            elements.append(bytes(element).strip())
+            element.clear()
         else:
-            node.append(c)
+            element.append(c)
             double ^= c == 0x22 and not single
             single ^= c == 0x27 and not double
     if escaped or double or single:
-        raise EntryError("the value ends within a quote or an escape, and smtpd would refuse it")
-    nodes.append(bytes(node).strip())
-    return [node for node in nodes if node]
+        raise EntryError("the value ends within a quote or an escape; smtpd rejects the whole value because of it")
+    elements.append(bytes(element).strip())
+    return [element for element in elements if element]
 
 
-def _judge(table: Table, service: Service, key: bytes, text: bytes) -> None:
-    """Refuse what smtpd could not use, and what would hand this host to whoever may write the key."""
+def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
+    """Reject what smtpd cannot use, and what would give this host to anyone with write access to the key."""
     if service.joined:
         if is_plain_list(text):
             return
-        nodes = split_list(text)
+        elements = split_list(text)
         if service.name != "alias" or table.allow_commands:
             return
-        for node in nodes:
-            if node.removeprefix(b'"').lower().startswith((b"|", b"/", b":include:", b"include:")):
+        for element in elements:
+            if element.removeprefix(b'"').lower().startswith((b"|", b"/", b":include:", b"include:")):
                 raise EntryError(
-                    "the value holds a |command, a /file or an :include:, with which whoever may write this key runs "
-                    "commands on this host; set allow_commands = true if that is wanted"
+                    "the value contains a |command, a /file or an :include:, which would let anyone who can write this "
+                    "key run commands on this host; set allow_commands = true to permit them"
                 )
     elif service.hashed:
         name, colon, password = text.partition(b":")
         if len(text) < 3 or (colon and not (name and password)):
-            relay = ", or USER:PASSWORD to relay with" if service.name == "credentials" else ""
-            raise EntryError(f"the value is no credential (allowed: HASH, USER:HASH{relay})")
+            relay = " or, to relay, USER:PASSWORD" if service.name == "credentials" else ""
+            raise EntryError(f"not a credential (expected HASH, USER:HASH{relay})")
     elif service.name == "userinfo":
-        _judge_user(table, key, text)
+        _validate_user(table, key, text)
 
 
-def _judge_user(table: Table, key: bytes, text: bytes) -> None:
+def _validate_user(table: Table, key: bytes, text: bytes) -> None:
     uid, _, rest = text.partition(b":")
     gid, _, home = rest.partition(b":")
     if not (uid.isdigit() and gid.isdigit() and home.startswith(b"/")):
-        raise EntryError("the value is no user (allowed: UID:GID:HOME, such as 1000:1000:/home/gilles)")
+        raise EntryError("not a user (expected UID:GID:HOME, such as 1000:1000:/home/gilles)")
     if b":" in key:
-        # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): a key "gilles:0"
-        # would make any uid out of a harmless value.
-        raise EntryError("the key holds a colon, which smtpd would take for the end of the user's name")
+        raise EntryError(_COLON_IN_KEY)
     if not all(len(number) <= 20 and int(number) < ID_MAX for number in (uid, gid)):
-        raise EntryError(f"the value gives a uid or gid that no user has (allowed: 1 to {ID_MAX - 1})")
+        raise EntryError(f"uid or gid out of range (1 to {ID_MAX - 1})")
     if 0 in (int(uid), int(gid)) and not table.allow_root:
-        raise EntryError("the value gives uid or gid 0; set allow_root = true if mail is to be delivered as root")
+        raise EntryError("uid or gid 0 would deliver mail as root; set allow_root = true to permit it")
     if key == DEFAULT_KEY and re.search(rb"%(?![und])", home.replace(b"%%", b"")):
-        raise EntryError("the home of all others holds an unknown % (allowed: %u the user, %n and %d around its @, %%)")
+        raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
 
 
 def expand_default_home(text: bytes, key: bytes) -> bytes:
-    """The value of the default entry of userinfo for this user: ``%u``, ``%n`` and ``%d`` in its home filled in.
+    """The value of the default entry of userinfo for this user, with ``%u``, ``%n`` and ``%d`` in its home filled in.
 
     Raises:
-        EntryError: this name cannot be part of a path, or would tell smtpd other ids; the text does not hold it.
+        EntryError: the user name cannot be part of a path, or would give smtpd other ids; the text does not contain it.
     """
-    # A colon would shift the ids: smtpd puts the key before the value and splits again (see _judge_user).
-    if not key or re.search(rb"[\0-\x1f\x7f/:]", key):
-        raise EntryError("the user asked for has a name that cannot be part of a home")
+    if not key or re.search(rb"[\0-\x1f\x7f/:]", key):  # for the colon, see _COLON_IN_KEY
+        raise EntryError(_BAD_NAME)
     ids, slash, home = text.partition(b"/")
     if b"%" not in home:
         return text
@@ -252,10 +252,93 @@ def expand_default_home(text: bytes, key: bytes) -> bytes:
     def filled(match: re.Match[bytes]) -> bytes:
         part = parts[match[0]]
         if not part:
-            raise EntryError(f"the user asked for has no {match[0].decode()}, which the home here needs")
+            raise EntryError(f"the user name has no part {match[0].decode()}, which the default home directory needs")
         return part
 
     home = re.sub(rb"%[und%]", filled, home)
     if {b".", b".."}.intersection(home.split(b"/")):
-        raise EntryError("the user asked for has a name that cannot be part of a home")
+        raise EntryError(_BAD_NAME)
     return ids + slash + home
+
+
+def warning_for(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
+    """Why smtpd would reject or misread a valid value of `parse_value`, and what to do; None if nothing looks wrong."""
+    if key != key.strip() and service.name != "regex":
+        return "the key begins or ends with white space, and smtpd never asks for such a key; rename it"
+    if service.name == "source":
+        if is_address(key if table.fetch == "keys" or not value else value):
+            return None
+        return "not an address to send mail from (expected 192.0.2.25, 2001:db8::25 or [2001:db8::25])"
+    if not value:
+        return f"there is no value, and {service.name} needs one" if service.needs_value else None
+    if service.hashed:
+        return _credential_warning(table, service, value)
+    if not service.joined or is_plain_list(value):
+        return None
+    element_warning = _alias_warning if service.name == "alias" else _mailaddr_warning
+    warnings = ((number, element_warning(element)) for number, element in enumerate(split_list(value), 1))
+    return next((f"element {number} of the value {text}" for number, text in warnings if text is not None), None)
+
+
+def _alias_warning(element: bytes) -> str | None:
+    address = _has_address_shape(element)
+    if _is_special(element) or (address and compiled(_ADDRESS).fullmatch(element)):
+        return None
+    if not compiled(_USER).fullmatch(element.partition(b"@")[0] if address else element):
+        return "is neither a user nor an address; smtpd rejects the whole alias because of it"
+    if b"@" in element:
+        return (
+            "has characters that smtpd does not accept in a domain; it delivers to the local user before the @ instead "
+            "(write internationalised domains as xn--...)"
+        )
+    return None
+
+
+def _is_special(element: bytes) -> bool:
+    """Whether this is an error reply, an :include:, a |command or a /file (smtpd: to.c, text_to_expandnode)."""
+    lower = element.lower()
+    for word in (b":error:", b"error:", b":include:", b"include:"):
+        if lower.startswith(word):
+            rest = element[len(word) :]
+            valid = compiled(_ERROR_REPLY).match(rest) if b"error" in word else rest[:1] == b"/"
+            return len(rest) <= COMMAND_BYTES and bool(valid)
+    quoted = element.startswith(b'"')
+    if element[quoted : quoted + 1] == b"|":
+        command = element[quoted + 1 :]
+        return len(command) <= COMMAND_BYTES and (not quoted or command.endswith(b'"'))
+    return element.startswith(b"/") and len(element) <= COMMAND_BYTES
+
+
+def _has_address_shape(element: bytes) -> bool:
+    """Whether smtpd tries this as an address, and cuts the text at the ``@`` for it (smtpd: to.c, alias_is_address)."""
+    return len(element) >= 3 and 0 < element.find(b"@") < len(element) - 1
+
+
+def _mailaddr_warning(element: bytes) -> str | None:
+    if text_to_mailaddr(element) is not None:
+        return None
+    return (
+        f"has more than {MAILADDR_PART_BYTES} bytes before or after the @; smtpd rejects the whole list because of it"
+    )
+
+
+def _credential_warning(table: Table, service: Service, text: bytes) -> str | None:
+    """Warn if no login can succeed with this value. USER:... is exempt: it may be a plain-text relay password."""
+    secret = passwords.hash_part(text)
+    verified_here = "auth" in table.services
+    if service.name == "credentials":
+        foreign = compiled(_FOREIGN_SCHEME).fullmatch(secret) or secret.startswith(b"$argon2")
+        if (b":" in text and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
+            return None
+        if not verified_here:
+            if not foreign and passwords.looks_like_a_hash(secret):
+                return None
+            return (
+                "not a hash that smtpd's crypt(3) reads, so no login can succeed (use the output of `smtpctl encrypt`; "
+                "argon2 needs the service auth; to relay, write USER:PASSWORD)"
+            )
+    try:
+        passwords.verifiable_hash(text, table.deadline)
+    except EntryError as error:
+        return str(error)
+    return None

@@ -51,7 +51,7 @@ def read_export(data: bytes) -> list[Exported]:
             for entry in _decoder.decode(data)
         ]
     except UNDECODABLE as error:
-        raise SourceError(f"this is no output of `consul kv export`: {error}") from None
+        raise SourceError(f"not the output of `consul kv export`: {error}") from None
 
 
 def export_entry(key: bytes, value: bytes, flags: int = 0) -> bytes:

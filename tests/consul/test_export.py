@@ -67,7 +67,7 @@ def test_null_and_what_later_versions_of_consul_add_are_read():
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_what_is_no_export_is_refused(text):
-    with pytest.raises(SourceError, match="this is no output of `consul kv export`"):
+    with pytest.raises(SourceError, match="not the output of `consul kv export`"):
         read_export(text.encode("latin-1"))
 
 
@@ -110,7 +110,7 @@ def test_another_layout_of_the_same_table_is_not_answered_from_what_was_read_for
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_file_that_was_never_good_is_an_error_that_names_it(folder, source, text):
     spoil(folder, text)
-    with pytest.raises(SourceError, match=r"export\.json: this is no output"):
+    with pytest.raises(SourceError, match=r"export\.json: not the output"):
         bucket(source)
 
 
@@ -197,7 +197,7 @@ def test_an_update_reads_again_what_looks_the_same(source):
 def test_an_update_with_a_bad_file_is_an_error_and_the_last_good_version_answers_on(folder, source):
     bucket(source)
     spoil(folder)
-    with pytest.raises(SourceError, match="this is no output"):
+    with pytest.raises(SourceError, match="not the output"):
         source.update()
     assert bucket(source).lookup(b"root") == b"gilles"
 

@@ -1,4 +1,4 @@
-"""`table-consulctl export`: files that smtpd and Consul read back to what stood in Consul."""
+"""`table-consulctl export`: smtpd and Consul read the files back to what is stored in Consul."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def exported(agent, *arguments, token=None):
     return control("export", *arguments, CONSUL_HTTP_ADDR=agent.address, **more)
 
 
-def test_a_table_says_what_smtpd_is_told(consul):
+def test_table_holds_the_answers_of_smtpd(consul):
     put(consul, {**ALIASES, "folder/": b""})
     assert exported(consul, "aliases", "alias") == (0, TABLE, b"")
     assert exported(consul, "aliases", "alias", "--format", "aliases").out == TABLE
 
 
-def test_an_export_is_what_consul_writes(consul):
+def test_export_equals_that_of_consul(consul):
     put(consul, {**ALIASES, "folder/": b"", "bytes": b"\xff\0", "empty": b"", "a<b>&c": b"x"})
     consul.request("PUT", "/v1/kv/aliases/alias/flagged?flags=7", b"x")
     command = [consul_binary(), "kv", "export", f"-http-addr={consul.address}", "aliases/alias/"]
@@ -71,7 +71,7 @@ def test_consul_imports_an_export(consul, tmp_path):
 
 
 @pytest.mark.parametrize("wanted", export.FORMATS)
-def test_an_import_of_an_export_changes_nothing_and_restores_all(consul, tmp_path, wanted):
+def test_import_of_an_export_changes_nothing_and_restores_everything(consul, tmp_path, wanted):
     put(consul, ALIASES)
     path = tmp_path / "file"
     assert exported(consul, "aliases", "alias", path, "--format", wanted).status == 0
@@ -94,7 +94,7 @@ keys = st.text(st.sampled_from("ab.@*-/ é"), min_size=1, max_size=5).filter(
     st.dictionaries(keys, st.binary(max_size=10), min_size=1, max_size=5),
     st.sampled_from(["alias", "string", "domain"]),
 )
-def test_any_entries_come_back_as_they_were(consul, entries, service):
+def test_any_entries_survive_export_and_import(consul, entries, service):
     consul.kv_delete("", recurse=True)
     put(consul, entries, f"t/{service}/")
     text = exported(consul, "t", service, "--format", "export").out
@@ -119,12 +119,12 @@ def test_each_service_has_its_kind_of_table(consul, service, text):
     assert exported(consul, "t", service).out == text
 
 
-def test_an_entry_without_a_value_among_others_with_one_says_itself(consul):
+def test_entry_without_value_among_values_is_its_own_value(consul):
     put(consul, {"example.org": b"", "example.net": b"yes"}, "t/domain/")
     assert exported(consul, "t", "domain").out == b"example.net\tyes\nexample.org\texample.org\n"
 
 
-def test_what_no_table_can_say_is_named_and_nothing_is_written(consul, tmp_path):
+def test_entries_a_table_cannot_hold_are_named_and_nothing_is_written(consul, tmp_path):
     path = tmp_path / "aliases"
     path.write_text("old\n")
     put(consul, {"root": b"gilles", "john doe": b"john", "#x": b"y", "bad": b"|/bin/sh", "Root": b"eric"})
@@ -137,30 +137,30 @@ def test_what_no_table_can_say_is_named_and_nothing_is_written(consul, tmp_path)
     assert exported(consul, "aliases", "alias", path, "--format", "export").status == 0
 
 
-def test_records_that_say_nothing_for_the_service_are_no_entries_of_it(consul):
+def test_records_without_a_field_of_the_service_are_left_out(consul):
     put(consul, {"eric": b'{"password": "*"}', "vera": b'{"uid": 1, "gid": 2, "home": "/v"}'}, "t/userinfo/")
     assert exported(consul, "t", "userinfo") == (0, b"vera\t1:2:/v\n", b"")
 
 
-def test_a_token_that_may_not_read_gets_an_error_and_no_empty_file(consul_with_acl, tmp_path):
+def test_token_without_read_permission_writes_no_file(consul_with_acl, tmp_path):
     put(consul_with_acl, ALIASES)
     token = consul_with_acl.token('key_prefix "other/" { policy = "read" }')
     done = exported(consul_with_acl, "aliases", "alias", tmp_path / "file", token=token)
     assert (done.status, "403" in done.said, os.listdir(tmp_path)) == (2, True, [])
 
 
-def test_an_empty_table_is_an_empty_file(consul):
+def test_empty_table_is_an_empty_file(consul):
     assert exported(consul, "aliases", "alias") == (0, b"", b"")
     assert exported(consul, "aliases", "alias", "--format", "export") == (0, b"[]\n", b"")
 
 
-def test_a_file_of_consuls_is_a_source_too(tmp_path):
+def test_file_address_is_exported(tmp_path):
     conf = write_config(tmp_path)
     assert control("-c", conf, "export", "aliases", "domain").out == b"# @list\nexample.org\n"
     assert len(json.loads(control("-c", conf, "export", "aliases", "alias", "--format", "export").text)) == 5
 
 
-def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+def test_pipe_as_address_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     conf = tmp_path / "c.toml"
     conf.write_text(f'[consul]\naddress = "file://{tmp_path}/pipe"\n')
@@ -168,19 +168,19 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
     assert (done.status, "pipe: a named pipe, not a file" in done.said) == (2, True)
 
 
-def test_a_terminal_gets_no_bytes_that_it_could_play_with(tmp_path):
+def test_control_characters_are_escaped_on_a_terminal(tmp_path):
     source = write_source(tmp_path, {"t/alias/root": b"a\x1b[2J", "t/alias/eric": b"joerg"})
     (tmp_path / "c.toml").write_text(f'[consul]\naddress = "file://{source}"\n')
     _, seen = at_terminal("-c", tmp_path / "c.toml", "export", "t", "alias")
     assert re.sub(r"[\t ]+", " ", seen) == "eric: joerg\nroot: a\\x1b[2J\n"
 
 
-def test_aliases_are_for_alias_alone(tmp_path):
+def test_aliases_format_is_only_for_alias(tmp_path):
     done = control("-c", write_config(tmp_path), "export", "aliases", "domain", "--format", "aliases")
     assert (done.status, "is for alias" in done.said) == (2, True)
 
 
-def test_standard_output_that_is_closed_is_no_traceback(tmp_path):
+def test_closed_output_is_not_a_traceback(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as nobody:
@@ -195,7 +195,7 @@ def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_where_there_may_be_passwords_only_the_owner_reads(tmp_path):
+def test_file_that_may_hold_passwords_is_private(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o644)
@@ -207,7 +207,7 @@ def test_where_there_may_be_passwords_only_the_owner_reads(tmp_path):
         assert mode(made) == 0o600
 
 
-def test_else_a_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path):
+def test_other_file_keeps_its_mode_and_a_new_one_follows_the_umask(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o664)
@@ -220,7 +220,7 @@ def test_else_a_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_a_file_stays_with_whom_it_belongs_to(tmp_path):
+def test_file_keeps_its_owner(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o640)
@@ -232,7 +232,7 @@ def test_a_file_stays_with_whom_it_belongs_to(tmp_path):
     assert (path.stat().st_uid, mode(path)) == (0, 0o600)
 
 
-def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+def test_link_and_pipe_are_written_through(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     export.replace_file(str(tmp_path / "link"), b"new", private=False)
@@ -245,7 +245,7 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
     os.close(writer)
 
 
-def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_text("old")
 
@@ -258,7 +258,7 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_pa
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["x"])
 
 
-def test_a_folder_that_is_not_there_is_said(tmp_path):
+def test_missing_folder_is_an_error(tmp_path):
     done = control("-c", write_config(tmp_path), "export", "aliases", "domain", tmp_path / "none" / "x")
     assert done == (2, b"", f"table-consulctl: {tmp_path}/none/x: no such file or directory\n".encode())
 
@@ -285,7 +285,7 @@ ODD = {
 }
 
 
-def test_smtpd_reads_the_file_to_what_is_answered_from_consul(consul, smtpd, tmp_path):
+def test_smtpd_reads_the_file_as_it_is_answered_from_consul(consul, smtpd, tmp_path):
     conf = write_config(tmp_path, "allow_commands = true", address=f"http://{consul.address}")
     put(consul, ODD)
     done = control("-c", conf, "export", "aliases", "alias")

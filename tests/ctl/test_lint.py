@@ -70,12 +70,16 @@ def test_an_empty_table_is_no_problem(lint):
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("alias/command", b"|/bin/sh", "; set allow_commands = true if that is wanted"),
-        ("alias/long", b"x" * 3000, "; split it into several aliases"),
-        ("alias/a b ", b"vera", "the key has a blank at one of its ends, and smtpd does not ask for such; rename it"),
-        ("credentials/vera", b"{SSHA}abcdef", "nobody can log in with it (allowed: the output of `smtpctl encrypt`"),
+        ("alias/command", b"|/bin/sh", "; set allow_commands = true to permit them"),
+        ("alias/long", b"x" * 3000, "(split it into several aliases)"),
+        (
+            "alias/a b ",
+            b"vera",
+            "the key begins or ends with white space, and smtpd never asks for such a key; rename it",
+        ),
+        ("credentials/vera", b"{SSHA}abcdef", "no login can succeed (use the output of `smtpctl encrypt`"),
         ("userinfo/root", b"0:0:/root", "; set allow_root = true"),
-        ("userinfo/vera", b"vera", "(allowed: UID:GID:HOME, such as 1000:1000:/home/gilles)"),
+        ("userinfo/vera", b"vera", "(expected UID:GID:HOME, such as 1000:1000:/home/gilles)"),
         ("netaddr/192.0.2.0/99", b"", ""),
         *(
             (f"{service}/empty", value, f"there is no value, and {service} needs one")
@@ -153,7 +157,7 @@ def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(l
 def test_two_spellings_of_one_key_are_told(lint):
     done = lint({"aliases/alias/Root": b"a", "aliases/alias/root": b"b"})
     assert (done.status, done.text.startswith("aliases/alias/Root: ")) == (1, True)
-    assert "aliases/alias/root, which answers; delete one of them" in done.text
+    assert "aliases/alias/root, which takes precedence; delete one of the two" in done.text
 
 
 def test_capitals_are_a_problem_where_keys_are_read_directly(live):

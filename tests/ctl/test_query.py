@@ -98,7 +98,7 @@ def test_what_is_not_found_is_said_and_ends_with_1(conf):
 def test_an_error_is_said_and_outweighs_all_else(conf):
     done = query(conf, "alias", "command", "root", "nobody")
     assert (done.status, done.text) == (2, "root\tgilles\n")
-    assert done.said.startswith("command: error: mail/aliases/alias/command: the value holds a |command")
+    assert done.said.startswith("command: error: mail/aliases/alias/command: the value contains a |command")
     assert done.said.endswith("nobody: not found\n")
 
 
@@ -249,8 +249,8 @@ def test_without_a_terminal_nobody_is_asked_for_a_password(with_auth):
                 "value trailing white space is dropped",
                 "value lines are joined to one list, without comments",
                 (
-                    "problem element 2 of the value is neither user nor address to smtpd, "
-                    "which refuses the whole alias for it"
+                    "problem element 2 of the value is neither a user nor an address; "
+                    "smtpd rejects the whole alias because of it"
                 ),
             ],
         ),

@@ -1,4 +1,4 @@
-"""Transactions: how changes are parted, what is tried again, and that nobody's edit is overwritten."""
+"""Transactions: how changes are batched and retried, and that concurrent edits are not overwritten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from table_consul.config import ConsulConfig
@@ -51,24 +51,25 @@ def reply(*errors):
     return Answer(409 if errors else 200, {}, json.dumps({"Results": [], "Errors": failed or None}).encode())
 
 
-# How changes are parted.
+# Batches.
 
 
-def test_a_transaction_has_at_most_64_operations():
+def test_batch_has_at_most_64_operations():
     assert [len(batch) for batch in txn.batches(added(130), {})] == [64, 64, 2]
     assert list(txn.batches([], {})) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, VALUE_MAX_BYTES), max_size=8))
-def test_a_transaction_has_no_more_bytes_than_consul_takes_and_nothing_gets_lost(sizes):
+def test_batches_fit_a_transaction_and_lose_nothing(sizes):
     changes = [Change(PATH + "\u00e9".encode() * 511 + b"%d" % at, None, b"x" * size) for at, size in enumerate(sizes)]
-    parted = list(txn.batches(changes, SCOPE))
-    assert [change for batch in parted for change in batch] == changes
-    for batch in parted:
+    batches = list(txn.batches(changes, SCOPE))
+    assert [change for batch in batches for change in batch] == changes
+    for batch in batches:
         assert len(json.dumps([txn.operation(change, SCOPE) for change in batch])) <= txn.BODY_MAX_BYTES
 
 
-def test_each_operation_is_bound_to_what_was_read():
+def test_operation_checks_the_index_that_was_read():
     old = Stored(PATH + b"a", b"x", 17, 42)
     assert [
         txn.operation(change, {})["KV"]
@@ -84,10 +85,10 @@ def test_each_operation_is_bound_to_what_was_read():
     ]
 
 
-# What goes over the wire, and what comes back.
+# Requests and responses.
 
 
-def test_a_transaction_is_sent_whole_with_token_and_datacenter_and_reads_go_on(store, fake):
+def test_transaction_is_sent_with_token_and_datacenter_and_reads_still_work(store, fake):
     fake.put(PATH + b"a", b"x")
     fake.handle = lambda request: reply() if request.target.startswith("/v1/txn") else fake.consul(request)
     assert store.transact(added(3), timeout=5) == []
@@ -112,20 +113,20 @@ def test_a_transaction_is_sent_whole_with_token_and_datacenter_and_reads_go_on(s
         (reply((-1, "index is stale")), BadResponse),
     ],
 )
-def test_what_is_no_answer_to_a_transaction_is_an_error_without_the_token(store, fake, answer, kind):
+def test_bad_response_is_an_error_without_the_token(store, fake, answer, kind):
     fake.handle = lambda _request: answer
     with pytest.raises(kind) as caught:
         store.transact(added(3), timeout=5)
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_conflict_names_its_changes(store, fake):
+def test_conflict_names_its_changes(store, fake):
     changes = added(3)
     fake.handle = lambda _request: reply((0, "index is stale"), (2, "Permission denied"))
     assert store.transact(changes, timeout=5) == [(changes[0], "index is stale"), (changes[2], "Permission denied")]
 
 
-def test_a_list_that_an_acl_shortened_is_not_taken_for_all_there_is(store, fake):
+def test_list_shortened_by_an_acl_is_an_error(store, fake):
     fake.put(PATH + b"a", b"x")
     fake.put(PATH + b"b", b"x")
     fake.denied = (PATH + b"b",)
@@ -133,14 +134,14 @@ def test_a_list_that_an_acl_shortened_is_not_taken_for_all_there_is(store, fake)
         store.entries(PATH)
 
 
-def test_an_empty_list_is_believed_when_a_key_below_may_be_read(store, fake):
+def test_empty_list_is_valid_only_if_a_key_below_may_be_read(store, fake):
     assert store.entries(PATH) == []
     fake.denied = (PATH,)
     with pytest.raises(Forbidden):
         store.entries(PATH)
 
 
-def test_in_a_namespace_each_operation_says_so_for_the_request_cannot(fake):
+def test_operations_carry_namespace_and_partition(fake):
     fake.handle = lambda _request: reply()
     store = txn.Store(ConsulConfig(addresses=(fake.address,), namespace="mail", partition="west"))
     store.transact(added(2), timeout=5)
@@ -148,7 +149,7 @@ def test_in_a_namespace_each_operation_says_so_for_the_request_cannot(fake):
     assert [each["KV"]["Namespace"] + each["KV"]["Partition"] for each in fake.body] == ["mailwest"] * 2
 
 
-# What is tried again. Time passes only when somebody sleeps.
+# Retries. Time passes only in sleep().
 
 
 class Time:
@@ -184,7 +185,7 @@ class Consul:
         failed = [
             (change, f'failed to set key "{change.key.decode()}", index is stale')
             for change in changes
-            if (self.entries.get(change.key) or (None, 0))[1] != (change.old.modified if change.old else 0)
+            if (self.entries.get(change.key) or (None, 0))[1] != (change.old.modify_index if change.old else 0)
         ]
         if not failed:
             for change in changes:
@@ -200,56 +201,56 @@ class Consul:
         else:
             self.entries[key] = (value, self.index)
 
-    def stands(self, change):
+    def is_written(self, change):
         return (self.entries.get(change.key) or (None,))[0] == change.value
 
 
-def written(consul, changes, waiting=lambda _error: None):
+def written(consul, changes, on_retry=lambda _error: None):
     time = Time()
-    progress = list(txn.write(changes, consul, waiting, sleep=time.sleep, clock=time))
+    progress = list(txn.write(changes, consul, on_retry, sleep=time.sleep, clock=time))
     return [change for each in progress for change in each.written], [c for each in progress for c in each.conflicts]
 
 
-def test_all_is_written_a_transaction_at_a_time():
+def test_write_sends_one_transaction_after_the_other():
     consul, changes = Consul(), added(150)
     assert written(consul, changes) == (changes, [])
     assert consul.sizes == [64, 64, 22]
     assert {key: value for key, (value, _) in consul.entries.items()} == {change.key: b"gilles" for change in changes}
 
 
-def test_a_concurrent_edit_is_kept_and_told_and_the_rest_is_written():
+def test_concurrent_edit_is_kept_and_the_rest_is_written():
     changes = added(70)
     consul = Consul(lambda consul: consul.put(changes[5].key, b"by hand"))
     assert written(consul, changes) == (changes[:5] + changes[6:], [changes[5]])
     assert consul.entries[changes[5].key][0] == b"by hand"
 
 
-def test_a_key_that_was_deleted_meanwhile_is_not_brought_back():
+def test_key_deleted_concurrently_is_not_restored():
     old = Stored(PATH + b"a", b"x", 17)
     consul = Consul()
     assert written(consul, [Change(old.key, old, b"y")]) == ([], [Change(old.key, old, b"y")])
     assert consul.entries == {}
 
 
-def test_who_wrote_the_same_meanwhile_is_no_conflict():
+def test_concurrent_write_of_the_same_value_is_not_a_conflict():
     changes = added(2)
     consul = Consul(lambda consul: consul.put(changes[0].key, b"gilles"))
     assert written(consul, changes) == (changes, [])
 
 
-def test_an_answer_that_got_lost_is_no_conflict_with_ourselves():
+def test_lost_response_is_not_a_conflict():
     consul, changes = Consul("lost"), added(3)
     assert written(consul, changes) == (changes, [])
 
 
-def test_consul_may_be_away_for_a_while_and_that_is_told_once():
-    said = []
+def test_write_retries_and_reports_it_once():
+    reported = []
     changes = added(3)
-    assert written(Consul(*[Unreachable("429")] * 5), changes, said.append) == (changes, [])
-    assert len(said) == 1
+    assert written(Consul(*[Unreachable("429")] * 5), changes, reported.append) == (changes, [])
+    assert len(reported) == 1
 
 
-def test_consul_may_not_be_away_for_long():
+def test_write_gives_up_after_a_while():
     consul = Consul(None, *[Unreachable("no answer in time")] * 100)
     time = Time()
     steps = txn.write(added(100), consul, sleep=time.sleep, clock=time)
@@ -257,7 +258,7 @@ def test_consul_may_not_be_away_for_long():
     with pytest.raises(Unreachable):
         next(steps)
     assert len(consul.entries) == 64
-    assert time.now <= txn.PATIENCE_SECONDS
+    assert time.now <= txn.RETRY_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -272,14 +273,14 @@ def test_consul_may_not_be_away_for_long():
         ("invalid session", BadResponse, "invalid session"),
     ],
 )
-def test_what_consul_refuses_for_good_ends_it(what, kind, said):
+def test_permanent_refusal_ends_the_write(what, kind, said):
     consul = Consul()
     consul.transact = lambda changes, timeout: [(changes[0], what)]
     with pytest.raises(kind, match=said):
         written(consul, added(3))
 
 
-def test_the_values_of_a_bucket_come_with_index_and_flags(fake, store):
+def test_entries_come_with_index_and_flags(fake, store):
     entry = {"Key": "aliases/alias/a", "Value": base64.b64encode(b"\xff").decode(), "Flags": 7, "ModifyIndex": 12}
     empty = {"Key": "aliases/alias/b", "Value": None, "Flags": 0, "ModifyIndex": 13}
     headers = {"X-Consul-Index": "20", "X-Consul-Knownleader": "true"}

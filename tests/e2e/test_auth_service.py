@@ -68,7 +68,7 @@ def test_what_nobody_can_verify_is_for_now_and_a_lock_is_for_good(consul, server
     assert 400 <= log_in(smtpd, "gilles", PASSWORD) < 500
     assert log_in(smtpd, "eric", PASSWORD) == 535
     assert "hunter2" not in smtpd.log
-    assert "consul/auth/gilles: the value is no hash that can be verified" in smtpd.log
+    assert "consul/auth/gilles: not a hash that can be verified" in smtpd.log
 
 
 @VERIFYING

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,23 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from table_consul.services import MAX_KEY_BYTES, regex
+from table_consul.errors import EntryError
+from table_consul.services import MAX_KEY_BYTES
 from table_consul.services.index import INDEXES, Addresses, Domains, HostAddresses, Networks, Regexes
-from table_consul.services.match import (
-    addrname_match,
-    table_domain_match,
-    table_mailaddr_match,
-    table_netaddr_match,
-)
-from table_consul.services.regex import table_regex_match
+from table_consul.services.regex import regcomp
+from tests.services.matchers import MATCHERS
 
-MATCHERS = {
-    "domain": table_domain_match,
-    "netaddr": table_netaddr_match,
-    "mailaddr": table_mailaddr_match,
-    "regex": table_regex_match,
-    "addrname": addrname_match,
-}
 VECTORS = [
     json.loads(line)
     for line in (Path(__file__).parents[1] / "vectors" / "match-vectors.jsonl").read_text(encoding="utf-8").splitlines()
@@ -40,7 +30,7 @@ def walk(service, entries, key):
 
 
 @pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "regex"])
-def test_matchers_answer_as_smtpd_does(service):
+def test_matcher_answers_like_smtpd(service):
     vectors = [vector for vector in VECTORS if vector["service"] == service]
     wrong = [v for v in vectors if MATCHERS[service](v["query"].encode(), v["entry"].encode()) is not v["match"]]
     assert vectors
@@ -48,7 +38,7 @@ def test_matchers_answer_as_smtpd_does(service):
 
 
 @pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "regex"])
-def test_an_index_of_one_entry_answers_as_smtpd_does(service):
+def test_index_of_one_entry_answers_like_smtpd(service):
     vectors = [vector for vector in VECTORS if vector["service"] == service]
     wrong = []
     for v in vectors:
@@ -59,7 +49,7 @@ def test_an_index_of_one_entry_answers_as_smtpd_does(service):
 
 
 @pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr"])
-def test_an_index_of_all_vector_entries_answers_as_the_walk(service):
+def test_index_of_all_vector_entries_answers_like_a_walk(service):
     entries = {v["entry"].encode() for v in VECTORS if v["service"] == service}
     index = INDEXES[service](entries)
     queries = sorted({v["query"].encode() for v in VECTORS if v["service"] == service})[::5]
@@ -104,39 +94,39 @@ EXPRESSION = ["a", "b", "A", ".", "*", "+", "?", "(", ")", "|", "[ab]", "[^a]", 
 @given(tables(PATTERNS, HOSTS))
 @example(([b"*.b", b"**.b"], b"a.b"))
 @example(([b"*.B", b"*.b"], b"a.b"))
-def test_domains_answer_as_the_walk(case):
+def test_domains_answer_like_a_walk(case):
     entries, key = case
     assert walk("domain", entries, key) == Domains(entries).find(key)
 
 
 @given(tables(text("ab.*+@@A", 7), text("ab.+@@A*", 7)))
-def test_addresses_answer_as_the_walk(case):
+def test_addresses_answer_like_a_walk(case):
     entries, key = case
     assert walk("mailaddr", entries, key) == Addresses(entries).find(key)
 
 
 @given(tables(NETWORKS, NETWORKS))
-def test_networks_answer_as_the_walk(case):
+def test_networks_answer_like_a_walk(case):
     entries, key = case
     assert walk("netaddr", entries, key) == Networks(entries).find(key)
 
 
 @given(tables(NETWORKS, NETWORKS))
-def test_host_addresses_answer_as_the_walk(case):
+def test_host_addresses_answer_like_a_walk(case):
     entries, key = case
     assert walk("addrname", entries, key) == HostAddresses(entries).find(key)
 
 
 @settings(max_examples=60, deadline=None)
 @given(tables(text(EXPRESSION, 6), text("abA(", 5)))
-def test_regexes_answer_as_the_walk(case):
+def test_regexes_answer_like_a_walk(case):
     entries, key = case
     assert walk("regex", entries, key) == Regexes(entries).find(key)
 
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(INDEXES)), st.lists(st.binary(max_size=40), max_size=8), st.binary(max_size=60))
-def test_no_entry_and_no_key_raises(service, entries, key):
+def test_index_never_raises(service, entries, key):
     index = INDEXES[service](entries)
     found = index.find(key)
     assert found is None or found in entries
@@ -186,12 +176,12 @@ def test_no_entry_and_no_key_raises(service, entries, key):
         ("addrname", [b"fe80::1"], b"[fe80::1%eth0]", None),
     ],
 )
-def test_the_lowest_entry_that_matches_answers(service, entries, key, answer):
+def test_index_finds_the_lowest_matching_entry(service, entries, key, answer):
     assert answer == INDEXES[service](entries).find(key)
     assert answer == INDEXES[service](reversed(entries)).find(key)
 
 
-# As glibc's regcomp(3) and regexec(3) answer in the C locale; none of these stand in the vectors.
+# The answers of glibc's regcomp(3) and regexec(3) in the C locale; none of these are among the vectors.
 @pytest.mark.parametrize(
     ("entry", "matching", "other"),
     [
@@ -227,7 +217,7 @@ def test_the_lowest_entry_that_matches_answers(service, entries, key, answer):
         (b"(?i)\xfc", "ü".encode("latin-1"), b"\xdc"),
     ],
 )
-def test_expressions_mean_what_glibc_takes_them_for(entry, matching, other):
+def test_regex_matches_as_in_glibc(entry, matching, other):
     assert entry == Regexes([entry]).find(matching)
     assert other is None or Regexes([entry]).find(other) is None
 
@@ -240,35 +230,54 @@ def test_expressions_mean_what_glibc_takes_them_for(entry, matching, other):
         b"a\\", b"((a{500}){500}){500}", b"(" * 500 + b")" * 500 + b"(", b"a" * (MAX_KEY_BYTES + 1),
     ],
 )  # fmt: skip
-def test_an_expression_without_answer_is_a_problem_and_harms_no_other(entry):
+def test_regex_that_is_rejected_is_a_problem_and_affects_no_other(entry):
     index = Regexes([entry, b"b$"])
     assert [entry] == [problem for problem, _ in index.problems]
     assert index.find(b"a") is None
     assert index.find(b"b") == b"b$"
 
 
-def test_an_escape_that_other_dialects_know_is_told():
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        (b"(a)\\1", "back-reference"),
+        (b"\\<a", "write \\b"),
+        (b"(a", "write \\( for the character"),
+        (b"[a", "write \\[ for the character"),
+        (b"[[.a", "write \\[ for the character"),
+        (b"[[:nope:]]", "such as [:alpha:]"),
+        (b"[[.ab.]]", "write it out"),
+        (b"[b-a]", "write it in order"),
+        (b"[a-z-9]", "put it last, before the ]"),
+        (b"*a", "put a \\ before it"),
+        (b"a{x}", "{n}, {n,} or {n,m}; put a \\ before it"),
+        (b"a{2,1}", "exchange them"),
+        (b"a{1001}", "repeat less"),
+        (b"a\\", "write \\\\ for the character"),
+        (b"((a{500}){500}){500}", "split it into several entries"),
+    ],
+)
+def test_regex_that_is_rejected_comes_with_a_hint(entry, hint):
+    with pytest.raises(EntryError, match=re.escape(hint)):
+        regcomp(entry)
+
+
+def test_regex_escape_of_another_dialect_is_a_problem():
     ((entry, remedy),) = Regexes([b"^\\d+$", b"\\\\d", b"\\.\\w"]).problems
     assert entry == b"^\\d+$"
     assert "[0-9]" in remedy
 
 
-def test_without_google_re2_every_expression_is_a_problem(monkeypatch):
+def test_regex_without_google_re2_is_a_problem(monkeypatch):
     monkeypatch.setitem(sys.modules, "re2", None)
-    regex._re2.cache_clear()
-    try:
-        index = Regexes([b"a", b"b"])
-        assert index.find(b"a") is None
-        assert not table_regex_match(b"a", b"a")
-        assert [entry for entry, remedy in index.problems if "google-re2" in remedy] == [b"a", b"b"]
-    finally:
-        regex._re2.cache_clear()
+    index = Regexes([b"a", b"b"])
+    assert index.find(b"a") is None
+    assert [entry for entry, remedy in index.problems if "google-re2" in remedy] == [b"a", b"b"]
 
 
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
-def test_a_set_that_runs_out_of_memory_gives_the_same_answers(monkeypatch, memory):
-    monkeypatch.setattr(regex, "REGEX_SET_BYTES", memory)
-    index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)])
+def test_regex_set_out_of_memory_gives_the_same_answers(memory):
+    index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)], set_bytes=memory)
     assert index.find(b"host-1-7.bar") == b"^host-[0-9]+-7\\.(foo|bar)"
     assert index.find(b"host-1-77.bar") is None
 
@@ -289,18 +298,18 @@ def test_a_set_that_runs_out_of_memory_gives_the_same_answers(monkeypatch, memor
         ("domain", b"h" * (MAX_KEY_BYTES + 1)),
     ],
 )
-def test_an_entry_that_smtpd_could_not_use_is_told_once(service, entry):
+def test_index_reports_an_unusable_entry_once(service, entry):
     index = INDEXES[service]([entry, b"local" if service == "netaddr" else b"192.0.2.1"])
     assert [entry] == [problem for problem, _ in index.problems]
 
 
-def test_many_expressions_are_told_apart():
+def test_regexes_in_several_sets_are_distinguished():
     index = Regexes([b"^x%04d$" % n for n in range(1000)])
     assert [b"^x%04d$" % n for n in range(1000)] == [index.find(b"x%04d" % n) for n in range(1000)]
 
 
 @pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "addrname"])
-def test_hostile_keys_are_answered_as_by_the_walk(service):
+def test_hostile_keys_are_answered_like_a_walk(service):
     hosts = [b"%s*%sexample%d.org" % (b"m" * (n % 8), b"abc.."[n % 5 : n % 5 + 1], n) for n in range(500)]
     nets = [b"10.%d.0.0/%d" % (n % 250, n % 33) for n in range(250)] + [b"%x::/%d" % (n, n % 129) for n in range(250)]
     entries = {"domain": hosts, "mailaddr": [b"user@" + h for h in hosts], "netaddr": nets, "addrname": nets}[service]

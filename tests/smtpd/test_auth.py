@@ -27,8 +27,8 @@ from table_consul.services.passwords import (
     parse,
     strip_scheme,
     verifiable_hash,
+    verify_hash,
 )
-from table_consul.sources import watch
 from table_consul.sources.direct import DirectSource
 from table_consul.tables import Tables
 from tests.dialogue import write_config, write_source
@@ -85,23 +85,23 @@ def verified(stored, password=PASSWORD, others=(), most=2.0):
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_the_right_password_is_verified_and_a_wrong_one_is_not(name):
+def test_right_password_is_verified_and_a_wrong_one_is_not(name):
     assert (verified(HASHES[name]), verified(HASHES[name], WRONG)) == (True, False)
 
 
 @pytest.mark.parametrize("name", sorted({*HASHES} - {"DES"}))
-def test_case_counts(name):
+def test_password_is_case_sensitive(name):
     assert not verified(HASHES[name], PASSWORD.lower())
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_a_hash_may_stand_behind_a_user_and_a_mark(name):
+def test_hash_after_a_user_and_a_scheme_prefix_is_verified(name):
     stored = b"vera:" + strip_scheme(b"{ARGON2ID}" + HASHES[name])
     assert verified(stored)
 
 
 @pytest.mark.parametrize("mark", SCHEME_PREFIXES)
-def test_marks_are_read_in_any_case(mark):
+def test_scheme_prefix_is_stripped_in_any_case(mark):
     assert strip_scheme(mark.title() + SHA512) == SHA512
 
 
@@ -123,20 +123,20 @@ def test_marks_are_read_in_any_case(mark):
         b"",
     ],
 )
-def test_what_nobody_can_verify_is_an_error_and_no_refusal(stored):
-    with pytest.raises(EntryError, match="no hash that can be verified") as caught:
+def test_unverifiable_credential_is_an_error(stored):
+    with pytest.raises(EntryError, match="not a hash that can be verified") as caught:
         verified(stored)
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_format_that_this_system_does_not_know_is_an_error(monkeypatch):
+def test_hash_that_crypt_does_not_know_is_an_error(monkeypatch):
     monkeypatch.setattr(binding, "crypt", lambda word, salt: "*0")
     with pytest.raises(EntryError, match="by SHA-512, which crypt"):
         verified(SHA512)
     assert not verified(None)
 
 
-def test_a_failing_crypt_is_an_error(monkeypatch):
+def test_failing_crypt_is_an_error(monkeypatch):
     def fail(word, salt):
         raise OSError(22, "Invalid argument")
 
@@ -145,7 +145,7 @@ def test_a_failing_crypt_is_an_error(monkeypatch):
         verified(SHA512)
 
 
-def test_an_argon2_hash_that_cannot_be_calculated_is_an_error():
+def test_argon2_hash_that_cannot_be_calculated_is_an_error():
     with pytest.raises(EntryError, match="by argon2 that cannot be verified"):
         verified(argon2().replace(b"p=1", b"p=0"))
 
@@ -153,28 +153,28 @@ def test_an_argon2_hash_that_cannot_be_calculated_is_an_error():
 @pytest.mark.parametrize(
     "stored", [b"*", b"!", b"!!", b"*LK*", b"*0", b"!" + SHA512, b"vera:!" + SHA512, b"*" + SHA512]
 )
-def test_a_locked_account_is_refused(stored):
+def test_locked_account_is_rejected(stored):
     assert not verified(stored)
 
 
 @pytest.mark.parametrize("password", ["", "a\0b", "x" * (PASSWORD_BYTES + 1), PASSWORD + "\0"])
-def test_a_password_that_no_hash_is_made_of_is_refused(password):
+def test_password_that_no_hash_is_made_of_is_rejected(password):
     assert (verified(SHA512, password), verified(None, password)) == (False, False)
 
 
-def test_the_longest_password_is_verified():
+def test_longest_password_is_verified():
     long = "x" * PASSWORD_BYTES
     assert verified(crypt("$6$rounds=1000$salt$", long), long)
 
 
 @pytest.mark.parametrize("stored", [SHA512, None])
-def test_a_password_in_another_encoding_is_an_error_for_every_user(stored):
-    with pytest.raises(PeerError, match="the password is no UTF-8") as caught:
+def test_password_that_is_not_utf_8_is_an_error_for_every_user(stored):
+    with pytest.raises(PeerError, match="the password is not UTF-8") as caught:
         verified(stored, "hunter2\udcff")
     assert "hunter2" not in repr(caught.value)
 
 
-def test_argon2_takes_any_bytes():
+def test_argon2_verifies_any_bytes():
     stored = low_level.hash_secret(b"\xff\0x", b"saltsalt", 1, 64, 1, 32, low_level.Type.ID)
     assert verified(stored, "\udcff\0x")
 
@@ -185,7 +185,7 @@ B64 = b"." * 43
 
 
 @pytest.mark.parametrize(
-    ("cheap", "dear"),
+    ("cheap", "costly"),
     [
         (b"$2b$14$" + b"." * 53, b"$2b$15$" + b"." * 53),
         (b"$6$rounds=2000000$s$" + b"." * 86, b"$6$rounds=2000001$s$" + b"." * 86),
@@ -198,94 +198,95 @@ B64 = b"." * 43
         ),
     ],
 )
-def test_a_hash_that_takes_longer_than_the_deadline_is_refused_unseen(cheap, dear):
+def test_hash_that_takes_longer_than_the_deadline_is_not_calculated(cheap, costly):
     assert verifiable_hash(cheap, 2.0).text == cheap
     with pytest.raises(EntryError, match=r"takes about [0-9.]+ s to verify, more than the deadline of 2 s"):
-        verified(dear)
-    assert not verified(None, others=[dear])
+        verified(costly)
+    assert not verified(None, others=[costly])
 
 
-def test_a_longer_deadline_allows_a_dearer_hash():
+def test_longer_deadline_allows_a_costlier_hash():
     assert verifiable_hash(b"$2b$15$" + b"." * 53, 5.0) is not None
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_what_is_known_of_a_cost_is_no_less_than_it_is(name):
+def test_estimated_cost_is_not_below_the_real_one(name):
     """The figures are twice those of a slow core: else they would let through what breaks the deadline."""
     began = time.process_time()
     verified(HASHES[name])
     assert time.process_time() - began < parse(strip_scheme(HASHES[name])).seconds + 0.5
 
 
-# ---- a user that there is not ----
+# ---- absent users ----
 
 
-class Spied(Verifier):
-    """Notes what it is made to calculate."""
+class RecordingVerifier(Verifier):
+    """Records the hashes that it would verify."""
 
-    def __init__(self, monkeypatch):
-        super().__init__()
+    def __init__(self):
+        super().__init__(lambda known, password: self.calculated.append(known) or False)
         self.calculated = []
-        monkeypatch.setattr(passwords, "_verify", lambda known, password: self.calculated.append(known) or False)
 
     def settings(self):
         return [known.setting for known in self.calculated]
 
 
 @pytest.fixture
-def spied(monkeypatch):
-    return Spied(monkeypatch)
+def recorder():
+    return RecordingVerifier()
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_an_absent_user_costs_what_a_wrong_password_costs(spied, name):
+def test_absent_user_costs_as_much_as_a_wrong_password(recorder, name):
     stored = strip_scheme(HASHES[name])
-    spied.verify("users", stored, b"x", [], 2.0)
-    spied.verify("users", None, b"x", [stored], 2.0)
-    assert spied.settings() == [parse(stored).setting] * 2
-    assert spied.calculated[1].text != stored
+    recorder.verify("users", stored, b"x", [], 2.0)
+    recorder.verify("users", None, b"x", [stored], 2.0)
+    assert recorder.settings() == [parse(stored).setting] * 2
+    assert recorder.calculated[1].text != stored
 
 
-def test_a_locked_user_costs_as_much_too(spied):
-    spied.verify("users", b"*LK*", b"x", [b"clear", SHA512], 2.0)
-    assert spied.settings() == [parse(SHA512).setting]
+def test_locked_user_costs_as_much_as_a_wrong_password(recorder):
+    recorder.verify("users", b"*LK*", b"x", [b"clear", SHA512], 2.0)
+    assert recorder.settings() == [parse(SHA512).setting]
 
 
-def test_without_others_in_sight_the_last_hash_seen_of_the_same_table_counts(spied):
-    spied.verify("users", HASHES["bcrypt"], b"x", [], 2.0)
-    spied.verify("users", None, b"x", [], 2.0)
-    spied.verify("others", None, b"x", [], 2.0)
+def test_absent_user_without_others_costs_the_last_hash_of_the_same_table(recorder):
+    recorder.verify("users", HASHES["bcrypt"], b"x", [], 2.0)
+    recorder.verify("users", None, b"x", [], 2.0)
+    recorder.verify("others", None, b"x", [], 2.0)
     bcrypt = parse(HASHES["bcrypt"]).setting
-    assert spied.settings() == [bcrypt, bcrypt, DEFAULT.setting]
+    assert recorder.settings() == [bcrypt, bcrypt, DEFAULT.setting]
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_what_is_remembered_of_a_hash_verifies_no_password(name):
-    verifier = Verifier()
-    verifier.verify("users", HASHES[name], PASSWORD.encode(), [], 2.0)
-    known = verifier._typical["users"]
-    assert HASHES[name][-10:] not in known.text
-    assert not verifier.verify("users", None, PASSWORD.encode(), [HASHES[name]], 2.0)
-    assert not passwords._verify(known, PASSWORD.encode())
+def test_verifier_remembers_no_digest(recorder, name):
+    stored = strip_scheme(HASHES[name])
+    recorder.verify("users", stored, PASSWORD.encode(), [], 2.0)
+    recorder.verify("users", None, PASSWORD.encode(), [], 2.0)
+    remembered = recorder.calculated[1]
+    assert remembered.setting == parse(stored).setting
+    assert HASHES[name][-10:] not in remembered.text
+    assert not verify_hash(remembered, PASSWORD.encode())
 
 
-def test_the_default_is_a_hash_that_crypt_calculates():
-    assert not passwords._verify(DEFAULT, b"x")
+@pytest.mark.parametrize("name", HASHES)
+def test_hash_of_another_user_is_no_password_of_an_absent_one(name):
+    assert not verified(None, others=[HASHES[name]])
+
+
+def test_default_hash_is_one_that_crypt_calculates():
+    assert not verify_hash(DEFAULT, b"x")
     assert parse(DEFAULT.text).setting == DEFAULT.setting
 
 
-def test_no_user_gets_in_by_the_password_of_another():
-    assert not verified(None, others=[SHA512])
-
-
-# ---- what is missing ----
+# ---- missing packages ----
 
 
 @pytest.mark.parametrize(
     ("module", "package", "stored"),
     [("crypt_r", "crypt-r", SHA512), ("argon2", "argon2-cffi", HASHES["argon2id"]), ("crypt_r", "crypt-r", None)],
 )
-def test_a_package_that_is_missing_is_an_error_that_names_it(monkeypatch, module, package, stored):
+def test_missing_package_is_an_error_that_names_it(monkeypatch, module, package, stored):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "crypt", None)
     with pytest.raises(ConfigError, match=rf"package {package} is not installed; install table-consul\[auth\]"):
@@ -297,7 +298,7 @@ def test_a_package_that_is_missing_is_an_error_that_names_it(monkeypatch, module
     stored=st.none() | st.binary() | st.text("$26yabc./:{}!*=,0123456789").map(str.encode),
     password=st.binary(max_size=20),
 )
-def test_any_credential_and_any_password_have_an_answer(stored, password):
+def test_verifier_answers_for_any_credential_and_password(stored, password):
     with contextlib.suppress(EntryError, PeerError):
         assert Verifier().verify("users", stored, password, [b"", stored or b"x"], 0.1) in (True, False)
 
@@ -334,51 +335,51 @@ def ask(source, key, op="check", table=TABLE):
         return Failed(str(error), error)
 
 
-def test_the_right_password_is_found_and_a_wrong_one_is_not():
+def test_check_with_the_right_password_is_found_and_with_a_wrong_one_is_not():
     source = Scripted(auth={b"vera": SHA512})
     assert (ask(source, f"vera:{PASSWORD}"), ask(source, "vera:wrong")) == (Found(), NotFound())
 
 
-def test_the_user_is_folded_and_the_password_is_not():
+def test_check_folds_the_user_but_not_the_password():
     source = Scripted(auth={b"Vera@Example.org": SHA512})
     replies = [ask(source, f"VERA@example.ORG:{PASSWORD}"), ask(source, f"vera@example.org:{PASSWORD.lower()}")]
     assert replies == [Found(), NotFound()]
     assert {key for _, key, _ in source.asked} == {b"vera@example.org"}
 
 
-def test_the_first_colon_ends_the_user():
+def test_check_splits_at_the_first_colon():
     source = Scripted(auth={b"vera": crypt("$6$rounds=1000$salt$", ":a:b:")})
     assert ask(source, "vera::a:b:") == Found()
 
 
-def test_who_is_not_in_the_one_bucket_may_be_in_the_other():
+def test_check_reads_both_services_for_every_user():
     source = Scripted(auth={b"eric": SHA512}, credentials={b"vera": b"vera:" + SHA512, b"eric": b"nonsense"})
     assert [ask(source, f"{user}:{PASSWORD}") for user in ("vera", "eric", "walter")] == [Found(), Found(), NotFound()]
     assert [name for name, *_ in source.asked] == ["auth", "credentials"] * 3  # or time would tell where a user is
     assert {deadline for *_, deadline in source.asked} == {1000.0 + TABLE.deadline}
 
 
-def test_a_password_in_clear_text_to_relay_with_lets_nobody_in():
+def test_relay_password_in_clear_text_is_an_error():
     reply = ask(Scripted(credentials={b"label": b"user:hunter2"}), "label:hunter2")
     assert isinstance(reply, Failed)
-    assert reply.reason.startswith("users/credentials/label: the value is no hash that can be verified")
+    assert reply.reason.startswith("users/credentials/label: not a hash that can be verified")
     assert "hunter2" not in reply.reason
 
 
 @pytest.mark.parametrize("missing", ["auth", "credentials"])
-def test_a_bucket_that_cannot_be_read_is_no_refusal(missing):
+def test_unreadable_service_is_an_error(missing):
     source = Scripted()
     source.errors[missing] = Unreachable("away")
     assert ask(source, f"vera:{PASSWORD}") == Failed("away", source.errors[missing])
 
 
-def test_who_is_in_the_first_bucket_needs_no_second():
+def test_user_of_the_first_service_does_not_need_the_second():
     source = Scripted(auth={b"vera": SHA512})
     source.errors["credentials"] = Unreachable("away")
     assert [ask(source, f"vera:{word}") for word in (PASSWORD, "wrong")] == [Found(), NotFound()]
 
 
-def test_a_record_has_the_password_and_one_without_leaves_it_to_the_other_bucket():
+def test_record_without_password_leaves_the_user_to_the_other_service():
     password = b'{"password": "{SHA512-CRYPT}%b", "uid": 1000}' % SHA512
     source = Scripted(auth={b"vera": password, b"eric": b'{"uid": 1}', b"walter": b"{}"}, credentials={b"eric": SHA512})
     assert [ask(source, f"{user}:{PASSWORD}") for user in ("vera", "eric")] == [Found(), Found()]
@@ -387,24 +388,24 @@ def test_a_record_has_the_password_and_one_without_leaves_it_to_the_other_bucket
 
 
 @pytest.mark.parametrize("op", ["lookup", "fetch"])
-def test_auth_has_no_values(op):
+def test_auth_answers_neither_lookup_nor_fetch(op):
     source = Scripted(auth={b"vera": SHA512})
     reply = ask(source, f"vera:{PASSWORD}" if op == "lookup" else "", op)
     assert (isinstance(reply, Failed), source.asked) == (True, [])
 
 
 @pytest.mark.parametrize("key", ["", "vera", "hunter2"])
-def test_a_key_that_smtpd_would_not_send_is_an_error_without_it(key):
+def test_malformed_auth_key_is_an_error_that_does_not_contain_it(key):
     reply = ask(Scripted(), key)
     assert isinstance(reply, Failed)
     assert reply.reason == "the service auth answers check alone, with a key USER:PASSWORD"
 
 
-def test_the_empty_user_is_nobody():
+def test_empty_user_is_not_found():
     assert ask(Scripted(auth={b"": SHA512}), f":{PASSWORD}") == NotFound()
 
 
-def test_a_star_is_a_user_like_others_and_no_default():
+def test_star_in_auth_is_no_default():
     assert ask(Scripted(auth={b"*": SHA512}), f"vera:{PASSWORD}") == NotFound()
 
 
@@ -437,13 +438,13 @@ class Client:
         ("a\0b", NotFound(), []),
     ],
 )
-def test_direct_reads_two_keys_for_any_user_and_none_that_no_url_can_name(user, reply, reads):
+def test_direct_mode_reads_two_keys_for_any_user_that_a_url_can_name(user, reply, reads):
     client = Client(auth_vera=SHA512, credentials_eric=SHA512)
     assert ask(DirectSource(client, lambda: 1000.0), f"{user}:{PASSWORD}") == reply
     assert client.asked == reads
 
 
-def test_direct_takes_no_refusal_of_consul_for_absence():
+def test_direct_mode_does_not_take_403_for_absence():
     client = Client()
     client.errors[b"users/credentials/vera"] = Forbidden("403")
     assert isinstance(ask(DirectSource(client, lambda: 1000.0), f"vera:{PASSWORD}"), Failed)
@@ -457,19 +458,17 @@ def test_direct_takes_no_refusal_of_consul_for_absence():
         (("alias",), ("alias",)),
     ],
 )
-def test_a_mirror_of_auth_holds_credentials_too(monkeypatch, services, read):
-    monkeypatch.setattr(watch.Watch, "start", lambda each: None)
-    mirrored = watch.MirrorSource(replace(TABLE, services=services), lambda: None)
-    assert [each._services for each in mirrored.watches] == [read]
+def test_mirror_of_auth_includes_credentials(services, read):
+    assert replace(TABLE, services=services).folders() == {b"users/": [*read]}
 
 
-def test_a_file_is_asked_for_both_buckets_though_only_auth_is_registered(tmp_path):
+def test_file_source_is_asked_for_credentials_when_only_auth_is_registered(tmp_path):
     path = write_config(tmp_path, 'services = ["auth"]')
     write_source(tmp_path, {"users/credentials/vera": SHA512})
     assert said(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
 
 
-# ---- nothing is told ----
+# ---- secrecy ----
 
 
 def said(path, keys, caplog=None, version="7.9.0"):
@@ -490,7 +489,7 @@ def said(path, keys, caplog=None, version="7.9.0"):
     return answers.splitlines()
 
 
-def test_no_line_no_reply_and_no_number_holds_a_password_or_a_hash(tmp_path, caplog):
+def test_log_replies_and_counters_contain_no_password_or_hash(tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     entries = {
         "users/auth/vera": SHA512,
@@ -508,10 +507,10 @@ def test_no_line_no_reply_and_no_number_holds_a_password_or_a_hash(tmp_path, cap
     told = b"\n".join(answers).decode() + caplog.text + repr(said.cells)
     assert len(answers) == 2 + 3 * len(users) + 1
     assert not {word for word in ("hunter2", "SECRETHASH", SHA512.decode()[-20:]) if word in told}
-    assert "users/auth/eric: the value is no hash that can be verified" in caplog.text
+    assert "users/auth/eric: not a hash that can be verified" in caplog.text
 
 
-def test_a_request_shows_no_password():
+def test_request_repr_contains_no_password():
     assert "hunter2" not in repr(Request("check", b"1", "users", "auth", b"vera:hunter2"))
     assert "root" in repr(Request("check", b"1", "users", "alias", b"root"))
 
@@ -519,10 +518,10 @@ def test_a_request_shows_no_password():
 @pytest.mark.parametrize(
     ("version", "registered"), [("7.8.0p1", False), ("7.9.0", True), ("7.10.1", True), ("", False)]
 )
-def test_auth_is_offered_only_to_those_who_leave_the_password_as_it_is(tmp_path, version, registered):
+def test_auth_is_registered_only_with_smtpd_that_keeps_the_case_of_passwords(tmp_path, version, registered):
     path = write_config(tmp_path, 'services = ["auth", "credentials"]')
     assert (b"register|auth" in said(path, [], version=version)) is registered
 
 
-def test_auth_is_the_service_that_is_asked_with_secrets():
+def test_auth_is_the_only_service_with_secret_keys():
     assert [service.name for service in SERVICES.values() if service.answers == "check"] == ["auth"]

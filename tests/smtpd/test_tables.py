@@ -163,7 +163,7 @@ def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
     found = opened()
     lookup(found, "aliases")
     (tmp_path / "export.json").write_text("{")
-    with pytest.raises(SourceError, match="this is no output"):
+    with pytest.raises(SourceError, match="not the output"):
         found.update()
     assert lookup(found, "aliases") == b"gilles"
 

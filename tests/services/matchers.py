@@ -1,0 +1,60 @@
+"""smtpd's matchers, by their names there, for one key and one entry. The indexes give the answer of a walk with them.
+
+The first argument comes from the session, the second from the table.
+"""
+
+from __future__ import annotations
+
+from table_consul.errors import EntryError
+from table_consul.services.match import DELIMITER, parse_sockaddr, pieces_match, text_to_mailaddr, text_to_netaddr
+from table_consul.services.regex import regcomp
+
+
+def table_domain_match(key, entry):
+    return pieces_match(key.lower(), entry.lower().split(b"*"))
+
+
+def table_mailaddr_match(key, entry):
+    address, pattern = text_to_mailaddr(key), text_to_mailaddr(entry)
+    if address is None or pattern is None:
+        return False
+    (user, domain), (wanted, hosts) = address, pattern
+    if hosts and not table_domain_match(domain, hosts):
+        return False
+    if wanted and DELIMITER not in wanted:
+        user = user.partition(DELIMITER)[0]
+    return not wanted or user.lower() == wanted.lower()
+
+
+def table_netaddr_match(key, entry):
+    if key.lower() == entry.lower():
+        return True
+    address, network = text_to_netaddr(key), text_to_netaddr(entry)
+    if address is None or network is None or address[0] != network[0]:
+        return False
+    family, number, bits = network
+    return (address[1] ^ number) >> (family - bits) == 0
+
+
+def table_regex_match(key, entry):
+    try:
+        return regcomp(entry)(key) is not None
+    except EntryError:
+        return False
+
+
+def addrname_match(key, entry):
+    """Whether both are the same address, brackets or not. smtpd compares bytes, and writes ``[2001:db8::1]``."""
+    if key == entry:
+        return True
+    address = parse_sockaddr(key)
+    return address is not None and address == parse_sockaddr(entry)
+
+
+MATCHERS = {
+    "domain": table_domain_match,
+    "netaddr": table_netaddr_match,
+    "mailaddr": table_mailaddr_match,
+    "regex": table_regex_match,
+    "addrname": addrname_match,
+}

@@ -7,13 +7,15 @@ import os
 import select
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from table_consul import imsg
 from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES
+
+T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
 
@@ -93,7 +95,7 @@ class Server:
 
     def _answer_all(self, events: list[Event], arrived: float, write: Callable[[bytes], bool]) -> bool:
         """Answer the events of one read, in order; False when smtpd is gone."""
-        answer, send, clock, count = self._answerer.answer, self._session.send, self._clock, self._count
+        answer, send, clock, counters = self._answerer.answer, self._session.send, self._clock, self._counters
         replies: list[bytes] = []
         last_write = arrived
         for event in events:
@@ -105,7 +107,13 @@ class Server:
                     reply = _failure(error)
                     data = send(event, reply)
                 now = clock()
-                count(event, reply, now - arrived)
+                try:
+                    if counters is not None:
+                        counters.add(event, reply.__class__, now - arrived)
+                    if reply.__class__ is Failed:
+                        self._report(event, reply)
+                except Exception as error:  # noqa: BLE001 - as above
+                    self._log_traceback(error)
             else:
                 data = self._other(event)
                 now = clock()
@@ -117,29 +125,17 @@ class Server:
                 last_write = clock()
         return not replies or write(b"".join(replies))
 
-    def _count(self, request: Request, reply: Reply, seconds: float) -> None:
-        """Count the reply; log why if it is an error."""
-        try:
-            if reply.__class__ is Failed:
-                self._report(request, reply)
-            if self._counters is not None:
-                self._counters.add(request, reply.__class__, seconds)
-        except Exception as error:  # noqa: BLE001 - as in _answer_all
-            self._log_traceback(error)
-
     def _other(self, event: Event) -> bytes:
         """The reply to what is not a request that can be answered."""
         if isinstance(event, Ready):
             return self._session.register(self._services(event.config))
         assert isinstance(event, Malformed)
+        self._warn_once(event.reason)
         if self._counters is not None:
             self._counters.malformed += 1
-        if event.request is None:
-            self._warn_once(event.reason)
-            return b""
-        reply = Failed(event.reason)
-        self._count(event.request, reply, 0.0)
-        return self._session.send(event.request, reply)
+            if event.request is not None:
+                self._counters.add(event.request, Failed, 0.0)
+        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
 
     def _report(self, request: Request, reply: Failed) -> None:
         """Log why this is an error, once for each reason."""
@@ -167,31 +163,29 @@ class Server:
             table = first.table
         self._begun = True
         self._cold = table
-        try:
-            self._on_table_name(table)
-        except Exception as error:  # noqa: BLE001 - as in _answer_all
-            self._log_traceback(error)
+        self._guarded(self._on_table_name, table)
         log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
 
     def _warm_up(self) -> None:
-        if self._cold is None:
-            return
-        table, self._cold = self._cold, None
-        try:
-            self._answerer.warm_up(table)
-        except Exception as error:  # noqa: BLE001 - as in _answer_all; the answers will say what is wrong
-            self._log_traceback(error)
+        if self._cold is not None:
+            table, self._cold = self._cold, None
+            self._guarded(self._answerer.warm_up, table)
 
     def _services(self, config: Mapping[str, str]) -> list[str]:
-        try:
-            services = self._answerer.services(config.get("tablename", ""))
-        except Exception as error:  # noqa: BLE001 - as in _answer_all
-            self._log_traceback(error)
-            services = list(DEFAULT_SERVICES)
+        table = config.get("tablename", "")
+        services = self._guarded(self._answerer.services, table) or list(DEFAULT_SERVICES)
         if "auth" in services and not _keeps_case_of_passwords(config.get("smtpd-version", "")):
             log.warning("not registering auth: OpenSMTPD before 7.9 lower-cases the password")
             services = [name for name in services if name != "auth"] or list(DEFAULT_SERVICES)
         return services
+
+    def _guarded(self, call: Callable[[str], T], table: str) -> T | None:
+        """What the call returns; None, and a traceback in the log, if it raises: the process must outlive its bugs."""
+        try:
+            return call(table)
+        except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
+            self._log_traceback(error)
+            return None
 
     def _warn_once(self, text: str) -> None:
         if text not in self._complaints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from table_consul.services.entries import Entries
 from table_consul.sources import Source
 
 if TYPE_CHECKING:
+    from table_consul import kv
     from table_consul.sources.direct import DirectSource
     from table_consul.sources.mirror import Mirror, Snapshot
     from table_consul.sources.watch import MirrorSource, Watch
@@ -212,24 +214,22 @@ class Tables:
                 self._file = FileSource(address.removeprefix("file://"))
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
-            return self._mirror(table)
+            from table_consul.sources.watch import MirrorSource
+
+            former = self._former.pop(table.name, None)
+            mirrored = self._mirrors[table.name] = MirrorSource(table, self._connect(), former)
+            return mirrored
         return self._read_directly()
+
+    def _connect(self) -> Callable[[], kv.Client]:
+        from table_consul import kv
+
+        assert self.config is not None
+        return functools.partial(kv.Client, self.config.consul)
 
     def _read_directly(self) -> Source:
         if self._direct is None:
-            from table_consul import kv
-            from table_consul.sources import direct
+            from table_consul.sources.direct import DirectSource
 
-            assert self.config is not None
-            self._direct = direct.DirectSource(kv.Client(self.config.consul))
+            self._direct = DirectSource(self._connect()())
         return self._direct
-
-    def _mirror(self, table: Table) -> MirrorSource:
-        from table_consul import kv
-        from table_consul.sources import watch
-
-        assert self.config is not None
-        settings = self.config.consul
-        former = self._former.pop(table.name, None)
-        mirrored = self._mirrors[table.name] = watch.MirrorSource(table, lambda: kv.Client(settings), former)
-        return mirrored

@@ -27,8 +27,8 @@ MAX_LINE = 65536
 # Of a longer line: enough to hold the id, so that an error can be answered.
 HEAD_BYTES = 2048
 
-WITH_KEY = {b"check": "check", b"lookup": "lookup"}
-OPS = {**WITH_KEY, b"fetch": "fetch", b"update": "update"}
+WITH_KEY = (b"check", b"lookup")
+OPS = (*WITH_KEY, b"fetch", b"update")
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -95,17 +95,17 @@ FOUND = Found()
 NOT_FOUND = NotFound()
 
 
-class _Names(dict[bytes, str]):
-    """Names of tables and services as text: they are few, and every request brings two of them."""
+class _Words(dict[tuple[bytes, ...], tuple[str, ...]]):
+    """Names of tables, operations and services as text: they are few, and every request brings three of them."""
 
-    def __missing__(self, data: bytes) -> str:
-        if len(self) >= 1024:  # in the dialects of 2020 they come with each request
+    def __missing__(self, words: tuple[bytes, ...]) -> tuple[str, ...]:
+        if len(self) >= 1024:  # in the dialects of 2020 table names come with each request
             self.clear()
-        text = self[data] = data.decode("utf-8", "backslashreplace")
-        return text
+        texts = self[words] = tuple(word.decode("utf-8", "backslashreplace") for word in words)
+        return texts
 
 
-_NAMES = _Names()
+_WORDS = _Words()
 
 
 class Session:
@@ -139,7 +139,8 @@ class Session:
             parts = line.split(b"|", 7)
             if usual and len(parts) == 8 and parts[4] in WITH_KEY and parts[6] and parts[0] == b"table":
                 # A check or a lookup with all its fields, as nearly all lines are; _event would make the same of it.
-                events.append(Request(WITH_KEY[parts[4]], parts[6], _NAMES[parts[3]], _NAMES[parts[5]], parts[7]))
+                table, op, service = _WORDS[parts[3], parts[4], parts[5]]
+                events.append(Request(op, parts[6], table, service, parts[7]))
             elif (event := self._event(line)) is not None:
                 events.append(event)
         if self._overlong:
@@ -211,7 +212,7 @@ class Session:
         raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
 
 
-_HEADS = {op: f"{op}-result|".encode() for op in OPS.values()}
+_HEADS = {op.decode(): op + b"-result|" for op in OPS}
 
 
 def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
@@ -241,7 +242,8 @@ def _parse_procexec(line: bytes) -> Request | Malformed:
 def _request(
     op: bytes, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool
 ) -> Request | Malformed:
-    request = Request(_NAMES[op], ident, _NAMES[table], _NAMES[service], key if op in WITH_KEY else b"")
+    texts = _WORDS[op, table, service]
+    request = Request(texts[0], ident, texts[1], texts[2], key if op in WITH_KEY else b"")
     if not ident:
         return Malformed("a request without id cannot be answered", None)
     if op not in OPS:

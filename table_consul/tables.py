@@ -79,29 +79,34 @@ class Tables:
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
-        route = self._routes.get((request.table, request.service, request.op))
         try:
-            if route is not None and route.mirror.state is route.state and arrived <= route.good_until:
+            route = self._routes[request.table, request.service, request.op]
+            if route.mirror.state is route.state and arrived <= route.good_until:
                 return route.reply(request.key)
-            return self._answer(request, arrived)
+        except KeyError:
+            pass
         except TableConsulError as error:
             return Failed(str(error), error)
+        return self._answer(request, arrived)
 
     def _answer(self, request: Request, arrived: float) -> Reply:
         """As `answer`, for what has no route."""
-        if request.op == "update":
-            self.update()
-            return Updated()
-        table = self.table(request.table)
-        deadline = arrived + table.deadline
+        try:
+            if request.op == "update":
+                self.update()
+                return Updated()
+            table = self.table(request.table)
+            deadline = arrived + table.deadline
 
-        def read(service: Service, key: bytes | None) -> Entries:
-            entries = self.entries(table, service, key, deadline)
-            if key is not None and service.answers != "check" and service.name == request.service:
-                self._add_route(request, service, entries)
-            return entries
+            def read(service: Service, key: bytes | None) -> Entries:
+                entries = self.entries(table, service, key, deadline)
+                if key is not None and service.answers != "check" and service.name == request.service:
+                    self._add_route(request, service, entries)
+                return entries
 
-        return self._responder.answer(request, table, read)
+            return self._responder.answer(request, table, read)
+        except TableConsulError as error:
+            return Failed(str(error), error)
 
     def _add_route(self, request: Request, service: Service, entries: Entries) -> None:
         """Remember where the next answer is, if these entries are a mirror's and hold for every key."""

@@ -5,13 +5,13 @@ Smtpd runs its tables as an unprivileged user (smtpd: lka.c, lka), so what root 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import os
 import pwd
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from table_consul.errors import printable
@@ -25,34 +25,30 @@ def check_files(config: Config) -> list[str]:
 
     For ``--check``, not for `config.load`: a mail server starts although a token is written only a second later.
     """
-    return [*_consul(config), *_tables(config)]
+    return [*_read_files(config), *_written_files(config)]
 
 
-def _consul(config: Config) -> Iterator[str]:
-    """What is wrong with the files that are read, and with TLS."""
+def _read_files(config: Config) -> Iterator[str]:
     consul = config.consul
     files = {key: getattr(consul, key) for key in ("token_file", "ca_file", "cert_file", "key_file", "ca_path")}
     if consul.addresses[0].startswith("file://"):
         files["address"] = consul.addresses[0].removeprefix("file://")
+    name = printable(config.path or "")
+    at = {**{key: f"{name}: consul.{key}" for key in (*files, "tls_verify")}, **config.origins}
     for key, path in files.items():
         secret = key in {"token_file", "key_file"}
         if path is not None and (problem := _unreadable(path, folder=key == "ca_path", secret=secret)):
-            yield f"{_origin(config, key)}: {printable(path)}: {problem}"
+            yield f"{at[key]}: {printable(path)}: {problem}"
     if config.path is not None and (problem := _unreadable(config.path)):
-        yield f"{printable(config.path)}: {problem}"
+        yield f"{name}: {problem}"
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
         consequence = "a man in the middle can read the token and forge answers"
-        yield f"{_origin(config, 'tls_verify')}: TLS verification is off: {consequence}"
+        yield f"{at['tls_verify']}: TLS verification is off: {consequence}"
 
 
-def _origin(config: Config, key: str) -> str:
-    return config.origins.get(key, f"{printable(config.path or '')}: consul.{key}")
-
-
-def _tables(config: Config) -> Iterator[str]:
-    """What is wrong with the files that are written, one for each table."""
+def _written_files(config: Config) -> Iterator[str]:
     owners: dict[str, str] = {}
-    for table in list(config.tables.values()) or [config.table(config.default_table)]:
+    for table in list(config.tables.values()) or [config.table(config.defaults.name)]:
         textfile = config.metrics.textfile and config.metrics.textfile.replace("{table}", table.name)
         for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile)):
             if not path:
@@ -67,17 +63,16 @@ def _tables(config: Config) -> Iterator[str]:
 
 def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str | None:
     """What is wrong with a file (or folder) that has to be read, None when nothing is."""
+    name = f"{path}/." if folder else path  # takes the permission to enter the folder
     try:
         # Without O_NONBLOCK a named pipe would wait for its writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        return explain_os_error(path, error)
+        return explain_os_error(name, error)
     mode = os.fstat(handle).st_mode
     os.close(handle)
-    if stat.S_ISDIR(mode) != folder:
-        return "not a folder" if folder else "is a folder"
-    if folder and not os.access(path, os.X_OK):
-        return _not_searchable(path)
+    if stat.S_ISDIR(mode) and not folder:
+        return "is a folder"
     if os.geteuid() == 0 and not mode & 0o044:
         fix = f"chgrp {smtpd_group()}; chmod g+r"
         return f"only root can read it, but smtpd runs tables as an unprivileged user (try: {fix})"
@@ -88,42 +83,30 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
 
 def _unwritable(path: str, *, private: bool) -> str | None:
     """What is wrong with a file that has to be written anew and renamed, None when nothing is."""
-    file = Path(path)
-    folder = printable(str(file.parent))
-    try:
-        if not file.parent.is_dir():
-            return f"folder {folder} not found"
-        if not os.access(file.parent, os.W_OK | os.X_OK):
-            return f"folder {folder} not writable by {current_user()}"
-        if private and file.exists() and file.stat().st_mode & 0o077:
+    folder = os.path.dirname(path)
+    if not os.access(f"{folder}/", os.W_OK | os.X_OK):
+        return f"folder {printable(folder)} not found, or not writable by {_user()}"
+    with contextlib.suppress(OSError):  # it need not exist
+        if private and os.stat(path).st_mode & 0o077:
             return "other users can read this copy of the table (try: chmod 0600)"
-    except OSError as error:
-        return explain_os_error(path, error)
     return None
 
 
 def explain_os_error(path: str, error: OSError) -> str:
     """Why the file cannot be read, with a fix if there is one."""
     if error.errno not in {errno.EACCES, errno.EPERM}:
-        usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not found"}
+        usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not a folder"}
         return usual.get(error.errno or 0) or (error.strerror or str(error)).lower()
-    for folder in reversed(Path(path).absolute().parents):
+    name, group = printable(path), smtpd_group()
+    for folder in (path[:end] or "/" for end, character in enumerate(path) if character == "/"):
         if not os.access(folder, os.X_OK):
-            return _not_searchable(str(folder))
-    name = printable(path)
-    return (
-        f"not readable by {current_user()}; smtpd runs tables as an unprivileged user "
-        f"(try: chown root:{smtpd_group()} {name}; chmod 0640 {name})"
-    )
+            name = printable(folder)
+            return f"folder {name} cannot be entered by {_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
+    fix = f"chown root:{group} {name}; chmod 0640 {name}"
+    return f"not readable by {_user()}; smtpd runs tables as an unprivileged user (try: {fix})"
 
 
-def _not_searchable(folder: str) -> str:
-    name, group = printable(folder), smtpd_group()
-    return f"folder {name} cannot be entered by {current_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
-
-
-def current_user() -> str:
-    """The user that this process runs as, for messages."""
+def _user() -> str:
     uid = os.geteuid()
     try:
         return f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
@@ -133,9 +116,5 @@ def current_user() -> str:
 
 def smtpd_group() -> str:
     """The group of smtpd's unprivileged user: OpenBSD's, Debian's, or Arch Linux's, whichever there is."""
-    for name in ("_smtpd", "opensmtpd", "smtpd"):
-        try:
-            return grp.getgrnam(name).gr_name
-        except KeyError:
-            continue
-    return "_smtpd"
+    groups = {group.gr_name for group in grp.getgrall()}
+    return next((name for name in ("_smtpd", "opensmtpd", "smtpd") if name in groups), "_smtpd")

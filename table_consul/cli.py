@@ -18,45 +18,33 @@ if TYPE_CHECKING:
 
     from table_consul.metrics import Exporter
 
-DESCRIPTION = """\
-OpenSMTPD table backend that answers from Consul's key-value store: the key
-<prefix>/<table>/<service>/<key> holds the value. smtpd starts it; in smtpd.conf:
+DESCRIPTION = f"""\
+table-consul is started by OpenSMTPD's smtpd, and answers its table lookups from
+Consul's key-value store: the key <prefix>/<table>/<service>/<key> holds the value.
+In smtpd.conf:
 
-    table aliases consul:/etc/mail/table-consul.toml
+    table aliases consul:{config.DEFAULT_PATH}
     action "local" maildir alias <aliases>
 """
 
 EPILOG = f"""\
 Without CONFIG: {config.DEFAULT_PATH} if there is one, else defaults and the environment
 of the consul command (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...).
-"""
-
-HINT = f"""\
-table-consul {__version__} is started by OpenSMTPD's smtpd, and speaks its table protocol on standard input and
-output. In smtpd.conf:
-
-    table aliases consul:{config.DEFAULT_PATH}
 
 To see it answer, say what smtpd would say:
 
-    printf 'config|ready\\ntable|0.1|0|aliases|lookup|alias|1|root\\n' | table-consul {config.DEFAULT_PATH}
-
-table-consul --check CONFIG checks a configuration; table-consul --help tells the rest.
+    printf 'config|ready\\ntable|0.1|0|aliases|lookup|alias|1|root\\n' | table-consul
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        "table-consul", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("table-consul", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="the configuration, a TOML file")
-    parser.add_argument(
-        "--check",
-        metavar="CONFIG",
-        help="check a configuration and the files it names, as the user that runs this; exit 0 or 2",
-    )
+    check_help = "check a configuration and the files it names, as the user that runs this; exit 0 or 2"
+    parser.add_argument("--check", metavar="CONFIG", help=check_help)
     parser.add_argument("--version", action="version", version=f"table-consul {__version__}")
     return parser
 
@@ -71,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check(options.check)
         path = options.config
     if os.isatty(0):
-        return _print_hint()
+        return _print_help()
     return serve(path)
 
 
@@ -83,8 +71,7 @@ def check(path: str) -> int:
         lines = check_files(config.load(path, os.environ))
     except ConfigError as error:
         lines = [str(error), *getattr(error, "__notes__", [])]
-    for line in lines:
-        sys.stderr.write(line + "\n")
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     if not lines:
         sys.stdout.write(f"{path}: ok\n")
     return 2 if lines else 0
@@ -93,7 +80,10 @@ def check(path: str) -> int:
 def serve(path: str | None) -> int:
     """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
     read_from, write_to = claim_stdio()
-    environ = _pop_consul_variables()
+    environ = dict(os.environ)
+    for variable in environ:
+        if variable.startswith("CONSUL_"):  # no library may take it for its own configuration
+            del os.environ[variable]
     exporter: Exporter | None = None
     table_name = ""
 
@@ -111,7 +101,7 @@ def serve(path: str | None) -> int:
     def on_change() -> None:
         nonlocal exporter
         if exporter is not None and exporter.is_alive():
-            exporter.wake()
+            exporter.changed.set()
         elif tables.config is not None and tables.config.metrics != config.MetricsConfig():
             from table_consul.metrics import Exporter
 
@@ -121,25 +111,13 @@ def serve(path: str | None) -> int:
     tables = Tables(load, on_change)
     if tables.broken is not None:
         on_table_name("")
-        logging.getLogger("table_consul").error(
-            "%s; answering error until it is mended and the table updated (smtpctl update table)", tables.broken
-        )
+        hint = "returning errors until it is fixed (then run: smtpctl update table NAME)"
+        logging.getLogger("table_consul").error("%s; %s", tables.broken, hint)
     server = Server(tables, on_table_name, counters=tables.counters, procexec_reply=tables.procexec_reply)
-    if server.serve(read_from, write_to):
-        return 0
-    return _print_hint()
+    return 0 if server.serve(read_from, write_to) else _print_help()
 
 
-def _print_hint() -> int:
-    if sys.stderr is not None:  # closed by whoever started this
-        sys.stderr.write(HINT)
+def _print_help() -> int:
+    if sys.stderr is not None:  # closed by whoever started this; argparse would use stdout instead
+        _parser().print_help(sys.stderr)
     return 2
-
-
-def _pop_consul_variables() -> dict[str, str]:
-    """The environment as it was; what is left holds nothing that a library would take for its own configuration."""
-    environ = dict(os.environ)
-    for name in environ:
-        if name.startswith("CONSUL_"):
-            del os.environ[name]
-    return environ

@@ -10,24 +10,20 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
-from msgspec.structs import FieldInfo
+from msgspec.structs import FieldInfo, fields, replace
 
-from table_consul.errors import ConfigError, printable
-from table_consul.files import open_regular_file
+from table_consul.errors import ConfigError, SourceError, printable
+from table_consul.files import open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 
 DEFAULT_PATH = "/etc/mail/table-consul.toml"
 
 # A configuration for thousands of tables fits; a large file given by mistake does not fill the memory of the mail host.
 SIZE_MAX = 4 * 1024 * 1024
-
-# linux: unix(7), sun_path holds 108 bytes, the last of which is NUL; OpenBSD's holds 104.
-SOCKET_PATH_MAX = 103
 
 # What a URL means without a port; so does Consul's own client (consul: api/api.go, NewClient adds none).
 PORTS = {"http": 80, "https": 443}
@@ -83,27 +79,21 @@ class Config(msgspec.Struct, frozen=True):
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     defaults: Table = msgspec.field(default_factory=lambda: Table("consul"))
     """``[defaults]``; its name is that of the table in a dialect that names none."""
-    tables: Mapping[str, Table] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    tables: Mapping[str, Table] = msgspec.field(default_factory=dict)
     """The tables that have a section of their own."""
-    origins: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    origins: Mapping[str, str] = msgspec.field(default_factory=dict)
     """``environment: VARIABLE`` for each key of ``consul`` that the environment sets, for messages."""
-
-    @property
-    def default_table(self) -> str:
-        """The name of the table in a dialect that names none."""
-        return self.defaults.name
 
     def table(self, name: str) -> Table:
         """The settings of this table: its ``[tables.NAME]`` if there is one, else ``[defaults]``.
 
         Raises:
             ConfigError: the name cannot be a folder in Consul; in the dialects of 2020 each request brings it.
-
         """
         if name in self.tables:
             return self.tables[name]
         try:
-            return _table({**msgspec.structs.asdict(self.defaults), "name": table_name(name)})
+            return _table(self.defaults, _table_name(name), {})
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -124,8 +114,7 @@ VARIABLES: tuple[dict[str, str], ...] = (
 # mistake, which does not quote what may be a secret under the wrong key.
 
 
-def absolute_path(value: str) -> str:
-    """The path of a file."""
+def _absolute_path(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("must be an absolute path (smtpd starts tables in /)")
     if value.endswith("/") or not value.isprintable():
@@ -133,7 +122,7 @@ def absolute_path(value: str) -> str:
     return value
 
 
-def visible_ascii(value: str) -> str:
+def _visible_ascii(value: str) -> str:
     """The value, which becomes part of an HTTP request."""
     if not re.fullmatch(r"[!-~]+", value):
         raise ValueError("must be visible ASCII characters, without spaces and line breaks")
@@ -141,144 +130,116 @@ def visible_ascii(value: str) -> str:
 
 
 _HOST = r"(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?"
-_HOST_PORT = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{_HOST})(?::([0-9]{{1,5}}))?/?")
+_HOST_PORT = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST}))(?::([0-9]{{1,5}}))?")
 
 
-def host_name(value: str) -> str:
+def _host_port(text: str, default_port: int) -> tuple[str, int] | None:
+    """The parts of HOST:PORT or [IPv6]:PORT, if that is what the text is."""
+    if (match := _HOST_PORT.fullmatch(text)) is None:
+        return None
+    ipv6, host, port = match[1], match[2], int(match[3] or default_port)
+    if ipv6:
+        from ipaddress import IPv6Address
+
+        try:
+            host = str(IPv6Address(ipv6))
+        except ValueError:
+            return None
+    return (host.lower(), port) if 1 <= port <= 65535 else None
+
+
+def _host_name(value: str) -> str:
     """The host name without a port, as the consul command drops it (consul: api/api.go, SetupTLSConfig)."""
-    match = _HOST_PORT.fullmatch(value)
-    if match is None or value.endswith("/"):
-        raise ValueError(f"invalid host name {quoted(value)}")
-    return match[1].strip("[]")
+    if (found := _host_port(value, 443)) is None:
+        raise ValueError(f"invalid host name {_quoted(value)}")
+    return found[0]
 
 
-def table_name(value: str) -> str:
+def _table_name(value: str) -> str:
     """The name, which is one segment of a Consul path, and one field of a line in the protocol of smtpd."""
     if value in {"", ".", ".."} or {"/", "|"} & {*value} or not value.isprintable():
-        raise ValueError(
-            f"invalid table name {quoted(value)} (use printable characters other than / and |, not . or ..)"
-        )
+        hint = "(use printable characters other than / and |, not . or ..)"
+        raise ValueError(f"invalid table name {_quoted(value)} {hint}")
     return value
 
 
-def consul_path(value: str) -> str:
-    """The path without a slash at either end."""
+def _consul_path(value: str) -> str:
     path = value.removeprefix("/").removesuffix("/")
     if not path.isprintable() or any(segment in {"", ".", ".."} for segment in path.split("/")):
-        raise ValueError(f"invalid Consul path {quoted(value)} (segments must be printable, and not empty, . or ..)")
+        raise ValueError(f"invalid Consul path {_quoted(value)} (segments must be printable, and not empty, . or ..)")
     return path
 
 
-def prefix(value: str) -> str:
-    """The path without a slash at either end; it may be empty."""
-    return "" if value in {"", "/"} else consul_path(value)
-
-
-def services(value: tuple[str, ...]) -> tuple[str, ...]:
+def _services(value: tuple[str, ...]) -> tuple[str, ...]:
     """The services in the order of `SERVICES`, each once."""
     if unknown := [name for name in value if name not in SERVICES]:
-        raise ValueError(*(f"unknown service {quoted(name)} {suggestion(name, SERVICES)}" for name in unknown))
+        raise ValueError(*(f"unknown service {_quoted(name)} {_suggestion(name, SERVICES)}" for name in unknown))
     return tuple(name for name in SERVICES if name in value)
 
 
-def addresses(values: tuple[str, ...]) -> tuple[str, ...]:
-    """The addresses in their normal form, each once."""
-    normal: dict[str, None] = {}
-    mistakes: list[str] = []
-    for value in values:
-        try:
-            normal[address(value)] = None
-        except ValueError as error:
-            mistakes += error.args
+def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
+    mistakes = _Mistakes()
+    normal = tuple(dict.fromkeys(mistakes.check("", _address, value) for value in values))
     if len(values) > 1 and any(each.startswith("file://") for each in values):
         mistakes.append("file:// cannot be combined with other addresses")
     if mistakes:
         raise ValueError(*mistakes)
-    return tuple(normal)
+    return normal
 
 
-def address(value: str) -> str:
-    """The address in its normal form, with a port."""
-    scheme, separator, rest = value.partition("://")
-    if separator and scheme in {"unix", "file"}:
-        return _socket(value, scheme)
+def _address(value: str) -> str:
+    scheme, _, rest = value.partition("://")
+    if scheme in {"unix", "file"}:
+        return f"{scheme}://{_absolute_path(rest)}"
+    if scheme in PORTS and (found := _host_port(rest.removesuffix("/"), PORTS[scheme])):
+        host = f"[{found[0]}]" if ":" in found[0] else found[0]
+        return f"{scheme}://{host}:{found[1]}"
     # What holds one of these may hold a password or a token.
-    invalid = "invalid address" if {*value} & {*"@?#"} else f"invalid address {quoted(value)}"
-    if scheme not in PORTS or not separator:
-        raise ValueError(f"{invalid} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
-    match = _HOST_PORT.fullmatch(rest)
-    if match is None:
-        raise ValueError(f"{invalid} (only HOST:PORT may follow {scheme}://)")
-    host, port = match[1].lower(), int(match[2] or PORTS[scheme])
-    if host.startswith("["):
-        from ipaddress import IPv6Address
-
-        try:
-            host = f"[{IPv6Address(host[1:-1])}]"
-        except ValueError:
-            raise ValueError(f"invalid IPv6 address {quoted(host)}") from None
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port must be between 1 and 65535, not {port}")
-    return f"{scheme}://{host}:{port}"
+    shown = "" if {*value} & {*"@?#"} else f" {_quoted(value)}"
+    raise ValueError(f"invalid address{shown} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
 
 
-def _socket(value: str, scheme: str) -> str:
-    path = absolute_path(value.removeprefix(f"{scheme}://"))
-    if scheme == "unix" and len(path.encode("utf-8", "surrogateescape")) > SOCKET_PATH_MAX:
-        raise ValueError(f"the path of a socket must not be longer than {SOCKET_PATH_MAX} bytes")
-    return value
-
-
-def listen_address(value: str) -> str:
+def _listen_address(value: str) -> str:
     """The address, which no other host can reach: metrics tell much about the mail of a host."""
-    from ipaddress import ip_address
-
     if value.startswith("unix://"):
-        return _socket(value, "unix")
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", value)
-    try:
-        if match and ip_address(match[1] or match[2]).is_loopback and 1 <= int(match[3]) <= 65535:
-            return value
-    except ValueError:
-        pass
-    raise ValueError(f"invalid listen address {quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
+        return _address(value)
+    found = _host_port(value, 0)
+    if found and (found[0] == "::1" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", found[0])):
+        return value
+    raise ValueError(f"invalid listen address {_quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
 
 
-def boolean(value: str) -> bool:
+def _boolean(value: str) -> bool:
     """The boolean in a variable, as the consul command reads it (Go's strconv.ParseBool)."""
-    if value not in {*_TRUE, *_FALSE}:
-        raise ValueError(f"must be one of {', '.join((*_TRUE, *_FALSE))}, not {quoted(value)}")
-    return value in _TRUE
+    if not re.fullmatch("1|t|T|TRUE|true|True|0|f|F|FALSE|false|False", value):
+        raise ValueError(f"must be true or false (or 1, 0, t, f), not {_quoted(value)}")
+    return value[0] in "1tT"
 
-
-_TRUE = ("1", "t", "T", "TRUE", "true", "True")
-_FALSE = ("0", "f", "F", "FALSE", "false", "False")
 
 # What the value of a key must be beyond its type; "path" is what a service has in paths.
 VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("token_file", "ca_file", "cert_file", "key_file", "snapshot", "textfile"), absolute_path),
-    **dict.fromkeys(("token", "datacenter", "namespace", "partition"), visible_ascii),
-    "address": addresses,
-    "ca_path": lambda folder: absolute_path(folder.removesuffix("/")),
-    "tls_server_name": host_name,
-    "table": table_name,
-    "prefix": prefix,
-    "services": services,
-    "path": consul_path,
-    "listen": listen_address,
+    **dict.fromkeys(("token_file", "ca_file", "cert_file", "key_file", "snapshot", "textfile"), _absolute_path),
+    **dict.fromkeys(("token", "datacenter", "namespace", "partition"), _visible_ascii),
+    "address": _addresses,
+    "ca_path": lambda folder: _absolute_path(folder.removesuffix("/")),
+    "tls_server_name": _host_name,
+    "table": _table_name,
+    "prefix": lambda path: "" if path in {"", "/"} else _consul_path(path),
+    "services": _services,
+    "path": _consul_path,
+    "listen": _listen_address,
 }
 
 # The keys of each section of the file: a field of its Struct, or the keys of a section below it. "tables" stands for
 # any [tables.NAME].
-KEYS: Mapping[str, dict[str, Any]] = {
-    section: {field.encode_name: field for field in msgspec.structs.fields(struct)}
-    for section, struct in (
-        *(("consul", ConsulConfig), ("defaults", Table), ("tables", Table)),
-        *(("log", LogConfig), ("metrics", MetricsConfig)),
-    )
+KEYS: dict[str, dict[str, Any]] = {
+    section.name: {field.encode_name: field for field in fields(section.type)}
+    for section in fields(Config)
+    if section.name in {"consul", "defaults", "log", "metrics"}
 }
-del KEYS["consul"]["token"], KEYS["tables"]["table"]
-KEYS["defaults"]["paths"] = KEYS["tables"]["paths"] = {name: FieldInfo(name, "path", str) for name in SERVICES}
+KEYS["defaults"]["paths"] = {name: FieldInfo(name, "path", str) for name in SERVICES}
+KEYS["tables"] = {key: field for key, field in KEYS["defaults"].items() if key != "table"}
+del KEYS["consul"]["token"]
 
 
 def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the type of the field
@@ -288,8 +249,7 @@ def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the typ
         value = msgspec.convert(raw, field.type)
     except msgspec.ValidationError:
         raise ValueError(f"must be {_expected(field.type)}") from None
-    validate = VALIDATORS.get(field.encode_name)
-    return validate(value) if validate else value
+    return VALIDATORS.get(field.encode_name, lambda valid: valid)(value)
 
 
 def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell it
@@ -300,7 +260,7 @@ def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell i
     return "true or false" if form is bool else "a string"
 
 
-def suggestion(word: str, options: Collection[str]) -> str:
+def _suggestion(word: str, options: Collection[str]) -> str:
     """In parentheses: the option that was probably meant, or all of them."""
     from difflib import get_close_matches
 
@@ -308,7 +268,7 @@ def suggestion(word: str, options: Collection[str]) -> str:
     return f"(did you mean {close[0]}?)" if close else f"(use one of: {', '.join(options)})"
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     return f"'{printable(text, 60)}'"
 
 
@@ -318,132 +278,108 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: with the first mistake as its text, one line, and all further ones as notes (``__notes__``), a
             line each. Files that the configuration names are not opened: see `check.check_files`.
-
     """
     file = DEFAULT_PATH if path is None else path
-    found: dict[str, Any] | None = None
+    at, mistakes = printable(file), _Mistakes()
+    document: dict[str, Any] | None = None
     try:
-        found = _parse(file)
+        with open(file, "rb", opener=open_regular_file) as opened:
+            document = tomllib.loads(read_bounded(opened, SIZE_MAX).decode())
     except OSError as error:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
             from table_consul.check import explain_os_error
 
-            raise ConfigError(f"{printable(file)}: {explain_os_error(file, error)}") from None
-    document = {**{name: {} for name in KEYS}, **(found or {})}
-    errors = _Errors(printable(file))
-    names = document["tables"] if isinstance(document["tables"], dict) else {}
-    sections = errors.section(document, "", {**KEYS, "tables": dict.fromkeys(names, KEYS["tables"])})
-    origins = _environment(sections["consul"], environ, errors)
-    defaults = {"name": "consul", "paths": {}, **sections["defaults"]}
-    tables = {}
-    for name, own in sections["tables"].items():
-        errors.check(f"{printable(file)}: tables.{printable(name)}", table_name, name)
-        tables[name] = {**defaults, **own, "name": name, "paths": {**defaults["paths"], **own.get("paths", {})}}
-    if errors.lines:
-        refusal = ConfigError(errors.lines[0])
-        for line in errors.lines[1:]:
-            refusal.add_note(line)
+            raise ConfigError(f"{at}: {explain_os_error(file, error)}") from None
+    except (SourceError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{at}: cannot be read as TOML: {printable(str(error))}") from None
+    keys = {**KEYS, "tables": {"*": KEYS["tables"]}}
+    sections = mistakes.section({**{name: {} for name in KEYS}, **(document or {})}, at, "", keys)
+    origins = _environment(sections["consul"], environ, at, mistakes)
+    defaults = Table(**{"name": "consul", **sections["defaults"]})
+    tables = {name: _table(defaults, name, own) for name, own in sections["tables"].items()}
+    for name in tables:
+        mistakes.check(f"{at}: tables.{printable(name)}: ", _table_name, name)
+    if mistakes:
+        refusal = ConfigError(mistakes[0])
+        refusal.__notes__ = mistakes[1:]
         raise refusal
     return Config(
-        path=None if found is None else file,
+        path=None if document is None else file,
         consul=ConsulConfig(**sections["consul"]),
         log=LogConfig(**sections["log"]),
         metrics=MetricsConfig(**sections["metrics"]),
-        defaults=Table(**defaults),
-        tables=MappingProxyType({name: _table(settings) for name, settings in tables.items()}),
-        origins=MappingProxyType(origins),
+        defaults=defaults,
+        tables=tables,
+        origins=origins,
     )
 
 
-def _table(settings: dict[str, Any]) -> Table:
+def _table(defaults: Table, name: str, own: dict[str, Any]) -> Table:
     """The table with its name in the path of its snapshot, as each table has a process and a snapshot of its own."""
-    snapshot = settings.get("snapshot")
-    return Table(**{**settings, "snapshot": snapshot and snapshot.replace("{table}", settings["name"])})
+    snapshot, paths = own.get("snapshot", defaults.snapshot), {**defaults.paths, **own.get("paths", {})}
+    changes = {**own, "name": name, "paths": paths, "snapshot": snapshot and snapshot.replace("{table}", name)}
+    return replace(defaults, **changes)
 
 
-def _parse(path: str) -> dict[str, Any]:
-    name = printable(path)
-    if "\0" in path:
-        raise ConfigError(f"{name}: invalid file name")
-    with open(path, "rb", opener=open_regular_file) as file:
-        data = file.read(SIZE_MAX + 1)
-    if len(data) > SIZE_MAX:
-        raise ConfigError(f"{name}: must not be larger than {SIZE_MAX} bytes")
-    try:
-        return tomllib.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}: byte {data[error.start]:#04x} in line {line} is not UTF-8") from None
-    except RecursionError:
-        raise ConfigError(f"{name}: nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{name}: invalid TOML: {printable(str(error))}") from None
-
-
-class _Errors:
-    """Collects the mistakes, so that all of them are reported at once."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.lines: list[str] = []
+class _Mistakes(list[str]):
+    """All mistakes of a configuration, a line each, so that they can be reported at once."""
 
     def check(self, origin: str, convert: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - see convert
         """The value that convert returns, None if it finds mistakes."""
         try:
             return convert(*arguments)
         except ValueError as error:
-            self.lines += [f"{origin}: {text}" for text in error.args]
+            self.extend(f"{origin}{text}" for text in error.args)
             return None
 
-    def section(self, raw: object, name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    def section(self, raw: object, file: str, name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a section in their normal form, by the fields of its Struct."""
         if not isinstance(raw, dict):
-            self.lines.append(f"{self.file}: {name}: must be a [{name}] section")
+            self.append(f"{file}: {name}: must be a [{name}] section")
             return {}
         values: dict[str, Any] = {}
         for key, value in raw.items():
             path = f"{name}.{printable(key)}" if name else printable(key)
-            field = keys.get(key)
+            field = keys.get(key, keys.get("*"))
             if field is None:
-                self.lines.append(f"{self.file}: {path}: unknown key {suggestion(key, keys)}")
+                self.append(f"{file}: {path}: unknown key {_suggestion(key, keys)}")
             elif isinstance(field, FieldInfo):
-                values[field.name] = self.check(f"{self.file}: {path}", _convert, field, value)
+                values[field.name] = self.check(f"{file}: {path}: ", _convert, field, value)
             else:
-                values[key] = self.section(value, path, field)
+                values[key] = self.section(value, file, path, field)
         return values
 
 
-def _environment(consul: dict[str, Any], environ: Mapping[str, str], errors: _Errors) -> dict[str, str]:
+def _environment(consul: dict[str, Any], environ: Mapping[str, str], file: str, errors: _Mistakes) -> dict[str, str]:
     """Add the fields that the environment sets to those that the file sets, and return the origins of their keys."""
     origins: dict[str, str] = {}
     unset = [group for group in VARIABLES if group.keys().isdisjoint(consul)]
     for key, name in (variable for group in unset for variable in group.items()):
         if value := environ.get(name):  # an empty variable is an unset one (consul: api/api.go, defaultConfig)
             origins[key] = f"environment: {name}"
-            consul[key] = errors.check(origins[key], boolean if key == "tls_verify" else VALIDATORS[key], value)
+            validate = _boolean if key == "tls_verify" else VALIDATORS[key]
+            consul[key] = errors.check(f"{origins[key]}: ", validate, value)
     # consul: go-rootcerts, LoadCACerts takes the file and then does not look at the folder
     if "ca_file" in origins:
         consul.pop("ca_path", None)
     for present, absent in (("cert_file", "key_file"), ("key_file", "cert_file")):
         if present in consul and absent not in consul:
-            origin = origins.get(present, f"{errors.file}: consul.{present}")
-            errors.lines.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
+            origin = origins.get(present, f"{file}: consul.{present}")
+            errors.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
     addr, ssl = environ.get("CONSUL_HTTP_ADDR"), environ.get("CONSUL_HTTP_SSL")
     if "addresses" not in consul and (addr or ssl):
         origins["address"] = "environment: CONSUL_HTTP_ADDR"
-        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL", boolean, ssl)
-        consul["addresses"] = errors.check(origins["address"], _http_addr, addr or "127.0.0.1:8500", tls)
+        tls = ssl and errors.check("environment: CONSUL_HTTP_SSL: ", _boolean, ssl)
+        consul["addresses"] = errors.check(f"{origins['address']}: ", _http_addr, addr or "127.0.0.1:8500", tls)
     return origins
 
 
 def _http_addr(value: str, tls: bool | None) -> tuple[str, ...]:  # noqa: FBT001 - both come from the environment
     """CONSUL_HTTP_ADDR as a list of addresses, as the consul command takes it (consul: api/api.go, NewClient)."""
     scheme = value.partition("://")[0] if "://" in value else "http"
-    if scheme == "file":
-        raise ValueError("the consul command does not support file:// (use HOST:PORT, http://, https:// or unix://)")
-    if scheme == "unix" and tls:
-        raise ValueError("no TLS over a unix socket (unset CONSUL_HTTP_SSL)")
+    if scheme == "file" or (scheme == "unix" and tls):
+        raise ValueError(f"the consul command does not support {scheme}://{' with TLS' if tls else ''}")
     # "Never revert to http if TLS was explicitly requested."
     if scheme == "http":
         value = f"{'https' if tls else 'http'}://{value.removeprefix('http://')}"
-    return addresses((value,))
+    return (_address(value),)

@@ -1,7 +1,4 @@
-"""Counters of requests and replies, at the cost of one dictionary lookup and two additions a request.
-
-The server loop alone writes them; metrics.py reads copies. Imported before the handshake with smtpd, so it stays small.
-"""
+"""Counters of requests and replies, at the cost of one dictionary lookup and two additions a request."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from table_consul.services import SERVICES, Table
 
 # From a reply out of memory to one that took the longest deadline that many would configure.
 BOUNDS_SECONDS = (0.00001, 0.000025, 0.0001, 0.00025, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 2.5)
-# The shortest deadline that can be configured, so faster replies need not be compared with that of their table.
-MIN_DEADLINE_SECONDS = 0.05
 OUTCOMES: Mapping[type, str] = {Found: "found", NotFound: "not-found", Failed: "error", Updated: "ok"}
 # In the dialects of 2020 a request brings the table's name: a bound on how many names are counted separately.
 CELLS_MAX = 512
@@ -46,20 +41,23 @@ class Counters:
         try:
             cell = self._cells[request.table, request.service, request.op, reply]
         except KeyError:
-            cell = self._cell(request, reply)
+            table = request.table if len(self._cells) < CELLS_MAX else OTHER
+            service = request.service if request.service in SERVICES or not request.service else OTHER
+            labels = (table, service, request.op if request.op in OPS else OTHER, reply)
+            cell = self._cells.setdefault(labels, [0.0, 0] + [0] * (len(BOUNDS_SECONDS) + 1))
         cell[0] += seconds
         if seconds <= 0.00001:  # BOUNDS_SECONDS[0], the usual case
             cell[2] += 1
         else:
             cell[2 + bisect_left(BOUNDS_SECONDS, seconds)] += 1
-            if seconds >= MIN_DEADLINE_SECONDS:
+            if seconds >= 0.05:  # the shortest deadline that can be configured
                 with contextlib.suppress(ConfigError):
                     cell[1] += seconds >= self._tables(request.table).deadline
 
     def failed(self, table: str, error: Exception, now: float) -> None:
         """Count a failure of the source of this table."""
-        if table in self.failures or len(self.failures) < CELLS_MAX:
-            total = self.failures[table][0] if table in self.failures else 0
+        total = self.failures[table][0] if table in self.failures else 0
+        if total or len(self.failures) < CELLS_MAX:
             self.failures[table] = (total + 1, str(error), now, self.answers(table))
 
     def answers(self, table: str) -> float:
@@ -69,9 +67,3 @@ class Counters:
     def cells(self) -> dict[Labels, Cell]:
         """A copy of all cells."""
         return {labels: cell[:] for labels, cell in self._cells.copy().items()}
-
-    def _cell(self, request: Request, reply: type) -> Cell:
-        table = request.table if len(self._cells) < CELLS_MAX else OTHER
-        service = request.service if request.service in SERVICES or not request.service else OTHER
-        labels = (table, service, request.op if request.op in OPS else OTHER, reply)
-        return self._cells.setdefault(labels, [0.0, 0] + [0] * (len(BOUNDS_SECONDS) + 1))

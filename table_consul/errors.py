@@ -1,16 +1,5 @@
 """Everything that can go wrong here, as types.
 
-TableConsulError
-├── ConfigError          the configuration cannot be used: shown to whoever runs --check, logged at update
-├── PeerError            smtpd sent what its protocol does not know
-├── ReplyError           our answer cannot be said on the wire
-├── EntryError           what stands under a key in Consul is no value for its service
-└── SourceError          the source cannot tell now: the mail waits
-    ├── Unreachable      no connection, no leader, no answer in time: true for every key, and likely to pass
-    ├── Forbidden        Consul refuses the token, or there is none
-    ├── BadResponse      an answer that Consul would not give, or that does not answer the question
-    └── TooLarge         more data than may be held in memory: the table is read directly
-
 The text of each is one line that a mail operator can act on. None ever holds a token, a password or a hash.
 """
 
@@ -24,7 +13,7 @@ class TableConsulError(Exception):
 
 
 class ConfigError(TableConsulError):
-    """The configuration cannot be used; the text is ``FILE: KEY: WHAT IS WRONG (HINT)``."""
+    """The configuration cannot be used; the text is ``FILE: KEY: WHAT IS WRONG (HINT)``, other mistakes are notes."""
 
 
 class PeerError(TableConsulError):
@@ -56,7 +45,7 @@ class BadResponse(SourceError):
 
 
 class TooLarge(SourceError):
-    """More data than may be held in memory."""
+    """More data than may be held in memory: the table is read directly."""
 
 
 # What decoding bytes that are not ours may raise: msgspec's errors are ValueErrors only from 0.21 on.

@@ -10,20 +10,12 @@ from typing import Any
 
 from table_consul.errors import printable
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
 
 class SyslogHandler(logging.Handler):
     """syslog(3), which finds /dev/log again by itself when the log daemon was restarted."""
 
-    _PRIORITIES = (
-        (logging.ERROR, syslog.LOG_ERR),
-        (logging.WARNING, syslog.LOG_WARNING),
-        (logging.INFO, syslog.LOG_INFO),
-    )
-
     def emit(self, record: logging.LogRecord) -> None:
-        priority = next((mapped for level, mapped in self._PRIORITIES if record.levelno >= level), syslog.LOG_DEBUG)
+        priority = getattr(syslog, f"LOG_{record.levelname}", syslog.LOG_ERR)  # it has no ERROR and CRITICAL
         try:
             for line in self.format(record).split("\n"):
                 syslog.syslog(priority, line)
@@ -48,10 +40,8 @@ def _stderr_is_read() -> bool:
 
     That of a daemonised smtpd leads to /dev/null (daemon(3)), and syslog may be started after it.
     """
-    if sys.stderr is None:
-        return False
-    if sys.stderr.isatty():
-        return True
+    if sys.stderr is None or sys.stderr.isatty():
+        return sys.stderr is not None
     if sys.platform != "linux" or os.path.exists("/dev/log"):  # OpenBSD's syslog needs no socket
         return False
     try:
@@ -69,13 +59,12 @@ def start(level: str, target: str, table: str, program: str = "table-consul") ->
     handler: logging.Handler
     if target == "syslog" or (target == "auto" and not _stderr_is_read()):
         syslog.openlog(identity, 0, syslog.LOG_MAIL)
-        handler = SyslogHandler()
-        handler.setFormatter(OneLine("%(message)s"))
+        handler, text = SyslogHandler(), "%(message)s"
     else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(OneLine(f"{identity}: %(levelname)s: %(message)s"))
+        handler, text = logging.StreamHandler(sys.stderr), f"{identity}: %(levelname)s: %(message)s"
+    handler.setFormatter(OneLine(text))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries may warn; urllib3's debug lines would hold tokens
-    logging.getLogger("table_consul").setLevel(LEVELS[level])
+    logging.getLogger("table_consul").setLevel(level.upper())
     logging.raiseExceptions = False

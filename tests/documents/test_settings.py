@@ -50,7 +50,7 @@ def defaults(tmp_path):
     silent = load(tmp_path)
     values = {
         "consul": {**msgspec.structs.asdict(silent.consul), "address": silent.consul.addresses[0]},
-        "defaults": {**msgspec.structs.asdict(silent.defaults), "table": silent.default_table},
+        "defaults": {**msgspec.structs.asdict(silent.defaults), "table": silent.defaults.name},
         "log": msgspec.structs.asdict(silent.log),
         "metrics": msgspec.structs.asdict(silent.metrics),
     }

@@ -63,7 +63,7 @@ def test_check_of_a_good_configuration_says_so_and_ends_with_0(tmp_path):
     [
         ("[consul]\naddres = 1\n", "consul.addres: unknown key (did you mean address?)"),
         ('[defaults]\nmode = "both"\n', "defaults.mode: "),
-        ("[defaults", "invalid TOML"),
+        ("[defaults", "cannot be read as TOML"),
     ],
 )
 def test_check_of_a_bad_configuration_says_where_and_ends_with_2(tmp_path, text, said):
@@ -180,6 +180,6 @@ class Stopped(Exception):
 def test_without_an_argument_the_default_file_counts_if_it_is_there(monkeypatch, tmp_path):
     path = write_config(tmp_path, 'table = "elsewhere"')
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
-    assert config.load(None, {}).default_table == "elsewhere"
+    assert config.load(None, {}).defaults.name == "elsewhere"
     path.unlink()
-    assert config.load(None, {}).default_table == "consul"
+    assert config.load(None, {}).defaults.name == "consul"

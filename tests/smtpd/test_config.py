@@ -78,7 +78,7 @@ def test_empty_file_is_all_defaults(load, file):
     assert loaded == config.Config(path=str(file))
     assert loaded.consul == config.ConsulConfig()
     assert loaded.consul.addresses == ("http://127.0.0.1:8500",)
-    assert loaded.default_table == "consul"
+    assert loaded.defaults.name == "consul"
     assert loaded.table("aliases") == services.Table("aliases")
 
 
@@ -97,7 +97,7 @@ def test_default_file_is_read_when_it_is_there(file, monkeypatch):
     file.write_text('[defaults]\ntable = "mail"')
     monkeypatch.setattr(config, "DEFAULT_PATH", str(file))
     loaded = config.load(None, {})
-    assert (loaded.path, loaded.default_table) == (str(file), "mail")
+    assert (loaded.path, loaded.defaults.name) == (str(file), "mail")
 
 
 def test_default_file_that_is_a_folder_is_an_error(tmp_path, monkeypatch):
@@ -201,7 +201,6 @@ def test_addresses_keep_their_order_and_lose_repetitions(load):
 
 
 USE = "(use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)"
-ONLY = "(only HOST:PORT may follow http://)"
 PATH = "must be an absolute path (smtpd starts tables in /)"
 
 
@@ -212,18 +211,17 @@ PATH = "must be an absolute path (smtpd starts tables in /)"
         ("", f"invalid address '' {USE}"),
         ("tcp://consul:8500", f"invalid address 'tcp://consul:8500' {USE}"),
         ("HTTP://consul:8500", f"invalid address 'HTTP://consul:8500' {USE}"),
-        ("http://", f"invalid address 'http://' {ONLY}"),
-        ("http://c/v1", f"invalid address 'http://c/v1' {ONLY}"),
-        ("http://a b", f"invalid address 'http://a b' {ONLY}"),
-        ("http://a..b", f"invalid address 'http://a..b' {ONLY}"),
-        ("http://c:x", f"invalid address 'http://c:x' {ONLY}"),
-        ("http://c:0", "port must be between 1 and 65535, not 0"),
-        ("http://c:65536", "port must be between 1 and 65535, not 65536"),
-        ("http://[::g]:1", f"invalid address 'http://[::g]:1' {ONLY}"),
-        ("http://[:::]:1", "invalid IPv6 address '[:::]'"),
+        ("http://", f"invalid address 'http://' {USE}"),
+        ("http://c/v1", f"invalid address 'http://c/v1' {USE}"),
+        ("http://a b", f"invalid address 'http://a b' {USE}"),
+        ("http://a..b", f"invalid address 'http://a..b' {USE}"),
+        ("http://c:x", f"invalid address 'http://c:x' {USE}"),
+        ("http://c:0", f"invalid address 'http://c:0' {USE}"),
+        ("http://c:65536", f"invalid address 'http://c:65536' {USE}"),
+        ("http://[::g]:1", f"invalid address 'http://[::g]:1' {USE}"),
+        ("http://[:::]:1", f"invalid address 'http://[:::]:1' {USE}"),
         ("unix://run/s", PATH),
         ("file://export.json", PATH),
-        ("unix:///" + "s" * 200, "the path of a socket must not be longer than 103 bytes"),
     ],
 )
 def test_bad_address_is_named(refusal, written, message):
@@ -347,7 +345,7 @@ def test_booleans_of_the_environment_are_those_of_go(load, text):
     assert load(CONSUL_HTTP_SSL_VERIFY=text).consul.tls_verify is (text in {"1", "t", "T", "TRUE", "true", "True"})
 
 
-BOOLEANS = "must be one of 1, t, T, TRUE, true, True, 0, f, F, FALSE, false, False"
+BOOLEANS = "must be true or false (or 1, 0, t, f)"
 PAIR = "set both or neither (one file may serve as both)"
 ASCII = "must be visible ASCII characters, without spaces and line breaks"
 
@@ -356,7 +354,7 @@ ASCII = "must be visible ASCII characters, without spaces and line breaks"
     ("variable", "value", "message"),
     [
         ("CONSUL_HTTP_SSL_VERIFY", "no", f"{BOOLEANS}, not 'no'"),
-        ("CONSUL_HTTP_ADDR", "http://[::1", f"invalid address 'http://[::1' {ONLY}"),
+        ("CONSUL_HTTP_ADDR", "http://[::1", f"invalid address 'http://[::1' {USE}"),
         ("CONSUL_CACERT", "ca.pem", PATH),
         ("CONSUL_CACERT", "/ca/", "must not end in / or contain unprintable characters"),
         ("CONSUL_CAPATH", "ca", PATH),
@@ -381,7 +379,7 @@ def test_environment_takes_no_file_address(refusal):
 
 def test_tls_over_a_unix_socket_is_refused_and_not_dropped(refusal):
     (line,) = refusal(CONSUL_HTTP_ADDR="unix:///s", CONSUL_HTTP_SSL="1")
-    assert line == "environment: CONSUL_HTTP_ADDR: no TLS over a unix socket (unset CONSUL_HTTP_SSL)"
+    assert line == "environment: CONSUL_HTTP_ADDR: the consul command does not support unix:// with TLS"
 
 
 def test_empty_variables_are_unset(load, file):
@@ -492,20 +490,23 @@ def test_all_mistakes_are_reported_at_once(refusal):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[consul", "invalid TOML: Expected ']' at the end of a table declaration (at end of document)"),
-        (b"[log]\nlevel = debug", "invalid TOML: Invalid value (at line 2, column 9)"),
-        (b"[log]\n[log]", "invalid TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
-        (b"[log]\nlevel = '\xff'", "byte 0xff in line 2 is not UTF-8"),
+        (b"[consul", "cannot be read as TOML: Expected ']' at the end of a table declaration (at end of document)"),
+        (b"[log]\nlevel = debug", "cannot be read as TOML: Invalid value (at line 2, column 9)"),
+        (b"[log]\n[log]", "cannot be read as TOML: Cannot declare ('log',) twice (at line 2, column 5)"),
+        (
+            b"[log]\nlevel = '\xff'",
+            "cannot be read as TOML: 'utf-8' codec can't decode byte 0xff in position 15: invalid start byte",
+        ),
         ("x = 1".encode("utf-16-le"), None),
-        (b"x = " + b"[" * 100_000, "nested too deeply"),
+        (b"x = " + b"[" * 100_000, None),
         (b"[defaults]\nmax_keys = " + b"9" * 5000, None),
-        (b"#" * (config.SIZE_MAX + 1), f"must not be larger than {config.SIZE_MAX} bytes"),
+        (b"#" * (config.SIZE_MAX + 1), "cannot be read as TOML: larger than 4 MiB"),
     ],
     ids=["open", "bare", "twice", "latin-1", "utf-16", "deep", "long number", "large"],
 )
 def test_invalid_toml_is_reported_with_its_position(refusal, data, message):
     (line,) = refusal(data)
-    assert line == message or (message is None and line.startswith("invalid TOML: "))
+    assert line == message or (message is None and line.startswith("cannot be read as TOML: "))
 
 
 def test_huge_hexadecimal_is_refused_by_its_key(refusal):
@@ -628,8 +629,10 @@ def test_named_files_that_are_missing_are_told_with_their_key(load, file):
         "environment: CONSUL_CLIENT_CERT: /no/cert: not found",
         "environment: CONSUL_CLIENT_KEY: /no/key: not found",
         f"{file}: consul.address: /no/export: not found",
-        f"{file}: snapshot of table consul: folder /no not found",
-        f"{file}: metrics.textfile of table consul: folder /no not found",
+        *(
+            f"{file}: {key} of table consul: folder /no not found, or not writable by {check._user()}"
+            for key in ("snapshot", "metrics.textfile")
+        ),
     ]
 
 
@@ -703,7 +706,7 @@ def test_what_another_user_cannot_use_is_told(nobody, open_path):
     ).splitlines()
     assert f"consul.token_file: {open_path}/token: not readable by user nobody (uid 65534); " in token
     assert f"consul.ca_path: {open_path}/ca: folder {open_path}/ca cannot be entered by user nobody" in folder
-    assert f"snapshot of table consul: folder {open_path} not writable by user nobody (uid 65534)" in snapshot
+    assert f"consul: folder {open_path} not found, or not writable by user nobody (uid 65534)" in snapshot
 
 
 # ---- whatever comes ----

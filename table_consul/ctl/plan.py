@@ -49,9 +49,9 @@ class Change(NamedTuple):
     new_answer: bytes | None = None
 
     @property
-    def sign(self) -> str:
-        """As in a diff: ``+``, ``~``, ``-``."""
-        return "+" if self.old is None else "-" if self.value is None else "~"
+    def kind(self) -> str:
+        """``add``, ``change`` or ``remove``."""
+        return "add" if self.old is None else "remove" if self.value is None else "change"
 
 
 class Plan(NamedTuple):

@@ -236,8 +236,8 @@ def test_long_list_of_changes_is_whole_only_in_a_dry_run(consul):
         (b"ok: x\nb\xff: c\n", ":2: b\\xff: no URL"),
         (b"ok: x\n" + b"a" * 1024 + b": c\n", "1024 bytes"),
         (b"ok: x\na: " + b"x," * 1200 + b"\n", "2399 bytes"),
-        (b"\x1f\x8b\x08", "gzip"),
-        ("root: x".encode("utf-16"), "UTF-16"),
+        (b"\x1f\x8b\x08\0", "decompress the file"),
+        ("root: x".encode("utf-16"), "convert it to UTF-8"),
     ],
 )
 def test_bad_file_is_rejected_as_a_whole_with_file_and_line(consul, tmp_path, text, said):

@@ -283,8 +283,6 @@ def _user_record(password: bytes, uid: bytes, gid: bytes, home: bytes) -> bytes:
 
 
 _PASSWD_VALUES = {"credentials": _password, "auth": _password, "userinfo": _user}
-PASSWD_SERVICES = tuple(_PASSWD_VALUES)
-"""The services that a passwd file has values for."""
 
 
 def entries_of_export(

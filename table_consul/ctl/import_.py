@@ -55,11 +55,7 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
 )
 @click.option("--from", "below", metavar="FOLDER", help="With an export: the folder whose keys to import.")
 @click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
-@click.option(
-    "--token-file",
-    metavar="PATH",
-    help="The ACL token to write with; default: that of the environment, then the configured one.",
-)
+@click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
 @main.as_json
 @main.pass_config
 def command(  # noqa: PLR0913 - the command line
@@ -78,22 +74,13 @@ def command(  # noqa: PLR0913 - the command line
 ) -> int:
     """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. Keys that somebody else changes at
-    the same time are skipped. If lint would report an entry, its line is printed and nothing is written.
+    The entries to add (+), change (~) and remove (-) are shown and then written. If lint would report an entry, its
+    line is printed and nothing is written. Keys that somebody else changes at the same time are skipped: to write
+    them, or the rest after ^C or an outage of Consul, run the same command again.
 
-    \b
-    FILE may be
-      aliases  aliases(5) of smtpd,
-               Postfix or sendmail
-      table    a file: table of smtpd
-      passwd   passwd(5), shadow(5),
-               master.passwd(5), or a
-               passwd-file of Dovecot
-      export   of consul kv export
-
-    auto tells them apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format.
-
-    To write the rest after a conflict, ^C or an outage of Consul, run the same command again.
+    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail), table (a file: table of smtpd), passwd
+    (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot) or export (of consul kv export). auto tells
+    them apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format.
 
     Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change; 2
     something was not written.
@@ -110,15 +97,15 @@ def command(  # noqa: PLR0913 - the command line
 
     table, service = settings.table(table_name), SERVICES[service_name]
     path = table.path(service)
-    _check_options(settings, service, wanted, record=record)
+    if settings.consul.addresses[0].startswith("file://"):
+        raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
     name = "standard input" if file == "-" else printable(file)
     folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
     try:
         parsed = parse(_content(file), service, wanted, path, folder, record=record)
-    except (FormatError, SourceError) as error:
-        raise FormatError(f"{name}: {error}") from None
-    except OSError as error:
-        raise FormatError(f"{name}: {(error.strerror or str(error)).lower()}") from None
+    except (FormatError, SourceError, OSError) as error:
+        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        raise FormatError(f"{name}: {text}") from None
     for option, given, form in (("--from", below is not None, "export"), ("--record", record, "passwd")):
         if given and parsed.format != form:
             raise click.UsageError(f"{option} is for --format {form}, but {name} is read as {parsed.format}")
@@ -129,12 +116,12 @@ def command(  # noqa: PLR0913 - the command line
     # Users without a hash in auth may have one in credentials.
     if service.name not in table.readable_services:
         click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
-    # Folders of other services, of this table or another, may lie within the folder of this one.
-    others = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()} - {path}
+    folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
+    others = [folder for folder in folders if folder.startswith(path) and folder != path]
     consul = msgspec.structs.replace(main.as_writer(settings.consul, token_file), consistency="consistent")
     with contextlib.closing(txn.Store(consul)) as store:
         stored = store.entries(path)
-        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=tuple(others))
+        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)
         _raise_problems(name, parsed, planned.problems)
         report = _report(table, service, planned, parsed, dry_run=dry_run)
         try:
@@ -157,23 +144,7 @@ def command(  # noqa: PLR0913 - the command line
     return main.FAILED if report["conflicts"] else 0
 
 
-def _check_options(settings: config.Config, service: Service, wanted: str, *, record: bool) -> None:
-    if settings.consul.addresses[0].startswith("file://"):
-        raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
-    if wanted == "aliases" and service.name != "alias":
-        raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
-    if (wanted == "passwd" or record) and service.name not in files.PASSWD_SERVICES:
-        services = ", ".join(files.PASSWD_SERVICES)
-        raise click.UsageError(f"a passwd file has nothing for {service.name}, only for {services}")
-
-
 def _content(file: str) -> bytes:
-    """The content of the file, which may be a pipe, unlike the configuration.
-
-    Raises:
-        OSError: it cannot be read.
-        FormatError: it is too large.
-    """
     if file == "-" and sys.stdin is None:
         raise FormatError("closed")
     with click.open_file(file, "rb") as opened:
@@ -199,14 +170,16 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
         line = data.count(b"\n", 0, nul) + 1
         raise FormatError(f"not text: line {line} contains a NUL byte (decompress the file, or convert it to UTF-8)")
     data = data.removeprefix(files.BYTE_ORDER_MARK)
-    match files.detect_format(data, service) if wanted == "auto" else wanted:
-        case "export":
-            return files.entries_of_export(read_export(data), service, path, below)
-        case "passwd":
-            return files.read_passwd(data, service, record=record)
-        case "aliases":
-            return files.read_aliases(data, cautious=wanted == "auto")
-    return files.read_table(data, service)
+    form = files.detect_format(data, service) if wanted == "auto" else wanted
+    if form == "export":
+        return files.entries_of_export(read_export(data), service, path, below)
+    if form == "aliases" and service.name == "alias":
+        return files.read_aliases(data, cautious=wanted == "auto")
+    if form == "passwd" and service.fields:
+        return files.read_passwd(data, service, record=record)
+    if form == "table":
+        return files.read_table(data, service)
+    raise FormatError(f"a file of the format {form} has nothing for {service.name}")
 
 
 def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> None:
@@ -215,10 +188,8 @@ def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProble
         return
     # FILE:LINE, as compilers print it, for editors.
     form = "{}:{}" if parsed.unit == "line" else "{}: entry {}"
-    main.echo_problems(
-        [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)],
-        limit=PROBLEMS_SHOWN,
-    )
+    lines = [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
+    main.echo_problems(lines, limit=PROBLEMS_SHOWN)
     count = counted(len(problems), "problem", "problems")
     raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
 
@@ -237,18 +208,14 @@ def _write(changes: Sequence[Change], store: Store) -> Iterator[Progress]:
             yield progress
 
 
-# The report: the document that --json prints, from which the text is made as well.
-
-
 def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
+    """The document that --json prints, from which the text is made as well."""
     path = table.path(service)
     changes = []
     for change in plan.changes:
-        shown: dict[str, Any] = {"change": change.kind, "key": json_text(change.key[len(path) :])}
-        if not service.hashed:
-            shown["from"] = None if change.old_answer is None else json_text(change.old_answer)
-            shown["to"] = None if change.new_answer is None else json_text(change.new_answer)
-        changes.append(shown)
+        answers = {} if service.hashed else {"from": change.old_answer, "to": change.new_answer}
+        texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
+        changes.append({"change": change.kind, "key": json_text(change.key[len(path) :]), **texts})
     return {
         "table": table.name,
         "service": service.name,
@@ -292,8 +259,7 @@ def _echo_result(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report))
     elif not report["dry_run"]:
-        for key in report["conflicts"]:
-            text = "changed in Consul since it was read; skipped (run the import again)"
-            click.echo(f"{printable(key)}: {text}", err=True)
+        conflict = "changed in Consul since it was read; skipped (run the import again)"
+        main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
         if report["changes"]:
             click.echo(f"{report['written']} written")

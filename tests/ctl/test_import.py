@@ -284,9 +284,9 @@ def test_many_problems_are_counted_and_the_first_shown(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["aliases", "domain", "-", "--format", "aliases"], "is for alias"),
-        (["aliases", "alias", "-", "--format", "passwd"], "nothing for alias"),
-        (["aliases", "alias", "-", "--record"], "nothing for alias"),
+        (["aliases", "domain", "-", "--format", "aliases"], "the format aliases has nothing for domain"),
+        (["aliases", "alias", "-", "--format", "passwd"], "the format passwd has nothing for alias"),
+        (["aliases", "alias", "-", "--record"], "is read as aliases"),
         (["aliases", "credentials", "-", "--record"], "is read as table"),
         (["aliases", "alias", "-", "--format", "table", "--from", "x"], "--from is for"),
         (["aliases", "alias", "-", "--prune", "--from", "old/alias"], "is read as aliases"),

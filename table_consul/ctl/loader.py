@@ -52,7 +52,7 @@ class Loader:
         self._config = config
         self._live = live
         self._loaded: dict[tuple[str, bytes], Loaded | SourceError] = {}
-        self._read_file = functools.cache(_read_file)
+        self._read_file = functools.cache(read_file)
 
     def load(self, table: Table, service: Service) -> Loaded:
         """What the entries of this service are made from.
@@ -113,7 +113,7 @@ def _mirrored(snapshot: Snapshot, origin: str, pairs: Pairs) -> Loaded:
     return Loaded(lambda: origin, pairs, lambda _table, service, key, _: mirror.entries(service.name, key, 0.0))
 
 
-def _read_file(path: str, hint: str = "") -> tuple[list[Exported], float]:
+def read_file(path: str, hint: str = "") -> tuple[list[Exported], float]:
     """The sorted entries of a ``consul kv export`` and when it was written, in seconds since the epoch.
 
     Unlike the daemon this reads a snapshot file that others can read or have written.

@@ -160,9 +160,7 @@ class _Planner:
             elif record is not None and not self._records:
                 self._complain(key, _SHARED)
             elif record is None and self._records and (owner := self._overwritten_service(key, old.value, value)):
-                self._complain(
-                    key, f"would overwrite the {owner} value stored in Consul, which the file does not contain"
-                )
+                self._complain(key, f"would overwrite the {owner} value stored in Consul, which the file lacks")
             else:
                 self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
 

@@ -150,6 +150,14 @@ def test_prune_keeps_a_record_that_another_service_reads(consul, tmp_path):
     assert entries(consul, "people/").keys() == {"bob"}
 
 
+def test_prune_works_within_the_folder_of_another_service(consul, tmp_path):
+    paths = '[tables.t]\npaths = { domain = "shared", alias = "shared/alias" }'
+    conf = write_config(tmp_path, more=paths, address=f"http://{consul.address}")
+    consul.kv_put("shared/alias/old", "x")
+    assert control("-c", conf, "import", "t", "alias", "-", "--prune", stdin=b"new: x\n").status == 0
+    assert entries(consul, "shared/").keys() == {"alias/new"}
+
+
 def test_hashes_are_not_shown(consul, tmp_path):
     other = HASH[:-1] + "x"
     importer(consul, "t", "credentials", "-", stdin=f"vera {HASH}\n".encode())

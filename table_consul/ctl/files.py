@@ -1,6 +1,6 @@
 """Read and write the files that tables are made from: aliases(5), file: tables, passwd files, exports of Consul.
 
-Bytes in, entries and line problems out. Knows neither Consul's API nor what a service accepts as a value.
+Pure: bytes in, entries and line problems out. Knows neither Consul nor what a service accepts as a value.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ MAX_LINE = 65536
 # Of a longer line: enough to hold the id, so that an error can be answered.
 HEAD_BYTES = 2048
 
-WITH_KEY = {b"check": "check", b"lookup": "lookup"}
-OPS = {**WITH_KEY, b"fetch": "fetch", b"update": "update"}
+WITH_KEY = (b"check", b"lookup")
+OPS = (*WITH_KEY, b"fetch", b"update")
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -95,17 +95,17 @@ FOUND = Found()
 NOT_FOUND = NotFound()
 
 
-class _Names(dict[bytes, str]):
-    """Names of tables and services as text: they are few, and every request brings two of them."""
+class _Words(dict[tuple[bytes, ...], tuple[str, ...]]):
+    """Names of tables, operations and services as text: they are few, and every request brings three of them."""
 
-    def __missing__(self, data: bytes) -> str:
-        if len(self) >= 1024:  # in the dialects of 2020 they come with each request
+    def __missing__(self, words: tuple[bytes, ...]) -> tuple[str, ...]:
+        if len(self) >= 1024:  # in the dialects of 2020 table names come with each request
             self.clear()
-        text = self[data] = data.decode("utf-8", "backslashreplace")
-        return text
+        texts = self[words] = tuple(word.decode("utf-8", "backslashreplace") for word in words)
+        return texts
 
 
-_NAMES = _Names()
+_WORDS = _Words()
 
 
 class Session:
@@ -121,7 +121,6 @@ class Session:
         """
         self.dialect: str | None = None
         self._procexec_reply = procexec_reply
-        self._parse: Callable[[bytes], Request | None] | None = None
         self._tail = b""
         self._overlong = False
         self._config: dict[str, str] = {}
@@ -134,15 +133,16 @@ class Session:
         if self._overlong and lines:
             del lines[0]
             self._overlong = False
-        if self._parse is not None and len(data) <= MAX_LINE:
-            # Once the dialect is known nearly every line is a request; what is not is None here.
-            events: list[Event] = []
-            for line in lines:
-                event = self._parse(line) or self._other_line(line)
-                if event is not None:
-                    events.append(event)
-        else:
-            events = [event for event in map(self._other_line, lines) if event is not None]
+        events: list[Event] = []
+        usual = self.dialect == "smtpd-tables" and len(data) <= MAX_LINE
+        for line in lines:
+            parts = line.split(b"|", 7)
+            if usual and len(parts) == 8 and parts[4] in WITH_KEY and parts[6] and parts[0] == b"table":
+                # A check or a lookup with all its fields, as nearly all lines are; _event would make the same of it.
+                table, op, service = _WORDS[parts[3], parts[4], parts[5]]
+                events.append(Request(op, parts[6], table, service, parts[7]))
+            elif (event := self._event(line)) is not None:
+                events.append(event)
         if self._overlong:
             self._tail = b""
         elif len(self._tail) > MAX_LINE:
@@ -151,20 +151,19 @@ class Session:
             self._overlong = True
         return events
 
-    def _other_line(self, line: bytes) -> Event | None:
-        """The event of any line; None for a part of the handshake."""
+    def _event(self, line: bytes) -> Event | None:
+        """The event of a line; None for a part of the handshake."""
         kind, _, rest = line.partition(b"|")
         if len(line) > MAX_LINE:
             return self._reject(line)
         if kind == b"table":
-            if self.dialect is None:
-                self._speak("procexec")
-            return DIALECTS[self.dialect or "procexec"].parse(line)
+            self.dialect = self.dialect or "procexec"
+            return DIALECTS[self.dialect](line)
         if kind != b"config":
             return Malformed(f"not a protocol line: {printable(line)!r}", None)
         if self.dialect == "procexec":
             return Malformed(f"unexpected config line after the first request: {printable(line)!r}", None)
-        self._speak("smtpd-tables")
+        self.dialect = "smtpd-tables"
         key, _, value = rest.decode("utf-8", "backslashreplace").partition("|")
         if key == "ready":
             return Ready(dict(self._config))
@@ -172,13 +171,9 @@ class Session:
             self._config[key] = value
         return None
 
-    def _speak(self, dialect: str) -> None:
-        self.dialect = dialect
-        self._parse = DIALECTS[dialect].parse_usual
-
     def _reject(self, line: bytes) -> Malformed:
-        known = self.dialect is not None and line.startswith(b"table|")
-        event = DIALECTS[self.dialect or ""].parse(line[:HEAD_BYTES]) if known else None
+        head = line[:HEAD_BYTES] if line.startswith(b"table|") else b""
+        event = DIALECTS[self.dialect](head) if self.dialect else None
         return Malformed(f"a line of more than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
 
     def register(self, services: Iterable[str]) -> bytes:
@@ -192,40 +187,32 @@ class Session:
             ReplyError: there is no such reply to such a request.
         """
         if self.dialect == "smtpd-tables":
-            head = _HEADS.get(request.op) or f"{request.op}-result|".encode()
+            head, updated = _HEADS.get(request.op) or f"{request.op}-result|".encode(), b"|ok\n"
         else:
             word = self._procexec_reply(request.table)
             if word == "auto":
                 word = "table-response" if request.table else "table-result"
-            head = word.encode() + b"|"
-        kind = reply.__class__
-        if kind is Found:
-            value = reply.value  # type: ignore[union-attr]  # mypy does not follow __class__, at half of isinstance's cost
+            head, updated = word.encode() + b"|", b"|updated\n"
+        # By class, which costs half of isinstance.
+        if reply.__class__ is Found:
+            value = reply.value
             if value is None:
                 if request.op == "check":
                     return b"".join((head, request.id, b"|found\n"))
-            elif request.op in _WITH_VALUE:
+            elif request.op in ("lookup", "fetch"):
                 return b"".join((head, request.id, b"|found|", value, b"\n"))
-        elif kind is NotFound:
+        elif reply.__class__ is NotFound:
             if request.op != "update":
                 return b"".join((head, request.id, b"|not-found\n"))
-        elif kind is Failed:
-            return head + request.id + DIALECTS[self.dialect or "procexec"].failure(reply.reason)  # type: ignore[union-attr]  # likewise
+        elif isinstance(reply, Failed):
+            reason = f"|error|{printable(reply.reason, 400)}\n" if self.dialect == "smtpd-tables" else "|failure\n"
+            return head + request.id + reason.encode()
         elif request.op == "update":
-            return head + request.id + DIALECTS[self.dialect or "procexec"].updated
-        raise ReplyError(f"{kind.__name__} does not answer {request.op}")
+            return head + request.id + updated
+        raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
 
 
-_HEADS = {op: f"{op}-result|".encode() for op in OPS.values()}
-_WITH_VALUE = ("lookup", "fetch")
-
-
-def _usual_smtpd_tables(line: bytes) -> Request | None:
-    """The request, if the line is a check or a lookup with all its fields, as nearly all are."""
-    parts = line.split(b"|", 7)
-    if len(parts) == 8 and parts[4] in WITH_KEY and parts[6] and parts[0] == b"table":
-        return Request(WITH_KEY[parts[4]], parts[6], _NAMES[parts[3]], _NAMES[parts[5]], parts[7])
-    return None
+_HEADS = {op.decode(): op + b"-result|" for op in OPS}
 
 
 def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
@@ -255,7 +242,8 @@ def _parse_procexec(line: bytes) -> Request | Malformed:
 def _request(
     op: bytes, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool
 ) -> Request | Malformed:
-    request = Request(_NAMES[op], ident, _NAMES[table], _NAMES[service], key if op in WITH_KEY else b"")
+    texts = _WORDS[op, table, service]
+    request = Request(texts[0], ident, texts[1], texts[2], key if op in WITH_KEY else b"")
     if not ident:
         return Malformed("a request without id cannot be answered", None)
     if op not in OPS:
@@ -266,21 +254,8 @@ def _request(
     return request
 
 
-class Dialect(NamedTuple):
-    """What differs between the dialects: how a request is read, and two of the replies."""
-
-    parse_usual: Callable[[bytes], Request | None]
-    parse: Callable[[bytes], Request | Malformed]
-    failure: Callable[[str], bytes]
-    updated: bytes
-
-
-DIALECTS: Mapping[str, Dialect] = {
-    "smtpd-tables": Dialect(
-        _usual_smtpd_tables,
-        _parse_smtpd_tables,
-        lambda reason: b"|error|" + printable(reason, 400).encode() + b"\n",
-        b"|ok\n",
-    ),
-    "procexec": Dialect(lambda _line: None, _parse_procexec, lambda _reason: b"|failure\n", b"|updated\n"),
+DIALECTS: Mapping[str, Callable[[bytes], Request | Malformed]] = {
+    "smtpd-tables": _parse_smtpd_tables,
+    "procexec": _parse_procexec,
 }
+"""How a request is read in each dialect."""

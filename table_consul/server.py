@@ -7,13 +7,16 @@ import os
 import select
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from table_consul import imsg
 from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES
+
+T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
 
@@ -67,79 +70,69 @@ class Server:
 
     def serve(self, read_from: int, write_to: int) -> bool:
         """Answer on these descriptors until smtpd closes the conversation; whether it spoke any of its dialects."""
-
-        def write(data: bytes) -> bool:
-            # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
-            return _write(read_from if isinstance(self._session, imsg.Session) else write_to, data)
-
-        return self.run(lambda: _read(read_from), write)
+        data = _read(read_from)
+        # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
+        wire = read_from if imsg.speaks(data) else write_to
+        return self._converse(data, partial(_read, read_from), partial(_write, wire))
 
     def run(self, read: Callable[[], bytes], write: Callable[[bytes], bool]) -> bool:
         """As `serve`; ``read`` returns what has arrived, nothing at the end, and ``write`` False if smtpd is gone."""
-        data = read()
+        return self._converse(read(), read, write)
+
+    def _converse(  # noqa: PLR0912 - one loop: a call for each request would be a tenth of what it costs
+        self, data: bytes, read: Callable[[], bytes], write: Callable[[bytes], bool]
+    ) -> bool:
         if imsg.speaks(data):
             self._session = imsg.Session()
-        session, clock = self._session, self._clock
+        session, answer, counters, clock = self._session, self._answerer.answer, self._counters, self._clock
         while data:
-            arrived = clock()
+            arrived = last_write = clock()
             events = session.receive_data(data)
             if not self._begun:
                 self._begin(events)
-            if not self._answer_all(events, arrived, write) or session.closed:
+            replies: list[bytes] = []
+            for event in events:
+                if event.__class__ is Request:
+                    try:
+                        reply = answer(event, arrived)
+                        replies.append(session.send(event, reply))
+                    except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
+                        reply = _failure(error)
+                        replies.append(session.send(event, reply))
+                    now = clock()
+                    try:
+                        if counters is not None:
+                            counters.add(event, reply.__class__, now - arrived)
+                        if reply.__class__ is Failed:
+                            self._report(event, reply)
+                    except Exception as error:  # noqa: BLE001 - as above
+                        self._log_traceback(error)
+                else:
+                    replies.append(self._other(event))
+                    now = clock()
+                if now - last_write > GATHER_SECONDS:
+                    if not write(b"".join(replies)):
+                        return True
+                    replies.clear()
+                    last_write = clock()
+            if (replies and not write(b"".join(replies))) or session.closed:
                 break
-            self._warm_up()
+            if self._cold is not None:
+                self._warm_up(self._cold)
             data = read()
         return session.dialect is not None
-
-    def _answer_all(self, events: list[Event], arrived: float, write: Callable[[bytes], bool]) -> bool:
-        """Answer the events of one read, in order; False when smtpd is gone."""
-        answer, send, clock, count = self._answerer.answer, self._session.send, self._clock, self._count
-        replies: list[bytes] = []
-        last_write = arrived
-        for event in events:
-            if event.__class__ is Request:
-                try:
-                    reply = answer(event, arrived)
-                    data = send(event, reply)
-                except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
-                    reply = _failure(error)
-                    data = send(event, reply)
-                now = clock()
-                count(event, reply, now - arrived)
-            else:
-                data = self._other(event)
-                now = clock()
-            replies.append(data)
-            if now - last_write > GATHER_SECONDS:
-                if not write(b"".join(replies)):
-                    return False
-                replies.clear()
-                last_write = clock()
-        return not replies or write(b"".join(replies))
-
-    def _count(self, request: Request, reply: Reply, seconds: float) -> None:
-        """Count the reply; log why if it is an error."""
-        try:
-            if reply.__class__ is Failed:
-                self._report(request, reply)
-            if self._counters is not None:
-                self._counters.add(request, reply.__class__, seconds)
-        except Exception as error:  # noqa: BLE001 - as in _answer_all
-            self._log_traceback(error)
 
     def _other(self, event: Event) -> bytes:
         """The reply to what is not a request that can be answered."""
         if isinstance(event, Ready):
             return self._session.register(self._services(event.config))
         assert isinstance(event, Malformed)
+        self._warn_once(event.reason)
         if self._counters is not None:
             self._counters.malformed += 1
-        if event.request is None:
-            self._warn_once(event.reason)
-            return b""
-        reply = Failed(event.reason)
-        self._count(event.request, reply, 0.0)
-        return self._session.send(event.request, reply)
+            if event.request is not None:
+                self._counters.add(event.request, Failed, 0.0)
+        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
 
     def _report(self, request: Request, reply: Failed) -> None:
         """Log why this is an error, once for each reason."""
@@ -167,31 +160,28 @@ class Server:
             table = first.table
         self._begun = True
         self._cold = table
-        try:
-            self._on_table_name(table)
-        except Exception as error:  # noqa: BLE001 - as in _answer_all
-            self._log_traceback(error)
+        self._guarded(self._on_table_name, table)
         log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
 
-    def _warm_up(self) -> None:
-        if self._cold is None:
-            return
-        table, self._cold = self._cold, None
-        try:
-            self._answerer.warm_up(table)
-        except Exception as error:  # noqa: BLE001 - as in _answer_all; the answers will say what is wrong
-            self._log_traceback(error)
+    def _warm_up(self, table: str) -> None:
+        self._cold = None
+        self._guarded(self._answerer.warm_up, table)
 
     def _services(self, config: Mapping[str, str]) -> list[str]:
-        try:
-            services = self._answerer.services(config.get("tablename", ""))
-        except Exception as error:  # noqa: BLE001 - as in _answer_all
-            self._log_traceback(error)
-            services = list(DEFAULT_SERVICES)
+        table = config.get("tablename", "")
+        services = self._guarded(self._answerer.services, table) or list(DEFAULT_SERVICES)
         if "auth" in services and not _keeps_case_of_passwords(config.get("smtpd-version", "")):
             log.warning("not registering auth: OpenSMTPD before 7.9 lower-cases the password")
             services = [name for name in services if name != "auth"] or list(DEFAULT_SERVICES)
         return services
+
+    def _guarded(self, call: Callable[[str], T], table: str) -> T | None:
+        """What the call returns; None, and a traceback in the log, if it raises: the process must outlive its bugs."""
+        try:
+            return call(table)
+        except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
+            self._log_traceback(error)
+            return None
 
     def _warn_once(self, text: str) -> None:
         if text not in self._complaints:

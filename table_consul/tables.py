@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from table_consul.services.entries import Entries
 from table_consul.sources import Source
 
 if TYPE_CHECKING:
+    from table_consul import kv
     from table_consul.sources.direct import DirectSource
     from table_consul.sources.mirror import Mirror, Snapshot
     from table_consul.sources.watch import MirrorSource, Watch
@@ -77,29 +79,34 @@ class Tables:
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
-        route = self._routes.get((request.table, request.service, request.op))
         try:
-            if route is not None and route.mirror.state is route.state and arrived <= route.good_until:
+            route = self._routes[request.table, request.service, request.op]
+            if route.mirror.state is route.state and arrived <= route.good_until:
                 return route.reply(request.key)
-            return self._answer(request, arrived)
+        except KeyError:
+            pass
         except TableConsulError as error:
             return Failed(str(error), error)
+        return self._answer(request, arrived)
 
     def _answer(self, request: Request, arrived: float) -> Reply:
         """As `answer`, for what has no route."""
-        if request.op == "update":
-            self.update()
-            return Updated()
-        table = self.table(request.table)
-        deadline = arrived + table.deadline
+        try:
+            if request.op == "update":
+                self.update()
+                return Updated()
+            table = self.table(request.table)
+            deadline = arrived + table.deadline
 
-        def read(service: Service, key: bytes | None) -> Entries:
-            entries = self.entries(table, service, key, deadline)
-            if key is not None and service.answers != "check" and service.name == request.service:
-                self._add_route(request, service, entries)
-            return entries
+            def read(service: Service, key: bytes | None) -> Entries:
+                entries = self.entries(table, service, key, deadline)
+                if key is not None and service.answers != "check" and service.name == request.service:
+                    self._add_route(request, service, entries)
+                return entries
 
-        return self._responder.answer(request, table, read)
+            return self._responder.answer(request, table, read)
+        except TableConsulError as error:
+            return Failed(str(error), error)
 
     def _add_route(self, request: Request, service: Service, entries: Entries) -> None:
         """Remember where the next answer is, if these entries are a mirror's and hold for every key."""
@@ -212,24 +219,22 @@ class Tables:
                 self._file = FileSource(address.removeprefix("file://"))
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
-            return self._mirror(table)
+            from table_consul.sources.watch import MirrorSource
+
+            former = self._former.pop(table.name, None)
+            mirrored = self._mirrors[table.name] = MirrorSource(table, self._connect(), former)
+            return mirrored
         return self._read_directly()
+
+    def _connect(self) -> Callable[[], kv.Client]:
+        from table_consul import kv
+
+        assert self.config is not None
+        return functools.partial(kv.Client, self.config.consul)
 
     def _read_directly(self) -> Source:
         if self._direct is None:
-            from table_consul import kv
-            from table_consul.sources import direct
+            from table_consul.sources.direct import DirectSource
 
-            assert self.config is not None
-            self._direct = direct.DirectSource(kv.Client(self.config.consul))
+            self._direct = DirectSource(self._connect()())
         return self._direct
-
-    def _mirror(self, table: Table) -> MirrorSource:
-        from table_consul import kv
-        from table_consul.sources import watch
-
-        assert self.config is not None
-        settings = self.config.consul
-        former = self._former.pop(table.name, None)
-        mirrored = self._mirrors[table.name] = watch.MirrorSource(table, lambda: kv.Client(settings), former)
-        return mirrored

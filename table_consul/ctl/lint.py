@@ -6,29 +6,28 @@ import contextlib
 import difflib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 from msgspec.structs import replace
 
+from table_consul.config import Config
 from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, counted, echo_problems, pass_config
 from table_consul.errors import Forbidden, SourceError, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries
 
 if TYPE_CHECKING:
-    from table_consul.config import Config
     from table_consul.ctl.loader import Loader
 
 # An operator waits for a whole table even if the daemon reads it key by key.
 LIST_SECONDS = 30.0
 FOLDER = "the key ends in /, so it is a folder, and its value is never read; move the value to the key without the /"
 UNSAFE_KEY = (
-    "no URL can name this key, as it has an empty segment, a . or .., or a control character, so neither the UI nor "
-    "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix that no other key "
-    "has"
+    "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
+    "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix of no other key"
 )
 
 
@@ -48,7 +47,6 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     entries: int | None = None
     problems: list[Problem] | None = None
     error: str | None = None
-    """Why the table could not be checked."""
 
 
 @click.command("lint")
@@ -75,63 +73,46 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     from table_consul.ctl.loader import Loader
 
     chosen = chosen_tables(config, tables)
-    every = {table.name: table for table in (*config.tables.values(), *chosen)}.values()
+    every = (*config.tables.values(), *chosen)
     paths = {table.path(SERVICES[name]) for table in every for name in table.readable_services}
     loader = Loader(config, live=live)
     reports = []
     for table in chosen:
         try:
-            reports.append(check_table(loader, config, table, paths))
+            reports.append(_check(loader, config, table, paths))
         except (SourceError, OSError) as error:  # the other tables are still checked
             reports.append(Report(table.name, error=str(error)))
         if not as_json:
             _print(reports[-1])
     if as_json:
         click.echo(msgspec.json.encode({"tables": reports}))
-    if any(report.error is not None for report in reports):
-        return FAILED
-    return NO if any(report.problems for report in reports) else 0
+    return max(FAILED if report.error is not None else NO if report.problems else 0 for report in reports)
 
 
-def check_table(loader: Loader, config: Config, table: Table, paths: Iterable[bytes] = ()) -> Report:
-    """Every problem of this table. ``paths`` are folders that other tables read.
+def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes]) -> Report:
+    """Every problem of this table. ``paths`` are folders that other tables read."""
+    from table_consul import kv
 
-    Raises:
-        SourceError: part of the table cannot be read.
-    """
     services = [SERVICES[name] for name in table.readable_services]
-    loaded = [loader.load(table, service) for service in services]
+    data = {service: loader.load(table, service) for service in services}
     problems: list[Problem] = []
-    if any(each.too_large for each in loaded):
+    if table.mode != "direct" and any(each.direct for each in data.values()):
         hint = "every answer reads Consul; raise max_keys, which costs memory, or split the table"
         problems.append(Problem(printable(table.root), f"more than max_keys = {table.max_keys} keys: {hint}"))
         table = replace(table, mode="direct")  # which does not find keys with capitals
-    entries = [
-        each.entries(table, service, None, time.monotonic() + LIST_SECONDS)
-        for service, each in zip(services, loaded, strict=True)
-    ]
-    pairs: dict[bytes, bytes | None] = {}
-    for each, source in zip(entries, loaded, strict=True):
-        below = {key: value for key, value in source.pairs.items() if key.startswith(each.path)}
-        problems += sorted(_of_service(each, below), key=lambda problem: problem.key)
-        pairs |= {key: value for key, value in source.pairs.items() if key.startswith(table.root)}
+    entries = [each.entries(table, service, None, time.monotonic() + LIST_SECONDS) for service, each in data.items()]
+    pairs = {key: value for source in data.values() for key, value in source.pairs.items()}
+    for each in entries:
+        problems += sorted(_of_service(each, pairs), key=lambda problem: problem.key)
     problems += _unused_records(entries)
     folders = {each.path for each in entries}
     if any(folder.startswith(table.root) for folder in folders):
-        if any(source.direct for source in loaded):  # of the rest of the table only the keys matter
-            pairs = {**_keys_below(config, table.root), **pairs}
+        if table.mode == "direct":  # of the rest of the table only the keys matter, and the daemon need not list them
+            with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
+                pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
         problems += strays(table, pairs, {*paths, *folders})
-    origins = {source.origin(): None for source in loaded}
+    origins = dict.fromkeys(source.origin() for source in data.values())
     return Report(table.name, list(origins), sum(map(len, entries)), problems)
-
-
-def _keys_below(config: Config, root: bytes) -> dict[bytes, bytes | None]:
-    """The keys below this folder; none if the token may not list it, which the daemon needs not."""
-    from table_consul import kv
-
-    with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
-        return dict.fromkeys(client.keys(root, timeout=LIST_SECONDS))
-    return {}
 
 
 def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
@@ -142,20 +123,18 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
     for key, text in entries.problems:
         yield Problem(printable(key, UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
-    for key, value in pairs.items():
+    for key in (key for key in pairs if key.startswith(entries.path)):
         if key.endswith(b"/"):
-            if value:
+            if pairs[key]:
                 yield Problem(printable(key, UNCUT), FOLDER, name)
         elif not is_url_safe(key):
             yield Problem(printable(key, UNCUT), UNSAFE_KEY.format(unfound=unfound), name)
 
 
-def _unused_records(entries: Iterable[Entries]) -> Iterator[Problem]:
+def _unused_records(entries: Sequence[Entries]) -> Iterator[Problem]:
     """Records without a field of any service that reads their folder; a single service may find none."""
-    folders: dict[bytes, list[Entries]] = {}
-    for each in entries:
-        folders.setdefault(each.path, []).append(each)
-    for path, readers in folders.items():
+    for path in dict.fromkeys(each.path for each in entries):
+        readers = [each for each in entries if each.path == path]
         fields = ", ".join(dict.fromkeys(field for each in readers for field in each.service.fields))
         names = " or ".join(each.service.name for each in readers)
         for key in readers[0].incomplete.intersection(*(each.incomplete for each in readers)):
@@ -169,15 +148,14 @@ def strays(table: Table, pairs: Mapping[bytes, bytes | None], paths: Iterable[by
     root, read = table.root, tuple(paths)
     folders: Counter[bytes] = Counter()
     for key, value in pairs.items():
-        if key.startswith(read) or (key.endswith(b"/") and not value):
+        if not key.startswith(root) or key.startswith(read) or (key.endswith(b"/") and not value):
             continue
         first, slash, _ = key.removeprefix(root).partition(b"/")
         if slash:
             folders[first] += 1
             continue
-        example = printable(root + b"alias/" + first)
-        text = f"not an entry: no service between table and key (use {printable(root)}SERVICE/KEY, such as {example})"
-        yield Problem(printable(key, UNCUT), text)
+        use = f"{printable(root)}SERVICE/KEY, such as {printable(root + b'alias/' + first)}"
+        yield Problem(printable(key, UNCUT), f"not an entry: no service between table and key (use {use})")
     for folder, number in folders.items():
         text = f"{counted(number, 'entry', 'entries')} smtpd never asks for: {_hint(table, printable(folder))}"
         yield Problem(f"{printable(root + folder, UNCUT)}/", text)
@@ -188,18 +166,15 @@ def _hint(table: Table, folder: str) -> str:
         return f"the entries of {folder} are read from {printable(table.path(SERVICES[folder]))}, as `paths` says"
     if folder in SERVICES:
         return f"{folder} is not among the services of table {printable(table.name)} (add it to `services`)"
-    plurals = {**{f"{name}s": name for name in SERVICES}, **{name: name for name in SERVICES}}
-    close = difflib.get_close_matches(folder.lower(), plurals, 1)
-    what = f"rename the folder to {plurals[close[0]]}" if close else f"use one of {', '.join(SERVICES)}"
+    close = difflib.get_close_matches(folder.lower(), SERVICES, 1)
+    what = f"rename the folder to {close[0]}" if close else f"use one of {', '.join(SERVICES)}"
     return f"smtpd has no service {folder} ({what})"
 
 
 def _print(report: Report) -> None:
-    name, problems = printable(report.table), report.problems or []
-    echo_problems([(problem.key, problem.problem) for problem in problems], err=False)
-    if report.error is not None:
-        click.echo(f"{name}: not checked: {printable(report.error, UNCUT)}", err=True)
-        return
-    entries = counted(report.entries or 0, "entry", "entries")
+    problems = [(each.key, each.problem) for each in report.problems or ()]
+    echo_problems(problems, err=False)
     found = counted(len(problems), "problem", "problems") if problems else "no problems"
-    click.echo(f"{name}: {entries}, {found} ({'; '.join(report.source)})", err=True)
+    checked = f"{counted(report.entries or 0, 'entry', 'entries')}, {found} ({'; '.join(report.source)})"
+    text = checked if report.error is None else f"not checked: {printable(report.error, UNCUT)}"
+    click.echo(f"{printable(report.table)}: {text}", err=True)

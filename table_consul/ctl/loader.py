@@ -7,23 +7,17 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from table_consul import kv
+from table_consul.config import Config
 from table_consul.ctl.main import duration
 from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
-from table_consul.sources.direct import DirectSource
-from table_consul.sources.export import Exported, open_regular_file, read_bounded, read_export
-from table_consul.sources.mirror import Mirror, Snapshot, SnapshotBuilder
-from table_consul.sources.snapshot import snapshot_from_export
-from table_consul.sources.watch import load_once
-
-if TYPE_CHECKING:
-    from table_consul.config import Config, ConsulConfig
+from table_consul.sources import direct, export, mirror, snapshot, watch
 
 Pairs = Mapping[bytes, bytes | None]
 """Whole keys and values, as they are stored."""
@@ -33,22 +27,22 @@ class Loaded(NamedTuple):
     """The entries of some services of a table, and the pairs they come from."""
 
     origin: Callable[[], str]
-    """Where they come from, such as ``Consul at http://127.0.0.1:8500, index 17``."""
+    """Such as ``Consul at http://127.0.0.1:8500, index 17``."""
     pairs: Pairs
     """Everything that was read; if ``direct``, so far."""
     entries: Callable[[Table, Service, bytes | None, float], Entries]
     """As `Source.entries`."""
     direct: bool = False
-    """Each answer reads a key, or a folder, from Consul."""
-    too_large: bool = False
-    """``direct`` because of ``max_keys``."""
+    """Each answer reads a key, or a folder, from Consul: as configured, or because of ``max_keys``."""
 
 
 class Loader:
-    """Loads tables for one command. Failures are remembered: they cost one deadline, not one a key."""
+    """Loads tables for one command; with ``live`` from Consul even if there is a snapshot file.
+
+    Failures are remembered: they cost one deadline, not one a key.
+    """
 
     def __init__(self, config: Config, *, live: bool = False) -> None:
-        """``live`` reads Consul even if there is a snapshot file."""
         self._config = config
         self._live = live
         self._loaded: dict[tuple[str, bytes], Loaded | SourceError] = {}
@@ -68,77 +62,65 @@ class Loader:
                 self._loaded[at] = self._load(table, number, prefix, services)
             except TooLarge:
                 origin = f"{self._direct.origin()} (more than max_keys = {table.max_keys})"
-                self._loaded[at] = self._direct._replace(origin=lambda: origin, too_large=True)
+                self._loaded[at] = self._direct._replace(origin=lambda: origin)
             except SourceError as error:
                 self._loaded[at] = error
-        found = self._loaded[at]
-        if isinstance(found, SourceError):
+        if isinstance(found := self._loaded[at], SourceError):
             raise found.with_traceback(None)  # else it grows with each raise
         return found
 
     def _load(self, table: Table, number: int, prefix: bytes, services: Sequence[str]) -> Loaded:
-        address = self._config.consul.addresses[0]
-        if address.startswith("file://"):
-            exported, _ = self._read_file(address.removeprefix("file://"))
-            pairs = [(each.key, each.value) for each in exported]
-            unlimited = replace(table, max_keys=len(pairs))
-            builder = SnapshotBuilder(unlimited, prefix, services, None, {})
+        scheme, _, file = self._config.consul.addresses[0].partition("://")
+        if scheme == "file":
+            pairs = [(each.key, each.value) for each in self._read_file(file)[0]]
+            builder = mirror.SnapshotBuilder(replace(table, max_keys=len(pairs)), prefix, services, None, {})
             builder.take(pairs)
-            return _mirrored(builder.finish(), printable(address.removeprefix("file://")), dict(pairs))
+            return _mirrored(builder.finish(), printable(file), dict(pairs))
         if table.mode == "direct":
             return self._direct
         if table.snapshot and not self._live:
             path, hint = table.snapshot + (f".{number}" if number else ""), "; --live reads Consul"
-            with contextlib.suppress(FileNotFoundError):
-                exported, written = self._read_file(path, hint)
-                kept = snapshot_from_export(table, prefix, services, exported, path + hint)
-                if kept is not None:  # else nothing in it is of this table
-                    origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
-                    return _mirrored(kept.finish(restored=True), origin, {each.key: each.value for each in exported})
+            exported, written = self._read_file(path, hint) if os.path.exists(path) else ([], 0.0)
+            kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
+            if kept is not None:  # else nothing in it is of this table
+                origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
+                return _mirrored(kept.finish(restored=True), origin, {each.key: each.value for each in exported})
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
-            snapshot, index = load_once(client, table, prefix, services, stored.update)
-            return _mirrored(snapshot, f"Consul at {client.address}, index {index}", stored)
+            loaded, index = watch.load_once(client, table, prefix, services, stored.update)
+            return _mirrored(loaded, f"Consul at {client.address}, index {index}", stored)
 
     @functools.cached_property
     def _direct(self) -> Loaded:
         client = _RecordingClient(self._config.consul)
+        client.pairs = {}
         origin = lambda: f"Consul at {client.address}, read directly"  # noqa: E731 - the address may change
-        return Loaded(origin, client.pairs, DirectSource(client).entries, direct=True)
+        return Loaded(origin, client.pairs, direct.DirectSource(client).entries, direct=True)
 
 
-def _mirrored(snapshot: Snapshot, origin: str, pairs: Pairs) -> Loaded:
-    mirror = Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
-    mirror.replace(snapshot, 0.0)
-    return Loaded(lambda: origin, pairs, lambda _table, service, key, _: mirror.entries(service.name, key, 0.0))
+def _mirrored(found: mirror.Snapshot, origin: str, pairs: Pairs) -> Loaded:
+    latest = mirror.Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
+    latest.replace(found, 0.0)
+    return Loaded(lambda: origin, pairs, lambda _table, service, key, _: latest.entries(service.name, key, 0.0))
 
 
-def read_file(path: str, hint: str = "") -> tuple[list[Exported], float]:
-    """The sorted entries of a ``consul kv export`` and when it was written, in seconds since the epoch.
-
-    Unlike the daemon this reads a snapshot file that others can read or have written.
+def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
+    """Sorted entries, and when they were written; unlike the daemon this takes a snapshot file that others can read.
 
     Raises:
-        FileNotFoundError: a file with a ``hint`` does not exist.
         SourceError: it cannot be read; the text ends with ``hint``.
     """
     try:
-        with open(path, "rb", opener=open_regular_file) as file:
-            return sorted(read_export(read_bounded(file))), os.fstat(file.fileno()).st_mtime
-    except OSError as error:
-        if hint and isinstance(error, FileNotFoundError):
-            raise
-        raise SourceError(f"{path}: {error.strerror}{hint}") from None
-    except SourceError as error:
-        raise SourceError(f"{path}: {error}{hint}") from None
+        with open(path, "rb", opener=export.open_regular_file) as file:
+            return sorted(export.read_export(export.read_bounded(file))), os.fstat(file.fileno()).st_mtime
+    except (OSError, SourceError) as error:
+        raise SourceError(f"{path}: {getattr(error, 'strerror', error)}{hint}") from None
 
 
 class _RecordingClient(kv.Client):
     """A client that keeps the pairs it has read."""
 
-    def __init__(self, settings: ConsulConfig) -> None:
-        super().__init__(settings)
-        self.pairs: dict[bytes, bytes | None] = {}
+    pairs: dict[bytes, bytes | None]
 
     def get(self, key: bytes, **options: Any) -> kv.Pair | None:  # noqa: ANN401 - passed on
         pair = super().get(key, **options)

@@ -1,7 +1,4 @@
-"""The command line of table-consulctl: options, exit statuses, and how errors and problems are printed.
-
-Each command is a module of this package, imported when it is called; its ``command`` is the click command.
-"""
+"""The command line of table-consulctl: options, exit statuses, and how errors and problems are printed."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import click
 from msgspec.structs import replace
@@ -24,18 +21,14 @@ from table_consul import __version__, config
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES, Table
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
 FAILED = 2
 """Exit status when there is no answer: a mistake on the command line or in the configuration, Consul unreachable."""
-
 UNCUT = 1 << 30
 """The limit of `errors.printable` for data that is printed whole."""
 
-# Module and summary of each command, the most used first. The summaries are here so that help imports no command.
+# Module and summary of each command, the most used first: help imports no command.
 COMMANDS = {
     "query": ("query", "Look up keys as smtpd does."),
     "lint": ("lint", "Check the data of a table."),
@@ -64,8 +57,7 @@ class Commands(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command = importlib.import_module(f"table_consul.ctl.{COMMANDS[name][0]}").command
-        assert isinstance(command, click.Command)
+        command: click.Command = importlib.import_module(f"table_consul.ctl.{COMMANDS[name][0]}").command
         return command
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,23 +66,15 @@ class Commands(click.Group):
 
 
 SERVICE = click.Choice(tuple(SERVICES))
-"""The type of a command's SERVICE argument."""
-
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
-"""The option of a command that can print for programs."""
 
 
-def pass_config(function: Callable[Concatenate[config.Config, P], R]) -> Callable[P, R]:
-    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help.
-
-    Raises:
-        ConfigError: when the command is called, as `config.load`.
-    """
+def pass_config(function: Callable[..., int]) -> Callable[..., int]:
+    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help."""
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        path = click.get_current_context().find_root().obj
-        return function(config.load(path, os.environ), *args, **kwargs)
+    def called(**arguments: Any) -> int:  # noqa: ANN401 - those of the command
+        return function(config.load(click.get_current_context().find_root().obj, os.environ), **arguments)
 
     return called
 
@@ -102,22 +86,14 @@ def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:
         UsageError: no names, and no sections: smtpd.conf, which names the other tables, is not read here.
         ConfigError: a name that no table can have.
     """
-    if names:
-        return [settings.table(name) for name in dict.fromkeys(names)]
-    if not settings.tables:
-        raise click.UsageError(
-            "missing TABLE: the configuration has no [tables.NAME] section, so name a table from smtpd.conf"
-        )
-    return list(settings.tables.values())
+    if not names and not settings.tables:
+        raise click.UsageError("missing TABLE: the configuration has no [tables.NAME] section; name one of smtpd.conf")
+    return [settings.table(name) for name in dict.fromkeys(names or settings.tables)]
 
 
 def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.ConsulConfig:
-    """The Consul settings with the token of the operator, as mail servers have one that can only read.
-
-    ``token_file`` comes first, then the environment of the ``consul`` command, then the configured token.
-    """
-    path = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE")
-    token = os.environ.get("CONSUL_HTTP_TOKEN")
+    """The Consul settings with the operator's token: of ``token_file``, else of the environment, else as configured."""
+    path, token = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE"), os.environ.get("CONSUL_HTTP_TOKEN")
     if path:  # a token file beats a token (consul: api/api.go, NewClient)
         return replace(consul, token=None, token_file=os.path.abspath(path))
     return replace(consul, token=token, token_file=None) if token else consul
@@ -141,13 +117,18 @@ def duration(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def terminal_columns() -> int:
+    """The width to wrap text at, which can be read on any terminal."""
+    return max(40, min(shutil.get_terminal_size().columns, 100))
+
+
 def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = None, err: bool = True) -> None:
     """Print each problem as ``WHERE: WHAT``, one line each; on a terminal WHAT is wrapped below WHERE.
 
     Beyond ``limit`` only the number of problems is printed. ``err`` prints to standard error, else standard output.
     """
     stream = sys.stderr if err else sys.stdout
-    columns = max(20, shutil.get_terminal_size().columns) if stream is not None and stream.isatty() else 0
+    columns = terminal_columns() if stream is not None and stream.isatty() else 0
     for where, what in problems[:limit]:
         if columns:
             click.secho(where, bold=True, err=err)
@@ -173,9 +154,7 @@ def program(context: click.Context, path: str | None, debug: bool) -> None:  # n
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(FAILED)
-    logging.basicConfig(
-        format="%(levelname)s: %(message)s", level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr
-    )
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.DEBUG if debug else logging.ERROR)
     context.obj = path
 
 
@@ -184,50 +163,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error; a terminal may lack letters of a key
-    columns = max(30, min(shutil.get_terminal_size().columns, 100))  # click itself takes 50 for the narrowest
+    width = terminal_columns() - 2  # click itself takes 50 for the narrowest
     try:
-        status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=columns - 2)
+        status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=width)
         if sys.stdout is not None:  # closed by the parent process
             sys.stdout.flush()
-    except click.UsageError as error:
-        with contextlib.suppress(OSError):
-            error.show()
-        return FAILED
-    except (BrokenPipeError, SystemExit) as error:
-        # click turns the first into the second. Completion ends with status 0.
-        _drop_output()
-        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED
-    except Exception as error:  # noqa: BLE001 - an operator is helped by one line
-        _drop_output()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - an operator is helped by one line
         with contextlib.suppress(OSError):  # standard error is full or closed: the exit status still counts
             for line in _explanation(error, debug="--debug" in given):
                 click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
-        return FAILED
+        try:
+            sys.stdout.flush()
+        except (AttributeError, OSError, ValueError):  # what it no longer takes Python would complain about at exit
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED  # completion ends with 0
     return status if isinstance(status, int) else 0
 
 
-def _explanation(error: Exception, *, debug: bool) -> list[str]:
+def _explanation(error: BaseException, *, debug: bool) -> Iterator[str]:
     match error:
-        case click.ClickException():
-            return [error.format_message()]
+        case click.UsageError():
+            error.show()
+        case SystemExit() | BrokenPipeError():  # click turns the second into the first
+            pass
         case click.Abort():  # ^C, or the end of input at a prompt
-            return ["interrupted"]
-        case TableConsulError():  # the notes of a ConfigError are further mistakes
-            return [str(error), *getattr(error, "__notes__", ())]
+            yield "interrupted"
+        case click.ClickException() | TableConsulError():  # the notes of a ConfigError are further mistakes
+            yield from (str(error), *getattr(error, "__notes__", ()))
         case OSError():
             what = (error.strerror or str(error)).lower()
-            return [what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"]
-    if debug:
-        traceback.print_exception(error)
-    return [f"internal error: {type(error).__name__}: {error} (please report it, with the output of --debug)"]
-
-
-def _drop_output() -> None:
-    """Drop what standard output no longer takes: Python would complain about it at exit."""
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            yield what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
+        case _:
+            if debug:
+                traceback.print_exception(error)
+            yield f"internal error: {type(error).__name__}: {error} (please report it, with the output of --debug)"

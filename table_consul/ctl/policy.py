@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import click
 
+from table_consul.config import Config
 from table_consul.ctl.main import as_json, chosen_tables, pass_config
 from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
-
-if TYPE_CHECKING:
-    from table_consul.config import Config
-
-INDENT = "  "
 
 
 @click.command("policy")
@@ -55,32 +50,29 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
     folders = read_folders(chosen)
     scopes = {"namespace": config.consul.namespace, "partition": config.consul.partition}  # the inner one first
     if as_json:
-        rules: object = {"key_prefix": {folder: {"policy": level} for folder in folders}}
+        nested: object = {"key_prefix": {folder: {"policy": level} for folder in folders}}
         for scope, name in scopes.items():
-            rules = rules if name is None else {scope: {name: rules}}
-        click.echo(_quoted(rules))
+            nested = nested if name is None else {scope: {name: nested}}
+        click.echo(_quoted(nested))
         return 0
-    lines = [
-        line for folder in folders for line in (f"key_prefix {_quoted(folder)} {{", f'{INDENT}policy = "{level}"', "}")
-    ]
+    rules = "\n".join(f'key_prefix {_quoted(folder)} {{\n  policy = "{level}"\n}}' for folder in folders)
     for scope, name in scopes.items():
         if name is not None:
-            lines = [f"{scope} {_quoted(name)} {{", *(INDENT + line for line in lines), "}"]
+            inner = rules.replace("\n", "\n  ")
+            rules = f"{scope} {_quoted(name)} {{\n  {inner}\n}}"
     names = ", ".join(printable(table.name) for table in chosen)
-    click.echo("\n".join([f"# {'Fill' if write else 'Answer for'} the tables of table-consul: {names}", *lines]))
+    click.echo(f"# {'Fill' if write else 'Answer for'} the tables of table-consul: {names}\n{rules}")
     return 0
 
 
 def read_folders(tables: Iterable[Table]) -> list[str]:
     """The folders that are read for these tables, sorted, none of them within another."""
-    folders: set[str] = set()
+    folders: set[bytes] = set()
     for table in tables:
         direct = table.mode == "direct"
-        read = (table.path(SERVICES[name]) for name in table.readable_services) if direct else table.folders()
-        folders.update(folder.decode() for folder in read)
-    return sorted(
-        folder for folder in folders if not any(folder != other and folder.startswith(other) for other in folders)
-    )
+        folders.update((table.path(SERVICES[name]) for name in table.readable_services) if direct else table.folders())
+    outer = (each for each in folders if not any(each != other and each.startswith(other) for other in folders))
+    return sorted(folder.decode() for folder in outer)
 
 
 def _quoted(value: object) -> str:

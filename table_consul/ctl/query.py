@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 from msgspec.structs import replace
 
-from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config
+from table_consul.config import Config
+from table_consul.counters import OUTCOMES
+from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config, terminal_columns
 from table_consul.errors import EntryError, TableConsulError, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
-from table_consul.services import MAX_KEY_BYTES, Service, Table, fold_key
+from table_consul.responder import Responder
+from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.services.values import DEFAULT_KEY, parse_value
+from table_consul.services.values import parse_value
 
 if TYPE_CHECKING:
-    from table_consul.config import Config
-    from table_consul.ctl.loader import Loaded
+    from table_consul.ctl.loader import Loaded, Loader
 
 
 @click.command("query")
@@ -80,6 +79,8 @@ def command(  # noqa: PLR0913 - the command line
       table-consulctl query aliases source --op fetch --count 3
       table-consulctl query aliases auth vera
     """  # noqa: D301 - the mark by which click keeps lines as they are
+    from table_consul.ctl.loader import Loader
+
     op = op or ("check" if service == "auth" else "lookup")
     if op == "fetch" and keys:
         raise click.UsageError("fetch takes no KEY: it returns the next element of the list.")
@@ -87,137 +88,93 @@ def command(  # noqa: PLR0913 - the command line
         raise click.UsageError(f"{op} needs a KEY, or - for keys on standard input.")
     if op != "fetch" and count is not None:
         raise click.UsageError("--count is for --op fetch.")
-    questions: Iterable[bytes]
-    if op == "fetch":
-        questions = itertools.repeat(b"", count or 1)
-    else:
-        questions = _with_passwords(keys) if service == "auth" else _from_arguments(keys)
-    query = _Query(config, table, service, op, live=live)
-    show = _print_json if as_json else _Printer(several=len(keys) > 1 or "-" in keys)
+    asked = (question for key in keys for question in _questions(key, password=service == "auth"))
+    named, loader, responder = config.table(table), Loader(config, live=live), Responder()
+    several = len(keys) > 1 or "-" in keys
     status = 0
-    for key in questions:
-        reply = query.ask(key)
-        show(query, key, reply, query.explain(key) if trace else None)
-        status = max(status, FAILED if isinstance(reply, Failed) else NO if isinstance(reply, NotFound) else 0)
+    for key in asked if op != "fetch" else [b""] * (count or 1):
+        reply, used = _ask(named, service, op, key, loader, responder)
+        name = key.partition(b":")[0] if service == "auth" else key
+        # What decides about a password is the value of its user.
+        way = "lookup" if service == "auth" else op
+        steps = [step for each in used for step in _explain(*each, way, name)] if trace else None
+        if as_json:
+            value = getattr(reply, "value", None)
+            answer = {
+                "table": table,
+                "service": service,
+                "op": op,
+                "key": None if op == "fetch" else json_text(name),
+                "result": OUTCOMES[type(reply)],
+                "value": None if value is None else json_text(value),
+                "reason": getattr(reply, "reason", None),
+                "trace": steps,
+            }
+            click.echo(msgspec.json.encode({field: value for field, value in answer.items() if value is not None}))
+        else:
+            about = f"{table} {service}" if op == "fetch" else printable(name)
+            _print(about, [name] if several else [], reply, steps or ())
+        status = max(status, {Failed: FAILED, NotFound: NO}.get(type(reply), 0))
     return status
 
 
-def _from_arguments(keys: Iterable[str]) -> Iterator[bytes]:
-    for key in keys:
-        if key != "-":
-            yield os.fsencode(key)
-            continue
-        for line in sys.stdin.buffer:
-            if stripped := line.rstrip(b"\r\n"):
-                yield stripped
+def _questions(key: str, *, password: bool) -> Iterator[bytes]:
+    if key == "-":
+        yield from filter(None, (line.rstrip(b"\r\n") for line in sys.stdin.buffer))
+    elif not password:
+        yield os.fsencode(key)
+    elif ":" in key:
+        raise click.UsageError(
+            "A password on the command line can be seen by all users of this host. "
+            "Give the user alone, or - and USER:PASSWORD on standard input."
+        )
+    elif not sys.stdin.isatty():
+        raise click.UsageError("No terminal to ask for the password: use -, and USER:PASSWORD on standard input.")
+    else:
+        typed = click.prompt(f"Password of {printable(key)}", hide_input=True, default="", show_default=False, err=True)
+        yield os.fsencode(f"{key}:{typed}")
 
 
-def _with_passwords(keys: Iterable[str]) -> Iterator[bytes]:
-    for key in keys:
-        if key == "-":
-            yield from _from_arguments(["-"])
-        elif ":" in key:
-            raise click.UsageError(
-                "A password on the command line can be seen by all users of this host. "
-                "Give the user alone, or - and USER:PASSWORD on standard input."
-            )
-        elif not sys.stdin.isatty():
-            raise click.UsageError("No terminal to ask for the password: use -, and USER:PASSWORD on standard input.")
-        else:
-            prompt = f"Password of {printable(key)}"
-            password = click.prompt(prompt, hide_input=True, default="", show_default=False, err=True)
-            yield os.fsencode(f"{key}:{password}")
+def _ask(
+    table: Table, service_name: str, op: str, key: bytes, loader: Loader, responder: Responder
+) -> tuple[Reply, list[tuple[Loaded, Service, Entries | None]]]:
+    """The reply to smtpd, or an error if smtpd never asks for such a key; and what it was made from."""
+    if len(key) > MAX_KEY_BYTES:
+        return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}"), []
+    # smtpd leaves a password as it is, and the responder folds the user.
+    request = Request(op, b"1", table.name, service_name, key if service_name == "auth" else fold_key(key))
+    deadline = time.monotonic() + table.deadline
+    used: list[tuple[Loaded, Service, Entries | None]] = []
 
-
-class _Query:
-    """Asks one service of a table through the daemon's responder, and remembers what the last answer was made from."""
-
-    def __init__(self, config: Config, table: str, service: str, op: str, *, live: bool) -> None:
-        from table_consul.ctl.loader import Loader
-        from table_consul.responder import Responder
-
-        self.table, self.service, self.op = config.table(table), service, op
-        self._loader = Loader(config, live=live)
-        self._responder = Responder()
-        self._used: list[tuple[Loaded, Service, Entries | None]] = []
-
-    def ask(self, key: bytes) -> Reply:
-        """The reply to smtpd, or an error if smtpd never asks for such a key."""
-        self._used.clear()
-        if len(key) > MAX_KEY_BYTES:
-            return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}")
-        # smtpd leaves a password as it is, and the responder folds the user.
-        folded = key if self.service == "auth" else fold_key(key)
-        request = Request(self.op, b"1", self.table.name, self.service, folded)
-        deadline = time.monotonic() + self.table.deadline
-        try:
-            return self._responder.answer(request, self.table, functools.partial(self._read, deadline))
-        except TableConsulError as error:
-            return Failed(str(error))
-
-    def _read(self, deadline: float, service: Service, key: bytes | None) -> Entries:
-        loaded = self._loader.load(self.table, service)
-        self._used.append((loaded, service, None))
-        entries = loaded.entries(self.table, service, key, deadline)
-        self._used[-1] = (loaded, service, entries)
+    def read(service: Service, key: bytes | None) -> Entries:
+        loaded = loader.load(table, service)
+        used.append((loaded, service, None))
+        entries = loaded.entries(table, service, key, deadline)
+        used[-1] = (loaded, service, entries)
         return entries
 
-    def explain(self, key: bytes) -> list[Step]:
-        """How the last answer was made, to the question for this key."""
-        op = "lookup" if self.service == "auth" else self.op  # what decides about a password is the value of its user
-        return [step for used in self._used for step in _explain(*used, op, self.name(key))]
-
-    def name(self, key: bytes) -> bytes:
-        """The key without a password."""
-        return key.partition(b":")[0] if self.service == "auth" else key
+    try:
+        return responder.answer(request, table, read), used
+    except TableConsulError as error:
+        return Failed(str(error)), used
 
 
-class _Printer:
-    """Prints answers as text: exact bytes, but no control characters on a terminal."""
-
-    def __init__(self, *, several: bool) -> None:
-        self._several = several
-        self._terminal = sys.stdout is not None and sys.stdout.isatty()
-        wraps = sys.stderr is not None and sys.stderr.isatty()
-        self._columns = max(30, shutil.get_terminal_size().columns) if wraps else UNCUT
-
-    def __call__(self, query: _Query, key: bytes, reply: Reply, trace: Iterable[Step] | None) -> None:
-        name = query.name(key)
-        what = printable(name) if query.op != "fetch" else f"{query.table.name} {query.service}"
-        if isinstance(reply, Found):
-            value = b"found" if reply.value is None else reply.value
-            parts = [name, value] if self._several else [value]
-            if self._terminal:
-                click.echo("\t".join(printable(part, UNCUT) for part in parts))
-            else:
-                click.echo(b"\t".join(parts))
-        elif isinstance(reply, Failed):
-            click.echo(f"{what}: error: {printable(reply.reason, UNCUT)}", err=True)
-        else:
-            click.echo(f"{what}: not found", err=True)
-        for step in trace or ():
-            head = f"  {step.what:8} "
-            click.echo(click.wrap_text(step.text, self._columns, head, " " * len(head)), err=True)
-
-
-def _print_json(query: _Query, key: bytes, reply: Reply, trace: Iterable[Step] | None) -> None:
-    answer: dict[str, object] = {"table": query.table.name, "service": query.service, "op": query.op}
-    if query.op != "fetch":
-        answer["key"] = json_text(query.name(key))
+def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step]) -> None:
+    """Print an answer after the head as text: exact bytes, but no control characters on a terminal."""
     if isinstance(reply, Found):
-        answer["result"] = "found"
-        if reply.value is not None:
-            answer["value"] = json_text(reply.value)
+        parts = [*head, b"found" if reply.value is None else reply.value]
+        if sys.stdout is not None and sys.stdout.isatty():
+            click.echo("\t".join(printable(part, UNCUT) for part in parts))
+        else:
+            click.echo(b"\t".join(parts))
     elif isinstance(reply, Failed):
-        answer |= {"result": "error", "reason": reply.reason}
+        click.echo(f"{about}: error: {printable(reply.reason, UNCUT)}", err=True)
     else:
-        answer["result"] = "not-found"
-    if trace is not None:
-        answer["trace"] = trace
-    click.echo(msgspec.json.encode(answer))
-
-
-# ---- --trace ----
+        click.echo(f"{about}: not found", err=True)
+    columns = terminal_columns() if sys.stderr is not None and sys.stderr.isatty() else UNCUT
+    for step in trace:
+        what = f"  {step.what:8} "
+        click.echo(click.wrap_text(step.text, columns, what, " " * len(what)), err=True)
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -273,22 +230,20 @@ def explain_value(table: Table, service: Service, key: bytes, raw: bytes | None)
 
     value = parsed(table, service)
     if value is not None:
-        as_text = replace(table, value_format="text")
-        object_fields = f"{', '.join(service.fields)} of the JSON object" if (raw or b"")[:1] == b"{" else ""
-        if parsed(as_text, service._replace(fields=())) != value:
-            yield Step("value", f"{object_fields or 'decoded from JSON'} (value_format = {table.value_format})")
-        elif raw and raw.rstrip() != raw:
-            yield Step("value", "trailing white space is dropped")
-        if parsed(table, service._replace(joined=False)) != value:
-            yield Step("value", "lines are joined to one list, without comments")
-        if parsed(table, service._replace(hashed=False)) not in (None, value):
-            yield Step("value", "the {SCHEME}, $2y$ or lock is rewritten for crypt(3)")
-        if not value and service.answers == "entry":
-            yield Step("value", "empty, so the entry itself is the answer")
-        if service.default and key == DEFAULT_KEY and b"%" in value:
-            yield Step("value", "%u, %n, %d in the home are filled in")
+        fields = f"{', '.join(service.fields)} of the JSON object" if (raw or b"")[:1] == b"{" else "decoded from JSON"
+        without = service._replace
+        decoded = parsed(replace(table, value_format="text"), without(fields=())) != value
+        rules = {
+            f"{fields} (value_format = {table.value_format})": decoded,
+            "trailing white space is dropped": not decoded and raw is not None and raw.rstrip() != raw,
+            "lines are joined to one list, without comments": parsed(table, without(joined=False)) != value,
+            "the {SCHEME}, $2y$ or lock is rewritten for crypt(3)": parsed(table, without(hashed=False)) != value,
+            "empty, so the entry itself is the answer": not value and service.answers == "entry",
+            "%u, %n, %d in the home are filled in": service.default and key == DEFAULT_KEY and b"%" in value,
+        }
+        yield from (Step("value", text) for text, applies in rules.items() if applies)
     for option, what in (("allow_commands", "commands and files"), ("allow_root", "uid or gid 0")):
         allowed = bool(getattr(table, option))
         if (parsed(replace(table, **{option: not allowed}), service) is None) != (value is None):
-            verb = "permits" if allowed else "refuses"
-            yield Step("safety", f"{option} = {str(allowed).lower()} {verb} {what}")
+            verb = "true permits" if allowed else "false refuses"
+            yield Step("safety", f"{option} = {verb} {what}")

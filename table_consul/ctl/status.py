@@ -7,28 +7,19 @@ import glob
 import http.client
 import os
 import re
-import shutil
 import socket
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from table_consul.config import Config, MetricsConfig
-from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config
+from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config, terminal_columns
 from table_consul.errors import ConfigError, SourceError, TableConsulError, Unreachable, printable
+from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import WRITE_INTERVAL_SECONDS
-from table_consul.services import Table
-from table_consul.sources.export import open_regular_file
-
-if TYPE_CHECKING:
-    from prometheus_client.samples import Sample
-
-    from table_consul import kv
 
 # An agent without a leader says so after 7 seconds (Consul 1.8.7).
 CONSUL_SECONDS = 10.0
@@ -41,17 +32,19 @@ STALE_SECONDS = 3 * WRITE_INTERVAL_SECONDS
 ANSWER_SECONDS = 10.0
 # Some 200 bytes a series: more than one process has.
 SIZE_MAX = 16 << 20
+OWN = "table_consul_"
 # No moment, index or count is larger, and time.localtime() takes none that is much so.
 VALUE_MAX = 1e15
+
+Indexes = dict[tuple[str, str], tuple[int | None, str]]
+"""By table and folder: Consul's index, if it is known, and a remark, if there is any."""
 
 NOT_CONFIGURED = """\
 no metrics are configured, so there is nothing to show. Add to {path}:
 
     [metrics]
     textfile = "/var/lib/prometheus/node-exporter/table-consul-{{table}}.prom"
-
-or, without a node_exporter, in place of textfile
-
+    # or, without a node_exporter, in place of textfile:
     listen = "unix:///run/table-consul/{{table}}.sock"
 
 in a folder that smtpd's unprivileged user may write to. Then: smtpctl update table NAME"""
@@ -62,7 +55,7 @@ class Prefix(msgspec.Struct):
 
     prefix: str
     state: str
-    healthy: bool
+    healthy: bool | None
     index: int | None = None
     age: float | None = None
     """Seconds from when Consul confirmed the data until the metrics were taken."""
@@ -136,306 +129,222 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
         return FAILED
     try:
         import prometheus_client.parser  # noqa: F401 - without it the daemons publish nothing either
-    except ImportError as error:
-        raise TableConsulError(
-            f"metrics are read with {error.name or 'prometheus_client'}, which is not installed;"
-            " install table-consul[metrics] or python3-prometheus-client"
-        ) from None
+    except ImportError:
+        raise TableConsulError("to read metrics, install table-consul[metrics] or python3-prometheus-client") from None
     wanted = tables or sorted({*config.tables, *published_tables(config)}) or (config.default_table,)
-    statuses = [status_of(config, config.table(name)) for name in dict.fromkeys(wanted)]
+    statuses = [status_of(config, config.table(name).name) for name in dict.fromkeys(wanted)]
     if not offline and not config.consul.addresses[0].startswith("file://"):
-        _compare(config, statuses)
-    found = {status.healthy for status in statuses}
-    healthy = False if False in found else None if None in found else True
+        statuses = _compare(config, statuses)
+    order = (False, None, True).index
+    for status in statuses:
+        worst = min(status.prefixes, key=lambda prefix: order(prefix.healthy), default=status)
+        status.state, status.healthy = worst.state, worst.healthy
+    healthy = min((status.healthy for status in statuses), key=order)
     if as_json:
-        document = {"healthy": healthy, "tables": statuses}
-        click.echo(msgspec.json.format(msgspec.json.encode(document)))
+        click.echo(msgspec.json.format(msgspec.json.encode({"healthy": healthy, "tables": statuses})))
     else:
         click.echo("\n\n".join(map(_text, statuses)))
     return {True: 0, False: NO, None: FAILED}[healthy]
 
 
-# ---- metrics ----
-
-
-class Unreadable(TableConsulError):
-    """What is there is not the metrics of this table."""
-
-
 def published_tables(config: Config) -> set[str]:
     """The tables for which there is a text file or socket, whether their process still runs or not."""
     found = set()
-    for pattern in (config.metrics.textfile, config.metrics.listen and config.metrics.listen.removeprefix("unix://")):
-        if not pattern or "{table}" not in pattern:
-            continue
+    for pattern in (config.metrics.textfile or "", (config.metrics.listen or "").removeprefix("unix://")):
         before, *rest = pattern.split("{table}")
         expression = re.escape(before) + "([^/]+)" + r"\1".join(map(re.escape, rest))
-        for path in glob.iglob("*".join(map(glob.escape, (before, *rest)))):
+        for path in glob.iglob("*".join(map(glob.escape, (before, *rest)))) if rest else ():
             if matched := re.fullmatch(expression, path):
                 with contextlib.suppress(ConfigError):  # no table has such a name: another program's file
                     found.add(config.table(matched[1]).name)
     return found
 
 
-def scrape(metrics: MetricsConfig, table: str, *, timeout: float = ANSWER_SECONDS) -> tuple[Status, list[Sample]]:
-    """The latest metrics of this table: from ``listen`` if that answers within ``timeout`` seconds, or ``textfile``.
+def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) -> Status:
+    """What is published about this table: at ``listen`` if that answers within ``timeout`` seconds, or in ``textfile``.
 
-    The status says where they come from; without any, that the table is not running, or unknown, and why.
+    Without metrics the table is not running, or unknown, and the remarks say why. Needs prometheus_client.
     """
     status = Status(table, "not running", healthy=False)
-    for pattern, live in ((metrics.listen, True), (metrics.textfile, False)):
-        if not pattern:
-            continue
-        source = pattern.replace("{table}", table)
-        place = printable(source)
+    patterns = ((config.metrics.listen, True), (config.metrics.textfile, False))
+    for place, live in ((pattern.replace("{table}", table), live) for pattern, live in patterns if pattern):
         try:
-            data, taken = _get(source, timeout) if live else _read(source)
+            data, taken = _fetch(place, timeout, live=live)
             age = time.time() - taken
             if age <= STALE_SECONDS:
-                samples = _samples(data, table)
-                return Status(table, "direct", healthy=True, place=place, taken=taken, live=live), samples
-            text = (
-                f"last written {age:.0f} s ago, while a running process writes it every {WRITE_INTERVAL_SECONDS:.0f} s"
-            )
-            text += " (remove the file if the table no longer exists)"
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            text = (error.strerror or str(error)).lower()
-        except (OSError, http.client.HTTPException, Unreadable) as error:
-            status.state, status.healthy = "unknown", None
+                running = _parsed(data, table)
+                running.place, running.taken, running.live = place, taken, live
+                if config.consul.addresses[0].startswith("file://"):
+                    running.state, running.remarks = "file", [f"answers from {config.consul.addresses[0]}"]
+                return running
+            text = f"last written {age:.0f} s ago, so nothing writes it any more (remove the file if the table is gone)"
+        except (OSError, http.client.HTTPException, SourceError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                status.state, status.healthy = "unknown", None
         status.remarks.append(f"{place}: {text}")
-    return status, []
-
-
-def _read(path: str) -> tuple[bytes, float]:
-    with open(path, "rb", opener=open_regular_file) as file:
-        return file.read(SIZE_MAX + 1), os.fstat(file.fileno()).st_mtime
-
-
-def _get(listen: str, timeout: float) -> tuple[bytes, float]:
-    by = time.monotonic() + timeout
-    path = listen.removeprefix("unix://") if listen.startswith("unix://") else None
-    host, _, port = listen.rpartition(":")
-    family = socket.AF_UNIX if path else socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    connection = http.client.HTTPConnection("localhost")
-    with socket.socket(family) as connection.sock:
-        connection.sock.settimeout(timeout)
-        connection.sock.connect(path or (host.strip("[]"), int(port)))
-        connection.request("GET", "/metrics")
-        with connection.getresponse() as response:
-            if response.status != 200:
-                raise Unreadable(f"answers with status {response.status}, not with metrics")
-            data = b""
-            while chunk := response.read1(1 << 16):
-                data += chunk
-                if len(data) > SIZE_MAX or time.monotonic() > by:
-                    raise Unreadable("sends an answer without end")
-    return data, time.time()
-
-
-def _samples(data: bytes, table: str) -> list[Sample]:
-    from prometheus_client.parser import text_string_to_metric_families
-
-    if len(data) > SIZE_MAX:
-        raise Unreadable(f"larger than {SIZE_MAX >> 20} MiB")
-    try:
-        samples = [s for family in text_string_to_metric_families(data.decode()) for s in family.samples]
-    except Exception as error:  # noqa: BLE001 - the parser raises whatever slicing an odd line raises
-        raise Unreadable(f"no Prometheus metrics ({type(error).__name__})") from None
-    samples = [sample for sample in samples if sample.name.startswith("table_consul_")]
-    if not any(sample.name == "table_consul_build_info" for sample in samples):
-        raise Unreadable("no metrics of table-consul")
-    if not all(abs(sample.value) < VALUE_MAX for sample in samples):
-        raise Unreadable("values that table-consul does not write")  # NaN among them
-    tables = {sample.labels["table"] for sample in samples if "table" in sample.labels}
-    if table not in tables:
-        others = ", ".join(sorted(map(printable, tables)))
-        raise Unreadable(f"metrics of {others} only (put {{table}} into its name)")
-    return samples
-
-
-# ---- states ----
-
-
-def status_of(config: Config, table: Table) -> Status:
-    """What is published about the table and each of its folders. Needs prometheus_client."""
-    status, samples = scrape(config.metrics, table.name)
-    if not samples:
-        return status
-    prefixes: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if sample.name == "table_consul_build_info":
-            status.version = sample.labels.get("version")
-        elif sample.name == "table_consul_start_time_seconds":
-            status.started = sample.value
-        elif sample.labels.get("table") == table.name and "prefix" in sample.labels:
-            prefixes.setdefault(sample.labels["prefix"], []).append(sample)
-    status.prefixes = [_prefix(name, found) for name, found in prefixes.items()]
-    if config.consul.addresses[0].startswith("file://"):
-        status.remarks.append(f"answers from {printable(config.consul.addresses[0])}")
-        status.state = "file"
-    elif not prefixes:
-        status.remarks.append("no requests yet")
-    _set_overall_state(status)
     return status
 
 
-def _set_overall_state(status: Status) -> None:
-    """Give the table the state of its first folder that is not healthy."""
-    if status.prefixes:
-        worst = next((prefix for prefix in status.prefixes if not prefix.healthy), status.prefixes[0])
-        status.state, status.healthy = worst.state, worst.healthy
+def _fetch(place: str, timeout: float, *, live: bool) -> tuple[bytes, float]:
+    if not live:
+        with open(place, "rb", opener=open_regular_file) as file:
+            return read_bounded(file, SIZE_MAX), os.fstat(file.fileno()).st_mtime
+    path = place.removeprefix("unix://")
+    connection = http.client.HTTPConnection(place if path == place else "localhost", timeout=timeout)
+    with contextlib.closing(connection):
+        if path != place:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(timeout)
+            connection.sock.connect(path)
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        if response.status != 200:
+            raise SourceError(f"answers with status {response.status}, not with metrics")
+        return read_bounded(response, SIZE_MAX), time.time()
 
 
-def _prefix(name: str, samples: Iterable[Sample]) -> Prefix:
-    prefix = Prefix(name, "direct", healthy=True)
-    values: dict[str, float] = {}
-    for sample in samples:
-        metric = sample.name.removeprefix("table_consul_")
-        values[metric] = sample.value
-        if metric == "service_hidden" and sample.value:
-            prefix.hidden.append(sample.labels.get("service", "?"))
-        elif metric == "last_error_timestamp_seconds":
-            prefix.last_error, prefix.last_error_at = sample.labels.get("error"), sample.value
+def _parsed(data: bytes, table: str) -> Status:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        every = [sample for family in text_string_to_metric_families(data.decode()) for sample in family.samples]
+    except Exception as error:  # noqa: BLE001 - the parser raises whatever slicing an odd line raises
+        raise SourceError(f"no Prometheus metrics ({type(error).__name__})") from None
+    own = [(name[len(OWN) :], labels, value) for name, labels, value, *_ in every if name.startswith(OWN)]
+    if not all(abs(value) < VALUE_MAX for _, _, value in own):
+        raise SourceError("values that table-consul does not write")  # NaN among them
+    tables = {labels.get("table", "") for _, labels, _ in own}
+    if table not in tables:
+        others = ", ".join(sorted(map(printable, tables))) or "other programs"
+        raise SourceError(f"metrics of {others} only (put {{table}} into its name)")
+    status = Status(table, "direct", healthy=True)
+    prefixes: dict[str, tuple[Prefix, dict[str, float]]] = {}
+    for name, labels, value in own:
+        if name == "build_info":
+            status.version = labels.get("version")
+        elif name == "start_time_seconds":
+            status.started = value
+        elif labels.get("table") == table and "prefix" in labels:
+            prefix, values = prefixes.setdefault(labels["prefix"], (Prefix(labels["prefix"], "", healthy=False), {}))
+            values[name] = value
+            if name == "service_hidden" and value:
+                prefix.hidden.append(labels.get("service", "?"))
+            elif name == "last_error_timestamp_seconds":
+                prefix.last_error, prefix.last_error_at = labels.get("error"), value
+    for prefix, values in prefixes.values():
+        _judge(prefix, values)
+    status.prefixes = [prefix for prefix, _ in prefixes.values()]
+    status.remarks = [] if prefixes else ["no requests yet"]
+    return status
+
+
+def _judge(prefix: Prefix, values: dict[str, float]) -> None:
     whole = {metric: int(value) for metric, value in values.items()}
-    prefix.index, prefix.keys = whole.get("snapshot_index"), whole.get("snapshot_keys")
-    prefix.age, prefix.refused = values.get("snapshot_age_seconds"), whole.get("entries_refused")
-    prefix.state = _state(values)
+    prefix.index, prefix.keys, prefix.refused = map(whole.get, ("snapshot_index", "snapshot_keys", "entries_refused"))
+    prefix.age, mirrored = values.get("snapshot_age_seconds"), "reloads_total" in values
+    states = {
+        "too large": values.get("too_large"),
+        "following": mirrored and values.get("up"),
+        "direct": not mirrored and values.get("up", 1),
+        "outage": not mirrored,
+        "expired": prefix.age is not None and prefix.age > values.get("snapshot_max_age_seconds", prefix.age),
+        "loading": not values.get("failures_total"),
+        "no data": prefix.age is None,
+    }
+    prefix.state = next((state for state, holds in states.items() if holds), "outage")
     prefix.healthy = prefix.state in ("following", "direct") and not prefix.hidden
-    if prefix.state == "too large":
-        prefix.remarks.append('raise max_keys, or configure mode = "direct"')
-    if values.get("up") == 0 and (prefix.state == "too large" or "reloads_total" not in values):
-        prefix.remarks.append("Consul cannot be read: every answer is an error")
-    if prefix.hidden:
-        prefix.hidden.sort()
-        prefix.remarks.append(f"the token may not read {', '.join(prefix.hidden)}: answers there are errors")
-    return prefix
+    remarks = {
+        'raise max_keys, or configure mode = "direct"': prefix.state == "too large",
+        "Consul cannot be read: every answer is an error": not mirrored and values.get("up") == 0,
+        f"the token may not read {', '.join(prefix.hidden)}: answers there are errors": prefix.hidden,
+    }
+    prefix.remarks = [text for text, applies in remarks.items() if applies]
 
 
-def _state(values: dict[str, float]) -> str:
-    """The state of a folder by its metrics."""
-    up, age = values.get("up"), values.get("snapshot_age_seconds")
-    mirrored = "reloads_total" in values
-    if values.get("too_large"):
-        return "too large"
-    if up:
-        return "following" if mirrored else "direct"
-    if not mirrored:
-        return "direct" if up is None else "outage"
-    if age is not None and age > values.get("snapshot_max_age_seconds", age):
-        return "expired"
-    if not values.get("failures_total"):
-        return "loading"
-    return "no data" if age is None else "outage"
-
-
-# ---- Consul ----
-
-
-def _compare(config: Config, statuses: list[Status]) -> None:
-    """Compare the index of every mirrored folder with Consul's, and give daemons that are behind time to catch up."""
+def _compare(config: Config, statuses: list[Status]) -> list[Status]:
+    """The statuses, compared with Consul; daemons that are behind get time to catch up."""
     from table_consul import kv
 
+    indexes: Indexes = {}
     error: SourceError | None = None
+    folders = [(status.table, each.prefix) for status in statuses for each in status.prefixes if each.index is not None]
     with contextlib.closing(kv.Client(config.consul)) as client:
-        for status in statuses:
+        for name, prefix in folders:
+            table = config.table(name)
+            paths = {printable(path): path for path in table.folders()}
             try:
                 if isinstance(error, Unreachable):  # finding that out takes time: once is enough
                     raise error
-                _ask_consul(config, client, status)
+                # The daemon's own query, so that the index is of the same kind; its body is not read.
+                with client.blocking_query(paths[prefix], timeout=max(table.deadline, CONSUL_SECONDS)) as response:
+                    remark = "Consul hides keys of it from this token" if response.filtered else ""
+                    indexes[name, prefix] = response.index, remark
+            except KeyError:
+                remark = f"not in {printable(config.path or 'the configuration')}: update the table"
+                indexes[name, prefix] = None, remark
             except SourceError as caught:
                 error = caught
-                if any(prefix.index is not None for prefix in status.prefixes):
-                    status.remarks.append(f"cannot compare with Consul: {error}")
+                indexes[name, prefix] = None, f"cannot compare with Consul: {error}"
     asked = time.time()
-    for status in statuses:
-        _wait(config, status, asked)
-        for prefix in status.prefixes:
-            if prefix.ahead:
-                prefix.healthy = False
-                prefix.remarks.append("Consul is ahead of this table")
-        _set_overall_state(status)
-        if status.healthy and any(each.ahead is None and each.state == "following" for each in status.prefixes):
-            status.healthy = None
+    return [_caught_up(config, status, indexes, asked) for status in statuses]
 
 
-def _ask_consul(config: Config, client: kv.Client, status: Status) -> None:
-    """Note Consul's index of each mirrored folder. Raises SourceError."""
-    table = config.table(status.table)
-    paths = {printable(path): path for path in table.folders()}
-    for prefix in status.prefixes:
-        if prefix.index is None:
-            continue
-        if prefix.prefix not in paths:
-            prefix.remarks.append(f"not in {printable(config.path or 'the configuration')}: update the table")
-            continue
-        timeout = max(table.deadline, CONSUL_SECONDS)
-        # The daemon's own query, so that the index is of the same kind; its body is not read.
-        with client.blocking_query(paths[prefix.prefix], timeout=timeout) as response:
-            _set_consul_index(prefix, response.index)
-        if response.filtered:
-            prefix.remarks.append("Consul hides keys of it from this token")
-
-
-def _set_consul_index(prefix: Prefix, index: int | None) -> None:
-    prefix.consul_index = index
-    if index is not None and prefix.index is not None:
-        prefix.ahead = index > prefix.index
-
-
-def _wait(config: Config, status: Status, asked: float) -> None:
-    """Give a daemon that seems to be behind time to load, and publish, what Consul had when it was asked."""
+def _caught_up(config: Config, status: Status, indexes: Indexes, asked: float) -> Status:
+    """The status once its daemon has loaded, and published, what Consul had when it was asked, or should have."""
     by = asked + LAG_SECONDS + (0 if status.live else WRITE_INTERVAL_SECONDS)
-    if any(prefix.ahead for prefix in status.prefixes) and not status.live and sys.stderr.isatty():
+    behind = _is_behind(status, indexes)
+    if behind and not status.live and sys.stderr.isatty():
         click.echo(f"waiting for the next metrics in {status.place}", err=True)
-    while any(prefix.ahead for prefix in status.prefixes):
-        if (status.taken or 0.0) > asked + LAG_SECONDS or time.time() > by:
-            return
+    while behind and (status.taken or 0.0) <= asked + LAG_SECONDS and time.time() <= by:
         time.sleep(POLL_SECONDS)
-        fresh = status_of(config, config.table(status.table))
-        if fresh.taken is not None:
-            consul = {prefix.prefix: prefix.consul_index for prefix in status.prefixes}
-            for prefix in fresh.prefixes:
-                _set_consul_index(prefix, consul.get(prefix.prefix))
-            status.taken, status.started, status.version = fresh.taken, fresh.started, fresh.version
-            status.prefixes = fresh.prefixes
+        status = status_of(config, status.table)
+        behind = _is_behind(status, indexes)
+    return status
 
 
-# ---- text ----
+def _is_behind(status: Status, indexes: Indexes) -> bool:
+    """Whether Consul has changes that the table lacks; noted in the status, which is fresh."""
+    for prefix in status.prefixes:
+        prefix.consul_index, remark = indexes.get((status.table, prefix.prefix), (None, ""))
+        if prefix.consul_index is not None and prefix.index is not None:
+            prefix.ahead = prefix.consul_index > prefix.index
+        if prefix.healthy and prefix.state == "following":
+            prefix.healthy = None if prefix.ahead is None else not prefix.ahead
+        prefix.remarks += filter(None, (remark, "Consul is ahead of this table" if prefix.ahead else ""))
+    return any(prefix.ahead for prefix in status.prefixes)
 
 
 def _text(status: Status) -> str:
     """The table as text, one item a line; fits a terminal of 40 columns."""
-    colour = {True: "green", False: "red", None: "yellow"}[status.healthy]
-    head = click.style(printable(status.table), bold=True) + ": " + click.style(status.state, fg=colour)
-    columns = min(max(shutil.get_terminal_size().columns, 40), 100)
-    lines = [head]
-    for name, text in _items(status):
-        # Paths and addresses stay whole, so that they can be copied.
-        lay = textwrap.TextWrapper(columns, f"  {name:<11}", " " * 13, break_long_words=False, break_on_hyphens=False)
-        lines.append(lay.fill(printable(text, 500)))
-    return "\n".join(lines)
-
-
-def _items(status: Status) -> Iterator[tuple[str, str]]:
     now = time.time()
+    items: list[tuple[str, str | None]] = []
     for prefix in status.prefixes:
-        yield "prefix", prefix.prefix
-        if len(status.prefixes) > 1:
-            yield "state", prefix.state
-        if prefix.keys is not None:
-            yield "keys", str(prefix.keys) + (f", {prefix.refused} refused (see lint)" if prefix.refused else "")
-        if prefix.index is not None:
-            consul = {None: "", True: f" (Consul has {prefix.consul_index})", False: " (up to date)"}[prefix.ahead]
-            yield "index", f"{prefix.index}{consul}"
-        if prefix.age is not None:
-            yield "age", duration(prefix.age)
-        if prefix.last_error is not None and prefix.last_error_at is not None:
-            yield "last error", f"{duration(now - prefix.last_error_at)} ago: {prefix.last_error}"
-        yield from (("remark", remark) for remark in prefix.remarks)
-    if status.started is not None:
-        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.started))
-        yield "runs since", f"{since}, version {status.version}"
+        refused = f", {prefix.refused} refused (see lint)" if prefix.refused else ""
+        consul = {None: "", True: f" (Consul has {prefix.consul_index})", False: " (up to date)"}[prefix.ahead]
+        failed = None if prefix.last_error_at is None else duration(now - prefix.last_error_at)
+        items += (
+            ("prefix", prefix.prefix),
+            ("state", prefix.state if len(status.prefixes) > 1 else None),
+            ("keys", None if prefix.keys is None else f"{prefix.keys}{refused}"),
+            ("index", None if prefix.index is None else f"{prefix.index}{consul}"),
+            ("age", None if prefix.age is None else duration(prefix.age)),
+            ("last error", failed and f"{failed} ago: {prefix.last_error}"),
+            *(("remark", remark) for remark in prefix.remarks),
+        )
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.started or 0))
+    items.append(("runs since", None if status.started is None else f"{since}, version {status.version}"))
     if status.taken is not None and now - status.taken >= 1:
-        yield "metrics", f"{duration(now - status.taken)} old, from {status.place}"
-    yield from (("remark", remark) for remark in status.remarks)
+        items.append(("metrics", f"{duration(now - status.taken)} old, from {status.place}"))
+    items += (("remark", remark) for remark in status.remarks)
+    colour = {True: "green", False: "red", None: "yellow"}[status.healthy]
+    lines = [click.style(printable(status.table), bold=True) + ": " + click.style(status.state, fg=colour)]
+    # Paths and addresses stay whole, so that they can be copied.
+    wrapper = textwrap.TextWrapper(
+        terminal_columns(), subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False
+    )
+    for name, text in items:
+        if text is not None:
+            wrapper.initial_indent = f"  {name:<11}"
+            lines.append(wrapper.fill(printable(text, 500)))
+    return "\n".join(lines)

@@ -16,6 +16,8 @@ from msgspec import Meta
 
 # smtpd asks for no longer key, and its own tables hold none (smtpd: table.c, table_lookup: char lkey[1024]).
 MAX_KEY_BYTES = 1023
+# The entry that answers for every key without one, where a service has such a default.
+DEFAULT_KEY = b"*"
 
 
 class Service(NamedTuple):

@@ -10,20 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from table_consul.errors import EntryError, printable
-from table_consul.services import Service, Table, fold_key
-from table_consul.services.values import (
-    DEFAULT_KEY,
-    MissingFields,
-    expand_default_home,
-    is_valid_reply_value,
-    parse_value,
-    warning_for,
-)
+from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
+from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value, warning_for
 
 if TYPE_CHECKING:
     from table_consul.services.index import Index
-
-_NOT_FOUND_IN_DIRECT_MODE = "smtpd asks in lower case, so mode direct never finds this key; rename it"
 
 
 class Problem(NamedTuple):
@@ -58,8 +49,8 @@ class EntriesBuilder:
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
         self._former = former if former is not None and former.path == self.path else None
-        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline.
         self._reusable: Entries | None = None
+        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline.
         if former is not None and former.table.same_entries(table):
             self._reusable = former if former.table.deadline == table.deadline or not service.hashed else None
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
@@ -68,52 +59,41 @@ class EntriesBuilder:
             self._valid = self._reusable.values
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
         self._former_keys = iter(self._valid)
-        self._former_key = next(self._former_keys, None)
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Add pairs, whose keys are relative to the folder."""
-        values, errors, valid, decoded = self.values, self.errors, self._valid, self._decoded
+        values, errors, valid, former_keys = self.values, self.errors, self._valid, self._former_keys
         for key, raw in pairs:
             if not key or key[-1] == 0x2F:
                 continue  # the folder itself, and folders made in the UI
             folded = fold_key(key)
             if (folded != key or folded in values or folded in errors) and not self._resolve_case(key, folded):
                 continue
-            if raw and valid.get(folded) == raw and raw[:1] not in decoded:
-                values[self._interned(folded)] = valid[folded]
+            if raw and valid.get(folded) == raw and raw[:1] not in self._decoded:
+                for former in former_keys:  # in the same order; its own object, or a reload would hold every key twice
+                    if former == folded:
+                        folded = former
+                        break
+                values[folded] = valid[folded]
             else:
                 self._parse(folded, key, raw)
 
-    def _interned(self, key: bytes) -> bytes:
-        """The former entries' own object for this key, so that a reload does not hold every key twice.
-
-        Both come in Consul's order; where they do not, the key itself does as well.
-        """
-        former = self._former_key
-        while former is not None and former < key:
-            former = next(self._former_keys, None)
-        self._former_key = former
-        return former if former is not None and former == key else key
-
     def _resolve_case(self, key: bytes, folded: bytes) -> bool:
         """Whether this key answers: of those that differ only in case, the lower-case one does, else the first."""
-        if folded in self.values or folded in self.errors:
-            rival = self.original_case.get(folded, folded)
-            if key != folded:
-                self._add_shadowed(key, rival)
-                return False
-            self._add_shadowed(rival, key)
-            for mapping in (self.values, self.errors, self.warnings, self.original_case):
-                mapping.pop(folded, None)
-            self.incomplete.discard(folded)
-        elif folded != key:
+        if folded not in self.values and folded not in self.errors:
             self.original_case[folded] = key
-        return True
-
-    def _add_shadowed(self, loser: bytes, winner: bytes) -> None:
+            return True
+        rival = self.original_case.get(folded, folded)
+        winner, loser = (key, rival) if key == folded else (rival, key)
         path = printable(self.path + winner)
         text = f"differs only in case from {path}, which takes precedence; delete one of the two"
         self.spelling.append(Problem(self.path + loser, text))
+        if winner != key:
+            return False
+        for mapping in (self.values, self.errors, self.warnings, self.original_case):
+            mapping.pop(folded, None)
+        self.incomplete.discard(folded)
+        return True
 
     def _parse(self, folded: bytes, key: bytes, raw: bytes | None) -> None:
         try:
@@ -138,19 +118,14 @@ class EntriesBuilder:
     def finish(self) -> Entries:
         """The entries; the former ones themselves if nothing has changed."""
         former = self._reusable
-        if former is None:
-            return Entries(self.table, self.service, builder=self)
-        for folded, warning in former.warnings.items():
-            if self.values.get(folded) == former.values[folded]:  # it may not have been parsed again
-                self.warnings[folded] = warning._replace(key=self.path + self.original_case.get(folded, folded))
-        unchanged = (
-            former.values == self.values
-            and former.errors == self.errors
-            and former.warnings == self.warnings
-            and former.spelling == self.spelling
-            and former.original_case == self.original_case
-        )
-        return former if unchanged else Entries(self.table, self.service, builder=self)
+        if former is not None:
+            for folded, warning in former.warnings.items():
+                if self.values.get(folded) == former.values[folded]:  # it may not have been parsed again
+                    self.warnings[folded] = warning._replace(key=self.path + self.original_case.get(folded, folded))
+            compared = ("values", "errors", "warnings", "spelling", "original_case")
+            if all(getattr(former, name) == getattr(self, name) for name in compared):
+                return former
+        return Entries(self.table, self.service, builder=self)
 
 
 class Entries:
@@ -166,9 +141,7 @@ class Entries:
         """Build from pairs, whose keys are relative to the folder; a builder may have taken others before."""
         builder = builder or EntriesBuilder(table, service)
         builder.take(pairs)
-        self.table = table
-        self.service = service
-        self.path = builder.path
+        self.table, self.service, self.path = table, service, builder.path
         self.values = builder.values
         self.errors = builder.errors
         self.incomplete = builder.incomplete
@@ -179,8 +152,8 @@ class Entries:
         self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
         """Every entry that smtpd cannot use as it is stored."""
         if table.mode == "direct" and not service.patterns and service.name != "source":
-            self.problems += [Problem(self.path + k, _NOT_FOUND_IN_DIRECT_MODE) for k in self.original_case.values()]
-        self._default = service.default and (DEFAULT_KEY in self.values or DEFAULT_KEY in self.errors)
+            text = "smtpd asks in lower case, so mode direct never finds this key; rename it"
+            self.problems += [Problem(self.path + key, text) for key in self.original_case.values()]
         self._order: list[bytes] | None = None
         self._index: Index | None = None
         if service.patterns and (self.values or self.errors):
@@ -188,6 +161,7 @@ class Entries:
 
             self._index = INDEXES[service.name]([*self.values, *self.errors])
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
+        self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._exact = self._index is None and not self._default
 
     def __len__(self) -> int:
@@ -200,14 +174,10 @@ class Entries:
         return EntryError(str(Problem(self._stored(entry), text)))
 
     def find(self, key: bytes) -> bytes | None:
-        """The entry that answers for this key, which is folded; None if there is none. The default entry is ignored."""
+        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored."""
         if self._index is not None:
             return self._index.find(key)
         return key if key in self.values or key in self.errors else None
-
-    def has_own_entry(self, key: bytes) -> bool:
-        """Whether there is an entry other than the default for the key, even one whose lookup is an error."""
-        return self.find(key) is not None
 
     def contains(self, key: bytes) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service."""
@@ -233,19 +203,17 @@ class Entries:
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
             value = self._value(DEFAULT_KEY)
             try:
-                return expand_default_home(value, key)
+                return expand_home(value, key)
             except EntryError as error:
                 raise self._error(DEFAULT_KEY, str(error)) from None
         entry = self.find(key)
         return None if entry is None else self._value(entry)
 
     def _value(self, entry: bytes) -> bytes:
-        problem = self.errors.get(entry)
-        if problem is not None:
-            raise (MissingFields if entry in self.incomplete else EntryError)(str(problem))
-        value = self.values[entry]
-        if value:
-            return value
+        if entry in self.errors:
+            raise (MissingFields if entry in self.incomplete else EntryError)(str(self.errors[entry]))
+        if self.values[entry]:
+            return self.values[entry]
         if self.service.answers != "entry":
             raise self._error(entry, f"there is no value, and {self.service.name} needs one")
         return self._key(entry)

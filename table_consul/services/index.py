@@ -12,21 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 
 from table_consul.errors import EntryError
-from table_consul.services import MAX_KEY_BYTES
-from table_consul.services.match import (
-    DELIMITER,
-    IPV4_BITS,
-    IPV6_BITS,
-    MAILADDR_PART_BYTES,
-    is_address,
-    parse_sockaddr,
-    pieces_match,
-    text_to_mailaddr,
-    text_to_netaddr,
-)
+from table_consul.services import MAX_KEY_BYTES, match
 from table_consul.services.regex import REGEX_SET_BYTES, RegexSet, escape_warnings, regcomp
 
 REGEX_SET_SIZE = 250
@@ -95,10 +83,10 @@ class _Hosts(Index):
                     names.append(hostname[:length] + b"*" + hostname[at:])
         get = self._entries.get
         found = [entry for prefix in prefixes for name in names if (entry := get(prefix + name)) is not None]
-        others = (
-            entry for entry, prefix, pieces in self._others if prefix in prefixes and pieces_match(hostname, pieces)
-        )
-        return [*found, *islice(others, 1)]
+        for entry, prefix, pieces in self._others:
+            if prefix in prefixes and match.pieces_match(hostname, pieces):
+                return [*found, entry]
+        return found
 
 
 class Domains(_Hosts):
@@ -108,7 +96,6 @@ class Domains(_Hosts):
         self._add_pattern(entry, b"", entry.lower())
 
     def find(self, key: bytes) -> bytes | None:
-        """The lowest entry that matches the host name, or None."""
         return min(self._matching(key.lower(), (b"",)), default=None)
 
 
@@ -116,19 +103,19 @@ class Addresses(_Hosts):
     """Mail addresses and patterns of them, as smtpd's table_mailaddr_match compares them."""
 
     def _add(self, entry: bytes) -> None:
-        if text_to_mailaddr(entry) is None:
-            self.problems.append((entry, f"more than {MAILADDR_PART_BYTES} bytes before or after the @; shorten it"))
+        if match.text_to_mailaddr(entry) is None:
+            text = f"more than {match.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"
+            self.problems.append((entry, text))
             return
         user, at, hosts = entry.lower().rpartition(b"@")
         self._add_pattern(entry, user + at if at else hosts, hosts if at else b"")
 
     def find(self, key: bytes) -> bytes | None:
-        """The lowest entry that matches the mail address, or None."""
-        address = text_to_mailaddr(key.lower())
+        address = match.text_to_mailaddr(key.lower())
         if address is None:
             return None
         user, domain = address
-        users = {user, user.partition(DELIMITER)[0]} - {b""}
+        users = {user, user.partition(match.DELIMITER)[0]} - {b""}
         prefixes = [b"@", *(name + b"@" for name in users)]
         get = self._entries.get
         forms = (b"", *prefixes, *(name for name in users if b"@" not in name))
@@ -143,12 +130,12 @@ class Networks(Index):
 
     def __init__(self, entries: Iterable[bytes]) -> None:
         self._words: dict[bytes, bytes] = {}
-        self._networks: dict[int, dict[int, dict[int, bytes]]] = {IPV4_BITS: {}, IPV6_BITS: {}}
+        self._networks: dict[int, dict[int, dict[int, bytes]]] = {match.IPV4_BITS: {}, match.IPV6_BITS: {}}
         """By family, by the number of bits after the prefix, by the prefix."""
         super().__init__(entries)
 
     def _add(self, entry: bytes) -> None:
-        network = text_to_netaddr(entry)
+        network = match.text_to_netaddr(entry)
         if network is not None:
             family, number, bits = network
             shift = family - bits
@@ -160,8 +147,7 @@ class Networks(Index):
             self.problems.append((entry, NO_NETWORK))
 
     def find(self, key: bytes) -> bytes | None:
-        """The lowest entry that is the address, or a network around it, or None."""
-        address = text_to_netaddr(key)
+        address = match.text_to_netaddr(key)
         if address is None:
             return self._words.get(key.lower())
         family, number, _ = address
@@ -174,27 +160,23 @@ class HostAddresses(Index):
     """Addresses, compared as such: smtpd asks for ``[2001:db8::1]``. One that is written like the key goes first."""
 
     def __init__(self, entries: Iterable[bytes]) -> None:
-        self._exact: set[bytes] = set()
-        """Entries that are no IPv6 address, and those that are the same address as another one."""
+        self._entries: set[bytes] = set()
         self._addresses: dict[int | tuple[int, bytes], bytes] = {}
         super().__init__(entries)
 
     def _add(self, entry: bytes) -> None:
-        address = parse_sockaddr(entry)
+        self._entries.add(entry)
+        address = match.parse_sockaddr(entry)
         if address is not None:
-            lowest = self._addresses.setdefault(address, entry)
-            if lowest != entry:
-                self._exact |= {entry, lowest}
-            return
-        self._exact.add(entry)
-        if not is_address(entry):
+            self._addresses.setdefault(address, entry)
+        elif not match.is_address(entry):
             self.problems.append((entry, "not an address (expected 192.0.2.1, 2001:db8::1 or [2001:db8::1])"))
 
     def find(self, key: bytes) -> bytes | None:
         """The entry that is written like the key, otherwise the lowest that is the same address, or None."""
-        if key in self._exact:
+        if key in self._entries:
             return key
-        address = parse_sockaddr(key)
+        address = match.parse_sockaddr(key)
         return None if address is None else self._addresses.get(address)
 
 
@@ -217,7 +199,6 @@ class Regexes(Index):
         self.problems += [(entry, text) for text in escape_warnings(entry)]
 
     def find(self, key: bytes) -> bytes | None:
-        """The lowest entry that is found in the key, or None."""
         return next((entry for each in self._sets if (entry := each.find(key)) is not None), None)
 
 

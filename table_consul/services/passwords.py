@@ -1,21 +1,17 @@
 """Password hashes: their formats, what one costs to verify, and whether a password matches it.
 
-Knows nothing of tables, of Consul or of smtpd. The calculation is done by the system's own crypt(3), through crypt-r,
-and by argon2, through argon2-cffi; both are imported for the first password, as few tables ever see one.
-
-No message contains a password, or any part of a hash beyond its format and its cost.
+crypt-r (the system's own crypt(3)) and argon2-cffi calculate; both are imported for the first password, as few tables
+ever see one. No message contains a password, or any part of a hash beyond its format and its cost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
-
-import msgspec
+from math import prod
+from typing import Any, NamedTuple
 
 from table_consul.errors import ConfigError, EntryError, PeerError
 from table_consul.services import compiled
@@ -27,6 +23,7 @@ SCHEME_PREFIXES = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYP
 # What passwd -l and others put before a hash, or in its place.
 LOCK_MARKERS = (b"!", b"*")
 LOCKED_ACCOUNT = b"*LK*"
+_BARE_LOCKS = (b"*", b"!", b"!!")
 # How many entries are inspected to learn what the hashes of a table cost.
 SAMPLE_SIZE = 8
 
@@ -38,52 +35,39 @@ def _number(digits: bytes) -> int:
     return sum(_ITOA64.index(digit) << 6 * place for place, digit in enumerate(digits))
 
 
-def _scrypt_units(cost: bytes) -> int:
-    return (1 << _ITOA64.index(cost[0])) * _number(cost[1:6]) * _number(cost[6:])
-
-
-def _yescrypt_units(cost: bytes) -> int:
-    return (1 << _ITOA64.index(cost[1]) + 1) * (_ITOA64.index(cost[2]) + 1)
-
-
-def _argon2_units(cost: bytes) -> int:
-    memory, passes = re.findall(rb"\d+", cost)[:2]
-    return int(memory) * int(passes)
-
-
-class Scheme(msgspec.Struct, frozen=True):
-    """One format of hashes."""
-
-    name: str
-    pattern: bytes
-    """Its first group is the setting (what precedes the digest), its second the cost within the setting."""
-    units: Callable[[bytes], int] = lambda _: 1
-    """The units of work that a cost stands for."""
-    unit_seconds: float = 0.0
-    """What one unit takes: about twice the time on a core of 2020, as an estimate had better be too high."""
-
-
 _B64 = rb"[./0-9A-Za-z]"
 _SALT = rb"[!-#%-9;-~]"  # printable, but for $ and the colon
 
-SCHEMES = (
-    Scheme("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: 1 << int(cost), 1e-4),
-    Scheme("SHA-512", rb"(\$6\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{86}" % (_SALT, _B64), int, 1e-6),
-    Scheme("SHA-256", rb"(\$5\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{43}" % (_SALT, _B64), int, 1e-6),
-    Scheme("yescrypt", rb"(\$g?y\$(j%b{2})\$%b{0,86}\$)%b{43}" % (_B64, _B64, _B64), _yescrypt_units, 4e-7),
-    Scheme("scrypt", rb"(\$7\$(%b{11})%b{0,86}\$)%b{43}" % (_B64, _B64, _B64), _scrypt_units, 4e-7),
-    Scheme("MD5", rb"(\$1\$%b{0,8}\$)()%b{22}" % (_SALT, _B64)),
-    Scheme("DES", rb"(%b{2})()%b{11}" % (_B64, _B64)),
-    Scheme(
+# Formats: name; expression, whose first group is the setting (what precedes the digest) and whose second is the cost;
+# the units of work that a cost stands for; what one takes: about twice the time on a core of 2020, rather too much.
+SCHEMES: tuple[tuple[str, bytes, Callable[[bytes], int], float], ...] = (
+    ("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: 1 << int(cost), 1e-4),
+    ("SHA-512", rb"(\$6\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{86}" % (_SALT, _B64), int, 1e-6),
+    ("SHA-256", rb"(\$5\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{43}" % (_SALT, _B64), int, 1e-6),
+    (
+        "yescrypt",
+        rb"(\$g?y\$j(%b{2})\$%b{0,86}\$)%b{43}" % (_B64, _B64, _B64),
+        lambda cost: (_number(cost[1:]) + 1) << (_number(cost[:1]) + 1),
+        4e-7,
+    ),
+    (
+        "scrypt",
+        rb"(\$7\$(%b{11})%b{0,86}\$)%b{43}" % (_B64, _B64, _B64),
+        lambda cost: (_number(cost[1:6]) * _number(cost[6:])) << _number(cost[:1]),
+        4e-7,
+    ),
+    ("MD5", rb"(\$1\$%b{0,8}\$)()%b{22}" % (_SALT, _B64), lambda _: 1, 0.0),
+    ("DES", rb"(%b{2})()%b{11}" % (_B64, _B64), lambda _: 1, 0.0),
+    (
         "argon2",
-        rb"(\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?(m=\d{1,9},t=\d{1,9},p=\d{1,2})\$[A-Za-z0-9+/]{11,}\$)[A-Za-z0-9+/]{6,}",
-        _argon2_units,
+        rb"(\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?m=(\d{1,9},t=\d{1,9}),p=\d{1,2}\$[A-Za-z0-9+/]{11,}\$)[A-Za-z0-9+/]{6,}",
+        lambda cost: prod(map(int, cost.split(b",t="))),
         2e-6,
     ),
 )
 
 
-class Hash(msgspec.Struct, frozen=True):
+class Hash(NamedTuple):
     """A hash of a known format."""
 
     scheme: str
@@ -95,24 +79,28 @@ class Hash(msgspec.Struct, frozen=True):
     def with_dummy_digest(self) -> Hash:
         """The same format, setting and cost with a digest that no password has."""
         digest = (b"A" if self.scheme == "argon2" else b".") * (len(self.text) - len(self.setting))
-        return Hash(self.scheme, self.setting + digest, self.setting, self.seconds)
+        return self._replace(text=self.setting + digest)
 
 
 # What `smtpctl encrypt` makes where crypt(3) can; it stands in until a hash of the table has been seen.
 DEFAULT = Hash("SHA-512", b"$6$tableconsul$" + b"." * 86, b"$6$tableconsul$", 0.005)
 
 
-def strip_scheme(text: bytes) -> bytes:
-    """The hash without Dovecot's prefix, with bcrypt under the name that every crypt(3) knows.
+def strip_scheme(credential: bytes) -> bytes:
+    """The credential without Dovecot's prefix, with bcrypt under the name that every crypt(3) knows.
 
-    Any other text, such as a clear-text relay password, is returned unchanged.
+    A bare lock becomes one that smtpd does not find too short. Any other text, such as a clear-text relay password, is
+    returned unchanged.
     """
+    if credential in _BARE_LOCKS:
+        return LOCKED_ACCOUNT
+    text = hash_part(credential)
+    user = credential.removesuffix(text)
     end = text.find(b"}") + 1
-    if text[:1] == b"{" and text[:end].upper() in SCHEME_PREFIXES:
-        bare = text[end:]
-        if bare.startswith(LOCK_MARKERS) or looks_like_a_hash(bare):
-            text = bare
-    return b"$2b$" + text[4:] if text.startswith(b"$2y$") and parse(text) else text
+    bare = text[end:]
+    if text[:end].upper() in SCHEME_PREFIXES and (bare.startswith(LOCK_MARKERS) or looks_like_a_hash(bare)):
+        text = bare
+    return user + (b"$2b$" + text[4:] if text.startswith(b"$2y$") and parse(text) else text)
 
 
 def looks_like_a_hash(text: bytes) -> bool:
@@ -122,17 +110,16 @@ def looks_like_a_hash(text: bytes) -> bool:
 
 def parse(text: bytes) -> Hash | None:
     """The hash, if its format can be verified here; None for any other text."""
-    for scheme in SCHEMES:
-        found = compiled(scheme.pattern).fullmatch(text)
-        if found is not None:
-            cost = found[2] or (b"5000" if scheme.units is int else b"")
-            return Hash(scheme.name, text, found[1], scheme.units(cost) * scheme.unit_seconds)
+    for name, pattern, units, unit_seconds in SCHEMES:
+        if found := compiled(pattern).fullmatch(text):
+            cost = found[2] or (b"5000" if units is int else b"")
+            return Hash(name, text, found[1], units(cost) * unit_seconds)
     return None
 
 
 def hash_part(credential: bytes) -> bytes:
     """The hash within a credential, ``HASH`` or ``USER:HASH``."""
-    return credential.partition(b":")[2] if b":" in credential else credential
+    return credential[credential.find(b":") + 1 :]
 
 
 def verifiable_hash(credential: bytes, most: float) -> Hash | None:
@@ -149,8 +136,8 @@ def verifiable_hash(credential: bytes, most: float) -> Hash | None:
         raise EntryError("not a hash that can be verified (use the output of `smtpctl encrypt`, or argon2)")
     if known.seconds > most:
         raise EntryError(
-            f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s, while the "
-            "mail server waits; lower its cost or raise the deadline"
+            f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s "
+            "(lower its cost or raise the deadline)"
         )
     return known
 
@@ -163,10 +150,14 @@ def verify_hash(known: Hash, password: bytes) -> bool:
         ConfigError: the package that verifies it is not installed.
         PeerError: the password is not UTF-8, and crypt-r takes nothing else.
     """
-    return (_verify_argon2 if known.scheme == "argon2" else _verify_crypt)(known, password)
-
-
-def _verify_crypt(known: Hash, password: bytes) -> bool:
+    if known.scheme == "argon2":
+        argon2 = _package("argon2", "argon2-cffi")
+        try:
+            return bool(argon2.PasswordHasher().verify(known.text, password))
+        except argon2.exceptions.VerifyMismatchError:
+            return False
+        except argon2.exceptions.VerificationError:
+            raise EntryError("a hash by argon2 that cannot be verified: damaged, or too large") from None
     from hmac import compare_digest
 
     binding = _binding()
@@ -176,27 +167,13 @@ def _verify_crypt(known: Hash, password: bytes) -> bool:
         raise PeerError("the password is not UTF-8, and crypt-r takes nothing else") from None
     if len(password) > PASSWORD_BYTES or b"\0" in password:
         return False
-    text = b"$2b$" + known.text[4:] if known.text.startswith(b"$2y$") else known.text
     try:
-        made: str = binding.crypt(word, text.decode())
+        made: str = binding.crypt(word, known.text.decode())
     except OSError:
         made = "*"
     if made.startswith("*"):
         raise EntryError(f"a hash by {known.scheme}, which crypt(3) of this system does not know")
-    return compare_digest(made.encode(), text)
-
-
-def _verify_argon2(known: Hash, password: bytes) -> bool:
-    _package("argon2", "argon2-cffi")
-    from argon2 import exceptions, low_level
-
-    kind = {b"$argon2id": low_level.Type.ID, b"$argon2i": low_level.Type.I, b"$argon2d": low_level.Type.D}
-    try:
-        return low_level.verify_secret(known.text, password, kind[known.text[: known.text.index(b"$", 1)]])
-    except exceptions.VerifyMismatchError:
-        return False
-    except exceptions.VerificationError:
-        raise EntryError("a hash by argon2 that cannot be verified: damaged, or too large") from None
+    return compare_digest(made.encode(), known.text)
 
 
 def _binding() -> Any:  # noqa: ANN401 - a module
@@ -211,10 +188,8 @@ def _package(module: str, package: str) -> Any:  # noqa: ANN401 - a module
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ConfigError(
-            f"auth: passwords cannot be verified, as the Python package {package} is not installed; "
-            "install table-consul[auth]"
-        ) from None
+        text = f"auth: the Python package {package} is not installed; install table-consul[auth]"
+        raise ConfigError(text) from None
 
 
 class Verifier:
@@ -238,8 +213,8 @@ class Verifier:
             self._typical[table] = known.with_dummy_digest()
             return self._verify(known, password)
         hashes = (parse(hash_part(credential)) for credential in others)
-        typical = next((each for each in hashes if each is not None and each.seconds <= most), None)
-        dummy = (typical or self._typical.get(table, DEFAULT)).with_dummy_digest()
+        last = self._typical.get(table, DEFAULT)
+        typical = next((each for each in hashes if each is not None and each.seconds <= most), last)
         with contextlib.suppress(EntryError):  # whatever the hashes of others are, this user cannot log in
-            self._verify(dummy, password)
+            self._verify(typical.with_dummy_digest(), password)
         return False

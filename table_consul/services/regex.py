@@ -1,8 +1,7 @@
 """POSIX extended regular expressions, as glibc's regcomp(3) reads them, translated for RE2, which takes linear time.
 
-smtpd compiles with REG_EXTENDED | REG_NOSUB, and REG_ICASE after ``(?i)``, in the C locale. Only what both read alike
-is translated, and what one of them rejects is rejected. Where POSIX leaves the meaning open, glibc decides. RE2's own
-option ``posix_syntax`` does not do: it reads brackets and repetitions in another way, and lacks word classes.
+smtpd compiles with REG_EXTENDED, and REG_ICASE after ``(?i)``, in the C locale. Only what both libraries read alike is
+translated; where POSIX is open, glibc decides. RE2's option ``posix_syntax`` reads brackets and repetitions otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from itertools import groupby
 from types import ModuleType
 
 from table_consul.errors import EntryError
@@ -30,25 +30,10 @@ CLASSES = {
     b"xdigit": frozenset(string.hexdigits.encode()),
 }
 EVERY = frozenset(range(256))
-WORD = CLASSES[b"alnum"] | {0x5F}
+WORD, SPACE = CLASSES[b"alnum"] | {0x5F}, CLASSES[b"space"]
 # Tokens that stand for several bytes, and those that stand for none, which nothing can repeat.
-CLASS_TOKENS = {
-    b".": EVERY,
-    rb"\w": WORD,
-    rb"\W": EVERY - WORD,
-    rb"\s": CLASSES[b"space"],
-    rb"\S": EVERY - CLASSES[b"space"],
-}
-EMPTY_TOKENS = {
-    b"|": b"|",
-    b"^": rb"\A",
-    b"$": rb"\z",
-    rb"\b": rb"\b",
-    rb"\B": rb"\B",
-    rb"\`": rb"\A",
-    rb"\'": rb"\z",
-}
-ESCAPE = rb"(?s)\\."
+CLASS_TOKENS = {b".": EVERY, rb"\w": WORD, rb"\W": EVERY - WORD, rb"\s": SPACE, rb"\S": EVERY - SPACE}
+EMPTY_TOKENS = {b"|": b"|", b"^": rb"\A", b"$": rb"\z", rb"\`": rb"\A", rb"\'": rb"\z", rb"\b": rb"\b", rb"\B": rb"\B"}
 INTERVAL = rb"\{([0-9]*)(,?)([0-9]*)\}"
 # Within [ ]: [:alpha:], [.-.] or [=a=]; three hyphens in a row, which glibc reads as one that is no range; any byte.
 BRACKET_ELEMENT = rb"(?s)\[([.:=])(.*?)\1\]|---|(?!\[[.:=])."
@@ -65,8 +50,7 @@ def posix_to_re2(pattern: bytes) -> bytes:
     Raises:
         EntryError: regcomp(3) would reject it, or RE2 has no such thing; the text is one line with what to do.
     """
-    fold = pattern.startswith(IGNORE_CASE)
-    return _Translator(pattern.removeprefix(IGNORE_CASE), fold=fold).translate()
+    return _Translator(pattern).translate()
 
 
 def _error(text: str) -> EntryError:
@@ -76,11 +60,11 @@ def _error(text: str) -> EntryError:
 class _Translator:
     """One pass over an expression."""
 
-    def __init__(self, pattern: bytes, *, fold: bool) -> None:
+    def __init__(self, pattern: bytes) -> None:
+        self._fold = pattern.startswith(IGNORE_CASE)
+        self._raw = pattern.removeprefix(IGNORE_CASE)
         # regcomp(3) with REG_ICASE compares upper-case letters with upper-case letters, ranges included.
-        self._raw = pattern
-        self._pattern = pattern.upper() if fold else pattern
-        self._fold = fold
+        self._pattern = self._raw.upper() if self._fold else self._raw
         self._at = 0
 
     def translate(self) -> bytes:
@@ -103,10 +87,8 @@ class _Translator:
                 groups[-1].append(b"(?:" + b"".join(pieces) + b")")
             elif token in EMPTY_TOKENS:
                 pieces.append(EMPTY_TOKENS[token])
-            elif token == b"[":
-                pieces.append(self._class(self._bracket()))
             else:
-                pieces.append(self._class(CLASS_TOKENS.get(token, token[-1:])))
+                pieces.append(self._class(self._bracket() if token == b"[" else CLASS_TOKENS.get(token, token[-1:])))
         if len(groups) > 1:
             raise _error("leaves a ( open; close it, or write \\( for the character")
         return b"".join(groups[0])
@@ -153,41 +135,32 @@ class _Translator:
             return rb"[^\x00-\xff]"
         if len(codes) == 1:
             return b"%c" % codes[0] if codes[0] in WORD else rb"\x%02x" % codes[0]
-        runs: list[list[int]] = []
-        for code in codes:
-            if runs and code == runs[-1][1] + 1:
-                runs[-1][1] = code
-            else:
-                runs.append([code, code])
-        return b"[" + b"".join(rb"\x%02x-\x%02x" % (first, last) for first, last in runs) + b"]"
+        runs = ([code for _, code in run] for _, run in groupby(enumerate(codes), lambda each: each[1] - each[0]))
+        return b"[" + b"".join(rb"\x%02x-\x%02x" % (run[0], run[-1]) for run in runs) + b"]"
 
     def _bracket(self) -> frozenset[int]:
         """The bytes that match a bracket expression whose ``[`` is read (glibc: regcomp.c, parse_bracket_exp)."""
         negated = self._pattern.startswith(b"^", self._at)
         self._at += negated
-        members = set(self._range(first=True))
-        while not self._pattern.startswith(b"]", self._at):
-            members.update(self._range(first=False))
+        first = self._at
+        members: set[int] = set()
+        while self._at == first or not self._pattern.startswith(b"]", self._at):
+            if self._at > first and self._at_hyphen():
+                raise _error("has a - that is no range within [ ]; put it last, before the ]")
+            start, ranged = self._bracket_element()
+            members |= start
+            if ranged and self._at_hyphen():
+                self._at += 1
+                end, ranged = self._bracket_element()
+                if not ranged or min(start) > max(end):
+                    raise _error("has a range within [ ] that is empty; write it in order")
+                members.update(range(min(start), max(end) + 1))
         self._at += 1
         return EVERY - members if negated else frozenset(members)
 
-    def _range(self, *, first: bool) -> Iterable[int]:
-        if self._at_hyphen() and not first:
-            raise _error("has a - that is no range within [ ]; put it last, before the ]")
-        start, ranged = self._bracket_element()
-        if not ranged or not self._at_hyphen():
-            return start
-        self._at += 1
-        end, ranged = self._bracket_element()
-        low, high = min(start), max(end)
-        if not ranged or low > high:
-            raise _error("has a range within [ ] that is empty; write it in order")
-        return range(low, high + 1)
-
     def _at_hyphen(self) -> bool:
         """Whether the next byte is a hyphen that makes a range: not the last within the bracket, and not ``---``."""
-        rest = self._pattern[self._at : self._at + 3]
-        return rest.startswith(b"-") and rest != b"---" and rest[1:2] != b"]"
+        return compiled(rb"-(?!--|\])").match(self._pattern, self._at) is not None
 
     def _bracket_element(self) -> tuple[frozenset[int], bool]:
         """The bytes of one element within [ ], and whether it can be an end of a range."""
@@ -212,7 +185,7 @@ class _Translator:
 
 def escape_warnings(pattern: bytes) -> Iterator[str]:
     """What to write instead of each escaped letter or digit that has a meaning only in other dialects."""
-    for token in sorted({*compiled(ESCAPE).findall(pattern)} - CLASS_TOKENS.keys() - EMPTY_TOKENS.keys()):
+    for token in sorted({*compiled(rb"(?s)\\.").findall(pattern)} - CLASS_TOKENS.keys() - EMPTY_TOKENS.keys()):
         if token[1:].isalnum():
             c = token[1:].decode()
             yield f"\\{c} is just the character {c} in POSIX expressions; write a class, such as [0-9] or [[:alpha:]]"
@@ -247,10 +220,9 @@ def regcomp(pattern: bytes) -> Callable[[bytes], object | None]:
 
 
 class RegexSet:
-    """Valid expressions compiled into one, followed by one that matches everything."""
+    """Valid expressions, in ascending order, compiled into one; the last that is added to them matches everything."""
 
     def __init__(self, entries: list[bytes], max_bytes: int) -> None:
-        """``entries`` are in ascending order; ``max_bytes`` bounds the memory of the compiled set."""
         self._entries = entries
         re2 = import_module("re2")
         self._set = re2.Set.SearchSet(_options(re2, max_bytes))

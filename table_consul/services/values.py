@@ -12,7 +12,7 @@ import re
 import msgspec
 
 from table_consul.errors import UNDECODABLE, EntryError
-from table_consul.services import Service, Table, compiled, passwords
+from table_consul.services import DEFAULT_KEY, Service, Table, compiled, passwords
 from table_consul.services.match import MAILADDR_PART_BYTES, is_address, text_to_mailaddr
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
@@ -22,15 +22,16 @@ ID_MAX = 4294967295
 # smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE; smtpd.h, EXPAND_BUFFER. Without the NUL.
 USER_BYTES = 255
 COMMAND_BYTES = 1023
-# The entry that answers for every key without one, where a service has such a default.
-DEFAULT_KEY = b"*"
 
-_BARE_LOCKS = (b"*", b"!", b"!!")
 # Lists of users and addresses with nothing in them that needs a second look, as nearly all are.
 _PLAIN_LIST = rb"[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?(?:, ?[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?)*"
-_ERROR_REPLY = rb"[45][0-9]{2} [A-Za-z0-9]"
-_USER = rb"[A-Za-z0-9_.+-]{0,%d}" % USER_BYTES
+_USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
 _ADDRESS = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+@[A-Za-z0-9.-]+"
+# An error reply, an :include:, a |command or a /file (smtpd: to.c, text_to_expandnode).
+_SPECIAL = (
+    rb'(?s:(?::?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])|:?(?i:include):(?=/)|\||"\|(?=.*"\Z)|(?=/)).{0,%d})'
+    % COMMAND_BYTES
+)
 # Formats of Dovecot's that no crypt(3) reads (doc.dovecot.org, Password Schemes).
 _FOREIGN_SCHEME = (
     rb"(?is)\{(?:PLAIN|CLEAR|CLEARTEXT|L?S?(?:MD5|SHA)|S?SHA(?:256|512)|(?:PLAIN|LDAP|CRAM|DIGEST|HMAC)-[A-Z0-9]+"
@@ -39,7 +40,6 @@ _FOREIGN_SCHEME = (
 # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): of a key "gilles:0", the 0 would
 # become the uid.
 _COLON_IN_KEY = "the key contains a colon, which smtpd takes for the end of the user name"
-_BAD_NAME = "the user name cannot be used in a home directory path"
 
 
 class MissingFields(EntryError):
@@ -48,7 +48,7 @@ class MissingFields(EntryError):
 
 def is_valid_reply_value(value: bytes) -> bool:
     """Whether smtpd accepts this value: one line, no NUL, not empty (smtpd: table_proc.c, "empty response")."""
-    return bool(value) and not any(c in value for c in (b"\n", b"\r", b"\0"))
+    return bool(value) and b"\n" not in value and b"\r" not in value and b"\0" not in value
 
 
 def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes:
@@ -61,10 +61,10 @@ def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -
     text = _decode(table, service, key, raw or b"").rstrip()
     if service.joined:
         text = _join_lines(text)
-    if b"\n" in text or b"\r" in text or b"\0" in text:
+    if text and not is_valid_reply_value(text):
         raise EntryError(f"the value contains a line break or a NUL; {service.name} takes a single line")
-    if service.hashed and (b"{" in text or b"$2y$" in text or text in _BARE_LOCKS):
-        text = _strip_scheme(text)
+    if service.hashed:
+        text = passwords.strip_scheme(text)
     if service.bounded and len(text) >= LINE_MAX:
         hint = " (split it into several aliases)" if service.name == "alias" else ""
         raise EntryError(f"the value has {len(text)} bytes; smtpd rejects {LINE_MAX} or more{hint}")
@@ -75,46 +75,30 @@ def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -
 
 def _decode(table: Table, service: Service, key: bytes, raw: bytes) -> bytes:
     if table.value_format == "text":
-        return raw.rstrip()
+        return raw
     strict = table.value_format == "json"
     raw = raw.strip() if strict else raw.rstrip()
-    opening = raw[:1]
-    if opening == b"{" and service.fields and (record := _decode_record(raw, strict=strict)) is not None:
-        return _from_record(service, key, record)
-    lines = _decode_strings(raw) if opening in (b'"', b"[") else None
-    if lines is None:
+    decoded: str | list[str] | dict[str, object] | None = None
+    if raw.startswith((b'"', b"[")) or (service.fields and raw.startswith(b"{")):
+        try:
+            decoded = msgspec.json.decode(raw, type=str | list[str] | dict[str, object])
+        except UNDECODABLE:
+            # Nothing but an object begins with a brace and a quote; {CRYPT}$6$... is text.
+            if raw.startswith(b"{") and (strict or raw[1:].lstrip().startswith((b'"', b"'"))):
+                raise EntryError("the value starts like a JSON object but is not valid JSON") from None
+    if isinstance(decoded, dict):
+        return _from_record(service, key, decoded)
+    if decoded is None:
         if strict and raw not in (b"", b"null"):
             record_hint = f", or an object with {' and '.join(service.fields)}" if service.fields else ""
             raise EntryError(f'expected a JSON string or array of strings, such as "a" or ["a", "b"]{record_hint}')
         return b"" if strict else raw  # [2001:db8::1] and "|command" with a quote too many are text
+    lines = [line.encode() for line in ([decoded] if isinstance(decoded, str) else decoded)]
     if service.name == "alias":
         lines = [_quote_command(line) for line in lines]
     if len(lines) > 1 and not service.joined:
         raise EntryError(f"the value is a list; {service.name} takes a single value")
     return b"\n".join(lines)
-
-
-def _decode_strings(raw: bytes) -> list[bytes] | None:
-    """The strings of a JSON string or array; None for text that only begins like one."""
-    try:
-        decoded = msgspec.json.decode(raw, type=str | list[str])
-        return [line.encode() for line in ([decoded] if isinstance(decoded, str) else decoded)]
-    except UNDECODABLE:
-        return None
-
-
-def _decode_record(raw: bytes, *, strict: bool) -> dict[str, object] | None:
-    """The JSON object; None for text that only begins like one, such as ``{CRYPT}$6$...``.
-
-    Raises:
-        EntryError: it was meant for an object, as nothing else begins with a brace and a quote.
-    """
-    try:
-        return msgspec.json.decode(raw, type=dict[str, object])
-    except UNDECODABLE:
-        if strict or raw[1:].lstrip()[:1] in (b'"', b"'"):
-            raise EntryError("the value starts like a JSON object but is not valid JSON") from None
-        return None
 
 
 def _from_record(service: Service, key: bytes, record: dict[str, object]) -> bytes:
@@ -123,30 +107,19 @@ def _from_record(service: Service, key: bytes, record: dict[str, object]) -> byt
     if missing:
         text = f"the record has no {' and no '.join(missing)}, which {service.name} needs"
         raise (MissingFields if len(missing) == len(service.fields) else EntryError)(text)
-    values = [_from_field(field, record[field]) for field in service.fields]
+    values: list[bytes] = []
+    for field in service.fields:
+        value, number = record[field], field in ("uid", "gid")
+        if number and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or (number and not value.encode().isdigit()):
+            raise EntryError(f"the record's {field} is not a {'whole number' if number else 'string'}")
+        values.append(value.encode())
     if service.hashed and b":" in values[0]:
         if b":" in key:
             raise EntryError(_COLON_IN_KEY)
         values.insert(0, key)  # a password to relay with; smtpd takes what precedes the first colon for its user
     return b":".join(values)
-
-
-def _from_field(name: str, value: object) -> bytes:
-    number = name in ("uid", "gid")
-    if number and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    text = value.encode() if isinstance(value, str) else None
-    if text is None or (number and not text.isdigit()):
-        raise EntryError(f"the record's {name} is not a {'whole number' if number else 'string'}")
-    return text
-
-
-def _strip_scheme(text: bytes) -> bytes:
-    """The credential with a hash that crypt(3) can read, and a bare lock as one that smtpd does not find too short."""
-    user, colon, rest = text.partition(b":")
-    if not colon:
-        return passwords.LOCKED_ACCOUNT if text in _BARE_LOCKS else passwords.strip_scheme(text)
-    return user + colon + passwords.strip_scheme(rest)
 
 
 def _quote_command(line: bytes) -> bytes:
@@ -235,29 +208,20 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
         raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
 
 
-def expand_default_home(text: bytes, key: bytes) -> bytes:
+def expand_home(text: bytes, key: bytes) -> bytes:
     """The value of the default entry of userinfo for this user, with ``%u``, ``%n`` and ``%d`` in its home filled in.
 
     Raises:
         EntryError: the user name cannot be part of a path, or would give smtpd other ids; the text does not contain it.
     """
-    if not key or re.search(rb"[\0-\x1f\x7f/:]", key):  # for the colon, see _COLON_IN_KEY
-        raise EntryError(_BAD_NAME)
     ids, slash, home = text.partition(b"/")
-    if b"%" not in home:
-        return text
     name, at, domain = key.rpartition(b"@")
     parts = {b"%u": key, b"%n": name if at else key, b"%d": domain if at else b"", b"%%": b"%"}
-
-    def filled(match: re.Match[bytes]) -> bytes:
-        part = parts[match[0]]
-        if not part:
-            raise EntryError(f"the user name has no part {match[0].decode()}, which the default home directory needs")
-        return part
-
-    home = re.sub(rb"%[und%]", filled, home)
-    if {b".", b".."}.intersection(home.split(b"/")):
-        raise EntryError(_BAD_NAME)
+    used = re.findall(rb"%[und%]", home)
+    home = re.sub(rb"%[und%]", lambda match: parts[match[0]], home)
+    unsafe = not key or re.search(rb"[\0-\x1f\x7f/:]", key)  # for the colon, see _COLON_IN_KEY
+    if unsafe or not all(parts[each] for each in used) or (used and {b".", b".."}.intersection(home.split(b"/"))):
+        raise EntryError("the user name cannot be used in the default home (unsafe in a path, or no domain for %d)")
     return ids + slash + home
 
 
@@ -281,37 +245,14 @@ def warning_for(table: Table, service: Service, key: bytes, value: bytes) -> str
 
 
 def _alias_warning(element: bytes) -> str | None:
-    address = _has_address_shape(element)
-    if _is_special(element) or (address and compiled(_ADDRESS).fullmatch(element)):
+    if compiled(b"|".join((_USER, _ADDRESS, _SPECIAL))).fullmatch(element):
         return None
-    if not compiled(_USER).fullmatch(element.partition(b"@")[0] if address else element):
-        return "is neither a user nor an address; smtpd rejects the whole alias because of it"
-    if b"@" in element:
+    if compiled(_USER + rb"@(?s:.)").match(element):
         return (
             "has characters that smtpd does not accept in a domain; it delivers to the local user before the @ instead "
             "(write internationalised domains as xn--...)"
         )
-    return None
-
-
-def _is_special(element: bytes) -> bool:
-    """Whether this is an error reply, an :include:, a |command or a /file (smtpd: to.c, text_to_expandnode)."""
-    lower = element.lower()
-    for word in (b":error:", b"error:", b":include:", b"include:"):
-        if lower.startswith(word):
-            rest = element[len(word) :]
-            valid = compiled(_ERROR_REPLY).match(rest) if b"error" in word else rest[:1] == b"/"
-            return len(rest) <= COMMAND_BYTES and bool(valid)
-    quoted = element.startswith(b'"')
-    if element[quoted : quoted + 1] == b"|":
-        command = element[quoted + 1 :]
-        return len(command) <= COMMAND_BYTES and (not quoted or command.endswith(b'"'))
-    return element.startswith(b"/") and len(element) <= COMMAND_BYTES
-
-
-def _has_address_shape(element: bytes) -> bool:
-    """Whether smtpd tries this as an address, and cuts the text at the ``@`` for it (smtpd: to.c, alias_is_address)."""
-    return len(element) >= 3 and 0 < element.find(b"@") < len(element) - 1
+    return "is neither a user nor an address; smtpd rejects the whole alias because of it"
 
 
 def _mailaddr_warning(element: bytes) -> str | None:
@@ -325,12 +266,11 @@ def _mailaddr_warning(element: bytes) -> str | None:
 def _credential_warning(table: Table, service: Service, text: bytes) -> str | None:
     """Warn if no login can succeed with this value. USER:... is exempt: it may be a plain-text relay password."""
     secret = passwords.hash_part(text)
-    verified_here = "auth" in table.services
     if service.name == "credentials":
         foreign = compiled(_FOREIGN_SCHEME).fullmatch(secret) or secret.startswith(b"$argon2")
         if (b":" in text and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
             return None
-        if not verified_here:
+        if "auth" not in table.services:
             if not foreign and passwords.looks_like_a_hash(secret):
                 return None
             return (

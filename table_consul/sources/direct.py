@@ -11,9 +11,8 @@ from typing import TypeVar
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import Forbidden, SourceError, Unreachable, printable
-from table_consul.services import Service, Table
+from table_consul.services import DEFAULT_KEY, Service, Table
 from table_consul.services.entries import Entries
-from table_consul.services.values import DEFAULT_KEY
 from table_consul.sources import PROBE
 from table_consul.transport import BadRequest
 

@@ -216,6 +216,6 @@ class Mirror:
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
-        if service in snapshot.forbidden and (key is None or not snapshot.entries[service].has_own_entry(key)):
+        if service in snapshot.forbidden and (key is None or snapshot.entries[service].find(key) is None):
             raise snapshot.forbidden[service].with_traceback(None)
         return snapshot.entries[service]

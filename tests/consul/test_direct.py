@@ -113,9 +113,9 @@ def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
 )
 def test_a_key_that_no_url_can_name_is_absent_and_never_reaches_the_client(client, direct, key):
     client.error = AssertionError("asked")
-    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).has_own_entry(key), client.asked) == (
+    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).find(key), client.asked) == (
         None,
-        False,
+        None,
         [],
     )
 
@@ -171,7 +171,7 @@ def network(client, direct):
 
 
 def test_a_pattern_service_reads_the_whole_bucket(network, client):
-    assert network().has_own_entry(b"192.0.2.1")
+    assert network().find(b"192.0.2.1") is not None
     assert client.asked == [("list", b"mail/aliases/netaddr/", 2.0)]
 
 
@@ -326,7 +326,7 @@ def test_a_name_that_no_key_can_have_is_not_put_into_a_home(client, direct, key)
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     found = bucket(direct, "userinfo", key)
     assert [asked for _, asked, _ in client.asked] == [USERS + b"*"]
-    with pytest.raises(EntryError, match="cannot be used in a home"):
+    with pytest.raises(EntryError, match="cannot be used in the default home"):
         found.lookup(key)
 
 

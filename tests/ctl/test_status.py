@@ -234,8 +234,8 @@ def test_a_name_that_no_table_can_have_is_a_mistake(tmp_path, ctl):
 def test_any_bytes_in_a_file_are_unknown(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.prom"
     path.write_bytes(data)
-    found, samples = status.scrape(MetricsConfig(textfile=str(path)), "aliases")
-    assert (found.state, found.healthy, samples) == ("unknown", None, [])
+    found = status.status_of(Config(None, metrics=MetricsConfig(textfile=str(path))), "aliases")
+    assert (found.state, found.healthy, found.prefixes) == ("unknown", None, [])
 
 
 @given(
@@ -304,14 +304,14 @@ def test_a_port_where_nobody_listens_is_that_of_a_process_that_is_gone(tmp_path,
 def test_silent_listener_is_unknown_within_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         listen = f"127.0.0.1:{silent.getsockname()[1]}"
-        found, _ = status.scrape(MetricsConfig(listen=listen), "aliases", timeout=0.2)
+        found = status.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.2)
     assert (found.state, found.remarks) == ("unknown", [f"{listen}: timed out"])
 
 
 def test_answer_without_end_is_unknown(tmp_path, ctl, stranger, monkeypatch):
     monkeypatch.setattr(Stranger, "answer", b"\n" * (status.SIZE_MAX + 1))
     outcome = ctl(configured(tmp_path, metrics=f'listen = "{stranger}"'), "--json")
-    assert (outcome[0], "an answer without end" in told(outcome)["remarks"][0]) == (2, True)
+    assert (outcome[0], "larger than 16 MiB" in told(outcome)["remarks"][0]) == (2, True)
 
 
 # ---- Consul ----
@@ -357,6 +357,15 @@ def test_numbers_from_before_an_edit_are_waited_for(tmp_path, ctl, fake):
     assert (outcome[0], told(outcome)["prefixes"][0]["ahead"]) == (0, False)
 
 
+def test_process_that_ends_while_status_waits_is_not_running(tmp_path, ctl, fake, impatient):
+    path = publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
+    end = threading.Timer(0.2, path.unlink)
+    end.start()
+    outcome = ctl(configured(tmp_path, address=fake.address), "aliases", "--json")
+    end.join()
+    assert (outcome[0], told(outcome)["state"]) == (1, "not running")
+
+
 def test_offline_asks_consul_nothing(tmp_path, ctl, fake):
     publish(tmp_path, **FOLLOWING)
     outcome = ctl(configured(tmp_path, address=fake.address), "--offline", "--json")
@@ -370,7 +379,8 @@ def test_following_table_is_unknown_when_consul_is_unreachable(tmp_path, ctl, fa
     code, out, _ = ctl(configured(tmp_path, address=fake.address), "--json")
     tables = json.loads(out)["tables"]
     assert (code, [table["healthy"] for table in tables]) == (2, [None, None])
-    assert all("cannot compare with Consul" in table["remarks"][-1] for table in tables)
+    assert [table["prefixes"][0]["healthy"] for table in tables] == [None, None]
+    assert all("cannot compare with Consul" in table["prefixes"][0]["remarks"][-1] for table in tables)
 
 
 def test_no_token_is_shown(tmp_path, ctl, fake, monkeypatch):

@@ -216,8 +216,8 @@ def table(tmp_path_factory):
         fake.stop()
         with Child(str(path)) as child:
             child.handshake()
+            logged(child, " ago from ")
             child.end()
-            log.append(child.log())
     return SimpleNamespace(status=shown, textfile=textfile, log="".join(log))
 
 

@@ -753,7 +753,7 @@ def test_question_has_the_fields_of_its_dialect(how, line):
 @pytest.mark.parametrize(("dialect", "op"), ASKED)
 def test_question_is_what_our_own_parser_takes_it_for(dialect, op):
     asked = Request(op, b"7", "t%", "" if op == "update" else "alias", b"a|b" if op in ("check", "lookup") else b"")
-    assert DIALECTS[dialect].parse(line_of(dialect, asked).rstrip(b"\n")) == asked
+    assert DIALECTS[dialect](line_of(dialect, asked).rstrip(b"\n")) == asked
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ smtpd runs the program if it is installed in OpenSMTPD's libexec folder as ``tab
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from table_consul import log
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
@@ -26,23 +27,18 @@ Fetch = Callable[[str, str], str | None]
 Update = Callable[[str], None]
 
 
-class Callbacks:
+class Callbacks(NamedTuple):
     """Answers by calling functions; ``serve`` says which."""
 
-    def __init__(
-        self,
-        check: Check | None,
-        lookup: Lookup | None,
-        fetch: Fetch | None,
-        update: Update | None,
-        services: Sequence[str],
-    ) -> None:
-        self._check, self._lookup, self._fetch, self._update = check, lookup, fetch, update
-        self._services = list(services)
+    check: Check | None
+    lookup: Lookup | None
+    fetch: Fetch | None
+    update: Update | None
+    registered: Sequence[str]
 
     def services(self, _name: str) -> list[str]:
         """The services given to ``serve``, whatever the table's name."""
-        return self._services
+        return list(self.registered)
 
     def warm_up(self, _name: str) -> None:
         """Nothing: functions are ready when they are given."""
@@ -52,17 +48,17 @@ class Callbacks:
         table, service = request.table, request.service
         key = request.key.decode("utf-8", "surrogateescape")
         if request.op == "update":
-            if self._update is not None:
-                self._update(table)
+            if self.update is not None:
+                self.update(table)
             return Updated()
-        if service not in self._services:
+        if service not in self.registered:
             return Failed(f"service {service} is not among the services of this table")
-        if request.op == "check" and self._check is not None:
-            return Found() if self._check(table, service, key) else NotFound()
-        if request.op in ("check", "lookup") and self._lookup is not None:
-            value = self._lookup(table, service, key)
-        elif request.op == "fetch" and self._fetch is not None:
-            value = self._fetch(table, service)
+        if request.op == "check" and self.check is not None:
+            return Found() if self.check(table, service, key) else NotFound()
+        if request.op in ("check", "lookup") and self.lookup is not None:
+            value = self.lookup(table, service, key)
+        elif request.op == "fetch" and self.fetch is not None:
+            value = self.fetch(table, service)
         else:
             return Failed(f"this table has no {request.op}")
         if value is None:

@@ -19,8 +19,6 @@ from table_consul import __version__
 
 # Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
 LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
-DEADLINE_SECONDS = 2.0
-LONGEST_DEADLINE_SECONDS = 60.0
 
 DESCRIPTION = """\
 Runs COMMAND as a table of OpenSMTPD, whichever version: a program that speaks the
@@ -46,26 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dialect", choices=("smtpd-tables", "procexec"), help="what COMMAND speaks (default: detect)")
-    parser.add_argument(
-        "--deadline",
-        metavar="SECONDS",
-        type=_seconds,
-        default=DEADLINE_SECONDS,
-        help=f"the longest that smtpd waits for an answer (default: {DEADLINE_SECONDS:g})",
-    )
-    parser.add_argument(
-        "--restart", action="store_true", help="always stay in between, and restart COMMAND if it exits"
-    )
+    parser.add_argument("--deadline", metavar="SECONDS", type=float, default=2.0, help="of an answer (default: 2)")
+    parser.add_argument("--restart", action="store_true", help="stay in between, and restart COMMAND if it exits")
     parser.add_argument("--version", action="version", version=f"table-procexec {__version__}")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
     return parser
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= LONGEST_DEADLINE_SECONDS:
-        raise argparse.ArgumentTypeError(f"not between 0 and {LONGEST_DEADLINE_SECONDS:g}: {text}")
-    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(shlex.split(given[0]) if len(given) == 1 else given)
     except ValueError as error:
         parser.error(f"{error}: {given[0]}")
+    if not 0 < options.deadline <= 60:
+        parser.error(f"argument --deadline: not between 0 and 60: {options.deadline:g}")
     if not options.command:
         parser.error("no COMMAND")
     if os.isatty(0):
@@ -85,9 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beside = os.path.dirname(sys.argv[0])
     if first == b"":
         return 0
-    if first is None or (first >= b"\x08" and not options.restart and options.dialect != "procexec"):
-        return _become(options.command, beside)
-    return _bridge(options, beside)
+    if first is not None and (first < b"\x08" or options.restart or options.dialect == "procexec"):
+        return _bridge(options, beside)
+    try:
+        os.execv(find(options.command[0], beside), options.command)  # noqa: S606 - smtpd.conf names it
+    except OSError as error:
+        sys.stderr.write(f"table-procexec: {options.command[0]}: {error.strerror}\n")
+        return 127
 
 
 def _first_byte(fd: int) -> bytes | None:
@@ -102,14 +91,6 @@ def _first_byte(fd: int) -> bytes | None:
                 select.select([fd], [], [])
             except OSError:
                 return b""
-
-
-def _become(command: Sequence[str], beside: str) -> int:
-    try:
-        os.execv(find(command[0], beside), list(command))  # noqa: S606 - smtpd.conf names it
-    except OSError as error:
-        sys.stderr.write(f"table-procexec: {command[0]}: {error.strerror}\n")
-        return 127
 
 
 def find(name: str, beside: str) -> str:

@@ -15,11 +15,11 @@ from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.files import FormatError
 from table_consul.ctl.main import SERVICE, UNCUT, echo_problems, pass_config
-from table_consul.errors import SourceError, printable
-from table_consul.files import AtomicWriter, open_regular_file, read_bounded
+from table_consul.errors import printable
+from table_consul.files import AtomicWriter
 from table_consul.services import SERVICES, Service, Table
-from table_consul.services.entries import EntriesBuilder
-from table_consul.sources.export import export_entry, read_export
+from table_consul.services.entries import Entries
+from table_consul.sources.export import export_entry
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Stored
@@ -78,40 +78,32 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
 
 def _readable(text: bytes) -> str:
     """The text for a terminal, with escapes in place of control characters other than tabs and newlines."""
-    lines = ("\t".join(printable(part, UNCUT) for part in line.split(b"\t")) for line in text.split(b"\n"))
-    return "\n".join(lines)
+    return "\n".join("\t".join(printable(part, UNCUT) for part in line.split(b"\t")) for line in text.split(b"\n"))
 
 
 def _stored(settings: config.Config, table: Table, service: Service) -> Sequence[Stored]:
-    from table_consul.ctl import plan, txn
+    from table_consul.ctl import loader, plan, txn
 
     path = table.path(service)
     address = settings.consul.addresses[0]
-    if not address.startswith("file://"):
-        with contextlib.closing(txn.Store(settings.consul)) as store:
-            return store.entries(path)
-    name = address.removeprefix("file://")
-    try:
-        with open(name, "rb", opener=open_regular_file) as file:
-            exported = read_export(read_bounded(file))
-    except SourceError as error:
-        raise SourceError(f"{printable(name)}: {error}") from None
-    return [plan.Stored(key, value, 0, flags) for key, value, flags in exported if key.startswith(path)]
+    if address.startswith("file://"):
+        exported, _ = loader.read_file(address.removeprefix("file://"))
+        return [plan.Stored(each.key, each.value, 0, each.flags) for each in exported if each.key.startswith(path)]
+    with contextlib.closing(txn.Store(settings.consul)) as store:
+        return store.entries(path)
 
 
 def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> bytes:
     path = table.path(service)
-    builder = EntriesBuilder(table, service)
-    builder.take((each.key[len(path) :], each.value) for each in stored)
-    text, left_out = files.table_text(service, sorted(builder.values.items()))
-    problems = [(error.key, error.text) for key, error in builder.errors.items() if key not in builder.incomplete]
+    entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
+    text, left_out = files.table_text(service, sorted(entries.values.items()))
+    problems = [(error.key, error.text) for key, error in entries.errors.items() if key not in entries.incomplete]
     problems += [(path + key, "cannot be written to a file: table") for key in left_out]
-    problems += builder.spelling
+    problems += entries.spelling
     if problems:
         echo_problems([(printable(key), what) for key, what in problems], limit=PROBLEMS_SHOWN)
-        raise FormatError(
-            f"{len(problems)} of {len(stored)} entries cannot be written in this format; use --format export"
-        )
+        count = f"{len(problems)} of {len(stored)} entries"
+        raise FormatError(f"{count} cannot be written in this format; use --format export")
     return text
 
 
@@ -139,6 +131,5 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
     try:
         writer.write(data)
         writer.commit()
-    except BaseException:
-        writer.discard()
-        raise
+    finally:
+        writer.discard()  # after commit there is nothing left of it

@@ -16,26 +16,13 @@ from table_consul.errors import UNDECODABLE, TableConsulError, printable
 from table_consul.services import MAX_KEY_BYTES, Service, fold_key
 
 FORMATS = ("auto", "aliases", "table", "passwd", "export")
-# Services whose entries need no value: smtpd then reads the file as a list.
-_LIST_SERVICES = ("domain", "netaddr", "source", "mailaddr", "relayhost", "regex", "string")
 
 _SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
 _BLANKS = b" \t"
 _KEY_END = re.compile(rb"[ \t:]")
+_TABLE_ENTRY = re.compile(rb"(\[[^\]]*\]|(?!\[)[^ \t:]*)(?:.[ \t]*(.*))?", re.DOTALL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Editors on Windows write it before UTF-8."""
-# How the files begin that are most often given in place of a text; patterns, as two of them have their mark further in.
-_BINARY_FORMATS = {
-    "gzip": rb"\x1f\x8b",
-    "bzip2": rb"BZh91AY&SY",
-    "xz": rb"\xfd7zXZ",
-    "zstd": rb"\x28\xb5\x2f\xfd",
-    "zip": rb"PK\x03\x04",
-    "tar": rb".{257}ustar",
-    "SQLite": rb"SQLite format 3",
-    "Berkeley DB": rb"(?:.{12})?(?:\x00\x06\x15\x61|\x61\x15\x06\x00|\x00\x05\x31\x62|\x62\x31\x05\x00)",
-    "UTF-16": rb"\xff\xfe|\xfe\xff",
-}
 
 
 class FormatError(TableConsulError):
@@ -73,25 +60,6 @@ class ParsedFile(NamedTuple):
         return "entry" if self.format == "export" else "line"
 
 
-def refuse_binary(data: bytes) -> None:
-    """Check that the data, which may be only the first part of a file, looks like text.
-
-    Raises:
-        FormatError: it is compressed or binary.
-    """
-    nul = data.find(b"\0")
-    if nul < 0:
-        with contextlib.suppress(UnicodeDecodeError):
-            data.decode()
-            return
-    for name, pattern in _BINARY_FORMATS.items():
-        if re.match(pattern, data, re.DOTALL):
-            raise FormatError(f"compressed or binary data ({name}), not text; convert it first (- is standard input)")
-    if nul >= 0:
-        line = data.count(b"\n", 0, nul) + 1
-        raise FormatError(f"not text: line {line} contains a NUL byte")
-
-
 def detect_format(data: bytes, service: Service) -> str:
     """The format of the file. Where two are plausible this is an error rather than a guess; the command's help has it.
 
@@ -114,16 +82,6 @@ def detect_format(data: bytes, service: Service) -> str:
             " --format table"
         )
     return "passwd" if users else "table"
-
-
-def read(data: bytes, service: Service, name: str, *, cautious: bool = False, record: bool = False) -> ParsedFile:
-    """The content of a text file in the format ``name``, which is not export.
-
-    ``cautious`` is for `read_aliases`, ``record`` for `read_passwd`.
-    """
-    if name == "passwd":
-        return read_passwd(data, service, record=record)
-    return read_aliases(data, cautious=cautious) if name == "aliases" else read_table(data, service)
 
 
 def _significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -149,9 +107,6 @@ def _parse_lines(
     return parsed
 
 
-# file: tables.
-
-
 def read_table(data: bytes, service: Service) -> ParsedFile:
     """A list or a mapping, as smtpd reads ``file:`` tables (smtpd: util.c, parse_table_line).
 
@@ -166,7 +121,7 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
     if not listed:
         with contextlib.suppress(FormatError):
             listed = _split_entry(text)[1] is None
-    if listed and service.name not in _LIST_SERVICES:
+    if listed and service.needs_value:
         problem = f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
         return ParsedFile("table", [], [LineProblem(first, problem)])
 
@@ -187,13 +142,10 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
 
 def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
     """Key and value of a line of a mapping; the value is None if smtpd finds no separator."""
-    if text.startswith(b"["):
-        end = text.find(b"]") + 1
-        if not end:
-            raise FormatError("starts with [ but has no ]")
-    else:
-        end = len(_KEY_END.split(text, 1)[0])
-    return (text, None) if end == len(text) else (text[:end], text[end + 1 :].lstrip(_BLANKS))
+    match = _TABLE_ENTRY.fullmatch(text)
+    if match is None:
+        raise FormatError("starts with [ but has no ]")
+    return match[1], match[2]
 
 
 def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
@@ -202,31 +154,25 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
     It is a list if no entry has a value. An entry that import would read differently from smtpd is left out as well.
     """
     pairs = [(fold_key(key), value) for key, value in entries]
-    listed = not any(value for _, value in pairs) and service.name in _LIST_SERVICES
+    listed = not any(value for _, value in pairs) and not service.needs_value
     separator = b":\t" if service.name == "alias" else b"\t"
-    lines: list[bytes] = [b"# @list\n"] if listed else []
+    # The first line decides how the others are read.
+    first, number = (b"# @list\n", 0) if listed else (b"-\t-\n", 1)
+    lines: list[bytes] = [first] if listed else []
     left_out: list[bytes] = []
     for key, stored in pairs:
         value = key if not stored and not listed and service.answers == "entry" else stored
         line = (key if listed else key + separator + value) + b"\n"
-        if _reads_back(line, key, value, service, listed=listed):
+        readings = [read_table(first + line, service).entries[number:]]
+        if service.name == "alias":
+            readings.append(read_aliases(line).entries)
+        same = all([each[:2] for each in entries] == [(key, value)] for entries in readings)
+        if same and len(key) <= MAX_KEY_BYTES and b"\0" not in line and not line.startswith(BYTE_ORDER_MARK):
             lines.append(line)
         else:
             left_out.append(key)
     return b"".join(lines), left_out
 
-
-def _reads_back(line: bytes, key: bytes, value: bytes, service: Service, *, listed: bool) -> bool:
-    if line.startswith(BYTE_ORDER_MARK) or b"\0" in line or len(key) > MAX_KEY_BYTES or line.count(b"\n") != 1:
-        return False
-    before = b"# @list\n" if listed else b"-\t-\n"  # stands for the rest of the file, which decides what this line is
-    entries = read_table(before + line, service).entries[0 if listed else 1 :]
-    if service.name == "alias" and [each[:2] for each in read_aliases(line).entries] != [(key, value)]:
-        return False
-    return [each[:2] for each in entries] == [(key, value)]
-
-
-# aliases(5).
 
 _QUOTED_COMMAND = re.compile(rb'(?:(?<=,)|\A)\s*\|"((?:[^"\\]|\\.)*)"\s*(?=,|\Z)')
 # A continuation line that smtpd 7.6 and later would read as an entry of its own in a file: table.
@@ -285,16 +231,6 @@ def _alias(text: bytes) -> tuple[bytes, bytes]:
     return key, value
 
 
-# passwd(5) and its relatives.
-
-# name, password, uid, gid, gecos, home; a shell and, in Dovecot's passwd-files, more fields may follow.
-_PASSWD_FIELDS = 6
-# master.passwd(5) of the BSDs: name, password, uid, gid, class, change, expire, gecos, home, shell.
-_MASTER_FIELDS = 10
-# int() of very many digits is slow, and an id has fewer than this.
-_ID_DIGITS = 20
-
-
 def read_passwd(data: bytes, service: Service, *, record: bool = False) -> ParsedFile:
     """Users of a passwd(5), shadow(5), master.passwd(5) or Dovecot passwd-file, as values of the service.
 
@@ -310,50 +246,43 @@ def read_passwd(data: bytes, service: Service, *, record: bool = False) -> Parse
             raise FormatError("refers to NIS, not to a user of this file")
         if len(fields) < 2:
             raise FormatError("has no colon, so it is not a user")
-        if len(fields) == _MASTER_FIELDS and not fields[5].startswith(b"/") and fields[8].startswith(b"/"):
+        # master.passwd(5) of the BSDs: name, password, uid, gid, class, change, expire, gecos, home, shell.
+        if len(fields) == 10 and not fields[5].startswith(b"/") and fields[8].startswith(b"/"):
             del fields[4:7]
-        return fields[0], value_of(fields)
+        user, password, uid, gid, _, home = (fields if len(fields) >= 6 else [*fields[:2], b"", b"", b"", b""])[:6]
+        return user, value_of(password, uid, gid, home)
 
     return _parse_lines("passwd", _significant_lines(data), parse)
 
 
-def _password(fields: list[bytes]) -> bytes:
-    if fields[1] == b"x":
+def _password(password: bytes, *_user: bytes) -> bytes:
+    if password == b"x":
         raise FormatError("has its password in another file (import /etc/shadow)")
-    if not fields[1]:
+    if not password:
         raise FormatError("has no password")
-    return fields[1] if fields[1].strip(b"*!") else b"*"  # one marker for every locked account, `!*` among them
+    return password if password.strip(b"*!") else b"*"  # one marker for every locked account, `!*` among them
 
 
-def _user(fields: list[bytes]) -> bytes:
-    if len(fields) < _PASSWD_FIELDS or not (fields[2] and fields[3] and fields[5]):
+def _user(_password: bytes, *user: bytes) -> bytes:
+    if not all(user):
         raise FormatError("has no uid, gid and home")
-    return b":".join((fields[2], fields[3], fields[5]))
+    return b":".join(user)
 
 
-def _user_record(fields: list[bytes]) -> bytes:
-    found: dict[str, object] = {}
+def _user_record(password: bytes, uid: bytes, gid: bytes, home: bytes) -> bytes:
+    texts = {"password": b"" if password == b"x" else password, "uid": uid, "gid": gid, "home": home}
     try:
-        if fields[1] not in (b"", b"x"):
-            found["password"] = fields[1].decode()
-        if len(fields) >= _PASSWD_FIELDS:
-            for name, text in zip(("uid", "gid", "home"), (fields[2], fields[3], fields[5]), strict=True):
-                number = name != "home" and text.isdigit() and len(text) <= _ID_DIGITS
-                if text:
-                    found[name] = int(text) if number else text.decode()
+        record: dict[str, object] = {name: text.decode() for name, text in texts.items() if text}
     except UnicodeDecodeError:
         raise FormatError("contains bytes that are not UTF-8, as JSON requires") from None
-    if not found:
+    # int() of very many digits is slow.
+    record |= {name: int(texts[name]) for name in ("uid", "gid") if re.fullmatch(rb"\d{1,20}", texts[name])}
+    if not record:
         raise FormatError("has neither a password nor uid, gid and home")
-    return msgspec.json.encode(found)
+    return msgspec.json.encode(record)
 
 
 _PASSWD_VALUES = {"credentials": _password, "auth": _password, "userinfo": _user}
-PASSWD_SERVICES = tuple(_PASSWD_VALUES)
-"""The services that a passwd file has values for."""
-
-
-# consul kv export.
 
 
 def entries_of_export(
@@ -368,24 +297,21 @@ def entries_of_export(
     Raises:
         FormatError: none of these rules finds a folder, or ``below`` holds no entries but other folders do.
     """
-    folder = _folder([key for key, _, _ in exported], service, path) if below is None else below
+    keys = [key for key, _, _ in exported]
+    folder = path if below is None else below
+    if below is None and keys and not any(key.startswith(path) for key in keys):
+        name = re.compile(rb"(?:\A|/)%b/" % re.escape(service.name.encode()))
+        folders = sorted({key[: match.end()] for key in keys if (match := name.search(key))})
+        if len(folders) != 1:
+            found = ", ".join(printable(each) for each in folders[:3]) or f"none is named {service.name}/"
+            raise FormatError(f"cannot tell which folder of the export to import ({found}); name it with --from FOLDER")
+        folder = folders[0]
     entries = [
         FileEntry(key[len(folder) :], value, number, flags)
         for number, (key, value, flags) in enumerate(exported, 1)
         if key.startswith(folder) and not key.endswith(b"/")
     ]
-    left_out = sum(not key.startswith(folder) for key, _, _ in exported)
+    left_out = sum(not key.startswith(folder) for key in keys)
     if below is not None and not entries and left_out:
         raise FormatError(f"contains no keys below {printable(below)}")
     return ParsedFile("export", entries, [], left_out)
-
-
-def _folder(keys: list[bytes], service: Service, path: bytes) -> bytes:
-    if not keys or any(key.startswith(path) for key in keys):
-        return path
-    name = re.compile(rb"(?:\A|/)%b/" % re.escape(service.name.encode()))
-    folders = sorted({key[: match.end()] for key in keys if (match := name.search(key))})
-    if len(folders) == 1:
-        return folders[0]
-    candidates = ", ".join(printable(folder) for folder in folders[:3]) or f"none is named {service.name}/"
-    raise FormatError(f"cannot tell which folder of the export to import ({candidates}); name it with --from FOLDER")

@@ -14,19 +14,9 @@ import click
 import msgspec
 
 from table_consul import config
-from table_consul.ctl import files
-from table_consul.ctl.files import PASSWD_SERVICES, FormatError, LineProblem, ParsedFile
-from table_consul.ctl.main import (
-    FAILED,
-    NO,
-    SERVICE,
-    as_json,
-    as_writer,
-    counted,
-    echo_problems,
-    json_text,
-    pass_config,
-)
+from table_consul.ctl import files, main
+from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
+from table_consul.ctl.main import counted, json_text
 from table_consul.errors import SourceError, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import read_export
@@ -51,7 +41,7 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
 
 @click.command("import")
 @click.argument("table_name", metavar="TABLE")
-@click.argument("service_name", metavar="SERVICE", type=SERVICE)
+@click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
 @click.argument("file", metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
@@ -65,9 +55,9 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
 )
 @click.option("--from", "below", metavar="FOLDER", help="With an export: the folder whose keys to import.")
 @click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
-@click.option("--token-file", metavar="PATH", help="The ACL token to write with; see above for the default.")
-@as_json
-@pass_config
+@click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
+@main.as_json
+@main.pass_config
 def command(  # noqa: PLR0913 - the command line
     settings: config.Config,
     *,
@@ -84,33 +74,13 @@ def command(  # noqa: PLR0913 - the command line
 ) -> int:
     """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. Values of credentials and auth are
-    not shown. If lint would report an entry, its line is printed and nothing is written.
+    The entries to add (+), change (~) and remove (-) are shown and then written. If lint would report an entry, its
+    line is printed and nothing is written. Keys that somebody else changes at the same time are skipped: to write
+    them, or the rest after ^C or an outage of Consul, run the same command again.
 
-    \b
-    FILE may be
-      aliases  aliases(5) of smtpd,
-               Postfix or sendmail
-      table    a file: table of smtpd
-      passwd   passwd(5), shadow(5),
-               master.passwd(5), or a
-               passwd-file of Dovecot
-      export   of consul kv export
-
-    auto reads JSON as export, and a file for alias as aliases. A file for credentials, auth or userinfo is passwd if
-    each line has a name and six colons. Everything else is table. If a line could mean either, auto asks for --format.
-
-    The keys of an export may come from elsewhere. They are taken from the folder of TABLE and SERVICE if the file has
-    it, otherwise from the only folder named SERVICE/, otherwise from the folder in --from. Its values are written as
-    they are. Keys from other files become lower case, and an entry that already gives the same answer is left alone.
-
-    --prune requires a FILE with entries. Without --record it does not remove a record that another service reads, too.
-
-    A key is written only if nobody has changed it since it was read. Keys that were changed are reported and skipped,
-    and the others are written. To write the rest, also after ^C or an outage of Consul, run the same command again.
-
-    It writes with the token in --token-file, otherwise with that of CONSUL_HTTP_TOKEN_FILE or CONSUL_HTTP_TOKEN, and
-    otherwise with the configured one, which should be read-only.
+    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail), table (a file: table of smtpd), passwd
+    (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot) or export (of consul kv export). auto tells
+    them apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format.
 
     Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change; 2
     something was not written.
@@ -126,14 +96,16 @@ def command(  # noqa: PLR0913 - the command line
     from table_consul.ctl import plan, txn
 
     table, service = settings.table(table_name), SERVICES[service_name]
-    _check_options(settings, service, wanted, record=record)
+    path = table.path(service)
+    if settings.consul.addresses[0].startswith("file://"):
+        raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
     name = "standard input" if file == "-" else printable(file)
+    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
     try:
-        parsed = _parsed(file, table, service, wanted, below, record=record)
-    except (FormatError, SourceError) as error:
-        raise FormatError(f"{name}: {error}") from None
-    except OSError as error:
-        raise FormatError(f"{name}: {(error.strerror or str(error)).lower()}") from None
+        parsed = parse(_content(file), service, wanted, path, folder, record=record)
+    except (FormatError, SourceError, OSError) as error:
+        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        raise FormatError(f"{name}: {text}") from None
     for option, given, form in (("--from", below is not None, "export"), ("--record", record, "passwd")):
         if given and parsed.format != form:
             raise click.UsageError(f"{option} is for --format {form}, but {name} is read as {parsed.format}")
@@ -144,17 +116,12 @@ def command(  # noqa: PLR0913 - the command line
     # Users without a hash in auth may have one in credentials.
     if service.name not in table.readable_services:
         click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
-    consul = msgspec.structs.replace(as_writer(settings.consul, token_file), consistency="consistent")
+    folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
+    others = [folder for folder in folders if folder.startswith(path) and folder != path]
+    consul = msgspec.structs.replace(main.as_writer(settings.consul, token_file), consistency="consistent")
     with contextlib.closing(txn.Store(consul)) as store:
-        planned = plan.plan(
-            table,
-            service,
-            parsed,
-            store.entries(table.path(service)),
-            prune=prune,
-            records=record,
-            others=_folders_within(settings, table, service),
-        )
+        stored = store.entries(path)
+        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)
         _raise_problems(name, parsed, planned.problems)
         report = _report(table, service, planned, parsed, dry_run=dry_run)
         try:
@@ -173,50 +140,46 @@ def command(  # noqa: PLR0913 - the command line
                         click.echo(json.dumps(report))
             raise
     if dry_run:
-        return NO if planned.changes else 0
-    return FAILED if report["conflicts"] else 0
+        return main.NO if planned.changes else 0
+    return main.FAILED if report["conflicts"] else 0
 
 
-def _check_options(settings: config.Config, service: Service, wanted: str, *, record: bool) -> None:
-    if settings.consul.addresses[0].startswith("file://"):
-        raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
-    if wanted == "aliases" and service.name != "alias":
-        raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
-    if (wanted == "passwd" or record) and service.name not in PASSWD_SERVICES:
-        raise click.UsageError(f"a passwd file has nothing for {service.name}, only for {', '.join(PASSWD_SERVICES)}")
-
-
-def _parsed(file: str, table: Table, service: Service, wanted: str, below: str | None, *, record: bool) -> ParsedFile:
-    """The content of the file, which may be a pipe, unlike the configuration.
-
-    Raises:
-        OSError: it cannot be read.
-        FormatError: it is too large, or not in the format.
-        SourceError: it is not an export.
-    """
+def _content(file: str) -> bytes:
     if file == "-" and sys.stdin is None:
         raise FormatError("closed")
     with click.open_file(file, "rb") as opened:
         data: bytes = opened.read(HEAD_BYTES)
-        files.refuse_binary(data)
-        data += opened.read(FILE_MAX_BYTES)
+        if b"\0" not in data:
+            data += opened.read(FILE_MAX_BYTES)
     if len(data) > FILE_MAX_BYTES:
         raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MB; import it in parts")
-    files.refuse_binary(data)
+    return data
+
+
+def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes | None, *, record: bool) -> ParsedFile:
+    """The content of a file in the format ``wanted``, one of `files.FORMATS`.
+
+    ``path`` and ``below`` are for `files.entries_of_export`, ``record`` for `files.read_passwd`.
+
+    Raises:
+        FormatError: it is not text, not in the format, or it is not clear in which.
+        SourceError: it is not an export.
+    """
+    nul = data.find(b"\0")
+    if nul >= 0:
+        line = data.count(b"\n", 0, nul) + 1
+        raise FormatError(f"not text: line {line} contains a NUL byte (decompress the file, or convert it to UTF-8)")
     data = data.removeprefix(files.BYTE_ORDER_MARK)
     form = files.detect_format(data, service) if wanted == "auto" else wanted
-    if form != "export":
-        return files.read(data, service, form, cautious=wanted == "auto", record=record)
-    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
-    return files.entries_of_export(read_export(data), service, table.path(service), folder)
-
-
-def _folders_within(settings: config.Config, table: Table, service: Service) -> list[bytes]:
-    """Folders of other services, of this table or another, that lie within the folder of this one."""
-    path = table.path(service)
-    tables = [table, *settings.tables.values()]
-    found = {each.path(other) for each in tables for other in SERVICES.values()}
-    return sorted(folder for folder in found if folder.startswith(path) and folder != path)
+    if form == "export":
+        return files.entries_of_export(read_export(data), service, path, below)
+    if form == "aliases" and service.name == "alias":
+        return files.read_aliases(data, cautious=wanted == "auto")
+    if form == "passwd" and service.fields:
+        return files.read_passwd(data, service, record=record)
+    if form == "table":
+        return files.read_table(data, service)
+    raise FormatError(f"a file of the format {form} has nothing for {service.name}")
 
 
 def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> None:
@@ -225,10 +188,8 @@ def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProble
         return
     # FILE:LINE, as compilers print it, for editors.
     form = "{}:{}" if parsed.unit == "line" else "{}: entry {}"
-    echo_problems(
-        [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)],
-        limit=PROBLEMS_SHOWN,
-    )
+    lines = [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
+    main.echo_problems(lines, limit=PROBLEMS_SHOWN)
     count = counted(len(problems), "problem", "problems")
     raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
 
@@ -247,19 +208,14 @@ def _write(changes: Sequence[Change], store: Store) -> Iterator[Progress]:
             yield progress
 
 
-# The report: the document that --json prints, from which the text is made as well.
-
-
 def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
+    """The document that --json prints, from which the text is made as well."""
     path = table.path(service)
-    words = {sign: word for word, (sign, _) in _STYLES.items()}
     changes = []
     for change in plan.changes:
-        shown: dict[str, Any] = {"change": words[change.sign], "key": json_text(change.key[len(path) :])}
-        if not service.hashed:
-            shown["from"] = None if change.old_answer is None else json_text(change.old_answer)
-            shown["to"] = None if change.new_answer is None else json_text(change.new_answer)
-        changes.append(shown)
+        answers = {} if service.hashed else {"from": change.old_answer, "to": change.new_answer}
+        texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
+        changes.append({"change": change.kind, "key": json_text(change.key[len(path) :]), **texts})
     return {
         "table": table.name,
         "service": service.name,
@@ -303,8 +259,7 @@ def _echo_result(report: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report))
     elif not report["dry_run"]:
-        for key in report["conflicts"]:
-            text = "changed in Consul since it was read; skipped (run the import again)"
-            click.echo(f"{printable(key)}: {text}", err=True)
+        conflict = "changed in Consul since it was read; skipped (run the import again)"
+        main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
         if report["changes"]:
             click.echo(f"{report['written']} written")

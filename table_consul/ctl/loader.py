@@ -47,7 +47,7 @@ class Loader:
         self._config = config
         self._live = live
         self._loaded: dict[tuple[str, bytes], Loaded | SourceError] = {}
-        self._read_file = functools.cache(_read_file)
+        self._read_file = functools.cache(read_file)
 
     def load(self, table: Table, service: Service) -> Loaded:
         """What the entries of this service are made from.
@@ -105,8 +105,12 @@ def _mirrored(found: mirror.Snapshot, origin: str, pairs: Pairs) -> Loaded:
     return Loaded(lambda: origin, pairs, lambda _table, service, key, _: latest.entries(service.name, key, 0.0))
 
 
-def _read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
-    """Sorted entries, and when they were written; unlike the daemon this takes a snapshot file that others can read."""
+def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
+    """Sorted entries, and when they were written; unlike the daemon this takes a snapshot file that others can read.
+
+    Raises:
+        SourceError: it cannot be read; the text ends with ``hint``.
+    """
     try:
         with open(path, "rb", opener=open_regular_file) as file:
             return sorted(export.read_export(read_bounded(file))), os.fstat(file.fileno()).st_mtime

@@ -6,7 +6,8 @@ of Consul is compared byte by byte.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -15,17 +16,13 @@ from table_consul.ctl.files import FileEntry, LineProblem, ParsedFile
 from table_consul.errors import UNDECODABLE, EntryError, printable
 from table_consul.kv import is_url_safe
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
-from table_consul.services.entries import Entries, EntriesBuilder
+from table_consul.services.entries import Entries
 from table_consul.services.values import parse_value
 
 # Consul takes 512 KB a transaction (txn_max_req_len), in base64 and with the key; smtpd takes far less.
 VALUE_MAX_BYTES = 376 << 10
 
-_SHARED = (
-    "stored as the record of a user, which other services may share; edit it in Consul, or import a passwd file with"
-    " --record"
-)
-_OVERWRITES = "would overwrite the {} value stored in Consul, which the file does not contain"
+_SHARED = "stored as the record of a user for several services (edit it in Consul, or use --record with a passwd file)"
 
 
 class Stored(NamedTuple):
@@ -49,9 +46,9 @@ class Change(NamedTuple):
     new_answer: bytes | None = None
 
     @property
-    def sign(self) -> str:
-        """As in a diff: ``+``, ``~``, ``-``."""
-        return "+" if self.old is None else "-" if self.value is None else "~"
+    def kind(self) -> str:
+        """``add``, ``change`` or ``remove``."""
+        return "add" if self.old is None else "remove" if self.value is None else "change"
 
 
 class Plan(NamedTuple):
@@ -85,19 +82,10 @@ def stored_value(table: Table, service: Service, key: bytes, text: bytes) -> byt
     """
     if not text or table.value_format == "text" or (table.value_format == "auto" and text[:1] not in b'"[{'):
         return text
-    plain = msgspec.structs.replace(table, value_format="text")
-    try:
-        meant = parse_value(plain, service, key, text)
-        candidates = (text, msgspec.json.encode(text.decode()))
-    except (EntryError, UnicodeDecodeError):
-        return text
-    for candidate in candidates:
-        try:
-            if parse_value(table, service, key, candidate) == meant:
-                return candidate
-        except EntryError:
-            continue
-    return text
+    meant = _parsed(msgspec.structs.replace(table, value_format="text"), service, key, text)
+    quoted = msgspec.json.encode(text.decode(errors="replace"))
+    again = _parsed(table, service, key, quoted)
+    return quoted if meant is not None and _parsed(table, service, key, text) != meant == again else text
 
 
 def plan(
@@ -135,12 +123,12 @@ class _Planner:
         self, table: Table, service: Service, stored: Sequence[Stored], *, records: bool, exported: bool
     ) -> None:
         self._table, self._service = table, service
-        self._records, self._exported = records, exported
+        self._records, self._exported, self._verbatim = records, exported, records or exported
         self._path = table.path(service)
         others = (SERVICES[name] for name in table.readable_services if name != service.name)
         self._sharing = [service, *(other for other in others if table.path(other) == self._path)]
         self._stored = {each.key[len(self._path) :]: each for each in stored}
-        self._now = self._built((key, old.value) for key, old in self._stored.items())
+        self._now = Entries(table, service, ((key, old.value) for key, old in self._stored.items()))
         self._lines: dict[bytes, int] = {}
         self.changes: dict[bytes, Change] = {}
         self.problems: list[LineProblem] = []
@@ -148,48 +136,47 @@ class _Planner:
 
     def compare(self, entries: Sequence[FileEntry]) -> None:
         """Find the entries that must be written."""
-        verbatim = self._records or self._exported
-        values = [
-            each.value if verbatim else stored_value(self._table, self._service, each.key, each.value)
-            for each in entries
-        ]
-        wanted = self._built(zip((each.key for each in entries), values, strict=True))
-        for entry, new in zip(entries, values, strict=True):
+        table, service = self._table, self._service
+        if not self._verbatim:
+            entries = [e._replace(value=stored_value(table, service, e.key, e.value)) for e in entries]
+        wanted = Entries(table, service, ((entry.key, entry.value) for entry in entries))
+        for entry in entries:
             folded = fold_key(entry.key)
-            spellings = (entry.key, self._now.original_case.get(folded, folded))
-            key = next((each for each in spellings if each in self._stored), entry.key)
+            stored_key = self._now.original_case.get(folded, folded)
+            key = entry.key if entry.key in self._stored or stored_key not in self._stored else stored_key
             self._lines[key] = entry.line
             old = self._stored.get(key)
             if old is None:
-                self.changes[key] = Change(self._path + key, None, new, entry.flags)
+                self.changes[key] = Change(self._path + key, None, entry.value, entry.flags)
                 continue
-            record = None if self._exported else _record(self._table, self._service, old.value)
-            value = _merged(old.value, record, new) if self._records else new
+            record = None if self._exported else _record(table, service, old.value)
+            value = entry.value
+            if record is not None and self._records:
+                merged: dict[str, object] = record | msgspec.json.decode(value)
+                value = old.value if merged == record else msgspec.json.encode(merged)
             answer = _answer(self._now, key)
-            if value == old.value or not (verbatim or answer is None or answer != _answer(wanted, entry.key)):
+            if value == old.value or not (self._verbatim or answer is None or answer != _answer(wanted, entry.key)):
                 self.unchanged += 1
             elif record is not None and not self._records:
                 self._complain(key, _SHARED)
             elif record is None and self._records and (owner := self._overwritten_service(key, old.value, value)):
-                self._complain(key, _OVERWRITES.format(owner.name))
+                self._complain(key, f"would overwrite the {owner} value stored in Consul, which the file lacks")
             else:
                 self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
 
     def validate(self) -> None:
         """Find what lint would report, for each service that reads the folder, and what cannot be written at all."""
+        # Two spellings of one key are a problem already.
+        pairs = {fold_key(key): (key, change.value) for key, change in self.changes.items()}.values()
+        after = [Entries(self._table, service, pairs) for service in self._sharing]
+        for entries in after:
+            suffix = "" if entries is after[0] else f" (for {entries.service.name}, which reads the same folder)"
+            for problem in entries.problems:
+                self._complain(problem.key[len(self._path) :], problem.text + suffix)
         for key, change in self.changes.items():
             if text := _invalid(self._service, key, change):
                 self._complain(key, text)
-        # Two spellings of one key are a problem already.
-        pairs = {fold_key(key): (key, change.value) for key, change in self.changes.items()}.values()
-        for service in self._sharing:
-            entries = Entries(self._table, service, pairs)
-            suffix = "" if service is self._service else f" (for {service.name}, which reads the same folder)"
-            for problem in entries.problems:
-                self._complain(problem.key[len(self._path) :], problem.text + suffix)
-            if service is self._service:
-                for key, change in self.changes.items():
-                    self.changes[key] = change._replace(new_answer=_answer(entries, key))
+            self.changes[key] = change._replace(new_answer=_answer(after[0], key))
 
     def prune(self, others: tuple[bytes, ...]) -> None:
         """Remove what the file does not have; see `plan`."""
@@ -198,34 +185,26 @@ class _Planner:
             if folder or key in self._lines or fold_key(key) in self._now.incomplete:
                 continue
             self.changes[key] = Change(old.key, old, None, old_answer=_answer(self._now, key))
-            shared = len(self._sharing) > 1 and not self._records and not self._exported
-            if shared and _record(self._table, self._service, old.value) is not None:
+            if len(self._sharing) > 1 and not self._verbatim and _record(self._table, self._service, old.value):
                 self._complain(key, _SHARED)
 
     def _complain(self, key: bytes, text: str) -> None:
         self.problems.append(LineProblem(self._lines.get(key, 0), f"{printable(key)}: {text}"))
 
-    def _built(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> EntriesBuilder:
-        builder = EntriesBuilder(self._table, self._service)
-        builder.take(pairs)
-        return builder
-
-    def _overwritten_service(self, key: bytes, old: bytes, new: bytes) -> Service | None:
-        """The service whose value is lost when a record replaces this text; None if there is none."""
-
-        def reads(service: Service, value: bytes) -> bool:
-            try:
-                return bool(parse_value(self._table, service, key, value))
-            except EntryError:
-                return False
-
-        readers = [service for service in self._sharing if reads(service, old)]
-        # UID:GID:HOME looks like USER:PASSWORD as well.
-        owner = next((service for service in readers if not service.hashed), next(iter(readers), None))
-        return None if owner is None or reads(owner, new) else owner
+    def _overwritten_service(self, key: bytes, old: bytes, new: bytes) -> str:
+        """The name of the service whose value is lost when a record replaces this text; empty if there is none."""
+        readers = [service for service in self._sharing if _parsed(self._table, service, key, old)]
+        readers.sort(key=lambda service: service.hashed)  # UID:GID:HOME looks like USER:PASSWORD as well
+        return readers[0].name if readers and not _parsed(self._table, readers[0], key, new) else ""
 
 
-def _answer(entries: Entries | EntriesBuilder, key: bytes) -> bytes | None:
+def _parsed(table: Table, service: Service, key: bytes, value: bytes) -> bytes | None:
+    with contextlib.suppress(EntryError):
+        return parse_value(table, service, key, value)
+    return None
+
+
+def _answer(entries: Entries, key: bytes) -> bytes | None:
     """What smtpd gets for the key of an entry; None if it gets no value."""
     key = fold_key(key)
     value = entries.values.get(key)
@@ -233,20 +212,10 @@ def _answer(entries: Entries | EntriesBuilder, key: bytes) -> bytes | None:
 
 
 def _record(table: Table, service: Service, value: bytes) -> dict[str, object] | None:
-    if not service.fields or table.value_format == "text" or not value.lstrip().startswith(b"{"):
-        return None
-    try:
-        return msgspec.json.decode(value, type=dict[str, object])
-    except UNDECODABLE:
-        return None
-
-
-def _merged(old: bytes, record: Mapping[str, object] | None, value: bytes) -> bytes:
-    """The stored record with the fields of another; ``old`` itself if it has them already."""
-    if record is None:
-        return value
-    merged: dict[str, object] = {**record, **msgspec.json.decode(value)}
-    return old if merged == record else msgspec.json.encode(merged)
+    if service.fields and table.value_format != "text" and value.lstrip().startswith(b"{"):
+        with contextlib.suppress(*UNDECODABLE):
+            return msgspec.json.decode(value, type=dict[str, object])
+    return None
 
 
 def _invalid(service: Service, name: bytes, change: Change) -> str:

@@ -70,11 +70,11 @@ class Store(kv.Client):
         pairs = self.list(path, timeout=READ_SECONDS)
         return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in pairs]
 
-    def transact(self, changes: Sequence[Change], *, timeout: float) -> list[tuple[Change, str]]:
-        """Write all of the changes, or none; if none, the changes that Consul refused, each with its reason.
+    def transact(self, changes: Sequence[Change], *, timeout: float) -> list[Change]:
+        """Write all of the changes, or none; if none, the changes whose keys have changed since they were read.
 
         Raises:
-            SourceError: they may or may not be written (Unreachable), or Consul refused the request as a whole.
+            SourceError: they may or may not be written (Unreachable), or Consul refused them for another reason.
         """
         body = json.dumps([operation(change, self.scope) for change in changes]).encode()
 
@@ -88,7 +88,16 @@ class Store(kv.Client):
             failures = response.decoded(_RESULT).errors or []
             if not all(0 <= each.op_index < len(changes) for each in failures):
                 raise response.bad("reports operations that were not in the transaction")
-        return [(changes[each.op_index], each.what) for each in failures]
+        for each in failures:
+            key = printable(changes[each.op_index].key)
+            if "permission denied" in each.what.lower():
+                raise Forbidden(
+                    f"Consul at {self.address}: the token may not write {key} (for the policy it needs, run"
+                    " table-consulctl policy --write TABLE; for another token, use --token-file)"
+                )
+            if "index is stale" not in each.what:
+                raise BadResponse(f"Consul at {self.address} refuses to write {key}: {printable(each.what)}")
+        return [changes[each.op_index] for each in failures]
 
     def is_written(self, change: Change) -> bool:
         """Whether Consul holds the result of the change, whoever wrote it."""
@@ -147,7 +156,7 @@ def write(
         left, failures, begun = batch, 0, clock()
         while left:
             try:
-                refused = store.transact(left, timeout=WRITE_SECONDS)
+                stale = store.transact(left, timeout=WRITE_SECONDS)
             except Unreachable as error:
                 failures += 1
                 wait = delay(failures, random.random())  # noqa: S311 - no secret
@@ -157,24 +166,9 @@ def write(
                     on_retry(error)
                 sleep(wait)
                 continue
-            if not refused:
+            if not stale:
                 break
-            _check_stale(refused, store)
-            stale = [change for change, _ in refused]
             left = [change for change in left if change not in stale]
             # Consul may have written what it could not confirm, and a second attempt finds that.
             conflicts += [change for change in stale if not store.is_written(change)]
         yield Progress([change for change in batch if change not in conflicts], conflicts)
-
-
-def _check_stale(refused: Sequence[tuple[Change, str]], store: Store) -> None:
-    """Raise SourceError if a change was refused for another reason than that its key changed since it was read."""
-    for change, reason in refused:
-        key = printable(change.key)
-        if "permission denied" in reason.lower():
-            raise Forbidden(
-                f"Consul at {store.address}: the token may not write {key} (for the policy it needs, run"
-                " table-consulctl policy --write TABLE; for another token, use --token-file)"
-            )
-        if "index is stale" not in reason:
-            raise BadResponse(f"Consul at {store.address} refuses to write {key}: {printable(reason)}")

@@ -150,6 +150,14 @@ def test_prune_keeps_a_record_that_another_service_reads(consul, tmp_path):
     assert entries(consul, "people/").keys() == {"bob"}
 
 
+def test_prune_works_within_the_folder_of_another_service(consul, tmp_path):
+    paths = '[tables.t]\npaths = { domain = "shared", alias = "shared/alias" }'
+    conf = write_config(tmp_path, more=paths, address=f"http://{consul.address}")
+    consul.kv_put("shared/alias/old", "x")
+    assert control("-c", conf, "import", "t", "alias", "-", "--prune", stdin=b"new: x\n").status == 0
+    assert entries(consul, "shared/").keys() == {"alias/new"}
+
+
 def test_hashes_are_not_shown(consul, tmp_path):
     other = HASH[:-1] + "x"
     importer(consul, "t", "credentials", "-", stdin=f"vera {HASH}\n".encode())
@@ -236,8 +244,8 @@ def test_long_list_of_changes_is_whole_only_in_a_dry_run(consul):
         (b"ok: x\nb\xff: c\n", ":2: b\\xff: no URL"),
         (b"ok: x\n" + b"a" * 1024 + b": c\n", "1024 bytes"),
         (b"ok: x\na: " + b"x," * 1200 + b"\n", "2399 bytes"),
-        (b"\x1f\x8b\x08", "gzip"),
-        ("root: x".encode("utf-16"), "UTF-16"),
+        (b"\x1f\x8b\x08\0", "decompress the file"),
+        ("root: x".encode("utf-16"), "convert it to UTF-8"),
     ],
 )
 def test_bad_file_is_rejected_as_a_whole_with_file_and_line(consul, tmp_path, text, said):
@@ -284,9 +292,9 @@ def test_many_problems_are_counted_and_the_first_shown(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["aliases", "domain", "-", "--format", "aliases"], "is for alias"),
-        (["aliases", "alias", "-", "--format", "passwd"], "nothing for alias"),
-        (["aliases", "alias", "-", "--record"], "nothing for alias"),
+        (["aliases", "domain", "-", "--format", "aliases"], "the format aliases has nothing for domain"),
+        (["aliases", "alias", "-", "--format", "passwd"], "the format passwd has nothing for alias"),
+        (["aliases", "alias", "-", "--record"], "is read as aliases"),
         (["aliases", "credentials", "-", "--record"], "is read as table"),
         (["aliases", "alias", "-", "--format", "table", "--from", "x"], "--from is for"),
         (["aliases", "alias", "-", "--prune", "--from", "old/alias"], "is read as aliases"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from table_consul.ctl import files, plan
+from table_consul.ctl import files, import_, plan
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.ctl.plan import Change, Stored
 from table_consul.services import SERVICES, Table
@@ -35,7 +35,8 @@ def planned(service, entries, there=(), *, name="table", table=TABLE, **options)
 
 def signs(plan, service=ALIAS):
     assert plan.problems == []
-    return [(change.sign, change.key[len(TABLE.path(service)) :], change.value) for change in plan.changes]
+    signs = {"add": "+", "change": "~", "remove": "-"}
+    return [(signs[change.kind], change.key[len(TABLE.path(service)) :], change.value) for change in plan.changes]
 
 
 def test_new_changed_and_unchanged_entries():
@@ -153,7 +154,7 @@ def test_record_does_not_overwrite_a_value_it_lacks(service, there, new, lost):
     plan = planned(
         service, [(b"vera", json.dumps(new).encode())], [(b"vera", there)], name="passwd", table=PEOPLE, records=True
     )
-    assert [change.sign for change in plan.changes] == ([] if lost else ["~"])
+    assert [change.kind for change in plan.changes] == ([] if lost else ["change"])
     assert [f"overwrite the {lost} value" in problem.text for problem in plan.problems] == ([True] if lost else [])
 
 
@@ -248,7 +249,7 @@ def test_import_of_a_table_file_changes_nothing(entries, name):
     builder = EntriesBuilder(TABLE, service)
     builder.take(entries.items())
     text, _ = files.table_text(service, sorted(builder.values.items()))
-    again = files.read(text, service, files.detect_format(text, service), cautious=True)
+    again = import_.parse(text, service, "auto", TABLE.path(service), None, record=False)
     assert again.problems == []
     made = plan.plan(TABLE, service, again, there)
     assert (made.changes, made.problems) == ([], [])

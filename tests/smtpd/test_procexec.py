@@ -620,17 +620,17 @@ def test_failure_is_logged_once_and_so_is_its_end(program, bridge, clock, caplog
     assert second.startswith("table-x: recovered after ")
 
 
-def test_warm_up_starts_the_child_before_the_first_question(program, bridge, tmp_path):
+def test_services_start_the_child_before_the_first_question(program, bridge, tmp_path):
     runs = tmp_path / "runs"
-    bridge(program(f"#!/bin/sh\n>{runs}\n")).warm_up("users")
+    bridge(program(f"#!/bin/sh\n>{runs}\n")).services("users")
     for _ in eventually("a start"):
         if runs.exists():
             break
 
 
-def test_failed_warm_up_is_the_error_of_the_first_question(bridge, clock):
+def test_failed_start_is_the_error_of_the_first_question(bridge, clock):
     made = bridge("/nowhere/table-x")
-    made.warm_up("users")
+    assert made.services("users") == list(DEFAULT_SERVICES)
     reply = made.answer(ROOT, clock.stopped())
     assert isinstance(reply, Failed)
     assert reply.reason == "table-x: cannot be run: No such file or directory; it will be restarted"
@@ -643,8 +643,7 @@ SLOW = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)\n" + OF_
 def test_slow_child_of_today_is_not_taken_for_one_of_2020_for_long(program, bridge, clock, tmp_path):
     started = tmp_path / "started"
     made = bridge(program(SLOW.replace("%r", repr(str(started)))))
-    made.warm_up("users")
-    clock.ahead += 1.5  # a child of 2020, as far as anybody can see
+    made.services("users")  # waits for a second: a child of 2020, as far as anybody can see
     started.touch()
     first = made.answer(ROOT, clock())
     assert isinstance(first, Failed)
@@ -674,7 +673,7 @@ def child(clock):
     made = []
 
     def make(path, table, dialect):
-        made.append(Child([path], table, dialect, clock))
+        made.append(Child(lambda: [path], table, dialect, clock))
         return made[-1]
 
     yield make
@@ -698,7 +697,7 @@ def test_handshake_is_read_even_if_nobody_asked_in_time(program, child, clock, t
         if done.exists():
             break
     clock.ahead += START_SECONDS
-    assert early.registered_services(clock()) == ["alias"]
+    assert (early.shake_hands(clock()), early.registered) == (True, ["alias"])
 
 
 def test_child_that_does_not_read_holds_up_no_answer(program, child, clock):
@@ -754,7 +753,7 @@ def test_question_has_the_fields_of_its_dialect(how, line):
 @pytest.mark.parametrize(("dialect", "op"), ASKED)
 def test_question_is_what_our_own_parser_takes_it_for(dialect, op):
     asked = Request(op, b"7", "t%", "" if op == "update" else "alias", b"a|b" if op in ("check", "lookup") else b"")
-    assert DIALECTS[dialect].parse(line_of(dialect, asked).rstrip(b"\n")) == asked
+    assert DIALECTS[dialect](line_of(dialect, asked).rstrip(b"\n")) == asked
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,13 @@ Smtpd runs its tables as an unprivileged user (smtpd: lka.c, lka), so what root 
 from __future__ import annotations
 
 import contextlib
-import errno
-import grp
 import os
-import pwd
 import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from table_consul.errors import printable
+from table_consul.files import current_user, explain_os_error, open_regular_file, smtpd_group
 
 if TYPE_CHECKING:
     from table_consul.config import Config
@@ -65,8 +63,7 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
     """What is wrong with a file (or folder) that has to be read, None when nothing is."""
     name = f"{path}/." if folder else path  # takes the permission to enter the folder
     try:
-        # Without O_NONBLOCK a named pipe would wait for its writer.
-        handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        handle = open_regular_file(name, os.O_RDONLY)
     except OSError as error:
         return explain_os_error(name, error)
     mode = os.fstat(handle).st_mode
@@ -85,36 +82,8 @@ def _unwritable(path: str, *, private: bool) -> str | None:
     """What is wrong with a file that has to be written anew and renamed, None when nothing is."""
     folder = os.path.dirname(path)
     if not os.access(f"{folder}/", os.W_OK | os.X_OK):
-        return f"folder {printable(folder)} not found, or not writable by {_user()}"
+        return f"folder {printable(folder)} not found, or not writable by {current_user()}"
     with contextlib.suppress(OSError):  # it need not exist
         if private and os.stat(path).st_mode & 0o077:
             return "other users can read this copy of the table (try: chmod 0600)"
     return None
-
-
-def explain_os_error(path: str, error: OSError) -> str:
-    """Why the file cannot be read, with a fix if there is one."""
-    if error.errno not in {errno.EACCES, errno.EPERM}:
-        usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not a folder"}
-        return usual.get(error.errno or 0) or (error.strerror or str(error)).lower()
-    name, group = printable(path), smtpd_group()
-    for folder in (path[:end] or "/" for end, character in enumerate(path) if character == "/"):
-        if not os.access(folder, os.X_OK):
-            name = printable(folder)
-            return f"folder {name} cannot be entered by {_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
-    fix = f"chown root:{group} {name}; chmod 0640 {name}"
-    return f"not readable by {_user()}; smtpd runs tables as an unprivileged user (try: {fix})"
-
-
-def _user() -> str:
-    uid = os.geteuid()
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
-    except KeyError:
-        return f"uid {uid}"
-
-
-def smtpd_group() -> str:
-    """The group of smtpd's unprivileged user: OpenBSD's, Debian's, or Arch Linux's, whichever there is."""
-    groups = {group.gr_name for group in grp.getgrall()}
-    return next((name for name in ("_smtpd", "opensmtpd", "smtpd") if name in groups), "_smtpd")

@@ -17,7 +17,7 @@ from msgspec import Meta
 from msgspec.structs import FieldInfo, fields, replace
 
 from table_consul.errors import ConfigError, SourceError, printable
-from table_consul.files import open_regular_file, read_bounded
+from table_consul.files import explain_os_error, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 
 DEFAULT_PATH = "/etc/mail/table-consul.toml"
@@ -287,8 +287,6 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
             document = tomllib.loads(read_bounded(opened, SIZE_MAX).decode())
     except OSError as error:
         if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
-            from table_consul.check import explain_os_error
-
             raise ConfigError(f"{at}: {explain_os_error(file, error)}") from None
     except (SourceError, ValueError, RecursionError) as error:
         raise ConfigError(f"{at}: cannot be read as TOML: {printable(str(error))}") from None

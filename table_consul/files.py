@@ -1,4 +1,4 @@
-"""Opening files that may be something else, and replacing them in one step."""
+"""Opening files that may be something else, explaining why that fails, and replacing files in one step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import stat
 from typing import BinaryIO
 
-from table_consul.errors import SourceError
+from table_consul.errors import SourceError, printable
 
 # In base64 what kv.py takes from Consul, and the keys.
 FILE_LIMIT_BYTES = 256 << 20
@@ -26,6 +26,39 @@ def open_regular_file(path: str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, f"a {'named pipe' if stat.S_ISFIFO(mode) else 'device'}, not a file", path)
+
+
+def explain_os_error(path: str, error: OSError) -> str:
+    """Why the file cannot be read, with a fix if there is one."""
+    if error.errno not in {errno.EACCES, errno.EPERM}:
+        usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not a folder"}
+        return usual.get(error.errno or 0) or (error.strerror or str(error)).lower()
+    name, group = printable(path), smtpd_group()
+    for folder in (path[:end] or "/" for end, character in enumerate(path) if character == "/"):
+        if not os.access(folder, os.X_OK):
+            name = printable(folder)
+            return f"folder {name} cannot be entered by {current_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
+    fix = f"chown root:{group} {name}; chmod 0640 {name}"
+    return f"not readable by {current_user()}; smtpd runs tables as an unprivileged user (try: {fix})"
+
+
+def current_user() -> str:
+    """The user that this process runs as, for messages."""
+    import pwd
+
+    uid = os.geteuid()
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
+
+
+def smtpd_group() -> str:
+    """The group of smtpd's unprivileged user: OpenBSD's, Debian's, or Arch Linux's, whichever there is."""
+    import grp
+
+    groups = {group.gr_name for group in grp.getgrall()}
+    return next((name for name in ("_smtpd", "opensmtpd", "smtpd") if name in groups), "_smtpd")
 
 
 def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from table_consul import check, config, services
+from table_consul import check, config, files, services
 from table_consul.errors import ConfigError
 
 VARIABLES = ["CONSUL_HTTP_ADDR", "CONSUL_HTTP_SSL", *(name for group in config.VARIABLES for name in group.values())]
@@ -557,7 +557,7 @@ def test_unreadable_file_names_the_user_and_the_remedy(nobody, open_path):
     path.chmod(0o600)
     text = nobody(LOAD, str(path))
     assert text.startswith(f"{path}: not readable by user nobody (uid 65534); smtpd runs tables as an unprivileged")
-    assert f"chown root:{check.smtpd_group()} {path}; chmod 0640 {path}" in text
+    assert f"chown root:{files.smtpd_group()} {path}; chmod 0640 {path}" in text
 
 
 def test_folder_that_cannot_be_entered_is_the_one_named(nobody, open_path):

@@ -36,7 +36,7 @@ EXIT_SECONDS = 1.0
 _HANDSHAKE = "config|smtpd-version|7.5.0-procexec\nconfig|protocol|0.1\nconfig|tablename|{}\nconfig|ready\n"
 _NEWLINE, _RETURN = b"\n\r"  # numbers: looking for a byte takes a tenth of looking for bytes
 Command = Callable[[], Sequence[str]]
-_RESULTS = {op.decode(): op + b"-result" for op in OPS}
+_RESULTS = {op: f"{op}-result".encode() for op in OPS}
 
 
 class ChildError(SourceError):

@@ -27,8 +27,8 @@ MAX_LINE = 65536
 # Of a longer line: enough to hold the id, so that an error can be answered.
 HEAD_BYTES = 2048
 
-WITH_KEY = (b"check", b"lookup")
-OPS = (*WITH_KEY, b"fetch", b"update")
+WITH_KEY = ("check", "lookup")
+OPS = (*WITH_KEY, "fetch", "update")
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -95,17 +95,8 @@ FOUND = Found()
 NOT_FOUND = NotFound()
 
 
-class _Words(dict[tuple[bytes, ...], tuple[str, ...]]):
-    """Names of tables, operations and services as text: they are few, and every request brings three of them."""
-
-    def __missing__(self, words: tuple[bytes, ...]) -> tuple[str, ...]:
-        if len(self) >= 1024:  # in the dialects of 2020 table names come with each request
-            self.clear()
-        texts = self[words] = tuple(word.decode("utf-8", "backslashreplace") for word in words)
-        return texts
-
-
-_WORDS = _Words()
+# In the dialects of 2020 table names come with each request: a bound on how many are remembered.
+MAX_NAMES = 1024
 
 
 class Session:
@@ -124,6 +115,8 @@ class Session:
         self._tail = b""
         self._overlong = False
         self._config: dict[str, str] = {}
+        self._seen: dict[tuple[bytes, bytes, bytes], tuple[str, str, str]] = {}
+        """Table, operation and service of checks and lookups that were read before, as text."""
 
     def receive_data(self, data: bytes) -> list[Event]:
         """The events that are complete with this data, which may be cut anywhere."""
@@ -134,13 +127,15 @@ class Session:
             del lines[0]
             self._overlong = False
         events: list[Event] = []
-        usual = self.dialect == "smtpd-tables" and len(data) <= MAX_LINE
+        seen = self._seen if len(data) <= MAX_LINE else {}
         for line in lines:
-            parts = line.split(b"|", 7)
-            if usual and len(parts) == 8 and parts[4] in WITH_KEY and parts[6] and parts[0] == b"table":
-                # A check or a lookup with all its fields, as nearly all lines are; _event would make the same of it.
-                table, op, service = _WORDS[parts[3], parts[4], parts[5]]
-                events.append(Request(op, parts[6], table, service, parts[7]))
+            try:
+                word, _, _, table, op, service, ident, key = line.split(b"|", 7)
+                table_name, op_name, service_name = seen[table, op, service]
+            except (ValueError, KeyError):
+                word = b""
+            if word == b"table" and ident:  # what nearly all lines are; _event would make the same of it
+                events.append(Request(op_name, ident, table_name, service_name, key))
             elif (event := self._event(line)) is not None:
                 events.append(event)
         if self._overlong:
@@ -158,7 +153,12 @@ class Session:
             return self._reject(line)
         if kind == b"table":
             self.dialect = self.dialect or "procexec"
-            return DIALECTS[self.dialect](line)
+            request = DIALECTS[self.dialect](line)
+            if self.dialect == "smtpd-tables" and isinstance(request, Request) and request.op in WITH_KEY:
+                _, _, _, table, op, service, *_ = line.split(b"|", 6)
+                if len(self._seen) < MAX_NAMES:
+                    self._seen[table, op, service] = (request.table, request.op, request.service)
+            return request
         if kind != b"config":
             return Malformed(f"not a protocol line: {printable(line)!r}", None)
         if self.dialect == "procexec":
@@ -187,12 +187,12 @@ class Session:
             ReplyError: there is no such reply to such a request.
         """
         if self.dialect == "smtpd-tables":
-            head, updated = _HEADS.get(request.op) or f"{request.op}-result|".encode(), b"|ok\n"
+            head = _HEADS[request.op] if request.op in _HEADS else f"{request.op}-result|".encode()
         else:
             word = self._procexec_reply(request.table)
             if word == "auto":
                 word = "table-response" if request.table else "table-result"
-            head, updated = word.encode() + b"|", b"|updated\n"
+            head = word.encode() + b"|"
         # By class, which costs half of isinstance.
         if reply.__class__ is Found:
             value = reply.value
@@ -208,50 +208,52 @@ class Session:
             reason = f"|error|{printable(reply.reason, 400)}\n" if self.dialect == "smtpd-tables" else "|failure\n"
             return head + request.id + reason.encode()
         elif request.op == "update":
-            return head + request.id + updated
+            return head + request.id + (b"|ok\n" if self.dialect == "smtpd-tables" else b"|updated\n")
         raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
 
 
-_HEADS = {op.decode(): op + b"-result|" for op in OPS}
+_HEADS = {op: f"{op}-result|".encode() for op in OPS}
 
 
 def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
     parts = line.split(b"|", 7)
-    op = parts[4] if len(parts) > 5 else b""
-    if op == b"update":
+    op = _text(parts[4]) if len(parts) > 5 else ""
+    if op == "update":
         service, ident, key = b"", parts[5], b""
     elif len(parts) > 6:
         service, ident, key = parts[5], parts[6], b"".join(parts[7:])
     else:
         return Malformed(f"fields are missing: {printable(line)!r}", None)
-    return _request(op, ident, parts[3], service, key, complete=op in (b"update", b"fetch") or len(parts) > 7)
+    return _request(op, ident, parts[3], service, key, complete=op in ("update", "fetch") or len(parts) > 7)
 
 
 def _parse_procexec(line: bytes) -> Request | Malformed:
     parts = line.split(b"|", 7)
-    if len(parts) > 5 and parts[4] in OPS:
-        table, op, ident, rest = parts[3], parts[4], parts[5], parts[6:]
-    elif len(parts) > 4 and parts[3] in OPS:
-        table, op, ident, rest = b"", parts[3], parts[4], line.split(b"|", 6)[5:]
+    words = [_text(part) for part in parts[3:5]]
+    if len(parts) > 5 and words[1] in OPS:
+        table, op, ident, rest = parts[3], words[1], parts[5], parts[6:]
+    elif len(parts) > 4 and words[0] in OPS:
+        table, op, ident, rest = b"", words[0], parts[4], line.split(b"|", 6)[5:]
     else:
         return Malformed(f"fields are missing, or the request is unknown: {printable(line)!r}", None)
-    complete = len(rest) >= {b"update": 0, b"fetch": 1}.get(op, 2)
+    complete = len(rest) >= {"update": 0, "fetch": 1}.get(op, 2)
     return _request(op, ident, table, b"".join(rest[:1]), b"".join(rest[1:]), complete=complete)
 
 
-def _request(
-    op: bytes, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool
-) -> Request | Malformed:
-    texts = _WORDS[op, table, service]
-    request = Request(texts[0], ident, texts[1], texts[2], key if op in WITH_KEY else b"")
+def _request(op: str, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool) -> Request | Malformed:
+    request = Request(op, ident, _text(table), _text(service), key if op in WITH_KEY else b"")
     if not ident:
         return Malformed("a request without id cannot be answered", None)
     if op not in OPS:
         # A word that smtpd itself chose: it will look for the same word in the reply.
-        return Malformed(f"unknown request {printable(op)!r}", request if op.isalpha() else None)
+        return Malformed(f"unknown request {printable(op)!r}", request if op.isascii() and op.isalpha() else None)
     if not complete:
         return Malformed("fields are missing", request)
     return request
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
 
 
 DIALECTS: Mapping[str, Callable[[bytes], Request | Malformed]] = {

@@ -25,7 +25,7 @@ def replies_from(entries: Entries, op: str) -> Callable[[bytes], Reply]:
     if op == "check":
         contains = entries.contains
         return lambda key: FOUND if contains(key) else NOT_FOUND
-    lookup = entries.lookup
+    lookup = entries.values.get if entries.plain else entries.lookup
 
     def reply(key: bytes) -> Reply:
         value = lookup(key)

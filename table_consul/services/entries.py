@@ -163,6 +163,8 @@ class Entries:
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._exact = self._index is None and not self._default
+        self.plain = self._exact and not self.errors and all(self.values.values())
+        """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
 
     def __len__(self) -> int:
         return len(self.values) + len(self.errors)

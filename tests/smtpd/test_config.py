@@ -630,7 +630,7 @@ def test_named_files_that_are_missing_are_told_with_their_key(load, file):
         "environment: CONSUL_CLIENT_KEY: /no/key: not found",
         f"{file}: consul.address: /no/export: not found",
         *(
-            f"{file}: {key} of table consul: folder /no not found, or not writable by {check._user()}"
+            f"{file}: {key} of table consul: folder /no not found, or not writable by {files.current_user()}"
             for key in ("snapshot", "metrics.textfile")
         ),
     ]
@@ -687,9 +687,10 @@ def test_configuration_that_only_root_can_read_is_told_to_root(load, file):
     assert line.startswith(f"{file}: only root can read it, ")
 
 
-def test_named_pipe_without_writer_does_not_hold_the_check(load, tmp_path):
+def test_named_pipe_is_refused_by_the_check_without_waiting_for_a_writer(load, tmp_path):
     os.mkfifo(tmp_path / "token", 0o640)
-    assert check.check_files(load(f'[consul]\ntoken_file = "{tmp_path}/token"')) == []
+    (line,) = check.check_files(load(f'[consul]\ntoken_file = "{tmp_path}/token"'))
+    assert line.endswith(f"consul.token_file: {tmp_path}/token: a named pipe, not a file")
 
 
 def test_what_another_user_cannot_use_is_told(nobody, open_path):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import os
-import pwd
 import stat
 from typing import BinaryIO
 
@@ -46,6 +44,8 @@ def explain_os_error(path: str, error: OSError) -> str:
 
 def current_user() -> str:
     """The user that this process runs as, for messages."""
+    import pwd
+
     uid = os.geteuid()
     try:
         return f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
@@ -55,6 +55,8 @@ def current_user() -> str:
 
 def smtpd_group() -> str:
     """The group of smtpd's unprivileged user: OpenBSD's, Debian's, or Arch Linux's, whichever there is."""
+    import grp
+
     groups = {group.gr_name for group in grp.getgrall()}
     return next((name for name in ("_smtpd", "opensmtpd", "smtpd") if name in groups), "_smtpd")
 

@@ -52,7 +52,7 @@ def nobody():
 
     def run(check: str, *arguments: str) -> str:
         """What the check prints, run as a user that owns nothing."""
-        begin = "import os, sys; from table_consul import check, config"
+        begin = "import grp, os, pwd, sys; from table_consul import check, config"
         code = f"{begin}; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n{check}"
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         return done.stdout

@@ -25,7 +25,17 @@ from tests.rig.root import Root
 REAL_PARTS = {"consul", "consul_with_acl", "consul_cluster", "root", "smtpd"}
 RELEASES = ("7.9", "7.6")
 # Files in which most tests start processes or build something; `make quick` leaves them out.
-SLOW = {f"tests/{name}.py" for name in ("test_release", "smtpd/test_process", "smtpd/test_procexec", "e2e/test_demo")}
+SLOW = {
+    f"tests/{name}.py"
+    for name in (
+        "ctl/test_main",
+        "e2e/test_demo",
+        "smtpd/test_metrics",
+        "smtpd/test_process",
+        "smtpd/test_procexec",
+        "test_release",
+    )
+}
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("table-consul", deadline=None)

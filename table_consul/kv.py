@@ -11,12 +11,13 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, printable
+from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
 from table_consul.files import open_regular_file
 from table_consul.transport import BROKEN, Request, Transport
 
@@ -157,8 +158,10 @@ class Response:
 
     def bad(self, what: str, text: bytes = b"") -> BadResponse:
         """The error for an answer that Consul would not give; the next request goes to the next address."""
-        error = self._client.transport.bad(what, text)
-        self._client.transport.next_address()
+        transport = self._client.transport
+        error = transport.bad(what, text)
+        transport.close()  # what else comes on this connection would answer nothing that is asked
+        transport.next_address()
         return error
 
 
@@ -221,13 +224,16 @@ class Client:
 
     def get(self, key: bytes, *, timeout: float) -> Pair | None:
         """The entry of exactly this key; None when Consul proved that there is none."""
-        with self._ask(key, timeout) as response:
+
+        def read(response: Response) -> Pair | None:
             if response.absent:
                 return None
             pairs = response.decoded(_PAIRS)
             if len(pairs) != 1 or pairs[0].key != key:
                 raise response.bad("returned a different key from the one requested")
             return pairs[0]
+
+        return self._read(read, key, timeout)
 
     def blocking_query(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0.0) -> Response:
         """The entries below the prefix, still to be read; a context manager.
@@ -248,15 +254,17 @@ class Client:
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
-        with self._ask(prefix, timeout, recurse=True) as response:
-            return [pair for pairs in response.pairs() for pair in pairs]
+        return self._read(lambda response: [*chain.from_iterable(response.pairs())], prefix, timeout, recurse=True)
 
     def keys(self, prefix: bytes, *, timeout: float) -> Sequence[bytes]:
         """Every key below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
-        with self._ask(prefix, timeout, keys=True) as response:
+
+        def read(response: Response) -> Sequence[bytes]:
             names = [] if response.absent else response.decoded(_NAMES)
             response.check_below(names)
             return [name.encode() for name in names]
+
+        return self._read(read, prefix, timeout, keys=True)
 
     def reload(self) -> None:
         """Read the token file now, and the TLS files with the next connection.
@@ -270,6 +278,18 @@ class Client:
     def close(self) -> None:
         """Close the connections; a later read opens others."""
         self.transport.close()
+
+    def _read(self, read: Callable[[Response], T], key: bytes, timeout: float, **options: Any) -> T:  # noqa: ANN401 - the library's
+        """What ``read`` makes of an answer: of the next address's, where one breaks off or is not Consul's."""
+        by = time.monotonic() + timeout
+        for others in range(self.transport.address_count)[::-1]:
+            with self._ask(key, by - time.monotonic(), **options) as response:
+                try:
+                    return read(response)
+                except (Unreachable, BadResponse):
+                    if not others or time.monotonic() >= by:
+                        raise
+        raise AssertionError
 
     def _ask(self, key: bytes, timeout: float, held: float = 0.0, *, steps: bool = False, **options: Any) -> Response:  # noqa: ANN401 - the library's
         """Ask for a key; with ``options``, for what is below a prefix, which unlike a key may be empty or end in /."""

@@ -37,7 +37,7 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     reply: Callable[[bytes], Reply]
     mirror: Mirror
     state: tuple[Snapshot, float]
-    """The route ends when the mirror is in another state: with the next edit or confirmation, or when it stops."""
+    """The route ends when the mirror is in another state: with the next edit or confirmation."""
     good_until: float
     """On the clock of requests."""
 

@@ -51,6 +51,10 @@ class BadRequest(BadResponse):
     """Consul refuses this one request: another address would say the same, and other requests may succeed."""
 
 
+class BadName(BadRequest):
+    """Consul refuses the name of this key, whether there is such a key or not."""
+
+
 def _seconds_until(moment: float) -> float:
     """Raises TimeoutError where it has passed."""
     left = moment - time.monotonic()
@@ -162,9 +166,10 @@ class Endpoint(requests.adapters.HTTPAdapter):
         # getaddrinfo has no timeout: it runs in a thread, and one that hangs must not cost another with each call.
         resolution = self._resolution
         if resolution is None:
-            resolution = self._resolution = Future()
+            resolution = Future()
             arguments = (resolution, self._host, self._port)
             threading.Thread(target=_getaddrinfo, args=arguments, name=f"resolve {self._host}", daemon=True).start()
+            self._resolution = resolution
         try:
             return resolution.result(_seconds_until(self.transport.connect_by))
         finally:
@@ -174,8 +179,10 @@ class Endpoint(requests.adapters.HTTPAdapter):
 def _getaddrinfo(resolution: Future[list[Any]], host: str, port: int) -> None:
     try:
         resolution.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
-        resolution.set_exception(error if isinstance(error, OSError) else OSError(f"{host!r} is not a host name"))
+    except UnicodeError:
+        resolution.set_exception(OSError(f"{host!r} is not a host name"))
+    except BaseException as error:  # noqa: BLE001 - who waits for it would wait for ever
+        resolution.set_exception(error)
 
 
 class Request(NamedTuple):
@@ -217,6 +224,11 @@ class Transport:
     def next_address(self) -> None:
         """Use the next address from now on."""
         self._current = (self._current + 1) % len(self._endpoints)
+
+    @property
+    def address_count(self) -> int:
+        """How many addresses there are."""
+        return len(self._endpoints)
 
     def send(self, request: Request, *, by: float, held: float = 0.0) -> requests.Response:
         """Consul's answer, from the first address that gives one; status and headers are validated, the body unread.
@@ -312,7 +324,7 @@ class Transport:
         # Consul 1.21.5 answers 400 or 500 for a key with any of `@ + : *` in it (hashicorp/consul#22835); were that
         # an outage, one recipient could stop the answers to all.
         if b"invalid key name" in body.lower():
-            return BadRequest(
+            return BadName(
                 f"Consul at {self.address} refuses the name of this key (a limit of Consul 1.21.5: upgrade it, or set"
                 f' disable_http_unprintable_char_filter, or use mode = "mirror"): {status}'
             )

@@ -20,6 +20,7 @@ from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
+from table_consul.transport import BadName
 
 log = logging.getLogger("table_consul")
 
@@ -75,8 +76,8 @@ def _read_snapshot(client: kv.Client, response: kv.Response, builder: SnapshotBu
 def _read_absent(client: kv.Client, table: Table, check: mirror.AbsenceCheck) -> kv.Pair | None:
     try:
         return client.get(check.key, timeout=table.deadline)
-    except BadResponse:
-        # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835), there or not.
+    except BadName:
+        # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
         client.get(table.path(SERVICES[check.service]) + PROBE, timeout=table.deadline)
         return None
 

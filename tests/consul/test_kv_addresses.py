@@ -12,7 +12,7 @@ from table_consul.config import ConsulConfig
 from table_consul.errors import BadResponse, Unreachable
 from table_consul.transport import Endpoint
 from tests.consul.clients import GOOD, LIES, ROOT, SLACK, Silent, closed_port, failure
-from tests.fake_consul import Answer, FakeConsul, html, stall, trickle
+from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle
 
 # Connections.
 
@@ -167,7 +167,21 @@ def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monke
 # Several addresses.
 
 
-@pytest.mark.parametrize("lie", ["html", "301", "500", "429", "stall", "end before an answer", "no http"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "html",
+        "301",
+        "500",
+        "429",
+        "stall",
+        "end before an answer",
+        "no http",
+        "cut json",
+        "null",
+        "end within the body",
+    ],
+)
 def test_an_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect, lie):
     with FakeConsul() as bad:
         bad.handle = LIES[lie][0]
@@ -178,6 +192,23 @@ def test_an_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect
         assert time.monotonic() - begun < 1 + SLACK
         assert len(bad.requests) == 1
         assert client.address == fake.address
+
+
+def test_a_connection_is_closed_after_an_answer_that_is_not_to_the_question(client, fake):
+    fake.handle = lambda request: entry(b"consul/alias/other", "Zg==")
+    assert isinstance(failure(client), BadResponse)
+    fake.handle = fake.consul
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    assert [request.connection for request in fake.requests] == [1, 2]
+
+
+def test_an_address_is_resolved_again_after_a_thread_could_not_be_started(fake, connect, monkeypatch):
+    client = connect(fake.address.replace("127.0.0.1", "localhost"))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no thread")))
+        with pytest.raises(RuntimeError):
+            client.get(ROOT, timeout=1)
+    assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
 def test_an_address_that_refuses_connections_gives_way_to_the_next(fake, connect):

@@ -365,6 +365,19 @@ def test_a_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, m
     becomes(source, None, b"user@example.org")
 
 
+@pytest.mark.parametrize("refusal", [Answer(302, {"Location": "/"}), Answer(451)], ids=["302", "451"])
+def test_absence_of_a_key_is_not_proven_by_a_refusal_to_read_it(fake, mirrored, refusal):
+    fake.put(ALIAS + b"hidden", b"x")
+    source = mirrored(fake.address)
+    assert ask(source, b"hidden") == b"x"
+    fake.handle = lambda request: refusal if request.key == ALIAS + b"hidden" else fake.consul(request)
+    fake.delete(ALIAS + b"hidden")
+    for _ in eventually("the list is not believed", 10):
+        if source.watches[0].backoff.since is not None:
+            break
+    assert ask(source, b"hidden") == b"x"
+
+
 def test_a_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)

@@ -225,8 +225,12 @@ class Bridge:
             self._drop(error)
         return [service for service in SERVICES if service in registered] or list(DEFAULT_SERVICES)
 
-    def warm_up(self, _name: str) -> None:
-        """Nothing: the child was started when smtpd's handshake asked for the services."""
+    def warm_up(self, name: str) -> None:
+        """Start the child, if it is not running since smtpd's handshake asked for the services."""
+        try:
+            self._running(name)
+        except ChildError as error:
+            self._drop(error)
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The child's reply, or Failed; within the deadline either way."""

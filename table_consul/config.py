@@ -190,6 +190,9 @@ def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
 def _address(value: str) -> str:
     scheme, _, rest = value.partition("://")
     if scheme in {"unix", "file"}:
+        # linux: unix(7), sun_path holds 108 bytes, the last of which is NUL; OpenBSD's holds 104.
+        if scheme == "unix" and len(rest.encode("utf-8", "surrogateescape")) > 103:
+            raise ValueError("must be a socket path of at most 103 bytes")
         return f"{scheme}://{_absolute_path(rest)}"
     if scheme in PORTS and (found := _host_port(rest.removesuffix("/"), PORTS[scheme])):
         host = f"[{found[0]}]" if ":" in found[0] else found[0]
@@ -204,7 +207,7 @@ def _listen_address(value: str) -> str:
     if value.startswith("unix://"):
         return _address(value)
     found = _host_port(value, 0)
-    if found and (found[0] == "::1" or re.fullmatch(r"127(\.[0-9]{1,3}){3}", found[0])):
+    if found and (found[0] == "::1" or re.fullmatch(r"127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}", found[0])):
         return value
     raise ValueError(f"invalid listen address {_quoted(value)} (use 127.0.0.1:PORT, [::1]:PORT or unix:///PATH)")
 

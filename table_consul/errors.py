@@ -17,7 +17,7 @@ class ConfigError(TableConsulError):
 
 
 class PeerError(TableConsulError):
-    """Smtpd sent something that its protocol does not know, and that cannot be answered."""
+    """Smtpd sent something that cannot be understood."""
 
 
 class ReplyError(TableConsulError):

@@ -57,8 +57,10 @@ def smtpd_group() -> str:
     """The group of smtpd's unprivileged user: OpenBSD's, Debian's, or Arch Linux's, whichever there is."""
     import grp
 
-    groups = {group.gr_name for group in grp.getgrall()}
-    return next((name for name in ("_smtpd", "opensmtpd", "smtpd") if name in groups), "_smtpd")
+    for name in ("_smtpd", "opensmtpd", "smtpd"):
+        with contextlib.suppress(KeyError):
+            return grp.getgrnam(name).gr_name
+    return "_smtpd"
 
 
 def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:

@@ -26,8 +26,6 @@ from table_consul.services import SERVICES
 
 OK, OPEN, CLOSE, UPDATE, CHECK, LOOKUP, FETCH = 0, 2, 3, 4, 5, 6, 7
 OPS = {CHECK: "check", LOOKUP: "lookup", FETCH: "fetch"}
-# smtpd: smtpd-api.h, PROC_TABLE_API_VERSION.
-VERSION = 2
 
 HEADER = Struct("=IHHII")  # type, length with the header, flags, peer id, process id
 _VERSION = Struct("=I")

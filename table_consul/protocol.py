@@ -95,7 +95,7 @@ FOUND = Found()
 NOT_FOUND = NotFound()
 
 
-# In the dialects of 2020 table names come with each request: a bound on how many are remembered.
+# A bound on how many combinations of table, operation and service are remembered; smtpd has some twenty.
 MAX_NAMES = 1024
 
 
@@ -207,7 +207,7 @@ class Session:
         elif isinstance(reply, Failed):
             reason = f"|error|{printable(reply.reason, 400)}\n" if self.dialect == "smtpd-tables" else "|failure\n"
             return head + request.id + reason.encode()
-        elif request.op == "update":
+        elif reply.__class__ is Updated and request.op == "update":
             return head + request.id + (b"|ok\n" if self.dialect == "smtpd-tables" else b"|updated\n")
         raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 log = logging.getLogger("table_consul")
 
 READ_SIZE = 65536
-# When many requests wait, replies are gathered into one write, but none is held back while another takes long.
+# When many requests wait, replies are gathered into one write, until one of them has taken this long.
 GATHER_SECONDS = 0.001
 # A complaint is logged once; a bound on how many are remembered.
 MAX_COMPLAINTS = 4096
@@ -179,9 +179,11 @@ class Server:
         """What the call returns; None, and a traceback in the log, if it raises: the process must outlive its bugs."""
         try:
             return call(table)
+        except TableConsulError as error:
+            self._warn_once(str(error))
         except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
             self._log_traceback(error)
-            return None
+        return None
 
     def _warn_once(self, text: str) -> None:
         if text not in self._complaints:

@@ -117,6 +117,8 @@ class Tables:
         state = mirror.state
         if state is None or state[0].entries[service.name] is not entries or service.name in state[0].forbidden:
             return
+        # A route that has ended would keep its snapshot in memory.
+        self._routes = {place: route for place, route in self._routes.items() if route.mirror.state is route.state}
         if len(self._routes) >= MAX_NAMES:
             self._routes.clear()
         place = (request.table, request.service, request.op)
@@ -176,7 +178,7 @@ class Tables:
         config = self._load()
         former, self.config, self.broken = self.config, config, None
         self._tables.clear()
-        self._routes.clear()
+        self._routes.clear()  # of tables that the configuration forbids now
         if former is None or config != former:
             self.close()
         if self.name is not None:
@@ -195,9 +197,11 @@ class Tables:
 
     def close(self) -> None:
         """Close every source. Mirrors made later for the same tables still take over what is in memory."""
-        self._former, self._mirrors = self._mirrors, {}
-        for mirrored in self._former.values():
+        for mirrored in self._mirrors.values():
             mirrored.close()
+        self._former |= self._mirrors
+        self._mirrors = {}
+        self._routes.clear()
         if self._direct is not None:
             self._direct.close()
         self._file = self._direct = None

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gc
 import socket
 import sys
+import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,9 @@ import pytest
 from table_consul import tables
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, Forbidden, SourceError
+from table_consul.protocol import Found, Request
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
+from table_consul.services.entries import Entries
 from table_consul.sources import direct, watch
 from table_consul.sources.mirror import Mirror, Snapshot
 from table_consul.tables import MAX_MIRRORED_TABLES, MAX_NAMES, Tables
@@ -242,6 +247,24 @@ def test_an_update_of_what_has_changed_makes_every_source_anew(opened, unused, t
     opened("deadline = 1", address=unused)
     found.update()
     assert made is not found._source(found.table("a"), ALIAS)
+
+
+def test_routes_of_an_older_snapshot_do_not_keep_it_in_memory(opened, unused):
+    found = opened(address=unused)
+    source = found._source(found.table("t"), ALIAS)
+    source.close()
+    mirror, alive = source.by_service["alias"].mirror, []
+    for number, op in enumerate(("lookup", "check", "lookup")):
+        entries = {
+            name: Entries(found.table("t"), SERVICES[name], [(b"root", b"%d" % number)]) for name in source.by_service
+        }
+        mirror.state = (Snapshot(entries, {}), time.monotonic())
+        alive.append(weakref.ref(entries["alias"]))
+        del entries
+        reply = found.answer(Request(op, b"1", "t", "alias", b"root"), time.monotonic())
+        assert reply == (Found(b"%d" % number) if op == "lookup" else Found())
+    gc.collect()
+    assert [each() is None for each in alive] == [True, True, False]
 
 
 def test_sources_of_a_file_import_no_client(tmp_path):

@@ -107,7 +107,7 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
     problems += _unused_records(entries)
     folders = {each.path for each in entries}
     if any(folder.startswith(table.root) for folder in folders):
-        if table.mode == "direct":  # of the rest of the table only the keys matter, and the daemon need not list them
+        if any(each.direct for each in data.values()):  # of the rest of the table only the keys matter
             with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
                 pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
         problems += strays(table, pairs, {*paths, *folders})

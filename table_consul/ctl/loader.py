@@ -81,7 +81,7 @@ class Loader:
             return self._direct
         if table.snapshot and not self._live:
             path, hint = table.snapshot + (f".{number}" if number else ""), "; --live reads Consul"
-            exported, written = self._read_file(path, hint) if os.path.exists(path) else ([], 0.0)
+            exported, written = self._read_file(path, hint)
             kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
             if kept is not None:  # else nothing in it is of this table
                 origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
@@ -109,12 +109,14 @@ def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
     """Sorted entries, and when they were written; unlike the daemon this takes a snapshot file that others can read.
 
     Raises:
-        SourceError: it cannot be read; the text ends with ``hint``.
+        SourceError: it cannot be read; the text ends with ``hint``. A missing file has no entries if there is a hint.
     """
     try:
         with open(path, "rb", opener=open_regular_file) as file:
             return sorted(export.read_export(read_bounded(file))), os.fstat(file.fileno()).st_mtime
     except (OSError, SourceError) as error:
+        if hint and isinstance(error, FileNotFoundError):
+            return [], 0.0
         raise SourceError(f"{path}: {getattr(error, 'strerror', error)}{hint}") from None
 
 

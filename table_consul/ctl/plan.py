@@ -1,7 +1,7 @@
 """What an import changes: the entries of a file against those in Consul.
 
-Pure. A value from a text file is compared with the answer smtpd gets now, however that is stored in Consul; an export
-of Consul is compared byte by byte.
+Nothing here asks Consul or reads a file. A value from a text file is compared with the answer smtpd gets now, however
+that is stored in Consul; an export of Consul is compared byte by byte.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 def duplicate_problems(parsed: ParsedFile, changed: Container[bytes] | None = None) -> list[LineProblem]:
     """A problem for each entry whose key is that of an earlier one or differs from it only in case.
 
-    With ``changed``, keys of entries that are to be written, two spellings that are both stored already are accepted.
+    With ``changed``, the file's keys of entries to be written, two spellings that are both stored already are accepted.
     """
     first: dict[bytes, FileEntry] = {}
     problems = []
@@ -108,7 +108,7 @@ def plan(
     planner = _Planner(table, service, stored, records=records, exported=parsed.format == "export")
     planner.compare(parsed.entries)
     if parsed.format == "export":
-        planner.problems += duplicate_problems(parsed, planner.changes)
+        planner.problems += duplicate_problems(parsed, planner.changed)
     planner.validate()
     if prune:
         planner.prune(tuple(others))
@@ -131,6 +131,8 @@ class _Planner:
         self._now = Entries(table, service, ((key, old.value) for key, old in self._stored.items()))
         self._lines: dict[bytes, int] = {}
         self.changes: dict[bytes, Change] = {}
+        self.changed: set[bytes] = set()
+        """The keys of changed entries as the file spells them, of which several may be one stored key."""
         self.problems: list[LineProblem] = []
         self.unchanged = 0
 
@@ -148,6 +150,7 @@ class _Planner:
             old = self._stored.get(key)
             if old is None:
                 self.changes[key] = Change(self._path + key, None, entry.value, entry.flags)
+                self.changed.add(entry.key)
                 continue
             record = None if self._exported else _record(table, service, old.value)
             value = entry.value
@@ -163,6 +166,7 @@ class _Planner:
                 self._complain(key, f"would overwrite the {owner} value stored in Consul, which the file lacks")
             else:
                 self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
+                self.changed.add(entry.key)
 
     def validate(self) -> None:
         """Find what lint would report, for each service that reads the folder, and what cannot be written at all."""

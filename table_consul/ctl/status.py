@@ -11,6 +11,7 @@ import socket
 import sys
 import textwrap
 import time
+from typing import Any
 
 import click
 import msgspec
@@ -176,6 +177,8 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
                 running.place, running.taken, running.live = place, taken, live
                 if config.consul.addresses[0].startswith("file://"):
                     running.state, running.remarks = "file", [f"answers from {config.consul.addresses[0]}"]
+                    for prefix in running.prefixes:  # published once there was an error
+                        prefix.state = "file"
                 return running
             text = f"last written {age:.0f} s ago, so nothing writes it any more (remove the file if the table is gone)"
         except (OSError, http.client.HTTPException, SourceError) as error:
@@ -186,6 +189,18 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
     return status
 
 
+class _Socket(socket.socket):
+    """Bounds a whole answer, headers and body; the timeout of a socket bounds each read."""
+
+    deadline: float
+
+    def recv_into(self, *arguments: Any) -> int:  # noqa: ANN401 - passed on
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        self.settimeout(left)
+        return super().recv_into(*arguments)
+
+
 def _fetch(place: str, timeout: float, *, live: bool) -> tuple[bytes, float]:
     if not live:
         with open(place, "rb", opener=open_regular_file) as file:
@@ -193,9 +208,12 @@ def _fetch(place: str, timeout: float, *, live: bool) -> tuple[bytes, float]:
     path = place.removeprefix("unix://")
     connection = http.client.HTTPConnection(place if path == place else "localhost", timeout=timeout)
     with contextlib.closing(connection):
+        if path == place:
+            connection.connect()
+        connection.sock = _Socket(fileno=connection.sock.detach()) if path == place else _Socket(socket.AF_UNIX)
+        connection.sock.deadline = time.monotonic() + timeout
+        connection.sock.settimeout(timeout)
         if path != place:
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(timeout)
             connection.sock.connect(path)
         connection.request("GET", "/metrics")
         response = connection.getresponse()
@@ -214,7 +232,7 @@ def _parsed(data: bytes, table: str) -> Status:
     own = [(name[len(OWN) :], labels, value) for name, labels, value, *_ in every if name.startswith(OWN)]
     if not all(abs(value) < VALUE_MAX for _, _, value in own):
         raise SourceError("values that table-consul does not write")  # NaN among them
-    tables = {labels.get("table", "") for _, labels, _ in own}
+    tables = {labels.get("table", "") for name, labels, _ in own if name == "build_info"}
     if table not in tables:
         others = ", ".join(sorted(map(printable, tables))) or "other programs"
         raise SourceError(f"metrics of {others} only (put {{table}} into its name)")

@@ -171,6 +171,12 @@ def test_strays_are_seen_in_direct_mode_too(live):
     assert "aliases/aliases/: 1 entry smtpd never asks for" in done.text
 
 
+def test_direct_mode_of_a_table_from_a_file_asks_no_consul(lint, monkeypatch):
+    monkeypatch.setattr("table_consul.kv.Client.keys", lambda *_, **__: pytest.fail("Consul was asked"))
+    done = lint({**GOOD, "aliases/aliases/x": b"y"}, '[defaults]\nmode = "direct"')
+    assert (done.status, "aliases/aliases/: 1 entry smtpd never asks for" in done.text) == (1, True)
+
+
 def test_a_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
     done = live(GOOD, "[defaults]\nmax_keys = 2")
     keys = [line.partition(":")[0] for line in done.text.splitlines()]

@@ -181,6 +181,21 @@ def test_two_spellings_in_an_export_are_a_problem_unless_stored_already():
     assert [problem.line for problem in planned(ALIAS, both, name="export").problems] == [2]
 
 
+@pytest.mark.parametrize(
+    ("exported", "there", "lines"),
+    [
+        ([(b"RooT", b"x"), (b"Root", b"y")], (b"ROOT", b"old"), [2]),
+        ([(b"RooT", b"x"), (b"Root", b"old")], (b"ROOT", b"old"), [2]),
+        ([(b"RooT", b"old"), (b"Root", b"y")], (b"ROOT", b"old"), [2]),
+        ([(b"ROOT", b"x"), (b"Root", b"y"), (b"Root", b"z")], (b"root", b"old"), [2, 3]),
+    ],
+)
+def test_spellings_of_an_export_that_are_all_stored_as_another_are_a_problem(exported, there, lines):
+    problems = planned(ALIAS, exported, [there], name="export").problems
+    assert [problem.line for problem in problems] == lines
+    assert all(problem.text.startswith("Root: already in entry 1 as ") for problem in problems)
+
+
 def test_shared_record_is_not_overwritten_by_one_value():
     there = [
         (b"vera", json.dumps({"password": HASH.decode(), "uid": 1000, "gid": 1000, "home": "/home/vera"}).encode())

@@ -458,6 +458,14 @@ def test_a_copy_that_nobody_writes_to_is_not_waited_for(kept, tmp_path):
     assert query(kept, "alias", "root").status == 2
 
 
+def test_snapshot_file_that_cannot_be_opened_is_an_error_that_names_live(kept, tmp_path):
+    (tmp_path / "aliases.json").unlink()
+    (tmp_path / "aliases.json").symlink_to("aliases.json")  # fails for root, too, and does not exist for stat(2)
+    done = query(kept, "alias", "root")
+    assert (done.status, "symbolic links; --live reads Consul" in done.said) == (2, True)
+    assert query(kept, "alias", "root", "--live").status == 0
+
+
 def test_a_copy_from_before_a_service_was_added_proves_nothing_of_it(kept, tmp_path):
     copy = tmp_path / "aliases.json"
     entries = [entry for entry in json.loads(copy.read_text()) if "/domain/" not in entry["key"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -149,6 +150,13 @@ def test_table_from_a_file_is_healthy_when_its_process_runs(tmp_path, ctl):
     assert (outcome[0], told(outcome)["state"]) == (0, "file")
 
 
+def test_table_from_a_file_has_the_state_file_after_an_error_too(tmp_path, ctl):
+    error = sample("last_error_timestamp_seconds", 1, table="aliases", prefix="aliases/", error="not found")
+    publish(tmp_path, more=error)
+    outcome = ctl(configured(tmp_path, address=f"file://{tmp_path}/export.json"), "--json")
+    assert (outcome[0], told(outcome)["state"], told(outcome)["prefixes"][0]["state"]) == (0, "file", "file")
+
+
 # ---- who publishes ----
 
 
@@ -180,6 +188,7 @@ def test_a_file_that_is_no_longer_written_is_that_of_a_process_that_is_gone(tmp_
     "content",
     [
         *(b"", b"hello\n", b"\xff\n", b"a{b=\n", b"node_load1 1\n", b'table_consul_up{table="x"} 1\n'),
+        sample("up", 1, table="aliases", prefix="aliases/").encode(),
         *(
             numbers(up=1, snapshot_index=number, snapshot_keys=1, reloads_total=1).encode()
             for number in ("NaN", "+Inf", "-Inf")
@@ -306,6 +315,42 @@ def test_silent_listener_is_unknown_within_the_timeout():
         listen = f"127.0.0.1:{silent.getsockname()[1]}"
         found = status.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.2)
     assert (found.state, found.remarks) == ("unknown", [f"{listen}: timed out"])
+
+
+@pytest.mark.parametrize("beginning", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n"])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_trickling_listener_is_unknown_within_the_timeout(tmp_path, beginning, family):
+    address = ("127.0.0.1", 0) if family == socket.AF_INET else f"{tmp_path}/socket"
+    ended = threading.Event()
+
+    def trickle():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1000)
+            connection.sendall(beginning)
+            for _ in range(100):
+                if ended.wait(0.05):
+                    return
+                connection.sendall(b"#: \n")
+
+    with (
+        socket.create_server(address, family=family) if family == socket.AF_INET else socket.socket(family) as listener
+    ):
+        if family == socket.AF_UNIX:
+            listener.bind(address)
+            listener.listen()
+        name = listener.getsockname()
+        listen = f"unix://{name}" if family == socket.AF_UNIX else f"127.0.0.1:{name[1]}"
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        start = time.monotonic()
+        try:
+            found = status.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.3)
+        finally:
+            ended.set()
+            thread.join()
+    assert (found.state, found.remarks) == ("unknown", [f"{listen}: timed out"])
+    assert time.monotonic() - start < 3
 
 
 def test_answer_without_end_is_unknown(tmp_path, ctl, stranger, monkeypatch):

@@ -159,7 +159,7 @@ class Tables:
         Raises:
             SourceError: the source has no answer by the deadline.
         """
-        source = self._source(table, service)
+        source = self.source(table, service)
         try:
             return source.entries(table, service, key, deadline)
         except SourceError:
@@ -192,7 +192,7 @@ class Tables:
         self.name = name
         if self.config is not None:
             table = self.table(name)
-            self._source(table, SERVICES[table.services[0]])
+            self.source(table, SERVICES[table.services[0]])
             self._on_change()
 
     def close(self) -> None:
@@ -210,7 +210,8 @@ class Tables:
         """Every watch there is, with the name of its table."""
         return [(name, watch) for name, mirrored in self._mirrors.copy().items() for watch in mirrored.watches]
 
-    def _source(self, table: Table, service: Service) -> Source:
+    def source(self, table: Table, service: Service) -> Source:
+        """The source of this service of this table, made when it is first asked for; needs a configuration."""
         mirrored = self._mirrors.get(table.name)
         if mirrored is not None and not mirrored.by_service[service.name].too_large:
             return mirrored

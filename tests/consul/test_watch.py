@@ -458,7 +458,7 @@ def test_a_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it
     source = sources(fake.address, replace(TABLE, max_keys=2))
     assert told(source) == b"gilles"
     fake.put(ALIAS + b"one too many", b"x")
-    (one,) = source._mirrors["aliases"].watches
+    ((_, one),) = source.watches()
     for _ in eventually("too large", 10):
         if one.too_large:
             break
@@ -559,7 +559,7 @@ def test_a_bounded_number_of_tables_is_mirrored_and_the_others_are_read_directly
         fake.put(b"mail/table%d/alias/root" % number, b"%d" % number)
     for number in range(MAX_MIRRORED_TABLES + 3):
         assert told(source, name=f"table{number}") == b"%d" % number
-    assert len(source._mirrors) == MAX_MIRRORED_TABLES
+    assert len(source.watches()) == MAX_MIRRORED_TABLES
 
 
 # ---- the copy on disk ----
@@ -901,7 +901,7 @@ def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
     fake.denied = (ROOT,)
     hide_silently(fake)
     fake.start()
-    (one,) = source._mirrors["aliases"].watches
+    ((_, one),) = source.watches()
     for _ in eventually("it is noticed", 10):
         if isinstance(one.mirror.last_error, Forbidden):
             break

@@ -83,7 +83,8 @@ def test_names_without_end_take_bounded_memory(opened):
     found = opened()
     for number in range(2 * MAX_NAMES):
         assert f"t{number}" == found.table(f"t{number}").name
-    assert len(found._tables) <= MAX_NAMES
+    remembered = [found.table(name) is found.table(name) for name in ("t0", f"t{2 * MAX_NAMES - 1}")]
+    assert remembered == [True, False]
 
 
 def test_a_table_registers_the_services_of_its_section(opened):
@@ -183,35 +184,35 @@ def test_a_file_address_answers_from_that_file(opened):
 
 def test_direct_mode_reads_consul_and_mirror_mode_mirrors_it(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
-    kinds = [type(found._source(found.table(name), ALIAS)) for name in ("aliases", "large")]
+    kinds = [type(found.source(found.table(name), ALIAS)) for name in ("aliases", "large")]
     assert [watch.MirrorSource, direct.DirectSource] == kinds
 
 
 def test_a_source_is_made_once(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     assert all(
-        found._source(found.table(name), ALIAS) is found._source(found.table(name), ALIAS) for name in ("a", "large")
+        found.source(found.table(name), ALIAS) is found.source(found.table(name), ALIAS) for name in ("a", "large")
     )
 
 
 def test_what_is_made_ready_is_what_answers(opened, unused):
     found = opened(address=unused)
     found.warm_up("aliases")
-    assert {"aliases"} == {*found._mirrors}
+    assert {"aliases"} == {name for name, _ in found.watches()}
 
 
 def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
     found = opened(address=unused)
-    mirrored = found._source(found.table("aliases"), ALIAS)
+    mirrored = found.source(found.table("aliases"), ALIAS)
     mirrored.by_service["alias"] = SimpleNamespace(too_large=True)
-    kinds = [type(found._source(found.table("aliases"), SERVICES[name])) for name in ("alias", "domain")]
+    kinds = [type(found.source(found.table("aliases"), SERVICES[name])) for name in ("alias", "domain")]
     assert [direct.DirectSource, watch.MirrorSource] == kinds
 
 
 def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused, monkeypatch):
     monkeypatch.setattr(tables, "MAX_MIRRORED_TABLES", 2)
     found = opened(address=unused)
-    kinds = [type(found._source(found.table(name), ALIAS)) for name in ("a", "b", "c", "a")]
+    kinds = [type(found.source(found.table(name), ALIAS)) for name in ("a", "b", "c", "a")]
     assert [watch.MirrorSource, watch.MirrorSource, direct.DirectSource, watch.MirrorSource] == kinds
     assert 0 < MAX_MIRRORED_TABLES < 200
 
@@ -220,7 +221,7 @@ def test_an_update_of_the_configuration_closes_the_connection_of_the_former(open
     closed = []
     monkeypatch.setattr(direct.DirectSource, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
     found = opened('mode = "direct"', address=unused)
-    former = found._source(found.table("t"), ALIAS)
+    former = found.source(found.table("t"), ALIAS)
     write_config(tmp_path, 'mode = "direct"', "max_age = 7", address=unused)
     found.update()
     assert closed == [former]
@@ -236,22 +237,22 @@ def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_
 
 def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
-    made = [found._source(found.table(name), ALIAS) for name in ("a", "large")]
+    made = [found.source(found.table(name), ALIAS) for name in ("a", "large")]
     found.update()
-    assert made == [found._source(found.table(name), ALIAS) for name in ("a", "large")]
+    assert made == [found.source(found.table(name), ALIAS) for name in ("a", "large")]
 
 
 def test_an_update_of_what_has_changed_makes_every_source_anew(opened, unused, tmp_path):
     found = opened(address=unused)
-    made = found._source(found.table("a"), ALIAS)
+    made = found.source(found.table("a"), ALIAS)
     opened("deadline = 1", address=unused)
     found.update()
-    assert made is not found._source(found.table("a"), ALIAS)
+    assert made is not found.source(found.table("a"), ALIAS)
 
 
 def test_routes_of_an_older_snapshot_do_not_keep_it_in_memory(opened, unused):
     found = opened(address=unused)
-    source = found._source(found.table("t"), ALIAS)
+    source = found.source(found.table("t"), ALIAS)
     source.close()
     mirror, alive = source.by_service["alias"].mirror, []
     for number, op in enumerate(("lookup", "check", "lookup")):

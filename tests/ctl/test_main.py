@@ -203,6 +203,15 @@ def test_an_error_of_the_system_is_one_line(stand_in, conf):
     )
 
 
+@pytest.fixture
+def interruptible():
+    """A shell ignores SIGINT in its background jobs, and a child process inherits an ignored signal."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_is_one_line_without_traceback(conf):
     process = start("-c", conf, "query", "aliases", "alias", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.write(b"root\n")

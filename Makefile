@@ -15,7 +15,7 @@ MANDIR = $(PREFIX)/share/man
 APPDIR = $(PREFIX)/lib/table-consul
 EXTRAS = metrics
 
-# A worker for each processor, up to four; WORKERS=0 runs one test after the other and prints at once.
+# A worker for each processor, up to four; WORKERS=0 runs one test after the other and prints each result immediately.
 WORKERS = auto
 PARALLEL = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

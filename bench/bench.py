@@ -38,7 +38,7 @@ OURS_CPU, CONSUL_CPU = 1, 0
 SMALL, LARGE = "t1k", "t100k"
 SIZES = {SMALL: 1_000, LARGE: 100_000}
 EDITED_KEY = "zz-edited@example.org"
-# What is asked: keys that are there, keys that are not, and both; smtpd's questions find nothing at least as often.
+# The keys of the lookups: found, not found, and both; at least half of smtpd's lookups find nothing.
 HITS, MISSES, HALVES = "", ".misses", ".halves"
 DRIVER_SECONDS = 600
 

@@ -12,7 +12,7 @@ LAST_PAUSE_SECONDS = 4.0
 
 
 def delay(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
+    """Seconds to wait after a number of failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
 
     The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul together do not come
     back together.

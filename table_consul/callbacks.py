@@ -28,7 +28,7 @@ Update = Callable[[str], None]
 
 
 class Callbacks(NamedTuple):
-    """Answers by calling functions; ``serve`` says which."""
+    """Answers by calling the functions passed to ``serve``."""
 
     check: Check | None
     lookup: Lookup | None
@@ -37,7 +37,7 @@ class Callbacks(NamedTuple):
     registered: Sequence[str]
 
     def services(self, _name: str) -> list[str]:
-        """The services given to ``serve``, whatever the table's name."""
+        """The services given to ``serve``; every table has the same."""
         return list(self.registered)
 
     def warm_up(self, _name: str) -> None:
@@ -78,7 +78,7 @@ def serve(
     """Answer smtpd, in whichever dialect it speaks, until it closes the conversation.
 
     An exception, or a value that smtpd could not take, makes smtpd keep the mail; the reason is logged, to syslog or to
-    a terminal. Only None means that there is no such entry, and smtpd rejects the mail. smtpd waits for every answer.
+    a terminal. Only None means "not found", and smtpd rejects the mail. smtpd waits for every answer.
 
     Args:
         check: whether ``(table, service, key)`` is in the table. Without it, whether ``lookup`` finds something.

@@ -1,6 +1,6 @@
 """Check that the files named in the configuration are usable by this user, and suggest fixes.
 
-Smtpd runs its tables as an unprivileged user (smtpd: lka.c, lka), so what root can read says little.
+smtpd runs tables as an unprivileged user (smtpd: lka.c, lka): that root can read a file proves little.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _written_files(config: Config) -> Iterator[str]:
 
 
 def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str | None:
-    """What is wrong with a file (or folder) that has to be read, None when nothing is."""
+    """The problem of a file (or folder) that must be readable; None if it is readable."""
     name = f"{path}/." if folder else path  # takes the permission to enter the folder
     try:
         handle = open_regular_file(name, os.O_RDONLY)
@@ -79,7 +79,7 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
 
 
 def _unwritable(path: str, *, private: bool) -> str | None:
-    """What is wrong with a file that has to be written anew and renamed, None when nothing is."""
+    """The problem of a file that must be replaceable by renaming; None if it is replaceable."""
     folder = os.path.dirname(path)
     if not os.access(f"{folder}/", os.W_OK | os.X_OK):
         return f"folder {printable(folder)} not found, or not writable by {current_user()}"

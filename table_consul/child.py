@@ -1,6 +1,6 @@
 """A child process that answers in one of the line dialects, and its restarts.
 
-``Child`` is one process, asked as smtpd would ask it; ``Bridge`` starts another when it fails. Whatever a child does,
+``Child`` is one process, asked as smtpd would ask it; ``Bridge`` starts another when it fails. When a child misbehaves,
 each answer comes within its deadline, and a line answers a question only if it carries the id of the question.
 """
 
@@ -113,7 +113,7 @@ class Child:
         """The child's reply, by this moment on the clock; Failed if it cannot be asked for this, or not yet.
 
         Raises:
-            ChildError: there is no valid reply, and a later one could not be told from the reply to the next question.
+            ChildError: no valid reply; a late one could not be distinguished from the reply to the next request.
         """
         if not self._handshake_done and not self.shake_hands(deadline):
             return Failed("the table is still starting")
@@ -259,7 +259,7 @@ class Bridge:
         return self._child
 
     def _drop(self, error: ChildError) -> bool:
-        """End the child after this error. Whether to start it again at once, as one of 2020; else after a pause."""
+        """End the child after this error. Whether to restart immediately, as a child of 2020, or after a pause."""
         child, self._child = self._child, None
         if child is not None:
             child.close()

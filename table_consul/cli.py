@@ -118,6 +118,6 @@ def serve(path: str | None) -> int:
 
 
 def _print_help() -> int:
-    if sys.stderr is not None:  # closed by whoever started this; argparse would use stdout instead
+    if sys.stderr is not None:  # the parent may have closed it; argparse would use stdout instead
         _parser().print_help(sys.stderr)
     return 2

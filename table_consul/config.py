@@ -56,7 +56,7 @@ class ConsulConfig(msgspec.Struct, frozen=True):
 
 
 class LogConfig(msgspec.Struct, frozen=True):
-    """``[log]``: what is logged, and where to."""
+    """``[log]``: level and destination of log messages."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     target: Literal["auto", "syslog", "stderr"] = "auto"
@@ -203,7 +203,7 @@ def _address(value: str) -> str:
 
 
 def _listen_address(value: str) -> str:
-    """The address, which no other host can reach: metrics tell much about the mail of a host."""
+    """The address, which no other host can reach: metrics reveal much about the mail of a host."""
     if value.startswith("unix://"):
         return _address(value)
     found = _host_port(value, 0)
@@ -323,7 +323,7 @@ def _table(defaults: Table, name: str, own: dict[str, Any]) -> Table:
 
 
 class _Mistakes(list[str]):
-    """All mistakes of a configuration, a line each, so that they can be reported at once."""
+    """All mistakes of a configuration, a line each, so that one run reports all of them."""
 
     def check(self, origin: str, convert: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401 - see convert
         """The value that convert returns, None if it finds mistakes."""

@@ -13,7 +13,7 @@ class TableConsulError(Exception):
 
 
 class ConfigError(TableConsulError):
-    """The configuration cannot be used; the text is ``FILE: KEY: WHAT IS WRONG (HINT)``, other mistakes are notes."""
+    """The configuration cannot be used; the text is ``FILE: KEY: PROBLEM (HINT)``, other mistakes are notes."""
 
 
 class PeerError(TableConsulError):

@@ -87,7 +87,7 @@ class AtomicWriter:
         try:
             descriptor, self._partial = tempfile.mkstemp(prefix=f"{name}.", suffix=".tmp", dir=folder or ".")
         except OSError as error:
-            error.filename = path  # nobody knows the temporary name
+            error.filename = path  # the temporary name means nothing to an operator
             raise
         self._file = os.fdopen(descriptor, "wb")
         try:

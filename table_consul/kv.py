@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 
 class Pair(msgspec.Struct, rename="pascal", gc=False):
-    """One entry of the store; ``value`` is None where Consul says null, which is how it spells an empty value."""
+    """One entry of the store; ``value`` is None for JSON null, Consul's form of an empty value."""
 
     name: str = msgspec.field(name="Key")
-    value: bytes | None  # msgspec decodes base64, and refuses what is not exactly that.
+    value: bytes | None  # msgspec decodes base64 and rejects anything else.
     modify_index: int
     flags: int = 0
 
@@ -87,7 +87,7 @@ class _Library(base.Consul):  # type: ignore[misc]  # the library has no types
 class Response:
     """An answer whose status and headers were validated; its body is read only when it is asked for, and once.
 
-    A context manager. Closing it discards what is left of a small body, and closes the connection of a large one.
+    A context manager. Closing it discards the rest of a small body and closes the connection of a large one.
     """
 
     def __init__(self, client: Client, raw: requests.Response, prefix: bytes = b"", *, steps: bool = False) -> None:
@@ -206,7 +206,7 @@ class Client:
     body_bytes = 128 << 20
     """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
     read_seconds = 10.0
-    """For each chunk of a blocking query; the body as a whole may take for as long as it goes on arriving."""
+    """For each chunk of a blocking query; the whole body has no time limit while it keeps arriving."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)

@@ -1,4 +1,4 @@
-"""The loop between smtpd's socket and whoever answers. Only smtpd ends it, by closing the socket."""
+"""The loop between smtpd's socket and the backend that answers. Only smtpd ends it, by closing the socket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_COMPLAINTS = 4096
 
 
 class Answerer(Protocol):
-    """Whoever answers: the configured tables, a child process, or functions of a program's own."""
+    """The backend that answers: the configured tables, a child process, or functions of another program."""
 
     def services(self, name: str, /) -> list[str]:
         """The services to register for the table of this name; at least one."""
@@ -123,7 +123,7 @@ class Server:
         return session.dialect is not None
 
     def _other(self, event: Event) -> bytes:
-        """The reply to what is not a request that can be answered."""
+        """The reply to an invalid request."""
         if isinstance(event, Ready):
             return self._session.register(self._services(event.config))
         assert isinstance(event, Malformed)

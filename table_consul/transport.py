@@ -48,7 +48,7 @@ BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; 
 
 
 class BadRequest(BadResponse):
-    """Consul refuses this one request: another address would say the same, and other requests may succeed."""
+    """Consul refuses this one request: another address would answer the same, and other requests may succeed."""
 
 
 class BadName(BadRequest):
@@ -181,7 +181,7 @@ def _getaddrinfo(resolution: Future[list[Any]], host: str, port: int) -> None:
         resolution.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     except UnicodeError:
         resolution.set_exception(OSError(f"{host!r} is not a host name"))
-    except BaseException as error:  # noqa: BLE001 - who waits for it would wait for ever
+    except BaseException as error:  # noqa: BLE001 - without a result the waiting thread would never return
         resolution.set_exception(error)
 
 
@@ -274,17 +274,17 @@ class Transport:
                 response.close()
                 raise
         except BROKEN as error:
-            # A connection that was kept may have been closed meanwhile: that says nothing about Consul.
+            # The server may have closed an idle connection, which is no sign of a fault of Consul.
             if again or self.connected or isinstance(_cause_of(error), TimeoutError):
                 raise self._failure(error) from error
         return self._attempt(again=True)
 
     def _validated(self, response: requests.Response) -> requests.Response:
-        """The answer, if Consul gave it and it proves what it says; else raises the SourceError it amounts to."""
+        """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise."""
         write = self._prepared.method != "GET"
         status, headers = response.status_code, response.headers
         beginning = functools.partial(response.raw.read, 16 << 10)  # most are shorter: their connection is kept
-        # 409: nothing was written, and the body says what stood in the way.
+        # 409: nothing was written, and the body names the conflict.
         if status not in ((200, 409) if write else (200, 404)):
             raise self._refusal(status, beginning())
         if write:
@@ -303,7 +303,7 @@ class Transport:
         return response
 
     def read(self, response: requests.Response, size: int, seconds: float | None) -> bytes:
-        """The next part of the body, empty at its end; in ``seconds`` if given, whatever the deadline was.
+        """The next part of the body, empty at its end; in ``seconds`` if given, instead of the deadline.
 
         Raises:
             SourceError: it broke off, or did not come in time; the next request goes to the next address.

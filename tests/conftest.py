@@ -1,7 +1,7 @@
-"""Fixtures with real parts, the markers of tests, and the rule that a skipped test says how to run it.
+"""Fixtures with real parts, the markers of tests, and the rule that a skipped test names what it needs.
 
 A test that uses ``consul``, ``root`` or ``smtpd`` is marked ``real``. If such a part cannot be had, the test is skipped
-with the reason and a remedy; with ``CI=true`` in the environment every skip is a failure.
+with the reason and how to fix it; with ``CI=true`` in the environment every skip is a failure.
 
 With pytest-xdist each worker has its own Consul agents, and one worker runs all of a file, so that the fixtures of a
 module are made once. Files with real parts come first, tests marked ``alone`` last.
@@ -37,7 +37,7 @@ SLOW = {
     )
 }
 
-# How long an example takes says how busy the machine is.
+# The time of an example depends on the load of the machine.
 hypothesis.settings.register_profile("table-consul", deadline=None)
 hypothesis.settings.load_profile("table-consul")
 

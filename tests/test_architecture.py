@@ -1,4 +1,4 @@
-"""The shape of the package, read from its imports: they point one way, and what is pure stays so."""
+"""The shape of the package, read from its imports: they point one way, and pure modules stay pure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PURE = sorted(
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}
-# What each part of the package must not know. A name stands for the module and for all that is below it.
+# The imports forbidden to each part of the package. A name covers the module and everything below it.
 NOT_FOR = {
     "table_consul.services": {"protocol", "imsg", "server", "responder", "tables", "sources", "kv", "transport", "ctl"},
     "table_consul.sources": {"protocol", "imsg", "server", "responder", "tables", "ctl", "child", "procexec"},

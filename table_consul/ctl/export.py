@@ -111,7 +111,7 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
     """Replace the content of a file atomically: a reader finds all of the old content or all of the new.
 
     If private, only this user may read it; otherwise an existing file keeps its mode and, if this user may give files
-    away, its owner. What is not a regular file, such as /dev/stdout, is written to directly.
+    away, its owner. Anything but a regular file, such as /dev/stdout, is written to directly.
 
     Raises:
         OSError: it cannot be written; the file is unchanged.

@@ -39,7 +39,7 @@ class FileEntry(NamedTuple):
 
 
 class LineProblem(NamedTuple):
-    """What is wrong with a line of the file; line 0 if it is about an entry that only Consul has."""
+    """A line of the file and its problem; line 0 for an entry that only Consul has."""
 
     line: int
     text: str
@@ -304,7 +304,7 @@ def entries_of_export(
         folders = sorted({key[: match.end()] for key in keys if (match := name.search(key))})
         if len(folders) != 1:
             found = ", ".join(printable(each) for each in folders[:3]) or f"none is named {service.name}/"
-            raise FormatError(f"cannot tell which folder of the export to import ({found}); name it with --from FOLDER")
+            raise FormatError(f"choose the folder of the export to import ({found}): name it with --from FOLDER")
         folder = folders[0]
     entries = [
         FileEntry(key[len(folder) :], value, number, flags)

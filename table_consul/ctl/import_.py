@@ -183,7 +183,7 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
 
 
 def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> None:
-    """Print what is wrong with which line, and raise FormatError, if anything is."""
+    """Print each problem with its line; raise FormatError if there is one."""
     if not problems:
         return
     # FILE:LINE, as compilers print it, for editors.

@@ -32,7 +32,7 @@ UNSAFE_KEY = (
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A key or folder as it is stored in Consul, what is wrong with it, and how to fix it."""
+    """A key or folder as stored in Consul, its problem, and how to fix it."""
 
     key: str
     problem: str

@@ -22,9 +22,9 @@ from table_consul.errors import ConfigError, SourceError, TableConsulError, Unre
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import WRITE_INTERVAL_SECONDS
 
-# An agent without a leader says so after 7 seconds (Consul 1.8.7).
+# An agent without a leader answers with an error after 7 seconds (Consul 1.8.7).
 CONSUL_SECONDS = 10.0
-# What a daemon may take to load what Consul has; with a text file, that file has to be written, too.
+# Time for a daemon to load the table and, with a text file, to write that file.
 LAG_SECONDS = 5.0
 POLL_SECONDS = 0.25
 # Three writes were missed: the process is gone, and its file stays.
@@ -162,9 +162,9 @@ def published_tables(config: Config) -> set[str]:
 
 
 def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) -> Status:
-    """What is published about this table: at ``listen`` if that answers within ``timeout`` seconds, or in ``textfile``.
+    """The published metrics of this table: from ``listen`` if it answers within ``timeout`` seconds, or ``textfile``.
 
-    Without metrics the table is not running, or unknown, and the remarks say why. Needs prometheus_client.
+    Without metrics the table is not running, or unknown, and the remarks give the reason. Needs prometheus_client.
     """
     status = Status(table, "not running", healthy=False)
     patterns = ((config.metrics.listen, True), (config.metrics.textfile, False))
@@ -227,7 +227,7 @@ def _parsed(data: bytes, table: str) -> Status:
 
     try:
         every = [sample for family in text_string_to_metric_families(data.decode()) for sample in family.samples]
-    except Exception as error:  # noqa: BLE001 - the parser raises whatever slicing an odd line raises
+    except Exception as error:  # noqa: BLE001 - a malformed line raises any exception in the parser
         raise SourceError(f"no Prometheus metrics ({type(error).__name__})") from None
     own = [(name[len(OWN) :], labels, value) for name, labels, value, *_ in every if name.startswith(OWN)]
     if not all(abs(value) < VALUE_MAX for _, _, value in own):

@@ -1,7 +1,7 @@
-"""Write to Consul's key-value store in transactions that change a key only if nobody else has since it was read.
+"""Write to Consul's key-value store in transactions that change a key only if it is unchanged since it was read.
 
 Each operation is a check-and-set with the ModifyIndex that was read, 0 for a new key. A transaction that is sent twice
-therefore does no harm, and after an interruption the next run finds what is left to do.
+is therefore harmless, and after an interruption the next run does the rest.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Store(kv.Client):
         return [changes[each.op_index] for each in failures]
 
     def is_written(self, change: Change) -> bool:
-        """Whether Consul holds the result of the change, whoever wrote it."""
+        """Whether Consul holds the result of the change, from this run or another writer."""
         found = self.get(change.key, timeout=WRITE_SECONDS)
         return change.value is None if found is None else (found.value or b"") == change.value
 

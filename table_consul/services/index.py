@@ -47,7 +47,7 @@ class Index(ABC):
 
 
 class _Hosts(Index):
-    """Entries that end in a host name or a pattern of one. What precedes it, the prefix, has to be equal."""
+    """Entries that end in a host name or a pattern of one. The part before it, the prefix, must be equal."""
 
     def __init__(self, entries: Iterable[bytes]) -> None:
         self._entries: dict[bytes, bytes] = {}

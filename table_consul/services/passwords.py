@@ -39,7 +39,7 @@ _B64 = rb"[./0-9A-Za-z]"
 _SALT = rb"[!-#%-9;-~]"  # printable, but for $ and the colon
 
 # Formats: name; expression, whose first group is the setting (what precedes the digest) and whose second is the cost;
-# the units of work that a cost stands for; what one takes: about twice the time on a core of 2020, rather too much.
+# the units of work of a cost; what one takes: about twice the time on a core of 2020, rather too much.
 SCHEMES: tuple[tuple[str, bytes, Callable[[bytes], int], float], ...] = (
     ("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: 1 << int(cost), 1e-4),
     ("SHA-512", rb"(\$6\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{86}" % (_SALT, _B64), int, 1e-6),
@@ -82,7 +82,7 @@ class Hash(NamedTuple):
         return self._replace(text=self.setting + digest)
 
 
-# What `smtpctl encrypt` makes where crypt(3) can; it stands in until a hash of the table has been seen.
+# What `smtpctl encrypt` makes where crypt(3) can; used until a hash of the table has been seen.
 DEFAULT = Hash("SHA-512", b"$6$tableconsul$" + b"." * 86, b"$6$tableconsul$", 0.005)
 
 
@@ -200,7 +200,7 @@ class Verifier:
         self._typical: dict[str, Hash] = {}
 
     def verify(self, table: str, stored: bytes | None, password: bytes, others: Iterable[bytes], most: float) -> bool:
-        """Whether the stored credential is of this password. None never is, which takes as long to find out.
+        """Whether the stored credential is of this password. None never matches, after the same time.
 
         ``others`` are credentials of the same table: without a stored hash the time is spent on the format and cost of
         the first hash among them, else of the last one seen. ``most`` bounds that time, in seconds.
@@ -215,6 +215,6 @@ class Verifier:
         hashes = (parse(hash_part(credential)) for credential in others)
         last = self._typical.get(table, DEFAULT)
         typical = next((each for each in hashes if each is not None and each.seconds <= most), last)
-        with contextlib.suppress(EntryError):  # whatever the hashes of others are, this user cannot log in
+        with contextlib.suppress(EntryError):  # with any hash of another user, this user cannot log in
             self._verify(typical.with_dummy_digest(), password)
         return False

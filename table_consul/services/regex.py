@@ -31,11 +31,11 @@ CLASSES = {
 }
 EVERY = frozenset(range(256))
 WORD, SPACE = CLASSES[b"alnum"] | {0x5F}, CLASSES[b"space"]
-# Tokens that stand for several bytes, and those that stand for none, which nothing can repeat.
+# Tokens that match several bytes, and tokens that match none and cannot be repeated.
 CLASS_TOKENS = {b".": EVERY, rb"\w": WORD, rb"\W": EVERY - WORD, rb"\s": SPACE, rb"\S": EVERY - SPACE}
 EMPTY_TOKENS = {b"|": b"|", b"^": rb"\A", b"$": rb"\z", rb"\`": rb"\A", rb"\'": rb"\z", rb"\b": rb"\b", rb"\B": rb"\B"}
 INTERVAL = rb"\{([0-9]*)(,?)([0-9]*)\}"
-# Within [ ]: [:alpha:], [.-.] or [=a=]; three hyphens in a row, which glibc reads as one that is no range; any byte.
+# Within [ ]: [:alpha:], [.-.] or [=a=]; three hyphens in a row, which glibc reads as a literal hyphen; any byte.
 BRACKET_ELEMENT = rb"(?s)\[([.:=])(.*?)\1\]|---|(?!\[[.:=])."
 REPEATS = 1000  # RE2: kMaxRepeat. POSIX promises 255 (RE_DUP_MAX).
 IGNORE_CASE = b"(?i)"
@@ -146,7 +146,7 @@ class _Translator:
         members: set[int] = set()
         while self._at == first or not self._pattern.startswith(b"]", self._at):
             if self._at > first and self._at_hyphen():
-                raise _error("has a - that is no range within [ ]; put it last, before the ]")
+                raise _error("has a - within [ ] that does not form a range; put it last, before the ]")
             start, ranged = self._bracket_element()
             members |= start
             if ranged and self._at_hyphen():
@@ -206,7 +206,7 @@ def regcomp(pattern: bytes) -> Callable[[bytes], object | None]:
     ``(?i)`` before the expression ignores case (smtpd: table.c, table_regex_match). A search takes linear time.
 
     Raises:
-        EntryError: not such an expression, or one without an answer in linear time; the text says what to do.
+        EntryError: not such an expression, or one that cannot be matched in linear time; the text has a hint.
     """
     try:
         re2 = import_module("re2")  # only here: few tables have expressions

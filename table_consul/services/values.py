@@ -52,11 +52,11 @@ def is_valid_reply_value(value: bytes) -> bool:
 
 
 def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> bytes:
-    """What is stored under a folded key as a value of this service: one line, or ``b""`` if there is no value.
+    """The value of this service stored under a folded key: one line, or ``b""`` if there is no value.
 
     Raises:
         MissingFields: a record without any field of this service.
-        EntryError: not a valid value of this service; the text says what is expected.
+        EntryError: not a valid value of this service; the text names the expected form.
     """
     text = _decode(table, service, key, raw or b"").rstrip()
     if service.joined:

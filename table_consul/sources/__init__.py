@@ -7,7 +7,7 @@ from typing import Protocol
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 
-# Reading this key tells whether a folder may be read (404) or not (403), which a list does not. Any name would do.
+# Reading this key shows whether the token may read a folder (404) or not (403); a list does not. Any name would do.
 PROBE = b"-"
 
 
@@ -16,7 +16,7 @@ class Source(Protocol):
         """The entries of the service, or as many as answer for this key (None: all, for fetch).
 
         Raises:
-            SourceError: there is no answer by the deadline, a moment on the caller's clock.
+            SourceError: no answer by the deadline, a time on the caller's clock.
         """
         ...
 

@@ -28,8 +28,8 @@ MAX_WARNINGS = 4096  # Each is logged once; a bound on how many are remembered.
 class DirectSource:
     """A source with one kept-alive connection, and a circuit breaker.
 
-    While Consul is known to be down the answer is an error at once, so that the six lookups which one virtual recipient
-    costs (smtpd: aliases.c, aliases_virtual_get) do not cost six deadlines.
+    While Consul is known to be down, lookups fail immediately: the six lookups of one virtual recipient (smtpd:
+    aliases.c, aliases_virtual_get) must not take six deadlines.
     """
 
     def __init__(self, client: kv.Client, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +56,7 @@ class DirectSource:
         return entries
 
     def update(self) -> None:
-        """Forget cached lists, read token and TLS files anew, and try Consul again at once.
+        """Forget cached lists, reread token and TLS files, and retry Consul immediately.
 
         Raises:
             SourceError: the token file cannot be used.

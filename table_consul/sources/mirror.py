@@ -25,7 +25,7 @@ MOST_PAUSE_SECONDS = 0.5
 LEAST_WAIT_SECONDS = 10.0
 MOST_WAIT_SECONDS = 60.0
 KEYS_PER_WAIT_SECOND = 1000
-# How many missing keys are read where Consul says that it hides some: a guess at what was deleted and what is hidden.
+# How many missing keys to read when Consul filters a list: a sample that shows whether they are deleted or hidden.
 MAX_ABSENCE_CHECKS = 8
 
 Errors = Mapping[str, SourceError]
@@ -50,7 +50,7 @@ def next_query(
     index = 0 if index < state.index else max(index, 1)
     idle, pause = 0, 0.0
     if state.index == 0 and not timed_out:
-        # An index that goes to and fro (stale servers by turns) is no news, and must not make this a busy loop.
+        # An index that goes back and forth (stale servers in turn) is not a change, and must not cause a busy loop.
         idle = state.idle
     elif changed and not timed_out:
         pause = max(LEAST_PAUSE_SECONDS, load_seconds)
@@ -87,7 +87,7 @@ def unverified_services(services: Iterable[str], former: Snapshot | None) -> lis
 
 
 class AbsenceCheck(NamedTuple):
-    """A key whose absence is to be proven by reading it."""
+    """A key whose absence must be confirmed by reading it."""
 
     service: str
     key: bytes
@@ -106,7 +106,7 @@ class SnapshotBuilder:
         Before, not after: a blocking query goes by the ACLs of its beginning, which may have changed when it ends.
         """
         self.forbidden = dict(forbidden)
-        """Services whose folder may not be read: what is not listed may still be there."""
+        """Services whose folder the token may not read: unlisted keys may exist."""
         self._former = former
         self._builders = [
             EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
@@ -135,9 +135,9 @@ class SnapshotBuilder:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
 
     def absence_checks(self, is_url_safe: Callable[[bytes], bool], *, filtered: bool) -> Iterator[AbsenceCheck]:
-        """The keys to read before the absence of others is believed; ``filtered``: Consul says that it hides some.
+        """The keys to read before the absence of others is trusted; ``filtered``: Consul reports hidden keys.
 
-        ACLs make a list look shorter, or empty, without an error; only the read of one key says 403.
+        ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403.
         """
         former = self._former
         for builder in self._builders:

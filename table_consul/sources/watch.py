@@ -24,7 +24,7 @@ from table_consul.transport import BadName
 
 log = logging.getLogger("table_consul")
 
-# How often a table that was too large is tried again; an update tries at once.
+# How often a table that was too large is retried; an update retries immediately.
 TOO_LARGE_SECONDS = 600.0
 
 Connect = Callable[[], kv.Client]
@@ -121,7 +121,7 @@ class Watch(threading.Thread):
             self._attempted.wait(max(0.0, min(deadline, self._first_by) - time.monotonic()))
 
     def reconnect(self) -> None:
-        """Try again at once, whatever pause was due, on a new connection and with token and TLS files read anew."""
+        """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
         self._reload = True
         self._wake.set()
 
@@ -136,7 +136,7 @@ class Watch(threading.Thread):
             self.mirror.state = (Snapshot(snapshot.entries, snapshot.forbidden, restored=True), confirmed)
 
     def stop(self) -> None:
-        """End the thread when its query ends; nobody waits for that, and what the query brings is ignored."""
+        """End the thread when its query ends, without waiting for it; the result of the query is ignored."""
         self._stopped = True
         self._wake.set()
 
@@ -184,7 +184,7 @@ class Watch(threading.Thread):
         unverified = mirror.unverified_services(self._services, former)
         forbidden = _forbidden_services(self._client, self._table, unverified)
         if len(forbidden) < len(unverified):
-            self._state = QueryState()  # what may be read by now must be seen now, and not when it changes
+            self._state = QueryState()  # a newly granted permission changes no index, so read everything
         state = self._state
         wait = min(mirror.wait_seconds(0 if former is None else former.size, self._table.max_age), self._file.due_in)
         asked = time.monotonic()
@@ -273,7 +273,7 @@ class MirrorSource:
         return watch.mirror.entries(service.name, key, time.monotonic())
 
     def update(self) -> None:
-        """Have the watches read token and TLS files anew and, if any of them is pausing, try again at once.
+        """Have the watches reread token and TLS files and, if any of them is pausing, retry immediately.
 
         Raises:
             SourceError: the token file cannot be used; the data in memory are still served.

@@ -36,7 +36,7 @@ def config(*addresses, **options):
 
 
 class Silent:
-    """A port that takes connections and says nothing; with `full`, one that does not even take them."""
+    """A port that accepts connections and sends nothing; with `full`, one that does not accept them either."""
 
     def __init__(self, *, full=False):
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=0)
@@ -91,9 +91,9 @@ LIES = {
     "cut json": (body(GOOD.body[:-1]), BadResponse),
     "json and more": (body(GOOD.body + b"x"), BadResponse),
     "no utf-8": (body(GOOD.body.replace(b"root", b"r\xfft")), BadResponse),
-    "a key that is no string": (body(GOOD.body.replace(b'"consul/alias/root"', b"5")), BadResponse),
+    "a key that is not a string": (body(GOOD.body.replace(b'"consul/alias/root"', b"5")), BadResponse),
     "no value": (body(b'[{"Key":"consul/alias/root","ModifyIndex":1}]'), BadResponse),
-    "a value that is no string": (lambda request: entry(ROOT, 5), BadResponse),
+    "a value that is not a string": (lambda request: entry(ROOT, 5), BadResponse),
     "no base64": (lambda request: entry(ROOT, "Z"), BadResponse),
     "base64 with a newline": (lambda request: entry(ROOT, "Zg==\n"), BadResponse),
     "url-safe base64": (lambda request: entry(ROOT, "_-__"), BadResponse),

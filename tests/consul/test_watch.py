@@ -909,7 +909,7 @@ def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
 
 
 def hide_silently(fake):
-    """Answer as Consul before 1.11, which does not say that a list is shorter than what is there."""
+    """Answer as Consul before 1.11, which does not report that a list is filtered."""
 
     def handle(request):
         answer = fake.consul(request)

@@ -1,4 +1,4 @@
-"""`table-consulctl export`: smtpd and Consul read the files back to what is stored in Consul."""
+"""`table-consulctl export`: smtpd and Consul read the files back as the entries stored in Consul."""
 
 from __future__ import annotations
 

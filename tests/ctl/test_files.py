@@ -1,4 +1,4 @@
-"""Reading and writing files line by line: file: tables, aliases(5), passwd files, exports, and what is not text."""
+"""Reading and writing files line by line: file: tables, aliases(5), passwd files, exports, and binary files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`table-consulctl status`: what the published metrics, and Consul, say about each table."""
+"""`table-consulctl status`: each table's state, from its published metrics and from Consul."""
 
 from __future__ import annotations
 

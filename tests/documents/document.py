@@ -116,7 +116,7 @@ def page(name: str) -> Document:
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of each row of the Markdown tables in a text, without heads and rules; ``\\|`` is no border."""
+    """The cells of each row of the Markdown tables in a text, without heads and rules; ``\\|`` does not end a cell."""
     lines = text.splitlines()
     return [
         [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -146,7 +146,7 @@ smtpd -n -f /tmp/smtpd.conf 2>&1
 
 
 def smtpd_check(release: str, conf: str) -> str:
-    """What ``smtpd -n`` of an OpenSMTPD release says about a smtpd.conf."""
+    """The output of an OpenSMTPD release's ``smtpd -n`` for a smtpd.conf."""
     if os.geteuid() != 0:
         pytest.skip("a real OpenSMTPD needs root (run it as root: sudo make test)")
     from tests.rig import cache, root

@@ -1,4 +1,4 @@
-"""The manual pages as the tests read them: sections, lists, and the words that stand after a macro of mdoc(7)."""
+"""The manual pages as the tests read them: sections, lists, and the arguments of a macro of mdoc(7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples under contrib/ do what they say: smtpd.conf, for Terraform, and from an LDAP server."""
+"""The examples under contrib/ work as documented: smtpd.conf, for Terraform, and from an LDAP server."""
 
 from __future__ import annotations
 

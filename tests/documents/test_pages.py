@@ -1,4 +1,4 @@
-"""What README.md and docs/ say holds: links, examples and commands of every page, and what the programs write."""
+"""README.md and docs/ are correct: links, examples and commands of every page, and what the programs write."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ def consul_version() -> tuple[int, ...]:
 
 
 def free_ports(count: int, addresses: Iterable[str] = ("127.0.0.1",)) -> list[int]:
-    """Ports that nobody uses now on any of the addresses, neither for TCP nor for UDP.
+    """Ports free on all of the addresses, neither for TCP nor for UDP.
 
-    Each worker of pytest-xdist has its own ports, as a port is free until a program that was told so has bound it.
+    Each worker of pytest-xdist has its own ports, as a port stays free until the program it is given to binds it.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

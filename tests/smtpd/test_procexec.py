@@ -297,7 +297,7 @@ def answers_again(smtpd):
 
 
 def answer_of(made, clock, key=b"root"):
-    """The first answer of this bridge that is none of Failed, whatever the pauses between the starts of its child."""
+    """The first answer of this bridge other than Failed, after any pauses between the starts of its child."""
     for _ in eventually("an answer"):
         reply = made.answer(Request("lookup", b"", "t", "alias", key), clock())
         if not isinstance(reply, Failed):
@@ -551,7 +551,7 @@ def test_path_is_taken_unchanged(path):
 
 
 class Clock:
-    """Real time, and more of it when the test says so; or none, after ``stopped``."""
+    """Real time, plus what the test adds; or a stopped clock, after ``stopped``."""
 
     def __init__(self):
         self.ahead = 0.0

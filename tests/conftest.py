@@ -30,7 +30,10 @@ SLOW = {
     for name in (
         "ctl/test_main",
         "e2e/test_demo",
-        "smtpd/test_metrics",
+        "smtpd/test_metrics_counters",
+        "smtpd/test_metrics_dashboard",
+        "smtpd/test_metrics_listen",
+        "smtpd/test_metrics_process",
         "smtpd/test_process",
         "smtpd/test_procexec",
         "test_release",

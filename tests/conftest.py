@@ -35,7 +35,11 @@ SLOW = {
         "smtpd/test_metrics_listen",
         "smtpd/test_metrics_process",
         "smtpd/test_process",
-        "smtpd/test_procexec",
+        "smtpd/test_procexec_command",
+        "smtpd/test_procexec_faults",
+        "smtpd/test_procexec_imsg",
+        "smtpd/test_procexec_lines",
+        "smtpd/test_procexec_restart",
         "test_release",
     )
 }

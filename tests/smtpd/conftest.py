@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from table_consul import config
+from table_consul.child import Bridge
 from table_consul.errors import ConfigError
+from tests.dialogue import PATIENCE_SECONDS
+from tests.smtpd.procexec import Clock
 
 
 @pytest.fixture
@@ -64,3 +68,38 @@ def open_folder(tmp_path):
             break
         folder.chmod(0o755)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def make_program(tmp_path_factory):
+    """Makes an executable of Python's text, or of the shell's; it gets a name that counts up."""
+    folder = tmp_path_factory.mktemp("programs")
+    numbers = itertools.count()
+
+    def make(text, path=None):
+        path = path or folder / f"table-{next(numbers)}"
+        if text.startswith("#!/usr/bin/python3"):
+            text = text.partition("\n")[2]
+        path.write_text(text if text.startswith("#!") else f"#!{sys.executable} -IS\n{text}")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def make_bridge(clock):
+    made = []
+
+    def make(path, dialect=None, deadline=PATIENCE_SECONDS):
+        made.append(Bridge("table-x", lambda: [path], dialect, deadline, clock, lambda: 0.0))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

@@ -30,9 +30,16 @@ SLOW = {
     for name in (
         "ctl/test_main",
         "e2e/test_demo",
-        "smtpd/test_metrics",
+        "smtpd/test_metrics_counters",
+        "smtpd/test_metrics_dashboard",
+        "smtpd/test_metrics_listen",
+        "smtpd/test_metrics_process",
         "smtpd/test_process",
-        "smtpd/test_procexec",
+        "smtpd/test_procexec_command",
+        "smtpd/test_procexec_faults",
+        "smtpd/test_procexec_imsg",
+        "smtpd/test_procexec_lines",
+        "smtpd/test_procexec_restart",
         "test_release",
     )
 }

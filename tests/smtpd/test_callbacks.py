@@ -13,8 +13,8 @@ from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.server import Server
 from table_consul.services import DEFAULT_SERVICES
 from tests.dialogue import Child
-from tests.smtpd.test_imsg import ALIAS, CHECK, FETCH, LOOKUP, SOURCE, UPDATE
-from tests.smtpd.test_procexec import ABSENT, OK, RUN, Smtpd
+from tests.smtpd.imsg import ALIAS, CHECK, FETCH, LOOKUP, SOURCE, UPDATE
+from tests.smtpd.procexec import ABSENT, OK, RUN, Smtpd
 
 DUMMY = (sys.executable, str(Path(__file__).parents[2] / "contrib" / "table-dummy.py"))
 MAILADDR = 0x40

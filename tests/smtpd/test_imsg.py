@@ -15,26 +15,12 @@ from table_consul.protocol import Failed, Found, Malformed, NotFound, Ready, Req
 from table_consul.services import DEFAULT_SERVICES, SERVICES
 from tests.dialogue import ENTRIES, converse, open_tables, write_config, write_source
 from tests.e2e.record_imsg import FOLDER, MORE
+from tests.smtpd.imsg import ALIAS, CHECK, CLOSE, FETCH, LOOKUP, OPEN, OPS, SOURCE, UPDATE, message, opening, question
 
-OPEN, CLOSE, UPDATE, CHECK, LOOKUP, FETCH = range(2, 8)
-OPS = {CHECK: "check", LOOKUP: "lookup", FETCH: "fetch"}
-ALIAS, SOURCE = 1, 0x20
 CHECKED = Request("check", b"", "t", "alias", b"root")
 LOOKED_UP = Request("lookup", b"", "t", "alias", b"root")
 FETCHED = Request("fetch", b"", "t", "source", b"")
 UPDATED = Request("update", b"", "t", "", b"")
-
-
-def message(kind, body=b"", *, length=None):
-    return struct.pack("=IHHII", kind, 16 + len(body) if length is None else length, 0, 0, 4711) + body
-
-
-def opening(name=b"t", version=2):
-    return message(OPEN, struct.pack("=I", version) + name.ljust(2048, b"\0"))
-
-
-def question(kind, bit, rest=b"", count=0):
-    return message(kind, struct.pack("=i", bit) + struct.pack("@N", count) + rest)
 
 
 def events(*chunks):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.rig import cache
+from tests.rig.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +37,7 @@ PORTS = ("http", "server", "serf_lan", "serf_wan")
 # its ports free when it comes back.
 FIRST_PORT, LAST_PORT = 20_000, 32_000
 START_SECONDS = 30.0
+STOP_SECONDS = 10.0
 
 
 @functools.cache
@@ -199,11 +201,20 @@ class ConsulAgent:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Make it hang: connections are accepted by the kernel and never answered."""
+        """Make it hang: connections are accepted by the kernel and never answered. Returns when it has stopped."""
         os.kill(self.pid, signal.SIGSTOP)
+        wait_for(self._is_stopped, STOP_SECONDS, lambda: f"consul does not stop:\n{self.log}")
 
     def resume(self) -> None:
+        """Let it run again after a pause; a running agent stays as it is. Returns when it is no longer stopped."""
         os.kill(self.pid, signal.SIGCONT)
+        wait_for(lambda: not self._is_stopped(), STOP_SECONDS, lambda: f"consul does not resume:\n{self.log}")
+
+    def _is_stopped(self) -> bool:
+        """Whether all threads of the agent are stopped, not only the first, whose state is in /proc/PID/stat."""
+        # WNOWAIT: the state is not consumed, so that a second pause sees it and Popen still gets the exit status.
+        state = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return state is not None and state.si_code == os.CLD_STOPPED
 
     def revive(self) -> None:
         """Whatever was done to it, have it running again, with a leader."""

@@ -25,7 +25,7 @@ from tests.rig import cache
 from tests.rig.waiting import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -277,8 +277,7 @@ class ConsulAgent:
         return json.loads(text) if text else None
 
     def kv_put(self, key: str, value: str | bytes) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        assert self.request("PUT", "/v1/kv/" + urllib.parse.quote(key), data) is True
+        assert self.request("PUT", "/v1/kv/" + urllib.parse.quote(key), _encoded(value)) is True
 
     def kv_get(self, key: str) -> bytes | None:
         """The value under a key, None when there is no such key."""
@@ -293,12 +292,12 @@ class ConsulAgent:
     def kv_delete(self, key: str, *, recurse: bool = False) -> None:
         self.request("DELETE", "/v1/kv/" + urllib.parse.quote(key) + ("?recurse" if recurse else ""))
 
-    def kv_txn(self, entries: dict[str, str]) -> None:
-        """Put many keys at once, those included that no URL can name (``a//b``)."""
+    def kv_txn(self, entries: Mapping[str, str | bytes]) -> None:
+        """Put many keys at once, those included that no URL can name (``a//b``) or Consul refuses in one (``a ``)."""
         items = list(entries.items())
         for start in range(0, len(items), 64):
             operations = [
-                {"KV": {"Verb": "set", "Key": key, "Value": base64.b64encode(value.encode()).decode()}}
+                {"KV": {"Verb": "set", "Key": key, "Value": base64.b64encode(_encoded(value)).decode()}}
                 for key, value in items[start : start + 64]
             ]
             self.request("PUT", "/v1/txn", json.dumps(operations).encode())
@@ -326,6 +325,10 @@ class ConsulAgent:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
+
+
+def _encoded(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -140,12 +140,20 @@ def test_absence_is_said_only_after_a_load(fake, mirrored):
     assert ask(mirrored(fake.address), b"nobody") is None
 
 
-@pytest.mark.parametrize("lie", [html, cut(Answer(200, {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"},
-                                                  b'[{"Key":"mail/aliases/alias/eric"'), 130),
-                                 lambda request: Answer(404, {}, b"not found"),
-                                 lambda request: Answer(500, {}, b"No cluster leader"),
-                                 lambda request: Answer(200, {"X-Consul-Index": "0"}, b"[]"),
-                                 lambda request: Answer(403, {}, b"ACL not found")])  # fmt: skip
+LIST = Answer(200, {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}, b'[{"Key":"mail/aliases/alias/eric"')
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        html,
+        cut(LIST, 130),
+        lambda request: Answer(404, {}, b"not found"),
+        lambda request: Answer(500, {}, b"No cluster leader"),
+        lambda request: Answer(200, {"X-Consul-Index": "0"}, b"[]"),
+        lambda request: Answer(403, {}, b"ACL not found"),
+    ],
+)
 def test_what_is_no_answer_of_consul_is_no_absence(fake, mirrored, lie):
     fake.handle = lie
     source = mirrored(fake.address)

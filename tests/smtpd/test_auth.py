@@ -426,6 +426,9 @@ class Client:
             raise self.errors[key]
         return Pair(key, self.store[key], 1) if key in self.store else None
 
+    def visible_keys(self, prefix, *, timeout):
+        return [key for key in self.store if key.startswith(prefix)], False
+
 
 @pytest.mark.parametrize(
     ("user", "reply", "reads"),
@@ -433,15 +436,19 @@ class Client:
         ("vera", Found(), [b"users/auth/vera", b"users/credentials/vera"]),
         ("eric", Found(), [b"users/auth/eric", b"users/credentials/eric"]),
         ("walter", NotFound(), [b"users/auth/walter", b"users/credentials/walter"]),
-        ("../credentials/eric", NotFound(), []),
-        ("..", NotFound(), []),
-        ("a\0b", NotFound(), []),
     ],
 )
 def test_direct_mode_reads_two_keys_for_any_user_that_a_url_can_name(user, reply, reads):
     client = Client(auth_vera=SHA512, credentials_eric=SHA512)
     assert ask(DirectSource(client, lambda: 1000.0), f"{user}:{PASSWORD}") == reply
     assert client.asked == reads
+
+
+@pytest.mark.parametrize("user", ["../credentials/eric", "..", "a\0b"])
+def test_direct_mode_reads_no_key_for_a_user_that_no_url_can_name(user):
+    client = Client(auth_vera=SHA512, credentials_eric=SHA512)
+    assert isinstance(ask(DirectSource(client, lambda: 1000.0), f"{user}:{PASSWORD}"), Failed)
+    assert client.asked == []
 
 
 def test_direct_mode_does_not_take_403_for_absence():

@@ -1,4 +1,4 @@
-"""smtpd's part, in a process of its own so that it waits for nobody's lock: asks without pause until its input ends.
+"""smtpd's part, in a process of its own that waits for no lock of the test: asks without pause until its input ends.
 
     python -m tests.chaos.asker DESCRIPTOR
 

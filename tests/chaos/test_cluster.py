@@ -162,18 +162,16 @@ CASES = [*((name, "mirror") for name in FAULTS), *((name, "direct") for name in 
 @pytest.mark.timeout(600 if LONG else 180)
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_no_fault_makes_an_answer_wrong_absent_or_late(cluster, report, tmp_path, name, mode):
-    row, told = suffer(cluster, report, tmp_path, name, mode)
-    assert mode == "direct" or row.slowest <= SLOW_SECONDS, told
+    row, message = suffer(cluster, report, tmp_path, name, mode)
+    assert mode == "direct" or row.slowest <= SLOW_SECONDS, message
 
 
 def suffer(cluster, report, tmp_path, name, mode):
-    """The judgement on one fault, and all there is to tell about it."""
+    """The judgement on one fault, and the message of a failure: its row, examples, and the log of the table."""
     table = f"chaos{random.getrandbits(32):08x}"
     head = cluster.leader
-    head.kv_txn(
-        {f"{table}/alias/still": "gilles", f"{table}/domain/example.org": "", f"{table}/source/192.0.2.1": "",
-         f"{table}/source/192.0.2.2": ""}
-    )  # fmt: skip
+    entries = {"alias/still": "gilles", "domain/example.org": "", "source/192.0.2.1": "", "source/192.0.2.2": ""}
+    head.kv_txn({f"{table}/{key}": value for key, value in entries.items()})
     token = head.token(f'key_prefix "{table}/" {{ policy = "read" }}')
     (tmp_path / "token").write_text(token)
     writer = Writer(cluster.members, table)
@@ -218,10 +216,10 @@ def suffer(cluster, report, tmp_path, name, mode):
         row.recovered = back - ended if is_back() else float("inf")
         row.exits += child.end() != 0
         report.append(row)
-        said = child.log()
-    told = "\n".join([Judgement.HEAD, str(row), *row.examples, said])
-    assert (row.wrong, row.absent, row.late, row.exits) == (0, 0, 0, 0), told
-    assert row.recovered <= RECOVERY_SECONDS, told
-    assert row.errors == 0 or mode == "direct", told
-    assert row.answers > HOT + len(STEADY), told
-    return row, told
+        log = child.log()
+    message = "\n".join([Judgement.HEAD, str(row), *row.examples, log])
+    assert (row.wrong, row.absent, row.late, row.exits) == (0, 0, 0, 0), message
+    assert row.recovered <= RECOVERY_SECONDS, message
+    assert row.errors == 0 or mode == "direct", message
+    assert row.answers > HOT + len(STEADY), message
+    return row, message

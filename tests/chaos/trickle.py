@@ -1,4 +1,4 @@
-"""A network that can be made bad: a TCP proxy which lets bytes through one at a time when told to."""
+"""A network that can be made bad: a TCP proxy which lets bytes through one at a time on demand."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python -m tests.chaos.witness PROCESSOR
 
 It goes first as the asker and the child do. What holds it up for longer than a turn among its equals is the host, or
-the kernel, and holds up the others as well: an answer is not late for as long as nobody could have given it.
+the kernel, and holds up the others as well: an answer is not late for as long as no process could have given it.
 
 Standard output, at the end of standard input: the moments from and to which nothing ran, pickled.
 """

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from table_consul import kv
@@ -30,4 +32,34 @@ def connect():
 
 @pytest.fixture
 def client(fake, connect):
-    return connect(fake.address)
+    return connect(fake.address, token="any")  # Consul says only to a token that it hides something.
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    """A folder with a private authority, and certificates of a server and a client.
+
+    ca.pem, server.pem and client.pem, with their keys beside them. The server is consul.example, and server.dc1.consul
+    as Consul's agents call themselves.
+    """
+    folder = tmp_path_factory.mktemp("tls")
+    key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+
+    def openssl(arguments):
+        subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
+
+    try:
+        openssl(f"req -x509 {key} -days 2 -keyout ca.key -out ca.pem -subj /CN=test-authority")
+    except FileNotFoundError:
+        pytest.skip("no openssl command: apt-get install openssl")
+    (folder / "extensions").write_text(
+        "subjectAltName=DNS:consul.example,DNS:server.dc1.consul\nextendedKeyUsage=serverAuth,clientAuth\n"
+    )
+    for name in ("server", "client"):
+        openssl(f"req {key} -keyout {name}.key -out {name}.csr -subj /CN={name}")
+        openssl(
+            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions"
+            f" -out {name}.pem"
+        )
+    openssl("rehash .")
+    return folder

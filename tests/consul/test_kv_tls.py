@@ -1,38 +1,12 @@
 from __future__ import annotations
 
 import ssl
-import subprocess
 
 import pytest
 
 from table_consul.errors import Unreachable
 from tests.consul.clients import GOOD, ROOT, Silent, failure
 from tests.fake_consul import FakeConsul, stall, trickle
-
-# TLS.
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    """A private authority, a server certificate for consul.example, and a client certificate."""
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(arguments):
-        subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
-
-    key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-    try:
-        openssl(f"req -x509 {key} -days 2 -keyout ca.key -out ca.pem -subj /CN=test-authority")
-    except FileNotFoundError:
-        pytest.skip("no openssl command: apt-get install openssl")
-    (folder / "san").write_text("subjectAltName=DNS:consul.example\n")
-    for name in ("server", "client"):
-        openssl(f"req {key} -keyout {name}.key -out {name}.csr -subj /CN={name}")
-        openssl(
-            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out {name}.pem"
-        )
-    openssl("rehash .")
-    return folder
 
 
 @pytest.fixture

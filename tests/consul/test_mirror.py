@@ -129,9 +129,14 @@ def test_the_wait_stays_below_a_third_of_max_age(max_age, seconds):
 def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch():
     table = Table("aliases", prefix="mail", services=("alias", "domain", "string"))
     pairs = [
-        (b"mail/aliases/", b""), (b"mail/aliases/aaa/x", b"1"), (ALIAS + b"a", b"1"), (ALIAS + b"b", b"2"),
-        (b"mail/aliases/aliases/x", b"no"), (DOMAIN + b"c", b"3"), (b"mail/aliases/z", b"no"),
-    ]  # fmt: skip
+        (b"mail/aliases/", b""),
+        (b"mail/aliases/aaa/x", b"1"),
+        (ALIAS + b"a", b"1"),
+        (ALIAS + b"b", b"2"),
+        (b"mail/aliases/aliases/x", b"no"),
+        (DOMAIN + b"c", b"3"),
+        (b"mail/aliases/z", b"no"),
+    ]
     for cut in range(len(pairs) + 1):
         made = SnapshotBuilder(table, PREFIX, table.services, None, {})
         made.take(pairs[:cut])

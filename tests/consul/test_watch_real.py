@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import ssl
-import subprocess
 import tempfile
 import time
 import urllib.request
@@ -254,35 +253,12 @@ def test_a_datacenter_that_is_not_there_is_no_absence(open_consul, mirrored):
 
 
 @pytest.fixture(scope="module")
-def private():
-    """A folder with a private authority, and certificates of a server and a client."""
-    folder = Path(tempfile.mkdtemp(prefix="table-consul-tls-"))
-    key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-
-    def openssl(arguments):
-        subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
-
-    try:
-        openssl(f"req -x509 {key} -days 2 -keyout ca.key -out ca.pem -subj /CN=test-authority")
-    except FileNotFoundError:
-        pytest.skip("no openssl command: apt-get install openssl")
-    (folder / "san").write_text("subjectAltName=DNS:server.dc1.consul\nextendedKeyUsage=serverAuth,clientAuth\n")
-    for name in ("server", "client"):
-        openssl(f"req {key} -keyout {name}.key -out {name}.csr -subj /CN={name}")
-        openssl(
-            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out {name}.pem"
-        )
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def secure(private):
-    """An agent that speaks HTTPS, and only with whom the private authority knows."""
+def secure(authority):
+    """An agent that speaks HTTPS, and only with clients whose certificate the private authority signed."""
     (port,) = free_ports(1)
     hcl = (
-        f'ports {{ https = {port} }}\nca_file = "{private}/ca.pem"\ncert_file = "{private}/server.pem"\n'
-        f'key_file = "{private}/server.key"\nverify_incoming_https = true\n'
+        f'ports {{ https = {port} }}\nca_file = "{authority}/ca.pem"\ncert_file = "{authority}/server.pem"\n'
+        f'key_file = "{authority}/server.key"\nverify_incoming_https = true\n'
     )
     with _agent(hcl=hcl) as agent:
         fill(agent)
@@ -290,27 +266,26 @@ def secure(private):
         yield agent
 
 
-def test_https_with_a_private_authority_a_client_certificate_and_a_server_name(secure, private, mirrored):
-    source = mirrored(
-        secure.https,
-        ca_file=f"{private}/ca.pem",
-        cert_file=f"{private}/client.pem",
-        key_file=f"{private}/client.key",
-        tls_server_name="server.dc1.consul",
-    )
+def tls_options(folder):
+    """The settings of a client with the authority and the client certificate in this folder."""
+    return {
+        "ca_file": f"{folder}/ca.pem",
+        "cert_file": f"{folder}/client.pem",
+        "key_file": f"{folder}/client.key",
+        "tls_server_name": "server.dc1.consul",
+    }
+
+
+def test_https_with_a_private_authority_a_client_certificate_and_a_server_name(secure, authority, mirrored):
+    source = mirrored(secure.https, **tls_options(authority))
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
     secure.kv_put("mail/aliases/alias/new", "x")
     becomes(source, b"x", b"new")
 
 
 @pytest.mark.parametrize("missing", ["ca_file", "cert_file", "tls_server_name"])
-def test_https_with_one_of_them_missing_is_an_error_that_says_so(secure, private, mirrored, missing):
-    options = {
-        "ca_file": f"{private}/ca.pem",
-        "cert_file": f"{private}/client.pem",
-        "key_file": f"{private}/client.key",
-        "tls_server_name": "server.dc1.consul",
-    }
+def test_https_with_one_of_them_missing_is_an_error_that_says_so(secure, authority, mirrored, missing):
+    options = tls_options(authority)
     del options[missing]
     if missing == "cert_file":
         del options["key_file"]
@@ -319,19 +294,13 @@ def test_https_with_one_of_them_missing_is_an_error_that_says_so(secure, private
     assert not isinstance(source.watches[0].mirror.last_error, ssl.SSLError)
 
 
-def test_certificates_replaced_on_disk_are_used_after_an_update(secure, private, mirrored, tmp_path):
+def test_certificates_replaced_on_disk_are_used_after_an_update(secure, authority, mirrored, tmp_path):
     for name in ("ca.pem", "client.pem", "client.key"):
-        shutil.copy(private / name, tmp_path)
-    (tmp_path / "ca.pem").write_text((private / "client.pem").read_text())
-    source = mirrored(
-        secure.https,
-        ca_file=f"{tmp_path}/ca.pem",
-        cert_file=f"{tmp_path}/client.pem",
-        key_file=f"{tmp_path}/client.key",
-        tls_server_name="server.dc1.consul",
-    )
+        shutil.copy(authority / name, tmp_path)
+    (tmp_path / "ca.pem").write_text((authority / "client.pem").read_text())
+    source = mirrored(secure.https, **tls_options(tmp_path))
     becomes(source, Unreachable)
-    shutil.copy(private / "ca.pem", tmp_path / "ca.pem")
+    shutil.copy(authority / "ca.pem", tmp_path / "ca.pem")
     source.update()
     becomes(source, b"gilles")
 

@@ -96,7 +96,8 @@ keys = st.text(st.sampled_from("ab.@*-/ é"), min_size=1, max_size=5).filter(
 )
 def test_any_entries_survive_export_and_import(consul, entries, service):
     consul.kv_delete("", recurse=True)
-    put(consul, entries, f"t/{service}/")
+    # By transaction, because Consul from 1.21.6 on refuses a URL whose key ends with a blank.
+    consul.kv_txn({f"t/{service}/{key}": value for key, value in entries.items()})
     text = exported(consul, "t", service, "--format", "export").out
     done = control("import", "t", service, "-", "--prune", stdin=text, CONSUL_HTTP_ADDR=consul.address)
     assert (done.status, f"0 to add, 0 to change, 0 to remove, {len(entries)} unchanged" in done.text) == (0, True), (

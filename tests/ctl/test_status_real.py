@@ -46,7 +46,7 @@ def becomes(ctl, path, state):
     return None
 
 
-def test_whatever_changes_in_consul_a_table_that_follows_is_not_said_to_be_behind(consul, tmp_path, ctl):
+def test_changes_in_consul_do_not_make_a_following_table_lag(consul, tmp_path, ctl):
     consul.kv_put("aliases/alias/root", "gilles")
     with served(tmp_path, consul) as (_, path):
         becomes(ctl, path, "following")
@@ -80,7 +80,7 @@ def test_a_daemon_that_hangs_is_behind_consul(consul, tmp_path, ctl, monkeypatch
         assert (code, prefix["ahead"], prefix["consul_index"] > prefix["index"]) == (1, True, True)
 
 
-def test_a_lost_consul_is_an_outage_with_its_reason(consul, tmp_path, ctl):
+def test_unreachable_consul_is_an_outage_with_its_reason(consul, tmp_path, ctl):
     consul.kv_put("aliases/alias/root", "gilles")
     with served(tmp_path, consul) as (_, path):
         becomes(ctl, path, "following")
@@ -91,7 +91,7 @@ def test_a_lost_consul_is_an_outage_with_its_reason(consul, tmp_path, ctl):
                 break
 
 
-def test_a_table_with_too_many_keys_says_so(consul, tmp_path, ctl):
+def test_table_above_max_keys_is_too_large(consul, tmp_path, ctl):
     consul.kv_put("aliases/alias/root", "gilles")
     consul.kv_put("aliases/alias/eric", "gilles")
     with served(tmp_path, consul, "max_keys = 1") as (child, path):

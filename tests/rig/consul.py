@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.rig import cache
+from tests.rig.waiting import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -36,6 +37,7 @@ PORTS = ("http", "server", "serf_lan", "serf_wan")
 # its ports free when it comes back.
 FIRST_PORT, LAST_PORT = 20_000, 32_000
 START_SECONDS = 30.0
+STOP_SECONDS = 10.0
 
 
 @functools.cache
@@ -199,11 +201,20 @@ class ConsulAgent:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Make it hang: connections are accepted by the kernel and never answered."""
+        """Make it hang: connections are accepted by the kernel and never answered. Returns when it has stopped."""
         os.kill(self.pid, signal.SIGSTOP)
+        wait_for(self._is_stopped, STOP_SECONDS, lambda: f"consul does not stop:\n{self.log}")
 
     def resume(self) -> None:
+        """Let it run again after a pause; a running agent stays as it is. Returns when it is no longer stopped."""
         os.kill(self.pid, signal.SIGCONT)
+        wait_for(lambda: not self._is_stopped(), STOP_SECONDS, lambda: f"consul does not resume:\n{self.log}")
+
+    def _is_stopped(self) -> bool:
+        """Whether all threads of the agent are stopped, not only the first, whose state is in /proc/PID/stat."""
+        # WNOWAIT: the state is not consumed, so that a second pause sees it and Popen still gets the exit status.
+        state = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return state is not None and state.si_code == os.CLD_STOPPED
 
     def revive(self) -> None:
         """Whatever was done to it, have it running again, with a leader."""
@@ -266,8 +277,7 @@ class ConsulAgent:
         return json.loads(text) if text else None
 
     def kv_put(self, key: str, value: str | bytes) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        assert self.request("PUT", "/v1/kv/" + urllib.parse.quote(key), data) is True
+        assert self.request("PUT", "/v1/kv/" + urllib.parse.quote(key), _encoded(value)) is True
 
     def kv_get(self, key: str) -> bytes | None:
         """The value under a key, None when there is no such key."""
@@ -282,12 +292,12 @@ class ConsulAgent:
     def kv_delete(self, key: str, *, recurse: bool = False) -> None:
         self.request("DELETE", "/v1/kv/" + urllib.parse.quote(key) + ("?recurse" if recurse else ""))
 
-    def kv_txn(self, entries: dict[str, str]) -> None:
-        """Put many keys at once, those included that no URL can name (``a//b``)."""
+    def kv_txn(self, entries: Mapping[str, str | bytes]) -> None:
+        """Put many keys at once, those included that no URL can name (``a//b``) or Consul refuses in one (``a ``)."""
         items = list(entries.items())
         for start in range(0, len(items), 64):
             operations = [
-                {"KV": {"Verb": "set", "Key": key, "Value": base64.b64encode(value.encode()).decode()}}
+                {"KV": {"Verb": "set", "Key": key, "Value": base64.b64encode(_encoded(value)).decode()}}
                 for key, value in items[start : start + 64]
             ]
             self.request("PUT", "/v1/txn", json.dumps(operations).encode())
@@ -315,6 +325,10 @@ class ConsulAgent:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
+
+
+def _encoded(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))

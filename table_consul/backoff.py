@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from table_consul.errors import SourceError
+
 log = logging.getLogger("table_consul")
 
 FIRST_PAUSE_SECONDS = 0.25
@@ -35,13 +37,14 @@ class Backoff:
         self.total = 0
         self.not_before = 0.0
         self.last_error = ""
+        self.last_kind = ""
         self.failed_at = 0.0  # the moment of ``last_error``
 
     def failure(self, error: Exception, now: float, chance: float) -> float:
         """Note a failure; the pause until the next attempt, in seconds."""
         self.failures += 1
         self.total += 1
-        self.last_error = str(error)
+        self.last_error, self.last_kind = str(error), getattr(error, "kind", SourceError.kind)
         self.failed_at = now
         if self.since is None:
             self.since = now

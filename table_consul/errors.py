@@ -31,21 +31,32 @@ class EntryError(TableConsulError):
 class SourceError(TableConsulError):
     """The source cannot tell now whether the key is there: never a reason to say ``not-found``."""
 
+    kind = "other"
+    """For labels of metrics: one of five words, never a part of the text."""
+
 
 class Unreachable(SourceError):
     """No connection, no leader, too many requests, or no answer in time."""
+
+    kind = "unreachable"
 
 
 class Forbidden(SourceError):
     """Consul does not let this token read the key (401, 403)."""
 
+    kind = "forbidden"
+
 
 class BadResponse(SourceError):
     """A redirect, a body that is not Consul's, or an answer to another question."""
 
+    kind = "bad-response"
+
 
 class TooLarge(SourceError):
     """More data than may be held in memory: the table is read directly."""
+
+    kind = "too-large"
 
 
 # What decoding bytes that are not ours may raise: msgspec's errors are ValueErrors only from 0.21 on.

@@ -34,8 +34,8 @@ class Counters:
         self._cells: dict[Labels, Cell] = {}
         self.malformed = 0
         self.failures: dict[str, tuple[int, str, str, float, float]] = {}
-        """By table: how often its source failed; of the last error its kind, text, time on the loop's clock, and `answers`
-        then."""
+        """By table: how often its source failed, kind and text of the last error, its time on the loop's clock, and
+        `answers` then."""
 
     def add(self, request: Request, reply: type, seconds: float) -> None:
         """Count a request by the type of its reply, which was ready so long after the request was read."""

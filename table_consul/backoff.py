@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from table_consul.errors import SourceError
+from table_consul.errors import SourceError, counted
 
 log = logging.getLogger("table_consul")
 
@@ -57,6 +57,6 @@ class Backoff:
         """Note a success, which ends the outage if there was one."""
         if self.since is None:
             return
-        noun = "attempt" if self.failures == 1 else "attempts"
-        log.warning("%s: recovered after %.1f s (%d failed %s)", self.what, now - self.since, self.failures, noun)
+        attempts = counted(self.failures, "failed attempt", "failed attempts")
+        log.warning("%s: recovered after %.1f s (%s)", self.what, now - self.since, attempts)
         self.since, self.failures, self.not_before = None, 0, 0.0

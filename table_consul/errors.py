@@ -72,3 +72,8 @@ def printable(data: bytes | str, limit: int = 120) -> str:
     text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def counted(number: int, singular: str, plural: str) -> str:
+    """The number with its noun: ``1 entry``, ``2 entries``."""
+    return f"{number} {singular if number == 1 else plural}"

@@ -16,8 +16,8 @@ import msgspec
 from table_consul import config
 from table_consul.ctl import files, main
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
-from table_consul.ctl.main import counted, json_text
-from table_consul.errors import SourceError, printable
+from table_consul.ctl.main import json_text
+from table_consul.errors import SourceError, counted, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import read_export
 

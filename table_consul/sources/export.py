@@ -48,9 +48,9 @@ def read_export(data: bytes) -> list[Exported]:
         raise SourceError(f"not the output of `consul kv export`: {error}") from None
 
 
-def export_entry(key: bytes, value: bytes, flags: int = 0) -> bytes:
-    """One entry as JSON; an export is a JSON list of them."""
-    return _encoder.encode({"key": key.decode(), "flags": flags, "value": value})
+def export_entry(key: bytes, value: bytes, flags: int = 0, **more: str) -> bytes:
+    """One entry as JSON; an export is a JSON list of them. Consul ignores fields that it does not know."""
+    return _encoder.encode({"key": key.decode(), "flags": flags, "value": value, **more})
 
 
 class FileSource:

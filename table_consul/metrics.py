@@ -124,7 +124,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "entries_refused", labels, sum(len(entries.errors) for entries in snapshot.entries.values())
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
-                yield "service_hidden", (*labels, service), int(service in snapshot.forbidden)
+                yield "service_hidden", (*labels, service), int(service in snapshot.hidden)
     for prefix in _failures(own, tables):
         if not is_file:
             yield "up", prefix.labels, int(prefix.up)

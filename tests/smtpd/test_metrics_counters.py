@@ -256,7 +256,7 @@ def test_text_of_the_last_error_is_a_comment_without_a_token():
 def test_forbidden_services_are_published_by_name():
     snapshot = SimpleNamespace(
         entries={"alias": SimpleNamespace(errors={}), "domain": SimpleNamespace(errors={})},
-        forbidden={"domain": 1},
+        hidden={"domain": 1},
         size=1,
     )
     mirror = SimpleNamespace(state=(snapshot, time.monotonic() - 30), max_age=600.0)

@@ -250,6 +250,16 @@ def test_locked_user_costs_as_much_as_a_wrong_password(recorder):
     assert recorder.settings() == [parse(SHA512).setting]
 
 
+@pytest.mark.parametrize("stored", [HASHES["bcrypt"], None, b"*LK*"])
+def test_hash_that_takes_longer_than_what_is_left_is_not_calculated(recorder, stored):
+    cost = parse(HASHES["bcrypt"]).seconds
+    with pytest.raises(Unreachable, match="too little left of the deadline of 2 s to verify a password"):
+        recorder.verify("users", stored, b"x", [HASHES["bcrypt"]], 2.0, cost * 0.9)
+    assert recorder.calculated == []
+    recorder.verify("users", stored, b"x", [HASHES["bcrypt"]], 2.0, cost)
+    assert recorder.settings() == [parse(HASHES["bcrypt"]).setting]
+
+
 def test_absent_user_without_others_costs_the_last_hash_of_the_same_table(recorder):
     recorder.verify("users", HASHES["bcrypt"], b"x", [], 2.0)
     recorder.verify("users", None, b"x", [], 2.0)
@@ -466,6 +476,20 @@ def test_file_source_is_asked_for_credentials_when_only_auth_is_registered(tmp_p
     path = write_config(tmp_path, 'services = ["auth"]')
     write_source(tmp_path, {"users/credentials/vera": SHA512})
     assert said(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
+
+
+@pytest.mark.parametrize("user", ["vera", "walter"])
+def test_reads_and_verification_share_one_deadline(tmp_path, user):
+    path = write_config(tmp_path, 'services = ["auth"]')
+    write_source(tmp_path, {"users/auth/vera": HASHES["SHA-512 without rounds"]})
+    from table_consul import config
+
+    tables = Tables(lambda: config.load(str(path), {}))
+    request = Request("check", b"1", "users", "auth", f"{user}:{PASSWORD}".encode())
+    assert isinstance(tables.answer(request, time.monotonic()), Found if user == "vera" else NotFound)
+    late = tables.answer(request, time.monotonic() - tables.table("users").deadline)
+    assert (type(late), type(late.cause)) == (Failed, Unreachable)
+    assert late.reason == "too little left of the deadline of 2 s to verify a password"
 
 
 # ---- secrecy ----

@@ -148,8 +148,11 @@ class SnapshotFile:
         except (OSError, SourceError) as error:
             log.warning("%s: not used: %s", self._path, getattr(error, "strerror", error))
             return None
-        if status.st_mode & 0o077 or status.st_uid != os.geteuid():  # it may hold password hashes
-            log.warning("%s: not used: belongs to another user, or others may read it (set mode 0600)", self._path)
+        if status.st_uid != os.geteuid():
+            log.warning("%s: not used: it belongs to another user", self._path)
+            return None
+        if status.st_mode & 0o077:  # it may hold password hashes
+            log.warning("%s: not used: others may read it (set mode 0600)", self._path)
             return None
         if snapshot is None:
             log.warning("%s: ignored: contains no keys under %s", self._path, printable(self._prefix))

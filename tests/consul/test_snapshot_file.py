@@ -145,3 +145,16 @@ def test_copy_that_cannot_be_written_is_tried_ever_less_often(path, monkeypatch,
     now += 10.0
     write(file, [(b"t/alias/root", b"eric")])
     assert b"ZXJpYw" in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "why"),
+    [(0o640, 0, "others may read it (set mode 0600)"), (0o600, 1, "it belongs to another user")],
+)
+def test_copy_that_is_not_private_is_not_used_and_the_line_says_why(file, path, caplog, mode, owner, why, monkeypatch):
+    write(file)
+    path.chmod(mode)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + owner)
+    assert file.load() is None
+    assert warnings(caplog) == [f"{path}: not used: {why}"]

@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from table_consul.config import Config
 from table_consul.counters import OUTCOMES
-from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config, terminal_columns
-from table_consul.errors import EntryError, TableConsulError, printable
+from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, json_text, pass_config, terminal_columns
+from table_consul.errors import EntryError, TableConsulError, counted, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
 from table_consul.responder import Responder
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key

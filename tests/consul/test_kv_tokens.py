@@ -5,7 +5,7 @@ import os
 import pytest
 
 from table_consul.errors import Forbidden, SourceError
-from tests.consul.clients import ROOT, failure
+from tests.consul.clients import ROOT, TRUE, failure
 from tests.fake_consul import Answer
 
 # Token, parameters, environment.

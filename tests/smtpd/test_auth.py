@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from table_consul.errors import ConfigError, EntryError, PeerError
+from table_consul.errors import ConfigError, EntryError, PeerError, Unreachable
 from table_consul.services.passwords import (
     DEFAULT,
     PASSWORD_BYTES,
@@ -198,6 +198,16 @@ def test_absent_user_costs_as_much_as_a_wrong_password(recorder, name):
 def test_locked_user_costs_as_much_as_a_wrong_password(recorder):
     recorder.verify("users", b"*LK*", b"x", [b"clear", SHA512], 2.0)
     assert recorder.settings() == [parse(SHA512).setting]
+
+
+@pytest.mark.parametrize("stored", [HASHES["bcrypt"], None, b"*LK*"])
+def test_hash_that_takes_longer_than_what_is_left_is_not_calculated(recorder, stored):
+    cost = parse(HASHES["bcrypt"]).seconds
+    with pytest.raises(Unreachable, match="too little left of the deadline of 2 s to verify a password"):
+        recorder.verify("users", stored, b"x", [HASHES["bcrypt"]], 2.0, cost * 0.9)
+    assert recorder.calculated == []
+    recorder.verify("users", stored, b"x", [HASHES["bcrypt"]], 2.0, cost)
+    assert recorder.settings() == [parse(HASHES["bcrypt"]).setting]
 
 
 def test_absent_user_without_others_costs_the_last_hash_of_the_same_table(recorder):

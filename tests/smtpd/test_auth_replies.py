@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
+import time
 
 import pytest
 from msgspec.structs import replace
 
+from table_consul import config
 from table_consul.errors import Forbidden, TableConsulError, Unreachable
 from table_consul.kv import Pair
 from table_consul.protocol import Failed, Found, NotFound, Request
@@ -19,7 +21,7 @@ from table_consul.services.entries import Entries
 from table_consul.sources.direct import DirectSource
 from table_consul.tables import Tables
 from tests.dialogue import write_config, write_source
-from tests.smtpd.auth import PASSWORD, SHA512, crypt
+from tests.smtpd.auth import HASHES, PASSWORD, SHA512, crypt
 
 TABLE = Table("users", services=("auth", "credentials"))
 
@@ -253,3 +255,15 @@ def test_auth_is_registered_only_with_smtpd_that_keeps_the_case_of_passwords(tmp
 
 def test_auth_is_the_only_service_with_secret_keys():
     assert [service.name for service in SERVICES.values() if service.answers == "check"] == ["auth"]
+
+
+@pytest.mark.parametrize("user", ["vera", "walter"])
+def test_reads_and_verification_share_one_deadline(tmp_path, user):
+    path = write_config(tmp_path, 'services = ["auth"]')
+    write_source(tmp_path, {"users/auth/vera": HASHES["SHA-512 without rounds"]})
+    tables = Tables(lambda: config.load(str(path), {}))
+    request = Request("check", b"1", "users", "auth", f"{user}:{PASSWORD}".encode())
+    assert isinstance(tables.answer(request, time.monotonic()), Found if user == "vera" else NotFound)
+    late = tables.answer(request, time.monotonic() - tables.table("users").deadline)
+    assert (type(late), type(late.cause)) == (Failed, Unreachable)
+    assert late.reason == "too little left of the deadline of 2 s to verify a password"

@@ -29,6 +29,7 @@ UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
     "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix of no other key"
 )
+RENAME = "; store the entry under another name, and delete this one with `table-consulctl import --prune`"
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -117,16 +118,21 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
 
 def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
     """The problems of one service's entries, and those of keys in its folder that are not entries."""
-    from table_consul.kv import is_url_safe
+    from table_consul.kv import is_url_safe, modern_name_problem
 
     name = entries.service.name
-    for key, text in entries.problems:
-        yield Problem(printable(key, UNCUT), text, name)
+    own = [key for key in pairs if key.startswith(entries.path)]
+    refused = {key: text for key in own if is_url_safe(key) and (text := modern_name_problem(key))}
+    for key, text in entries.problems:  # smtpd may not be able to use the same name
+        more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
+        yield Problem(printable(key, UNCUT), text + more, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
-    for key in (key for key in pairs if key.startswith(entries.path)):
+    for key in own:
         if key.endswith(b"/"):
             if pairs[key]:
                 yield Problem(printable(key, UNCUT), FOLDER, name)
+        elif key in refused:
+            yield Problem(printable(key, UNCUT), refused[key] + RENAME, name)
         elif not is_url_safe(key):
             yield Problem(printable(key, UNCUT), UNSAFE_KEY.format(unfound=unfound), name)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # An operator waits for a whole table even if the daemon reads it key by key.
 LIST_SECONDS = 30.0
+# In the line about the whole table; each has a line of its own before.
+PLACES_SHOWN = 3
 FOLDER = "the key ends in /, so it is a folder, and its value is never read; move the value to the key without the /"
 UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
@@ -126,8 +128,9 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
                 pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
         problems += strays(table, pairs, {*paths, *folders})
     origins = dict.fromkeys(source.origin() for source in data.values())
-    places = ", ".join(printable(where, UNCUT) for where, _ in hidden)
-    error = f"not all checked: {places} may not be read in full" if hidden else None
+    places = [printable(where, UNCUT) for where, _ in hidden[:PLACES_SHOWN]]
+    places += [f"{len(hidden) - PLACES_SHOWN} more"] if len(hidden) > PLACES_SHOWN else []
+    error = f"not all checked: {', '.join(places)} may not be read in full" if hidden else None
     return Report(table.name, list(origins), sum(map(len, entries)), problems, error)
 
 

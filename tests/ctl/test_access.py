@@ -127,6 +127,9 @@ def test_many_keys_are_asked_about_in_several_requests(guarded, run):
     rules = READ + "\n".join(f'key "{key}" {{ policy = "deny" }}' for key in denied)
     done = run(rules, "policy", "--check", operator=guarded.token(LISTER))
     assert (places(done), "205 keys" in done.said) == (denied, True)
+    done = run(rules, "lint", operator=guarded.token(LISTER))
+    assert (done.status, sorted({*denied} - {*places(done)})) == (2, [])
+    assert "t/string/000, t/string/063, t/string/064, 1 more may not be read in full" in done.said
 
 
 def test_consul_without_acls_has_nothing_to_report(consul, tmp_path):

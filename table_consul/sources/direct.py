@@ -11,10 +11,10 @@ from typing import TypeVar
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import SourceError, Unreachable, printable
+from table_consul.refusals import BadRequest
 from table_consul.services import DEFAULT_KEY, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE
-from table_consul.transport import BadRequest
 
 T = TypeVar("T")
 
@@ -23,6 +23,8 @@ log = logging.getLogger("table_consul")
 # Pattern services are matched against all entries, which several rules of one mail ask for in a row.
 CACHE_SECONDS = 1.0
 MAX_WARNINGS = 4096  # Each is logged once; a bound on how many are remembered.
+# How often a folder is logged in which Consul refuses the names of keys: many are strangers' addresses.
+REFUSED_NAME_SECONDS = 300.0
 
 
 class DirectSource:
@@ -37,6 +39,7 @@ class DirectSource:
         self._clock = clock
         self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
+        self._silent_until: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str], tuple[float, Entries]] = {}
         self._warned: set[str] = set()
 
@@ -102,7 +105,9 @@ class DirectSource:
         except SourceError as error:
             breaker.success(self._clock())
             if isinstance(error, BadRequest):  # about this one key, which the next lookup does not ask for
-                self._warn_once(printable(path), f"{error}; returning errors for such keys")
+                if now >= self._silent_until.get(path, 0.0):
+                    self._silent_until[path] = now + REFUSED_NAME_SECONDS
+                    log.warning("%s: %s; returning errors for such keys", printable(path), error)
             else:
                 refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))
                 refusal.failure(error, self._clock(), 0.0)

@@ -96,7 +96,7 @@ class AbsenceCheck(NamedTuple):
 
 
 class SnapshotBuilder:
-    """A snapshot in the making: entries come in as Consul lists them, in ascending order."""
+    """A snapshot in the making: entries come in as Consul lists them, nearly always in ascending order."""
 
     def __init__(
         self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None, forbidden: Errors
@@ -126,7 +126,8 @@ class SnapshotBuilder:
         self._count += len(pairs)
         if self._count > self.table.max_keys:
             raise TooLarge(f"{printable(self._prefix)} holds more than max_keys = {self.table.max_keys} keys")
-        first, last = pairs[0][0], pairs[-1][0]
+        keys = [key for key, _ in pairs]
+        first, last = min(keys), max(keys)
         for builder in self._builders:
             path, start = builder.path, len(builder.path)
             if first.startswith(path) and last.startswith(path):

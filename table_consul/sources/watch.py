@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, printable
+from table_consul.refusals import BadName
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
-from table_consul.transport import BadName
 
 log = logging.getLogger("table_consul")
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import http.client
-import io
 import logging
 import re
 import socket
@@ -29,6 +28,7 @@ import urllib3.exceptions
 
 from table_consul import __version__
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
+from table_consul.http_response import HTTPResponse
 from table_consul.refusals import BadRequest, excerpt, refusal
 
 with warnings.catch_warnings():
@@ -47,11 +47,24 @@ _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCK
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
     if hasattr(socket, name)
 ]
+# A connection that ends sooner was idle for too long, or its server restarted; later, a timeout has cut the wait:
+# Consul 1.22.4's of 30 seconds (http_config.write_timeout), or a proxy's.
+LEAST_CUT_SECONDS = 2.0
+# A server that has not heard from its leader for longer may lack entries: consistency = "stale" reads from it even so.
+MAX_STALE_SECONDS = 10.0
 # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
 _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
-_MAX_INTERIM = 16  # Responses of 1xx before the one that counts.
 _MAX_INDEX = 2**63 - 1
 BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
+
+
+class WaitCut(Unreachable):
+    """Something closed the connection in the middle of a wait, without a byte of an answer: no news, and no fault."""
+
+    def __init__(self, text: str, seconds: float) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+        """How long the connection had waited."""
 
 
 def _seconds_until(moment: float) -> float:
@@ -84,42 +97,10 @@ class _TLSSocket(_DeadlineMixin, ssl.SSLSocket):
     pass
 
 
-class _Reader(io.BufferedReader):
-    last = b""
-    """The line that was read last."""
-
-    def readline(self, size: int | None = -1) -> bytes:
-        self.last = super().readline(size)
-        return self.last
-
-
-class _HTTPResponse(http.client.HTTPResponse):
-    """http.client's own takes every 1xx but 100 for the answer, and headers that are cut off for whole ones."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
-        super().__init__(*args, **kwargs)
-        self.fp: _Reader = _Reader(self.fp.detach())
-        self._interim = 0
-
-    def begin(self) -> None:
-        super().begin()
-        if not self.fp.last:
-            raise http.client.IncompleteRead(b"")
-
-    def _read_status(self) -> tuple[str, int, str]:
-        version, status, reason = super()._read_status()  # type: ignore[misc]  # typeshed leaves it out
-        if 100 <= status < 200 and status != http.HTTPStatus.SWITCHING_PROTOCOLS:
-            self._interim += 1
-            if self._interim > _MAX_INTERIM:
-                raise http.client.BadStatusLine(reason)
-            status = http.HTTPStatus.CONTINUE  # which the parent skips, its headers too
-        return version, status, reason
-
-
 class _Connection(urllib3.connection.HTTPConnection):
     """A connection of the pool; also for TLS and unix sockets, because `Endpoint` opens it."""
 
-    response_class = _HTTPResponse
+    response_class = HTTPResponse
 
     def __init__(self, *args: Any, endpoint: Endpoint, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
         super().__init__(*args, **kwargs)
@@ -128,6 +109,7 @@ class _Connection(urllib3.connection.HTTPConnection):
     def connect(self) -> None:
         self._endpoint.transport.connected = True
         self.sock = self._endpoint.open()
+        self._endpoint.transport.connected_at = time.monotonic()
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
         if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
@@ -244,6 +226,8 @@ class Transport:
     """By when the current exchange must be over, as moments of time.monotonic()."""
     connected = False
     """Whether this exchange opened a connection instead of using one that was kept."""
+    connected_at = 0.0
+    """When the latest connection was opened, a moment of time.monotonic()."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self._settings = settings
@@ -299,8 +283,8 @@ class Transport:
             self.answer_by = by if held else self.connect_by
             self._prepared.url = self.address + target
             try:
-                return self._attempt()
-            except BadRequest:
+                return self._attempt(held)
+            except (BadRequest, WaitCut):
                 raise
             except (Unreachable, BadResponse) as error:
                 failures.append(error)
@@ -311,8 +295,8 @@ class Transport:
         kind = BadResponse if any(isinstance(failure, BadResponse) for failure in failures) else Unreachable
         raise kind("; ".join(map(str, failures)))
 
-    def _attempt(self, *, again: bool = False) -> requests.Response:
-        self.connected = False
+    def _attempt(self, held: float, *, again: bool = False) -> requests.Response:
+        self.connected, began = False, time.monotonic()
         try:
             response = self._endpoints[self._current].send(self._prepared, stream=True)
             try:
@@ -321,10 +305,17 @@ class Transport:
                 response.close()
                 raise
         except BROKEN as error:
+            cause, waited = _cause_of(error), time.monotonic() - max(began, self.connected_at)
+            failure, cut = self._failure(error), min(held, waited)
+            if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one
+                raise WaitCut(str(failure), cut) from error
             # The server may have closed an idle connection, which is no sign of a fault of Consul.
-            if again or self.connected or isinstance(_cause_of(error), TimeoutError):
-                raise self._failure(error) from error
-        return self._attempt(again=True)
+            if again or self.connected or isinstance(cause, TimeoutError):
+                raise failure from error
+        if held:  # the time that this wait took is not missing from the next
+            self.connect_by += waited
+            self.answer_by += waited
+        return self._attempt(held, again=True)
 
     def _validated(self, response: requests.Response) -> requests.Response:
         """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise, and disconnects."""
@@ -346,11 +337,13 @@ class Transport:
             return
         leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")
         is_index = re.fullmatch("[0-9]{1,30}", index) is not None and 0 < int(index) <= _MAX_INDEX
-        # Stale reads prefer old data to none; but a server without a leader cannot know that something is not there.
+        # Stale reads prefer old data to none; but such a server cannot know that something is not there.
         if leader == "false" and (status == 404 or not self._stale):
             raise Unreachable(f"Consul at {self.address} has no cluster leader")
         if leader not in ("true", "false") or not is_index:
             raise self.bad(f"{status} that is not from Consul's key-value store", beginning())
+        if status == 404 and self.is_behind(response):
+            raise Unreachable(f"Consul at {self.address} has not heard from its leader for {MAX_STALE_SECONDS:.0f} s")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise self.bad("compressed answer, which was not asked for")
         # Consul 1.11 is the first to have partitions, and to send this header; older ones ignore the parameter.
@@ -361,6 +354,13 @@ class Transport:
                 self.address,
                 printable(self._settings.partition),
             )
+
+    @staticmethod
+    def is_behind(response: requests.Response) -> bool:
+        """Whether the server that answered (a stale read) lost its leader, or has not heard from it for too long."""
+        contact = response.headers.get("X-Consul-Lastcontact", "0")
+        late = not contact.isascii() or not contact.isdigit() or int(contact[:19]) > MAX_STALE_SECONDS * 1000
+        return late or response.headers.get("X-Consul-Knownleader") == "false"
 
     def read(self, response: requests.Response, size: int, seconds: float | None) -> bytes:
         """The next part of the body, empty at its end; in ``seconds`` if given, instead of the deadline.

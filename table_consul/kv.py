@@ -206,7 +206,7 @@ class Client:
     body_bytes = 128 << 20
     """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
     read_seconds = 10.0
-    """For each chunk of a blocking query; the whole body has no time limit while it keeps arriving."""
+    """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)

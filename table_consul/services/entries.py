@@ -248,6 +248,8 @@ class Entries:
     def _key(self, entry: bytes) -> bytes:
         if not is_valid_reply_value(entry):
             raise self._error(entry, "the key contains a control character")
+        if REPLACEMENT in entry:
+            raise self._error(entry, NOT_UTF8)
         return entry
 
     def next_after(self, last: bytes | None) -> tuple[bytes, bytes] | None:

@@ -138,6 +138,18 @@ def test_hidden_key_costs_one_key_and_not_the_folder(fake, ruled):
     assert source.entries(source.table, SERVICES["alias"], None, time.monotonic() + 2).next_after(None) is not None
 
 
+def test_lookups_of_hidden_and_other_keys_log_nothing_more(fake, ruled, caplog):
+    fake.put(ALIAS + b"vip", b"x")
+    source = ruled(deny(ALIAS + b"vip"))
+    settled(source)
+    before = lines(caplog)
+    for _ in range(5):
+        with pytest.raises(Forbidden):
+            ask(source, b"vip")
+        assert ask(source, b"nobody") is None
+    assert (len(before), lines(caplog)) == (1, before)
+
+
 def test_hidden_key_that_is_created_later_is_an_error(fake, ruled):
     source = ruled(deny(ALIAS + b"vip"))
     assert ask(source, b"nobody") is None

@@ -95,6 +95,8 @@ class Response:
         self.absent = raw.status_code == 404
         self.filtered = raw.headers.get("X-Consul-Results-Filtered-By-ACLs", "").lower() == "true"
         """An ACL hides some of the keys."""
+        self.behind = client.transport.is_behind(raw)
+        """The server that answered may lack recent entries: it cannot prove that a key is absent."""
         self._client = client
         self._raw = raw
         self._prefix = prefix.decode()
@@ -254,17 +256,39 @@ class Client:
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
-        return self._read(lambda response: [*chain.from_iterable(response.pairs())], prefix, timeout, recurse=True)
+        return self._complete(prefix, *self.visible(prefix, timeout=timeout))
 
     def keys(self, prefix: bytes, *, timeout: float) -> Sequence[bytes]:
         """Every key below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
+        return self._complete(prefix, *self.visible_keys(prefix, timeout=timeout))
 
-        def read(response: Response) -> Sequence[bytes]:
+    def visible(self, prefix: bytes, *, timeout: float) -> tuple[Sequence[Pair], bool]:
+        """The entries below the prefix that the token may read, and whether an ACL hides others."""
+
+        def read(response: Response) -> tuple[Sequence[Pair], bool]:
+            return [*chain.from_iterable(response.pairs())], response.filtered
+
+        return self._read(read, prefix, timeout, recurse=True)
+
+    def visible_keys(self, prefix: bytes, *, timeout: float) -> tuple[Sequence[bytes], bool]:
+        """The keys below the prefix that the token may read, and whether an ACL hides others."""
+
+        def read(response: Response) -> tuple[Sequence[bytes], bool]:
             names = [] if response.absent else response.decoded(_NAMES)
             response.check_below(names)
-            return [name.encode() for name in names]
+            return [name.encode() for name in names], response.filtered
 
         return self._read(read, prefix, timeout, keys=True)
+
+    def hides_keys(self, prefix: bytes, *, timeout: float) -> bool:
+        """Whether Consul reports that an ACL hides keys below the prefix (from 1.11 on, to requests with a token)."""
+        with self._ask(prefix, timeout, keys=True, separator="/") as response:
+            return response.filtered
+
+    def _complete(self, prefix: bytes, found: Sequence[T], hides: bool) -> Sequence[T]:  # noqa: FBT001 - what a read returns
+        if hides:
+            raise Forbidden(f"Consul hides keys under {printable(prefix)} from this token")
+        return found
 
     def reload(self) -> None:
         """Read the token file now, and the TLS files with the next connection.
@@ -297,11 +321,7 @@ class Client:
             raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
         raw = self._send(lambda: self._library.kv.get(name, **options), timeout, held)
-        response = Response(self, raw, key, steps=steps)
-        if response.filtered and not steps:
-            with response:
-                raise Forbidden(f"Consul hides keys under {printable(key)} from this token")
-        return response
+        return Response(self, raw, key, steps=steps)
 
     def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:
         """Send what ``build`` makes, with the token of the moment."""

@@ -104,7 +104,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "entries_refused", labels, sum(len(entries.errors) for entries in snapshot.entries.values())
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
-                yield "service_hidden", (*labels, service), int(service in snapshot.forbidden)
+                yield "service_hidden", (*labels, service), int(service in snapshot.hidden)
     # The other tables read Consul, or the file, once per request.
     failures = counters.failures.copy()
     asked = (table for table, service, *_ in counters.cells() if service in SERVICES and table != OTHER)

@@ -115,7 +115,7 @@ class Tables:
             return
         mirror = source.by_service[service.name].mirror
         state = mirror.state
-        if state is None or state[0].entries[service.name] is not entries or service.name in state[0].forbidden:
+        if state is None or state[0].entries[service.name] is not entries or service.name in state[0].hidden:
             return
         # A route that has ended would keep its snapshot in memory.
         self._routes = {place: route for place, route in self._routes.items() if route.mirror.state is route.state}

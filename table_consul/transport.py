@@ -42,9 +42,23 @@ _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCK
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
     if hasattr(socket, name)
 ]
+# A connection that ends sooner was idle for too long, or its server restarted; later, a timeout has cut the wait:
+# Consul 1.22.4's of 30 seconds (http_config.write_timeout), or a proxy's.
+LEAST_CUT_SECONDS = 2.0
+# A server that has not heard from its leader for longer may lack entries: consistency = "stale" reads from it even so.
+MAX_STALE_SECONDS = 10.0
 # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
 _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
 BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
+
+
+class WaitCut(Unreachable):
+    """Something closed the connection in the middle of a wait, without a byte of an answer: no news, and no fault."""
+
+    def __init__(self, text: str, seconds: float) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+        """How long the connection had waited."""
 
 
 class BadRequest(BadResponse):
@@ -95,6 +109,7 @@ class _Connection(urllib3.connection.HTTPConnection):
     def connect(self) -> None:
         self._endpoint.transport.connected = True
         self.sock = self._endpoint.open()
+        self._endpoint.transport.connected_at = time.monotonic()
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
         if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
@@ -200,6 +215,8 @@ class Transport:
     """By when the current exchange must be over, as moments of time.monotonic()."""
     connected = False
     """Whether this exchange opened a connection instead of using one that was kept."""
+    connected_at = 0.0
+    """When the latest connection was opened, a moment of time.monotonic()."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self._settings = settings
@@ -252,8 +269,8 @@ class Transport:
             self.answer_by = by if held else self.connect_by
             self._prepared.url = self.address + target
             try:
-                return self._attempt()
-            except BadRequest:
+                return self._attempt(held)
+            except (BadRequest, WaitCut):
                 raise
             except (Unreachable, BadResponse) as error:
                 failures.append(error)
@@ -264,8 +281,8 @@ class Transport:
         kind = BadResponse if any(isinstance(failure, BadResponse) for failure in failures) else Unreachable
         raise kind("; ".join(map(str, failures)))
 
-    def _attempt(self, *, again: bool = False) -> requests.Response:
-        self.connected = False
+    def _attempt(self, held: float, *, again: bool = False) -> requests.Response:
+        self.connected, began = False, time.monotonic()
         try:
             response = self._endpoints[self._current].send(self._prepared, stream=True)
             try:
@@ -274,10 +291,17 @@ class Transport:
                 response.close()
                 raise
         except BROKEN as error:
+            cause, waited = _cause_of(error), time.monotonic() - max(began, self.connected_at)
+            failure, cut = self._failure(error), min(held, waited)
+            if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one
+                raise WaitCut(str(failure), cut) from error
             # The server may have closed an idle connection, which is no sign of a fault of Consul.
-            if again or self.connected or isinstance(_cause_of(error), TimeoutError):
-                raise self._failure(error) from error
-        return self._attempt(again=True)
+            if again or self.connected or isinstance(cause, TimeoutError):
+                raise failure from error
+        if held:  # the time that this wait took is not missing from the next
+            self.connect_by += waited
+            self.answer_by += waited
+        return self._attempt(held, again=True)
 
     def _validated(self, response: requests.Response) -> requests.Response:
         """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise."""
@@ -290,9 +314,11 @@ class Transport:
         if write:
             return response
         leader = headers.get("X-Consul-Knownleader")
-        # Stale reads prefer old data to none; but a server without a leader cannot know that something is not there.
+        # Stale reads prefer old data to none; but such a server cannot know that something is not there.
         if leader == "false" and (status == 404 or not self._stale):
             raise Unreachable(f"Consul at {self.address} has no cluster leader")
+        if status == 404 and self.is_behind(response):
+            raise Unreachable(f"Consul at {self.address} has not heard from its leader for {MAX_STALE_SECONDS:.0f} s")
         # Where the connection broke within the headers nothing else would show it.
         if leader != "true" and status == 404:
             raise self.bad("404 that is not from Consul's key-value store", beginning())
@@ -301,6 +327,13 @@ class Transport:
         if headers.get("Content-Encoding", "identity") != "identity":
             raise self.bad("compressed answer, which was not asked for")
         return response
+
+    @staticmethod
+    def is_behind(response: requests.Response) -> bool:
+        """Whether the server that answered (a stale read) lost its leader, or has not heard from it for too long."""
+        contact = response.headers.get("X-Consul-Lastcontact", "0")
+        late = not contact.isascii() or not contact.isdigit() or int(contact[:19]) > MAX_STALE_SECONDS * 1000
+        return late or response.headers.get("X-Consul-Knownleader") == "false"
 
     def read(self, response: requests.Response, size: int, seconds: float | None) -> bytes:
         """The next part of the body, empty at its end; in ``seconds`` if given, instead of the deadline.

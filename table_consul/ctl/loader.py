@@ -46,6 +46,7 @@ class Loader:
     def __init__(self, config: Config, *, live: bool = False) -> None:
         self._config = config
         self._live = live
+        self._source: direct.DirectSource
         self._loaded: dict[tuple[str, bytes], Loaded | SourceError] = {}
         self._read_file = functools.cache(read_file)
 
@@ -74,9 +75,9 @@ class Loader:
         scheme, _, file = self._config.consul.addresses[0].partition("://")
         if scheme == "file":
             pairs = [(each.key, each.value) for each in self._read_file(file)[0]]
-            builder = mirror.SnapshotBuilder(replace(table, max_keys=len(pairs)), prefix, services, None, {})
+            builder = mirror.SnapshotBuilder(replace(table, max_keys=len(pairs)), prefix, services, None)
             builder.take(pairs)
-            return _mirrored(builder.finish(), printable(file), dict(pairs))
+            return self._mirrored(builder.finish({}), printable(file), dict(pairs))
         if table.mode == "direct":
             return self._direct
         if table.snapshot and not self._live:
@@ -85,24 +86,35 @@ class Loader:
             kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
             if kept is not None:  # else nothing in it is of this table
                 origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
-                return _mirrored(kept, origin, {each.key: each.value for each in exported})
+                return self._mirrored(kept, origin, {each.key: each.value for each in exported})
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
             loaded, index = watch.load_once(client, table, prefix, services, stored.update)
-            return _mirrored(loaded, f"Consul at {client.address}, index {index}", stored)
+            return self._mirrored(loaded, f"Consul at {client.address}, index {index}", stored)
 
     @functools.cached_property
     def _direct(self) -> Loaded:
         client = _RecordingClient(self._config.consul)
         client.pairs = {}
         origin = lambda: f"Consul at {client.address}, read directly"  # noqa: E731 - the address may change
-        return Loaded(origin, client.pairs, direct.DirectSource(client).entries, direct=True)
+        self._source = direct.DirectSource(client)
+        return Loaded(origin, client.pairs, self._source.entries, direct=True)
 
+    def _mirrored(self, found: mirror.Snapshot, origin: str, pairs: dict[bytes, bytes | None]) -> Loaded:
+        latest = mirror.Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
+        latest.state = (found, 0.0)
 
-def _mirrored(found: mirror.Snapshot, origin: str, pairs: Pairs) -> Loaded:
-    latest = mirror.Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
-    latest.state = (found, 0.0)
-    return Loaded(lambda: origin, pairs, lambda _table, service, key, _: latest.entries(service.name, key, 0.0))
+        def entries(table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
+            try:
+                return latest.entries(service.name, key, 0.0)
+            except mirror.Unlisted as unlisted:
+                directly = self._direct
+                try:
+                    return self._source.entries_hidden(unlisted, table, service, key, deadline)
+                finally:
+                    pairs.update(directly.pairs)
+
+        return Loaded(lambda: origin, pairs, entries)
 
 
 def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:

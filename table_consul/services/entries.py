@@ -6,7 +6,7 @@ Keys and values come in as Consul stores them; every value that comes out is a v
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from table_consul.errors import EntryError, printable
@@ -80,7 +80,7 @@ class EntriesBuilder:
 
     def _resolve_case(self, key: bytes, folded: bytes) -> bool:
         """Whether this key answers: of those that differ only in case, the lower-case one does, else the first."""
-        if folded not in self.values and folded not in self.errors:
+        if not self.has(folded):
             self.original_case[folded] = key
             return True
         rival = self.original_case.get(folded, folded)
@@ -107,13 +107,18 @@ class EntriesBuilder:
         if (text := warning_for(self.table, self.service, folded, value)) is not None:
             self.warnings[folded] = Problem(self.path + key, text)
 
-    def missing_keys(self) -> Iterator[bytes]:
-        """The keys, relative to the folder and as they were stored, that the former entries had and these have not."""
-        if self._former is None:
-            return
-        for folded in (*self._former.values, *self._former.errors):
-            if folded not in self.values and folded not in self.errors:
-                yield self._former.original_case.get(folded, folded)
+    def has(self, folded: bytes) -> bool:
+        """Whether an entry of this folded key was taken."""
+        return folded in self.values or folded in self.errors
+
+    def missing_keys(self) -> dict[bytes, bytes]:
+        """The keys that the former entries had and these have not, from folded to stored, relative to the folder."""
+        former = self._former
+        if former is None:
+            return {}
+        values, errors = self.values, self.errors
+        missing = [key for key in (*former.values, *former.errors) if key not in values and key not in errors]
+        return {key: former.original_case.get(key, key) for key in missing}
 
     def finish(self) -> Entries:
         """The entries; the former ones themselves if nothing has changed."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import SourceError, Unreachable, printable
-from table_consul.services import DEFAULT_KEY, Service, Table
+from table_consul.errors import Forbidden, SourceError, Unreachable, printable
+from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.sources import PROBE
+from table_consul.sources import PROBE, holds_answer
+from table_consul.sources.mirror import Unlisted
 from table_consul.transport import BadRequest
 
 T = TypeVar("T")
@@ -37,22 +38,50 @@ class DirectSource:
         self._clock = clock
         self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
-        self._cache: dict[tuple[str, str], tuple[float, Entries]] = {}
+        self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
+        self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes]]] = {}
         self._warned: set[str] = set()
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entry of this key, and the default of the service if that may answer; all entries where those are needed.
 
+        A table that should be in memory finds keys in any case, here as well.
+
         Raises:
-            SourceError: Consul cannot be read by the deadline, or refuses.
+            SourceError: Consul cannot be read by the deadline, or refuses, or an entry that it hides may answer.
         """
         path = table.path(service)
         if key is None or service.patterns:
-            return self._list(table, service, path, deadline, cached=key is not None)
+            entries, hidden = self._list(table, service, path, deadline, cached=key is not None)
+            if hidden is not None and not holds_answer(entries, key):
+                raise hidden.with_traceback(None)
+            return entries
         pairs = self._read(path, key, deadline)
+        if not pairs and table.mode == "mirror" and key.upper() != key:
+            original_case = self._original_case(path, deadline)
+            pairs = self._read(path, original_case[key], deadline) if key in original_case else []
+        return self._with_default(table, service, key, pairs, deadline)
+
+    def entries_hidden(
+        self, unlisted: Unlisted, table: Table, service: Service, key: bytes | None, deadline: float
+    ) -> Entries:
+        """As `entries`, for a key that Consul does not list and may hide: it is read as it was once spelled.
+
+        Raises:
+            Unlisted: reading one key is not enough for an answer.
+            SourceError: as `entries`.
+        """
+        if key is None or service.patterns or unlisted.stored is None:
+            raise unlisted.with_traceback(None)
+        pairs = self._read(table.path(service), unlisted.stored, deadline)
+        return self._with_default(table, service, key, pairs, deadline)
+
+    def _with_default(
+        self, table: Table, service: Service, key: bytes, pairs: list[tuple[bytes, bytes | None]], deadline: float
+    ) -> Entries:
         entries = Entries(table, service, pairs)
         if entries.uses_default(key):
-            entries = Entries(table, service, [*pairs, *self._read(path, DEFAULT_KEY, deadline)])
+            entries = Entries(table, service, [*pairs, *self._read(table.path(service), DEFAULT_KEY, deadline)])
         return entries
 
     def update(self) -> None:
@@ -62,6 +91,7 @@ class DirectSource:
             SourceError: the token file cannot be used.
         """
         self._cache.clear()
+        self._capitals.clear()
         self._breaker.not_before = 0.0
         self._client.reload()
 
@@ -71,22 +101,39 @@ class DirectSource:
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not kv.is_url_safe(path + key):
-            return []  # no key of that name can be written or read over HTTP
+            # A transaction can write such a key (api-docs/txn), and no URL reads it.
+            raise SourceError(f"{printable(path + key)} cannot be read from Consul, as no URL can name it")
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left))
         return [] if pair is None else [(key, pair.value)]
 
-    def _list(self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool) -> Entries:
-        until, entries = self._cache.get((table.name, service.name), (0.0, None))
+    def _list(
+        self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool
+    ) -> tuple[Entries, SourceError | None]:
+        """All entries, and an error if some are hidden."""
+        until, entries, hidden = self._cache.get((table.name, service.name), (0.0, None, None))
         if cached and entries is not None and self._clock() < until:
-            return entries
-        pairs = self._ask(path, deadline, lambda left: self._client.list(path, timeout=left))
+            return entries, hidden
+        pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
+        hidden = Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
         if not pairs:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
-        self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries)
+        self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries, hidden)
         for problem in entries.problems:
             self._warn_once(printable(problem.key), problem.text)
-        return entries
+        return entries, hidden
+
+    def _original_case(self, path: bytes, deadline: float) -> Mapping[bytes, bytes]:
+        """The keys of this folder that are not stored in lower case, from folded to stored."""
+        until, found = self._capitals.get(path, (0.0, {}))
+        began = self._clock()
+        if began >= until:
+            keys, _ = self._ask(path, deadline, lambda left: self._client.visible_keys(path, timeout=left))
+            stored = (key[len(path) :] for key in reversed(keys))  # of several spellings the first one answers
+            found = {fold_key(key): key for key in stored if fold_key(key) != key}
+            ended = self._clock()
+            self._capitals[path] = (ended + max(CACHE_SECONDS, 4 * (ended - began)), found)
+        return found
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T]) -> T:
         now, breaker = self._clock(), self._breaker

@@ -6,36 +6,45 @@ Consul's documentation (api-docs/features/blocking, "Implementation Details") an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from table_consul.errors import SourceError, TooLarge, Unreachable, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries, EntriesBuilder
-from table_consul.sources import PROBE
+from table_consul.sources import holds_answer
 
 # Between the ends of two queries: a burst of edits is read as a few. Half of the edits are seen sooner than that.
 LEAST_PAUSE_SECONDS = 0.02
 # Of a query that returns again and again with nothing new, as for an empty prefix when others change (consul #12363).
 MOST_PAUSE_SECONDS = 0.5
-# A query that brings nothing still proves that Consul is there; but it costs Consul a scan of the prefix.
-LEAST_WAIT_SECONDS = 10.0
-MOST_WAIT_SECONDS = 60.0
-KEYS_PER_WAIT_SECOND = 1000
-# How many missing keys to read when Consul filters a list: a sample that shows whether they are deleted or hidden.
-MAX_ABSENCE_CHECKS = 8
+# Consul's own default. A query that brings nothing proves that Consul is there, but costs it a scan of the prefix.
+MOST_WAIT_SECONDS = 300.0
+# While keys are hidden: a change of ACLs changes no index and ends no query.
+HIDDEN_WAIT_SECONDS = 10.0
+# How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
+WAIT_GROWTH = 1.1
+# How many missing keys to read: of more, a sample spread over the list shows whether they are deleted or hidden.
+MAX_ABSENCE_CHECKS = 64
 
 Errors = Mapping[str, SourceError]
 
 
 class QueryState(msgspec.Struct, frozen=True):
-    """How a watch asks next: the index to wait on, and how many answers in a row have brought nothing."""
+    """How a watch asks next, and what the latest answer was like."""
 
     index: int = 0
+    """The index to wait on; at 0 Consul answers immediately, and everything is read."""
     idle: int = 0
+    """How many answers in a row have brought nothing."""
+    filtered: bool = False
+    """Consul reported that an ACL hides keys."""
+    behind: bool = False
+    """The server that answered lacks recent entries."""
+    longest_wait: float = MOST_WAIT_SECONDS
+    """In seconds; lower after something between here and Consul has cut a wait."""
 
 
 def next_query(
@@ -47,31 +56,55 @@ def next_query(
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
     the store has yet to reach hides every edit until then. An index is at least 1.
     """
-    index = 0 if index < state.index else max(index, 1)
-    idle, pause = 0, 0.0
-    if state.index == 0 and not timed_out:
+    backwards = index < state.index
+    idle, pause, longest = 0, 0.0, state.longest_wait
+    if timed_out:
+        longest = min(longest * WAIT_GROWTH, MOST_WAIT_SECONDS)
+    elif state.index == 0:
         # An index that goes back and forth (stale servers in turn) is not a change, and must not cause a busy loop.
         idle = state.idle
-    elif changed and not timed_out:
+    elif changed:
         pause = max(LEAST_PAUSE_SECONDS, load_seconds)
-    elif not timed_out:
+    else:
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
-    return QueryState(index, idle), pause
+    index = 0 if backwards else max(index, 1)
+    return replace(state, index=index, idle=idle, longest_wait=longest), pause
 
 
-def wait_seconds(keys: int, max_age: float) -> float:
+def after_cut(state: QueryState, waited: float) -> QueryState:
+    """The next state of a watch whose query was cut after so many seconds, by a proxy's or Consul's own timeout."""
+    return replace(state, longest_wait=min(state.longest_wait, waited / 2))
+
+
+def wait_seconds(state: QueryState, max_age: float, *, hidden: bool) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
-    wait = min(max(keys / KEYS_PER_WAIT_SECOND, LEAST_WAIT_SECONDS), MOST_WAIT_SECONDS)
-    return max(min(wait, max_age / 3), LEAST_PAUSE_SECONDS)
+    most = HIDDEN_WAIT_SECONDS if hidden else MOST_WAIT_SECONDS
+    return max(min(most, state.longest_wait, max_age / 3), LEAST_PAUSE_SECONDS)
+
+
+class Hidden(msgspec.Struct, frozen=True):
+    """Why the absence of a key from a folder proves nothing, and which keys were listed there before."""
+
+    error: SourceError
+    missing: Mapping[bytes, bytes]
+    """Folded keys to stored ones: they were listed once, and their absence is not proven."""
+
+
+class Unlisted(SourceError):
+    """A key is not in memory and may be in Consul; ``stored`` is its spelling there (None: for all keys)."""
+
+    def __init__(self, error: SourceError, stored: bytes | None) -> None:
+        super().__init__(str(error))
+        self.stored = stored
 
 
 class Snapshot(msgspec.Struct, frozen=True):
     """The entries below one prefix at one moment, by service. Never changed."""
 
     entries: Mapping[str, Entries]
-    forbidden: Errors
-    """Services whose folder may not be read: what looks absent from it may be there."""
+    hidden: Mapping[str, Hidden]
+    """Services in whose folder the token may not read everything."""
     restored: bool = False
     """It comes from a file, or from a watch with other settings; Consul has confirmed nothing of it to this one."""
 
@@ -81,37 +114,25 @@ class Snapshot(msgspec.Struct, frozen=True):
         return sum(len(entries) for entries in self.entries.values())
 
 
-def unverified_services(services: Iterable[str], former: Snapshot | None) -> list[str]:
-    """Those services of which it is not known whether their folder may be read at all."""
-    return [name for name in services if former is None or former.restored or name in former.forbidden]
+def unverified_services(services: Iterable[str], former: Snapshot | None, *, filtered: bool) -> list[str]:
+    """Those services of which it is not known whether their folder may be read; all, where Consul filters the list."""
+    return [name for name in services if filtered or former is None or former.restored or name in former.hidden]
 
 
-class AbsenceCheck(NamedTuple):
-    """A key whose absence must be confirmed by reading it."""
-
-    service: str
-    key: bytes
-    had_entries: bool
-    """Its service had entries, which go on answering while this cannot be proven."""
+def sample(keys: Sequence[bytes], most: int = MAX_ABSENCE_CHECKS) -> Sequence[bytes]:
+    """All of the keys; of many, some from everywhere in the list."""
+    return keys if len(keys) <= most else [keys[number * len(keys) // most] for number in range(most)]
 
 
 class SnapshotBuilder:
-    """A snapshot in the making: entries come in as Consul lists them, in ascending order."""
+    """A snapshot in the making: entries come in as Consul lists them."""
 
-    def __init__(
-        self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None, forbidden: Errors
-    ) -> None:
-        """``forbidden`` are those services whose folder could not be read when it was tried, before Consul was asked.
-
-        Before, not after: a blocking query goes by the ACLs of its beginning, which may have changed when it ends.
-        """
-        self.forbidden = dict(forbidden)
-        """Services whose folder the token may not read: unlisted keys may exist."""
+    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None) -> None:
+        self.table = table
         self._former = former
         self._builders = [
             EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
         ]
-        self.table = table
         self._prefix = prefix
         self._count = 0
 
@@ -134,30 +155,31 @@ class SnapshotBuilder:
             elif first < path + b"\xff" and last >= path:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
 
-    def absence_checks(self, is_url_safe: Callable[[bytes], bool], *, filtered: bool) -> Iterator[AbsenceCheck]:
-        """The keys to read before the absence of others is trusted; ``filtered``: Consul reports hidden keys.
+    def missing_keys(self) -> Mapping[str, Mapping[bytes, bytes]]:
+        """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.
 
         ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403.
         """
         former = self._former
+        missing = {}
         for builder in self._builders:
             name = builder.service.name
-            missing = filter(is_url_safe, (builder.path + key for key in builder.missing_keys()))
-            checked = list(islice(missing, MAX_ABSENCE_CHECKS if filtered else 1))
-            yield from (AbsenceCheck(name, key, had_entries=True) for key in checked)
-            if checked or name in self.forbidden or PROBE in builder.values:
-                continue
-            had_entries = former is not None and name not in former.forbidden and len(former.entries[name]) > 0
-            if filtered or (had_entries and not builder.values and not builder.errors):
-                yield AbsenceCheck(name, builder.path + PROBE, had_entries)
+            before = former.hidden[name].missing if former is not None and name in former.hidden else {}
+            lost = {**{key: before[key] for key in before if not builder.has(key)}, **builder.missing_keys()}
+            missing[name] = lost
+        return missing
 
-    def finish(self, *, restored: bool = False) -> Snapshot:
+    def finish(self, hidden: Mapping[str, Hidden], *, restored: bool = False) -> Snapshot:
         """The snapshot; the former one itself if nothing has changed."""
         entries = {builder.service.name: builder.finish() for builder in self._builders}
-        former, built = self._former, (entries, self.forbidden.keys(), False)
-        if former is not None and (former.entries, former.forbidden.keys(), former.restored) == built:
+        former, built = self._former, (entries, _missing(hidden), False)
+        if former is not None and (former.entries, _missing(former.hidden), former.restored) == built:
             return former
-        return Snapshot(entries, self.forbidden, restored)
+        return Snapshot(entries, hidden, restored)
+
+
+def _missing(hidden: Mapping[str, Hidden]) -> Mapping[str, Mapping[bytes, bytes]]:
+    return {name: each.missing for name, each in hidden.items()}
 
 
 class Mirror:
@@ -176,7 +198,8 @@ class Mirror:
         """The entries of this service, which prove absence for this key (None: for all keys).
 
         Raises:
-            SourceError: there are none yet, they are older than ``max_age``, or the folder may not be read.
+            Unlisted: some entries are hidden, and none of the others answers.
+            SourceError: there are none yet, or they are older than ``max_age``.
         """
         state = self.state
         if state is None:
@@ -184,6 +207,7 @@ class Mirror:
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
-        if service in snapshot.forbidden and (key is None or snapshot.entries[service].find(key) is None):
-            raise snapshot.forbidden[service].with_traceback(None)
-        return snapshot.entries[service]
+        entries, hidden = snapshot.entries[service], snapshot.hidden.get(service)
+        if hidden is not None and not holds_answer(entries, key):
+            raise Unlisted(hidden.error, None if key is None else hidden.missing.get(key, key))
+        return entries

@@ -12,10 +12,12 @@ from table_consul.errors import SourceError, printable
 from table_consul.files import AtomicWriter, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 from table_consul.sources.export import Exported, export_entry, read_export
-from table_consul.sources.mirror import Snapshot, SnapshotBuilder
+from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
 
+# The value of a folder of which Consul hides keys.
+INCOMPLETE = b"incomplete"
 # A file of 100,000 entries is not written for each of a hundred edits.
 WRITE_SECONDS = 10.0
 
@@ -63,12 +65,15 @@ class SnapshotFile:
                 os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
             except OSError:
                 self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
-        # A folder marks a service as known wholly: without it an empty one proves nothing when this is read again.
-        known = [self._table.path(SERVICES[name]) for name in self._services if name not in snapshot.forbidden]
-        if not self.dirty or not known or any(snapshot.entries[name] for name in snapshot.forbidden):
-            self.discard()  # a file with a part of a service's entries would be worse than an older one
+        if not self.dirty or snapshot.hidden.keys() >= {*self._services}:
+            self.discard()
         elif self._writer is not None:
-            self._write(b",\n".join(export_entry(path, b"") for path in known) + b"\n]\n", last=True)
+            # A folder is marked: without a mark an empty one proves nothing when this is read again.
+            marks = [
+                export_entry(self._table.path(SERVICES[name]), INCOMPLETE if name in snapshot.hidden else b"")
+                for name in self._services
+            ]
+            self._write(b",\n".join(marks) + b"\n]\n", last=True)
 
     def _write(self, data: bytes, *, last: bool = False) -> None:
         try:
@@ -126,16 +131,18 @@ def snapshot_from_export(
     Raises:
         SourceError: there are more entries than the table may have.
     """
-    marks = {each.key for each in exported if each.key.endswith(b"/")}
+    marks = {each.key: each.value for each in exported if each.key.endswith(b"/")}
     pairs = [(each.key, each.value) for each in exported if each.key.startswith(prefix) and each.key not in marks]
-    folders = {name: table.path(SERVICES[name]) for name in services}
-    missing = {
-        name: SourceError(f"{printable(folder)} is not in the copy {path}")
-        for name, folder in folders.items()
-        if folder not in marks and not any(key.startswith(folder) for key, _ in pairs)
-    }
-    if len(missing) == len(folders):
+    hidden = {}
+    for name in services:
+        folder = table.path(SERVICES[name])
+        found = any(key.startswith(folder) for key, _ in pairs)
+        if marks.get(folder) == INCOMPLETE:
+            hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the copy {path}"), {})
+        elif folder not in marks and not found:
+            hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the copy {path}"), {})
+    if not pairs and len(hidden) == len(services):
         return None
-    builder = SnapshotBuilder(table, prefix, services, None, missing)
+    builder = SnapshotBuilder(table, prefix, services, None)
     builder.take(pairs)
-    return builder.finish(restored=True)
+    return builder.finish(hidden, restored=True)

@@ -5,22 +5,26 @@ The rules are in mirror.py; this is the only place that waits.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, printable
+from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, mirror
-from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder
+from table_consul.sources.direct import DirectSource
+from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
-from table_consul.transport import BadName
+from table_consul.transport import BadName, WaitCut
 
 log = logging.getLogger("table_consul")
 
@@ -37,49 +41,73 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
     Raises:
         SourceError: Consul cannot be read; TooLarge where a watch would have the table read directly.
     """
-    builder = SnapshotBuilder(table, prefix, names, None, _forbidden_services(client, table, names))
+    before = _hidden_services(client, table, names, {}, filtered=True)
+    builder = SnapshotBuilder(table, prefix, names, None)
     with client.blocking_query(prefix, timeout=table.deadline) as response:
-        return _read_snapshot(client, response, builder, take), response.index
+        return _read_snapshot(client, response, builder, before, take), response.index
 
 
-def _forbidden_services(client: kv.Client, table: Table, services: Iterable[str]) -> dict[str, SourceError]:
-    """Those of the services whose folder the token may not read, each with the error for its lookups."""
-    forbidden: dict[str, SourceError] = {}
+def _hidden_services(
+    client: kv.Client, table: Table, services: Iterable[str], known: Mapping[str, Hidden], *, filtered: bool
+) -> dict[str, SourceError]:
+    """Those of the services in whose folder the token may not read everything, each with the reason."""
+    hidden: dict[str, SourceError] = {}
     for name in services:
-        path = table.path(SERVICES[name])
-        try:
-            client.get(path + PROBE, timeout=table.deadline)
-        except Forbidden as error:
-            forbidden[name] = Forbidden(f"{printable(path)} may not be read: {error}")
-    return forbidden
+        missing = known[name].missing if name in known else {}
+        if (reason := _why_hidden(client, table, name, missing, filtered=filtered)[0]) is not None:
+            hidden[name] = reason
+    return hidden
 
 
-def _read_snapshot(client: kv.Client, response: kv.Response, builder: SnapshotBuilder, take: Take) -> Snapshot:
-    """The snapshot that the response and its builder's former one make, with the absence of keys proven."""
+def _why_hidden(
+    client: kv.Client, table: Table, service: str, missing: Mapping[bytes, bytes], *, filtered: bool
+) -> tuple[SourceError | None, list[bytes]]:
+    """Why the absence of keys from the folder of this service proves nothing; and those of the missing that are there.
+
+    ``missing`` were listed once: without a reason, and if none of them is there, they are deleted. ``filtered``: Consul
+    reports that it hides keys, of this folder or another.
+    """
+    path = table.path(SERVICES[service])
+    keys = mirror.sample([path + stored for stored in missing.values() if kv.is_url_safe(path + stored)])
+    present = []
+    try:
+        client.get(path + PROBE, timeout=table.deadline)
+        if filtered and client.hides_keys(path, timeout=table.deadline):
+            return Forbidden(f"Consul hides keys under {printable(path)} from this token"), []
+        for key in keys:
+            # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
+            with contextlib.suppress(BadName):
+                if client.get(key, timeout=table.deadline) is not None:
+                    present.append(key)
+    except Forbidden as error:
+        return Forbidden(f"the token may not read everything under {printable(path)}: {error}"), []
+    return None, present
+
+
+def _read_snapshot(
+    client: kv.Client, response: kv.Response, builder: SnapshotBuilder, hidden: Mapping[str, SourceError], take: Take
+) -> Snapshot:
+    """The snapshot that the response and its builder's former one make, with the absence of keys proven.
+
+    ``hidden`` are the services that were so before the query. Before and after: a blocking query goes by the ACLs of
+    its beginning, which may have changed when it ends.
+    """
     for found in response.pairs():
         pairs = [(pair.name.encode(), pair.value) for pair in found]
         builder.take(pairs)
         take(pairs)
-    for check in builder.absence_checks(kv.is_url_safe, filtered=response.filtered):
-        if not check.had_entries:
-            builder.forbidden |= _forbidden_services(client, builder.table, [check.service])
-            continue
-        try:
-            pair = _read_absent(client, builder.table, check)
-        except Forbidden as error:
-            raise Forbidden(f"{printable(check.key)} is not listed, and may not be read: {error}") from None
-        if pair is not None:
-            raise BadResponse(f"{printable(check.key)} is there, but Consul does not list it")
-    return builder.finish()
-
-
-def _read_absent(client: kv.Client, table: Table, check: mirror.AbsenceCheck) -> kv.Pair | None:
-    try:
-        return client.get(check.key, timeout=table.deadline)
-    except BadName:
-        # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
-        client.get(table.path(SERVICES[check.service]) + PROBE, timeout=table.deadline)
-        return None
+    reasons = dict(hidden)
+    missing = builder.missing_keys()
+    for name, keys in missing.items():
+        if response.behind:
+            reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
+        elif name not in reasons and (keys or response.filtered):
+            reason, present = _why_hidden(client, builder.table, name, keys, filtered=response.filtered)
+            if present:
+                raise BadResponse(f"{printable(present[0])} is there, but Consul does not list it")
+            if reason is not None:
+                reasons[name] = reason
+    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
 
 
 class Watch(threading.Thread):
@@ -113,7 +141,6 @@ class Watch(threading.Thread):
         self._wake = threading.Event()
         self._stopped = False
         self._state = QueryState()
-        self._filtered = False
 
     def wait_for_first_load(self, deadline: float) -> None:
         """Return when the first attempt to read Consul has ended; if it hangs, that costs one deadline in all."""
@@ -133,7 +160,7 @@ class Watch(threading.Thread):
         self.backoff = copy.copy(former.backoff)  # so that the end of its outage is logged
         if (state := former.mirror.state) is not None:
             snapshot, confirmed = state
-            self.mirror.state = (Snapshot(snapshot.entries, snapshot.forbidden, restored=True), confirmed)
+            self.mirror.state = (replace(snapshot, restored=True), confirmed)
 
     def stop(self) -> None:
         """End the thread when its query ends, without waiting for it; the result of the query is ignored."""
@@ -155,7 +182,6 @@ class Watch(threading.Thread):
             except Exception as error:
                 log.exception("internal error; please report it")
                 pause = self._fail(SourceError(f"internal error ({type(error).__name__})"))
-            self._attempted.set()
             self._wake.wait(pause)
             self._wake.clear()
         self._file.discard()
@@ -166,38 +192,57 @@ class Watch(threading.Thread):
         self._file.discard()
         if self._stopped:
             return 0.0  # another watch logs the outage now
-        self.mirror.last_error, self._state = error, QueryState()
-        if not isinstance(error, TooLarge):
-            return self.backoff.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, not a secret
-        self.backoff.success(time.monotonic())
-        if not self.too_large:
-            log.warning("%s: falling back to direct mode (one Consul read per lookup)", error)
-        self.too_large, self.mirror.state = True, None
-        return TOO_LARGE_SECONDS
+        self.mirror.last_error = error
+        self._state = QueryState(longest_wait=self._state.longest_wait)
+        if isinstance(error, TooLarge):
+            self.backoff.success(time.monotonic())
+            if not self.too_large:
+                log.warning("%s: falling back to direct mode (one Consul read per lookup)", error)
+            self.too_large, self.mirror.state = True, None
+            pause = TOO_LARGE_SECONDS
+        else:
+            pause = self.backoff.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, not a secret
+        self._attempted.set()
+        return pause
 
     def _turn(self) -> float:
         """Ask, look, read, swap; the seconds to pause before asking again."""
         if self._reload:
             self._reload = False
             self._client.reload()
+        state, table = self._state, self._table
         former = self.mirror.state[0] if self.mirror.state is not None else None
-        unverified = mirror.unverified_services(self._services, former)
-        forbidden = _forbidden_services(self._client, self._table, unverified)
-        if len(forbidden) < len(unverified):
-            self._state = QueryState()  # a newly granted permission changes no index, so read everything
-        state = self._state
-        wait = min(mirror.wait_seconds(0 if former is None else former.size, self._table.max_age), self._file.due_in)
+        known = {} if former is None else former.hidden
+        before: dict[str, SourceError] = {}
+        if not state.behind:  # else nothing is proven anyway
+            unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
+            before = _hidden_services(self._client, table, unverified, known, filtered=state.filtered)
+            if not known.keys() <= before.keys():
+                state = replace(state, index=0)  # a newly granted permission changes no index, so read everything
+        wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
-        query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=self._table.deadline)
+        try:
+            query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=table.deadline)
+        except WaitCut as cut:
+            self._state = mirror.after_cut(state, cut.seconds)
+            return 0.0
         with query as response:
             began = time.monotonic()
-            known = not self._file.dirty and (response.index, response.filtered) == (state.index, self._filtered)
-            if former is not None and known:
+            timed_out = state.index > 0 and began - asked >= wait
+            seen = replace(state, filtered=response.filtered, behind=response.behind)
+            self._state, pause = mirror.next_query(seen, response.index, changed=False, timed_out=False, load_seconds=0)
+            if (seen.filtered and not state.filtered) or (state.behind and not seen.behind):
+                # In which folders keys are hidden must be known before they are listed.
+                self._state = replace(self._state, index=0)
+                return 0.0
+            if response.index < state.index:
+                return pause  # what a server that is behind lacks is not deleted
+            if former is not None and (seen, response.index) == (state, state.index) and not self._file.dirty:
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()
-                builder = SnapshotBuilder(self._table, self.prefix, self._services, former, forbidden)
-                snapshot = _read_snapshot(self._client, response, builder, self._file.take)
+                builder = SnapshotBuilder(table, self.prefix, self._services, former)
+                snapshot = _read_snapshot(self._client, response, builder, before, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
@@ -210,11 +255,11 @@ class Watch(threading.Thread):
             log.warning("%s: no longer too large, serving it from memory again", printable(self.prefix))
         self.too_large = False
         self.backoff.success(ended)
-        self.index, self._filtered, self.load_seconds = response.index, response.filtered, ended - began
-        timed_out = state.index > 0 and ended - asked >= wait
+        self.index, self.load_seconds = response.index, ended - began
         self._state, pause = mirror.next_query(
-            state, self.index, changed=changed, timed_out=timed_out, load_seconds=self.load_seconds
+            seen, self.index, changed=changed, timed_out=timed_out, load_seconds=self.load_seconds
         )
+        self._attempted.set()
         return pause
 
     def _report(self, former: Snapshot | None, snapshot: Snapshot) -> None:
@@ -223,16 +268,31 @@ class Watch(threading.Thread):
         if former is None:
             noun = "entry" if snapshot.size == 1 else "entries"
             log.info("%s: %d %s from Consul at %s", prefix, snapshot.size, noun, self._client.address)
-        if snapshot.forbidden.keys() != (set() if former is None else former.forbidden.keys()):
-            if names := ", ".join(snapshot.forbidden):
-                log.warning("%s: the token may not read: %s; returning errors for these services", prefix, names)
+        if snapshot.hidden.keys() != (set() if former is None else former.hidden.keys()):
+            if names := ", ".join(snapshot.hidden):
+                reason = next(iter(snapshot.hidden.values())).error
+                text = "%s: keys may be hidden under: %s; reading Consul for each key that is not listed there (%s)"
+                log.warning(text, prefix, names, reason)
             else:
                 log.warning("%s: all services readable again", prefix)
+        self._warn_of_losses(former, snapshot)
         for name, entries in snapshot.entries.items():
             logged = set() if former is None else set(former.entries[name].problems)
             for problem in entries.problems:
                 if problem not in logged:
                     log.warning("%s", problem)
+
+    def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
+        """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""
+        if not snapshot.size and not snapshot.hidden and former is None:
+            text = "%s: empty: every lookup returns not-found (check the table's name and prefix, or add keys)"
+            log.warning(text, printable(self.prefix))
+        for name, entries in snapshot.entries.items():
+            count = 0 if former is None else len(former.entries[name])
+            if len(entries) * 2 < count and name not in snapshot.hidden:
+                path = printable(self._table.path(SERVICES[name]))
+                noun = "entry" if count == 1 else "entries"
+                log.warning("%s: %d of %d %s deleted at once", path, count - len(entries), count, noun)
 
 
 class MirrorSource:
@@ -250,6 +310,7 @@ class MirrorSource:
         """
         self.table = table
         self._connect = connect
+        self._direct: DirectSource | None = None
         self.by_service: dict[str, Watch] = {}
         self.watches: list[Watch] = []
         for number, (prefix, names) in enumerate(table.folders().items()):
@@ -262,15 +323,22 @@ class MirrorSource:
             self.by_service.update(dict.fromkeys(names, watch))
             watch.start()
 
-    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:  # noqa: ARG002 - a mirror has one table
+    def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entries of the service, from memory; waits only while nothing has been read at all.
 
+        Where an ACL hides some, Consul is asked for a key that is not in memory.
+
         Raises:
-            SourceError: as `Mirror.entries`.
+            SourceError: as `Mirror.entries`, or as `DirectSource.entries`.
         """
         watch = self.by_service[service.name]
         watch.wait_for_first_load(deadline)
-        return watch.mirror.entries(service.name, key, time.monotonic())
+        try:
+            return watch.mirror.entries(service.name, key, time.monotonic())
+        except Unlisted as unlisted:
+            if self._direct is None:
+                self._direct = DirectSource(self._connect())
+            return self._direct.entries_hidden(unlisted, table, service, key, deadline)
 
     def update(self) -> None:
         """Have the watches reread token and TLS files and, if any of them is pausing, retry immediately.
@@ -280,9 +348,13 @@ class MirrorSource:
         """
         for watch in self.watches:
             watch.reconnect()
+        if self._direct is not None:
+            self._direct.update()
         self._connect().reload()  # the clients of the watches belong to their threads
 
     def close(self) -> None:
         """Stop watching."""
         for watch in self.watches:
             watch.stop()
+        if self._direct is not None:
+            self._direct.close()

@@ -18,8 +18,8 @@ def test_the_configured_token_is_sent_in_its_header_only(fake, connect):
     assert "s3cret" not in fake.requests[-1].target
 
 
-def test_without_a_token_none_is_sent(client, fake):
-    client.get(ROOT, timeout=1)
+def test_without_a_token_none_is_sent(connect, fake):
+    connect(fake.address).get(ROOT, timeout=1)
     assert "x-consul-token" not in fake.requests[-1].headers
 
 

@@ -13,7 +13,6 @@ from table_consul.config import ConsulConfig
 from table_consul.ctl import txn
 from table_consul.ctl.plan import VALUE_MAX_BYTES, Change, Stored
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
-from tests import fake_consul
 from tests.fake_consul import Answer, FakeConsul
 
 PATH = b"aliases/alias/"
@@ -24,17 +23,8 @@ def added(count):
     return [Change(PATH + b"user%05d" % number, None, b"gilles") for number in range(count)]
 
 
-class Listening(fake_consul._Handler):
-    """Hands the body of a PUT to the fake as well."""
-
-    def do_PUT(self):  # noqa: N802 - as its parent calls it
-        self.server.fake.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.do_GET()
-
-
 @pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(fake_consul, "_Handler", Listening)
+def fake():
     with FakeConsul() as fake:
         yield fake
 
@@ -94,7 +84,7 @@ def test_transaction_is_sent_with_token_and_datacenter_and_reads_still_work(stor
     assert store.transact(added(3), timeout=5) == []
     (request,) = fake.requests
     assert (request.target, request.headers["x-consul-token"]) == ("/v1/txn?dc=dc1", "hunter2")
-    assert fake.body == [txn.operation(change, {}) for change in added(3)]
+    assert json.loads(request.body) == [txn.operation(change, {}) for change in added(3)]
     assert [each.value for each in store.entries(PATH)] == [b"x"]
 
 
@@ -146,7 +136,9 @@ def test_operations_carry_namespace_and_partition(fake):
     store = txn.Store(ConsulConfig(addresses=(fake.address,), namespace="mail", partition="west"))
     store.transact(added(2), timeout=5)
     store.close()
-    assert [each["KV"]["Namespace"] + each["KV"]["Partition"] for each in fake.body] == ["mailwest"] * 2
+    assert [each["KV"]["Namespace"] + each["KV"]["Partition"] for each in json.loads(fake.requests[-1].body)] == [
+        "mailwest"
+    ] * 2
 
 
 # Retries. Time passes only in sleep().

@@ -1,0 +1,20 @@
+"""A Consul for tests that lies on request: the key-value part of its HTTP interface, over http, https or unix.
+
+By itself it answers as Consul of a given version does; the recorded answers of real ones (tests/consul/answers) hold it
+to that. A test that wants it to misbehave sets `handle`:
+
+    with FakeConsul(version="1.8.7") as fake:
+        fake.put(b"consul/alias/root", b"gilles")
+        fake.tokens["s3cret"] = 'key_prefix "consul/" { policy = "read" }'
+        fake.handle = html                      # one of the lies
+        fake.handle = lambda request: Answer(403, body=b"Permission denied")
+        fake.handle = fake.consul               # the truth again
+"""
+
+from __future__ import annotations
+
+from tests.fake_consul.lies import cut, entry, html, stall, trickle
+from tests.fake_consul.messages import Answer, Request
+from tests.fake_consul.server import VERSIONS, FakeConsul
+
+__all__ = ["VERSIONS", "Answer", "FakeConsul", "Request", "cut", "entry", "html", "stall", "trickle"]

@@ -1,0 +1,65 @@
+"""Who may do what: tokens with rules as Consul's policies write them, and the texts of a refusal."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+
+ANONYMOUS = "anonymous"
+ANONYMOUS_ACCESSOR = "00000000-0000-0000-0000-000000000002"
+MANAGEMENT = 'key_prefix "" { policy = "write" }'
+LEVELS = ("deny", "read", "list", "write")  # Each allows what the ones before it allow.
+
+
+class Rules:
+    """The rules for keys of a policy in HCL; other resources are ignored."""
+
+    def __init__(self, policy: str) -> None:
+        self._exact: dict[bytes, str] = {}
+        self._prefixes: dict[bytes, str] = {}
+        for kind, name, level in re.findall(r'\b(key|key_prefix) "([^"]*)" \{ policy = "(\w+)" \}', policy):
+            (self._exact if kind == "key" else self._prefixes)[name.encode()] = level
+
+    def level(self, key: bytes) -> str:
+        """The rule of the key itself, otherwise of its longest prefix, otherwise deny."""
+        if key in self._exact:
+            return self._exact[key]
+        return self._prefixes.get(
+            max((each for each in self._prefixes if key.startswith(each)), key=len, default=b""), "deny"
+        )
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One token as Consul resolves it when a request begins; later changes of its rules do not reach that request."""
+
+    secret: str | None
+    rules: Rules | None  # None: everything is allowed that is not `denied`.
+    denied: tuple[bytes, ...] = ()
+
+    @property
+    def named(self) -> bool:
+        return self.secret not in {None, ANONYMOUS}
+
+    def allows(self, key: bytes, level: str = "read") -> bool:
+        if self.denied and key.startswith(self.denied):
+            return False
+        return self.rules is None or LEVELS.index(self.rules.level(key)) >= LEVELS.index(level)
+
+    def refusal(self, version: tuple[int, ...], key: bytes, level: str = "read") -> str:
+        """The text of a 403 that `version` sends."""
+        if version < (1, 12):
+            return "Permission denied"
+        lacks = f"lacks permission 'key:{level}' on \"{key.decode(errors='replace')}\""
+        if self.named:
+            return f"Permission denied: token with AccessorID '{accessor(self.secret)}' {lacks}"
+        if version < (1, 15):
+            return f"Permission denied: token with AccessorID '{ANONYMOUS_ACCESSOR}' {lacks}"
+        used = "The anonymous token is used implicitly when a request does not specify a token."
+        return f"Permission denied: anonymous token {lacks}. {used}"
+
+
+def accessor(secret: str | None) -> str:
+    """The public identifier of a token, the same for the same secret."""
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, secret)) if secret not in {None, ANONYMOUS} else ANONYMOUS_ACCESSOR

@@ -1,0 +1,111 @@
+"""The state of a Consul: entries, indexes, tombstones, and who is woken by which change."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from dataclasses import dataclass, replace
+
+from tests.fake_consul.messages import text
+
+
+@dataclass(frozen=True)
+class Entry:
+    value: bytes | None
+    flags: int
+    created: int
+    modified: int
+
+    def shown(self, key: bytes, *, with_value: bool = True) -> dict[str, object]:
+        """As it appears in JSON; an empty value is null."""
+        value = base64.b64encode(self.value).decode() if self.value and with_value else None
+        indexes = {"CreateIndex": self.created, "ModifyIndex": self.modified}
+        return {"LockIndex": 0, "Key": text(key), "Flags": self.flags, "Value": value, **indexes}
+
+
+class Store:
+    """Shared by all threads of a fake; `changed` guards everything, and is notified of each change."""
+
+    def __init__(self) -> None:
+        self.index = 10
+        self.entries: dict[bytes, Entry] = {}
+        self.changed = threading.Condition()
+        self._tombstones: dict[bytes, int] = {}
+        self._history: list[bytes] = []  # The key of each change, b"" for a change of everything.
+
+    def put(self, key: bytes, value: bytes | None, flags: int = 0) -> None:
+        """Store an entry; the same value again moves no index and wakes nobody, as in Consul."""
+        with self.changed:
+            old = self.entries.get(key)
+            if old is not None and (old.value or b"", old.flags) == (value or b"", flags):
+                return
+            self.index += 1
+            self.entries[key] = Entry(value, flags, old.created if old else self.index, self.index)
+            self._notify(key)
+
+    def delete(self, key: bytes) -> None:
+        """Delete an entry, if it exists; a tombstone keeps the index of its prefix from falling."""
+        with self.changed:
+            if self.entries.pop(key, None) is not None:
+                self.index += 1
+                self._tombstones[key] = self.index
+                self._notify(key)
+
+    def reap(self) -> None:
+        """Forget the tombstones, as Consul does after 15 minutes: the index of a prefix may fall. Nobody is woken."""
+        with self.changed:
+            self._tombstones.clear()
+
+    def restore(self, index: int) -> None:
+        """The index jumps, as after a snapshot was restored, and with it that of all entries; every wait ends."""
+        with self.changed:
+            self.index = index
+            self._tombstones.clear()
+            for key, entry in self.entries.items():
+                self.entries[key] = replace(entry, created=min(entry.created, index), modified=index)
+            self._notify(b"")
+
+    def listed(self, prefix: bytes, after: int, end: float, stopping: threading.Event) -> Listing:
+        """What is below a prefix as soon as its index is over `after`, otherwise what was there before time ran out."""
+        with self.changed:
+            while True:
+                listing = self._now(prefix)
+                if not 0 < listing.index <= after:
+                    return listing
+                seen, watched = len(self._history), self._watched(prefix)
+                while not any(not key or key.startswith(watched) for key in self._history[seen:]):
+                    if stopping.is_set() or not self.changed.wait(end - time.monotonic()):
+                        return replace(listing, timed_out=True)
+                if b"" in self._history[seen:]:
+                    return self._now(prefix)
+
+    def _now(self, prefix: bytes) -> Listing:
+        found = {key: self.entries[key] for key in sorted(self.entries) if key.startswith(prefix)}
+        graves = [index for key, index in self._tombstones.items() if key.startswith(prefix)]
+        below = [entry.modified for entry in found.values()] + graves
+        return Listing(max(below) if below and prefix else self.index, found)
+
+    def _watched(self, prefix: bytes) -> bytes:
+        """The prefix whose changes wake a wait.
+
+        If nothing is below `prefix`, Consul watches the nearest node that exists: what `prefix` shares with other keys.
+        """
+        return prefix[: max((_shared(prefix, key) for key in self.entries), default=0)]
+
+    def _notify(self, key: bytes) -> None:
+        self._history.append(key)
+        self.changed.notify_all()
+
+
+def _shared(one: bytes, other: bytes) -> int:
+    """How many bytes at the start are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
+
+
+@dataclass(frozen=True)
+class Listing:
+    index: int
+    entries: dict[bytes, Entry]
+    timed_out: bool = False

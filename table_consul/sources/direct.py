@@ -68,11 +68,10 @@ class DirectSource:
         """As `entries`, for a key that Consul does not list and may hide: it is read as it was once spelled.
 
         Raises:
-            Unlisted: reading one key is not enough for an answer.
-            SourceError: as `entries`.
+            SourceError: as `entries`, and where reading one key is not enough for an answer.
         """
         if key is None or service.patterns or unlisted.stored is None:
-            raise unlisted.with_traceback(None)
+            raise unlisted.error.with_traceback(None)
         pairs = self._read(table.path(service), unlisted.stored, deadline)
         return self._with_default(table, service, key, pairs, deadline)
 

@@ -96,6 +96,7 @@ class Unlisted(SourceError):
 
     def __init__(self, error: SourceError, stored: bytes | None) -> None:
         super().__init__(str(error))
+        self.error = error
         self.stored = stored
 
 
@@ -154,6 +155,11 @@ class SnapshotBuilder:
                 builder.take([(key[start:], value) for key, value in pairs])
             elif first < path + b"\xff" and last >= path:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
+
+    @property
+    def lost_everything(self) -> bool:
+        """There were entries before, and there are none now."""
+        return self._former is not None and self._former.size > 0 and self._count == 0
 
     def missing_keys(self) -> Mapping[str, Mapping[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.

@@ -107,6 +107,8 @@ def _read_snapshot(
                 raise BadResponse(f"{printable(present[0])} is there, but Consul does not list it")
             if reason is not None:
                 reasons[name] = reason
+    if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
+        raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
 
 
@@ -284,15 +286,15 @@ class Watch(threading.Thread):
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""
-        if not snapshot.size and not snapshot.hidden and former is None:
-            text = "%s: empty: every lookup returns not-found (check the table's name and prefix, or add keys)"
+        if former is None and not snapshot.size and not snapshot.hidden:
+            text = "%s: no entries: every lookup returns not-found (check the names of prefix and table in Consul)"
             log.warning(text, printable(self.prefix))
         for name, entries in snapshot.entries.items():
-            count = 0 if former is None else len(former.entries[name])
-            if len(entries) * 2 < count and name not in snapshot.hidden:
+            count, left = 0 if former is None else len(former.entries[name]), len(entries)
+            if left * 2 < count and name not in snapshot.hidden:
                 path = printable(self._table.path(SERVICES[name]))
-                noun = "entry" if count == 1 else "entries"
-                log.warning("%s: %d of %d %s deleted at once", path, count - len(entries), count, noun)
+                noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
+                log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
 
 
 class MirrorSource:

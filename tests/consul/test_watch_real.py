@@ -19,7 +19,7 @@ from table_consul.errors import Forbidden, SourceError, Unreachable
 from table_consul.services import Table
 from table_consul.sources import mirror
 from table_consul.sources.watch import MirrorSource
-from tests.consul.test_watch import ask, becomes, settled
+from tests.consul.watch.watching import ask, becomes, settled
 from tests.dialogue import eventually
 from tests.rig import cache
 from tests.rig.consul import ConsulAgent, free_ports

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -32,6 +33,8 @@ RECOVERY_SECONDS = 5.0
 CUT_SECONDS = 6.0
 # A change of ACLs wakes no watch; no edit does either while this counts.
 LIFTED_SECONDS = 15.0
+# As many as there are folders, and again when each is back; not as many as there are lookups.
+MOST_WARNINGS = 20
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ class Scene:
     def narrow(self, *denied, questions):
         """Hide these keys; returns when each of the questions, which need them, is answered with an error."""
         numbers = [number_of(key) for key in questions]
-        self.writer.hidden |= dict.fromkeys(numbers, (time.monotonic(), float("inf")))
+        self.writer.hidden = dict.fromkeys(numbers, (time.monotonic(), float("inf"))) | self.writer.hidden
         self.leader.set_rules(self.token, self.rules(*denied))
         is_noticed = lambda: all(self.client.latest[number].startswith(b"error|") for number in numbers)  # noqa: E731
         wait_for(
@@ -301,6 +304,8 @@ def suffer(cluster, report, tmp_path, name, mode):
         )
         child = stack.enter_context(Child(str(config)))
         go_first(child.process.pid)
+        reader = threading.Thread(target=child.log)  # a full pipe would stop the child
+        reader.start()
         child.handshake(table.encode())
         # From here on there are data; the first answer waits for them.
         assert child.ask(b"table|0.1|0|%b|lookup|alias|0|still" % table.encode()) == b"lookup-result|0|found|gilles"
@@ -331,14 +336,20 @@ def suffer(cluster, report, tmp_path, name, mode):
             name if mode == "mirror" else f"{name}, {mode}", writer, (began, back if fault.is_outage else began)
         )
         row.recovered = recovered
-        row.exits += child.end() != 0
+        try:
+            row.exits += child.end() != 0
+        except TimeoutError:
+            failure += "; the child hangs"
+            child.process.kill()
         report.append(row)
+        reader.join()
         log = child.log()
-    message = "\n".join([failure, Judgement.HEAD, str(row), *row.examples, log])
+    warnings = log.count("WARNING")
+    message = "\n".join([failure, Judgement.HEAD, str(row), *row.examples, f"{warnings} warnings:", log[:10_000]])
     assert not failure, message
     assert (row.wrong, row.absent, row.late, row.exits) == (0, 0, 0, 0), message
     assert row.recovered <= RECOVERY_SECONDS, message
     assert row.errors == 0 or (mode == "direct" and fault.is_outage), message
     assert row.answers > HOT + len(STEADY), message
-    assert fault.warns or "WARNING" not in log, message
+    assert warnings <= (MOST_WARNINGS if fault.warns else 0), message
     return row, message

@@ -55,9 +55,10 @@ def test_wait_is_short_while_keys_are_hidden(fake, mirrored):
 
 @pytest.mark.parametrize("closes_late", [False, True])
 @pytest.mark.usefixtures("quick_cuts")
-def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, caplog, closes_late):
+def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, waits_of, caplog, closes_late):
+    waits_of(0.5)
     fake.version, fake.write_timeout, fake.closes_late = "1.22.4", 0.2, closes_late
-    source = mirrored(fake.address, replace(TABLE, max_age=1.5))
+    source = mirrored(fake.address)
     settled(source)
     enough(fake, 8)
     asked = waits(fake)
@@ -71,7 +72,7 @@ def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, caplog, clo
 
 @pytest.mark.usefixtures("quick_cuts")
 def test_cut_wait_does_not_make_the_data_younger(fake, mirrored):
-    source = mirrored(fake.address, replace(TABLE, max_age=1.5))
+    source = mirrored(fake.address)
     settled(source)
     enough(fake, 1)
     confirmed = source.watches[0].mirror.state[1]
@@ -119,11 +120,12 @@ def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_table_that_nobody_edits_is_not_read_again(fake, mirrored, version):
+def test_table_that_nobody_edits_is_not_read_again(fake, mirrored, waits_of, version):
+    waits_of(0.1)
     fake.version = version
     for number in range(2000):
         fake.put(ALIAS + b"%04d" % number, b"x" * 50)
-    source = mirrored(fake.address, replace(TABLE, max_age=0.3))
+    source = mirrored(fake.address)
     settled(source)
     enough(fake, 5)
     assert source.watches[0].reloads == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 import urllib.parse
 
 import pytest
@@ -157,16 +156,22 @@ def test_setting_that_only_enterprise_has_is_named(answered, setting, text):
     assert f"400 {text.removeprefix('Bad request: ')} (remove {setting} from the configuration)" in str(error)
 
 
-@pytest.mark.parametrize(("version", "warned"), [("1.8.7", True), ("1.22", False)])
-def test_partition_that_an_old_consul_ignores_is_logged_once(connect, caplog, version, warned):
-    caplog.set_level(logging.WARNING)
-    with FakeConsul(version=version) as fake:
+def test_partition_that_an_old_consul_ignores_is_logged_once(connect, caplog):
+    with FakeConsul(version="1.8.7") as fake:
         fake.put(ROOT, b"gilles")
         client = connect(fake.address, partition="mail")
         for _ in range(3):
             assert client.get(ROOT, timeout=1).value == b"gilles"
     lines = [record.getMessage() for record in caplog.records]
-    assert ["ignores partition = mail" in line for line in lines] == [True] * warned
+    assert ["ignores partition = mail" in line for line in lines] == [True]
+
+
+def test_partition_of_an_enterprise_server_is_not_logged(fake, connect, caplog):
+    answer = entry(ROOT, "Zg==")
+    answer.headers["X-Consul-Query-Backend"] = "blocking-query"
+    fake.handle = lambda request: answer
+    assert connect(fake.address, partition="mail").get(ROOT, timeout=1).value == b"f"
+    assert caplog.records == []
 
 
 # Secrets.

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import http.client
+import os
 import re
 import socket
 import ssl
@@ -27,6 +28,7 @@ import urllib3.exceptions
 
 from table_consul import __version__
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
+from table_consul.files import version_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about the versions of what it could use
@@ -133,6 +135,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
         self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._resolution: Future[list[Any]] | None = None
         self._context: ssl.SSLContext | None = None
+        self._broken: tuple[object, SourceError] | None = None
         self._pool = urllib3.HTTPConnectionPool(self._host, self._port, maxsize=1)
         self._pool.ConnectionCls = functools.partial(_Connection, endpoint=self)  # type: ignore[assignment]  # only called
 
@@ -151,7 +154,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
     def open(self) -> socket.socket:
         """A connected socket, TLS included."""
         if self._url.scheme == "https" and self._context is None:
-            self._context = _tls_context(self._settings)
+            self._context = self._tls_context()
         failure = OSError("name has no address")
         addresses, by = self._resolve(), self.transport.connect_by
         for others, (family, _, _, _, target) in zip(range(len(addresses))[::-1], addresses, strict=True):
@@ -172,6 +175,20 @@ class Endpoint(requests.adapters.HTTPAdapter):
                 sock.transport = self.transport
                 return sock
         raise failure
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """A context with the TLS files; those that cannot be used are not parsed again until one of them changes."""
+        versions = []
+        for path in _tls_files(self._settings):
+            with contextlib.suppress(OSError):
+                versions.append((path, version_of(os.stat(path))))
+        if self._broken is not None and self._broken[0] == versions:
+            raise self._broken[1].with_traceback(None)
+        try:
+            return _tls_context(self._settings)
+        except SourceError as error:
+            self._broken = versions, error
+            raise
 
     def _resolve(self) -> list[Any]:
         if self._url.scheme == "unix":
@@ -385,6 +402,10 @@ class Transport:
         return kind(f"Consul at {self.address}: {_reason_of(cause)}")
 
 
+def _tls_files(settings: ConsulConfig) -> list[str]:
+    return [path for path in (settings.ca_file, settings.ca_path, settings.cert_file, settings.key_file) if path]
+
+
 def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
@@ -392,8 +413,7 @@ def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
             # Without the password function OpenSSL would ask for one on the terminal.
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
     except OSError as error:
-        files = [f for f in (settings.ca_file, settings.ca_path, settings.cert_file, settings.key_file) if f]
-        raise SourceError(f"TLS files {', '.join(files)}: {_reason_of(error)}") from error
+        raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {_reason_of(error)}") from error
     # Since 3.13 Python is stricter about private authorities than RFC 5280 asks, and than the consul command is.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if not settings.tls_verify:

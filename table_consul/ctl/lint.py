@@ -14,8 +14,8 @@ import msgspec
 from msgspec.structs import replace
 
 from table_consul.config import Config
-from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, counted, echo_problems, pass_config
-from table_consul.errors import Forbidden, SourceError, printable
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, echo_problems, pass_config
+from table_consul.errors import Forbidden, SourceError, counted, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries
 

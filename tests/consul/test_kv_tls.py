@@ -65,6 +65,19 @@ def test_a_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, opti
     assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
 
 
+def test_tls_file_that_cannot_be_used_is_parsed_once_a_version(secure, connect, authority, tmp_path, monkeypatch):
+    parsed, honest = [], ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda **files: (parsed.append(files), honest(**files))[1])
+    path = tmp_path / "ca.pem"
+    client = connect(secure.address, tls_server_name="consul.example", ca_file=str(path))
+    for text, error in (("no certificate", str(path)), ("none either", str(path))):
+        path.write_text(text)
+        assert {error in str(failure(client)) for _ in range(5)} == {True}
+    assert len(parsed) == 2
+    path.write_bytes((authority / "ca.pem").read_bytes())
+    assert client.get(ROOT, timeout=2).value == b"gilles"
+
+
 def test_tls_handshake_and_answer_do_not_outlive_the_deadline(secure, connect):
     with Silent() as dead:
         client = connect(dead.address.replace("http:", "https:"), tls_verify=False)

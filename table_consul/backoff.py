@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from table_consul.errors import SourceError, counted
+
 log = logging.getLogger("table_consul")
 
 FIRST_PAUSE_SECONDS = 0.25
@@ -35,13 +37,14 @@ class Backoff:
         self.total = 0
         self.not_before = 0.0
         self.last_error = ""
+        self.last_kind = ""
         self.failed_at = 0.0  # the moment of ``last_error``
 
     def failure(self, error: Exception, now: float, chance: float) -> float:
         """Note a failure; the pause until the next attempt, in seconds."""
         self.failures += 1
         self.total += 1
-        self.last_error = str(error)
+        self.last_error, self.last_kind = str(error), getattr(error, "kind", SourceError.kind)
         self.failed_at = now
         if self.since is None:
             self.since = now
@@ -54,6 +57,6 @@ class Backoff:
         """Note a success, which ends the outage if there was one."""
         if self.since is None:
             return
-        noun = "attempt" if self.failures == 1 else "attempts"
-        log.warning("%s: recovered after %.1f s (%d failed %s)", self.what, now - self.since, self.failures, noun)
+        attempts = counted(self.failures, "failed attempt", "failed attempts")
+        log.warning("%s: recovered after %.1f s (%s)", self.what, now - self.since, attempts)
         self.since, self.failures, self.not_before = None, 0, 0.0

@@ -46,17 +46,25 @@ def _read_files(config: Config) -> Iterator[str]:
 
 def _written_files(config: Config) -> Iterator[str]:
     owners: dict[str, str] = {}
+    reported: set[str] = set()
+    name = printable(config.path or "")
     for table in list(config.tables.values()) or [config.table(config.defaults.name)]:
         textfile = config.metrics.textfile and config.metrics.textfile.replace("{table}", table.name)
         for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile)):
             if not path:
                 continue
-            at = f"{printable(config.path or '')}: {key} of table {printable(table.name)}"
+            at = f"{name}: {key} of table {printable(table.name)}"
+            problem = _unwritable(path, private=key == "snapshot")
             if path in owners:
-                yield f"{at}: same file as for table {printable(owners[path])} (put {{table}} into its name)"
-            elif problem := _unwritable(path, private=key == "snapshot"):
+                problem = f"same file as for table {printable(owners[path])} (put {{table}} into its name)"
+            if problem:
                 yield f"{at}: {problem}"
+                reported.add(path)
             owners[path] = table.name
+    # smtpd.conf may have tables that the configuration has no section for.
+    for key, path in (("defaults.snapshot", config.defaults.snapshot), ("metrics.textfile", config.metrics.textfile)):
+        if path and "{table}" not in path and path not in reported:
+            yield f"{name}: {key}: every table would write the same file (put {{table}} into its name)"
 
 
 def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str | None:
@@ -84,6 +92,9 @@ def _unwritable(path: str, *, private: bool) -> str | None:
     if not os.access(f"{folder}/", os.W_OK | os.X_OK):
         return f"folder {printable(folder)} not found, or not writable by {current_user()}"
     with contextlib.suppress(OSError):  # it need not exist
-        if private and os.stat(path).st_mode & 0o077:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return "is a folder"
+        if private and mode & 0o077:
             return "other users can read this copy of the table (try: chmod 0600)"
     return None

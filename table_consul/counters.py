@@ -6,7 +6,7 @@ import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
-from table_consul.errors import ConfigError
+from table_consul.errors import ConfigError, SourceError
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.services import SERVICES, Table
 
@@ -33,8 +33,9 @@ class Counters:
         self._tables = tables
         self._cells: dict[Labels, Cell] = {}
         self.malformed = 0
-        self.failures: dict[str, tuple[int, str, float, float]] = {}
-        """By table: how often its source failed, the last error, its time on the loop's clock, and `answers` then."""
+        self.failures: dict[str, tuple[int, str, str, float, float]] = {}
+        """By table: how often its source failed, kind and text of the last error, its time on the loop's clock, and
+        `answers` then."""
 
     def add(self, request: Request, reply: type, seconds: float) -> None:
         """Count a request by the type of its reply, which was ready so long after the request was read."""
@@ -54,11 +55,11 @@ class Counters:
                 with contextlib.suppress(ConfigError):
                     cell[1] += seconds >= self._tables(request.table).deadline
 
-    def failed(self, table: str, error: Exception, now: float) -> None:
+    def failed(self, table: str, error: SourceError, now: float) -> None:
         """Count a failure of the source of this table."""
         total = self.failures[table][0] if table in self.failures else 0
         if total or len(self.failures) < CELLS_MAX:
-            self.failures[table] = (total + 1, str(error), now, self.answers(table))
+            self.failures[table] = (total + 1, error.kind, str(error), now, self.answers(table))
 
     def answers(self, table: str) -> float:
         """The number of replies about this table that were not errors; a source that recovers makes it grow."""

@@ -31,21 +31,32 @@ class EntryError(TableConsulError):
 class SourceError(TableConsulError):
     """The source cannot tell now whether the key is there: never a reason to say ``not-found``."""
 
+    kind = "other"
+    """For labels of metrics: one of five words, never a part of the text."""
+
 
 class Unreachable(SourceError):
     """No connection, no leader, too many requests, or no answer in time."""
+
+    kind = "unreachable"
 
 
 class Forbidden(SourceError):
     """Consul does not let this token read the key (401, 403)."""
 
+    kind = "forbidden"
+
 
 class BadResponse(SourceError):
     """A redirect, a body that is not Consul's, or an answer to another question."""
 
+    kind = "bad-response"
+
 
 class TooLarge(SourceError):
     """More data than may be held in memory: the table is read directly."""
+
+    kind = "too-large"
 
 
 # What decoding bytes that are not ours may raise: msgspec's errors are ValueErrors only from 0.21 on.
@@ -61,3 +72,8 @@ def printable(data: bytes | str, limit: int = 120) -> str:
     text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def counted(number: int, singular: str, plural: str) -> str:
+    """The number with its noun: ``1 entry``, ``2 entries``."""
+    return f"{number} {singular if number == 1 else plural}"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import stat
 from typing import BinaryIO
 
 from table_consul.errors import SourceError, printable
+
+# Of temporary files; no other program has such names, so what carries one may be removed.
+_SUFFIX = ".table-consul.tmp"
 
 # In base64 what kv.py takes from Consul, and the keys.
 FILE_LIMIT_BYTES = 256 << 20
@@ -26,6 +31,11 @@ def open_regular_file(path: str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, f"a {'named pipe' if stat.S_ISFIFO(mode) else 'device'}, not a file", path)
+
+
+def version_of(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells a version of a file from another, so that a broken one is not parsed for each lookup."""
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def explain_os_error(path: str, error: OSError) -> str:
@@ -75,17 +85,50 @@ def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:
     return data
 
 
+def _locked_temporary(path: str) -> tuple[int, str]:
+    """The descriptor and name of a new temporary file beside the path, which only this user may read."""
+    import tempfile
+
+    folder, name = os.path.split(path)
+    while True:
+        descriptor, temporary = tempfile.mkstemp(prefix=f"{name}.", suffix=_SUFFIX, dir=folder or ".")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another writer is about to remove it
+            os.close(descriptor)
+            continue
+        except OSError:  # a file system without locks: nothing is removed there
+            return descriptor, temporary
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: str) -> None:
+    """Remove the temporary files for this path that a killed writer of this user has left, as far as possible."""
+    folder, name = os.path.split(path)
+    pattern = re.compile(re.escape(name) + r"\.[a-z0-9_]{8}" + re.escape(_SUFFIX))
+    with contextlib.suppress(OSError):
+        for temporary in filter(pattern.fullmatch, os.listdir(folder or ".")):
+            leftover = os.path.join(folder, temporary)
+            with contextlib.suppress(OSError), open(leftover, "rb", opener=open_regular_file) as file:
+                if os.fstat(file.fileno()).st_uid == os.geteuid() and not os.path.islink(leftover):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(leftover)
+
+
 class AtomicWriter:
-    """Writes a file under a temporary name of its own; readers of the real name find the old file or the new one."""
+    """Writes a file under a temporary name of its own; readers of the real name find the old file or the new one.
+
+    Temporary files are locked while they are written. Those without a lock are of writers that were killed, and go.
+    """
 
     def __init__(self, path: str, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
         """``mode`` are the permissions of the file; ``owner`` (uid, gid) is set where this user may give files away."""
-        import tempfile
-
         self._path = path
-        folder, name = os.path.split(path)
         try:
-            descriptor, self._partial = tempfile.mkstemp(prefix=f"{name}.", suffix=".tmp", dir=folder or ".")
+            _remove_leftovers(path)
+            descriptor, self._partial = _locked_temporary(path)
         except OSError as error:
             error.filename = path  # the temporary name means nothing to an operator
             raise
@@ -106,18 +149,19 @@ class AtomicWriter:
     def commit(self) -> None:
         """Put the file in place, on disk for good; an OSError has discarded it."""
         try:
-            with self._file as file:
-                file.flush()
-                os.fsync(file.fileno())
+            self._file.flush()
+            os.fsync(self._file.fileno())
             os.rename(self._partial, self._path)
         except BaseException:
             self.discard()
             raise
-        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._file.close()  # and with it goes the lock, under which the temporary name was safe until now
+        with contextlib.suppress(OSError):  # the file is in place, even if this user may not read the folder
+            folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def discard(self) -> None:
         """Leave the old file as it is."""

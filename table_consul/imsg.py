@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from struct import Struct, calcsize
 
-from table_consul.errors import ReplyError, printable
+from table_consul.errors import ReplyError, counted, printable
 from table_consul.protocol import Event, Failed, Found, Malformed, NotFound, Ready, Reply, Request, Updated
 from table_consul.services import SERVICES
 
@@ -112,7 +112,9 @@ class Session:
             # Each has two NULs: no count makes this take longer than the body is.
             parts = text.split(b"\0", 2 * count if count <= len(text) else -1)
             if len(parts) <= 2 * count:
-                return self._malformed(op, service, f"{count} parameters do not fit into the message")
+                return self._malformed(
+                    op, service, f"the message is too short for its {counted(count, 'parameter', 'parameters')}"
+                )
             text = parts[-1]
         if op == "fetch":
             return self._malformed(op, service, "a fetch has no key") if text else self._request(op, service, b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import http.server
 import logging
 import os
 import re
@@ -15,12 +16,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from table_consul import __version__
 from table_consul.backoff import Backoff
 from table_consul.counters import BOUNDS_SECONDS, OTHER, OUTCOMES
 from table_consul.errors import ConfigError, printable
+from table_consul.files import AtomicWriter
 from table_consul.services import SERVICES
 
 if TYPE_CHECKING:
@@ -36,8 +40,11 @@ WRITE_INTERVAL_SECONDS = 15.0
 FIRST_WRITE_SECONDS = 1.0
 # A bound on the descriptors and threads that local users can occupy.
 CONNECTIONS_MAX = 8
-# Parts of an error's text that differ between failures of the same cause: each would create a new series. Also tokens.
-_VARIABLE_PARTS = re.compile(r"\b\d+(?:\.\d+)? s\b|\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
+
+# Errors hold no token; but anyone on this host may read metrics, and a token looks like this.
+_TOKEN = re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
+LAST_ERROR = b"# table_consul_last_error "
+"""What a comment begins with that holds a JSON list of table, prefix and text; no reader of metrics needs it."""
 
 # Name without "table_consul_", type, help text, and labels besides "table", which all have: each table has a process of
 # its own, and node_exporter rejects text files that share a series.
@@ -60,7 +67,12 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
     ("reloads", "Counter", "Snapshots loaded from Consul.", ("prefix",)),
     ("failures", "Counter", "Failed attempts to read the prefix.", ("prefix",)),
-    ("last_error_timestamp_seconds", "Gauge", "When Consul last could not be read, and why.", ("prefix", "error")),
+    (
+        "last_error_timestamp_seconds",
+        "Gauge",
+        "When Consul last could not be read, and what kind of error it was.",
+        ("prefix", "error"),
+    ),
 )
 
 
@@ -83,17 +95,25 @@ def _requests(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
         yield "request_seconds", labels, [*zip(bounds, accumulate(counts), strict=True)], seconds
 
 
+class _Failures(NamedTuple):
+    """Whether a prefix can be read, how often that failed, and the kind, text and time of the last error."""
+
+    labels: tuple[str, str]
+    up: bool
+    total: int
+    kind: str
+    text: str
+    at: float
+
+
 def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
-    config, counters, now = tables.config, tables.counters, time.monotonic()
-    assert config is not None  # else there would be no exporter
-    states: list[tuple[tuple[str, str], bool, int, str, float]] = []
+    assert tables.config is not None  # else there would be no exporter
+    now, is_file = time.monotonic(), tables.config.consul.addresses[0].startswith("file://")
     for table, watch in tables.watches():
-        labels, backoff = (table, printable(watch.prefix)), watch.backoff
+        labels = (table, printable(watch.prefix))
         yield "too_large", labels, int(watch.too_large)
         if watch.too_large:
             continue
-        up = watch.index > 0 and backoff.since is None
-        states.append((labels, up, backoff.total, backoff.last_error, backoff.failed_at))
         yield "reloads", labels, watch.reloads
         if (state := watch.mirror.state) is not None:
             snapshot, confirmed = state
@@ -105,22 +125,33 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
                 yield "service_hidden", (*labels, service), int(service in snapshot.hidden)
+    for prefix in _failures(own, tables):
+        if not is_file:
+            yield "up", prefix.labels, int(prefix.up)
+            yield "failures", prefix.labels, prefix.total
+        if prefix.total:
+            yield "last_error_timestamp_seconds", (*prefix.labels, prefix.kind), time.time() - now + prefix.at
+
+
+def _failures(own: str, tables: Tables) -> list[_Failures]:
+    config, counters = tables.config, tables.counters
+    assert config is not None  # else there would be no exporter
+    found: list[_Failures] = []
+    for table, watch in tables.watches():
+        if not watch.too_large:
+            last, up = watch.backoff, watch.index > 0 and watch.backoff.since is None
+            labels = (table, printable(watch.prefix))
+            found.append(_Failures(labels, up, last.total, last.last_kind, last.last_error, last.failed_at))
     # The other tables read Consul, or the file, once per request.
     failures = counters.failures.copy()
     asked = (table for table, service, *_ in counters.cells() if service in SERVICES and table != OTHER)
     names = {name or own: name for name in (*asked, *failures)}
-    for table in names.keys() - {table for (table, _), *_ in states}:
-        total, error, failed_at, answers = failures.get(names[table], (0, "", 0.0, -1))
+    for table in names.keys() - {each.labels[0] for each in found}:
+        total, kind, text, at, answers = failures.get(names[table], (0, "", "", 0.0, -1.0))
         with contextlib.suppress(ConfigError):  # requests of 2020 can bring names that no table can have
             labels = (table, config.table(table).root.decode())
-            states.append((labels, counters.answers(names[table]) > answers, total, error, failed_at))
-    for labels, up, total, error, failed_at in states:
-        if not config.consul.addresses[0].startswith("file://"):
-            yield "up", labels, int(up)
-            yield "failures", labels, total
-        if total:
-            text = printable(_VARIABLE_PARTS.sub("...", error), 200)
-            yield "last_error_timestamp_seconds", (*labels, text), time.time() - now + failed_at
+            found.append(_Failures(labels, counters.answers(names[table]) > answers, total, kind, text, at))
+    return found
 
 
 class Exporter(threading.Thread):
@@ -163,21 +194,35 @@ class Exporter(threading.Thread):
             families[name].add_metric(labels, *values)
         yield from families.values()
 
+    def comments(self) -> bytes:
+        """The text of the last errors: comments, for a label with a text of its own makes each error a series."""
+        last = [each for each in _failures(self._table, self._tables) if each.total]
+        lines = ([*each.labels, printable(_TOKEN.sub("...", each.text), 200)] for each in last)
+        return b"".join(LAST_ERROR + msgspec.json.encode(line) + b"\n" for line in lines)
+
     def export(self, registry: CollectorRegistry) -> None:
         """Write the file once, and start or stop the server if the configuration has changed."""
-        from prometheus_client import write_to_textfile
-
         assert self._tables.config is not None  # else there would be no exporter
         metrics = self._tables.config.metrics
         textfile, listen = ((s or "").replace("{table}", self._table) for s in (metrics.textfile, metrics.listen))
         if textfile:
-            self._guarded(f"metrics.textfile {textfile}", lambda: write_to_textfile(textfile, registry))
+            self._guarded(f"metrics.textfile {textfile}", lambda: self._write(textfile, registry))
         if self._server is not None and self._server.listen != listen:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
         if listen and self._server is None:
-            self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, registry))
+            self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, registry, self.comments))
+
+    def _write(self, path: str, registry: CollectorRegistry) -> None:
+        from prometheus_client import generate_latest
+
+        writer = AtomicWriter(path, mode=0o644)
+        try:
+            writer.write(generate_latest(registry) + self.comments())
+            writer.commit()
+        finally:
+            writer.discard()  # after commit there is nothing left of it
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
         backoff = self._backoffs.setdefault(what, Backoff(what, f"trying again every {WRITE_INTERVAL_SECONDS:.0f} s"))
@@ -190,19 +235,41 @@ class Exporter(threading.Thread):
         return result
 
 
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        from prometheus_client import generate_latest
+
+        body = generate_latest(self.server.registry) + self.server.comments()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_arguments: object) -> None:
+        """Nothing, for each scrape."""
+
+
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Serves a registry over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``; or raises OSError."""
 
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, listen: str, registry: CollectorRegistry, client_seconds: float = 5.0) -> None:
-        from prometheus_client import MetricsHandler
-
+    def __init__(
+        self,
+        listen: str,
+        registry: CollectorRegistry,
+        comments: Callable[[], bytes] = bytes,
+        client_seconds: float = 5.0,
+    ) -> None:
         self.listen = listen
+        self.registry = registry
+        self.comments = comments
+        handler: Any = type("Handler", (_Handler,), {"timeout": client_seconds})
         self._opened: list[socket.socket] = []
-        handler: Any = MetricsHandler.factory(registry)
-        handler.timeout = client_seconds
         if listen.startswith("unix://"):
             path, self.address_family = listen.removeprefix("unix://"), socket.AF_UNIX
             # The socket of a process that has ended goes; binding to any other file fails.

@@ -16,6 +16,9 @@ from table_consul.services.entries import Entries
 from table_consul.services.passwords import SAMPLE_SIZE, Verifier
 from table_consul.services.values import MissingFields
 
+Read = Callable[[Service, bytes | None], Entries]
+"""What returns the entries of a service for a key (None: all)."""
+
 
 def replies_from(entries: Entries, op: str) -> Callable[[bytes], Reply]:
     """What replies to a check or a lookup of a key, from entries that hold everything there is for the key.
@@ -49,8 +52,10 @@ class Responder:
         self._last_fetched[place], value = found
         return Found(value)
 
-    def answer(self, request: Request, table: Table, read: Callable[[Service, bytes | None], Entries]) -> Reply:
-        """The reply to a request about this table; ``read`` returns the entries of a service for a key (None: all).
+    def answer(
+        self, request: Request, table: Table, read: Read, seconds_left: Callable[[], float] | None = None
+    ) -> Reply:
+        """The reply to a request about this table; ``seconds_left`` of its deadline, all of them if None.
 
         Raises:
             SourceError: ``read`` has no answer now.
@@ -62,12 +67,12 @@ class Responder:
         if service.name not in table.services:
             return Failed(f"service {service.name} is not among the services of table {printable(table.name)!r}")
         if service.answers == "check":
-            return self._authenticate(request, table, read)
+            return self._authenticate(request, table, read, seconds_left or (lambda: table.deadline))
         if request.op == "fetch":
             return self._fetch(read(service, None))
         return replies_from(read(service, request.key), request.op)(request.key)
 
-    def _authenticate(self, request: Request, table: Table, read: Callable[[Service, bytes | None], Entries]) -> Reply:
+    def _authenticate(self, request: Request, table: Table, read: Read, seconds_left: Callable[[], float]) -> Reply:
         """Whether the password is the user's; nothing that is logged or remembered holds either of them.
 
         smtpd puts a colon between the two (smtpd: lka.c, lka_authenticate), so no user's name can hold one. Users are
@@ -101,7 +106,7 @@ class Responder:
             raise incomplete
         others = islice(chain.from_iterable(entries.values.values() for entries in sources), SAMPLE_SIZE)
         try:
-            verified = self._verifier.verify(table.name, stored, password, others, table.deadline)
+            verified = self._verifier.verify(table.name, stored, password, others, table.deadline, seconds_left())
         except EntryError as error:  # about what is stored in Consul, so its key may be named
             raise EntryError(f"{printable(path + user)}: {error}") from None
         return FOUND if verified else NOT_FOUND

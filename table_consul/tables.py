@@ -104,7 +104,7 @@ class Tables:
                     self._add_route(request, service, entries)
                 return entries
 
-            return self._responder.answer(request, table, read)
+            return self._responder.answer(request, table, read, lambda: deadline - time.monotonic())
         except TableConsulError as error:
             return Failed(str(error), error)
 

@@ -15,7 +15,7 @@ from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.files import FormatError
 from table_consul.ctl.main import SERVICE, UNCUT, echo_problems, pass_config
-from table_consul.errors import printable
+from table_consul.errors import counted, printable
 from table_consul.files import AtomicWriter
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
@@ -102,7 +102,7 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
     problems += entries.spelling
     if problems:
         echo_problems([(printable(key), what) for key, what in problems], limit=PROBLEMS_SHOWN)
-        count = f"{len(problems)} of {len(stored)} entries"
+        count = f"{len(problems)} of {counted(len(stored), 'entry', 'entries')}"
         raise FormatError(f"{count} cannot be written in this format; use --format export")
     return text
 

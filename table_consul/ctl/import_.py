@@ -16,8 +16,8 @@ import msgspec
 from table_consul import config
 from table_consul.ctl import files, main
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
-from table_consul.ctl.main import counted, json_text
-from table_consul.errors import SourceError, printable
+from table_consul.ctl.main import json_text
+from table_consul.errors import SourceError, counted, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import read_export
 
@@ -136,7 +136,8 @@ def command(  # noqa: PLR0913 - the command line
             _echo_result(report, as_json=as_json)
         except BaseException:
             if not dry_run:
-                text = f"interrupted: {report['written']} of {len(planned.changes)} keys written"
+                keys = counted(len(planned.changes), "key", "keys")
+                text = f"interrupted: {report['written']} of {keys} written"
                 click.echo(f"{text}; run the same command again to finish", err=True)
                 if as_json:
                     with contextlib.suppress(OSError):  # standard output may be the reason
@@ -155,7 +156,7 @@ def _content(file: str) -> bytes:
         if b"\0" not in data:
             data += opened.read(FILE_MAX_BYTES)
     if len(data) > FILE_MAX_BYTES:
-        raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MB; import it in parts")
+        raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MiB; import it in parts")
     return data
 
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 import msgspec
-from msgspec.structs import replace
 
 from table_consul.config import Config
-from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, counted, echo_problems, pass_config
-from table_consul.errors import Forbidden, SourceError, printable
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, echo_problems, pass_config
+from table_consul.errors import Forbidden, SourceError, counted, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 
@@ -103,7 +102,6 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
     if table.mode != "direct" and any(each.direct for each in data.values()):
         hint = "every answer reads Consul; raise max_keys, which costs memory, or split the table"
         problems.append(Problem(printable(table.root), f"more than max_keys = {table.max_keys} keys: {hint}"))
-        table = replace(table, mode="direct")  # which does not find keys with capitals
     hidden = _hidden(config, table, data)
     problems += [Problem(printable(where, UNCUT), text) for where, text in hidden]
     entries: list[Entries] = []

@@ -85,7 +85,9 @@ class Loader:
             exported, written = self._read_file(path, hint)
             kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
             if kept is not None:  # else nothing in it is of this table
-                origin = f"{printable(path)}, written {duration(time.time() - written)} ago"
+                age = time.time() - written
+                when = f"written {duration(age)} ago" if age >= 0 else "dated in the future"
+                origin = f"{printable(path)}, {when}"
                 return self._mirrored(kept, origin, {each.key: each.value for each in exported})
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:

@@ -104,11 +104,6 @@ def json_text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def counted(number: int, singular: str, plural: str) -> str:
-    """The number with its noun: ``1 entry``, ``2 entries``."""
-    return f"{number} {singular if number == 1 else plural}"
-
-
 def duration(seconds: float) -> str:
     """The time span in the largest unit of which there are at least two: ``90 s``, ``12 min``, ``5 h``, ``3 d``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

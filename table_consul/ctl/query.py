@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from table_consul.config import Config
 from table_consul.counters import OUTCOMES
-from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, counted, json_text, pass_config, terminal_columns
-from table_consul.errors import EntryError, TableConsulError, printable
+from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, json_text, pass_config, terminal_columns
+from table_consul.errors import EntryError, TableConsulError, counted, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
 from table_consul.responder import Responder
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
@@ -64,7 +64,7 @@ def command(  # noqa: PLR0913 - the command line
     value on each line. Keys that are not found, and errors, are reported on standard error.
 
     The answer comes from the snapshot file if one is configured and exists, otherwise from Consul. The daemon writes
-    that file after a change, within a minute or so.
+    that file within about 10 seconds of a change.
 
     For auth a KEY is a user, and the password is asked for; on standard input it is USER:PASSWORD.
 

@@ -18,9 +18,9 @@ import msgspec
 
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config, terminal_columns
-from table_consul.errors import ConfigError, SourceError, TableConsulError, Unreachable, printable
+from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, printable
 from table_consul.files import open_regular_file, read_bounded
-from table_consul.metrics import WRITE_INTERVAL_SECONDS
+from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
 
 # An agent without a leader answers with an error after 7 seconds (Consul 1.8.7).
 CONSUL_SECONDS = 10.0
@@ -250,6 +250,11 @@ def _parsed(data: bytes, table: str) -> Status:
                 prefix.hidden.append(labels.get("service", "?"))
             elif name == "last_error_timestamp_seconds":
                 prefix.last_error, prefix.last_error_at = labels.get("error"), value
+    for line in filter(lambda line: line.startswith(LAST_ERROR), data.splitlines()):
+        with contextlib.suppress(*UNDECODABLE):
+            owner, name, text = msgspec.json.decode(line.removeprefix(LAST_ERROR), type=tuple[str, str, str])
+            if owner == table and name in prefixes:
+                prefixes[name][0].last_error = text
     for prefix, values in prefixes.values():
         _judge(prefix, values)
     status.prefixes = [prefix for prefix, _ in prefixes.values()]

@@ -10,10 +10,10 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
-from table_consul.errors import ConfigError, EntryError, PeerError
+from table_consul.errors import ConfigError, EntryError, PeerError, Unreachable
 from table_consul.services import compiled
 
 # crypt(3) of libxcrypt accepts no longer one (CRYPT_MAX_PASSPHRASE_SIZE), so no hash of a longer one exists.
@@ -192,6 +192,11 @@ def _package(module: str, package: str) -> Any:  # noqa: ANN401 - a module
         raise ConfigError(text) from None
 
 
+def _check_time(known: Hash, most: float, left: float) -> None:
+    if known.seconds > left:
+        raise Unreachable(f"too little left of the deadline of {most:g} s to verify a password")
+
+
 class Verifier:
     """Verifies passwords. Remembers only the cost parameters of each table's hashes, never a digest."""
 
@@ -199,22 +204,34 @@ class Verifier:
         self._verify = verify
         self._typical: dict[str, Hash] = {}
 
-    def verify(self, table: str, stored: bytes | None, password: bytes, others: Iterable[bytes], most: float) -> bool:
+    def verify(
+        self,
+        table: str,
+        stored: bytes | None,
+        password: bytes,
+        others: Iterable[bytes],
+        most: float,
+        left: float = inf,
+    ) -> bool:
         """Whether the stored credential is of this password. None never matches, after the same time.
 
         ``others`` are credentials of the same table: without a stored hash the time is spent on the format and cost of
-        the first hash among them, else of the last one seen. ``most`` bounds that time, in seconds.
+        the first hash among them, else of the last one seen. ``most`` bounds that time, in seconds:
+        the deadline, of which ``left`` are left now.
 
         Raises:
+            Unreachable: what is left is too short for the hash.
             EntryError, ConfigError, PeerError: as by `verifiable_hash` and `verify_hash`.
         """
         known = None if stored is None else verifiable_hash(stored, most)
         if known is not None:
             self._typical[table] = known.with_dummy_digest()
+            _check_time(known, most, left)
             return self._verify(known, password)
         hashes = (parse(hash_part(credential)) for credential in others)
         last = self._typical.get(table, DEFAULT)
         typical = next((each for each in hashes if each is not None and each.seconds <= most), last)
+        _check_time(typical, most, left)
         with contextlib.suppress(EntryError):  # with any hash of another user, this user cannot log in
             self._verify(typical.with_dummy_digest(), password)
         return False

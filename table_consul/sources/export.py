@@ -9,7 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from table_consul.errors import UNDECODABLE, SourceError
-from table_consul.files import open_regular_file, read_bounded
+from table_consul.files import open_regular_file, read_bounded, version_of
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 
@@ -48,9 +48,9 @@ def read_export(data: bytes) -> list[Exported]:
         raise SourceError(f"not the output of `consul kv export`: {error}") from None
 
 
-def export_entry(key: bytes, value: bytes, flags: int = 0) -> bytes:
-    """One entry as JSON; an export is a JSON list of them."""
-    return _encoder.encode({"key": key.decode(), "flags": flags, "value": value})
+def export_entry(key: bytes, value: bytes, flags: int = 0, **more: str) -> bytes:
+    """One entry as JSON; an export is a JSON list of them. Consul ignores fields that it does not know."""
+    return _encoder.encode({"key": key.decode(), "flags": flags, "value": value, **more})
 
 
 class FileSource:
@@ -58,8 +58,8 @@ class FileSource:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp: tuple[int, int, int] | None = None
-        """Of the version that was read last, good or bad."""
+        self._version: tuple[int, int, int] | None = None
+        """The one that was read last, good or bad."""
         self._pairs: list[Exported] | None = None
         self._error: SourceError | None = None
         self._entries: dict[tuple[str, str], Entries] = {}
@@ -88,7 +88,7 @@ class FileSource:
         Raises:
             SourceError: it cannot be used; the last good version goes on answering.
         """
-        self._stamp = None
+        self._version = None
         self._refresh()
         if self._error is not None:
             raise self._error.with_traceback(None)
@@ -96,15 +96,14 @@ class FileSource:
     def _refresh(self) -> None:
         try:
             with open(self._path, "rb", opener=open_regular_file) as file:
-                status = os.fstat(file.fileno())
-                stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
-                if stamp == self._stamp:
+                version = version_of(os.fstat(file.fileno()))
+                if version == self._version:
                     return
-                self._stamp = stamp
+                self._version = version
                 pairs = read_export(read_bounded(file))
         except (OSError, SourceError) as error:
             if isinstance(error, OSError):
-                self._stamp = None
+                self._version = None
             text = f"{self._path}: {getattr(error, 'strerror', error)}"
             if text != str(self._error):
                 consequence = "returning errors" if self._pairs is None else "serving its last good version"

@@ -96,6 +96,7 @@ class Unlisted(SourceError):
 
     def __init__(self, error: SourceError, stored: bytes | None) -> None:
         super().__init__(str(error))
+        self.error = error
         self.stored = stored
 
 
@@ -147,13 +148,19 @@ class SnapshotBuilder:
         self._count += len(pairs)
         if self._count > self.table.max_keys:
             raise TooLarge(f"{printable(self._prefix)} holds more than max_keys = {self.table.max_keys} keys")
-        first, last = pairs[0][0], pairs[-1][0]
+        keys = [key for key, _ in pairs]
+        first, last = min(keys), max(keys)
         for builder in self._builders:
             path, start = builder.path, len(builder.path)
             if first.startswith(path) and last.startswith(path):
                 builder.take([(key[start:], value) for key, value in pairs])
             elif first < path + b"\xff" and last >= path:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
+
+    @property
+    def lost_everything(self) -> bool:
+        """There were entries before, and there are none now."""
+        return self._former is not None and self._former.size > 0 and self._count == 0
 
     def missing_keys(self) -> Mapping[str, Mapping[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 
-from table_consul.errors import SourceError, printable
+import msgspec
+
+from table_consul.errors import SourceError, counted, printable
 from table_consul.files import AtomicWriter, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 from table_consul.sources.export import Exported, export_entry, read_export
@@ -20,10 +25,21 @@ log = logging.getLogger("table_consul")
 INCOMPLETE = b"incomplete"
 # A file of 100,000 entries is not written for each of a hundred edits.
 WRITE_SECONDS = 10.0
+# Times that writing fails in a row double the pause, up to some 10 minutes.
+DOUBLINGS_MAX = 6
+# A file system may round times up, or have a clock of its own.
+CLOCK_SECONDS = 5.0
+# The end of a file that `finish` has written: the name of its table.
+_OWNER = re.compile(rb'"table":("(?:[^"\\]|\\.)*")\}\n\]\n\Z')
+_OWNER_BYTES = 4096
 
 
 class SnapshotFile:
-    """The file for one prefix of one table; none if the path is empty. A failure to write it is logged once."""
+    """The file for one prefix of one table; none if the path is empty.
+
+    A failure to write it is logged once, and so is its end. It never replaces the copy of another table, which has the
+    same path if ``{table}`` is missing in it.
+    """
 
     def __init__(
         self, path: str, table: Table, prefix: bytes, services: Sequence[str], write_seconds: float = WRITE_SECONDS
@@ -34,7 +50,7 @@ class SnapshotFile:
         self._services = services
         self._write_seconds = write_seconds
         self._write_after = 0.0
-        self._fails = False
+        self._failures = 0
         self._writer: AtomicWriter | None = None
         self.dirty = bool(path)
         """Whether the latest snapshot has not been written."""
@@ -62,6 +78,7 @@ class SnapshotFile:
         self.dirty = self.dirty or changed
         if not self.dirty:
             try:
+                self._check_owner()
                 os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
             except OSError:
                 self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
@@ -69,10 +86,11 @@ class SnapshotFile:
             self.discard()
         elif self._writer is not None:
             # A folder is marked: without a mark an empty one proves nothing when this is read again.
-            marks = [
-                export_entry(self._table.path(SERVICES[name]), INCOMPLETE if name in snapshot.hidden else b"")
+            *others, last = (
+                (self._table.path(SERVICES[name]), INCOMPLETE if name in snapshot.hidden else b"")
                 for name in self._services
-            ]
+            )
+            marks = [export_entry(*mark) for mark in others] + [export_entry(*last, table=self._table.name)]
             self._write(b",\n".join(marks) + b"\n]\n", last=True)
 
     def _write(self, data: bytes, *, last: bool = False) -> None:
@@ -81,16 +99,36 @@ class SnapshotFile:
             self._writer.write(data)
             if not last:
                 return
+            self._check_owner()
             self._writer.commit()
         except OSError as error:
             self.discard()
-            if not self._fails:
+            if not self._failures:
                 log.warning("%s: not written: %s", self._path, error.strerror)
-            self._fails = True
+            self._failures += 1
         else:
-            self._writer = None
-            self.dirty = self._fails = False
-        self._write_after = time.monotonic() + self._write_seconds
+            if self._failures:
+                log.warning("%s: written again", self._path)
+            self._writer, self.dirty, self._failures = None, False, 0
+        pause = self._write_seconds * 2.0 ** min(self._failures, DOUBLINGS_MAX)
+        self._write_after = time.monotonic() + pause
+
+    def _check_owner(self) -> None:
+        """Raise OSError if the file names another table or, as an older one names none, has no keys of this one."""
+        unread = (FileNotFoundError, PermissionError, SourceError)
+        with contextlib.suppress(*unread), open(self._path, "rb", opener=open_regular_file) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _OWNER_BYTES))
+            if owner := _OWNER.search(file.read()):
+                name = msgspec.json.decode(owner[1], type=str)
+                others = name != self._table.name
+            else:
+                file.seek(0)
+                keys = [each.key for each in read_export(read_bounded(file))]
+                name, others = "", not any(key.startswith(self._prefix) for key in keys) if keys else False
+            if others:
+                whose = f"table {printable(name)}" if name else "another table"
+                hint = "put {table} into the path, or remove the file"
+                raise OSError(errno.EEXIST, f"it is the copy of {whose} ({hint})")
 
     def discard(self) -> None:
         """Leave the file as it is."""
@@ -110,15 +148,23 @@ class SnapshotFile:
         except (OSError, SourceError) as error:
             log.warning("%s: not used: %s", self._path, getattr(error, "strerror", error))
             return None
-        if status.st_mode & 0o077 or status.st_uid != os.geteuid():  # it may hold password hashes
-            log.warning("%s: not used: belongs to another user, or others may read it (set mode 0600)", self._path)
+        if status.st_uid != os.geteuid():
+            log.warning("%s: not used: it belongs to another user", self._path)
+            return None
+        if status.st_mode & 0o077:  # it may hold password hashes
+            log.warning("%s: not used: others may read it (set mode 0600)", self._path)
             return None
         if snapshot is None:
             log.warning("%s: ignored: contains no keys under %s", self._path, printable(self._prefix))
             return None
-        age = max(0.0, time.time() - status.st_mtime)
-        log.info("%s: %d entries of %.0f s ago from %s", printable(self._prefix), snapshot.size, age, self._path)
-        return snapshot, age
+        age = time.time() - status.st_mtime
+        if age < -CLOCK_SECONDS:
+            text = "%s: not used: dated %s in the future, so its age is unknown (check the clock)"
+            log.warning(text, self._path, counted(round(-age), "second", "seconds"))
+            return None
+        entries = counted(snapshot.size, "entry", "entries")
+        log.info("%s: %s of %.0f s ago from %s", printable(self._prefix), entries, max(age, 0.0), self._path)
+        return snapshot, max(age, 0.0)
 
 
 def snapshot_from_export(

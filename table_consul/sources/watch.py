@@ -18,13 +18,14 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
+from table_consul.refusals import BadName
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
-from table_consul.transport import BadName, WaitCut
+from table_consul.transport import WaitCut
 
 log = logging.getLogger("table_consul")
 
@@ -107,6 +108,8 @@ def _read_snapshot(
                 raise BadResponse(f"{printable(present[0])} is there, but Consul does not list it")
             if reason is not None:
                 reasons[name] = reason
+    if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
+        raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
 
 
@@ -284,15 +287,15 @@ class Watch(threading.Thread):
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""
-        if not snapshot.size and not snapshot.hidden and former is None:
-            text = "%s: empty: every lookup returns not-found (check the table's name and prefix, or add keys)"
+        if former is None and not snapshot.size and not snapshot.hidden:
+            text = "%s: no entries: every lookup returns not-found (check the names of prefix and table in Consul)"
             log.warning(text, printable(self.prefix))
         for name, entries in snapshot.entries.items():
-            count = 0 if former is None else len(former.entries[name])
-            if len(entries) * 2 < count and name not in snapshot.hidden:
+            count, left = 0 if former is None else len(former.entries[name]), len(entries)
+            if left * 2 < count and name not in snapshot.hidden:
                 path = printable(self._table.path(SERVICES[name]))
-                noun = "entry" if count == 1 else "entries"
-                log.warning("%s: %d of %d %s deleted at once", path, count - len(entries), count, noun)
+                noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
+                log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
 
 
 class MirrorSource:

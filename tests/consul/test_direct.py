@@ -7,11 +7,13 @@ import pytest
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
 from table_consul.kv import Pair
+from table_consul.refusals import BadRequest
 from table_consul.services import SERVICES, Table
-from table_consul.sources.direct import CACHE_SECONDS, DirectSource
-from table_consul.transport import BadRequest
+from table_consul.sources.direct import CACHE_SECONDS, REFUSED_NAME_SECONDS, DirectSource
+from table_consul.sources.mirror import Unlisted
 
-TABLE = Table("aliases", prefix="mail")
+TABLE = Table("aliases", prefix="mail", mode="direct")
+MIRRORED = Table("aliases", prefix="mail")
 ROOT = b"mail/aliases/alias/root"
 
 
@@ -28,6 +30,7 @@ class Client:
         self.errors: dict[bytes, Exception] = {}
         self.asked = []
         self.tokens = 0
+        self.hides = False
         self.closed = False
 
     def clock(self):
@@ -44,9 +47,13 @@ class Client:
         self._take("get", key, timeout)
         return Pair(key.decode(), self.store[key], 1) if key in self.store else None
 
-    def list(self, prefix, *, timeout):
+    def visible(self, prefix, *, timeout):
         self._take("list", prefix, timeout)
-        return [Pair(k.decode(), v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)]
+        return [Pair(k.decode(), v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)], self.hides
+
+    def visible_keys(self, prefix, *, timeout):
+        self._take("keys", prefix, timeout)
+        return [key for key in sorted(self.store) if key.startswith(prefix)], self.hides
 
     def reload(self):
         self.tokens += 1
@@ -110,13 +117,10 @@ def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
         "a\x85b".encode(),
     ],
 )
-def test_a_key_that_no_url_can_name_is_absent_and_never_reaches_the_client(client, direct, key):
-    client.error = AssertionError("asked")
-    assert (bucket(direct, key=key).lookup(key), bucket(direct, key=key).find(key), client.asked) == (
-        None,
-        None,
-        [],
-    )
+def test_key_that_no_url_can_name_is_an_error_and_never_asked_for(client, direct, key):
+    with pytest.raises(SourceError, match="no URL can name it"):
+        bucket(direct, key=key)
+    assert client.asked == []
 
 
 @pytest.mark.parametrize("key", [b"%2e%2e/secret", b"root?raw", b"root#x", b"?keys", b"..%2f..", b"a b", b"a;b"])
@@ -146,12 +150,22 @@ def test_an_empty_list_whose_probe_is_refused_is_no_absence(client, direct):
         bucket(direct, "source", None)
 
 
-def test_list_that_consul_shortened_is_an_error_and_one_line(client, direct, caplog):
-    client.errors[b"mail/aliases/source/"] = Forbidden("hides keys")
-    for _ in range(3):
+def test_list_of_which_consul_hides_keys_answers_with_the_visible_ones(client, direct):
+    client.hides = True
+    with pytest.raises(Forbidden, match="Consul hides keys under mail/aliases/source/"):
+        bucket(direct, "source", None)
+    client.store[b"mail/aliases/source/192.0.2.1"] = None
+    assert bucket(direct, "source", None).next_after(None) == (b"192.0.2.1", b"192.0.2.1")
+
+
+def test_pattern_of_which_consul_hides_keys_is_an_error_unless_a_visible_one_matches(client, network):
+    client.hides = True
+    assert network().find(b"192.0.2.1") is not None
+    client.store.clear()
+    client.now += 2 * CACHE_SECONDS
+    for _ in range(2):
         with pytest.raises(Forbidden):
-            bucket(direct, "source", None)
-    assert lines(caplog) == ["mail/aliases/source/: hides keys; returning errors"]
+            network()
 
 
 def test_a_fetch_never_answers_from_an_old_list(client, direct):
@@ -322,15 +336,6 @@ def test_a_default_that_cannot_be_read_is_no_absence(client, direct):
         bucket(direct, "userinfo", b"vera")
 
 
-@pytest.mark.parametrize("key", [b"..", b"a/../b", b"a\nb", b""])
-def test_a_name_that_no_key_can_have_is_not_put_into_a_home(client, direct, key):
-    client.store[USERS + b"*"] = b"1000:1000:/home/%u"
-    found = bucket(direct, "userinfo", key)
-    assert [asked for _, asked, _ in client.asked] == [USERS + b"*"]
-    with pytest.raises(EntryError, match="cannot be used in the default home"):
-        found.lookup(key)
-
-
 def test_other_services_have_no_default(client, direct):
     client.store[b"mail/aliases/alias/*"] = b"gilles"
     assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
@@ -352,3 +357,68 @@ def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, di
             bucket(direct, key=b"%d@x" % number)
         bucket(direct)
     assert lines(caplog) == ["mail/aliases/alias/: refuses the name of key 0; returning errors for such keys"]
+
+
+def test_refused_names_are_logged_again_after_some_minutes_and_are_no_outage(client, direct, caplog):
+    for number in range(30):
+        client.now += REFUSED_NAME_SECONDS / 10
+        client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest("refuses the name")
+        with pytest.raises(BadRequest):
+            bucket(direct, key=b"%d@x" % number)
+        assert bucket(direct).lookup(b"root") == b"gilles"
+    assert lines(caplog) == ["mail/aliases/alias/: refuses the name; returning errors for such keys"] * 3
+
+
+# ---- for a table that should be in memory ----
+
+
+def test_key_in_capitals_is_found_by_listing_the_keys_which_is_remembered_for_a_while(client, direct):
+    client.store[b"mail/aliases/alias/Eric"] = b"x"
+    for _ in range(2):
+        assert bucket(direct, key=b"eric", table=MIRRORED).lookup(b"eric") == b"x"
+        assert bucket(direct, key=b"nobody", table=MIRRORED).lookup(b"nobody") is None
+    assert [what for what, _, _ in client.asked].count("keys") == 1
+    client.now += 2 * CACHE_SECONDS
+    bucket(direct, key=b"nobody", table=MIRRORED)
+    assert [what for what, _, _ in client.asked].count("keys") == 2
+
+
+def test_list_of_the_keys_that_takes_long_is_remembered_for_longer(client, direct):
+    client.takes = 0.5
+    for _ in range(2):
+        bucket(direct, key=b"nobody", table=MIRRORED)
+        client.now += CACHE_SECONDS
+    assert [what for what, _, _ in client.asked].count("keys") == 1
+
+
+def test_lower_case_key_takes_precedence_and_of_others_the_first(client, direct):
+    client.store |= {
+        b"mail/aliases/alias/ROOT": b"x",
+        b"mail/aliases/alias/Eric": b"2",
+        b"mail/aliases/alias/ERIC": b"1",
+    }
+    assert bucket(direct, table=MIRRORED).lookup(b"root") == b"gilles"
+    assert bucket(direct, key=b"eric", table=MIRRORED).lookup(b"eric") == b"1"
+
+
+def test_key_without_letters_needs_no_list(client, direct):
+    bucket(direct, key=b"4711", table=MIRRORED)
+    assert [what for what, _, _ in client.asked] == ["get"]
+
+
+def test_key_is_an_error_while_the_keys_cannot_be_listed(client, direct):
+    client.errors[b"mail/aliases/alias/"] = Forbidden("no")
+    with pytest.raises(Forbidden):
+        bucket(direct, key=b"nobody", table=MIRRORED)
+
+
+def test_hidden_key_is_read_as_it_is_stored_and_not_searched_for(client, direct):
+    client.store[b"mail/aliases/alias/Eric"] = b"x"
+    unlisted = Unlisted(Forbidden("hidden"), b"Eric")
+    found = direct.entries_hidden(unlisted, MIRRORED, SERVICES["alias"], b"eric", client.now + 2.0)
+    assert (found.lookup(b"eric"), client.asked) == (b"x", [("get", b"mail/aliases/alias/Eric", 2.0)])
+    for service, key, stored in (("netaddr", b"192.0.2.1", b"192.0.2.1"), ("source", None, None)):
+        with pytest.raises(Forbidden, match="hidden"):
+            direct.entries_hidden(
+                Unlisted(Forbidden("hidden"), stored), MIRRORED, SERVICES[service], key, client.now + 2.0
+            )

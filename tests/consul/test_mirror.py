@@ -4,20 +4,21 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
-from table_consul.kv import is_url_safe
 from table_consul.services import Table
 from table_consul.sources.mirror import (
+    HIDDEN_WAIT_SECONDS,
     LEAST_PAUSE_SECONDS,
-    LEAST_WAIT_SECONDS,
     MAX_ABSENCE_CHECKS,
     MOST_PAUSE_SECONDS,
     MOST_WAIT_SECONDS,
-    AbsenceCheck,
+    Hidden,
     Mirror,
     QueryState,
-    Snapshot,
     SnapshotBuilder,
+    Unlisted,
+    after_cut,
     next_query,
+    sample,
     unverified_services,
     wait_seconds,
 )
@@ -38,18 +39,15 @@ def result(index=7, *, changed=False, timed_out=False, load_seconds=0.0):
     }
 
 
-def loading(pairs=(), former=None, table=TABLE, forbidden=None):
-    made = SnapshotBuilder(table, PREFIX, table.services, former, forbidden or {})
+def loading(pairs=(), former=None, table=TABLE):
+    made = SnapshotBuilder(table, PREFIX, table.services, former)
     made.take(list(pairs))
     return made
 
 
-def snapshot(pairs=(), former=None, table=TABLE):
-    return loading(pairs, former, table).finish()
-
-
-def checks(pairs, former, *, filtered=False):
-    return list(loading(pairs, former).absence_checks(is_url_safe, filtered=filtered))
+def snapshot(pairs=(), former=None, table=TABLE, hidden=()):
+    """A snapshot; ``hidden`` are services of which keys are hidden, with the keys that are missing."""
+    return loading(pairs, former, table).finish({name: Hidden(Forbidden("no"), keys) for name, keys in hidden})
 
 
 # ---- the index ----
@@ -110,17 +108,41 @@ def test_an_index_that_goes_to_and_fro_without_news_is_no_busy_loop():
 # ---- the wait ----
 
 
-@pytest.mark.parametrize(
-    ("keys", "seconds"),
-    [(0, LEAST_WAIT_SECONDS), (10_000, 10.0), (20_000, 20.0), (100_000, MOST_WAIT_SECONDS)],
-)
-def test_the_wait_grows_with_the_table_between_two_limits(keys, seconds):
-    assert wait_seconds(keys, 86400.0) == seconds
+def wait(longest=MOST_WAIT_SECONDS, max_age=86400.0, *, hidden=False):
+    return wait_seconds(QueryState(7, longest_wait=longest), max_age, hidden=hidden)
 
 
-@pytest.mark.parametrize(("max_age", "seconds"), [(30.0, 10.0), (15.0, 5.0), (1.0, 1 / 3), (1e-9, LEAST_PAUSE_SECONDS)])
-def test_the_wait_stays_below_a_third_of_max_age(max_age, seconds):
-    assert wait_seconds(100_000, max_age) == seconds
+def test_wait_is_long_where_nothing_is_hidden_and_short_where_a_permission_may_be_granted():
+    assert (wait(), wait(hidden=True)) == (MOST_WAIT_SECONDS, HIDDEN_WAIT_SECONDS)
+    assert MOST_WAIT_SECONDS == 300.0  # Consul's default
+    assert HIDDEN_WAIT_SECONDS * (1 + 1 / 16) < 15.0
+
+
+@pytest.mark.parametrize(("max_age", "seconds"), [(60.0, 20.0), (15.0, 5.0), (1.0, 1 / 3), (1e-9, LEAST_PAUSE_SECONDS)])
+def test_wait_stays_below_a_third_of_max_age(max_age, seconds):
+    assert wait(max_age=max_age) == seconds
+
+
+@pytest.mark.parametrize("limit", [5.0, 30.0, 50.0, 60.0])
+def test_wait_after_a_cut_is_below_it_and_probes_the_limit_ever_again(limit):
+    state, waits = after_cut(QueryState(7), limit), []
+    for _ in range(100):
+        waits.append(wait_seconds(state, 86400.0, hidden=False))
+        if waits[-1] < limit:
+            state, _ = next_query(state, **result(7, timed_out=True))
+        else:
+            state = after_cut(state, limit)
+    cuts = sum(wait >= limit for wait in waits)
+    assert waits[0] < limit
+    assert 10 <= cuts <= 15
+    assert sum(waits) / len(waits) > limit / 2
+
+
+def test_wait_recovers_after_a_single_cut():
+    state = after_cut(QueryState(7), 5.0)
+    for _ in range(60):
+        state, _ = next_query(state, **result(7, timed_out=True))
+    assert state.longest_wait == MOST_WAIT_SECONDS
 
 
 # ---- a snapshot ----
@@ -138,10 +160,10 @@ def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch()
         (b"mail/aliases/z", b"no"),
     ]
     for cut in range(len(pairs) + 1):
-        made = SnapshotBuilder(table, PREFIX, table.services, None, {})
+        made = SnapshotBuilder(table, PREFIX, table.services, None)
         made.take(pairs[:cut])
         made.take(pairs[cut:])
-        found = made.finish()
+        found = made.finish({})
         assert {name: dict(bucket.values) for name, bucket in found.entries.items()} == {
             "alias": {b"a": b"1", b"b": b"2"},
             "domain": {b"c": b"3"},
@@ -152,9 +174,9 @@ def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch()
 
 def test_two_services_may_share_one_folder():
     table = Table("t", services=("alias", "string"), paths={"string": "t/alias"})
-    made = SnapshotBuilder(table, b"t/", table.services, None, {})
+    made = SnapshotBuilder(table, b"t/", table.services, None)
     made.take([(b"t/alias/a", b"1")])
-    assert {name: bucket.lookup(b"a") for name, bucket in made.finish().entries.items()} == {
+    assert {name: bucket.lookup(b"a") for name, bucket in made.finish({}).entries.items()} == {
         "alias": b"1",
         "string": b"1",
     }
@@ -162,9 +184,9 @@ def test_two_services_may_share_one_folder():
 
 def test_a_path_elsewhere_is_a_prefix_of_its_own():
     table = Table("t", services=("alias",), paths={"alias": "shared/people"})
-    made = SnapshotBuilder(table, b"shared/people/", table.services, None, {})
+    made = SnapshotBuilder(table, b"shared/people/", table.services, None)
     made.take([(b"shared/people/a", b"1")])
-    assert made.finish().entries["alias"].lookup(b"a") == b"1"
+    assert made.finish({}).entries["alias"].lookup(b"a") == b"1"
 
 
 def test_the_same_contents_keep_the_same_snapshot():
@@ -192,120 +214,87 @@ def test_a_table_may_have_max_keys_entries_and_not_one_more():
 # ---- absence is proven ----
 
 
-def test_nothing_lost_is_nothing_doubted():
-    assert checks([*BOTH, (DOMAIN + b"new", b"")], snapshot(BOTH)) == []
+def missing(pairs, former):
+    return loading(pairs, former).missing_keys()
 
 
-def test_of_the_lost_keys_one_of_each_service_is_doubted():
-    former = snapshot([*((ALIAS + b"%02d" % number, b"x") for number in range(20)), BOTH[1]])
-    assert checks([], former) == [
-        AbsenceCheck("alias", ALIAS + b"00", had_entries=True),
-        AbsenceCheck("domain", DOMAIN + b"example.org", had_entries=True),
-    ]
+def test_nothing_is_missing_where_nothing_was_lost():
+    assert missing([*BOTH, (DOMAIN + b"new", b"")], snapshot(BOTH)) == {"alias": {}, "domain": {}}
+    assert missing(BOTH, None) == {"alias": {}, "domain": {}}
 
 
-def test_absence_is_checked_with_the_key_as_it_was_stored():
-    former = snapshot([(ALIAS + b"Root", b"x"), BOTH[1]])
-    assert checks([BOTH[1]], former) == [AbsenceCheck("alias", ALIAS + b"Root", had_entries=True)]
+def test_missing_keys_are_as_they_were_stored():
+    former = snapshot([(ALIAS + b"Root", b"x"), (ALIAS + b"bad", b"|sh"), BOTH[1]])
+    assert missing([BOTH[1]], former) == {"alias": {b"root": b"Root", b"bad": b"bad"}, "domain": {}}
 
 
-def test_absence_is_checked_against_entries_built_with_another_max_age():
+def test_keys_are_missing_from_entries_built_with_another_max_age():
     former = snapshot(BOTH, table=replace(TABLE, max_age=1.0, deadline=1.0))
-    assert checks([BOTH[1]], former) == [AbsenceCheck("alias", ROOT[0], had_entries=True)]
+    assert missing([BOTH[1]], former)["alias"] == {b"root": b"root"}
 
 
-def test_where_consul_says_that_it_hides_keys_more_of_the_lost_are_doubted():
-    former = snapshot([*((ALIAS + b"%02d" % number, b"x") for number in range(20)), BOTH[1]])
-    found = [check for check in checks([BOTH[1]], former, filtered=True) if check.service == "alias"]
-    assert found == [
-        AbsenceCheck("alias", ALIAS + b"%02d" % number, had_entries=True) for number in range(MAX_ABSENCE_CHECKS)
-    ]
+def test_keys_that_were_missing_and_may_be_hidden_still_are_until_they_are_listed():
+    former = snapshot([BOTH[1]], hidden=[("alias", {b"root": b"Root", b"eric": b"eric"})])
+    assert missing([(ALIAS + b"eric", b"x"), BOTH[1]], former)["alias"] == {b"root": b"Root"}
 
 
-def test_where_consul_says_that_it_hides_keys_a_bucket_that_lost_none_is_doubted_as_well():
-    assert checks(BOTH, snapshot(BOTH), filtered=True) == [
-        AbsenceCheck("alias", ALIAS + b"-", had_entries=True),
-        AbsenceCheck("domain", DOMAIN + b"-", had_entries=True),
-    ]
-    assert checks(BOTH, None, filtered=True) == [
-        AbsenceCheck("alias", ALIAS + b"-", had_entries=False),
-        AbsenceCheck("domain", DOMAIN + b"-", had_entries=False),
-    ]
+def test_lost_everything_is_a_table_without_entries_that_had_some():
+    assert loading([], snapshot(BOTH)).lost_everything
+    assert not loading(BOTH[:1], snapshot(BOTH)).lost_everything
+    assert not loading([], snapshot([])).lost_everything
+    assert not loading([]).lost_everything
 
 
-def test_a_listed_key_of_the_name_of_the_probe_is_proof_enough():
-    assert checks([(ALIAS + b"-", b"x"), BOTH[1]], None, filtered=True) == [
-        AbsenceCheck("domain", DOMAIN + b"-", had_entries=False)
-    ]
+def test_sample_is_everything_or_spread_over_the_list():
+    keys = [b"%04d" % number for number in range(1000)]
+    assert sample(keys[:MAX_ABSENCE_CHECKS]) == keys[:MAX_ABSENCE_CHECKS]
+    found = sample(keys)
+    assert (len(found), len(set(found)), found[0]) == (MAX_ABSENCE_CHECKS, MAX_ABSENCE_CHECKS, b"0000")
+    assert found[-1] > b"0980"
 
 
-def test_a_lost_key_that_no_url_can_name_is_no_proof_so_the_folder_is_asked_for():
-    former = snapshot([(ALIAS + b"a//b", b"x"), BOTH[1]])
-    assert checks([BOTH[1]], former) == [AbsenceCheck("alias", ALIAS + b"-", had_entries=True)]
+def test_services_are_verified_at_the_start_after_a_restart_while_hidden_and_while_consul_filters():
+    def unverified(former, *, filtered=False):
+        return unverified_services(TABLE.services, former, filtered=filtered)
+
+    assert unverified(None) == ["alias", "domain"]
+    assert unverified(snapshot(BOTH)) == []
+    assert unverified(snapshot(BOTH), filtered=True) == ["alias", "domain"]
+    assert unverified(snapshot(BOTH, hidden=[("alias", {})])) == ["alias"]
+    assert unverified(restored(BOTH)) == ["alias", "domain"]
 
 
-def test_a_bucket_that_is_empty_is_believed_to_be_where_its_folder_may_be_read():
-    assert checks([BOTH[1]], None) == []
-    assert unverified_services(TABLE.services, None) == ["alias", "domain"]
-    assert unverified_services(TABLE.services, snapshot([BOTH[1]])) == []
-
-
-def hidden(pairs=(BOTH[1],), former=None):
-    return loading(pairs, former, forbidden={"alias": Forbidden("may not be read")}).finish()
-
-
-def test_a_bucket_is_hidden_whose_folder_could_not_be_read_before_and_is_tried_again_each_time():
-    assert list(hidden().forbidden) == ["alias"]
-    assert unverified_services(TABLE.services, hidden()) == ["alias"]
-    made = loading([BOTH[1]], hidden(), forbidden={"alias": Forbidden("still")})
-    assert list(made.absence_checks(is_url_safe, filtered=True)) == [
-        AbsenceCheck("domain", DOMAIN + b"-", had_entries=True)
-    ]
-
-
-def test_a_bucket_may_turn_out_to_be_hidden_afterwards():
-    made = loading([BOTH[1]], snapshot([BOTH[1]]))
-    assert next(made.absence_checks(is_url_safe, filtered=True)) == AbsenceCheck(
-        "alias", ALIAS + b"-", had_entries=False
-    )
-    made.forbidden["alias"] = Forbidden("may not be read")
-    assert list(made.finish().forbidden) == ["alias"]
-
-
-def test_what_is_hidden_still_is_no_change_and_what_is_no_longer_is_one():
-    former = hidden()
-    assert hidden(former=former) is former
+def test_snapshot_stays_the_same_while_the_same_keys_are_hidden():
+    former = snapshot([BOTH[1]], hidden=[("alias", {})])
+    assert snapshot([BOTH[1]], former, hidden=[("alias", {})]) is former
     assert snapshot([BOTH[1]], former) is not former
+    assert snapshot([BOTH[1]], former, hidden=[("alias", {b"root": b"root"})]) is not former
 
 
-def test_a_hidden_bucket_is_an_error_and_the_others_answer():
+def test_visible_entries_answer_where_others_are_hidden_and_absence_needs_a_read():
     held = Mirror(10.0)
-    held.state = (hidden(), 0.0)
+    held.state = (snapshot(BOTH, hidden=[("alias", {b"eric": b"Eric"})]), 0.0)
     assert held.entries("domain", b"example.org", 1.0).find(b"example.org") is not None
-    for _ in range(3):
-        with pytest.raises(Forbidden, match="may not be read") as caught:
-            held.entries("alias", b"root", 1.0)
-    assert len(caught.traceback) == 2
-
-
-def test_of_a_bucket_that_is_hidden_in_part_the_rest_answers_and_absence_is_an_error():
-    held = Mirror(10.0)
-    held.state = (hidden(BOTH), 0.0)
     assert held.entries("alias", b"root", 1.0).lookup(b"root") == b"gilles"
-    for key in (b"nobody", None):
-        with pytest.raises(Forbidden):
+    assert len(held.entries("alias", None, 1.0)) == 1
+    for key, stored in ((b"nobody", b"nobody"), (b"eric", b"Eric")):
+        with pytest.raises(Unlisted) as caught:
             held.entries("alias", key, 1.0)
+        assert caught.value.stored == stored
+
+
+def test_list_of_a_folder_without_a_visible_entry_is_an_error():
+    held = Mirror(10.0)
+    held.state = (snapshot([BOTH[1]], hidden=[("alias", {})]), 0.0)
+    with pytest.raises(Unlisted):
+        held.entries("alias", None, 1.0)
 
 
 # ---- a copy from disk proves nothing ----
 
 
 def restored(pairs):
-    return loading(pairs).finish(restored=True)
-
-
-def test_what_comes_from_disk_is_all_unproven():
-    assert unverified_services(TABLE.services, restored(BOTH)) == ["alias", "domain"]
+    return loading(pairs).finish({}, restored=True)
 
 
 def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets():
@@ -366,4 +355,3 @@ def test_each_confirmation_replaces_the_state():
 
 def test_a_batch_of_nothing_is_nothing():
     assert snapshot([]).size == 0
-    assert isinstance(snapshot([]), Snapshot)

@@ -24,11 +24,11 @@ def file(path):
 
 
 def write(file, pairs=((b"t/alias/root", b"gilles"),)):
-    builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None, {})
+    builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None)
     file.begin()
     for each in (builder.take, file.take):
         each([*pairs])
-    snapshot = builder.finish()
+    snapshot = builder.finish({})
     file.finish(snapshot, changed=True)
     return snapshot
 

@@ -297,3 +297,11 @@ def test_smtpd_reads_the_file_as_it_is_answered_from_consul(consul, smtpd, tmp_p
     answers = dict(re.findall(r'lookup: lookup "(\w+)" as alias in table static:aliases -> "(.*)"', mail.log))
     told = control("-c", conf, "query", "aliases", "alias", *asked).text
     assert {key: answers[key] for key in asked} == dict(line.split("\t", 1) for line in told.splitlines())
+
+
+@pytest.mark.parametrize(("keys", "count"), [(["a b"], "1 of 1 entry"), (["a b", "c"], "1 of 2 entries")])
+def test_entries_that_cannot_be_written_are_counted(tmp_path, keys, count):
+    path = write_config(tmp_path)
+    write_source(tmp_path, {f"aliases/alias/{key}": b"x" for key in keys})
+    done = control("-c", path, "export", "aliases", "alias")
+    assert (done.status, f"{count} cannot be written in this format" in done.said) == (2, True), done.said

@@ -181,3 +181,10 @@ def test_progress_bar_fits_a_terminal_of_40_columns(consul, tmp_path):
     assert b"100%" in seen
     lines = seen.replace(b"\x1b[?25l", b"").replace(b"\x1b[?25h", b"").replace(b"\n", b"\r").split(b"\r")
     assert [line for line in lines if len(line.decode()) > 40] == []
+
+
+def test_interrupted_import_counts_a_single_key(consul, between, monkeypatch):
+    monkeypatch.setattr(txn, "RETRY_SECONDS", 0.5)
+    between(1, consul.kill)
+    done = importer(consul, "aliases", "alias", "-", stdin=alias_lines(1))
+    assert (done.status, "interrupted: 0 of 1 key written; " in done.said) == (2, True), done.said

@@ -59,8 +59,11 @@ def test_table_has_the_state_of_its_worst_folder(tmp_path, run_status):
 
 def test_report_shows_every_published_metric(tmp_path, run_status):
     error = sample(
-        "last_error_timestamp_seconds", time.time() - 300, table="aliases", prefix="aliases/", error="no leader"
+        "last_error_timestamp_seconds", time.time() - 300, table="aliases", prefix="aliases/", error="unreachable"
     )
+    for owner, prefix in (("aliases", "aliases/"), ("other", "aliases/"), ("aliases", "other/")):
+        error += f'# table_consul_last_error ["{owner}","{prefix}","no leader for {owner} {prefix}"]\n'
+    error += "# table_consul_last_error [1]\n# table_consul_last_error\n"
     publish(tmp_path, more=error, **{**FOLLOWING, "entries_refused": 1, "snapshot_age_seconds": 130})
     _, out, _ = run_status(configured(tmp_path), "--offline")
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - 7200))
@@ -70,7 +73,7 @@ def test_report_shows_every_published_metric(tmp_path, run_status):
         "  keys       2, 1 refused (see lint)",
         "  index      12",
         "  age        2 min",
-        "  last error 5 min ago: no leader",
+        "  last error 5 min ago: no leader for aliases aliases/",
         f"  runs since {since[:-1]}",
     ):
         assert f"\n{line}" in "\n" + out

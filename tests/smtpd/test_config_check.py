@@ -14,7 +14,8 @@ def test_good_configuration_has_no_problems(load_config, tmp_path):
     tmp_path.chmod(0o750)
     (tmp_path / "token").write_text(SECRET)
     (tmp_path / "token").chmod(0o640)
-    text = f'[consul]\ntoken_file = "{tmp_path}/token"\nca_path = "{tmp_path}"\n[defaults]\nsnapshot = "{tmp_path}/s"'
+    text = f'[consul]\ntoken_file = "{tmp_path}/token"\nca_path = "{tmp_path}"\n'
+    text += f'[defaults]\nsnapshot = "{tmp_path}/{{table}}"'
     assert check.check_files(load_config(text)) == []
 
 
@@ -61,6 +62,25 @@ def test_snapshot_that_others_can_read_is_reported(load_config, tmp_path):
 def test_two_tables_with_one_snapshot_are_reported(load_config, tmp_path):
     (line,) = check.check_files(load_config(f'[defaults]\nsnapshot = "{tmp_path}/copy"\n[tables.a]\n[tables.b]'))
     assert line.endswith("snapshot of table b: same file as for table a (put {table} into its name)")
+
+
+@pytest.mark.parametrize("tables", ["", "[tables.a]", '[tables.a]\nsnapshot = "{}/a"\n'])
+@pytest.mark.parametrize(("section", "key"), [("defaults", "snapshot"), ("metrics", "textfile")])
+def test_path_that_every_table_would_write_is_reported(load_config, config_file, tmp_path, section, key, tables):
+    text = f'[{section}]\n{key} = "{tmp_path}/copy"\n{tables.format(tmp_path)}'
+    hint = "every table would write the same file (put {table} into its name)"
+    assert check.check_files(load_config(text)) == [f"{config_file}: {section}.{key}: {hint}"]
+
+
+def test_path_of_one_table_needs_no_placeholder(load_config, tmp_path):
+    assert check.check_files(load_config(f'[tables.a]\nsnapshot = "{tmp_path}/copy"')) == []
+
+
+@pytest.mark.parametrize(("section", "key"), [("defaults", "snapshot"), ("metrics", "textfile")])
+def test_folder_in_place_of_a_file_to_write_is_reported(load_config, tmp_path, section, key):
+    (tmp_path / "consul").mkdir()
+    (line,) = check.check_files(load_config(f'[{section}]\n{key} = "{tmp_path}/{{table}}"'))
+    assert line.endswith(f"{key} of table consul: is a folder")
 
 
 def test_unverified_tls_is_reported(load_config):

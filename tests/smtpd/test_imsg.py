@@ -173,6 +173,12 @@ def test_a_question_with_something_wrong_in_it_is_answered_with_an_error_and_tho
     assert (Malformed, OPS[kind], LOOKED_UP) == (type(first), first.request.op, second)
 
 
+@pytest.mark.parametrize(("count", "noun"), [(1, "parameter"), (6, "parameters")])
+def test_parameters_that_do_not_fit_are_counted(count, noun):
+    (event,) = asked(question(LOOKUP, ALIAS, b"a\0", count))
+    assert event.reason == f"the message is too short for its {count} {noun}"
+
+
 @pytest.mark.parametrize("body", [b"", b"\1", struct.pack("=i", 1), struct.pack("=i", 1) + b"\0" * 7])
 @pytest.mark.parametrize("kind", [CHECK, LOOKUP, FETCH])
 def test_a_question_that_is_too_short_is_answered_with_an_error(kind, body):

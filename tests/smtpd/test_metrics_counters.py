@@ -10,10 +10,12 @@ import pytest
 from prometheus_client import generate_latest
 
 from table_consul.backoff import Backoff
+from table_consul.child import ChildError
 from table_consul.counters import CELLS_MAX, Counters
-from table_consul.errors import Unreachable
+from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.metrics import Exporter
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.transport import BadName
 from tests.smtpd.metrics import fake_tables, parse_samples, registered, table_layout
 
 
@@ -198,7 +200,7 @@ def test_last_error_of_a_mirror_has_its_time_and_stays_after_recovery():
     outage.failure(Unreachable("connection refused"), time.monotonic() - 100, 0.0)
     outage.success(time.monotonic())
     assert collect(tables)["table_consul_last_error_timestamp_seconds"] == {
-        ("connection refused", "aliases/", "aliases"): pytest.approx(time.time() - 100, abs=5)
+        ("unreachable", "aliases/", "aliases"): pytest.approx(time.time() - 100, abs=5)
     }
 
 
@@ -209,25 +211,52 @@ def test_last_error_of_a_direct_or_file_table_is_published(address):
     tables.counters.failed("aliases", Unreachable("no answer in time"), time.monotonic() - 50)
     tables.counters.failed("..", Unreachable("not a table"), 0.0)
     assert collect(tables)["table_consul_last_error_timestamp_seconds"] == {
-        ("no answer in time", "aliases/", "aliases"): pytest.approx(time.time() - 50, abs=5)
+        ("unreachable", "aliases/", "aliases"): pytest.approx(time.time() - 50, abs=5)
     }
 
 
-def test_errors_of_one_cause_share_a_series_without_a_token():
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (Unreachable("no leader"), "unreachable"),
+        (Forbidden("403 for aliases/alias/stranger@example.org"), "forbidden"),
+        (BadName("name of stranger@example.org refused"), "bad-response"),
+        (TooLarge("more than 128 MiB of data"), "too-large"),
+        (SourceError("token file: gone"), "other"),
+        (ChildError("exited with status 1"), "other"),
+        (ZeroDivisionError("a bug"), "other"),
+    ],
+)
+def test_label_of_an_error_is_its_kind_and_no_part_of_its_text(error, kind):
     outage = Backoff("aliases/", "error")
+    outage.failure(error, 100.0, 0.0)
     tables = fake_tables(watch(backoff=outage))
-    texts = set()
-    for number in range(3):
-        token = f"0123456{number}-89ab-cdef-0123-456789abcdef"
-        outage.failure(Unreachable(f"away for {number}.5 s: 500 of {token} {'a1' * 20}{number}"), 100.0, 0.0)
-        texts |= {key[0] for key in collect(tables)["table_consul_last_error_timestamp_seconds"]}
-    assert texts == {"away for ...: 500 of ... ..."}
+    assert list(collect(tables)["table_consul_last_error_timestamp_seconds"]) == [(kind, "aliases/", "aliases")]
+
+
+def test_errors_of_strangers_add_no_series():
+    tables = fake_tables()
+    count_replies(tables.counters, 0.0, (request(), Failed))
+    for number in range(50):
+        tables.counters.failed("aliases", Forbidden(f"403 for aliases/alias/stranger{number}"), 100.0)
+    samples = collect(tables)
+    assert list(samples["table_consul_last_error_timestamp_seconds"]) == [("forbidden", "aliases/", "aliases")]
+    assert "stranger" not in str(samples)
+
+
+def test_text_of_the_last_error_is_a_comment_without_a_token():
+    outage = Backoff("aliases/", "error")
+    outage.failure(Unreachable('500 "of"\n0123456f-89ab-cdef-0123-456789abcdef ' + "a1" * 20), 100.0, 0.0)
+    comments = Exporter("aliases", fake_tables(watch(backoff=outage))).comments()
+    text = r"500 \"of\"\\n... ..."
+    assert comments.decode() == f'# table_consul_last_error ["aliases","aliases/","{text}"]\n'
+    assert Exporter("aliases", fake_tables(watch())).comments() == b""
 
 
 def test_forbidden_services_are_published_by_name():
     snapshot = SimpleNamespace(
         entries={"alias": SimpleNamespace(errors={}), "domain": SimpleNamespace(errors={})},
-        forbidden={"domain": 1},
+        hidden={"domain": 1},
         size=1,
     )
     mirror = SimpleNamespace(state=(snapshot, time.monotonic() - 30), max_age=600.0)

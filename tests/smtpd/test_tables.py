@@ -16,7 +16,7 @@ from table_consul.protocol import Found, Request
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import direct, watch
-from table_consul.sources.mirror import Mirror, Snapshot
+from table_consul.sources.mirror import Hidden, Mirror, Snapshot
 from table_consul.tables import MAX_MIRRORED_TABLES, MAX_NAMES, Tables
 from tests.dialogue import open_tables, write_config, write_source
 
@@ -127,7 +127,8 @@ def test_asking_a_broken_configuration_again_and_again_holds_on_to_nothing():
 def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hidden):
     mirror = Mirror(60.0)
     if hidden:
-        mirror.state = (Snapshot({}, {"alias": Forbidden("hidden")}), 0.0)
+        no_entries = {"alias": Entries(Table("t"), ALIAS)}
+        mirror.state = (Snapshot(no_entries, {"alias": Hidden(Forbidden("hidden"), {})}), 0.0)
     depth = 0
     for _ in range(50):
         with pytest.raises(SourceError) as caught:

@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from msgspec.structs import replace
+
+from table_consul import kv
+from table_consul.config import Config, ConsulConfig
+from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
+from table_consul.services import SERVICES
+from table_consul.sources.watch import load_once
+from tests.consul.watch.watching import (
+    ALIAS,
+    DOMAIN,
+    PREFIX,
+    ROOT,
+    TABLE,
+    ask,
+    becomes,
+    lines,
+    logged,
+    settled,
+    told,
+)
+from tests.dialogue import eventually
+from tests.fake_consul import VERSIONS, Answer, html
+
+READ = 'key_prefix "mail/" { policy = "read" } '
+
+
+def deny(key, kind="key"):
+    return f'{kind} "{key.decode()}" {{ policy = "deny" }} '
+
+
+@pytest.fixture
+def ruled(fake, mirrored, waits_of):
+    """Make a mirror whose token "any" has these rules beside that to read all."""
+
+    def make(*rules, wait=None, **table):
+        if wait is not None:
+            waits_of(wait)
+        fake.tokens["any"] = READ + "".join(rules)
+        return mirrored(fake.address, replace(TABLE, **table))
+
+    return make
+
+
+def hidden(source):
+    """The services of which the mirror knows that keys are hidden."""
+    state = source.watches[0].mirror.state
+    return set() if state is None else set(state[0].hidden)
+
+
+def notices(source, services):
+    for _ in eventually(f"hidden: {services}", 10):
+        if hidden(source) == services:
+            return
+
+
+def narrow(fake, source, *rules):
+    """Change the rules, and wait until a query began after that: each goes by the rules of its beginning."""
+    fake.tokens["any"] = READ + "".join(rules)
+    fake.put(ROOT, b"narrowed")
+    becomes(source, b"narrowed")
+    fake.put(ROOT, b"gilles")
+
+
+def lists(fake):
+    return [request for request in fake.requests if "recurse" in request.params]
+
+
+def test_table_of_which_the_token_may_read_nothing_anymore_keeps_the_last_good_copy(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    settled(source)
+    fake.denied = (PREFIX,)
+    fake.put(b"mail/aliases/zz", b"wakes the watch")
+    logged(caplog, "the token may no longer read anything")
+    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
+    fake.denied = ()
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+
+
+def test_table_that_was_emptied_is_believed_and_logged_with_numbers(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    assert ask(source) == b"gilles"
+    fake.delete(ROOT)
+    fake.delete(DOMAIN + b"example.org")
+    becomes(source, None)
+    becomes(source, None, b"example.org", service="domain")
+    logged(caplog, "mail/aliases/alias/: 1 of 1 entry deleted at once; 0 are left")
+    logged(caplog, "mail/aliases/domain/: 1 of 1 entry deleted at once; 0 are left")
+
+
+def test_loss_of_more_than_half_of_a_folder_is_logged_and_of_less_is_not(fake, mirrored, caplog):
+    for number in range(7):
+        fake.put(ALIAS + b"%d" % number, b"x")
+    source = mirrored(fake.address)
+    settled(source)
+    with fake.store.changed:
+        for number in range(4):
+            fake.delete(ALIAS + b"%d" % number)
+    becomes(source, None, b"0")
+    assert lines(caplog) == []
+    with fake.store.changed:
+        for number in range(4, 7):
+            fake.delete(ALIAS + b"%d" % number)
+    becomes(source, None, b"4")
+    logged(caplog, "mail/aliases/alias/: 3 of 4 entries deleted at once; 1 is left")
+
+
+def test_table_without_any_entry_at_the_start_is_logged(fake, mirrored, caplog):
+    settled(mirrored(fake.address, replace(TABLE, name="typo")))
+    logged(caplog, "mail/typo/: no entries: every lookup returns not-found")
+
+
+def test_folder_that_may_not_be_read_is_an_error_until_it_may_without_any_edit(fake, ruled, caplog):
+    source = ruled(deny(DOMAIN, "key_prefix"), wait=0.2)
+    assert ask(source) == b"gilles"
+    with pytest.raises(Forbidden):
+        ask(source, b"example.org", "domain")
+    fake.tokens["any"] = READ
+    becomes(source, b"example.org", b"example.org", service="domain")
+    logged(caplog, "mail/aliases/: all services readable again")
+
+
+def test_hidden_key_costs_one_key_and_not_the_folder(fake, ruled):
+    fake.put(ALIAS + b"vip", b"x")
+    source = ruled(deny(ALIAS + b"vip"))
+    assert (ask(source), ask(source, b"nobody"), ask(source, b"example.org", "domain")) == (
+        b"gilles",
+        None,
+        b"example.org",
+    )
+    with pytest.raises(Forbidden):
+        ask(source, b"vip")
+    assert hidden(source) == {"alias"}
+    assert source.entries(source.table, SERVICES["alias"], None, time.monotonic() + 2).next_after(None) is not None
+
+
+def test_lookups_of_hidden_and_other_keys_log_nothing_more(fake, ruled, caplog):
+    fake.put(ALIAS + b"vip", b"x")
+    source = ruled(deny(ALIAS + b"vip"))
+    settled(source)
+    before = lines(caplog)
+    for _ in range(5):
+        with pytest.raises(Forbidden):
+            ask(source, b"vip")
+        assert ask(source, b"nobody") is None
+    assert (len(before), lines(caplog)) == (1, before)
+
+
+def test_hidden_key_that_is_created_later_is_an_error(fake, ruled):
+    source = ruled(deny(ALIAS + b"vip"))
+    assert ask(source, b"nobody") is None
+    fake.put(ALIAS + b"vip", b"x")
+    becomes(source, Forbidden, b"vip")
+
+
+def test_hidden_user_does_not_get_the_ids_of_the_default(fake, ruled):
+    users = PREFIX + b"userinfo/"
+    fake.put(users + b"boss", b"1000:1000:/home/boss")
+    fake.put(users + b"*", b"5000:5000:/var/vmail/%u")
+    source = ruled(deny(users + b"boss"), services=("alias", "userinfo"))
+    assert ask(source, b"vera", "userinfo") == b"5000:5000:/var/vmail/vera"
+    with pytest.raises(Forbidden):
+        ask(source, b"boss", "userinfo")
+
+
+def test_pattern_that_may_be_hidden_is_an_error_and_a_visible_one_answers(fake, ruled):
+    networks = PREFIX + b"netaddr/"
+    fake.put(networks + b"192.0.2.0/24", b"")
+    fake.put(networks + b"203.0.113.0/24", b"")
+    source = ruled(deny(networks + b"203.0.113.0/24"), services=("alias", "netaddr"))
+    assert source.entries(source.table, SERVICES["netaddr"], b"192.0.2.1", time.monotonic() + 2).contains(b"192.0.2.1")
+    for address in (b"203.0.113.1", b"198.51.100.1"):
+        with pytest.raises(SourceError, match="hides keys"):
+            ask(source, address, "netaddr")
+
+
+def test_hidden_key_elsewhere_in_the_table_harms_no_service(fake, ruled):
+    fake.put(PREFIX + b"string/secret", b"x")
+    source = ruled(deny(PREFIX + b"string/secret"))
+    assert (ask(source, b"nobody"), hidden(source)) == (None, set())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_deletion_of_some_keys_does_not_prove_the_absence_of_a_hidden_one(fake, ruled, version):
+    fake.version = version
+    names = [b"a%d" % number for number in range(9)]
+    for name in (*names, b"zoe"):
+        fake.put(ALIAS + name, b"x")
+    source = ruled()
+    assert ask(source, b"zoe") == b"x"
+    narrow(fake, source, deny(ALIAS + b"zoe"))
+    with fake.store.changed:
+        for name in names:
+            fake.delete(ALIAS + name)
+    becomes(source, None, b"a0")
+    with pytest.raises(Forbidden):
+        ask(source, b"zoe")
+    assert (ask(source), ask(source, b"a8")) == (b"gilles", None)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_hidden_key_is_read_as_it_was_stored_and_not_folded(fake, ruled, version):
+    fake.version = version
+    fake.put(ALIAS + b"Eric", b"x")
+    source = ruled()
+    assert ask(source, b"eric") == b"x"
+    narrow(fake, source, deny(ALIAS + b"Eric"))
+    becomes(source, Forbidden, b"eric")
+    fake.put(ROOT, b"robert")  # nor is its spelling forgotten with the next edit
+    becomes(source, b"robert")
+    with pytest.raises(Forbidden):
+        ask(source, b"eric")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rule_that_is_lifted_takes_effect_without_any_edit(fake, ruled, version, caplog):
+    fake.version = version
+    fake.put(ALIAS + b"Vip", b"x")
+    source = ruled(wait=0.2)
+    assert ask(source, b"vip") == b"x"
+    narrow(fake, source, deny(ALIAS + b"Vip"))
+    becomes(source, Forbidden, b"vip")
+    fake.tokens["any"] = READ
+    becomes(source, b"x", b"vip")
+    notices(source, set())
+    logged(caplog, "all services readable again")
+
+
+def test_rule_that_comes_and_goes_while_the_index_stays_is_noticed(fake, ruled):
+    fake.put(ALIAS + b"vip", b"x")
+    source = ruled(wait=0.2)
+    settled(source)
+    for _ in range(2):
+        fake.tokens["any"] = READ + deny(ALIAS + b"vip")
+        becomes(source, Forbidden, b"vip")
+        fake.tokens["any"] = READ
+        becomes(source, b"x", b"vip")
+
+
+def test_rule_that_moves_to_another_folder_is_noticed_while_the_index_stays(fake, ruled):
+    fake.put(ALIAS + b"vip", b"x")
+    source = ruled(deny(ALIAS + b"vip"), wait=0.2)
+    becomes(source, Forbidden, b"vip")
+    fake.tokens["any"] = READ + deny(DOMAIN + b"example.org")
+    becomes(source, b"x", b"vip")
+    fake.put(DOMAIN + b"example.net", b"")
+    becomes(source, b"example.net", b"example.net", service="domain")
+    notices(source, {"domain"})
+
+
+def test_list_policy_without_the_rule_list_is_an_error_with_consuls_reason(fake, ruled):
+    fake.key_list_policy = True
+    source = ruled()
+    with pytest.raises(Forbidden, match="lacks permission 'key:list'"):
+        ask(source)
+    fake.tokens["any"] = 'key_prefix "mail/" { policy = "list" }'
+    becomes(source, b"gilles")
+
+
+def test_folder_that_was_empty_and_is_hidden_before_it_fills_is_an_error(fake, ruled, caplog):
+    fake.delete(DOMAIN + b"example.org")
+    source = ruled()
+    assert ask(source, b"example.org", "domain") is None
+    narrow(fake, source, deny(DOMAIN, "key_prefix"))
+    fake.put(DOMAIN + b"example.org", b"")
+    becomes(source, Forbidden, b"example.org", service="domain")
+    logged(caplog, "mail/aliases/: keys may be hidden under: domain; reading Consul for each key that is not listed")
+
+
+def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirrored):
+    names = [b"%04d" % number for number in range(1000)]
+    for name in names:
+        fake.put(ALIAS + name, b"x")
+    source = mirrored(fake.address)
+    settled(source)
+    asked = len(fake.requests)
+    with fake.store.changed:
+        for name in names:
+            fake.delete(ALIAS + name)
+    becomes(source, None, b"0500")
+    read = {request.key for request in fake.requests[asked:] if not request.params}
+    assert 50 < len(read) < 80
+    assert min(read) < ALIAS + b"0010"
+    assert max(read) > ALIAS + b"0980"
+
+
+@pytest.mark.parametrize("contact", [0, 9_000])
+def test_stale_server_that_heard_from_its_leader_proves_absence(fake, mirrored, contact):
+    fake.last_contact = contact
+    source = mirrored(fake.address, consistency="stale")
+    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
+
+
+def test_stale_server_that_lost_its_leader_answers_and_proves_no_absence(fake, mirrored, waits_of):
+    waits_of(0.2)
+    source = mirrored(fake.address, consistency="stale")
+    settled(source)
+    fake.last_contact = 3_600_000
+    becomes(source, Unreachable, b"nobody")
+    assert ask(source) == b"gilles"
+    fake.last_contact = 0
+    becomes(source, None, b"nobody")
+
+
+def test_smaller_index_is_not_believed_before_it_was_read_consistently(fake, mirrored, waits_of):
+    waits_of(0.2)
+    source = mirrored(fake.address)
+    settled(source)
+    behind = Answer(404, {"X-Consul-Index": "2", "X-Consul-Knownleader": "true"})
+    fake.handle = lambda request: fake.consul(request) if "consistent" in request.params else behind
+    for _ in eventually("it was read anew", 10):
+        if len([request for request in lists(fake) if "consistent" in request.params]) > 2:
+            break
+    assert (ask(source), source.watches[0].backoff.total) == (b"gilles", 0)
+
+
+def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
+    source = mirrored(fake.address)
+    settled(source)
+    fake.denied = (b"mail/aliases/zz",)
+    fake.handle = lambda request: fake.consul(request) if "recurse" in request.params else html(request)
+    fake.put(b"mail/aliases/zz", b"makes Consul say that it hides something")
+    for _ in eventually("it is noticed", 10):
+        if source.watches[0].backoff.since is not None:
+            break
+    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
+    fake.handle = fake.consul
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+
+
+def test_a_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, mirrored):
+    fake.version = "1.21.5"
+    fake.put(ALIAS + b"user@example.org", b"x")
+    source = mirrored(fake.address)
+    assert ask(source, b"user@example.org") == b"x"
+    fake.delete(ALIAS + b"user@example.org")
+    becomes(source, None, b"user@example.org")
+
+
+@pytest.mark.parametrize("refusal", [Answer(302, {"Location": "/"}), Answer(451)], ids=["302", "451"])
+def test_absence_of_a_key_is_not_proven_by_a_refusal_to_read_it(fake, mirrored, refusal):
+    fake.put(ALIAS + b"hidden", b"x")
+    source = mirrored(fake.address)
+    assert ask(source, b"hidden") == b"x"
+    fake.handle = lambda request: refusal if request.key == ALIAS + b"hidden" else fake.consul(request)
+    fake.delete(ALIAS + b"hidden")
+    for _ in eventually("the list is not believed", 10):
+        if source.watches[0].backoff.since is not None:
+            break
+    assert ask(source, b"hidden") == b"x"
+
+
+def test_a_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
+    source = mirrored(fake.address)
+    settled(source)
+    honest = fake.consul
+
+    def shortened(request):
+        answer = honest(request)
+        if "recurse" in request.params:
+            entries = [entry for entry in json.loads(answer.body) if not entry["Key"].endswith("root")]
+            answer.body = json.dumps(entries).encode()
+        return answer
+
+    fake.handle = shortened
+    # The first edit may still be answered by the honest one, if it sits on a query.
+    for number, _ in enumerate(eventually("it is noticed", 10)):
+        fake.put(ALIAS + b"new", b"%d" % number)
+        if "does not list it" in str(source.watches[0].mirror.last_error):
+            break
+    assert ask(source) == b"gilles"
+    fake.handle = honest
+    fake.put(ALIAS + b"new", b"x")
+    becomes(source, b"x", b"new")
+
+
+def test_load_once_finds_what_a_watch_finds(fake):
+    client = kv.Client(ConsulConfig(addresses=(fake.address,)))
+    fake.denied = (DOMAIN,)
+    stored = {}
+    snapshot, index = load_once(client, TABLE, PREFIX, TABLE.services, stored.update)
+    assert index == fake.index
+    assert snapshot.entries["alias"].lookup(b"root") == b"gilles"
+    assert list(snapshot.hidden) == ["domain"]
+    assert stored == {ROOT: b"gilles"}
+    with pytest.raises(TooLarge):
+        load_once(client, replace(TABLE, max_keys=0), PREFIX, TABLE.services, stored.update)
+    client.close()
+
+
+def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    source.box[0] = Config(
+        None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, max_age=1000.0)
+    )
+    source.update()
+    assert told(source) == b"gilles"
+    fake.denied = (ROOT,)
+    fake.version = "1.8.7"
+    fake.start()
+    for _ in eventually("it is noticed", 10):
+        try:
+            told(source)
+        except Forbidden:
+            break

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+from msgspec.structs import replace
+
+from table_consul.config import Config, ConsulConfig
+from table_consul.errors import ConfigError, SourceError, Unreachable
+from tests.consul.watch.watching import (
+    ROOT,
+    TABLE,
+    ask,
+    becomes,
+    closed,
+    lines,
+    settled,
+    told,
+)
+from tests.dialogue import eventually
+from tests.fake_consul import FakeConsul
+
+
+def test_an_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
+    monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 60.0)
+    fake.stop()
+    source = sources(fake.address)
+    with pytest.raises(Unreachable):
+        told(source)
+    fake.start()
+    source.update()
+    for _ in eventually("it is back", 10):
+        with contextlib.suppress(SourceError):
+            assert told(source) == b"gilles"
+            return
+
+
+def test_an_update_reads_the_token_file_again_and_says_when_it_cannot(fake, sources, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("first")
+    fake.token = "first"
+    source = sources(fake.address, token_file=str(path))
+    assert told(source) == b"gilles"
+    path.unlink()
+    with pytest.raises(SourceError, match="token file"):
+        source.update()
+    assert told(source) == b"gilles"
+    path.write_text("second")
+    fake.token = "second"
+    source.update()
+    fake.put(ROOT, b"eric")
+    for _ in eventually("the edit", 10):
+        if told(source) == b"eric":
+            break
+
+
+def test_a_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("first")
+    fake.token = "first"
+    source = mirrored(fake.address, token_file=str(path))
+    assert ask(source) == b"gilles"
+    fake.token = "second"
+    path.write_text("second")
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+
+
+def test_an_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    source.box[0] = ConfigError("no TOML")
+    with pytest.raises(ConfigError, match="no TOML"):
+        source.update()
+    fake.put(ROOT, b"eric")
+    for _ in eventually("the edit", 10):
+        if told(source) == b"eric":
+            break
+
+
+def test_an_update_with_another_address_answers_from_there(fake, sources):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    with FakeConsul() as other:
+        other.put(ROOT, b"eric")
+        source.box[0] = Config(None, consul=ConsulConfig(addresses=(other.address,)), defaults=TABLE)
+        source.update()
+        assert told(source) == b"eric"
+
+
+def test_an_update_from_an_address_where_nothing_was_ever_read(fake, sources):
+    source = sources(closed())
+    with pytest.raises(Unreachable):
+        told(source)
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
+    source.update()
+    assert told(source) == b"gilles"
+
+
+def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(fake, sources):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    settings = ConsulConfig(addresses=(fake.address, closed()))
+    source.box[0] = Config(None, consul=settings, defaults=TABLE)
+    source.update()
+    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+    fake.start()
+    fake.put(ROOT, b"eric")
+    for _ in eventually("it is back", 10):
+        if told(source) == b"eric":
+            break
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"max_age": 1000.0}, {"deadline": 0.4}, {"snapshot": "/nonexistent/copy"}, {"procexec_reply": "table-result"}],
+)
+def test_update_of_a_setting_that_no_entry_depends_on_keeps_the_data_through_an_outage(fake, sources, setting):
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, **setting))
+    source.update()
+    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+
+
+def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, caplog):
+    held = threading.Event()
+    source = mirrored(fake.address)
+    settled(source)
+    fake.handle = lambda request: held.wait(10) and fake.consul(request)
+    source.update()
+    former = source.watches[0]
+    source.close()
+    latter = mirrored(closed(), former=source)
+    for _ in eventually("it fails", 10):
+        if latter.watches[0].backoff.failures > 1:
+            break
+    held.set()
+    fake.put(ROOT, b"eric")
+    former.join(10)
+    assert not any("recovered" in line for line in lines(caplog))
+    assert latter.watches[0].backoff.since is not None
+    assert ask(latter) == b"gilles"
+
+
+def test_an_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, caplog):
+    caplog.set_level("INFO")
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    for _ in eventually("the outage is told", 10):
+        if any("serving the last good copy" in line for line in caplog.messages):
+            break
+    fake.start()
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed())), defaults=TABLE)
+    source.update()
+    assert told(source) == b"gilles"
+    for _ in eventually("its end is told", 10):
+        if any(" recovered after " in line for line in caplog.messages):
+            break
+
+
+def test_entries_judged_by_other_rules_are_not_taken_over(fake, sources):
+    fake.put(ROOT, b"|sh")
+    source = sources(fake.address, replace(TABLE, allow_commands=True))
+    assert told(source) == b"|sh"
+    fake.stop()
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
+    source.update()
+    with pytest.raises(SourceError):
+        told(source)

@@ -1,0 +1,159 @@
+"""How long a watch waits, and what it makes of a wait that something cuts."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from msgspec.structs import replace
+
+from tests.consul.watch.watching import ALIAS, PREFIX, ROOT, TABLE, ask, becomes, lines, logged, settled
+from tests.dialogue import eventually
+from tests.fake_consul import VERSIONS
+
+
+def waits(fake):
+    """The seconds of each wait that was asked for."""
+    asked = [request.params["wait"] for request in fake.requests if "wait" in request.params]
+    return [float(each.removesuffix("ms")) / 1000 for each in asked]
+
+
+def consistent_reads(fake):
+    return sum("consistent" in request.params for request in fake.requests)
+
+
+def enough(fake, number):
+    for _ in eventually(f"{number} waits", 10):
+        if len(waits(fake)) >= number:
+            return
+
+
+@pytest.fixture
+def quick_cuts(monkeypatch):
+    monkeypatch.setattr("table_consul.transport.LEAST_CUT_SECONDS", 0.05)
+
+
+def test_wait_is_as_long_as_consuls_own(fake, mirrored):
+    settled(mirrored(fake.address))
+    enough(fake, 1)
+    assert waits(fake) == [300.0]
+
+
+def test_wait_is_a_third_of_max_age_where_that_is_short(fake, mirrored):
+    settled(mirrored(fake.address, replace(TABLE, max_age=60.0)))
+    enough(fake, 1)
+    assert waits(fake) == [20.0]
+
+
+def test_wait_is_short_while_keys_are_hidden(fake, mirrored):
+    fake.denied = (ALIAS + b"vip",)
+    fake.put(ALIAS + b"vip", b"x")
+    settled(mirrored(fake.address))
+    enough(fake, 1)
+    assert waits(fake) == [10.0]
+
+
+@pytest.mark.parametrize("closes_late", [False, True])
+@pytest.mark.usefixtures("quick_cuts")
+def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, waits_of, caplog, closes_late):
+    waits_of(0.5)
+    fake.version, fake.write_timeout, fake.closes_late = "1.22.4", 0.2, closes_late
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 8)
+    asked = waits(fake)
+    assert asked[0] == 0.5
+    assert asked[1] < 0.3
+    assert (lines(caplog), consistent_reads(fake), source.watches[0].reloads) == ([], 1, 1)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert source.watches[0].backoff.total == 0
+
+
+@pytest.mark.usefixtures("quick_cuts")
+def test_cut_wait_does_not_make_the_data_younger(fake, mirrored):
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 1)
+    confirmed = source.watches[0].mirror.state[1]
+    time.sleep(0.1)
+    fake.close_connections()
+    enough(fake, 2)
+    assert source.watches[0].mirror.state[1] == confirmed
+
+
+def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a_line(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 1)
+    fake.close_connections()
+    enough(fake, 2)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert (lines(caplog), consistent_reads(fake)) == ([], 1)
+
+
+@pytest.mark.usefixtures("quick_cuts")
+def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fake, mirrored, caplog):
+    source = mirrored(fake.address, replace(TABLE, deadline=0.1))
+    settled(source)
+    enough(fake, 1)
+    time.sleep(0.2)
+    fake.stop()
+    logged(caplog, "connection refused")
+    assert not any("in time" in line for line in lines(caplog))
+    fake.start()
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+
+
+def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the_next(fake, mirrored, caplog):
+    source = mirrored(fake.address, replace(TABLE, deadline=0.1))
+    settled(source)
+    enough(fake, 1)
+    time.sleep(0.2)
+    fake.close_connections()
+    enough(fake, 2)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert lines(caplog) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_table_that_nobody_edits_is_not_read_again(fake, mirrored, waits_of, version):
+    waits_of(0.1)
+    fake.version = version
+    for number in range(2000):
+        fake.put(ALIAS + b"%04d" % number, b"x" * 50)
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 5)
+    assert source.watches[0].reloads == 1
+    assert ask(source, b"0001") == b"x" * 50
+    fake.put(ALIAS + b"0001", b"y")
+    becomes(source, b"y", b"0001")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_first_key_of_an_empty_table_is_seen_and_others_edits_are_no_busy_loop(fake, mirrored, version):
+    fake.version = version
+    source = mirrored(fake.address, replace(TABLE, name="new"))
+    settled(source)
+    asked = len(fake.requests)
+    for number in range(200):
+        fake.put(b"other/%d" % number, b"x")
+        time.sleep(0.001)
+    assert len(fake.requests) - asked < 30
+    fake.put(PREFIX.replace(b"aliases", b"new") + b"alias/root", b"eric")
+    becomes(source, b"eric", table=replace(TABLE, name="new"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_last_key_of_a_folder_that_is_deleted_and_comes_back_is_seen(fake, mirrored, version):
+    fake.version = version
+    source = mirrored(fake.address)
+    settled(source)
+    fake.delete(ROOT)
+    becomes(source, None)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")

@@ -1,0 +1,84 @@
+"""Asking a mirror of the fake, and waiting for what its watches do."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import socket
+import time
+
+from table_consul.errors import SourceError
+from table_consul.services import SERVICES, Table
+from tests.dialogue import eventually
+
+TABLE = Table("aliases", prefix="mail", services=("alias", "domain"), deadline=0.5)
+PREFIX = b"mail/aliases/"
+ALIAS, DOMAIN = PREFIX + b"alias/", PREFIX + b"domain/"
+ROOT = ALIAS + b"root"
+# What an answer may take beyond its deadline on a busy machine.
+SLACK = 0.3
+
+
+def ask(source, key=b"root", service="alias", left=None, table=None):
+    table = table or source.table
+    bucket = source.entries(table, SERVICES[service], key, time.monotonic() + (left or table.deadline))
+    return bucket.lookup(key)
+
+
+def becomes(source, wanted, key=b"root", **options):
+    """Poll until the answer is the wanted one; an error counts as its type."""
+    got = None
+    for _ in eventually(f"{key!r} becomes {wanted!r}", 10):
+        try:
+            got = ask(source, key, **options)
+        except SourceError as error:
+            got = type(error)
+        if got == wanted:
+            return
+
+
+def settled(source):
+    """Wait until all of its watches have read what there is, and wait for changes."""
+    for _ in eventually("settled", 10):
+        if all(each.index for each in source.watches):
+            return
+
+
+def lines(caplog, level=logging.WARNING):
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+def logged(caplog, text):
+    for _ in eventually(f"{text!r} is logged", 10):
+        if any(text in line for line in lines(caplog)):
+            return
+
+
+def closed():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def told(source, key=b"root", service="alias", name="aliases"):
+    return ask(source, key, service, table=source.table(name))
+
+
+def kept(path):
+    return {entry["key"]: base64.b64decode(entry["value"]) for entry in json.loads(path.read_text())}
+
+
+def written(path, wanted):
+    for _ in eventually(f"{path} holds {wanted}", 10):
+        if path.exists() and wanted.items() <= kept(path).items():
+            return
+
+
+def keep(path, entries, mode=0o600):
+    path.write_text(
+        json.dumps([{"key": k, "flags": 0, "value": base64.b64encode(v).decode()} for k, v in entries.items()])
+    )
+    path.chmod(mode)
+
+
+WHOLE = {"mail/aliases/alias/root": b"gilles", "mail/aliases/alias/": b"", "mail/aliases/domain/": b""}

@@ -102,10 +102,10 @@ def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a
 
 @pytest.mark.usefixtures("quick_cuts")
 def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fake, mirrored, caplog):
-    source = mirrored(fake.address, replace(TABLE, deadline=0.1))
+    source = mirrored(fake.address, replace(TABLE, deadline=0.5))
     settled(source)
     enough(fake, 1)
-    time.sleep(0.2)
+    time.sleep(0.6)
     fake.stop()
     logged(caplog, "connection refused")
     assert not any("in time" in line for line in lines(caplog))
@@ -115,10 +115,10 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
 
 
 def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the_next(fake, mirrored, caplog):
-    source = mirrored(fake.address, replace(TABLE, deadline=0.1))
+    source = mirrored(fake.address, replace(TABLE, deadline=0.5))
     settled(source)
     enough(fake, 1)
-    time.sleep(0.2)
+    time.sleep(0.6)
     fake.close_connections()
     enough(fake, 2)
     fake.put(ROOT, b"eric")

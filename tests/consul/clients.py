@@ -114,7 +114,7 @@ LIES = {
     "trickle": (trickle(GOOD), Unreachable),
     "endless headers": (
         lambda request: [request.send(b"HTTP/1.1 100 Continue\r\n\r\n") for _ in iter(int, 1)],
-        Unreachable,
+        BadResponse,
     ),
     "end before an answer": (cut(GOOD, 0), Unreachable),
     "end within the status": (cut(GOOD, 5), SourceError),

@@ -325,9 +325,9 @@ def test_a_key_outside_the_alphabet_of_consul_1_21_5_is_no_outage(client, fake):
     assert len(client.list(b"consul/alias/", timeout=1)) == 2
 
 
-def test_messages_show_control_characters_and_bound_what_they_quote(client, fake):
+def test_messages_show_control_characters_and_bound_what_they_quote(fake, connect):
     fake.handle = lambda request: Answer(403, {}, b"\x1b[2Jno\r\nway \xff" + b"x" * 5000)
-    assert "\\x1b[2Jno way" in str(failure(client))
+    assert "\\x1b[2Jno way" in str(failure(connect(fake.address)))
 
 
 def test_messages_never_hold_values(client, fake):

@@ -165,10 +165,10 @@ def test_query_reads_the_largest_value_of_consul(fake, client):
 
 
 @pytest.mark.parametrize("step", [1, 1 << 20])
-@pytest.mark.parametrize("keys", [("t/b", "t/a"), ("t/a", "t/c", "t/b"), ("t/a", "u/b"), ("s/a", "t/b"), ("t",)])
-def test_query_refuses_keys_out_of_order_or_below_another_prefix(fake, connect, keys, step):
+@pytest.mark.parametrize("keys", [("t/a", "u/b"), ("s/a", "t/b"), ("t/a", "s/b", "t/b"), ("t/a", "u", "t/b"), ("t",)])
+def test_query_refuses_keys_below_another_prefix(fake, connect, keys, step):
     whole(fake, listing(*((key, b"x") for key in keys)))
-    with pytest.raises(BadResponse, match=r"order|below"):
+    with pytest.raises(BadResponse, match="below"):
         query(connect(fake.address, limits={"chunk_bytes": step}), b"t/")
 
 

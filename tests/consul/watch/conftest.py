@@ -88,3 +88,14 @@ def sources(tmp_path):
 @pytest.fixture
 def copied(tmp_path):
     return replace(TABLE, snapshot=str(tmp_path / "copy.json"))
+
+
+@pytest.fixture
+def waits_of(monkeypatch):
+    """Have every wait take this many seconds, be something hidden or not."""
+
+    def patch(seconds):
+        for name in ("MOST_WAIT_SECONDS", "HIDDEN_WAIT_SECONDS"):
+            monkeypatch.setattr(f"table_consul.sources.mirror.{name}", seconds)
+
+    return patch

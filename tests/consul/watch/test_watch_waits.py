@@ -62,9 +62,10 @@ def test_wait_is_short_while_keys_are_hidden(fake, mirrored):
 @pytest.mark.parametrize("version", ["1.22.4"])
 @pytest.mark.parametrize("closes_late", [False, True])
 @pytest.mark.usefixtures("quick_cuts")
-def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, caplog, closes_late):
+def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, waits_of, caplog, closes_late):
+    waits_of(0.5)
     fake.write_timeout, fake.closes_late = 0.2, closes_late
-    source = mirrored(fake.address, replace(TABLE, max_age=1.5))
+    source = mirrored(fake.address)
     settled(source)
     enough(fake, 8)
     asked = waits(fake)
@@ -78,7 +79,7 @@ def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, caplog, clo
 
 @pytest.mark.usefixtures("quick_cuts")
 def test_cut_wait_does_not_make_the_data_younger(fake, mirrored):
-    source = mirrored(fake.address, replace(TABLE, max_age=1.5))
+    source = mirrored(fake.address)
     settled(source)
     enough(fake, 1)
     confirmed = source.watches[0].mirror.state[1]
@@ -99,6 +100,7 @@ def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a
     assert (lines(caplog), consistent_reads(fake)) == ([], 1)
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.usefixtures("quick_cuts")
 def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.1))
@@ -113,6 +115,7 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
     becomes(source, b"eric")
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the_next(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.1))
     settled(source)
@@ -125,10 +128,11 @@ def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the
     assert lines(caplog) == []
 
 
-def test_table_that_nobody_edits_is_not_read_again(fake, mirrored):
+def test_table_that_nobody_edits_is_not_read_again(fake, mirrored, waits_of):
+    waits_of(0.1)
     for number in range(2000):
         fake.put(ALIAS + b"%04d" % number, b"x" * 50)
-    source = mirrored(fake.address, replace(TABLE, max_age=0.3))
+    source = mirrored(fake.address)
     settled(source)
     enough(fake, 5)
     assert source.watches[0].reloads == 1

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
-from tests.fake_consul import Answer, cut, entry, html, stall, trickle
+from tests.fake_consul import VERSIONS, Answer, cut, entry, html, stall, trickle
 
 ROOT = b"consul/alias/root"
+# For tests in which the fake answers as Consul does.
+each_version = pytest.mark.parametrize("version", VERSIONS)
 # What a call may take beyond its deadline on a busy machine, before a test calls it late.
 SLACK = 0.5
 TRUE = {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}

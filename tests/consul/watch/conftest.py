@@ -18,8 +18,14 @@ from tests.fake_consul import FakeConsul
 
 
 @pytest.fixture
-def fake():
-    with FakeConsul() as server:
+def version():
+    """Of the fake; a module whose tests hold for all versions has a fixture with all of them."""
+    return "1.22"
+
+
+@pytest.fixture
+def fake(version):
+    with FakeConsul(version=version) as server:
         server.put(ROOT, b"gilles")
         server.put(DOMAIN + b"example.org", b"")
         yield server

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_INVALID_ESCAPE = re.compile(b"%(?![0-9a-fA-F]{2})")
 _TOKEN = re.compile("[\x21-\x7e]+")  # What a header can carry as it is.
 # Where one entry of Consul's list ends and the next begins. Within a JSON string no quote follows like that: it would
 # end the string, and after its end comes no letter.
@@ -192,6 +194,26 @@ def is_url_safe(key: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return not _CONTROL.search(text) and not {"", ".", ".."}.intersection(text.split("/"))
+
+
+def modern_name_problem(key: bytes) -> str:
+    """Why no URL reads, writes or deletes this key on Consul 1.21.6 and later; empty if one does.
+
+    A transaction takes any name. The rules are those of Consul's agent/kvs_endpoint.go, validateKVKey, and of its
+    filter of unprintable characters.
+    """
+    decoded = key if _INVALID_ESCAPE.search(key) else urllib.parse.unquote_to_bytes(key)
+    if not is_url_safe(key):
+        part = "an empty segment, . or .., or a control character"
+    elif not key.decode().isprintable():
+        part = "an unprintable character"
+    elif key != key.strip(b" "):
+        part = "a blank at its beginning or end"
+    elif decoded != key and (b" " in decoded or b".." in decoded):
+        part = "escapes such as %41, and once they are decoded a blank or .."
+    else:
+        return ""
+    return f"the name has {part}: from Consul 1.21.6 on no URL can read or delete such a key"
 
 
 class Client:

@@ -74,9 +74,10 @@ def command(  # noqa: PLR0913 - the command line
 ) -> int:
     """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. If lint would report an entry, its
-    line is printed and nothing is written. Keys that somebody else changes at the same time are skipped: to write
-    them, or the rest after ^C or an outage of Consul, run the same command again.
+    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use an entry, its
+    line is printed and nothing is written. A new key that newer releases of Consul can neither show nor delete is
+    printed and left out. Keys that somebody else changes at the same time are skipped: to write them, or the rest after
+    ^C or an outage of Consul, run the same command again.
 
     FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail), table (a file: table of smtpd), passwd
     (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot) or export (of consul kv export). auto tells
@@ -123,6 +124,8 @@ def command(  # noqa: PLR0913 - the command line
         stored = store.entries(path)
         planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)
         _raise_problems(name, parsed, planned.problems)
+        refused = _with_lines(name, parsed, planned.refused)
+        main.echo_problems(refused, limit=None if dry_run else PROBLEMS_SHOWN)
         report = _report(table, service, planned, parsed, dry_run=dry_run)
         try:
             if not as_json:
@@ -140,9 +143,9 @@ def command(  # noqa: PLR0913 - the command line
                     with contextlib.suppress(OSError):  # standard output may be the reason
                         click.echo(json.dumps(report))
             raise
-    if dry_run:
-        return main.NO if planned.changes else 0
-    return main.FAILED if report["conflicts"] else 0
+    if report["conflicts"] or "refused" in report:
+        return main.FAILED
+    return main.NO if dry_run and planned.changes else 0
 
 
 def _content(file: str) -> bytes:
@@ -187,12 +190,15 @@ def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProble
     """Print each problem with its line; raise FormatError if there is one."""
     if not problems:
         return
-    # FILE:LINE, as compilers print it, for editors.
-    form = "{}:{}" if parsed.unit == "line" else "{}: entry {}"
-    lines = [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
-    main.echo_problems(lines, limit=PROBLEMS_SHOWN)
+    main.echo_problems(_with_lines(name, parsed, problems), limit=PROBLEMS_SHOWN)
     count = counted(len(problems), "problem", "problems")
     raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
+
+
+def _with_lines(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> list[tuple[str, str]]:
+    """Each problem with its place: FILE:LINE, as compilers print it, for editors."""
+    form = "{}:{}" if parsed.unit == "line" else "{}: entry {}"
+    return [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
 
 
 def _write(changes: Sequence[Change], store: Store) -> Iterator[Progress]:
@@ -228,6 +234,7 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
         "left_out": parsed.left_out,
         "written": 0,
         "conflicts": [],
+        **({"refused": [printable(text, 1000) for _, text in plan.refused]} if plan.refused else {}),
     }
 
 
@@ -242,7 +249,10 @@ def _echo_changes(report: dict[str, Any]) -> None:
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
     counts = Counter(change["change"] for change in changes)
-    click.echo(", ".join(f"{counts[word]} to {word}" for word in _STYLES) + f", {report['unchanged']} unchanged")
+    refused = f", {len(report['refused'])} refused" if "refused" in report else ""
+    click.echo(
+        ", ".join(f"{counts[word]} to {word}" for word in _STYLES) + f", {report['unchanged']} unchanged{refused}"
+    )
 
 
 def _description(change: dict[str, Any]) -> str:

@@ -11,24 +11,26 @@ from typing import TYPE_CHECKING
 
 import click
 import msgspec
-from msgspec.structs import replace
 
 from table_consul.config import Config
 from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, echo_problems, pass_config
 from table_consul.errors import Forbidden, SourceError, counted, printable
-from table_consul.services import SERVICES, Table
+from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 
 if TYPE_CHECKING:
-    from table_consul.ctl.loader import Loader
+    from table_consul.ctl.loader import Loaded, Loader
 
 # An operator waits for a whole table even if the daemon reads it key by key.
 LIST_SECONDS = 30.0
+# In the line about the whole table; each has a line of its own before.
+PLACES_SHOWN = 3
 FOLDER = "the key ends in /, so it is a folder, and its value is never read; move the value to the key without the /"
 UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
     "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix of no other key"
 )
+RENAME = "; store the entry under another name, and delete this one with `table-consulctl import --prune`"
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,11 +60,12 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     """Check the data of TABLE. Each problem is printed with its key and how to fix it.
 
     These are the problems that the daemon logs when it loads an entry, and keys that it never reads: those below the
-    table's folder that belong to no service, and those that smtpd cannot ask for.
+    table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may not read,
+    as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of the latter.
 
     Without TABLE: all tables with a section in the configuration. table-consul --check checks the configuration itself.
 
-    Exit status: 0 no problems, 1 problems, 2 the data of some table cannot be read.
+    Exit status: 0 no problems, 1 problems, 2 not all data of some table can be read.
 
     \b
     Examples:
@@ -99,8 +102,19 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
     if table.mode != "direct" and any(each.direct for each in data.values()):
         hint = "every answer reads Consul; raise max_keys, which costs memory, or split the table"
         problems.append(Problem(printable(table.root), f"more than max_keys = {table.max_keys} keys: {hint}"))
-        table = replace(table, mode="direct")  # which does not find keys with capitals
-    entries = [each.entries(table, service, None, time.monotonic() + LIST_SECONDS) for service, each in data.items()]
+    hidden = _hidden(config, table, data)
+    problems += [Problem(printable(where, UNCUT), text) for where, text in hidden]
+    entries: list[Entries] = []
+    failure: SourceError | None = None
+    for service, source in data.items():
+        try:
+            entries.append(source.entries(table, service, None, time.monotonic() + LIST_SECONDS))
+        except SourceError as unread:
+            if not any(where.startswith(table.path(service)) for where, _ in hidden):
+                raise
+            failure = unread
+    if failure is not None and not entries:
+        raise failure
     pairs = {key: value for source in data.values() for key, value in source.pairs.items()}
     for each in entries:
         problems += sorted(_of_service(each, pairs), key=lambda problem: problem.key)
@@ -112,21 +126,37 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
                 pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
         problems += strays(table, pairs, {*paths, *folders})
     origins = dict.fromkeys(source.origin() for source in data.values())
-    return Report(table.name, list(origins), sum(map(len, entries)), problems)
+    places = [printable(where, UNCUT) for where, _ in hidden[:PLACES_SHOWN]]
+    places += [f"{len(hidden) - PLACES_SHOWN} more"] if len(hidden) > PLACES_SHOWN else []
+    error = f"not all checked: {', '.join(places)} may not be read in full" if hidden else None
+    return Report(table.name, list(origins), sum(map(len, entries)), problems, error)
+
+
+def _hidden(config: Config, table: Table, data: Mapping[Service, Loaded]) -> Sequence[tuple[bytes, str]]:
+    """What the token may not read in the folders that were read from Consul, and why."""
+    from table_consul.ctl import access
+
+    folders = dict.fromkeys(table.path(service) for service, each in data.items() if each.origin().startswith("Consul"))
+    return access.check(config.consul, [*folders]).unreadable if folders else []
 
 
 def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
     """The problems of one service's entries, and those of keys in its folder that are not entries."""
-    from table_consul.kv import is_url_safe
+    from table_consul.kv import is_url_safe, modern_name_problem
 
     name = entries.service.name
-    for key, text in entries.problems:
-        yield Problem(printable(key, UNCUT), text, name)
+    own = [key for key in pairs if key.startswith(entries.path)]
+    refused = {key: text for key in own if is_url_safe(key) and (text := modern_name_problem(key))}
+    for key, text in entries.problems:  # smtpd may not be able to use the same name
+        more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
+        yield Problem(printable(key, UNCUT), text + more, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
-    for key in (key for key in pairs if key.startswith(entries.path)):
+    for key in own:
         if key.endswith(b"/"):
             if pairs[key]:
                 yield Problem(printable(key, UNCUT), FOLDER, name)
+        elif key in refused:
+            yield Problem(printable(key, UNCUT), refused[key] + RENAME, name)
         elif not is_url_safe(key):
             yield Problem(printable(key, UNCUT), UNSAFE_KEY.format(unfound=unfound), name)
 
@@ -175,6 +205,7 @@ def _print(report: Report) -> None:
     problems = [(each.key, each.problem) for each in report.problems or ()]
     echo_problems(problems, err=False)
     found = counted(len(problems), "problem", "problems") if problems else "no problems"
-    checked = f"{counted(report.entries or 0, 'entry', 'entries')}, {found} ({'; '.join(report.source)})"
-    text = checked if report.error is None else f"not checked: {printable(report.error, UNCUT)}"
+    text = f"{counted(report.entries or 0, 'entry', 'entries')}, {found} ({'; '.join(report.source)})"
+    if report.error is not None:
+        text = f"{text}; {report.error}" if report.source else f"not checked: {printable(report.error, UNCUT)}"
     click.echo(f"{printable(report.table)}: {text}", err=True)

@@ -145,7 +145,7 @@ class _RecordingClient(kv.Client):
             self.pairs[key] = pair.value
         return pair
 
-    def list(self, prefix: bytes, **options: Any) -> Sequence[kv.Pair]:  # noqa: ANN401 - passed on
-        found = super().list(prefix, **options)
+    def visible(self, prefix: bytes, **options: Any) -> tuple[Sequence[kv.Pair], bool]:  # noqa: ANN401 - passed on
+        found, hides = super().visible(prefix, **options)
         self.pairs.update((pair.key, pair.value) for pair in found)
-        return found
+        return found, hides

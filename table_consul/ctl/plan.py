@@ -14,7 +14,7 @@ import msgspec
 
 from table_consul.ctl.files import FileEntry, LineProblem, ParsedFile
 from table_consul.errors import UNDECODABLE, EntryError, printable
-from table_consul.kv import is_url_safe
+from table_consul.kv import is_url_safe, modern_name_problem
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.services.values import parse_value
@@ -57,6 +57,8 @@ class Plan(NamedTuple):
     changes: list[Change]
     problems: list[LineProblem]
     unchanged: int
+    refused: list[LineProblem]
+    """Entries that are left out of the changes, as no URL of a newer Consul could read or delete them."""
 
 
 def duplicate_problems(parsed: ParsedFile, changed: Container[bytes] | None = None) -> list[LineProblem]:
@@ -112,8 +114,9 @@ def plan(
     planner.validate()
     if prune:
         planner.prune(tuple(others))
+    refused = planner.refuse()
     changes = [planner.changes[key] for key in sorted(planner.changes)]
-    return Plan(changes, sorted(set(planner.problems)), planner.unchanged)
+    return Plan(changes, sorted(set(planner.problems)), planner.unchanged, refused)
 
 
 class _Planner:
@@ -181,6 +184,14 @@ class _Planner:
             if text := _invalid(self._service, key, change):
                 self._complain(key, text)
             self.changes[key] = change._replace(new_answer=_answer(after[0], key))
+
+    def refuse(self) -> list[LineProblem]:
+        """Take new keys out of the changes that could be written, but then neither be read nor deleted by a URL."""
+        new = {key: change for key, change in self.changes.items() if change.old is None}
+        texts = {key: text for key, change in new.items() if (text := modern_name_problem(change.key))}
+        for key in texts:
+            del self.changes[key]
+        return sorted(LineProblem(self._lines[key], f"{printable(key)}: {text}") for key, text in texts.items())
 
     def prune(self, others: tuple[bytes, ...]) -> None:
         """Remove what the file does not have; see `plan`."""

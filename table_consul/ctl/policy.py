@@ -1,7 +1,8 @@
 """``table-consulctl policy``: the smallest ACL policy with which the daemon can answer.
 
 A mirror lists the table's folder, and each folder of ``paths`` outside it; direct mode lists each service's folder or
-reads single keys there. Both read the key ``-`` of a folder, to find out whether the token may read it.
+reads single keys there. Both read the key ``-`` of a folder, to find out whether the token may read it. A rule that
+denies something further below is not found in that way; ``--check`` looks for it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 import click
 
 from table_consul.config import Config
-from table_consul.ctl.main import as_json, chosen_tables, pass_config
+from table_consul.ctl.main import NO, UNCUT, as_json, chosen_tables, counted, echo_problems, pass_config
 from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
 
@@ -26,9 +27,10 @@ from table_consul.services import SERVICES, Table
     is_flag=True,
     help="Grant list as well as read. Consul needs this where acl.enable_key_list_policy is set.",
 )
+@click.option("--check", is_flag=True, help="Find out what the configured token may not read, and write no policy.")
 @as_json
 @pass_config
-def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: bool, as_json: bool) -> int:
+def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: bool, check: bool, as_json: bool) -> int:
     """Write the smallest ACL policy with which table-consul can answer for TABLE.
 
     Without TABLE: all tables with a section in the configuration. Name the tables of smtpd.conf that have no section.
@@ -36,16 +38,28 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
     If the configuration sets a namespace or a partition, the rules are put into it (Consul Enterprise). A policy that
     is created in that namespace needs only the inner rules.
 
+    With --check, what the configured token may not read of TABLE is printed. Whether it may read the folder of each
+    service is always found out. A key or a folder within one of these that its policies deny can only be found with an
+    operator's token in the environment (CONSUL_HTTP_TOKEN) that may list the keys, or read policies (acl = "read").
+    From Consul 1.11 on the folder is found without one.
+
+    Exit status: 0 success, 1 with --check, the token may not read everything, 2 there is no answer.
+
     \b
     Examples:
       table-consulctl policy aliases domains
       table-consulctl policy | consul acl policy create -name mail -rules -
       consul acl token create -policy-name mail
       table-consulctl policy aliases --write
+      CONSUL_HTTP_TOKEN_FILE=~/.consul-token table-consulctl policy aliases --check
     """  # noqa: D301 - the mark by which click keeps lines as they are
     if config.consul.addresses[0].startswith("file://"):
         raise click.ClickException(f"{config.consul.addresses[0]} needs no policy: nothing is read from Consul.")
     chosen = chosen_tables(config, tables)
+    if check:
+        if write or key_list or as_json:
+            raise click.UsageError("--check takes no other option")
+        return _check(config, chosen)
     level = "write" if write else "list" if key_list else "read"
     folders = read_folders(chosen)
     scopes = {"namespace": config.consul.namespace, "partition": config.consul.partition}  # the inner one first
@@ -63,6 +77,23 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
     names = ", ".join(printable(table.name) for table in chosen)
     click.echo(f"# {'Fill' if write else 'Answer for'} the tables of table-consul: {names}\n{rules}")
     return 0
+
+
+def _check(config: Config, tables: Iterable[Table]) -> int:
+    """Print what the configured token may not read of the tables."""
+    from table_consul.ctl import access
+
+    folders = dict.fromkeys(table.path(SERVICES[name]) for table in tables for name in table.readable_services)
+    found = access.check(config.consul, [*folders])
+    echo_problems([(printable(where, UNCUT), text) for where, text in found.unreadable], err=False)
+    counts = (
+        counted(found.folders, "folder", "folders"),
+        counted(found.keys, "key", "keys"),
+        counted(len(found.policies), "policy", "policies"),
+    )
+    names = f" ({', '.join(map(printable, found.policies))})" if found.policies else ""
+    click.echo(f"checked: {', '.join(counts)}{names}", err=True)
+    return NO if found.unreadable else 0
 
 
 def read_folders(tables: Iterable[Table]) -> list[str]:

@@ -64,7 +64,7 @@ def command(  # noqa: PLR0913 - the command line
     value on each line. Keys that are not found, and errors, are reported on standard error.
 
     The answer comes from the snapshot file if one is configured and exists, otherwise from Consul. The daemon writes
-    that file after a change, within a minute or so.
+    that file within about 10 seconds of a change.
 
     For auth a KEY is a user, and the password is asked for; on standard input it is USER:PASSWORD.
 

@@ -11,7 +11,7 @@ import random
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -45,7 +45,16 @@ class _Result(msgspec.Struct, rename="pascal"):
     errors: list[_Failure] | None
 
 
-_RESULT = msgspec.json.Decoder(_Result)
+class _Read(msgspec.Struct):
+    pair: kv.Pair = msgspec.field(name="KV")
+
+
+class _ReadResult(_Result, rename="pascal"):
+    results: list[_Read] | None
+
+
+_RESULT, _READ_RESULT = msgspec.json.Decoder(_Result), msgspec.json.Decoder(_ReadResult)
+R = TypeVar("R", bound=_Result)
 
 
 class Store(kv.Client):
@@ -76,18 +85,8 @@ class Store(kv.Client):
         Raises:
             SourceError: they may or may not be written (Unreachable), or Consul refused them for another reason.
         """
-        body = json.dumps([operation(change, self.scope) for change in changes]).encode()
-
-        def build() -> Request:
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            if self._library.token:  # py-consul's own Txn.put would not send it
-                headers["X-Consul-Token"] = self._library.token
-            return Request("/v1/txn", self._datacenter, headers, "PUT", body)
-
-        with kv.Response(self, self._send(build, timeout)) as response:
-            failures = response.decoded(_RESULT).errors or []
-            if not all(0 <= each.op_index < len(changes) for each in failures):
-                raise response.bad("reports operations that were not in the transaction")
+        operations = [operation(change, self.scope) for change in changes]
+        failures = self._transaction(operations, _RESULT, timeout).errors or []
         for each in failures:
             key = printable(changes[each.op_index].key)
             if "permission denied" in each.what.lower():
@@ -100,9 +99,34 @@ class Store(kv.Client):
         return [changes[each.op_index] for each in failures]
 
     def is_written(self, change: Change) -> bool:
-        """Whether Consul holds the result of the change, from this run or another writer."""
-        found = self.get(change.key, timeout=WRITE_SECONDS)
-        return change.value is None if found is None else (found.value or b"") == change.value
+        """Whether Consul holds the result of the change, from this run or another writer.
+
+        It is read by a transaction, as it may have a name that no URL can carry.
+        """
+        read = {"KV": {"Verb": "get", "Key": change.key.decode(), **self.scope}}
+        result = self._transaction([read], _READ_RESULT, WRITE_SECONDS)
+        if result.errors:
+            return change.value is None and "doesn't exist" in result.errors[0].what
+        return [(each.pair.key, each.pair.value or b"") for each in result.results or ()] == [
+            (change.key, change.value)
+        ]
+
+    def _transaction(
+        self, operations: Sequence[Mapping[str, Any]], decoder: msgspec.json.Decoder[R], timeout: float
+    ) -> R:
+        body = json.dumps(operations).encode()
+
+        def build() -> Request:
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            if self._library.token:  # py-consul's own Txn.put would not send it
+                headers["X-Consul-Token"] = self._library.token
+            return Request("/v1/txn", self._datacenter, headers, "PUT", body)
+
+        with kv.Response(self, self._send(build, timeout)) as response:
+            result = response.decoded(decoder)
+            if not all(0 <= each.op_index < len(operations) for each in result.errors or ()):
+                raise response.bad("reports operations that were not in the transaction")
+        return result
 
 
 def operation(change: Change, scope: Mapping[str, str]) -> dict[str, Any]:

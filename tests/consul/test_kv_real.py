@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 import urllib.request
@@ -187,6 +188,22 @@ def test_keys_that_only_a_transaction_can_make_are_listed_but_never_asked_for(cl
     filled.kv_txn(dict.fromkeys(odd, "x"))
     assert sorted(pair.key.decode() for pair in client.list(b"made/", timeout=5)) == sorted(odd)
     assert not any(kv.is_url_safe(key.encode()) for key in odd)
+
+
+def test_a_key_has_a_name_problem_exactly_where_consul_since_1_21_6_refuses_it(client):
+    rng = random.Random(5)
+    parts = [*"ab.%/ 2eE0zé@+:*~!#?=&|", "..", "%20", "%2e", "%41", "%zz", "%25", "%2f", "\u200e", "\xa0", "\x7f"]
+    keys = {("t/" + "".join(rng.choices(parts, k=rng.randint(1, 5)))).encode() for _ in range(2000)}
+    refused, expected = set(), {key for key in keys if kv.is_url_safe(key) and kv.modern_name_problem(key)}
+    for key in filter(kv.is_url_safe, keys):
+        try:
+            assert client.get(key, timeout=5) is None
+        except BadRequest:
+            refused.add(key)
+    assert len(expected) > 200
+    assert refused == expected if consul_version() > (1, 21, 5) else refused < expected
+    assert not any(map(kv.modern_name_problem, (BUCKET + fine for fine in FINE)))
+    assert all(map(kv.modern_name_problem, (key for key in keys if not kv.is_url_safe(key))))
 
 
 def test_get_list_and_keys_see_an_edit_and_a_deletion(client, filled):

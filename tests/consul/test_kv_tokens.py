@@ -5,7 +5,7 @@ import os
 import pytest
 
 from table_consul.errors import Forbidden, SourceError
-from tests.consul.clients import ROOT, failure
+from tests.consul.clients import ROOT, TRUE, failure
 from tests.fake_consul import Answer
 
 # Token, parameters, environment.
@@ -91,6 +91,7 @@ def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(fake, connect
 
 
 def test_datacenter_namespace_partition_and_consistency_are_parameters(fake, connect):
+    fake.handle = lambda request: Answer(404, TRUE)
     client = connect(fake.address, datacenter="dc 1&x", namespace="ns", partition="p", consistency="stale")
     client.get(ROOT, timeout=1)
     expected = {"dc": "dc 1&x", "ns": "ns", "partition": "p", "stale": "1"}

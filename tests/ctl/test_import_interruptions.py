@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from table_consul.ctl import import_, txn
-from tests.control import START, finished, start
+from tests.control import START, control, finished, start
 from tests.ctl.importing import alias_lines, entries, file, importer
 from tests.dialogue import PATIENCE_SECONDS
 from tests.rig.waiting import wait_for
@@ -71,6 +71,27 @@ def test_concurrent_edit_is_kept_and_a_second_run_overwrites_it(consul, between)
     assert entries(consul) == {"root": b"by hand", "new": b"by hand", "gone": b"by hand", "other": b"eric"}
     assert importer(consul, "aliases", "alias", "-", "--prune", stdin=text).status == 0
     assert entries(consul) == {"root": b"eric", "new": b"eric", "other": b"eric"}
+
+
+ODD = ("u%20x", "u\u200ex", "a//b", "a/../b", "new\nline")
+
+
+def test_conflict_on_a_key_that_no_url_can_name_affects_no_other(consul, between, tmp_path):
+    consul.kv_txn({f"aliases/string/{key}": "old" for key in (*ODD, "root")})
+    environ = {"CONSUL_HTTP_ADDR": consul.address}
+    path = tmp_path / "export.json"
+    assert control("export", "aliases", "string", path, "--format", "export", **environ).status == 0
+    path.write_text(path.read_text().replace("b2xk", "bmV3"))
+    between(1, lambda: consul.kv_txn({f"aliases/string/{key}": "by hand" for key in ODD}))
+    done = control("import", "aliases", "string", path, **environ)
+    assert (done.status, done.text.splitlines()[-1]) == (2, "1 written"), done.said
+    assert done.said.count("changed in Consul since it was read") == len(ODD)
+    assert consul.kv_get("aliases/string/root") == b"new"
+    done = control("import", "aliases", "string", path, **environ)
+    assert (done.status, done.text.splitlines()[-1]) == (0, "5 written"), done.said
+    path.write_text("kept\n")
+    done = control("import", "aliases", "string", path, "--prune", **environ)
+    assert (done.status, consul.request("GET", "/v1/kv/?keys")) == (0, ["aliases/string/kept"]), done.said
 
 
 def test_outage_is_reported_and_the_next_run_writes_the_rest(consul, between, monkeypatch):

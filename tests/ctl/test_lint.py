@@ -92,6 +92,12 @@ def test_an_empty_table_is_no_problem(lint):
         ("alias/a//b", b"vera", "no URL can name this key"),
         ("alias/../b", b"vera", "no URL can name this key"),
         ("alias/a\nb", b"vera", "no URL can name this key"),
+        ("alias/a%20b", b"vera", "escapes such as %41, and once they are decoded a blank or ..: from Consul 1.21.6 on"),
+        ("alias/a%2e%2eb", b"vera", "no URL can read or delete such a key; store the entry under another name"),
+        ("alias/a..b%41", b"vera", "delete this one with `table-consulctl import --prune`"),
+        ("alias/a\u200eb", b"vera", "the name has an unprintable character"),
+        ("alias/a b ", b"vera", "the name has a blank at its beginning or end: from Consul 1.21.6 on"),
+        ("regex/a ", b"", "the name has a blank at its beginning or end: from Consul 1.21.6 on"),
         ("credentials/record", b'{"uid": 1}', "no field for credentials (allowed: password)"),
         ("userinfo/record", b'{"password": "x"}', "no field for userinfo (allowed: uid, gid, home)"),
         (
@@ -105,7 +111,7 @@ def test_an_empty_table_is_no_problem(lint):
 def test_a_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
     done = lint({**GOOD, f"aliases/{key}": value})
     (line,) = done.text.splitlines()
-    shown = f"aliases/{key}".replace("\n", "\\n")
+    shown = f"aliases/{key}".replace("\n", "\\n").replace("\u200e", "\\u200e")
     assert (done.status, line.startswith(f"{shown}: "), problem in line) == (1, True, True), line
     assert ", 1 problem (" in done.said
 

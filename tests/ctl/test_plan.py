@@ -120,6 +120,18 @@ def test_invalid_entry_is_a_problem_with_its_line(key, value, said):
     assert said in plan.problems[0].text
 
 
+def test_new_key_that_modern_consul_refuses_is_left_out_with_its_line():
+    plan = planned(ALIAS, [(b"root", b"gilles"), (b"u%20x", b"eric"), (b"a..b%41", b"eric"), (b"u%zz", b"vera")])
+    assert signs(plan) == [("+", b"root", b"gilles"), ("+", b"u%zz", b"vera")]
+    assert [(line, text.partition(":")[0]) for line, text in plan.refused] == [(2, "u%20x"), (3, "a..b%41")]
+
+
+def test_stored_key_that_modern_consul_refuses_is_changed_and_pruned():
+    there = [(b"u%20x", b"gilles"), (b"u%20y", b"gilles")]
+    plan = planned(ALIAS, [(b"u%20x", b"eric")], there, prune=True)
+    assert (signs(plan), plan.refused) == ([("~", b"u%20x", b"eric"), ("-", b"u%20y", None)], [])
+
+
 @pytest.mark.parametrize("value", [b"", b'""', b"# nobody"])
 def test_export_entry_without_a_needed_value_is_a_problem(value):
     (problem,) = planned(ALIAS, [(b"root", value)], name="export").problems

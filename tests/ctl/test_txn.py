@@ -116,6 +116,39 @@ def test_conflict_names_its_changes(store, fake):
     assert store.transact(changes, timeout=5) == [changes[0], changes[2]]
 
 
+# What Consul 1.8.7 and 1.22 answer to a transaction that reads `aliases/alias/root`, which is gilles, or is not there.
+FOUND = (
+    b'{"Results":[{"KV":{"LockIndex":0,"Key":"aliases/alias/root","Flags":0,"Value":"Z2lsbGVz","CreateIndex":8,'
+    b'"ModifyIndex":8}}],"Errors":null,"Index":0,"LastContact":0,"KnownLeader":true,"ConsistencyLevel":""}'
+)
+ABSENT = b'{"Results":null,"Errors":[{"OpIndex":0,"What":"key \\"aliases/alias/root\\" doesn\'t exist"}],"Index":0}'
+HIDDEN = b'{"Results":[],"Errors":null,"Index":0}'
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "value", "written"),
+    [
+        (200, FOUND, b"gilles", True),
+        (200, FOUND, b"eric", False),
+        (200, FOUND, None, False),
+        (409, ABSENT, b"gilles", False),
+        (409, ABSENT, None, True),
+        (200, HIDDEN, b"gilles", False),
+        (200, HIDDEN, None, False),
+    ],
+)
+def test_conflicting_key_is_read_by_a_transaction(store, fake, status, body, value, written):
+    fake.handle = lambda _request: Answer(status, {}, body)
+    assert store.is_written(Change(PATH + b"root", None, value)) is written
+    assert fake.body == [{"KV": {"Verb": "get", "Key": "aliases/alias/root"}}]
+
+
+def test_key_that_no_url_can_name_is_read_as_any_other(store, fake):
+    fake.handle = lambda _request: Answer(200, {}, FOUND)
+    for key in (b"a//b", b"u%20x", b"end ", b"new\nline"):
+        assert not store.is_written(Change(PATH + key, None, b"gilles"))
+
+
 def test_list_shortened_by_an_acl_is_an_error(store, fake):
     fake.put(PATH + b"a", b"x")
     fake.put(PATH + b"b", b"x")

@@ -63,3 +63,22 @@ class Identity:
 def accessor(secret: str | None) -> str:
     """The public identifier of a token, the same for the same secret."""
     return str(uuid.uuid5(uuid.NAMESPACE_OID, secret)) if secret not in {None, ANONYMOUS} else ANONYMOUS_ACCESSOR
+
+
+def shown(secret: str, tokens: dict[str, str], policies: dict[str, str]) -> dict[str, object]:
+    """A token as it reads itself: its policies by name and identifier, but not their rules."""
+    rules = tokens.get(secret)
+    special = {None: "Anonymous Token", MANAGEMENT: "Bootstrap Token (Global Management)"}
+    names = [] if rules is None else [policies.get(secret, "global-management" if rules == MANAGEMENT else "policy")]
+    listed = [{"ID": str(uuid.uuid5(uuid.NAMESPACE_OID, name)), "Name": name} for name in names]
+    return {
+        "AccessorID": accessor(secret),
+        "SecretID": secret,
+        "Description": special.get(rules, ""),
+        **({"Policies": listed} if listed else {}),
+        "Local": False,
+        "CreateTime": "2026-11-27T19:55:57.251458832Z",
+        "Hash": "TUlXSqEhVnsSsMGFHSrOBR5Eayf7oODViahAUsdqjD4=",
+        "CreateIndex": 10,
+        "ModifyIndex": 10,
+    }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tests.fake_consul import names
+from tests.fake_consul import acl, names, txn
 from tests.fake_consul.acl import Identity, Rules
 from tests.fake_consul.messages import Answer, Request, text, to_json
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tests.fake_consul.server import FakeConsul
 
 JSON = {"Content-Type": "application/json"}
+MAX_BODY_BYTES = 512 * 1024
 BUFFER_BYTES = 2048  # Go sends a longer body in chunks.
 
 
@@ -34,11 +36,12 @@ def answer(fake: FakeConsul, request: Request) -> Answer:
     location = names.redirect(fake.since, request.target)
     if location is not None:
         return _redirected(fake, request, location)
-    endpoint = _endpoint(request.path)
+    base = b"/v1/kv/" if request.path.startswith(b"/v1/kv/") else request.path
+    endpoint, *methods = ENDPOINTS.get(base, (None,))
     if endpoint is None:
         return _unknown(fake, request.path)
     try:
-        found = endpoint(fake, request)
+        found = _checked(fake, request, methods) or endpoint(fake, request)
     except Error as error:
         found = error.answer
     found.headers |= {"Vary": "Accept-Encoding"}
@@ -52,14 +55,37 @@ def answer(fake: FakeConsul, request: Request) -> Answer:
     return found
 
 
+def _checked(fake: FakeConsul, request: Request, methods: list[str]) -> Answer | None:
+    """The answer of an agent that refuses the request whatever its key, or answers for the endpoint."""
+    if request.path.startswith(fake.block_endpoints or (b"\0",)):
+        raise Error(403, "Endpoint is blocked by agent configuration")
+    writes = request.method not in {"GET", "HEAD", "OPTIONS"}
+    if writes and not fake.write_allowed:
+        raise Error(403, "Access is restricted")
+    allow = {"Allow": ",".join(["OPTIONS", *methods])}
+    if request.method == "OPTIONS":
+        typed = {"Content-Type": "application/json; charset=utf-8"} if fake.since >= (1, 20) else {}
+        return Answer(200, allow | typed)
+    if request.method not in methods:
+        error = Error(405, f"method {request.method} not allowed")
+        error.answer.headers |= allow
+        raise error
+    if fake.rate_limited:
+        raise Error(*_limit(fake.since, leader=writes))
+    return None
+
+
+def _limit(version: tuple[int, ...], *, leader: bool) -> tuple[int, str]:
+    if version < (1, 15):
+        return 429, "RPC rate limit exceeded"
+    if leader:
+        operation = "operation that can only be performed by the leader"
+        return 503, f"rate limit exceeded for {operation}, try again later"
+    return 429, "rate limit exceeded, try again later or against a different server"
+
+
 def _accepts_gzip(request: Request) -> bool:
     return re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")) is not None
-
-
-def _endpoint(path: bytes):
-    if path.startswith(b"/v1/kv/"):
-        return _kv
-    return {b"/v1/status/leader": _leader}.get(path)
 
 
 def _redirected(fake: FakeConsul, request: Request, location: str) -> Answer:
@@ -109,16 +135,18 @@ def meta(fake: FakeConsul, index: int) -> dict[str, str]:
 
 def _kv(fake: FakeConsul, request: Request) -> Answer:
     after, wait = _options(fake, request)
+    key = names.key(fake.since, request.path)
+    warning = _validate(fake, key)
     identity = identify(fake, request)
     if not fake.leader and "stale" not in request.params:
         raise Error(500, "No cluster leader")
-    key = names.key(fake.since, request.path)
-    bypassed = _validate(fake, key)
-    if "recurse" in request.params or "keys" in request.params:
+    if request.method != "GET":
+        found = _written(fake, request, identity, key)
+    elif "recurse" in request.params or "keys" in request.params:
         found = _listed(fake, request, identity, key, after, wait)
     else:
         found = _single(fake, request, identity, key)
-    found.headers |= bypassed
+    found.headers |= warning
     return found
 
 
@@ -140,6 +168,12 @@ def _options(fake: FakeConsul, request: Request) -> tuple[int, float]:
     params = request.params
     if "stale" in params and "consistent" in params:
         raise Error(400, "Cannot specify ?stale with ?consistent, conflicting semantics.")
+    for name, plural in {"ns": "Namespaces", "partition": "Partitions"}.items():
+        if name in params and (name == "ns" or fake.since >= (1, 11)):
+            before = "" if fake.since >= (1, 11) else "Bad request: "
+            raise Error(400, f'{before}Invalid query parameter: "{name}" - {plural} are a Consul Enterprise feature')
+    if params.get("dc") not in {None, *fake.datacenters}:
+        raise Error(500, "No path to datacenter")
     wait = re.fullmatch(r"([0-9.]+)(ms|s|m)", params.get("wait", "300s"))
     if wait is None:
         raise Error(400, "Invalid wait time")
@@ -190,6 +224,70 @@ def _listed(fake: FakeConsul, request: Request, identity: Identity, prefix: byte
     return Answer(200, JSON | headers, to_json(found))
 
 
+def _written(fake: FakeConsul, request: Request, identity: Identity, key: bytes) -> Answer:
+    params, tree = request.params, request.method == "DELETE" and "recurse" in request.params
+    if not key and not tree:
+        raise Error(400, "Missing key name")
+    if request.method == "PUT":
+        _fits(fake, request, "kv_max_value_size")
+    if not identity.allows(key, "write"):
+        raise Error(403, identity.refusal(fake.since, key, "write"))
+    with fake.store.changed:
+        old = fake.store.entries.get(key)
+        stale = "cas" in params and int(params["cas"]) != (old.modified if old else 0)
+        if request.method == "PUT" and not stale:
+            fake.store.put(key, request.body, int(params.get("flags", "0")))
+        elif request.method == "DELETE" and old is None:
+            stale = False
+        elif request.method == "DELETE" and not stale:
+            fake.store.delete(key)
+        if tree:
+            fake.store.replace({each: old for each, old in fake.store.entries.items() if not each.startswith(key)})
+    return Answer(200, JSON.copy(), b"false" if stale else b"true")
+
+
+def _fits(fake: FakeConsul, request: Request, setting: str) -> None:
+    if len(request.body) > MAX_BODY_BYTES:
+        page = "https://www.consul.io/docs/agent/options.html"
+        if fake.since >= (1, 20):
+            page = "https://developer.hashicorp.com/docs/agent/config/config-files"
+        size = f"Request body({len(request.body)} bytes) too large, max size: {MAX_BODY_BYTES} bytes"
+        raise Error(413, f"{size}. See {page}#{setting}.")
+
+
+def _transaction(fake: FakeConsul, request: Request) -> Answer:
+    _fits(fake, request, "txn_max_req_len")
+    try:
+        count = len(json.loads(request.body))
+    except ValueError:
+        raise Error(400, "Failed to parse body: unexpected EOF") from None
+    if count > txn.most(fake.since):
+        raise Error(413, f"Transaction contains too many operations ({count} > {txn.most(fake.since)})")
+    return txn.run(fake, identify(fake, request), request.body)
+
+
+def _self(fake: FakeConsul, request: Request) -> Answer:
+    secret = request.token
+    found = secret is not None and (secret == "anonymous" or secret in fake.tokens)
+    headers = meta(fake, fake.index)
+    if not found:
+        error = Error(403, "ACL not found" if fake.since < (1, 20) else "token does not exist: ACL not found")
+        known = {} if fake.since < (1, 20) else {"X-Consul-Index": "1", "X-Consul-Knownleader": "false"}
+        error.answer.headers |= headers | known
+        raise error
+    return Answer(200, JSON | headers, to_json(acl.shown(secret, fake.tokens, fake.policies)))
+
+
+def _authorize(fake: FakeConsul, request: Request) -> Answer:
+    identity = identify(fake, request)
+    asked = json.loads(request.body)
+    return Answer(
+        200,
+        JSON.copy(),
+        to_json([each | {"Allow": identity.allows(each["Segment"].encode(), each["Access"])} for each in asked]),
+    )
+
+
 def _rolled_up(keys: dict[bytes, object], prefix: bytes, separator: bytes) -> list[bytes]:
     """The keys up to the first separator after the prefix, each once."""
     if not separator:
@@ -200,3 +298,12 @@ def _rolled_up(keys: dict[bytes, object], prefix: bytes, separator: bytes) -> li
 def _head(name: bytes, separator: bytes) -> bytes:
     before, found, _ = name.partition(separator)
     return before + found
+
+
+ENDPOINTS = {
+    b"/v1/kv/": (_kv, "GET", "PUT", "DELETE"),
+    b"/v1/txn": (_transaction, "PUT"),
+    b"/v1/status/leader": (_leader, "GET"),
+    b"/v1/acl/token/self": (_self, "GET"),
+    b"/v1/internal/acl/authorize": (_authorize, "POST"),
+}

@@ -32,12 +32,17 @@ class FakeConsul:
         # rules of its beginning; `denied` takes effect at once, for tests that are not about this.
         self.token: str | None = None  # If set, this one may do everything, and there are ACLs.
         self.tokens: dict[str, str] = {}  # Rules by token, in HCL; also of "anonymous". If any, there are ACLs.
+        self.policies: dict[str, str] = {}  # The name of the policy of a token, where it matters.
         self.denied: tuple[bytes, ...] = ()  # Prefixes that are hidden from every token.
         self.key_list_policy = False  # acl.enable_key_list_policy: a list needs the rule list or write.
         # State of the cluster.
         self.leader = True
         self.last_contact = 0  # Milliseconds since this server heard from its leader.
+        self.datacenters: tuple[str, ...] = ("dc1",)
         # Settings of the agent.
+        self.block_endpoints: tuple[bytes, ...] = ()
+        self.write_allowed = True  # allow_write_http_from contains the client.
+        self.rate_limited = False  # All requests are over the limit.
         self.disable_kv_key_validation = False  # From 1.21.6 on.
         self.disable_http_unprintable_char_filter = False  # In 1.21.5 this one turns off the validation of keys too.
         self.max_query_time = 600.0

@@ -23,6 +23,14 @@ class Entry:
         indexes = {"CreateIndex": self.created, "ModifyIndex": self.modified}
         return {"LockIndex": 0, "Key": text(key), "Flags": self.flags, "Value": value, **indexes}
 
+    def after(self, old: Entry | None) -> Entry:
+        """This new entry in the place of an old one, which stays if it is the same."""
+        if old is None:
+            return self
+        if (old.value or b"", old.flags) == (self.value or b"", self.flags):
+            return old
+        return replace(self, created=old.created)
+
 
 class Store:
     """Shared by all threads of a fake; `changed` guards everything, and is notified of each change."""
@@ -37,20 +45,31 @@ class Store:
     def put(self, key: bytes, value: bytes | None, flags: int = 0) -> None:
         """Store an entry; the same value again moves no index and wakes nobody, as in Consul."""
         with self.changed:
-            old = self.entries.get(key)
-            if old is not None and (old.value or b"", old.flags) == (value or b"", flags):
-                return
-            self.index += 1
-            self.entries[key] = Entry(value, flags, old.created if old else self.index, self.index)
-            self._notify(key)
+            old, index = self.entries.get(key), self.index + 1
+            self._change(index, key, Entry(value, flags, index, index).after(old))
 
     def delete(self, key: bytes) -> None:
         """Delete an entry, if it exists; a tombstone keeps the index of its prefix from falling."""
         with self.changed:
-            if self.entries.pop(key, None) is not None:
-                self.index += 1
-                self._tombstones[key] = self.index
-                self._notify(key)
+            self._change(self.index + 1, key, None)
+
+    def replace(self, entries: dict[bytes, Entry]) -> None:
+        """Make these the entries, all with one index."""
+        with self.changed:
+            index = self.index + 1
+            for key in self.entries.keys() | entries.keys():
+                self._change(index, key, entries.get(key))
+
+    def _change(self, index: int, key: bytes, new: Entry | None) -> None:
+        if new is self.entries.get(key):
+            return
+        self.index = index
+        if new is None:
+            del self.entries[key]
+            self._tombstones[key] = index
+        else:
+            self.entries[key] = new
+        self._notify(key)
 
     def reap(self) -> None:
         """Forget the tombstones, as Consul does after 15 minutes: the index of a prefix may fall. Nobody is woken."""

@@ -13,7 +13,7 @@ import pytest
 from table_consul import config
 from table_consul.child import Bridge
 from table_consul.errors import ConfigError
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import PATIENCE_SECONDS, write_config
 from tests.smtpd.procexec import Clock
 
 
@@ -68,6 +68,12 @@ def open_folder(tmp_path):
             break
         folder.chmod(0o755)
     return tmp_path
+
+
+@pytest.fixture
+def entries_config(tmp_path):
+    """The path of a configuration that answers from the entries of `tests.dialogue`."""
+    return str(write_config(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,151 @@
+"""What the token of the mail servers may not read of a table, as far as Consul reports it.
+
+A rule for one key, or for a folder within that of a service, hides keys without an error. Consul reports from 1.11 on
+that it hides some, but not which. Another token can find that out: one that lists all keys, or reads the policies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from table_consul import kv
+from table_consul.config import ConsulConfig
+from table_consul.ctl.main import as_writer
+from table_consul.errors import Forbidden, SourceError
+from table_consul.sources import PROBE
+from table_consul.transport import Request
+
+READ_SECONDS = 30.0
+# Consul takes no more in one request (agent/acl_endpoint.go, ACLAuthorize).
+AUTHORIZATIONS_MAX = 64
+CLOSED = "the token may not read this folder, so lookups are errors (table-consulctl policy prints what it needs)"
+DENIED = (
+    "the token may not read this key, so a lookup is an error (on Consul before 1.11: not-found); change its policy"
+)
+HIDING = (
+    "Consul hides keys of this folder from the token; change its policy (to see which, put a token that may list them"
+    " into CONSUL_HTTP_TOKEN)"
+)
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+class _Link(msgspec.Struct, rename={"id": "ID", "name": "Name"}):
+    id: str
+    name: str
+
+
+class _Links(msgspec.Struct, rename="pascal"):
+    """A token or a role."""
+
+    policies: list[_Link] = []
+    roles: list[_Link] = []
+
+
+class _Policy(msgspec.Struct, rename="pascal"):
+    rules: str
+
+
+class _Authorization(msgspec.Struct, rename="pascal"):
+    segment: str
+    allow: bool
+
+
+class Unreadable(NamedTuple):
+    """A key or folder of which the token may not read all, and what that means."""
+
+    where: bytes
+    text: str
+
+
+class Access(NamedTuple):
+    """What was found out, and from how much."""
+
+    unreadable: list[Unreadable]
+    folders: int
+    keys: int
+    policies: list[str]
+    """The names of the policies whose rules could be read."""
+
+
+def check(settings: ConsulConfig, folders: Sequence[bytes]) -> Access:
+    """What the configured token may not read below these folders of services.
+
+    Raises:
+        SourceError: Consul does not answer.
+    """
+    others = as_writer(settings, None)
+    reader, other = _Client(settings), _Client(others)
+    with contextlib.closing(reader), contextlib.closing(other):
+        closed = [folder for folder in folders if not reader.may_read(folder + PROBE)]
+        found = [Unreadable(each, CLOSED) for each in closed]
+        opened = [folder for folder in folders if folder not in closed]
+        keys: dict[str, None] = {}
+        with contextlib.suppress(Forbidden):
+            for folder in opened if others != settings else ():
+                keys.update((key.decode(), None) for key in other.visible_keys(folder, timeout=READ_SECONDS)[0])
+        rules = dict(reader.rules(other))
+        named = [text for each in rules.values() for text in _strings(each)]
+        below = [text for text in named if text.encode().startswith(tuple(opened)) and text.encode() not in opened]
+        with contextlib.suppress(SourceError):  # no ACLs, or the endpoint is blocked
+            denied = reader.denied([*dict.fromkeys([*keys, *below])])
+            found += [Unreadable(key.encode(), DENIED) for key in denied]
+        for folder in opened:
+            hides = reader.hides_keys(folder, timeout=READ_SECONDS)
+            if hides and not any(each.where.startswith(folder) for each in found):
+                found.append(Unreadable(folder, HIDING))
+        return Access(sorted(found), len(folders), len(keys), sorted(rules))
+
+
+def _strings(rules: str) -> Iterator[str]:
+    """Every string in rules, be they HCL or JSON: whether one is a key, and a denied one, Consul knows."""
+    for quoted in _STRING.findall(rules):
+        with contextlib.suppress(ValueError):
+            yield json.loads(quoted)
+
+
+class _Client(kv.Client):
+    """A client that also asks for the ACLs; like `kv.Client`, it has one conversation at a time."""
+
+    def may_read(self, key: bytes) -> bool:
+        try:
+            self.get(key, timeout=READ_SECONDS)
+        except Forbidden:
+            return False
+        return True
+
+    def denied(self, keys: Sequence[str]) -> list[str]:
+        """Those of the keys that the token may not read; raises SourceError."""
+        denied = []
+        for start in range(0, len(keys), AUTHORIZATIONS_MAX):
+            batch = [{"Resource": "key", "Segment": key, "Access": "read"} for key in keys[start:][:AUTHORIZATIONS_MAX]]
+            answers = self._acl("internal/acl/authorize", list[_Authorization], json.dumps(batch).encode())
+            denied += [each.segment for each in answers if not each.allow]
+        return denied
+
+    def rules(self, other: _Client) -> Iterator[tuple[str, str]]:
+        """Name and rules of each policy of this token, as far as the other one may read them."""
+        with contextlib.suppress(SourceError):
+            own = self._acl("acl/token/self", _Links)
+            policies = own.policies
+            for role in own.roles:
+                with contextlib.suppress(SourceError):
+                    policies += other._acl(f"acl/role/{role.id}", _Links).policies
+            for policy in policies:
+                with contextlib.suppress(SourceError):
+                    yield policy.name, other._acl(f"acl/policy/{policy.id}", _Policy).rules
+
+    def _acl(self, path: str, kind: Any, body: bytes | None = None) -> Any:  # noqa: ANN401 - of this kind
+        def build() -> Request:
+            headers = {"X-Consul-Token": self._library.token} if self._library.token else {}
+            if body is None:
+                return Request(f"/v1/{path}", (), headers)
+            return Request(f"/v1/{path}", (), {**headers, "Content-Length": str(len(body))}, "POST", body)
+
+        with kv.Response(self, self._send(build, READ_SECONDS)) as response:
+            return response.decoded(msgspec.json.Decoder(kind))

@@ -1,0 +1,170 @@
+"""Entries that are built from former ones: what is reused, replaced and reported."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from table_consul.errors import EntryError
+from table_consul.services import SERVICES, fold_key
+from table_consul.services.entries import Entries, EntriesBuilder
+from tests.services.parsing import COMMANDS, RECORD, TABLE, entries
+from tests.services.strategies import RAW, SERVICE, TABLES
+
+
+class TestBuilder:
+    def build(self, *pairs, former=None, table=TABLE, service="alias"):
+        builder = EntriesBuilder(table, SERVICES[service], former)
+        builder.take(pairs)
+        return builder
+
+    def test_several_takes_equal_one(self):
+        builder = self.build((b"Root", b"eric"))
+        builder.take([(b"root", b"gilles"), (b"bad", b"|sh")])
+        whole = entries("alias", (b"Root", b"eric"), (b"root", b"gilles"), (b"bad", b"|sh"))
+        built = builder.finish()
+        assert (whole.values, whole.problems) == (built.values, built.problems)
+
+    def test_unchanged_entries_are_the_former_object(self):
+        former = entries("alias", (b"root", b"gilles\n"), (b"bad", b"|sh"))
+        assert former is self.build((b"root", b"gilles"), (b"bad", b"|sh"), former=former).finish()
+
+    def test_changed_entries_leave_the_former_ones_alone(self):
+        former = entries("alias", (b"root", b"gilles"))
+        built = self.build((b"root", b"eric"), former=former).finish()
+        assert (built.lookup(b"root"), former.lookup(b"root")) == (b"eric", b"gilles")
+
+    def test_unchanged_entries_with_a_bad_pattern_are_the_former_object(self):
+        former = entries("netaddr", (b"192.0.2.0/24", None), (b"nonsense/99", None))
+        same = self.build(*((key, None) for key in former.values), former=former, service="netaddr").finish()
+        assert (former is same, len(former.problems)) == (True, 1)
+
+    def test_deleted_case_variant_is_no_longer_a_problem(self):
+        former = entries("alias", (b"Root", b"x"), (b"root", b"gilles"))
+        assert self.build((b"root", b"gilles"), former=former).finish().problems == []
+
+    def test_missing_keys_are_those_of_the_former_entries_only(self):
+        former = entries("alias", (b"root", b"gilles"), (b"bad", b"|sh"), (b"kept", b"eric"))
+        builder = self.build((b"kept", b"x"), former=former)
+        assert ([*builder.missing_keys()], [*self.build((b"a", b"b")).missing_keys()]) == ([b"root", b"bad"], [])
+
+    def test_revoked_permission_applies_to_unchanged_values(self):
+        former = entries("alias", (b"root", b"|sh"), table=COMMANDS)
+        assert {b"root"} == set(self.build((b"root", b"|sh"), former=former).finish().errors)
+
+    def test_bad_case_variant_does_not_shadow_good_key(self):
+        former = entries("alias", (b"root", b"gilles"))
+        built = self.build((b"Root", b"|sh"), (b"root", b"gilles"), former=former).finish()
+        assert (built.lookup(b"root"), built.errors, len(built)) == (b"gilles", {}, 1)
+        assert [problem.key for problem in built.problems] == [b"aliases/alias/Root"]
+
+    def test_key_stored_anew_in_another_case_is_reported_and_missed_in_that_case(self):
+        former = entries("alias", (b"Root", b"gilles"))
+        built = self.build((b"root", b"gilles"), former=former).finish()
+        assert [*self.build(former=built).missing_keys()] == [b"root"]
+
+    def test_missing_keys_are_known_after_a_change_of_settings(self):
+        former = entries("alias", (b"Root", b"gilles"))
+        table = replace(TABLE, allow_commands=True)
+        assert self.build(former=former, table=table).missing_keys() == {b"root": b"Root"}
+        moved = replace(TABLE, paths={"alias": "elsewhere"})
+        assert self.build(former=former, table=moved).missing_keys() == {}
+
+
+def test_warning_of_an_unchanged_entry_remains_when_others_change():
+    former = entries("credentials", (b"vera", b"hunter2"), (b"gone", b"hunter2"))
+    builder = EntriesBuilder(TABLE, SERVICES["credentials"], former)
+    builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
+    built = builder.finish()
+    assert [str(problem).partition(":")[0] for problem in built.problems] == ["aliases/credentials/vera"]
+    builder = EntriesBuilder(TABLE, SERVICES["credentials"], built)
+    builder.take([(b"vera", b"hunter2"), (b"new", b"$6$salt$hash")])
+    assert builder.finish() is built
+
+
+# ---- properties ----
+
+
+CASE_VARIANTS = [
+    b"root",
+    b"Root",
+    b"ROOT",
+    b"*",
+    b" Root",
+    b"vera",
+    b"Vera",
+    b"a:b",
+    b"192.0.2.1",
+    b"::1",
+    b"A@b",
+    b"x/",
+]
+SHA512 = b"$6$saltsalt$" + b"." * 86
+STORED = st.sampled_from(
+    [
+        b'"gilles"', b'"\\"gilles\\""', b'["gilles"]', b"|sh", b'"|sh"', b"gilles, eric schmidt", b"a\nb",
+        b"gilles", b"gilles\n", b"", None, b"1000:1000:/home/x", b"0:0:/root", RECORD, b'{"password": "hunter2"}',
+        b'{"uid": 1}', b"{}", b"{CRYPT}" + SHA512, SHA512, b"vera:hunter2", b"hunter2", b"*", b"*LK*", b"192.0.2.1",
+        b"$2b$15$" + b"." * 53,
+    ]
+)  # fmt: skip
+PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique_by=lambda pair: pair[0])
+REUSING_TABLES = st.sampled_from(
+    [
+        TABLE,
+        COMMANDS,
+        replace(TABLE, value_format="text"),
+        replace(TABLE, value_format="json"),
+        replace(TABLE, services=("auth", "credentials"), deadline=0.1),
+        replace(TABLE, services=("auth", "credentials"), deadline=60.0),
+    ]
+)
+
+
+def state(found):
+    def answer(key):
+        try:
+            return found.lookup(key)
+        except EntryError as error:
+            return type(error), str(error)
+
+    return {
+        "values": found.values,
+        "errors": found.errors,
+        "incomplete": found.incomplete,
+        "warnings": found.warnings,
+        "problems": sorted(found.problems),
+        "spelling": sorted(found.spelling),
+        "original_case": found.original_case,
+        "answers": [answer(fold_key(key)) for key in [*CASE_VARIANTS, b"nobody"]],
+    }
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@settings(deadline=None)
+@given(stages=st.lists(st.tuples(REUSING_TABLES, PAIRS), min_size=2, max_size=4))
+@example(stages=[(TABLE, [(b"root", b"gilles")]), (TABLE, [(b"Root", b"|sh"), (b"root", b"gilles")])])
+@example(stages=[(TABLE, [(b"Root", b"")]), (TABLE, [(b"root", b"")])])
+@example(stages=[(TABLE, [(b"root", b'"\\"gilles\\""')]), (TABLE, [(b"root", b'"gilles"')])])
+def test_entries_built_on_former_ones_equal_those_built_from_scratch(service, stages):
+    former = None
+    for table, pairs in stages:
+        builder = EntriesBuilder(table, SERVICES[service], former)
+        for pair in pairs:
+            builder.take([pair])
+        former = builder.finish()
+        assert state(former) == state(Entries(table, SERVICES[service], pairs))
+
+
+@settings(deadline=None)
+@given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
+def test_parsed_value_stored_again_is_the_same(table, service, key, raw):
+    """EntriesBuilder reuses a value that equals the former one: parsing it again must not change it."""
+    former = Entries(table, service, [(key, raw)])
+    again = [(key, former.values.get(fold_key(key), raw))]
+    builder = EntriesBuilder(table, service, former)
+    builder.take(again)
+    fresh = Entries(table, service, again)
+    assert (fresh.values, set(fresh.errors)) == (builder.values, set(builder.errors))

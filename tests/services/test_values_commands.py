@@ -1,0 +1,144 @@
+"""Commands, files and includes in the value of an alias, in every notation that smtpd reads as one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from table_consul.errors import EntryError
+from table_consul.services.values import is_plain_list, split_list
+from tests.services.expansion import alias_type, expand_line_split
+from tests.services.parsing import COMMANDS, read, refusal
+from tests.services.strategies import LINES
+
+
+def test_array_of_commands_keeps_each_command_whole():
+    assert read(b'["gilles", "|a, b", "|c"]', table=COMMANDS) == b'gilles, "|a, b", "|c"'
+
+
+@pytest.mark.parametrize(
+    ("raw", "command"),
+    [
+        (b'"|command, with comma"', b"command, with comma"),
+        (b'"|plain"', b"plain"),
+        (b'"|echo it\'s"', b"echo it's"),
+        (b'"|echo \\"a, b\\""', b'echo "a, b"'),
+        (b'"|printf a\\\\nb"', b"printf a\\nb"),
+    ],
+)
+def test_quoted_command_reaches_smtpd_unchanged(raw, command):
+    """aliases(5) writes commands in quotes, which JSON would remove; what smtpd reads from the answer decides."""
+    (node,) = split_list(read(raw, table=COMMANDS))
+    assert command == (node[2:-1] if node.startswith(b'"') else node[1:])
+
+
+COMMANDS_IN_DISGUISE = [
+    b"|/bin/sh",
+    b"gilles,|/bin/sh",
+    b"gilles, |/bin/sh",
+    b"gilles\n|/bin/sh",
+    b'"|/bin/sh -c id"',
+    b'"|/bin/sh, -c, id"',
+    b'gilles, "|sh"',
+    b"\\|sh",
+    b"\\\\|sh"[1:],
+    b'\\"|sh\\"',
+    b"\\ |sh",
+    b"\\\t\\ |sh",
+    b"/etc/passwd",
+    b"\\/etc/passwd",
+    b" /var/mail/x",
+    b":include:/etc/passwd",
+    b"include:/etc/passwd",
+    b":INCLUDE:/etc/passwd",
+    b"InClude:/x",
+    b"\\:include:/x",
+    b":inc\\lude:/x",
+    b"i\\n\\c\\l\\u\\d\\e:/x",
+    b'["gilles", "|sh"]',
+    b'["gilles", "/tmp/x"]',
+    b'"gilles, |sh"',
+    b'"\\u007csh"',
+    b"'a, b', |sh",
+    b'"a, b",\\|sh',
+    b"a\\, b\n|sh",
+    b"error:550 no,|sh",
+    b"\x0b|sh",
+    b",,|sh",
+]
+
+
+@pytest.mark.parametrize("raw", COMMANDS_IN_DISGUISE)
+def test_alias_command_file_or_include_is_rejected_in_every_disguise(raw):
+    text = refusal(raw)
+    assert "set allow_commands = true" in text
+
+
+@pytest.mark.parametrize("raw", COMMANDS_IN_DISGUISE)
+def test_alias_command_is_accepted_with_allow_commands(raw):
+    assert read(raw, table=COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"error:550 no such user",
+        b":error:450 try again, later",
+        b"gilles",
+        b"gilles@example.org, eric+x@example.org",
+        b"a\\|b",
+        b"'|' is no command",
+        b"",
+    ],
+)
+def test_alias_users_addresses_and_errors_need_no_permission(raw):
+    assert raw == read(raw)
+
+
+@pytest.mark.parametrize("raw", [b"it's", b'"gilles', b"gilles\\", b"'a\", b", b"a, 'b"])
+def test_alias_with_an_open_quote_or_escape_is_rejected(raw):
+    assert "ends within a quote or an escape" in refusal(raw, table=COMMANDS)
+
+
+def test_pipe_in_a_string_is_data():
+    assert read(b"|x", "string") == b"|x"
+
+
+# ---- as smtpd expands it ----
+
+
+@settings(deadline=None)
+@given(LINES)
+@example(b"a\\")
+@example(b'"\'"')
+def test_split_list_splits_like_smtpd(line):
+    try:
+        nodes = split_list(line)
+    except EntryError:
+        nodes = None
+    assert expand_line_split(line) == nodes
+
+
+@settings(deadline=None)
+@given(LINES)
+def test_alias_that_smtpd_reads_as_a_command_is_rejected(line):
+    try:
+        value = read(line)
+    except EntryError:
+        return
+    assert [node for node in expand_line_split(value) or [] if alias_type(node)] == []
+
+
+@pytest.mark.parametrize("raw", [b"o'brien@example.org", b"gilles@example.org\\"])
+def test_mailaddrmap_with_an_open_quote_or_escape_is_rejected(raw):
+    assert "ends within a quote or an escape" in refusal(raw, "mailaddrmap")
+
+
+@settings(deadline=None)
+@given(LINES | st.from_regex(rb"[a-z.@,|/: ]{0,12}", fullmatch=True))
+def test_plain_list_contains_nothing_that_smtpd_rejects_or_runs(line):
+    if is_plain_list(line):
+        nodes = expand_line_split(line)
+        assert all(alias_type(node) is None and b"'" not in node and b'"' not in node for node in nodes)
+        assert nodes == split_list(line)

@@ -1,0 +1,113 @@
+"""How the program ends: the end of its input, signals, and starts by hand."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.dialogue import ENTRIES, PATIENCE_SECONDS, Child, write_config, write_source
+from tests.smtpd.process import ROOT
+
+PROGRAM = (sys.executable, "-m", "table_consul")
+LONG = {**ENTRIES, "aliases/string/long": b"x" * 100_000}
+
+# ---- started by smtpd ----
+
+
+def test_the_end_of_the_file_is_the_end_with_status_0(entries_config):
+    with Child(entries_config) as child:
+        child.handshake()
+        assert child.end() == 0
+
+
+def test_the_end_in_the_middle_of_a_line_is_the_end_with_status_0(entries_config):
+    with Child(entries_config) as child:
+        child.handshake()
+        child.say(ROOT % 1)
+        assert (child.rest(), child.end()) == (b"", 0)
+
+
+def ask_for_long(child, count):
+    child.say(b"".join(b"table|0.1|0|aliases|lookup|string|%08x|long\n" % number for number in range(count)))
+
+
+def test_a_peer_that_vanishes_while_it_is_answered_is_the_end_with_status_0(tmp_path):
+    path = write_config(tmp_path)
+    write_source(tmp_path, LONG)
+    with Child(str(path)) as child:
+        child.handshake()
+        ask_for_long(child, 100)
+        child.line()
+        child.wire.close()
+        assert (child.process.wait(PATIENCE_SECONDS), problems(child)) == (0, "")
+
+
+def test_signals_that_smtpd_ignores_end_nothing(entries_config):
+    with Child(entries_config) as child:
+        child.handshake()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            child.process.send_signal(number)
+        assert child.ask(ROOT % 1) == b"lookup-result|00000001|found|gilles"
+
+
+def test_a_socket_that_does_not_block_is_waited_for(tmp_path):
+    path = write_config(tmp_path)
+    write_source(tmp_path, LONG)
+    theirs_flags = "import os; os.set_blocking(0, False); from table_consul.cli import main; raise SystemExit(main())"
+    with Child(str(path), command=[sys.executable, "-c", theirs_flags]) as child:
+        child.handshake()
+        ask_for_long(child, 30)
+        answers = [child.line() for _ in range(30)]
+        assert [b"lookup-result|%08x|found|" % n + b"x" * 100_000 for n in range(30)] == answers
+        assert child.end() == 0
+
+
+def problems(child):
+    """The log without its lines of level INFO."""
+    return "".join(line for line in child.log().splitlines(keepends=True) if ": INFO: " not in line)
+
+
+# ---- started by hand ----
+
+
+def run_to_the_end(*command, **options):
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS, check=False, **options)
+
+
+def test_on_a_terminal_it_says_what_it_is_and_ends_with_status_2():
+    ours, theirs = pty.openpty()
+    try:
+        run = run_to_the_end(*PROGRAM, stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (run.returncode, run.stdout, b"is started by OpenSMTPD's smtpd" in run.stderr) == (2, b"", True)
+
+
+@pytest.mark.parametrize("sent", [b"", b"hello\n", b"GET / HTTP/1.0\r\n\r\n"])
+def test_where_nobody_speaks_a_dialect_it_says_what_it_is_and_ends_with_status_2(entries_config, sent):
+    run = run_to_the_end(*PROGRAM, entries_config, input=sent)
+    assert (run.returncode, run.stdout, b"is started by OpenSMTPD's smtpd" in run.stderr) == (2, b"", True)
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_without_standard_input_it_ends_with_status_2_and_no_traceback(entries_config, closed):
+    run = run_to_the_end("/bin/sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAM, entries_config)
+    assert (run.returncode, b"Traceback" in run.stdout + run.stderr) == (2, False)
+
+
+def test_the_dialogue_that_it_suggests_works(entries_config):
+    run = run_to_the_end(*PROGRAM, entries_config, input=b"config|ready\ntable|0.1|0|aliases|lookup|alias|1|root\n")
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (0, b"lookup-result|1|found|gilles")
+
+
+def test_it_takes_little_to_shake_hands():
+    """Heavy imports belong where they are needed; smtpd waits for its handshake."""
+    code = "import sys; from table_consul import cli; print(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    assert set() == {"requests", "urllib3", "consul", "ssl", "http.client", "table_consul.kv"} & {*modules}

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import http.client
+import logging
 import os
 import re
 import socket
@@ -27,8 +28,10 @@ import urllib3.connection
 import urllib3.exceptions
 
 from table_consul import __version__
-from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
+from table_consul.errors import BadResponse, SourceError, Unreachable, printable
 from table_consul.files import version_of
+from table_consul.http_response import HTTPResponse
+from table_consul.refusals import BadRequest, excerpt, refusal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about the versions of what it could use
@@ -37,6 +40,8 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
+
+log = logging.getLogger("table_consul")
 
 # A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
 _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
@@ -51,6 +56,7 @@ LEAST_CUT_SECONDS = 2.0
 MAX_STALE_SECONDS = 10.0
 # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
 _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
+_MAX_INDEX = 2**63 - 1
 BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
 
 
@@ -61,14 +67,6 @@ class WaitCut(Unreachable):
         super().__init__(text)
         self.seconds = seconds
         """How long the connection had waited."""
-
-
-class BadRequest(BadResponse):
-    """Consul refuses this one request: another address would answer the same, and other requests may succeed."""
-
-
-class BadName(BadRequest):
-    """Consul refuses the name of this key, whether there is such a key or not."""
 
 
 def _seconds_until(moment: float) -> float:
@@ -104,6 +102,8 @@ class _TLSSocket(_DeadlineMixin, ssl.SSLSocket):
 class _Connection(urllib3.connection.HTTPConnection):
     """A connection of the pool; also for TLS and unix sockets, because `Endpoint` opens it."""
 
+    response_class = HTTPResponse
+
     def __init__(self, *args: Any, endpoint: Endpoint, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
         super().__init__(*args, **kwargs)
         self._endpoint = endpoint
@@ -136,11 +136,22 @@ class Endpoint(requests.adapters.HTTPAdapter):
         self._resolution: Future[list[Any]] | None = None
         self._context: ssl.SSLContext | None = None
         self._broken: tuple[object, SourceError] | None = None
-        self._pool = urllib3.HTTPConnectionPool(self._host, self._port, maxsize=1)
-        self._pool.ConnectionCls = functools.partial(_Connection, endpoint=self)  # type: ignore[assignment]  # only called
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> urllib3.HTTPConnectionPool:
+        pool = urllib3.HTTPConnectionPool(self._host, self._port, maxsize=1)
+        pool.ConnectionCls = functools.partial(_Connection, endpoint=self)  # type: ignore[assignment]  # only called
+        return pool
+
+    def disconnect(self) -> None:
+        """Close the connection; the next request opens another."""
+        self._pool.close()
+        self._pool = self._new_pool()
 
     def close(self) -> None:
-        self._pool.close()
+        """Close the connection; the next one uses the TLS files as they are then."""
+        self.disconnect()
+        self._context = None
 
     def get_connection_with_tls_context(self, *_args: Any, **_kwargs: Any) -> urllib3.HTTPConnectionPool:  # noqa: ANN401 - the parent's
         return self._pool
@@ -239,16 +250,19 @@ class Transport:
         self._settings = settings
         self._stale = settings.consistency == "stale"
         self._scope = [(k, v) for k, v in (("ns", settings.namespace), ("partition", settings.partition)) if v]
-        self._endpoints: list[Endpoint] = []
+        self._endpoints = [Endpoint(address, settings, self) for address in settings.addresses]
         self._current = 0
         self._prepared = requests.PreparedRequest()
-        self.close()
+        self._warned = False
 
     def close(self) -> None:
         """Close all connections; later requests open others, with the TLS files as they are then."""
         for endpoint in self._endpoints:
             endpoint.close()
-        self._endpoints = [Endpoint(address, self._settings, self) for address in self._settings.addresses]
+
+    def disconnect(self) -> None:
+        """Close the connection in use: whatever else comes on it would answer nothing that is asked."""
+        self._endpoints[self._current].disconnect()
 
     @property
     def address(self) -> str:
@@ -321,29 +335,42 @@ class Transport:
         return self._attempt(held, again=True)
 
     def _validated(self, response: requests.Response) -> requests.Response:
-        """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise."""
+        """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise, and disconnects."""
+        try:
+            self._validate(response)
+        except SourceError:
+            self.disconnect()
+            raise
+        return response
+
+    def _validate(self, response: requests.Response) -> None:
         write = self._prepared.method != "GET"
         status, headers = response.status_code, response.headers
-        beginning = functools.partial(response.raw.read, 16 << 10)  # most are shorter: their connection is kept
+        beginning = functools.partial(response.raw.read, 16 << 10)
         # 409: nothing was written, and the body names the conflict.
         if status not in ((200, 409) if write else (200, 404)):
-            raise self._refusal(status, beginning())
+            raise refusal(f"Consul at {self.address}", status, beginning(), token=self._has_token)
         if write:
-            return response
-        leader = headers.get("X-Consul-Knownleader")
+            return
+        leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")
+        is_index = re.fullmatch("[0-9]{1,30}", index) is not None and 0 < int(index) <= _MAX_INDEX
         # Stale reads prefer old data to none; but such a server cannot know that something is not there.
         if leader == "false" and (status == 404 or not self._stale):
             raise Unreachable(f"Consul at {self.address} has no cluster leader")
+        if leader not in ("true", "false") or not is_index:
+            raise self.bad(f"{status} that is not from Consul's key-value store", beginning())
         if status == 404 and self.is_behind(response):
             raise Unreachable(f"Consul at {self.address} has not heard from its leader for {MAX_STALE_SECONDS:.0f} s")
-        # Where the connection broke within the headers nothing else would show it.
-        if leader != "true" and status == 404:
-            raise self.bad("404 that is not from Consul's key-value store", beginning())
-        if not re.fullmatch("0*[1-9][0-9]{0,19}", headers.get("X-Consul-Index", "")):
-            raise self.bad(f"{status} without an index, so not from Consul's key-value store", beginning())
         if headers.get("Content-Encoding", "identity") != "identity":
             raise self.bad("compressed answer, which was not asked for")
-        return response
+        # Consul 1.11 is the first to have partitions, and to send this header; older ones ignore the parameter.
+        if self._settings.partition and "X-Consul-Query-Backend" not in headers and not self._warned:
+            self._warned = True
+            log.warning(
+                "Consul at %s has no partitions and ignores partition = %s (upgrade it to 1.11 or remove the setting)",
+                self.address,
+                printable(self._settings.partition),
+            )
 
     @staticmethod
     def is_behind(response: requests.Response) -> bool:
@@ -367,32 +394,15 @@ class Transport:
             self.next_address()
             raise failure from error
 
-    def _refusal(self, status: int, body: bytes) -> SourceError:
-        said = f"{status} {self._excerpt(body)}".rstrip()
-        if status in (401, 403):
-            return Forbidden(f"Consul at {self.address} refuses the token: {said}")
-        # Consul 1.21.5 answers 400 or 500 for a key with any of `@ + : *` in it (hashicorp/consul#22835); were that
-        # an outage, one recipient could stop the answers to all.
-        if b"invalid key name" in body.lower():
-            return BadName(
-                f"Consul at {self.address} refuses the name of this key (a limit of Consul 1.21.5: upgrade it, or set"
-                f' disable_http_unprintable_char_filter, or use mode = "mirror"): {status}'
-            )
-        kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse
-        return kind(f"Consul at {self.address}: {said}")
+    @property
+    def _has_token(self) -> bool:
+        return "X-Consul-Token" in self._prepared.headers
 
-    def bad(self, what: str, body: bytes = b"") -> BadResponse:
+    def bad(self, what: str, body: bytes | bytearray = b"") -> BadResponse:
         """The error for an answer that Consul would not give."""
         # A web page tells who answered; anything else may hold the values of the table, password hashes among them.
-        page = ": " + self._excerpt(body) if body.lstrip().startswith(b"<") else ""
+        page = ": " + excerpt(bytes(body), token=self._has_token) if body.lstrip().startswith(b"<") else ""
         return BadResponse(f"Consul at {self.address}: {what}{page}")
-
-    def _excerpt(self, body: bytes) -> str:
-        """Enough of a body to recognise a proxy's error page by its title; without the token, should it be echoed."""
-        text = body[:1000].decode(errors="backslashreplace")
-        if token := self._prepared.headers.get("X-Consul-Token"):
-            text = text.replace(token, "(token)")
-        return printable(" ".join(text.split()))
 
     def _failure(self, error: Exception) -> SourceError:
         """The error for an exchange that broke off."""

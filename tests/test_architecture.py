@@ -23,6 +23,7 @@ PURE = sorted(
     or name.removeprefix("table_consul.")
     in {
         "errors",
+        "refusals",
         "protocol",
         "imsg",
         "responder",

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import click
 
 from table_consul.config import Config
-from table_consul.ctl.main import NO, UNCUT, as_json, chosen_tables, counted, echo_problems, pass_config
-from table_consul.errors import printable
+from table_consul.ctl.main import NO, UNCUT, as_json, chosen_tables, echo_problems, pass_config
+from table_consul.errors import counted, printable
 from table_consul.services import SERVICES, Table
 
 

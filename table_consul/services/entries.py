@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from table_consul.services.index import Index
 
 
+REPLACEMENT = "\ufffd".encode()
+NOT_UTF8 = (
+    "the key is not UTF-8 (Consul lists its bytes as U+FFFD), so no lookup finds it; delete it over HTTP, by its bytes"
+    " (DELETE /v1/kv/FOLDER/%80)"
+)
+
+
 class Problem(NamedTuple):
     """An entry that smtpd cannot use as it is stored, with the cause and what to do."""
 
@@ -79,11 +86,19 @@ class EntriesBuilder:
                 self._parse(folded, key, raw)
 
     def _resolve_case(self, key: bytes, folded: bytes) -> bool:
-        """Whether this key answers: of those that differ only in case, the lower-case one does, else the first."""
+        """Whether this key answers: of those that differ only in case, the lower-case one does, else the first.
+
+        Consul lists a key twice only where two that are not UTF-8 look alike; whatever is listed twice is an error.
+        """
         if not self.has(folded):
             self.original_case[folded] = key
             return True
         rival = self.original_case.get(folded, folded)
+        if rival == key:
+            if self.values.pop(folded, None) is not None:
+                self.warnings.pop(folded, None)
+                self.errors[folded] = Problem(self.path + key, "Consul lists this key twice")
+            return False
         winner, loser = (key, rival) if key == folded else (rival, key)
         path = printable(self.path + winner)
         text = f"differs only in case from {path}, which takes precedence; delete one of the two"
@@ -96,6 +111,9 @@ class EntriesBuilder:
         return True
 
     def _parse(self, folded: bytes, key: bytes, raw: bytes | None) -> None:
+        if REPLACEMENT in key:
+            self.errors[folded] = Problem(self.path + key, NOT_UTF8)
+            return
         try:
             value = parse_value(self.table, self.service, folded, raw)
         except EntryError as error:
@@ -164,7 +182,9 @@ class Entries:
         if service.patterns and (self.values or self.errors):
             from table_consul.services.index import INDEXES
 
-            self._index = INDEXES[service.name]([*self.values, *self.errors])
+            # A pattern that is not what was stored would match something else.
+            patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
+            self._index = INDEXES[service.name](patterns)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._exact = self._index is None and not self._default
@@ -228,6 +248,8 @@ class Entries:
     def _key(self, entry: bytes) -> bytes:
         if not is_valid_reply_value(entry):
             raise self._error(entry, "the key contains a control character")
+        if REPLACEMENT in entry:
+            raise self._error(entry, NOT_UTF8)
         return entry
 
     def next_after(self, last: bytes | None) -> tuple[bytes, bytes] | None:

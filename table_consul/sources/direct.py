@@ -11,11 +11,11 @@ from typing import TypeVar
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import Forbidden, SourceError, Unreachable, printable
+from table_consul.refusals import BadRequest
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, holds_answer
 from table_consul.sources.mirror import Unlisted
-from table_consul.transport import BadRequest
 
 T = TypeVar("T")
 
@@ -24,6 +24,8 @@ log = logging.getLogger("table_consul")
 # Pattern services are matched against all entries, which several rules of one mail ask for in a row.
 CACHE_SECONDS = 1.0
 MAX_WARNINGS = 4096  # Each is logged once; a bound on how many are remembered.
+# How often a folder is logged in which Consul refuses the names of keys: many are strangers' addresses.
+REFUSED_NAME_SECONDS = 300.0
 
 
 class DirectSource:
@@ -38,6 +40,7 @@ class DirectSource:
         self._clock = clock
         self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
+        self._silent_until: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
         self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes]]] = {}
         self._warned: set[str] = set()
@@ -72,15 +75,23 @@ class DirectSource:
         """
         if key is None or service.patterns or unlisted.stored is None:
             raise unlisted.error.with_traceback(None)
-        pairs = self._read(table.path(service), unlisted.stored, deadline)
-        return self._with_default(table, service, key, pairs, deadline)
+        pairs = self._read(table.path(service), unlisted.stored, deadline, hidden=True)
+        return self._with_default(table, service, key, pairs, deadline, hidden=True)
 
     def _with_default(
-        self, table: Table, service: Service, key: bytes, pairs: list[tuple[bytes, bytes | None]], deadline: float
+        self,
+        table: Table,
+        service: Service,
+        key: bytes,
+        pairs: list[tuple[bytes, bytes | None]],
+        deadline: float,
+        *,
+        hidden: bool = False,
     ) -> Entries:
         entries = Entries(table, service, pairs)
         if entries.uses_default(key):
-            entries = Entries(table, service, [*pairs, *self._read(table.path(service), DEFAULT_KEY, deadline)])
+            default = self._read(table.path(service), DEFAULT_KEY, deadline, hidden=hidden)
+            entries = Entries(table, service, [*pairs, *default])
         return entries
 
     def update(self) -> None:
@@ -98,11 +109,13 @@ class DirectSource:
         """Close the connection to Consul."""
         self._client.close()
 
-    def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
+    def _read(
+        self, path: bytes, key: bytes, deadline: float, *, hidden: bool = False
+    ) -> list[tuple[bytes, bytes | None]]:
         if not kv.is_url_safe(path + key):
             # A transaction can write such a key (api-docs/txn), and no URL reads it.
             raise SourceError(f"{printable(path + key)} cannot be read from Consul, as no URL can name it")
-        pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left))
+        pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left), hidden=hidden)
         return [] if pair is None else [(key, pair.value)]
 
     def _list(
@@ -134,7 +147,8 @@ class DirectSource:
             self._capitals[path] = (ended + max(CACHE_SECONDS, 4 * (ended - began)), found)
         return found
 
-    def _ask(self, path: bytes, deadline: float, read: Callable[[float], T]) -> T:
+    def _ask(self, path: bytes, deadline: float, read: Callable[[float], T], *, hidden: bool = False) -> T:
+        """What ``read`` returns; ``hidden``: that a key of this folder is refused is known, and was logged."""
         now, breaker = self._clock(), self._breaker
         if breaker.since is not None and now < breaker.not_before:
             raise Unreachable(f"Consul has been unreachable for {now - breaker.since:.0f} s: {breaker.last_error}")
@@ -148,8 +162,10 @@ class DirectSource:
         except SourceError as error:
             breaker.success(self._clock())
             if isinstance(error, BadRequest):  # about this one key, which the next lookup does not ask for
-                self._warn_once(printable(path), f"{error}; returning errors for such keys")
-            else:
+                if now >= self._silent_until.get(path, 0.0):
+                    self._silent_until[path] = now + REFUSED_NAME_SECONDS
+                    log.warning("%s: %s; returning errors for such keys", printable(path), error)
+            elif not (hidden and isinstance(error, Forbidden)):
                 refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))
                 refusal.failure(error, self._clock(), 0.0)
             raise

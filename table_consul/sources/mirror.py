@@ -148,7 +148,8 @@ class SnapshotBuilder:
         self._count += len(pairs)
         if self._count > self.table.max_keys:
             raise TooLarge(f"{printable(self._prefix)} holds more than max_keys = {self.table.max_keys} keys")
-        first, last = pairs[0][0], pairs[-1][0]
+        keys = [key for key, _ in pairs]
+        first, last = min(keys), max(keys)
         for builder in self._builders:
             path, start = builder.path, len(builder.path)
             if first.startswith(path) and last.startswith(path):

@@ -18,13 +18,14 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
+from table_consul.refusals import BadName
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
-from table_consul.transport import BadName, WaitCut
+from table_consul.transport import WaitCut
 
 log = logging.getLogger("table_consul")
 

@@ -8,9 +8,9 @@ from tests.rig import cache
 from tests.rig.consul import ConsulCluster
 
 
-def cluster_or_skip(*, acl: bool = False) -> ConsulCluster:
+def cluster_or_skip(*, acl: bool = False, client_agent: bool = False) -> ConsulCluster:
     """Three Consul servers to be entered, where there can be any."""
     try:
-        return ConsulCluster(acl=acl)
+        return ConsulCluster(acl=acl, client_agent=client_agent)
     except cache.Unavailable as error:
         pytest.skip(str(error))

@@ -22,12 +22,32 @@ DEADLINE_SECONDS = 2.0
 # With data in memory; what the machine as a whole stood still meanwhile does not count.
 SLOW_SECONDS = 0.05
 
+NEVER = (float("inf"), float("inf"))
+
 STEADY = (
     (b"check|domain", b"example.org", (b"found",)),
     (b"lookup|alias", b"still", (b"found|gilles",)),
     (b"fetch|source", None, (b"found|192.0.2.1", b"found|192.0.2.2")),
     (b"lookup|alias", b"nobody", (b"not-found",)),
+    (b"lookup|alias", b"leaving", (b"found|eric",)),
+    (b"lookup|userinfo", b"boss", (b"found|5001:5001:/var/vmail/boss",)),
+    (b"lookup|userinfo", b"staff", (b"found|5000:5000:/var/vmail",)),
 )
+ENTRIES = {
+    "alias/still": "gilles",
+    "alias/leaving": "eric",
+    "domain/example.org": "",
+    "source/192.0.2.1": "",
+    "source/192.0.2.2": "",
+    "userinfo/boss": "5001:5001:/var/vmail/boss",
+    "userinfo/*": "5000:5000:/var/vmail",
+}
+"""From which the steady questions are answered: keys below the table, and values."""
+
+
+def number_of(key: bytes) -> int:
+    """The number of a steady question."""
+    return HOT + [asked for _, asked, _ in STEADY].index(key)
 
 
 @dataclass
@@ -72,6 +92,7 @@ class Client(threading.Thread):
         self.answers: list[tuple[float, float, int, bytes]] = []
         self.witnesses = Witnesses()
         self.newest = [0] * HOT
+        self.latest = [b""] * (HOT + len(STEADY))
         self.gone: str | None = None
 
     def start(self) -> None:
@@ -108,6 +129,7 @@ class Client(threading.Thread):
                     _, ident, outcome = reply.split(b"|", 2)
                     assert int(ident, 16) == number, f"{reply!r} answers question {number}"
                     self.answers.append((when, took, number, outcome))
+                    self.latest[number] = outcome
                     if number < HOT and outcome.startswith(b"found|v"):
                         self.newest[number] = int(outcome[7:])
 
@@ -132,33 +154,38 @@ class Client(threading.Thread):
             result.slowest = max(result.slowest, ours)
             result.by_the_clock = max(result.by_the_clock, took)
             result.late += ours > DEADLINE_SECONDS + SLOW_SECONDS
-            verdict = ""
-            if outcome.startswith(b"error|"):
-                result.errors += 1
-                verdict = "error"
-            elif outcome == b"not-found" and (number < HOT or STEADY[number - HOT][2] != (b"not-found",)):
-                result.absent += 1
-                verdict = "false not-found"
-            elif not self._right(when, number, outcome, writer, ill):
-                result.wrong += 1
-                verdict = "wrong"
+            verdict = _verdict(when, number, outcome, writer, ill)
             if verdict:
                 seen[verdict] += 1
                 if seen[verdict] <= 3:
                     result.examples.append(
                         f"{when - ill[0]:+.3f} s after the fault began: {number}: {outcome!r}: {verdict}"
                     )
+        result.wrong, result.absent, result.errors = seen["wrong"], seen["false not-found"], seen["error"]
         if self.gone:
             result.examples.append(f"gone: {self.gone}")
         return result
 
-    @staticmethod
-    def _right(when: float, number: int, outcome: bytes, writer: Writer, ill: tuple[float, float]) -> bool:
-        if number >= HOT:
-            return outcome in STEADY[number - HOT][2]
-        if not outcome.startswith(b"found|v"):
-            return False
-        version = int(outcome[7:])
-        if not 0 < version <= writer.attempted[number]:
-            return False
-        return ill[0] <= when <= ill[1] or version >= writer.newest(number, when - FRESH_SECONDS)
+    def is_well(self, writer: Writer, wanted: list[int]) -> bool:
+        """Whether the latest answers are at least of these versions, and all others as if there had been no fault."""
+        return all(have >= want for have, want in zip(self.newest, wanted, strict=True)) and all(
+            self.latest[number] in ((b"not-found",) if number in writer.deleted else expected)
+            for number, (_, _, expected) in enumerate(STEADY, HOT)
+        )
+
+
+def _verdict(when: float, number: int, outcome: bytes, writer: Writer, ill: tuple[float, float]) -> str:
+    """What is wrong with an answer; empty if nothing is."""
+    is_ill = ill[0] <= when <= ill[1]
+    if outcome.startswith(b"error|"):
+        since, until = writer.hidden.get(number, NEVER)
+        return "" if since <= when <= until else "error"
+    asked, gone = writer.deleted.get(number, NEVER)
+    expected = STEADY[number - HOT][2] if number >= HOT else ()
+    if outcome == b"not-found" and outcome not in expected:
+        return "" if asked <= when else "false not-found"
+    if number >= HOT:
+        return "" if outcome in expected and (is_ill or when <= gone + FRESH_SECONDS) else "wrong"
+    version = int(outcome[7:]) if outcome.startswith(b"found|v") else 0
+    oldest = 1 if is_ill else max(1, writer.newest(number, when - FRESH_SECONDS))
+    return "" if oldest <= version <= writer.attempted[number] else "wrong"

@@ -1,7 +1,8 @@
-"""What stood in Consul when, written and known; and what therefore may be answered at a moment."""
+"""What was stored in Consul when, written, deleted, hidden; and what therefore may be answered at a moment."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 from tests.rig.consul import ConsulError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.rig.consul import ConsulAgent
 
 HOT = 12
@@ -27,22 +30,34 @@ class Writer(threading.Thread):
         super().__init__(name="writer", daemon=True)
         self._members = list(members)
         self._folder = folder
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._version = 0
         self.attempted = [0] * HOT
         self.acknowledged: list[list[tuple[float, int]]] = [[] for _ in range(HOT)]
+        self.hidden: dict[int, tuple[float, float]] = {}
+        """Question by number whose key the token may not read: the moments between which it may be an error."""
+        self.deleted: dict[int, tuple[float, float]] = {}
+        """Question by number whose key was deleted: the moments at which that was asked for, and acknowledged."""
 
     def run(self) -> None:
         number = 0
         while not self._end.is_set():
-            self.write(number % HOT, seconds=0.0)
+            with self._turn:
+                self.write(number % HOT, seconds=0.0)
             number += 1
             self._end.wait(0.02)
 
     def stop(self) -> None:
         self._end.set()
         self.join()
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Nothing is written within the block: nothing wakes a watch."""
+        with self._turn:
+            yield
 
     def write(self, key: int, seconds: float) -> int:
         """The version that stands there now; tried again for ``seconds``, or once."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.client import DEADLINE_SECONDS, STEADY, Client
+from tests.chaos.client import DEADLINE_SECONDS, STEADY, Client, number_of
 from tests.chaos.history import FRESH_SECONDS, HOT, Writer
 from tests.chaos.witness import merged, stalled
 
 ILL = (100.0, 110.0)
-NOBODY = HOT + len(STEADY) - 1
+STILL, NOBODY, LEAVING = map(number_of, (b"still", b"nobody", b"leaving"))
 
 
 @pytest.fixture
@@ -49,6 +49,44 @@ def judged(writer, *answers):
 )
 def test_an_answer_is_worth_what_stood_in_consul(writer, when, number, outcome, verdict):
     assert judged(writer, (when, number, outcome)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "outcome", "verdict"),
+    [
+        (60.0, STILL, b"error|hidden", (0, 0, 1, 0)),
+        (75.0, STILL, b"error|hidden", (0, 0, 0, 0)),
+        (75.0, STILL, b"found|gilles", (0, 0, 0, 0)),  # not noticed yet
+        (75.0, STILL, b"found|eric", (1, 0, 0, 0)),
+        (75.0, STILL, b"not-found", (0, 1, 0, 0)),  # hidden is not absent
+        (75.0, 0, b"error|hidden", (0, 0, 1, 0)),  # another key
+        (85.0, STILL, b"error|hidden", (0, 0, 1, 0)),  # no longer
+        (60.0, LEAVING, b"not-found", (0, 1, 0, 0)),
+        (75.0, LEAVING, b"not-found", (0, 0, 0, 0)),
+        (71.0 + FRESH_SECONDS / 2, LEAVING, b"found|eric", (0, 0, 0, 0)),
+        (75.0, LEAVING, b"found|eric", (1, 0, 0, 0)),
+        (75.0, LEAVING, b"error|hidden", (0, 0, 1, 0)),
+        (105.0, LEAVING, b"found|eric", (0, 0, 0, 0)),  # the last good copy
+    ],
+)
+def test_a_hidden_key_may_be_an_error_and_only_a_deleted_one_absent(writer, when, number, outcome, verdict):
+    writer.hidden[STILL] = (70.0, 80.0)
+    writer.deleted[LEAVING] = (70.0, 71.0)
+    assert judged(writer, (when, number, outcome)) == verdict
+
+
+def test_all_is_well_when_each_latest_answer_is_as_without_a_fault(writer):
+    client = Client(None, b"t")
+    client.newest = [5] * HOT
+    client.latest[HOT:] = [outcomes[0] for _, _, outcomes in STEADY]
+    assert client.is_well(writer, [5] * HOT)
+    assert not client.is_well(writer, [6] * HOT)
+    writer.deleted[LEAVING] = (1.0, 2.0)
+    assert not client.is_well(writer, [5] * HOT)
+    client.latest[LEAVING] = b"not-found"
+    assert client.is_well(writer, [5] * HOT)
+    client.latest[STILL] = b"error|hidden"
+    assert not client.is_well(writer, [5] * HOT)
 
 
 def test_late_is_late_and_the_end_of_the_child_an_exit(writer):

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
-from tests.fake_consul import Answer, cut, entry, html, stall, trickle
+from tests.fake_consul import VERSIONS, Answer, cut, entry, html, stall, trickle
 
 ROOT = b"consul/alias/root"
+# For tests in which the fake answers as Consul does.
+each_version = pytest.mark.parametrize("version", VERSIONS)
 # What a call may take beyond its deadline on a busy machine, before a test calls it late.
 SLACK = 0.5
 TRUE = {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}
@@ -112,7 +114,7 @@ LIES = {
     "trickle": (trickle(GOOD), Unreachable),
     "endless headers": (
         lambda request: [request.send(b"HTTP/1.1 100 Continue\r\n\r\n") for _ in iter(int, 1)],
-        Unreachable,
+        BadResponse,
     ),
     "end before an answer": (cut(GOOD, 0), Unreachable),
     "end within the status": (cut(GOOD, 5), SourceError),

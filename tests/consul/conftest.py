@@ -10,8 +10,14 @@ from tests.fake_consul import FakeConsul
 
 
 @pytest.fixture
-def fake():
-    with FakeConsul() as server:
+def version():
+    """Of the fake; a test that holds for all versions is parametrized with them."""
+    return "1.22"
+
+
+@pytest.fixture
+def fake(version):
+    with FakeConsul(version=version) as server:
         server.put(ROOT, b"gilles")
         yield server
 

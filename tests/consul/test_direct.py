@@ -7,10 +7,10 @@ import pytest
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
 from table_consul.kv import Pair
+from table_consul.refusals import BadRequest
 from table_consul.services import SERVICES, Table
-from table_consul.sources.direct import CACHE_SECONDS, DirectSource
+from table_consul.sources.direct import CACHE_SECONDS, REFUSED_NAME_SECONDS, DirectSource
 from table_consul.sources.mirror import Unlisted
-from table_consul.transport import BadRequest
 
 TABLE = Table("aliases", prefix="mail", mode="direct")
 MIRRORED = Table("aliases", prefix="mail")
@@ -357,6 +357,16 @@ def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, di
             bucket(direct, key=b"%d@x" % number)
         bucket(direct)
     assert lines(caplog) == ["mail/aliases/alias/: refuses the name of key 0; returning errors for such keys"]
+
+
+def test_refused_names_are_logged_again_after_some_minutes_and_are_no_outage(client, direct, caplog):
+    for number in range(30):
+        client.now += REFUSED_NAME_SECONDS / 10
+        client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest("refuses the name")
+        with pytest.raises(BadRequest):
+            bucket(direct, key=b"%d@x" % number)
+        assert bucket(direct).lookup(b"root") == b"gilles"
+    assert lines(caplog) == ["mail/aliases/alias/: refuses the name; returning errors for such keys"] * 3
 
 
 # ---- for a table that should be in memory ----

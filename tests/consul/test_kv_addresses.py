@@ -11,12 +11,13 @@ from table_consul import kv
 from table_consul.config import ConsulConfig
 from table_consul.errors import BadResponse, Unreachable
 from table_consul.transport import Endpoint
-from tests.consul.clients import GOOD, LIES, ROOT, SLACK, Silent, closed_port, failure
+from tests.consul.clients import GOOD, LIES, ROOT, SLACK, Silent, closed_port, each_version, failure
 from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle
 
 # Connections.
 
 
+@each_version
 def test_the_connection_is_kept(client, fake):
     for _ in range(5):
         client.get(ROOT, timeout=1)
@@ -25,6 +26,7 @@ def test_the_connection_is_kept(client, fake):
     assert {request.connection for request in fake.requests} == {1}
 
 
+@each_version
 def test_a_kept_connection_that_was_closed_is_replaced_silently(client, fake):
     client.get(ROOT, timeout=1)
     fake.close_connections()
@@ -51,6 +53,7 @@ def test_a_time_out_on_a_kept_connection_is_not_tried_again(client, fake):
     assert len(fake.requests) == 2
 
 
+@each_version
 def test_a_restart_between_two_reads_goes_unnoticed(client, fake):
     client.get(ROOT, timeout=1)
     fake.stop()

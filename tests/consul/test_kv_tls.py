@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import ssl
+import time
 
 import pytest
 
-from table_consul.errors import Unreachable
+from table_consul.errors import SourceError, Unreachable
+from table_consul.services import SERVICES, Table
+from table_consul.sources.direct import DirectSource
 from tests.consul.clients import GOOD, ROOT, Silent, failure
 from tests.fake_consul import FakeConsul, stall, trickle
 
@@ -92,6 +95,22 @@ def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one_are_errors(secure, fake
     failure(connect(secure.address.replace("https:", "http:")))
     error = failure(connect(fake.address.replace("http:", "https:"), tls_verify=False))
     assert str(error).endswith("the server did not speak TLS (should the address be http://?)")
+
+
+def test_update_in_direct_mode_reads_the_tls_files_again(secure, connect, authority, tmp_path):
+    trusted = tmp_path / "ca.pem"
+    trusted.write_bytes((authority / "client.pem").read_bytes())
+    direct = DirectSource(connect(secure.address, tls_server_name="consul.example", ca_file=str(trusted)))
+    table = Table("consul", mode="direct")
+
+    def lookup():
+        return direct.entries(table, SERVICES["alias"], b"root", time.monotonic() + 2).lookup(b"root")
+
+    with pytest.raises(SourceError, match="certificate verification failed"):
+        lookup()
+    trusted.write_bytes((authority / "ca.pem").read_bytes())
+    direct.update()
+    assert lookup() == b"gilles"
 
 
 def test_reload_reads_the_tls_files_again(secure, connect, authority, tmp_path):

@@ -5,12 +5,13 @@ import os
 import pytest
 
 from table_consul.errors import Forbidden, SourceError
-from tests.consul.clients import ROOT, TRUE, failure
+from tests.consul.clients import ROOT, TRUE, each_version, failure
 from tests.fake_consul import Answer
 
 # Token, parameters, environment.
 
 
+@each_version
 def test_the_configured_token_is_sent_in_its_header_only(fake, connect):
     fake.token = "s3cret"
     assert connect(fake.address, token="s3cret").get(ROOT, timeout=1).value == b"gilles"
@@ -34,6 +35,7 @@ def write(path, text):
     fresh.rename(path)
 
 
+@each_version
 def test_the_token_file_wins_and_is_read_again_when_it_changes(fake, connect, tmp_path):
     path = tmp_path / "token"
     path.write_text("first \r\n\n")
@@ -46,6 +48,7 @@ def test_the_token_file_wins_and_is_read_again_when_it_changes(fake, connect, tm
     assert [request.headers["x-consul-token"] for request in fake.requests] == ["first", "second"]
 
 
+@each_version
 def test_after_a_403_the_token_file_is_read_again_and_the_read_repeated(fake, connect, tmp_path):
     path = tmp_path / "token"
     path.write_text("first")
@@ -59,6 +62,7 @@ def test_after_a_403_the_token_file_is_read_again_and_the_read_repeated(fake, co
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
+@each_version
 def test_a_403_with_an_unchanged_token_file_is_not_repeated(fake, connect, tmp_path):
     path = tmp_path / "token"
     path.write_text("wrong")

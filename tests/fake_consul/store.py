@@ -77,7 +77,10 @@ class Store:
             self._tombstones.clear()
 
     def restore(self, index: int) -> None:
-        """The index jumps, as after a snapshot was restored, and with it that of all entries; every wait ends."""
+        """The index jumps, as after a snapshot was restored, and with it that of all entries.
+
+        Every wait ends at once, with what was there before; Consul 1.8.7 and 1.22 do so.
+        """
         with self.changed:
             self.index = index
             self._tombstones.clear()
@@ -97,7 +100,7 @@ class Store:
                     if stopping.is_set() or not self.changed.wait(end - time.monotonic()):
                         return replace(listing, timed_out=True)
                 if b"" in self._history[seen:]:
-                    return self._now(prefix)
+                    return listing
 
     def _now(self, prefix: bytes) -> Listing:
         found = {key: self.entries[key] for key in sorted(self.entries) if key.startswith(prefix)}

@@ -54,6 +54,7 @@ FLAGS = (
 # In a process namespace that ends with its first process no browser outlives the test run, however that ends.
 CONTAINED = (*cache.DIES_WITH_US, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 # The field for a value, which is one of two, and what stands in it.
+AUTH_MENU, AUTH_ENTRY = "button[aria-label='Auth menu']", ".hds-dropdown-list-item button"
 EDITOR, PLAIN = ".CodeMirror", "textarea[name=value]"
 CONTENT = """
 const [editor, plain] = [...arguments].map(css => document.querySelector(css));
@@ -231,10 +232,11 @@ class Refused(Exception):
 
 
 class ConsulUI:
-    """The UI's pages for keys and for logging in, as Consul 1.8 has them."""
+    """The UI's pages for keys and for logging in, as Consul 1.8 has them and as 1.19 and later do."""
 
     def __init__(self, browser: Browser, agent: ConsulAgent) -> None:
         self._browser = browser
+        self._modern = consul_version() >= (1, 19)
         self._keys = f"http://{agent.address}/ui/dc1/kv"
 
     def create(self, key: str, value: str = "", *, folder: str = "", code: bool = False) -> float:
@@ -249,7 +251,7 @@ class ConsulUI:
             Refused: the UI told an error.
         """
         self._browser.open(f"{self._keys}/{folder}")
-        self._browser.click("a.type-create", "Create")
+        self._browser.click("a.hds-button" if self._modern else "a.type-create", "Create")
         self._browser.see("input[name=additional]").send_keys(key)
         if not key.endswith("/"):
             self._type(value, code=code)
@@ -274,21 +276,27 @@ class ConsulUI:
             Refused: the UI told an error.
         """
         self._browser.open(self._keys)
-        self._browser.click("header label", "Log in")
+        if self._modern:
+            self._browser.click(AUTH_MENU)
+        self._browser.click(AUTH_ENTRY if self._modern else "header label", "Log in")
         self._browser.see("input[name='auth[SecretID]']").send_keys(secret)
-        self._act("Log in")
+        self._act("Log in", "button[type=submit]")
 
     def log_out(self) -> None:
         """Log out. Raises what ``log_in`` raises."""
         self._browser.open(self._keys)
-        self._browser.click("header label", "Logout")
-        self._act("Logout", "button[role=menuitem]")
+        if self._modern:
+            self._browser.click(AUTH_MENU)
+            self._act("Log out", AUTH_ENTRY)
+        else:
+            self._browser.click("header label", "Logout")
+            self._act("Logout", "button[role=menuitem]")
 
     def _type(self, value: str, *, code: bool) -> None:
         field = self._browser.see(f"{EDITOR}, {PLAIN}")
         if (field.tag_name == "textarea") == code:
             self._browser.click("label", "Code")
-        if code:
+        if code and consul_version() < (1, 20):  # since then the editor does not check JSON
             self._browser.see(".ember-power-select-selected-item", "JSON")
         self._browser.click(f"{EDITOR} .CodeMirror-lines" if code else PLAIN)
         # The editor takes keys in a field of no size of its own.
@@ -310,6 +318,6 @@ class ConsulUI:
 
         clicked = self._browser.click(css, button)
         kind, text = self._browser.wait(told, f"what came of {button}")
-        if "success" not in kind.split():
+        if not {"success", "hds-alert--color-success"}.intersection(kind.split()):
             raise Refused(text)
         return clicked

@@ -1,4 +1,4 @@
-"""Real Consul agents: one, or a cluster of three, on loopback addresses and ports of their own."""
+"""Real Consul agents: a server, a client agent, a cluster; on loopback addresses and ports of their own."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class ConsulError(Exception):
 
 
 class ConsulAgent:
-    """One Consul server, as a context manager: started, with a leader, when the block is entered.
+    """One Consul agent, as a context manager: started, with a leader, when the block is entered.
 
     Args:
         bind: the loopback address of this agent.
@@ -112,7 +112,8 @@ class ConsulAgent:
             its data and answers as a server in production does.
         acl: default policy deny, bootstrapped: ``management_token`` holds the secret of its first token.
         hcl: more configuration, such as ``ports { https = 8501 }``.
-        arguments: more of the command line; how a member of a cluster is told so.
+        arguments: more of the command line, such as the flags of a member of a cluster.
+        server: false for a client agent, which keeps no data and forwards each read to a server it has joined.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class ConsulAgent:
         acl: bool = False,
         hcl: str = "",
         arguments: tuple[str, ...] = ("-bootstrap-expect=1",),
+        server: bool = True,
     ) -> None:
         self.bind = bind
         self.ports = ports or dict(zip(PORTS, free_ports(len(PORTS), (bind,)), strict=True))
@@ -139,7 +141,8 @@ class ConsulAgent:
         )
         self._command = [
             *(*cache.DIES_WITH_US, str(consul_binary()), "agent"),
-            *(["-dev"] if dev else ["-server", "-data-dir", str(self._folder / "data"), *arguments]),
+            *(["-dev"] if dev else ["-data-dir", str(self._folder / "data"), *arguments]),
+            *(["-server"] if server and not dev else []),
             *(f"-config-file={self._folder / 'agent.hcl'}", f"-bind={bind}", f"-client={bind}", "-dns-port=-1"),
             *("-grpc-port=-1", *(["-grpc-tls-port=-1"] if consul_version() >= (1, 14) else [])),
             *(f"-{name.replace('_', '-')}-port={port}" for name, port in self.ports.items()),
@@ -309,6 +312,12 @@ class ConsulAgent:
         made = self.request("PUT", "/v1/acl/token", json.dumps({"Policies": [{"Name": name}]}).encode())
         return str(made["SecretID"])
 
+    def set_rules(self, secret: str, rules: str) -> None:
+        """Give a token that `token` made other rules, which wakes no blocking query for keys."""
+        (policy,) = self.request("GET", "/v1/acl/token/self", token=secret)["Policies"]
+        body = json.dumps({"Name": policy["Name"], "Rules": rules}).encode()
+        self.request("PUT", f"/v1/acl/policy/{policy['ID']}", body)
+
     def revoke(self, secret: str) -> None:
         """Delete a token by its secret."""
         own = self.request("GET", "/v1/acl/token/self", token=secret)
@@ -335,13 +344,17 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ConsulCluster:
-    """Three servers on 127.0.0.2, .3 and .4, as a context manager; ``members`` are agents like any other."""
+    """Three servers on 127.0.0.2, .3 and .4, as a context manager; ``members`` are agents like any other.
+
+    With ``client_agent`` a ``client`` on 127.0.0.5 is started too: the agent of a mail host, which asks the servers.
+    """
 
     ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+    CLIENT_ADDRESS = "127.0.0.5"
 
-    def __init__(self, *, acl: bool = False, hcl: str = "") -> None:
+    def __init__(self, *, acl: bool = False, hcl: str = "", client_agent: bool = False) -> None:
         self._acl = acl
-        ports = dict(zip(PORTS, free_ports(len(PORTS), self.ADDRESSES), strict=True))
+        ports = dict(zip(PORTS, free_ports(len(PORTS), (*self.ADDRESSES, self.CLIENT_ADDRESS)), strict=True))
         join = [f"-retry-join={address}:{ports['serf_lan']}" for address in self.ADDRESSES]
         self.members = [
             ConsulAgent(
@@ -353,6 +366,16 @@ class ConsulCluster:
             )
             for address in self.ADDRESSES
         ]
+        self.client = ConsulAgent(
+            bind=self.CLIENT_ADDRESS,
+            ports=ports,
+            acl=acl,
+            hcl=hcl,
+            arguments=("-node=client", "-retry-interval=1s", *join),
+            server=False,
+        )
+        self.agents = [*self.members, self.client] if client_agent else self.members
+        """Those that are started."""
 
     @property
     def leader(self) -> ConsulAgent:
@@ -372,14 +395,14 @@ class ConsulCluster:
 
     def __enter__(self) -> Self:
         try:
-            for member in self.members:
-                member.launch()
-            for member in self.members:
-                member.wait_for_leader()
+            for agent in self.agents:
+                agent.launch()
+            for agent in self.agents:
+                agent.wait_for_leader()
             if self._acl:
                 secret = self.members[0].bootstrap()
-                for member in self.members:
-                    member.management_token = secret
+                for agent in self.agents:
+                    agent.management_token = secret
         except BaseException:
             self.close()
             raise
@@ -391,5 +414,5 @@ class ConsulCluster:
         self.close()
 
     def close(self) -> None:
-        for member in self.members:
-            member.close()
+        for agent in (*self.members, self.client):
+            agent.close()

@@ -20,7 +20,7 @@ HANDSHAKE = b"config|tablename|aliases\nconfig|ready\n"
 
 
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
-def test_the_child_answers_a_transcript_turn_by_turn_and_ends_with_it(path, tmp_path):
+def test_transcript_is_answered_turn_by_turn_and_ends_with_status_0(path, tmp_path):
     dialogue = read_transcript(path)
     with start_child(tmp_path, *dialogue.defaults) as child:
         for sent, answered in dialogue.turns:
@@ -31,7 +31,7 @@ def test_the_child_answers_a_transcript_turn_by_turn_and_ends_with_it(path, tmp_
 
 
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
-def test_the_child_answers_a_transcript_in_one_piece(path, tmp_path):
+def test_transcript_sent_in_one_piece_is_answered(path, tmp_path):
     dialogue = read_transcript(path)
     with start_child(tmp_path, *dialogue.defaults) as child:
         child.say(dialogue.said)
@@ -61,7 +61,7 @@ def nonsense(chance, number):
     return b"|".join(fields)
 
 
-def test_tens_of_thousands_of_random_lines_end_nothing_and_draw_only_replies_to_what_was_asked(entries_config):
+def test_random_lines_are_survived_and_draw_only_replies_to_requests(entries_config):
     chance = random.Random(20)
     lines, certain = [], {}
     for number in range(40_000):
@@ -109,7 +109,7 @@ def test_pipelined_requests_are_answered_in_order(entries_config):
         ]
 
 
-def test_requests_may_follow_the_handshake_in_the_same_breath(entries_config):
+def test_requests_sent_together_with_the_handshake_are_answered(entries_config):
     with Child(entries_config) as child:
         child.say(HANDSHAKE + ROOT % 1 + b"\n")
         assert child.rest().endswith(b"register|ready\nlookup-result|00000001|found|gilles\n")
@@ -131,7 +131,7 @@ raise SystemExit(cli.main(sys.argv[1:]))
 """
 
 
-def test_what_a_library_prints_or_reads_is_not_smtpds(entries_config):
+def test_library_that_prints_or_reads_does_not_touch_the_socket(entries_config):
     with Child(entries_config, command=[sys.executable, "-c", STRAY]) as child:
         child.handshake()
         assert child.ask(ROOT % 1) == b"lookup-result|00000001|found|gilles"
@@ -140,7 +140,7 @@ def test_what_a_library_prints_or_reads_is_not_smtpds(entries_config):
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "2>&- 3>&-"])
-def test_without_standard_error_what_a_library_prints_is_nobodys(entries_config, closed):
+def test_library_output_without_standard_error_is_dropped(entries_config, closed):
     silent = STRAY.replace("print(", "(lambda *_: 0)(")
     shell = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", silent]
     with Child(entries_config, command=shell) as child:
@@ -149,7 +149,7 @@ def test_without_standard_error_what_a_library_prints_is_nobodys(entries_config,
         assert (child.rest(), child.end()) == (b"", 0)
 
 
-def test_a_bug_in_answering_is_an_error_reply_and_the_next_answer_is_good(entries_config):
+def test_bug_is_an_error_reply_and_the_next_request_is_answered(entries_config):
     bug = (
         STRAY[: STRAY.index("def answer")]
         + (
@@ -172,7 +172,7 @@ def test_a_bug_in_answering_is_an_error_reply_and_the_next_answer_is_good(entrie
 # ---- secrets ----
 
 
-def test_no_secret_and_no_control_character_reaches_log_or_wire(tmp_path):
+def test_log_and_replies_contain_no_secret_and_no_control_character(tmp_path):
     path = write_config(tmp_path, more='[log]\nlevel = "debug"\ntarget = "stderr"')
     entries = {
         "credentials/gilles": b"hunter2\nhunter2",

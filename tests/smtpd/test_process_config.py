@@ -10,7 +10,7 @@ from tests.dialogue import Child, write_config, write_source
 from tests.smtpd.process import ROOT, UPDATE, start_child
 
 
-def test_a_bad_configuration_still_shakes_hands_says_why_and_recovers_with_an_update(tmp_path):
+def test_bad_configuration_is_reported_in_replies_until_an_update_fixes_it(tmp_path):
     path = write_config(tmp_path)
     good = path.read_text()
     path.write_text("[consul]\naddres = 1\n")
@@ -25,7 +25,7 @@ def test_a_bad_configuration_still_shakes_hands_says_why_and_recovers_with_an_up
         assert child.end() == 0
 
 
-def test_an_update_with_a_bad_configuration_keeps_the_old_one(tmp_path):
+def test_update_with_a_bad_configuration_keeps_the_old_one(tmp_path):
     path = write_config(tmp_path)
     with Child(str(path)) as child:
         child.handshake()
@@ -34,7 +34,7 @@ def test_an_update_with_a_bad_configuration_keeps_the_old_one(tmp_path):
         assert child.ask(ROOT % 2) == b"lookup-result|00000002|found|gilles"
 
 
-def test_an_update_brings_a_new_configuration_into_force(tmp_path):
+def test_update_applies_a_new_configuration(tmp_path):
     path = write_config(tmp_path)
     ask = b"table|0.1|0|aliases|lookup|alias|%08x|command"
     with Child(str(path)) as child:
@@ -45,7 +45,7 @@ def test_an_update_brings_a_new_configuration_into_force(tmp_path):
         assert child.ask(ask % 3) == b"lookup-result|00000003|found||/bin/sh"
 
 
-def test_an_update_brings_another_log_level_into_force(tmp_path):
+def test_update_applies_a_new_log_level(tmp_path):
     path = write_config(tmp_path, more='[log]\nlevel = "error"\ntarget = "stderr"\n')
     write_source(tmp_path, {"aliases/netaddr/quiet": b""})
     with Child(str(path)) as child:
@@ -59,7 +59,7 @@ def test_an_update_brings_another_log_level_into_force(tmp_path):
         assert re.findall("netaddr/[a-z]+", child.log()) == ["netaddr/loud"]
 
 
-def test_the_reply_word_may_differ_by_table(tmp_path):
+def test_reply_word_may_differ_by_table(tmp_path):
     more = '[tables.old]\nprocexec_reply = "table-result"'
     with start_child(tmp_path, more=more) as child:
         assert [child.ask(b"table|0.1|0|%b|lookup|%d|alias|x" % asked) for asked in ((b"new", 1), (b"old", 2))] == [
@@ -68,7 +68,7 @@ def test_the_reply_word_may_differ_by_table(tmp_path):
         ]
 
 
-def test_a_source_that_changes_answers_at_once(tmp_path):
+def test_changed_file_is_used_for_the_next_request(tmp_path):
     with start_child(tmp_path) as child:
         child.handshake()
         before = child.ask(ROOT % 1)
@@ -91,12 +91,12 @@ def test_a_source_that_changes_answers_at_once(tmp_path):
         (b"", False),
     ],
 )
-def test_auth_is_registered_only_with_an_smtpd_that_keeps_passwords_as_they_are(tmp_path, version, auth):
+def test_auth_is_registered_only_with_smtpd_that_keeps_the_case_of_passwords(tmp_path, version, auth):
     with start_child(tmp_path, 'services = ["alias", "auth"]') as child:
         assert [b"alias", b"auth"][: 1 + auth] == child.handshake(version=version)
 
 
-def test_with_auth_alone_an_older_smtpd_is_still_told_of_services_it_knows(tmp_path):
+def test_older_smtpd_gets_the_default_services_if_only_auth_is_configured(tmp_path):
     with start_child(tmp_path, 'services = ["auth"]') as child:
         names = child.handshake(version=b"7.6.0")
         assert (b"alias" in names, b"auth" in names) == (True, False)

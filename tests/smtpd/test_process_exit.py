@@ -36,7 +36,7 @@ def ask_for_long(child, count):
     child.say(b"".join(b"table|0.1|0|aliases|lookup|string|%08x|long\n" % number for number in range(count)))
 
 
-def test_a_peer_that_vanishes_while_it_is_answered_is_the_end_with_status_0(tmp_path):
+def test_peer_that_vanishes_during_replies_ends_with_status_0(tmp_path):
     path = write_config(tmp_path)
     write_source(tmp_path, LONG)
     with Child(str(path)) as child:
@@ -47,7 +47,7 @@ def test_a_peer_that_vanishes_while_it_is_answered_is_the_end_with_status_0(tmp_
         assert (child.process.wait(PATIENCE_SECONDS), problems(child)) == (0, "")
 
 
-def test_signals_that_smtpd_ignores_end_nothing(entries_config):
+def test_signals_that_smtpd_ignores_are_ignored(entries_config):
     with Child(entries_config) as child:
         child.handshake()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
@@ -55,7 +55,7 @@ def test_signals_that_smtpd_ignores_end_nothing(entries_config):
         assert child.ask(ROOT % 1) == b"lookup-result|00000001|found|gilles"
 
 
-def test_a_socket_that_does_not_block_is_waited_for(tmp_path):
+def test_non_blocking_socket_is_waited_for(tmp_path):
     path = write_config(tmp_path)
     write_source(tmp_path, LONG)
     theirs_flags = "import os; os.set_blocking(0, False); from table_consul.cli import main; raise SystemExit(main())"
@@ -79,7 +79,7 @@ def run_to_the_end(*command, **options):
     return subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS, check=False, **options)
 
 
-def test_on_a_terminal_it_says_what_it_is_and_ends_with_status_2():
+def test_terminal_as_standard_input_prints_a_hint_and_ends_with_status_2():
     ours, theirs = pty.openpty()
     try:
         run = run_to_the_end(*PROGRAM, stdin=theirs)
@@ -90,23 +90,23 @@ def test_on_a_terminal_it_says_what_it_is_and_ends_with_status_2():
 
 
 @pytest.mark.parametrize("sent", [b"", b"hello\n", b"GET / HTTP/1.0\r\n\r\n"])
-def test_where_nobody_speaks_a_dialect_it_says_what_it_is_and_ends_with_status_2(entries_config, sent):
+def test_input_in_no_dialect_prints_a_hint_and_ends_with_status_2(entries_config, sent):
     run = run_to_the_end(*PROGRAM, entries_config, input=sent)
     assert (run.returncode, run.stdout, b"is started by OpenSMTPD's smtpd" in run.stderr) == (2, b"", True)
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"])
-def test_without_standard_input_it_ends_with_status_2_and_no_traceback(entries_config, closed):
+def test_closed_standard_input_ends_with_status_2_and_no_traceback(entries_config, closed):
     run = run_to_the_end("/bin/sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAM, entries_config)
     assert (run.returncode, b"Traceback" in run.stdout + run.stderr) == (2, False)
 
 
-def test_the_dialogue_that_it_suggests_works(entries_config):
+def test_suggested_dialogue_works(entries_config):
     run = run_to_the_end(*PROGRAM, entries_config, input=b"config|ready\ntable|0.1|0|aliases|lookup|alias|1|root\n")
     assert (run.returncode, run.stdout.splitlines()[-1]) == (0, b"lookup-result|1|found|gilles")
 
 
-def test_it_takes_little_to_shake_hands():
+def test_handshake_needs_no_heavy_imports():
     """Heavy imports belong where they are needed; smtpd waits for its handshake."""
     code = "import sys; from table_consul import cli; print(*sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()

@@ -11,7 +11,7 @@ from tests.smtpd.process import ROOT
 
 
 @pytest.mark.parametrize("mode", ["direct", "mirror"])
-def test_with_consul_away_every_answer_is_an_error_in_time_and_no_token_is_told(tmp_path, mode):
+def test_unreachable_consul_is_an_error_reply_in_time_without_the_token(tmp_path, mode):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, and not listening: whoever connects is refused
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -27,7 +27,7 @@ def test_with_consul_away_every_answer_is_an_error_in_time_and_no_token_is_told(
             assert ("hunter2" in child.log(), "returning errors" in child.log()) == (False, True)
 
 
-def test_a_consul_that_never_answers_does_not_delay_the_handshake(tmp_path):
+def test_silent_consul_does_not_delay_the_handshake(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         path = write_config(tmp_path, "deadline = 30", address=f"http://127.0.0.1:{silent.getsockname()[1]}")
         with Child(str(path)) as child:
@@ -35,7 +35,7 @@ def test_a_consul_that_never_answers_does_not_delay_the_handshake(tmp_path):
             assert b"alias" in child.handshake()
 
 
-def test_the_end_is_noticed_while_a_mirror_waits_for_consul(tmp_path):
+def test_end_of_file_is_noticed_while_a_mirror_waits_for_consul(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         path = write_config(tmp_path, "deadline = 0.2", address=f"http://127.0.0.1:{silent.getsockname()[1]}")
         with Child(str(path)) as child:

@@ -18,8 +18,14 @@ from tests.fake_consul import FakeConsul
 
 
 @pytest.fixture
-def fake():
-    with FakeConsul() as server:
+def version():
+    """Of the fake; a module whose tests hold for all versions has a fixture with all of them."""
+    return "1.22"
+
+
+@pytest.fixture
+def fake(version):
+    with FakeConsul(version=version) as server:
         server.put(ROOT, b"gilles")
         server.put(DOMAIN + b"example.org", b"")
         yield server
@@ -82,3 +88,14 @@ def sources(tmp_path):
 @pytest.fixture
 def copied(tmp_path):
     return replace(TABLE, snapshot=str(tmp_path / "copy.json"))
+
+
+@pytest.fixture
+def waits_of(monkeypatch):
+    """Have every wait take this many seconds, be something hidden or not."""
+
+    def patch(seconds):
+        for name in ("MOST_WAIT_SECONDS", "HIDDEN_WAIT_SECONDS"):
+            monkeypatch.setattr(f"table_consul.sources.mirror.{name}", seconds)
+
+    return patch

@@ -20,7 +20,12 @@ from tests.consul.watch.watching import (
     settled,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import Answer, FakeConsul, cut, html, stall
+from tests.fake_consul import VERSIONS, Answer, FakeConsul, cut, html, stall
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    return request.param
 
 
 def test_the_first_answer_waits_for_the_first_load(fake, mirrored):

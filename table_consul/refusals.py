@@ -1,0 +1,65 @@
+"""What it means that Consul, or whatever stands before it, refuses a request: a status and a body become an error."""
+
+from __future__ import annotations
+
+import re
+
+from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
+
+# The words of Consul 1.8 to 2.0. Nothing else of an answer to a request with a token is quoted: a proxy may echo the
+# token in any spelling. The names of keys and of tokens are left out.
+_OWN_WORDS = re.compile(
+    rb"Permission denied(?:: anonymous token)?|lacks permission '(?:key|acl):(?:read|write|list)'|ACL not found"
+    rb"|ACL support disabled|Access is restricted|Endpoint is blocked by agent configuration"
+    rb'|Invalid query parameter: "(?:ns|partition)" - (?:Namespaces|Partitions) are a Consul Enterprise feature'
+    rb"|Cannot specify \?stale with \?consistent|Invalid (?:index|wait time)|Missing key name|Failed to parse body"
+    rb"|(?i:invalid key name)(?:, leading/trailing spaces are not allowed|, path traversal is not allowed|, keys should"
+    rb" respect the)?|Request body(?=\(\d+ bytes\) too large)|Transaction contains too many operations"
+    rb"|rate limit exceeded(?: for operation that can only be performed by the leader)?(?:, try again later)?"
+    rb"(?: or against a different server)?|RPC rate limit exceeded|Your IP is issuing too many concurrent connections"
+    rb"|No cluster leader|No path to datacenter|Not ready to serve consistent reads|No known Consul servers"
+    rb"|rpc error (?:making call|getting client)|failed to get conn|i/o (?:deadline reached|timeout)|EOF"
+    rb"|connection re(?:fused|set by peer)|leadership lost while committing log|node is not the leader"
+)
+
+
+class BadRequest(BadResponse):
+    """Consul refuses this one request: another address would answer the same, and other requests may succeed."""
+
+
+class BadName(BadRequest):
+    """Consul refuses the name of this key, whether there is such a key or not."""
+
+
+def excerpt(body: bytes, *, token: bool) -> str:
+    """Consul's own words in a body; of a request without a token, enough of any to recognise a proxy's page."""
+    if words := _OWN_WORDS.findall(body[:1000]):
+        return " ... ".join(word.decode() for word in dict.fromkeys(words))
+    if body and token:
+        return "(text not quoted: it may contain the token)"
+    return printable(" ".join(body[:1000].decode(errors="backslashreplace").split()))
+
+
+def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceError:
+    """The error for this status; ``consul`` names who answered, ``token``: the request had one."""
+    said = f"{status} {excerpt(body, token=token)}".rstrip()
+    if status in (401, 403):
+        if "Access is restricted" in said:
+            return Forbidden(f"{consul} refuses writes from this host: {said} (see its setting allow_write_http_from)")
+        if "Endpoint is blocked" in said:
+            return Forbidden(f"{consul}: {said} (see its setting http_config.block_endpoints)")
+        if not token:
+            return Forbidden(f"{consul}: {said} (no token is configured: set token_file)")
+        return Forbidden(f"{consul} refuses the token: {said}")
+    if "Enterprise feature" in said:
+        setting = "partition" if "Partitions" in said else "namespace"
+        return SourceError(f"{consul}: {said} (remove {setting} from the configuration)")
+    # 1.21.5 refuses the `@` of mail addresses (hashicorp/consul#22835), later versions a blank at an end: were that an
+    # outage, one recipient could stop the answers to all.
+    if "invalid key name" in said.lower():
+        hint = "rename the key, or set disable_kv_key_validation in Consul's configuration"
+        if "should respect" in said:
+            hint = "a limit of Consul 1.21.5: upgrade it, or set disable_http_unprintable_char_filter there"
+        return BadName(f"{consul} refuses the name of this key: {said} ({hint})")
+    kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse
+    return kind(f"{consul}: {said}")

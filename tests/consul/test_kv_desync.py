@@ -1,0 +1,178 @@
+"""Responses that do not end where they seem to: none may answer the next request of the connection."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import pytest
+
+from table_consul.errors import BadResponse, SourceError, Unreachable
+from table_consul.http_response import MAX_INTERIM
+from tests.consul.clients import LIES, ROOT, TRUE, failure
+from tests.fake_consul import Answer, entry
+
+ABSENT = Answer(404, TRUE)
+EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\nX-Consul-Index: 9\r\n\r\n"
+NOBODY = b"consul/alias/nobody"
+
+
+def interim(fake, *heads, pause=0.0):
+    """Put these before each true answer, a pause after them."""
+
+    def handle(request):
+        for head in heads:
+            request.send(head)
+        request.stopping.wait(pause)
+        return fake.consul(request)
+
+    fake.handle = handle
+
+
+@pytest.mark.parametrize("status", [b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 Whatever"])
+@pytest.mark.parametrize("count", [1, 2, MAX_INTERIM])
+def test_interim_response_is_not_the_answer(client, fake, status, count):
+    interim(fake, *[b"HTTP/1.1 " + status + b"\r\nX: y\r\n\r\n"] * count)
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    assert client.get(NOBODY, timeout=1) is None
+
+
+def test_interim_response_long_before_the_answer_shifts_no_answer_to_the_next_request(client, fake):
+    interim(fake, EARLY_HINTS, pause=0.1)
+    for _ in range(3):
+        assert client.get(NOBODY, timeout=1) is None
+        assert client.get(ROOT, timeout=1).value == b"gilles"
+        assert [pair.key for pair in client.list(b"consul/", timeout=1)] == [ROOT]
+    assert {request.connection for request in fake.requests} == {1}
+
+
+@pytest.mark.parametrize("head", [EARLY_HINTS, b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_interim_responses_without_end_are_an_error_soon(client, fake, head):
+    interim(fake, *[head] * 1000)
+    began = time.monotonic()
+    assert isinstance(failure(client, timeout=5), BadResponse)
+    assert time.monotonic() - began < 1
+    fake.handle = fake.consul
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+
+
+def test_interim_response_that_switches_protocols_is_an_error(client, fake):
+    interim(fake, b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n")
+    assert isinstance(failure(client), BadResponse)
+
+
+@pytest.mark.parametrize("lie", [name for name in LIES if name != "stall"])
+def test_connection_is_closed_after_a_response_that_is_not_good(client, fake, lie):
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    fake.handle, _ = LIES[lie]
+    failure(client, timeout=0.3)
+    tried = max(request.connection for request in fake.requests)
+    fake.handle = fake.consul
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+    assert fake.requests[-1].connection > tried
+
+
+@pytest.mark.parametrize("first", [Answer(500, {}, b"No cluster leader"), Answer(403, {}, b"Permission denied")])
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_second_response_to_one_request_answers_no_other(client, fake, first, pause):
+    def twice(request):
+        fake.handle = fake.consul
+        request.send(first.wire())
+        request.stopping.wait(pause)
+        request.send(ABSENT.wire())
+
+    fake.handle = twice
+    with pytest.raises(SourceError):
+        client.get(NOBODY, timeout=1)
+    time.sleep(2 * pause)
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_second_404_to_one_request_answers_no_other(client, fake, pause):
+    def twice(request):
+        fake.handle = fake.consul
+        request.send(ABSENT.wire())
+        request.stopping.wait(pause)
+        request.send(ABSENT.wire())
+
+    fake.handle = twice
+    assert client.get(NOBODY, timeout=1) is None
+    time.sleep(2 * pause)
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+
+
+def test_late_answer_to_a_request_that_timed_out_answers_no_other(client, fake):
+    def late(request):
+        fake.handle = fake.consul
+        request.stopping.wait(0.3)
+        return ABSENT
+
+    fake.handle = late
+    assert isinstance(failure(client, NOBODY, timeout=0.1), Unreachable)
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+
+
+# Headers.
+
+
+@pytest.mark.parametrize("answer", [ABSENT, entry(ROOT, "Zg==")])
+def test_response_that_is_cut_within_its_headers_is_not_believed(client, fake, answer):
+    headers = {"Vary": "Accept-Encoding", **TRUE, "X-Consul-Results-Filtered-By-Acls": "true"}
+    whole = Answer(answer.status, headers, answer.body).wire()
+    for length in range(whole.index(b"\r\n\r\n") + 4):
+        fake.handle = lambda request, length=length: request.send(whole[:length])
+        with pytest.raises(SourceError):
+            client.get(ROOT, timeout=1)
+        with pytest.raises(SourceError):
+            client.list(b"consul/", timeout=1)
+
+
+@pytest.mark.parametrize("index", ["9223372036854775808", "18446744073709551615", "9" * 30])
+def test_index_beyond_63_bits_is_not_believed(client, fake, index):
+    fake.handle = lambda request: entry(ROOT, "Zg==", index=index)
+    assert isinstance(failure(client), BadResponse)
+
+
+def test_index_of_63_bits_is_believed(client, fake):
+    fake.handle = lambda request: entry(ROOT, "Zg==", index=str(2**63 - 1))
+    with client.blocking_query(b"consul/", timeout=1) as response:
+        assert response.index == 2**63 - 1
+
+
+@pytest.mark.parametrize("leader", [None, "", "TRUE?", "1"])
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("consistency", ["default", "stale", "consistent"])
+def test_answer_without_a_leader_header_is_not_believed(fake, connect, leader, status, consistency):
+    headers = {"X-Consul-Index": "5"} | ({} if leader is None else {"X-Consul-Knownleader": leader})
+    fake.handle = lambda request: Answer(status, headers, b"[]")
+    client = connect(fake.address, consistency=consistency)
+    for read in (client.get, client.list, client.keys):
+        with pytest.raises(BadResponse, match="not from Consul's key-value store"):
+            read(b"consul/alias", timeout=1)
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("depth", [5_000, 100_000])
+@pytest.mark.parametrize("body", [b"%b%b", b'[{"Key":"consul/alias/root","Value":null,"ModifyIndex":1,"X":%b%b}]'])
+def test_body_of_many_levels_is_unusable(client, fake, depth, body):
+    fake.handle = lambda request: Answer(200, TRUE, body % (b"[" * depth, b"]" * depth))
+    for read in (client.get, client.list, client.keys):
+        with pytest.raises(BadResponse, match="unusable answer"):
+            read(b"consul/alias/root", timeout=2)
+
+
+def entries(client, prefix=b"t/"):
+    with client.blocking_query(prefix, timeout=5) as response:
+        return [pair for pairs in response.pairs() for pair in pairs]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("step", [1 << 10, 16 << 10])
+def test_keys_full_of_boundaries_cost_no_more_than_others(fake, connect, step):
+    keys = [f"t/{number}" + "}," * (1 << 18) for number in range(14)]
+    body = msgspec.json.encode([{"Key": key, "Value": "", "ModifyIndex": 1} for key in keys])
+    fake.handle = lambda request: Answer(200, TRUE, body)
+    assert [pair.name for pair in entries(connect(fake.address, limits={"chunk_bytes": step}))] == keys

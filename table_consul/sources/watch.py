@@ -240,7 +240,7 @@ class Watch(threading.Thread):
                 return 0.0
             if response.index < state.index:
                 return pause  # what a server that is behind lacks is not deleted
-            if former is not None and (seen, response.index) == (state, state.seen) and not self._file.dirty:
+            if former is not None and (seen, response.index) == (state, state.seen) and not self._file.due:
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()

@@ -117,6 +117,8 @@ class Response:
 
     def __exit__(self, *_exc: object) -> None:
         if self._unread:
+            transport = self._client.transport
+            transport.answer_by = min(transport.answer_by, time.monotonic() + self._client.discard_seconds)
             with contextlib.suppress(*BROKEN):
                 self._raw.raw.read(self._client.chunk_bytes)
         self._raw.close()
@@ -230,6 +232,8 @@ class Client:
     """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
     read_seconds = 10.0
     """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
+    discard_seconds = 1.0
+    """For what is discarded: after an early answer to a blocking query the time for a late one is left."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)

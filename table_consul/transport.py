@@ -52,6 +52,7 @@ _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCK
 # A connection that ends sooner was idle for too long, or its server restarted; later, a timeout has cut the wait:
 # Consul 1.22.4's of 30 seconds (http_config.write_timeout), or a proxy's.
 LEAST_CUT_SECONDS = 2.0
+_GATEWAY_TIMEOUTS = (502, 504)  # How a proxy reports that its own timeout, or Consul's behind it, has cut a wait.
 # A server that has not heard from its leader for longer may lack entries: consistency = "stale" reads from it even so.
 MAX_STALE_SECONDS = 10.0
 # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
@@ -60,7 +61,7 @@ _MAX_INDEX = 2**63 - 1
 
 
 class WaitCut(Unreachable):
-    """Something closed the connection in the middle of a wait, without a byte of an answer: no news, and no fault."""
+    """Something cut a wait: it closed the connection, or answered in Consul's place. No news, and no fault."""
 
     def __init__(self, text: str, seconds: float) -> None:
         super().__init__(text)
@@ -346,7 +347,7 @@ class Transport:
         try:
             response = self._endpoints[self._current].send(self._prepared, stream=True)
             try:
-                return self._validated(response)
+                return self._validated(response, min(held, time.monotonic() - max(began, self.connected_at)))
             except BaseException:
                 response.close()
                 raise
@@ -363,22 +364,23 @@ class Transport:
             self.answer_by += waited
         return self._attempt(held, again=True)
 
-    def _validated(self, response: requests.Response) -> requests.Response:
+    def _validated(self, response: requests.Response, waited: float) -> requests.Response:
         """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise, and disconnects."""
         try:
-            self._validate(response)
+            self._validate(response, waited)
         except SourceError:
             self.disconnect()
             raise
         return response
 
-    def _validate(self, response: requests.Response) -> None:
+    def _validate(self, response: requests.Response, waited: float) -> None:
         write = self._prepared.method != "GET"
         status, headers = response.status_code, response.headers
         beginning = functools.partial(response.raw.read, 16 << 10)
         # 409: nothing was written, and the body names the conflict.
         if status not in ((200, 409) if write else (200, 404)):
-            raise refusal(f"Consul at {self.address}", status, beginning(), token=self._has_token)
+            error = refusal(f"Consul at {self.address}", status, beginning(), token=self._has_token)
+            raise WaitCut(str(error), waited) if status in _GATEWAY_TIMEOUTS and waited >= LEAST_CUT_SECONDS else error
         if write:
             return
         leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")

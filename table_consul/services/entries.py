@@ -187,7 +187,8 @@ class Entries:
             self._index = INDEXES[service.name](patterns)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
-        self._exact = self._index is None and not self._default
+        self._undecodable = next((problem for key, problem in self.errors.items() if REPLACEMENT in key), None)
+        self._exact = self._index is None and not self._default and self._undecodable is None
         self.plain = self._exact and not self.errors and all(self.values.values())
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
 
@@ -207,10 +208,22 @@ class Entries:
         return key if key in self.values or key in self.errors else None
 
     def contains(self, key: bytes) -> bool:
-        """Whether the key is in the table: by an entry for it, or by the default entry of the service."""
+        """Whether the key is in the table: by an entry for it, or by the default entry of the service.
+
+        Raises:
+            EntryError: the key is not UTF-8, and may be one that Consul does not list as it is.
+        """
+        self._raise_if_undecodable(key)
         return self._default or self.find(key) is not None
 
     def uses_default(self, key: bytes) -> bool:
+    def _raise_if_undecodable(self, key: bytes) -> None:
+        if self._undecodable is not None:
+            try:
+                key.decode()
+            except UnicodeDecodeError:
+                raise EntryError(str(self._undecodable)) from None
+
         """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
@@ -228,6 +241,7 @@ class Entries:
             if value is None and key not in self.errors:
                 return None
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
+        self._raise_if_undecodable(key)
             value = self._value(DEFAULT_KEY)
             try:
                 return expand_home(value, key)

@@ -76,6 +76,8 @@ class DirectSource:
         if key is None or service.patterns or unlisted.stored is None:
             raise unlisted.error.with_traceback(None)
         pairs = self._read(table.path(service), unlisted.stored, deadline)
+        if not pairs and unlisted.listed.contains(key):  # by the default entry, the name of which 1.21.5 refuses
+            return unlisted.listed
         return self._with_default(table, service, key, pairs, deadline)
 
     def _with_default(

@@ -96,11 +96,12 @@ class Hidden(msgspec.Struct, frozen=True):
 
 
 class Unlisted(SourceError):
-    """A key is not in memory and may be in Consul; ``stored`` is its spelling there (None: for all keys)."""
+    """A key is not among those ``listed``, and may be in Consul, spelled as ``stored`` (None: for all keys)."""
 
-    def __init__(self, error: SourceError, stored: bytes | None) -> None:
+    def __init__(self, error: SourceError, listed: Entries, stored: bytes | None) -> None:
         super().__init__(str(error))
         self.error = error
+        self.listed = listed
         self.stored = stored
 
 
@@ -220,5 +221,5 @@ class Mirror:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
         entries, hidden = snapshot.entries[service], snapshot.hidden.get(service)
         if hidden is not None and not holds_answer(entries, key):
-            raise Unlisted(hidden.error, None if key is None else hidden.missing.get(key, key))
+            raise Unlisted(hidden.error, entries, None if key is None else hidden.missing.get(key, key))
         return entries

@@ -9,6 +9,7 @@ from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError,
 from table_consul.failures import BadRequest
 from table_consul.kv import Pair
 from table_consul.services import SERVICES, Table
+from table_consul.services.entries import Entries
 from table_consul.sources.direct import CACHE_SECONDS, REFUSED_KEY_SECONDS, DirectSource
 from table_consul.sources.mirror import Unlisted
 
@@ -429,11 +430,11 @@ def test_key_is_an_error_while_the_keys_cannot_be_listed(client, direct):
 
 def test_hidden_key_is_read_as_it_is_stored_and_not_searched_for(client, direct):
     client.store[b"mail/aliases/alias/Eric"] = b"x"
-    unlisted = Unlisted(Forbidden("hidden"), b"Eric")
+    listed = Entries(MIRRORED, SERVICES["alias"])
+    unlisted = Unlisted(Forbidden("hidden"), listed, b"Eric")
     found = direct.entries_hidden(unlisted, MIRRORED, SERVICES["alias"], b"eric", client.now + 2.0)
     assert (found.lookup(b"eric"), client.asked) == (b"x", [("get", b"mail/aliases/alias/Eric", 2.0)])
     for service, key, stored in (("netaddr", b"192.0.2.1", b"192.0.2.1"), ("source", None, None)):
+        unlisted = Unlisted(Forbidden("hidden"), listed, stored)
         with pytest.raises(Forbidden, match="hidden"):
-            direct.entries_hidden(
-                Unlisted(Forbidden("hidden"), stored), MIRRORED, SERVICES[service], key, client.now + 2.0
-            )
+            direct.entries_hidden(unlisted, MIRRORED, SERVICES[service], key, client.now + 2.0)

@@ -57,9 +57,10 @@ class EntriesBuilder:
         """Folded key to the stored one, where they differ."""
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
-        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline.
-        if former is not None and former.table.same_entries(table):
-            self._reusable = former if former.table.deadline == table.deadline or not service.hashed else None
+        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by these two.
+        if self._former is not None and self._former.table.same_entries(table):
+            judged = [(each.deadline, each.services) for each in (self._former.table, table)]
+            self._reusable = self._former if judged[0] == judged[1] or not service.hashed else None
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
         self._valid: Mapping[bytes, bytes] = {}
         if self._reusable is not None and table.value_format != "json":
@@ -216,7 +217,6 @@ class Entries:
         self._raise_if_undecodable(key)
         return self._default or self.find(key) is not None
 
-    def uses_default(self, key: bytes) -> bool:
     def _raise_if_undecodable(self, key: bytes) -> None:
         if self._undecodable is not None:
             try:
@@ -224,6 +224,7 @@ class Entries:
             except UnicodeDecodeError:
                 raise EntryError(str(self._undecodable)) from None
 
+    def uses_default(self, key: bytes) -> bool:
         """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
@@ -232,7 +233,7 @@ class Entries:
 
         Raises:
             MissingFields: the entry is a record without any field of this service.
-            EntryError: the entry has no value that smtpd can use.
+            EntryError: the entry has no value that smtpd can use, or as `contains`.
         """
         if self._exact:
             value = self.values.get(key)
@@ -240,8 +241,8 @@ class Entries:
                 return value
             if value is None and key not in self.errors:
                 return None
-        if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
         self._raise_if_undecodable(key)
+        if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
             value = self._value(DEFAULT_KEY)
             try:
                 return expand_home(value, key)

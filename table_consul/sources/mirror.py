@@ -120,6 +120,23 @@ class Snapshot(msgspec.Struct, frozen=True):
         return sum(len(entries) for entries in self.entries.values())
 
 
+NOTHING_YET = Unreachable("no data received from Consul yet")
+
+
+def adopted(former: Snapshot, table: Table, services: Iterable[str]) -> Snapshot | None:
+    """What a snapshot of other settings holds for these; None if that is nothing. It proves no absence of the rest."""
+    entries = {name: Entries(table, SERVICES[name]) for name in services}
+    hidden = dict.fromkeys(entries, Hidden(NOTHING_YET, {}))
+    for name, old in former.entries.items():
+        if name in entries and old.path == entries[name].path and old.table.same_entries(table):
+            entries[name] = old
+            del hidden[name]
+    if len(hidden) == len(entries):
+        return None
+    known = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
+    return Snapshot(entries, {**hidden, **known}, restored=True)
+
+
 def unverified_services(services: Iterable[str], former: Snapshot | None, *, filtered: bool) -> list[str]:
     """Those services of which it is not known whether their folder may be read; all, where Consul filters the list."""
     return [name for name in services if filtered or former is None or former.restored or name in former.hidden]
@@ -204,7 +221,7 @@ class Mirror:
     def __init__(self, max_age: float) -> None:
         self.max_age = max_age
         self.state: tuple[Snapshot, float] | None = None
-        self.last_error: SourceError = Unreachable("no data received from Consul yet")
+        self.last_error: SourceError = NOTHING_YET
 
     def entries(self, service: str, key: bytes | None, now: float) -> Entries:
         """The entries of this service, which prove absence for this key (None: for all keys).

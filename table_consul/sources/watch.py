@@ -157,14 +157,14 @@ class Watch(threading.Thread):
         self._wake.set()
 
     def adopt(self, former: Watch) -> None:
-        """Start from the data of a stopped watch if it watched the same entries."""
-        same_keys = (self.prefix, self._services) == (former.prefix, former._services)
-        if not same_keys or not self._table.same_entries(former._table):
+        """Start from the data of a stopped watch, as far as it watched the same entries."""
+        if self.prefix != former.prefix:
             return
         self.backoff = copy.copy(former.backoff)  # so that the end of its outage is logged
         if (state := former.mirror.state) is not None:
             snapshot, confirmed = state
-            self.mirror.state = (replace(snapshot, restored=True), confirmed)
+            adopted = mirror.adopted(snapshot, self._table, self._services)
+            self.mirror.state = None if adopted is None else (adopted, confirmed)
 
     def stop(self) -> None:
         """End the thread soon, without waiting for it; the result of its query is ignored."""
@@ -273,7 +273,8 @@ class Watch(threading.Thread):
         if former is None:
             noun = "entry" if snapshot.size == 1 else "entries"
             log.info("%s: %d %s from Consul at %s", prefix, snapshot.size, noun, self._client.address)
-        if snapshot.hidden.keys() != (set() if former is None else former.hidden.keys()):
+        before = {} if former is None else former.hidden
+        if snapshot.hidden.keys() != {name for name, each in before.items() if each.error is not mirror.NOTHING_YET}:
             if names := ", ".join(snapshot.hidden):
                 reason = next(iter(snapshot.hidden.values())).error
                 text = "%s: keys may be hidden under: %s; reading Consul for each key that is not listed there (%s)"

@@ -87,7 +87,7 @@ class SnapshotFile:
                 os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
             except OSError:
                 self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
-        if not self.dirty or snapshot.hidden.keys() >= {*self._services}:
+        if not self.dirty or (not snapshot.size and snapshot.hidden.keys() >= {*self._services}):
             self.discard()
         elif self._writer is not None:
             # A folder is marked: without a mark an empty one proves nothing when this is read again.

@@ -184,7 +184,7 @@ class SnapshotBuilder:
         """There were entries before, and there are none now."""
         return self._former is not None and self._former.size > 0 and self._count == 0
 
-    def missing_keys(self) -> Mapping[str, Mapping[bytes, bytes]]:
+    def missing_keys(self) -> dict[str, dict[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.
 
         ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403.

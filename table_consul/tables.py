@@ -94,6 +94,7 @@ class Tables:
         try:
             if request.op == "update":
                 self.update()
+                self.table(request.table)  # raises, if its name is invalid
                 return Updated()
             table = self.table(request.table)
             deadline = arrived + table.deadline

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from table_consul import imsg
 from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
+from table_consul.fallback import ignore_signals
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES
 
@@ -206,7 +207,8 @@ class Server:
 
 
 def claim_stdio() -> tuple[int, int]:
-    """Two descriptors of our own for the socket to smtpd; nothing else can write to it by accident."""
+    """Two descriptors of our own for the socket to smtpd, which nothing else writes to, and which alone ends us."""
+    ignore_signals()
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started without one of the three: a copy of the socket must not take its place
     read_from, write_to = os.dup(0), os.dup(1)

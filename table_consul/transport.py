@@ -29,7 +29,7 @@ import urllib3.exceptions
 
 from table_consul import __version__
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
-from table_consul.files import version_of
+from table_consul.files import open_regular_file, version_of
 from table_consul.http_response import HTTPResponse
 from table_consul.refusals import BadRequest, excerpt, refusal
 
@@ -418,6 +418,8 @@ def _tls_files(settings: ConsulConfig) -> list[str]:
 
 def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
     try:
+        for path in _tls_files(settings):
+            os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe
         context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
         if settings.cert_file:
             # Without the password function OpenSSL would ask for one on the terminal.

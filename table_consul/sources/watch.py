@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
+from table_consul.failures import BadName
 from table_consul.log import warn_of_problems
-from table_consul.refusals import BadName
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries, Problem
 from table_consul.sources import PROBE, mirror
@@ -154,6 +154,7 @@ class Watch(threading.Thread):
     def reconnect(self) -> None:
         """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
         self._reload = True
+        self._client.interrupt()
         self._wake.set()
 
     def adopt(self, former: Watch) -> None:
@@ -167,8 +168,9 @@ class Watch(threading.Thread):
             self.mirror.state = (replace(snapshot, restored=True), confirmed)
 
     def stop(self) -> None:
-        """End the thread when its query ends, without waiting for it; the result of the query is ignored."""
+        """End the thread soon, without waiting for it; the result of its query is ignored."""
         self._stopped = True
+        self._client.interrupt()
         self._wake.set()
 
     def run(self) -> None:
@@ -222,7 +224,7 @@ class Watch(threading.Thread):
             unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
             before = _hidden_services(self._client, table, unverified, known, filtered=state.filtered)
             if not known.keys() <= before.keys():
-                state = replace(state, index=0)  # a newly granted permission changes no index, so read everything
+                state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
         wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
         try:
@@ -237,11 +239,11 @@ class Watch(threading.Thread):
             self._state, pause = mirror.next_query(seen, response.index, changed=False, timed_out=False, load_seconds=0)
             if (seen.filtered and not state.filtered) or (state.behind and not seen.behind):
                 # In which folders keys are hidden must be known before they are listed.
-                self._state = replace(self._state, index=0)
+                self._state = replace(self._state, index=0, seen=0)
                 return 0.0
             if response.index < state.index:
                 return pause  # what a server that is behind lacks is not deleted
-            if former is not None and (seen, response.index) == (state, state.index) and not self._file.dirty:
+            if former is not None and (seen, response.index) == (state, state.seen) and not self._file.due:
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()

@@ -62,7 +62,6 @@ class Child:
         self._started = clock()
         self._handshake_done = dialect == "procexec"
         self.registered: list[str] = []
-        self._questions = getrandbits(31)  # a line sent before its question cannot guess the id
         self._templates: dict[tuple[str, str, str], bytes] = {}
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
@@ -130,8 +129,7 @@ class Child:
         # smtpd 7.6 and later refuses such keys before it asks (smtpd: table_proc.c, table_proc_lookup).
         if _NEWLINE in key or _RETURN in key:
             return Failed("a key must not contain a line break")
-        self._questions += 1
-        ident = b"%08x" % self._questions
+        ident = b"%08x" % getrandbits(32)  # a line sent before its question cannot guess it
         question = template % (time.time(), ident, key)
         while question:
             try:

@@ -15,7 +15,7 @@ import stat
 import sys
 from collections.abc import Sequence
 
-from table_consul import __version__
+from table_consul import __version__, fallback
 
 # Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
 LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
@@ -111,9 +111,12 @@ def find(name: str, beside: str) -> str:
 
 def _bridge(options: argparse.Namespace, beside: str) -> int:
     # Imported here because that takes longer than all else, and a command that replaces us must not wait for it.
-    from table_consul import log
-    from table_consul.child import Bridge
-    from table_consul.server import Server, claim_stdio
+    try:
+        from table_consul import log
+        from table_consul.child import Bridge
+        from table_consul.server import Server, claim_stdio
+    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+        return fallback.serve(error)
 
     log.start("info", "auto", "", "table-procexec")
     name, *arguments = options.command

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from table_consul.config import Config
 from table_consul.counters import Counters
 from table_consul.errors import ConfigError, SourceError, TableConsulError
+from table_consul.fallback import explain
 from table_consul.protocol import Failed, Reply, Request, Updated
 from table_consul.responder import Responder, replies_from
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Service, Table
@@ -29,6 +31,15 @@ MAX_NAMES = 256
 # In the dialects of 2020 one process may be asked about any number of tables; each mirror holds a connection to Consul,
 # of which an agent grants a client 200 (limits.http_max_conns_per_client). Further tables are read directly.
 MAX_MIRRORED_TABLES = 16
+
+
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """Imports within this make an error reply of whatever a broken package raises."""
+    try:
+        yield
+    except Exception as error:
+        raise TableConsulError(explain(error)) from error
 
 
 class Route(msgspec.Struct, frozen=True, gc=False):
@@ -94,6 +105,7 @@ class Tables:
         try:
             if request.op == "update":
                 self.update()
+                self.table(request.table)  # raises, if its name is invalid
                 return Updated()
             table = self.table(request.table)
             deadline = arrived + table.deadline
@@ -219,27 +231,27 @@ class Tables:
         address = self.config.consul.addresses[0]
         if address.startswith("file://"):
             if self._file is None:
-                from table_consul.sources.export import FileSource
-
+                with packages():
+                    from table_consul.sources.export import FileSource
                 self._file = FileSource(address.removeprefix("file://"))
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
-            from table_consul.sources.watch import MirrorSource
-
+            with packages():
+                from table_consul.sources.watch import MirrorSource
             former = self._former.pop(table.name, None)
             mirrored = self._mirrors[table.name] = MirrorSource(table, self._connect(), former)
             return mirrored
         return self._read_directly()
 
     def _connect(self) -> Callable[[], kv.Client]:
-        from table_consul import kv
-
         assert self.config is not None
+        with packages():
+            from table_consul import kv
         return functools.partial(kv.Client, self.config.consul)
 
     def _read_directly(self) -> Source:
         if self._direct is None:
-            from table_consul.sources.direct import DirectSource
-
+            with packages():
+                from table_consul.sources.direct import DirectSource
             self._direct = DirectSource(self._connect()())
         return self._direct

@@ -33,6 +33,8 @@ def surroundings(monkeypatch):
     for name in [name for name in os.environ if name.startswith("CONSUL_")]:
         monkeypatch.delenv(name)
     yield
+    for handler in root.handlers:
+        handler.flush()
     root.handlers[:], root.level, ours.level, logging.raiseExceptions = before
 
 

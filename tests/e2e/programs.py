@@ -107,8 +107,10 @@ class Programs(Smtpd):
         files: Mapping[str, File | str | bytes] | None = None,
         programs: Mapping[str, str] | None = None,
         processes: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(root, f'smtp ciphers "{ANONYMOUS}"\n{conf}' if root.release == "6.8" else conf, files)
+        conf = f'smtp ciphers "{ANONYMOUS}"\n{conf}' if root.release == "6.8" else conf
+        super().__init__(root, conf, files, **options)
         for name, text in {"table-procexec": PROCEXEC, **(programs or {})}.items():
             self.write(f"/{LIBEXEC}/{name}", File(text, 0o755))
         self._tables = processes * len(re.findall(r"^\s*table\s", conf, re.MULTILINE))

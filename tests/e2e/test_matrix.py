@@ -21,6 +21,7 @@ from tests.rig.sink import Sink
 from tests.rig.waiting import wait_for
 
 LINES = {
+    "consul": "table consul consul",
     "consul:": f"table consul consul:{CONFIG}",
     "procexec:": f'table consul "procexec:/{LIBEXEC}/table-consul {CONFIG}"',
 }
@@ -67,7 +68,7 @@ def table(request):
     """Cells by release and line; printed when all have been tried."""
     cells = {}
     yield cells
-    rows = [f"{'OpenSMTPD':24}{'Python':10}" + "".join(f"{f'table consul {name}...':28}" for name in LINES)]
+    rows = [f"{'OpenSMTPD':24}{'Python':10}" + "".join(f"{f'table consul {name}':28}" for name in LINES)]
     for version, python in dict.fromkeys(cell[:2] for cell in cells):
         told = (cells.get((version, python, name), "not tried") for name in LINES)
         rows.append(f"{version:24}{python:10}" + "".join(f"{text:28}" for text in told))
@@ -92,6 +93,13 @@ def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, 
     assert server.subjects("root") == ["before"]
     assert ([*server.pids], server.backends) == before
     table[cell] = f"ok, {len(server.backends)} process{'es' * (len(server.backends) > 1)}"
+
+
+def test_the_line_without_a_file_and_no_file_reads_consul_as_the_consul_command_does(consul, smtpd, root):
+    consul.kv_put("consul/alias/root", "gilles")
+    server = smtpd(LINES["consul"] + LOCAL, environment={"CONSUL_HTTP_ADDR": consul.address})
+    assert server.send("root@localhost", subject="hi")["root@localhost"][0] == 250
+    server.wait_for_mail("gilles", "hi")
 
 
 @only_old

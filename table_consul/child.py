@@ -108,6 +108,16 @@ class Child:
                 raise ChildError(f"more than {MAX_REGISTRATIONS} services registered")
         return True
 
+    def suits_smtpd(self, deadline: float) -> bool:
+        """Whether smtpd could run it: by this moment it registers services that smtpd knows, and sends nothing else.
+
+        Raises:
+            ChildError: see ``shake_hands``.
+        """
+        if not self.shake_hands(deadline) or not self.registered or not SERVICES.keys() >= {*self.registered}:
+            return False
+        return self._read_line(self._clock()) is None and not self._buffer
+
     def ask(self, request: Request, deadline: float) -> Reply:
         """The child's reply, by this moment on the clock; Failed if it cannot be asked for this, or not yet.
 
@@ -212,6 +222,14 @@ class Bridge:
         self._clock, self._chance = clock, chance
         self._child: Child | None = None
         self._backoff = Backoff(name, "returning errors until it runs again")
+
+    def suits_smtpd(self, name: str) -> bool:
+        """Whether smtpd could run the command itself, tried with a process that is kept if smtpd could not."""
+        try:
+            return self._running(name).suits_smtpd(self._clock() + HANDSHAKE_SECONDS)
+        except ChildError as error:
+            self._drop(error)
+            return False
 
     def services(self, name: str) -> list[str]:
         """The services that the child registers within the deadline; the default ones if it registers none."""

@@ -125,11 +125,18 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
     first, text = lines[0]
     comments = data.split(b"\n")[: first - 1]
     listed = any(line.strip(_SPACE)[1:].lstrip(_SPACE) == b"@list" for line in comments)
+    mapped = False
     if not listed:
         with contextlib.suppress(FormatError):
-            listed = _split_entry(text)[1] is None
+            mapped = _split_entry(text)[1] is not None
+            listed = not mapped
+    problem = ""
     if listed and service.needs_value:
         problem = f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
+    elif mapped and service.lists_only:
+        hint = "remove the values, or put the comment # @list before lines that are keys as a whole"
+        problem = f"has a value, so smtpd would read the file as a mapping, and refuse it for {service.name} ({hint})"
+    if problem:
         return ParsedFile("table", [], [LineProblem(first, problem)])
 
     def parse(text: bytes) -> tuple[bytes, bytes]:
@@ -158,9 +165,10 @@ def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
 def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
     """The entries as a ``file:`` table for smtpd, and the keys of the entries that such a file cannot hold.
 
-    It is a list if no entry has a value. An entry that import would read differently from smtpd is left out as well.
+    It is a list if no entry has a value, or if smtpd takes only lists for the service and so never asks for a value. An
+    entry that import would read differently from smtpd is left out as well.
     """
-    pairs = [(fold_key(key), value) for key, value in entries]
+    pairs = [(fold_key(key), b"" if service.lists_only else value) for key, value in entries]
     listed = not any(value for _, value in pairs) and not service.needs_value
     separator = b":\t" if service.name == "alias" else b"\t"
     # The first line decides how the others are read.

@@ -101,6 +101,34 @@ def test_list_for_a_service_with_values_is_one_problem():
     assert list(problems(files.read_table(b"\nroot\neric\ngilles\n", ALIAS))) == [2]
 
 
+@pytest.mark.parametrize(
+    ("line", "service"),
+    [
+        (b"10.0.0.1 REJECT", "netaddr"),
+        (b"2001:db8::/32", "netaddr"),
+        (b"[2001:db8::1] OK", "netaddr"),
+        (b"example.com REJECT", "domain"),
+        (b"example.org #note", "domain"),
+        (b"example.org\t# note", "domain"),
+        (b"example.org:", "domain"),
+        (b"example.org: relay", "domain"),
+        (b"^a b$", "regex"),
+    ],
+)
+def test_mapping_for_a_service_of_lists_is_one_problem(line, service):
+    for wanted in ("auto", "table"):
+        parsed = read(b"# x\n%b\nb c\nd\n" % line, SERVICES[service], wanted)
+        assert parsed.entries == []
+        assert list(problems(parsed)) == [2]
+        assert f"as a mapping, and refuse it for {service} (" in problems(parsed)[2]
+        assert len(pairs(read(b"# @list\n%b\n" % line, SERVICES[service], wanted))) == 1
+
+
+@pytest.mark.parametrize("service", ["mailaddr", "source", "relayhost", "string"])
+def test_mapping_for_a_service_that_smtpd_asks_in_both_ways_is_read(service):
+    assert pairs(read(b"a b\n", SERVICES[service], "auto")) == [(b"a", b"b")]
+
+
 # aliases(5).
 
 
@@ -433,7 +461,7 @@ consul_keys = texts.map(lambda key: key.decode(errors="ignore").encode().lower()
 
 @given(
     st.dictionaries(consul_keys, texts, max_size=4),
-    st.sampled_from(["alias", "string", "domain", "userinfo"]),
+    st.sampled_from(["alias", "string", "domain", "mailaddr", "userinfo"]),
 )
 def test_table_text_is_read_back_unchanged(entries, name):
     service = SERVICES[name]
@@ -441,9 +469,15 @@ def test_table_text_is_read_back_unchanged(entries, name):
     expected = {key: value for key, value in entries.items() if key not in left_out}
     parsed = read(text, service, "auto")
     found = dict(pairs(parsed))
-    if service.answers == "entry" and any(entries.values()):
+    if name == "domain":
+        expected = dict.fromkeys(expected, b"")
+    elif service.answers == "entry" and any(entries.values()):
         expected = {key: value or key for key, value in expected.items()}
     assert found == expected
+
+
+def test_table_text_for_a_service_of_lists_has_no_values():
+    assert files.table_text(DOMAIN, [(b"a", b"x"), (b"b", b"")]) == (b"# @list\na\nb\n", [])
 
 
 def test_table_text_marks_a_list_that_looks_like_a_mapping():

@@ -189,10 +189,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
 
     def _tls_context(self) -> ssl.SSLContext:
         """A context with the TLS files; those that cannot be used are not parsed again until one of them changes."""
-        versions = []
-        for path in _tls_files(self._settings):
-            with contextlib.suppress(OSError):
-                versions.append((path, version_of(os.stat(path))))
+        versions = [version_of(os.stat(path)) for path in _tls_files(self._settings) if os.path.exists(path)]
         if self._broken is not None and self._broken[0] == versions:
             raise self._broken[1].with_traceback(None)
         try:

@@ -22,7 +22,7 @@ LEAST_PAUSE_SECONDS = 0.02
 MOST_PAUSE_SECONDS = 0.5
 # Consul's own default. A query that brings nothing proves that Consul is there, but costs it a scan of the prefix.
 MOST_WAIT_SECONDS = 300.0
-# While keys are hidden: a change of ACLs changes no index and ends no query.
+# While keys are hidden, as a change of ACLs changes no index and ends no query, and after a query that ended too early.
 HIDDEN_WAIT_SECONDS = 10.0
 # How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
 WAIT_GROWTH = 1.1
@@ -36,7 +36,9 @@ class QueryState(msgspec.Struct, frozen=True):
     """How a watch asks next, and what the latest answer was like."""
 
     index: int = 0
-    """The index to wait on; at 0 Consul answers immediately, and everything is read."""
+    """The index to wait on; at 0 Consul answers immediately."""
+    seen: int = 0
+    """The index of what is in memory; 0: everything is read, whatever its index."""
     idle: int = 0
     """How many answers in a row have brought nothing."""
     filtered: bool = False
@@ -54,9 +56,11 @@ def next_query(
 
     ``timed_out``: Consul held the query for as long as it was asked to. ``load_seconds`` count from the first byte.
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
-    the store has yet to reach hides every edit until then. An index is at least 1.
+    the store has yet to reach hides every edit until then. An index is at least 1. So does a wait that ends early with
+    the index that it waited on: Consul ends it with the former contents when a snapshot is restored.
     """
     backwards = index < state.index
+    early = index == state.index > 0 and not timed_out
     idle, pause, longest = 0, 0.0, state.longest_wait
     if timed_out:
         longest = min(longest * WAIT_GROWTH, MOST_WAIT_SECONDS)
@@ -68,8 +72,8 @@ def next_query(
     else:
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
-    index = 0 if backwards else max(index, 1)
-    return replace(state, index=index, idle=idle, longest_wait=longest), pause
+    seen = 0 if backwards else max(index, 1)
+    return replace(state, index=0 if early else seen, seen=seen, idle=idle, longest_wait=longest), pause
 
 
 def after_cut(state: QueryState, waited: float) -> QueryState:
@@ -79,7 +83,7 @@ def after_cut(state: QueryState, waited: float) -> QueryState:
 
 def wait_seconds(state: QueryState, max_age: float, *, hidden: bool) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
-    most = HIDDEN_WAIT_SECONDS if hidden else MOST_WAIT_SECONDS
+    most = HIDDEN_WAIT_SECONDS if hidden or state.idle else MOST_WAIT_SECONDS
     return max(min(most, state.longest_wait, max_age / 3), LEAST_PAUSE_SECONDS)
 
 

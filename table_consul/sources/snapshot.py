@@ -61,6 +61,11 @@ class SnapshotFile:
         left = self._write_after - time.monotonic()
         return left if left > 0 and self.dirty else math.inf
 
+    @property
+    def due(self) -> bool:
+        """Whether the latest snapshot has not been written and may be now."""
+        return self.dirty and time.monotonic() >= self._write_after
+
     def begin(self) -> None:
         """Start a new version, unless it is too early for one; `take`, and `finish` or `discard`, follow."""
         if self._path and time.monotonic() >= self._write_after:

@@ -221,7 +221,7 @@ class Watch(threading.Thread):
             unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
             before = _hidden_services(self._client, table, unverified, known, filtered=state.filtered)
             if not known.keys() <= before.keys():
-                state = replace(state, index=0)  # a newly granted permission changes no index, so read everything
+                state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
         wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
         try:
@@ -236,11 +236,11 @@ class Watch(threading.Thread):
             self._state, pause = mirror.next_query(seen, response.index, changed=False, timed_out=False, load_seconds=0)
             if (seen.filtered and not state.filtered) or (state.behind and not seen.behind):
                 # In which folders keys are hidden must be known before they are listed.
-                self._state = replace(self._state, index=0)
+                self._state = replace(self._state, index=0, seen=0)
                 return 0.0
             if response.index < state.index:
                 return pause  # what a server that is behind lacks is not deleted
-            if former is not None and (seen, response.index) == (state, state.index) and not self._file.dirty:
+            if former is not None and (seen, response.index) == (state, state.seen) and not self._file.due:
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()

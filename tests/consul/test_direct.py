@@ -9,7 +9,7 @@ from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError,
 from table_consul.kv import Pair
 from table_consul.refusals import BadRequest
 from table_consul.services import SERVICES, Table
-from table_consul.sources.direct import CACHE_SECONDS, REFUSED_NAME_SECONDS, DirectSource
+from table_consul.sources.direct import CACHE_SECONDS, REFUSED_KEY_SECONDS, DirectSource
 from table_consul.sources.mirror import Unlisted
 
 TABLE = Table("aliases", prefix="mail", mode="direct")
@@ -284,14 +284,29 @@ def test_each_outage_is_one_line_when_it_begins_and_one_when_it_ends(client, dir
     ]
 
 
-def test_each_refusal_of_a_bucket_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
-    failing(client, direct, Forbidden("403: the token may not read this"), 4)
-    bucket(direct)
-    bucket(direct)
+def test_each_refusal_to_list_a_folder_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
+    client.error = Forbidden("403: the token may not read this")
+    for _ in range(4):
+        with pytest.raises(Forbidden):
+            bucket(direct, "source", None)
+    client.error = None
+    bucket(direct, "source", None)
+    bucket(direct, "source", None)
     assert lines(caplog) == [
-        "mail/aliases/alias/: 403: the token may not read this; returning errors",
-        "mail/aliases/alias/: recovered after 0.0 s (4 failed attempts)",
+        "mail/aliases/source/: 403: the token may not read this; returning errors",
+        "mail/aliases/source/: recovered after 0.0 s (4 failed attempts)",
     ]
+
+
+def test_refused_keys_beside_readable_ones_are_one_line_in_five_minutes(client, direct, caplog):
+    client.errors[b"mail/aliases/alias/vip"] = Forbidden("403")
+    for _ in range(2):
+        for _ in range(5):
+            with pytest.raises(Forbidden):
+                bucket(direct, key=b"vip")
+            bucket(direct)
+        client.now += REFUSED_KEY_SECONDS
+    assert lines(caplog) == ["mail/aliases/alias/: 403; returning errors for such keys"] * 2
 
 
 def test_close_closes_the_connection(client, direct):
@@ -361,7 +376,7 @@ def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, di
 
 def test_refused_names_are_logged_again_after_some_minutes_and_are_no_outage(client, direct, caplog):
     for number in range(30):
-        client.now += REFUSED_NAME_SECONDS / 10
+        client.now += REFUSED_KEY_SECONDS / 10
         client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest("refuses the name")
         with pytest.raises(BadRequest):
             bucket(direct, key=b"%d@x" % number)

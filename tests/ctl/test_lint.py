@@ -186,7 +186,7 @@ def test_direct_mode_of_a_table_from_a_file_asks_no_consul(lint, monkeypatch):
 def test_a_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
     done = live(GOOD, "[defaults]\nmax_keys = 2")
     keys = [line.partition(":")[0] for line in done.text.splitlines()]
-    assert (done.status, keys) == (1, ["aliases/", "aliases/alias/Staff"])
+    assert (done.status, keys) == (1, ["aliases/"])  # keys in any case are found, as in memory
     assert "more than max_keys = 2 keys" in done.text
 
 

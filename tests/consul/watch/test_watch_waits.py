@@ -100,6 +100,7 @@ def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a
     assert (lines(caplog), consistent_reads(fake)) == ([], 1)
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.usefixtures("quick_cuts")
 def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.5))
@@ -114,6 +115,7 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
     becomes(source, b"eric")
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the_next(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.5))
     settled(source)

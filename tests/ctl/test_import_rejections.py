@@ -80,7 +80,7 @@ def test_too_large_file_is_rejected(tmp_path, monkeypatch):
     assert done.status == 2  # of file:// first: nothing is read that nobody could write
     conf = write_config(tmp_path, address="http://127.0.0.1:1")
     done = control("-c", conf, "import", "aliases", "alias", file(tmp_path, b"# x\n" * (2 << 20)))
-    assert (done.status, "more than 4 MiB" in done.said) == (2, True)
+    assert (done.status, "more than 4 MB" in done.said) == (2, True)
 
 
 def test_many_problems_are_counted_and_the_first_shown(tmp_path):

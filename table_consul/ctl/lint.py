@@ -59,9 +59,11 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: bool) -> int:
     """Check the data of TABLE. Each problem is printed with its key and how to fix it.
 
-    These are the problems that the daemon logs when it loads an entry, and keys that it never reads: those below the
-    table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may not read,
-    as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of the latter.
+    These are the problems that the daemon logs when it loads an entry; aliases that smtpd cannot expand, because they
+    are loops or chains of more than it follows; and keys that the daemon never reads: those
+    below the table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may
+    not read, as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of
+    the latter.
 
     Without TABLE: all tables with a section in the configuration. table-consul --check checks the configuration itself.
 
@@ -142,6 +144,7 @@ def _hidden(config: Config, table: Table, data: Mapping[Service, Loaded]) -> Seq
 
 def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
     """The problems of one service's entries, and those of keys in its folder that are not entries."""
+    from table_consul.ctl import expansion
     from table_consul.kv import is_url_safe, modern_name_problem
 
     name = entries.service.name
@@ -150,6 +153,9 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
     for key, text in entries.problems:  # smtpd may not be able to use the same name
         more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
         yield Problem(printable(key, UNCUT), text + more, name)
+    if name == "alias":
+        for key, text in expansion.failures({**dict.fromkeys(entries.errors, b""), **entries.values}):
+            yield Problem(printable(entries.path + entries.original_case.get(key, key), UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
     for key in own:
         if key.endswith(b"/"):

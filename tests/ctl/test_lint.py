@@ -67,6 +67,23 @@ def test_an_empty_table_is_no_problem(lint):
     assert (done.status, done.text, "0 entries, no problems" in done.said) == (0, "", True)
 
 
+@pytest.mark.parametrize("mode", ["mirror", "direct"])
+def test_aliases_that_smtpd_cannot_expand_are_problems(live, mode):
+    more = f'[defaults]\nmode = "{mode}"\nservices = ["alias"]'
+    done = live({"aliases/alias/eva": b"b", "aliases/alias/b": b"Eva", "aliases/alias/c": b"b, gilles"}, more)
+    loops = ["b: an alias loop (b -> eva -> b)", "eva: an alias loop (eva -> b -> eva)"]
+    text = "so smtpd rejects mail to this alias; break the loop"
+    assert done == (1, "".join(f"aliases/alias/{each}, {text}\n" for each in loops).encode(), done.err)
+    live({"aliases/alias/b": b"|broken"}, more)
+    assert [line.partition(":")[0] for line in live({}, more).text.splitlines()] == ["aliases/alias/b"]
+
+
+def test_alias_is_reported_as_it_is_stored(lint):
+    assert lint({"aliases/alias/Loop@d.org": b"loop@d.org"}).text.startswith(
+        "aliases/alias/Loop@d.org: an alias loop ("
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [

@@ -30,6 +30,7 @@ UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
     "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix of no other key"
 )
+MISSING = "this folder does not exist: Consul has no key below it (check the name of the table, `prefix` and `paths`)"
 RENAME = "; store the entry under another name, and delete this one with `table-consulctl import --prune`"
 
 
@@ -60,7 +61,7 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     """Check the data of TABLE. Each problem is printed with its key and how to fix it.
 
     These are the problems that the daemon logs when it loads an entry; aliases that smtpd cannot expand, because they
-    are loops or chains of more than it follows; and keys that the daemon never reads: those
+    are loops or chains of more than it follows; a table without any key; and keys that the daemon never reads: those
     below the table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may
     not read, as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of
     the latter.
@@ -127,6 +128,8 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
             with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
                 pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
         problems += strays(table, pairs, {*paths, *folders})
+    if not hidden and not any(key.startswith((table.root, *folders)) for key in pairs):
+        problems += [Problem(printable(folder, UNCUT), MISSING) for folder in table.folders()]
     origins = dict.fromkeys(source.origin() for source in data.values())
     places = [printable(where, UNCUT) for where, _ in hidden[:PLACES_SHOWN]]
     places += [f"{len(hidden) - PLACES_SHOWN} more"] if len(hidden) > PLACES_SHOWN else []

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
+from table_consul.failures import BROKEN
 from table_consul.files import TOKEN, read_token
-from table_consul.transport import BROKEN, Request, Transport
+from table_consul.transport import Request, Transport
 
 with warnings.catch_warnings():
     # python-consul2 is of 2020: Python warns about its spelling, and it warns about what it deprecates itself.
@@ -317,6 +318,10 @@ class Client:
         """
         self.transport.close()
         self._read_token()
+
+    def interrupt(self) -> None:
+        """End the blocking query that waits, or the next one, with WaitCut; any thread may call this."""
+        self.transport.interrupt()
 
     def close(self) -> None:
         """Close the connections; a later read opens others."""

@@ -23,7 +23,7 @@ PURE = sorted(
     or name.removeprefix("table_consul.")
     in {
         "errors",
-        "refusals",
+        "failures",
         "protocol",
         "imsg",
         "responder",

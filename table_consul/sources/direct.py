@@ -11,7 +11,7 @@ from typing import TypeVar
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import Forbidden, SourceError, Unreachable, printable
-from table_consul.refusals import BadRequest
+from table_consul.failures import BadRequest
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, holds_answer

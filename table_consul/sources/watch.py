@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.refusals import BadName
+from table_consul.failures import BadName
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, mirror
@@ -153,6 +153,7 @@ class Watch(threading.Thread):
     def reconnect(self) -> None:
         """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
         self._reload = True
+        self._client.interrupt()
         self._wake.set()
 
     def adopt(self, former: Watch) -> None:
@@ -166,8 +167,9 @@ class Watch(threading.Thread):
             self.mirror.state = (replace(snapshot, restored=True), confirmed)
 
     def stop(self) -> None:
-        """End the thread when its query ends, without waiting for it; the result of the query is ignored."""
+        """End the thread soon, without waiting for it; the result of its query is ignored."""
         self._stopped = True
+        self._client.interrupt()
         self._wake.set()
 
     def run(self) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
+from table_consul.failures import BadRequest
 from table_consul.kv import Pair
-from table_consul.refusals import BadRequest
 from table_consul.services import SERVICES, Table
 from table_consul.sources.direct import CACHE_SECONDS, REFUSED_KEY_SECONDS, DirectSource
 from table_consul.sources.mirror import Unlisted

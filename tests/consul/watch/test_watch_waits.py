@@ -160,3 +160,35 @@ def test_last_key_of_a_folder_that_is_deleted_and_comes_back_is_seen(fake, mirro
     becomes(source, None)
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")
+
+
+def test_update_ends_a_wait_and_reads_the_token_anew(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 1)
+    source.update()
+    enough(fake, 2)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert (waits(fake)[1], lines(caplog)) == (300.0, [])
+
+
+def test_watch_that_is_stopped_during_a_wait_ends(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 1)
+    source.close()
+    source.watches[0].join(10)
+    assert (source.watches[0].is_alive(), lines(caplog)) == (False, [])
+
+
+def test_update_between_two_waits_is_not_lost(fake, mirrored, waits_of):
+    waits_of(0.02)
+    source = mirrored(fake.address)
+    settled(source)
+    for _ in range(50):
+        source.update()
+        time.sleep(0.005)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert source.watches[0].backoff.total == 0

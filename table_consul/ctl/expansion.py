@@ -22,13 +22,13 @@ TANGLED = "smtpd may reject mail to this alias: too many aliases contain each ot
 _LOCAL_PART = rb"[A-Za-z0-9!#$%*?^{}`~&'+=_.-][A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]*"
 
 
-def failures(aliases: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, str]]:
+def failures(aliases: Mapping[bytes, bytes], delimiter: bytes = DELIMITER) -> Iterator[tuple[bytes, str]]:
     """The keys that smtpd rejects, each with the cause; in time linear in the size of the aliases.
 
     ``aliases`` are values by folded key; an empty one is a lookup that is an error. Addresses are followed only within
-    the domains of the keys: the other domains are those of smtpd.conf.
+    the domains of the keys: the other domains are those of smtpd.conf. ``delimiter`` begins the tag of a user.
     """
-    graph = _Graph(aliases)
+    graph = _Graph(aliases, delimiter)
     inner = {key: {name for name, _ in found} - {None} for key, found in graph.elements.items()}
     # Those from which so many aliases follow each other, which a loop does without end.
     deep = set(inner)
@@ -53,8 +53,8 @@ def _text(path: Sequence[bytes]) -> str:
 class _Graph:
     """The aliases that contain others, as smtpd expands them."""
 
-    def __init__(self, aliases: Mapping[bytes, bytes]) -> None:
-        self._aliases = aliases
+    def __init__(self, aliases: Mapping[bytes, bytes], delimiter: bytes) -> None:
+        self._aliases, self._delimiter = aliases, delimiter
         self._domains = {key.partition(b"@")[2] for key in aliases} - {b""}
         self.depth = 0 if any(b"@" in key for key in aliases) else 1
         """That of a first alias: as ``virtual`` it is found for the address itself, as ``alias`` for its user."""
@@ -69,7 +69,7 @@ class _Graph:
 
     def _resolve(self, key: bytes, element: bytes) -> tuple[bytes | None, bool]:
         local, at, domain = element.partition(b"@")
-        names = [local, local.partition(DELIMITER)[0]]
+        names = [local, local.partition(self._delimiter)[0]]
         if at:
             here = [*(name + at + domain for name in names), *names, at + domain, at]
             names = here if domain in self._domains else []

@@ -36,6 +36,11 @@ def test_failure_names_its_cause(aliases, key, cause):
     assert failures(aliases)[key] == f"{cause}, so smtpd rejects mail to this alias; {advice}"
 
 
+def test_tag_begins_with_the_delimiter_of_smtpd():
+    aliases = {b"a": b"b_x", b"b": b"a_y"}
+    assert [[*expansion.failures(aliases)], [key for key, _ in expansion.failures(aliases, b"_")]] == [[], [b"a", b"b"]]
+
+
 def test_alias_with_an_error_or_without_value_is_not_followed():
     assert failures({"a": "b", "b": ""}) == {}
 

@@ -56,7 +56,7 @@ class Route(msgspec.Struct, frozen=True, gc=False):
 class Tables:
     """Answers requests for every table. Sources are made when they are first needed: importing them takes longest.
 
-    Everything here runs in the thread that answers smtpd, except `watches`, which any thread may call.
+    Everything here runs in the thread that answers smtpd, except `config`, `table` and `watches`, for any thread.
     """
 
     def __init__(self, load: Callable[[], Config], on_change: Callable[[], None] = lambda: None) -> None:
@@ -69,10 +69,12 @@ class Tables:
         """
         self._load = load
         self._on_change = on_change
-        self.config: Config | None = None
+        self._layouts: tuple[Config | None, dict[str, Table]] = (None, {})
+        """The configuration and the tables that it lays out, by name. Only both are replaced, by one assignment: what
+        another thread adds during an update belongs to the former configuration, and goes with it."""
         self.broken: ConfigError | None = None
         try:
-            self.config = load()
+            self._layouts = (load(), {})
         except ConfigError as error:
             self.broken = error
         self.counters = Counters(self.table)
@@ -81,12 +83,16 @@ class Tables:
         self.name: str | None = None
         """The name that smtpd gave in its handshake, or with its first request."""
         self._responder = Responder()
-        self._tables: dict[str, Table] = {}
         self._routes: dict[tuple[str, str, str], Route] = {}
         self._file: Source | None = None
         self._direct: DirectSource | None = None
         self._mirrors: dict[str, MirrorSource] = {}
         self._former: dict[str, MirrorSource] = {}
+
+    @property
+    def config(self) -> Config | None:
+        """The configuration, None as long as none could be used."""
+        return self._layouts[0]
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
@@ -142,13 +148,14 @@ class Tables:
         Raises:
             ConfigError: there is no configuration, or there can be no table of that name.
         """
-        table = self._tables.get(name)
+        config, tables = self._layouts
+        table = tables.get(name)
         if table is None:
-            if self.config is None:
+            if config is None:
                 raise ConfigError(str(self.broken))
-            table = self.config.table(name or self.config.defaults.name)
-            if len(self._tables) < MAX_NAMES:
-                self._tables[name] = table
+            table = config.table(name or config.defaults.name)
+            if len(tables) < MAX_NAMES:
+                tables[name] = table
         return table
 
     def services(self, name: str) -> list[str]:
@@ -188,8 +195,7 @@ class Tables:
             TableConsulError: the configuration, the token or the file cannot be used.
         """
         config = self._load()
-        former, self.config, self.broken = self.config, config, None
-        self._tables.clear()
+        former, self._layouts, self.broken = self.config, (config, {}), None
         self._routes.clear()  # of tables that the configuration forbids now
         if former is None or config != former:
             self.close()

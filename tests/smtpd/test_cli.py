@@ -54,8 +54,8 @@ def test_a_wrong_command_line_is_said_and_ends_with_2(arguments):
     assert (shown.returncode, shown.stdout, "usage: table-consul" in shown.stderr) == (2, "", True)
 
 
-def test_check_of_a_good_configuration_says_so_and_ends_with_0(tmp_path):
-    path = str(write_config(tmp_path))
+def test_check_of_a_good_configuration_says_so_and_ends_with_0(open_folder):
+    path = str(write_config(open_folder))
     shown = run("--check", path)
     assert (0, f"{path}: ok\n", "") == (shown.returncode, shown.stdout, shown.stderr)
 
@@ -95,8 +95,8 @@ def test_check_says_what_this_user_cannot_use(tmp_path, capsys):
     assert (cli.main(["--check", str(path)]), "none.json: not found" in capsys.readouterr().err) == (2, True)
 
 
-def test_check_of_a_good_configuration_within_the_process(tmp_path, capsys):
-    path = write_config(tmp_path)
+def test_check_of_a_good_configuration_within_the_process(open_folder, capsys):
+    path = write_config(open_folder)
     assert (0, f"{path}: ok\n") == (cli.main(["--check", str(path)]), capsys.readouterr().out)
 
 

@@ -22,8 +22,8 @@ LEAST_PAUSE_SECONDS = 0.02
 MOST_PAUSE_SECONDS = 0.5
 # Consul's own default. A query that brings nothing proves that Consul is there, but costs it a scan of the prefix.
 MOST_WAIT_SECONDS = 300.0
-# While keys are hidden, as a change of ACLs changes no index and ends no query; and for the first query after an answer:
-# a snapshot that was restored while nothing waited may have an index that is lower, and ends no query either.
+# While keys are hidden, as a change of ACLs changes no index and ends no query. And for the first query after an
+# answer, as a snapshot that was restored while nothing waited may have a lower index, and ends none either.
 HIDDEN_WAIT_SECONDS = 10.0
 # How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
 WAIT_GROWTH = 1.1

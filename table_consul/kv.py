@@ -20,7 +20,7 @@ import msgspec
 
 from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
 from table_consul.failures import BROKEN
-from table_consul.files import open_regular_file
+from table_consul.files import TOKEN, read_token
 from table_consul.transport import Request, Transport
 
 with warnings.catch_warnings():
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _INVALID_ESCAPE = re.compile(b"%(?![0-9a-fA-F]{2})")
-_TOKEN = re.compile("[\x21-\x7e]+")  # What a header can carry as it is.
 # The last place where one entry of a list ends and the next begins. Within a JSON string no quote follows like that: it
 # would end the string, and after its end comes no letter. It is found from the end, in linear time.
 _LAST_BOUNDARY = re.compile(rb'(?s:.*)\},(?=\s{0,32}\{\s{0,32}"[A-Za-z])')
@@ -368,12 +367,11 @@ class Client:
         if self._token_file is not None:
             origin = f"token file {self._token_file}"
             try:
-                with open(self._token_file, "rb", buffering=0, opener=open_regular_file) as file:
-                    token = file.read(4096).decode("ascii", "replace").rstrip()
+                token = read_token(self._token_file)
             except OSError as error:
                 raise SourceError(f"{origin}: {error.strerror}") from error
-        # An empty file is one being written, or a mistake; to ask without a token may find an empty table (404), a lie.
-        if token is not None and not _TOKEN.fullmatch(token):
+        # To ask without a token may find an empty table (404), a lie.
+        if token is not None and not TOKEN.fullmatch(token):
             raise SourceError(f"{origin} is empty or not one line of printable ASCII")
         self._library.token = token
         return token

@@ -30,7 +30,7 @@ import urllib3.exceptions
 from table_consul import __version__
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
 from table_consul.failures import BROKEN, BadRequest, broken_exchange, cause_of, excerpt, reason_of, refusal
-from table_consul.files import version_of
+from table_consul.files import open_regular_file, version_of
 from table_consul.http_response import HTTPResponse
 
 with warnings.catch_warnings():
@@ -442,6 +442,8 @@ def _tls_files(settings: ConsulConfig) -> list[str]:
 
 def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
     try:
+        for path in _tls_files(settings):
+            os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe
         context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
         if settings.cert_file:
             # Without the password function OpenSSL would ask for one on the terminal.

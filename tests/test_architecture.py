@@ -23,7 +23,6 @@ PURE = sorted(
     or name.removeprefix("table_consul.")
     in {
         "errors",
-        "failures",
         "protocol",
         "imsg",
         "responder",
@@ -31,6 +30,7 @@ PURE = sorted(
         "sources",
         "sources.mirror",
         "ctl.files",
+        "ctl.expansion",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

@@ -46,6 +46,11 @@ class Service(NamedTuple):
         """Whether an entry without value is useless. ``string`` is not: smtpd may only ask whether the key exists."""
         return self.answers != "entry" and self.name != "string"
 
+    @property
+    def lists_only(self) -> bool:
+        """Whether smtpd refuses a mapping, as it never asks for a value (smtpd: parse.y, table_check_use)."""
+        return self.name in {"domain", "netaddr", "regex"}
+
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
     {

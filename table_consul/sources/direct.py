@@ -12,6 +12,7 @@ from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import Forbidden, SourceError, Unreachable, printable
 from table_consul.failures import BadRequest
+from table_consul.log import warn_of_problems
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, holds_answer
@@ -23,7 +24,6 @@ log = logging.getLogger("table_consul")
 
 # Pattern services are matched against all entries, which several rules of one mail ask for in a row.
 CACHE_SECONDS = 1.0
-MAX_WARNINGS = 4096  # Each is logged once; a bound on how many are remembered.
 # How often a folder is logged in which Consul refuses single keys, and not others: many are strangers' addresses.
 REFUSED_KEY_SECONDS = 300.0
 
@@ -43,7 +43,6 @@ class DirectSource:
         self._silent_until: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
         self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes]]] = {}
-        self._warned: set[str] = set()
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entry of this key, and the default of the service if that may answer; all entries where those are needed.
@@ -114,17 +113,17 @@ class DirectSource:
         self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool
     ) -> tuple[Entries, SourceError | None]:
         """All entries, and an error if some are hidden."""
-        until, entries, hidden = self._cache.get((table.name, service.name), (0.0, None, None))
-        if cached and entries is not None and self._clock() < until:
-            return entries, hidden
+        until, former, hidden = self._cache.get((table.name, service.name), (0.0, None, None))
+        if cached and former is not None and self._clock() < until:
+            return former, hidden
         pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
         hidden = Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
         if not pairs:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
         self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries, hidden)
-        for problem in entries.problems:
-            self._warn_once(printable(problem.key), problem.text)
+        logged = set() if former is None else set(former.problems)
+        warn_of_problems(table.name, [problem for problem in entries.problems if problem not in logged])
         return entries, hidden
 
     def _original_case(self, path: bytes, deadline: float) -> Mapping[bytes, bytes]:
@@ -165,8 +164,3 @@ class DirectSource:
         if path in self._refusals:
             self._refusals.pop(path).success(self._clock())
         return answer
-
-    def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._warned and len(self._warned) < MAX_WARNINGS:
-            self._warned.add(about)
-            log.warning("%s: %s", about, text)

@@ -18,8 +18,9 @@ from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
 from table_consul.failures import BadName
+from table_consul.log import warn_of_problems
 from table_consul.services import SERVICES, Service, Table, fold_key
-from table_consul.services.entries import Entries
+from table_consul.services.entries import Entries, Problem
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
@@ -306,11 +307,11 @@ class Watch(threading.Thread):
             else:
                 log.warning("%s: all services readable again", prefix)
         self._warn_of_losses(former, snapshot)
+        new: list[Problem] = []
         for name, entries in snapshot.entries.items():
             logged = set() if former is None else set(former.entries[name].problems)
-            for problem in entries.problems:
-                if problem not in logged:
-                    log.warning("%s", problem)
+            new += [problem for problem in entries.problems if problem not in logged]
+        warn_of_problems(self._table.name, new)
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""

@@ -215,7 +215,12 @@ class Entries:
             EntryError: the key is not UTF-8, and may be one that Consul does not list as it is.
         """
         self._raise_if_undecodable(key)
-        return self._default or self.find(key) is not None
+        if self.find(key) is not None and not self.uses_default(key):
+            return True
+        try:
+            return self._default and (key == DEFAULT_KEY or self._expanded(key) is not None)
+        except EntryError:
+            return True
 
     def _raise_if_undecodable(self, key: bytes) -> None:
         if self._undecodable is not None:
@@ -243,13 +248,16 @@ class Entries:
                 return None
         self._raise_if_undecodable(key)
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
-            value = self._value(DEFAULT_KEY)
-            try:
-                return expand_home(value, key)
-            except EntryError as error:
-                raise self._error(DEFAULT_KEY, str(error)) from None
+            return self._expanded(key)
         entry = self.find(key)
         return None if entry is None else self._value(entry)
+
+    def _expanded(self, key: bytes) -> bytes | None:
+        value = self._value(DEFAULT_KEY)
+        try:
+            return expand_home(value, key)
+        except EntryError as error:
+            raise self._error(DEFAULT_KEY, str(error)) from None
 
     def _value(self, entry: bytes) -> bytes:
         if entry in self.errors:

@@ -104,12 +104,12 @@ def _decode(table: Table, service: Service, key: bytes, raw: bytes) -> bytes:
 def _from_record(service: Service, key: bytes, record: dict[str, object]) -> bytes:
     """The value of this service from the record of one user, as Dovecot and others store it."""
     missing = [field for field in service.fields if record.get(field) in (None, "")]
-    if missing:
+    if missing not in ([], ["home"]):  # smtpd delivers without a home
         text = f"the record has no {' and no '.join(missing)}, which {service.name} needs"
         raise (MissingFields if len(missing) == len(service.fields) else EntryError)(text)
     values: list[bytes] = []
     for field in service.fields:
-        value, number = record[field], field in ("uid", "gid")
+        value, number = "" if record.get(field) is None else record[field], field in ("uid", "gid")
         if number and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or (number and not value.encode().isdigit()):
@@ -179,7 +179,8 @@ def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
         if service.name != "alias" or table.allow_commands:
             return
         for element in elements:
-            if element.removeprefix(b'"').lower().startswith((b"|", b"/", b":include:", b"include:")):
+            unquoted = element.removeprefix(b'"').lower()
+            if unquoted.startswith((b"|", b"/", b":include:", b"include:")) and element.strip(b'"') != b"/dev/null":
                 raise EntryError(
                     "the value contains a |command, a /file or an :include:, which would let anyone who can write this "
                     "key run commands on this host; set allow_commands = true to permit them"
@@ -197,8 +198,8 @@ def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
 
 def _validate_user(table: Table, key: bytes, text: bytes) -> None:
     uid, _, rest = text.partition(b":")
-    gid, _, home = rest.partition(b":")
-    if not (uid.isdigit() and gid.isdigit() and home.startswith(b"/")):
+    gid, colon, home = rest.partition(b":")
+    if not (uid.isdigit() and gid.isdigit() and colon):  # the home may be any text (smtpd: to.c, text_to_userinfo)
         raise EntryError("not a user (expected UID:GID:HOME, such as 1000:1000:/home/gilles)")
     if b":" in key:
         raise EntryError(_COLON_IN_KEY)
@@ -208,23 +209,31 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
         raise EntryError("uid or gid 0 would deliver mail as root; set allow_root = true to permit it")
     if key == DEFAULT_KEY and re.search(rb"%(?![und])", home.replace(b"%%", b"")):
         raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
+    if key == DEFAULT_KEY and b"%" in home and {b".", b".."}.intersection(home.split(b"/")):
+        raise EntryError("the default home directory contains . or .. as a segment")
 
 
-def expand_home(text: bytes, key: bytes) -> bytes:
+def expand_home(text: bytes, key: bytes) -> bytes | None:
     """The value of the default entry of userinfo for this user, with ``%u``, ``%n`` and ``%d`` in its home filled in.
 
+    None if there can be no such user: the name cannot be part of a path, or would give smtpd other ids. Anyone may send
+    mail to such a name.
+
     Raises:
-        EntryError: the user name cannot be part of a path, or would give smtpd other ids; the text does not contain it.
+        EntryError: the home contains ``%d``, and the user name no domain.
     """
-    ids, slash, home = text.partition(b"/")
+    uid, gid, home = text.split(b":", 2)
     name, at, domain = key.rpartition(b"@")
     parts = {b"%u": key, b"%n": name if at else key, b"%d": domain if at else b"", b"%%": b"%"}
     used = re.findall(rb"%[und%]", home)
     home = re.sub(rb"%[und%]", lambda match: parts[match[0]], home)
-    unsafe = not key or re.search(rb"[\0-\x1f\x7f/:]", key)  # for the colon, see _COLON_IN_KEY
-    if unsafe or not all(parts[each] for each in used) or (used and {b".", b".."}.intersection(home.split(b"/"))):
-        raise EntryError("the user name cannot be used in the default home (unsafe in a path, or no domain for %d)")
-    return ids + slash + home
+    if not key or re.search(rb"[\0-\x1f\x7f/:]", key):  # for the colon, see _COLON_IN_KEY
+        return None
+    if b"%d" in used and not at:
+        raise EntryError("the user name has no domain for the %d of the default home")
+    if used and (not all(parts[each] for each in used) or {b".", b".."}.intersection(home.split(b"/"))):
+        return None
+    return b":".join((uid, gid, home))
 
 
 def warning_for(table: Table, service: Service, key: bytes, value: bytes) -> str | None:

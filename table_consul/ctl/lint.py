@@ -157,7 +157,8 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
         more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
         yield Problem(printable(key, UNCUT), text + more, name)
     if name == "alias":
-        for key, text in expansion.failures({**dict.fromkeys(entries.errors, b""), **entries.values}):
+        aliases = {**dict.fromkeys(entries.errors, b""), **entries.values}
+        for key, text in expansion.failures(aliases, entries.table.subaddress_delimiter.encode()):
             yield Problem(printable(entries.path + entries.original_case.get(key, key), UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
     for key in own:

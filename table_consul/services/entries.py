@@ -181,11 +181,12 @@ class Entries:
         self._order: list[bytes] | None = None
         self._index: Index | None = None
         if service.patterns and (self.values or self.errors):
-            from table_consul.services.index import INDEXES
+            from table_consul.services.index import INDEXES, Addresses
 
             # A pattern that is not what was stored would match something else.
             patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
-            self._index = INDEXES[service.name](patterns)
+            index, delimiter = INDEXES[service.name], table.subaddress_delimiter.encode()
+            self._index = Addresses(patterns, delimiter) if index is Addresses else index(patterns)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._undecodable = next((problem for key, problem in self.errors.items() if REPLACEMENT in key), None)

@@ -102,6 +102,10 @@ class Domains(_Hosts):
 class Addresses(_Hosts):
     """Mail addresses and patterns of them, as smtpd's table_mailaddr_match compares them."""
 
+    def __init__(self, entries: Iterable[bytes], delimiter: bytes = match.DELIMITER) -> None:
+        self._delimiter = delimiter
+        super().__init__(entries)
+
     def _add(self, entry: bytes) -> None:
         if match.text_to_mailaddr(entry) is None:
             text = f"more than {match.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"
@@ -115,7 +119,7 @@ class Addresses(_Hosts):
         if address is None:
             return None
         user, domain = address
-        users = {user, user.partition(match.DELIMITER)[0]} - {b""}
+        users = {user, user.partition(self._delimiter)[0]} - {b""}
         prefixes = [b"@", *(name + b"@" for name in users)]
         get = self._entries.get
         forms = (b"", *prefixes, *(name for name in users if b"@" not in name))

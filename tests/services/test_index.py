@@ -13,7 +13,7 @@ from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES
 from table_consul.services.index import INDEXES, Addresses, Domains, HostAddresses, Networks, Regexes
 from table_consul.services.regex import regcomp
-from tests.services.matchers import MATCHERS
+from tests.services.matchers import MATCHERS, table_mailaddr_match
 
 VECTORS = [
     json.loads(line)
@@ -103,6 +103,15 @@ def test_domains_answer_like_a_walk(case):
 def test_addresses_answer_like_a_walk(case):
     entries, key = case
     assert walk("mailaddr", entries, key) == Addresses(entries).find(key)
+
+
+@given(tables(text("ab.*+_@A", 7), text("ab.+_@A*", 7)), st.sampled_from([b"_", b".", b"a", b"+"]))
+@example(([b"a"], b"a_b@b"), b"_")
+@example(([b"a"], b"a+b@b"), b"_")
+def test_addresses_with_another_delimiter_answer_like_a_walk(case, delimiter):
+    entries, key = case
+    first = next((entry for entry in sorted(entries) if table_mailaddr_match(key, entry, delimiter)), None)
+    assert first == Addresses(entries, delimiter).find(key)
 
 
 @given(tables(NETWORKS, NETWORKS))

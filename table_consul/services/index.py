@@ -15,14 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, match
+from table_consul.services.judge import NO_NETWORK
 from table_consul.services.regex import REGEX_SET_BYTES, RegexSet, escape_warnings, regcomp
 
 REGEX_SET_SIZE = 250
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
-NO_NETWORK = (
-    "not a network: matches only this very name, as `match from rdns` asks for (expected 192.0.2.1, 192.0.2.0/24, "
-    "2001:db8::/32, [2001:db8::/32] or local)"
-)
 
 
 class Index(ABC):

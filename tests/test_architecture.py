@@ -23,7 +23,6 @@ PURE = sorted(
     or name.removeprefix("table_consul.")
     in {
         "errors",
-        "failures",
         "protocol",
         "imsg",
         "responder",

@@ -22,7 +22,8 @@ LEAST_PAUSE_SECONDS = 0.02
 MOST_PAUSE_SECONDS = 0.5
 # Consul's own default. A query that brings nothing proves that Consul is there, but costs it a scan of the prefix.
 MOST_WAIT_SECONDS = 300.0
-# While keys are hidden, as a change of ACLs changes no index and ends no query, and after a query that ended too early.
+# While keys are hidden, as a change of ACLs changes no index and ends no query. And for the first query after an
+# answer, as a snapshot that was restored while nothing waited may have a lower index, and ends none either.
 HIDDEN_WAIT_SECONDS = 10.0
 # How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
 WAIT_GROWTH = 1.1
@@ -41,6 +42,8 @@ class QueryState(msgspec.Struct, frozen=True):
     """The index of what is in memory; 0: everything is read, whatever its index."""
     idle: int = 0
     """How many answers in a row have brought nothing."""
+    gap: bool = True
+    """Between the latest answer and the next query there is more than a moment."""
     filtered: bool = False
     """Consul reported that an ACL hides keys."""
     behind: bool = False
@@ -73,7 +76,8 @@ def next_query(
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
     seen = 0 if backwards else max(index, 1)
-    return replace(state, index=0 if early else seen, seen=seen, idle=idle, longest_wait=longest), pause
+    index = 0 if early else seen
+    return replace(state, index=index, seen=seen, idle=idle, gap=not timed_out, longest_wait=longest), pause
 
 
 def after_cut(state: QueryState, waited: float) -> QueryState:
@@ -83,7 +87,7 @@ def after_cut(state: QueryState, waited: float) -> QueryState:
 
 def wait_seconds(state: QueryState, max_age: float, *, hidden: bool) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
-    most = HIDDEN_WAIT_SECONDS if hidden or state.idle else MOST_WAIT_SECONDS
+    most = HIDDEN_WAIT_SECONDS if hidden or state.gap else MOST_WAIT_SECONDS
     return max(min(most, state.longest_wait, max_age / 3), LEAST_PAUSE_SECONDS)
 
 

@@ -11,8 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from table_consul import kv
+from table_consul import kv, transport
 from table_consul.config import ConsulConfig
 from table_consul.errors import Forbidden, SourceError, Unreachable
 from table_consul.services import Table
@@ -22,6 +23,7 @@ from tests.consul.watch.watching import ask, becomes, settled
 from tests.dialogue import eventually
 from tests.rig import cache
 from tests.rig.consul import ConsulAgent, consul_version, free_ports
+from tests.rig.proxy import Cutting, Proxy
 
 pytestmark = pytest.mark.real
 
@@ -33,9 +35,9 @@ READ = 'key_prefix "mail/aliases/" { policy = "read" }'
 def mirrored():
     made = []
 
-    def make(address, table=TABLE, **options):
+    def make(address, table=TABLE, client=kv.Client, **options):
         settings = ConsulConfig(addresses=(address,), **options)
-        made.append(MirrorSource(table, lambda: kv.Client(settings)))
+        made.append(MirrorSource(table, lambda: client(settings)))
         return made[-1]
 
     yield make
@@ -133,6 +135,92 @@ def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, m
     becomes(source, b"after it")
 
 
+def test_snapshot_that_is_restored_while_nothing_waits_is_seen_after_a_short_wait(open_consul, mirrored, monkeypatch):
+    monkeypatch.setattr(mirror, "HIDDEN_WAIT_SECONDS", 0.5)
+    saved = [_snapshot(open_consul)]
+    for number in range(20):
+        open_consul.kv_put("mail/aliases/alias/root", f"later{number}")
+
+    class Restoring(kv.Client):
+        def blocking_query(self, *arguments, index=0, **options):
+            if index and saved:
+                _snapshot(open_consul, saved.pop())
+            return super().blocking_query(*arguments, index=index, **options)
+
+    source = mirrored(url(open_consul), client=Restoring)
+    becomes(source, b"gilles")
+    open_consul.kv_put("mail/aliases/alias/root", "after it")
+    becomes(source, b"after it")
+
+
+def test_restored_snapshot_of_the_present_is_no_change_and_hides_no_edit(open_consul, mirrored):
+    source = mirrored(url(open_consul))
+    settled(source)
+    _snapshot(open_consul, _snapshot(open_consul))
+    open_consul.kv_put("mail/aliases/alias/root", "after it")
+    becomes(source, b"after it")
+
+
+def test_consul_that_never_held_a_key_has_an_index_to_wait_on_and_its_first_key_is_seen(mirrored):
+    with _agent() as agent:
+        source = mirrored(url(agent))
+        settled(source)
+        assert (ask(source), source.watches[0].index) == (None, 1)
+        agent.kv_put("mail/aliases/alias/root", "gilles")
+        becomes(source, b"gilles")
+
+
+def test_edits_elsewhere_wake_a_watch_of_an_empty_table_now_and_then_and_its_first_key_is_seen(consul, mirrored):
+    with Proxy(consul) as proxy:
+        source = mirrored(f"http://{proxy.address}")
+        settled(source)
+        for number in range(200):
+            consul.kv_put(f"other/{number}", "x")
+        assert len(proxy.requests) < 40
+        consul.kv_put("mail/aliases/alias/root", "gilles")
+        becomes(source, b"gilles")
+
+
+def test_folder_that_appears_is_seen_and_one_that_empties_leaves_the_other(open_consul, mirrored):
+    source = mirrored(url(open_consul), replace(TABLE, services=(*TABLE.services, "string")))
+    assert ask(source, b"a", "string") is None
+    open_consul.kv_put("mail/aliases/string/a", "x")
+    becomes(source, b"x", b"a", service="string")
+    open_consul.kv_delete("mail/aliases/domain/", recurse=True)
+    becomes(source, None, b"example.org", service="domain")
+    assert (ask(source), ask(source, b"a", "string")) == (b"gilles", b"x")
+
+
+def test_each_path_is_watched_and_services_that_share_one_see_the_same_edit(open_consul, mirrored):
+    open_consul.kv_put("shared/all/example.net", "x")
+    paths = {"domain": "shared/all", "string": "shared/all"}
+    source = mirrored(url(open_consul), replace(TABLE, services=(*TABLE.services, "string"), paths=paths))
+    settled(source)
+    open_consul.kv_put("shared/all/example.net", "y")
+    for service in ("domain", "string"):
+        becomes(source, b"y", b"example.net", service=service)
+    open_consul.kv_put("mail/aliases/alias/root", "eric")
+    becomes(source, b"eric")
+    open_consul.kv_delete("shared/all/", recurse=True)
+    for service in ("domain", "string"):
+        becomes(source, None, b"example.net", service=service)
+
+
+def test_waits_that_a_proxy_cuts_are_no_outage_and_hide_no_edit(open_consul, mirrored, monkeypatch, caplog):
+    monkeypatch.setattr(transport, "LEAST_CUT_SECONDS", 0.2)
+    with Cutting(open_consul, 0.4) as proxy:
+        proxy.bad.set()
+        source = mirrored(f"http://{proxy.address}")
+        settled(source)
+        for _ in eventually("waits of less than what is cut", 20):
+            if len(proxy.harm) > 1 and len(proxy.requests) > 8:
+                break
+        open_consul.kv_put("mail/aliases/alias/root", "eric")
+        becomes(source, b"eric")
+        assert [target for _, target in proxy.requests if "consistent" in target][1:] == []
+        assert source.watches[0].backoff.total == 0
+
+
 def _snapshot(agent, data=None):
     request = urllib.request.Request(f"{url(agent)}/v1/snapshot", data, method="PUT" if data else "GET")
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -224,6 +312,22 @@ def test_deleted_key_beside_hidden_ones_proves_nothing_about_these(guarded, mirr
     assert ask(source, b"user09") == b"x"
 
 
+def test_rule_that_comes_and_goes_without_an_edit_is_noticed_where_consul_reports_it(guarded, mirrored, monkeypatch):
+    for name in ("HIDDEN_WAIT_SECONDS", "MOST_WAIT_SECONDS"):
+        monkeypatch.setattr(mirror, name, 0.3)
+    guarded.kv_put("mail/aliases/alias/vip", "x")
+    token = guarded.token(READ)
+    source = mirrored(url(guarded), token=token)
+    settled(source)
+    for _ in range(2):
+        _narrow(guarded, token, READ + ' key "mail/aliases/alias/vip" { policy = "deny" }')
+        if consul_version() >= (1, 11):
+            becomes(source, Forbidden, b"vip")
+        assert ask(source, b"nobody") is None
+        _narrow(guarded, token, READ)
+        becomes(source, b"x", b"vip")
+
+
 def test_start_where_a_policy_hides_one_key_answers_for_the_others(guarded, mirrored):
     guarded.kv_put("mail/aliases/alias/vip", "x")
     token = guarded.token(READ + ' key "mail/aliases/alias/vip" { policy = "deny" }')
@@ -245,6 +349,23 @@ def test_start_with_a_token_that_may_read_nothing_is_an_error_and_recovers_witho
             ask(source, key, service)
     _narrow(guarded, token, READ)
     becomes(source, b"gilles")
+
+
+def test_list_policy_is_an_error_without_the_rule_list_and_answers_with_it(mirrored):
+    hcl = 'acl { enabled = true\n default_policy = "deny"\n enable_key_list_policy = true }\n'
+    with _agent(hcl=hcl) as agent:
+        agent.management_token = agent.bootstrap()
+        fill(agent)
+        token = agent.token(READ)
+        source = mirrored(url(agent), token=token)
+        for key in (b"root", b"nobody"):
+            with pytest.raises(Forbidden, match="Permission denied"):
+                ask(source, key)
+        _narrow(agent, token, READ.replace("read", "list"))
+        becomes(source, b"gilles")
+        assert ask(source, b"nobody") is None
+        agent.kv_delete("mail/aliases/domain/example.org")
+        becomes(source, None, b"example.org", service="domain")
 
 
 def test_without_a_token_absence_is_never_said(guarded, mirrored):

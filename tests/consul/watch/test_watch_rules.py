@@ -1,0 +1,134 @@
+"""What indexes and folders may do to a watch: a test for each rule. Waits, hidden keys and files have theirs beside."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from table_consul.errors import Forbidden
+from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, ROOT, TABLE, ask, becomes, lines, settled
+from tests.dialogue import eventually
+from tests.fake_consul import VERSIONS
+
+ELSEWHERE = replace(
+    TABLE, services=("alias", "domain", "string"), paths={"domain": "shared/all", "string": "shared/all"}
+)
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    return request.param
+
+
+def lists(fake):
+    return [request for request in fake.requests if "recurse" in request.params]
+
+
+def reads_again(fake, source):
+    """Wait for two waits that began after this moment, so that nothing of before is under way."""
+    asked = len(lists(fake))
+    for _ in eventually("two more waits", 10):
+        if len(lists(fake)) >= asked + 2 and source.watches[0].backoff.since is None:
+            return
+
+
+def test_tombstones_that_are_reaped_hide_no_edit(fake, mirrored, waits_of, caplog):
+    waits_of(0.1)
+    fake.put(ALIAS + b"last", b"x")
+    source = mirrored(fake.address)
+    assert ask(source, b"last") == b"x"
+    fake.delete(ALIAS + b"last")
+    becomes(source, None, b"last")
+    before = source.watches[0].index
+    fake.store.reap()
+    for _ in eventually("the index falls", 10):
+        if source.watches[0].index < before:
+            break
+    assert ask(source) == b"gilles"
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert lines(caplog) == []
+
+
+def test_tombstones_that_are_reaped_cost_one_read_and_no_more(fake, mirrored, waits_of):
+    waits_of(0.1)
+    fake.put(ALIAS + b"last", b"x")
+    source = mirrored(fake.address)
+    settled(source)
+    fake.delete(ALIAS + b"last")
+    becomes(source, None, b"last")
+    fake.store.reap()
+    reads_again(fake, source)
+    asked = len(lists(fake))
+    reads_again(fake, source)
+    assert ["consistent" in request.params for request in lists(fake)[asked:]].count(True) == 0
+
+
+def test_restored_snapshot_with_the_same_index_is_read(fake, mirrored, waits_of):
+    waits_of(0.2)
+    source = mirrored(fake.address)
+    settled(source)
+    asked = len(lists(fake))
+    fake.store.restore(fake.index)
+    for _ in eventually("it is read again", 10):
+        if any("consistent" in request.params for request in lists(fake)[asked:]):
+            break
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+
+
+def test_index_that_goes_back_while_a_key_is_hidden_is_seen(fake, mirrored, waits_of):
+    waits_of(0.2)
+    fake.put(ALIAS + b"vip", b"x")
+    fake.denied = (ALIAS + b"vip",)
+    source = mirrored(fake.address)
+    settled(source)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    fake.reset_index(3)
+    fake.put(ROOT, b"robert")
+    becomes(source, b"robert")
+    assert source.watches[0].index < 10
+
+
+def test_folder_that_appears_is_seen(fake, mirrored):
+    source = mirrored(fake.address, replace(TABLE, services=(*TABLE.services, "string")))
+    assert ask(source, b"a", "string") is None
+    fake.put(PREFIX + b"string/a", b"x")
+    becomes(source, b"x", b"a", service="string")
+
+
+def test_folder_that_empties_leaves_the_others_as_they_are(fake, mirrored):
+    source = mirrored(fake.address)
+    assert ask(source, b"example.org", "domain") == b"example.org"
+    fake.delete(DOMAIN + b"example.org")
+    becomes(source, None, b"example.org", service="domain")
+    assert ask(source) == b"gilles"
+
+
+def test_each_path_has_a_watch_and_services_that_share_one_see_the_same_edit(fake, mirrored):
+    fake.put(b"shared/all/example.net", b"x")
+    source = mirrored(fake.address, ELSEWHERE)
+    settled(source)
+    assert [watch.prefix for watch in source.watches] == [PREFIX, b"shared/all/"]
+    assert (ask(source), ask(source, b"example.net", "domain")) == (b"gilles", b"x")
+    fake.put(b"shared/all/example.net", b"y")
+    for service in ("domain", "string"):
+        becomes(source, b"y", b"example.net", service=service)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    fake.delete(b"shared/all/example.net")
+    for service in ("domain", "string"):
+        becomes(source, None, b"example.net", service=service)
+
+
+def test_path_that_may_not_be_read_leaves_the_other_folder_as_it_is(fake, mirrored):
+    fake.put(b"shared/all/a", b"x")
+    fake.denied = (b"shared/",)
+    source = mirrored(fake.address, ELSEWHERE)
+    settled(source)
+    becomes(source, b"gilles")
+    assert ask(source, b"nobody") is None
+    for service in ("domain", "string"):
+        with pytest.raises(Forbidden):
+            ask(source, b"a", service)

@@ -7,6 +7,7 @@ entries come from; time is a number that the caller reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 
 from table_consul.errors import EntryError, SourceError, printable
@@ -20,15 +21,19 @@ Read = Callable[[Service, bytes | None], Entries]
 """What returns the entries of a service for a key (None: all)."""
 
 
-def replies_from(entries: Entries, op: str) -> Callable[[bytes], Reply]:
+def replies_from(
+    entries: Entries, op: str, seconds_left: Callable[[], float] | None = None
+) -> Callable[[bytes], Reply]:
     """What replies to a check or a lookup of a key, from entries that hold everything there is for the key.
 
-    What is returned raises EntryError where the entry that answers cannot be used.
+    What is returned raises EntryError where the entry that answers cannot be used, or not be found in the time left.
     """
+    contains, lookup = entries.contains, entries.values.get if entries.plain else entries.lookup
+    if seconds_left is not None and entries.timed:
+        contains = partial(contains, seconds_left=seconds_left)
+        lookup = partial(entries.lookup, seconds_left=seconds_left)
     if op == "check":
-        contains = entries.contains
         return lambda key: FOUND if contains(key) else NOT_FOUND
-    lookup = entries.values.get if entries.plain else entries.lookup
 
     def reply(key: bytes) -> Reply:
         value = lookup(key)
@@ -70,7 +75,7 @@ class Responder:
             return self._authenticate(request, table, read, seconds_left or (lambda: table.deadline))
         if request.op == "fetch":
             return self._fetch(read(service, None))
-        return replies_from(read(service, request.key), request.op)(request.key)
+        return replies_from(read(service, request.key), request.op, seconds_left)(request.key)
 
     def _authenticate(self, request: Request, table: Table, read: Read, seconds_left: Callable[[], float]) -> Reply:
         """Whether the password is the user's; nothing that is logged or remembered holds either of them.

@@ -14,7 +14,7 @@ from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value, warning_for
 
 if TYPE_CHECKING:
-    from table_consul.services.index import Index
+    from table_consul.services.index import Index, SecondsLeft
 
 
 REPLACEMENT = "\ufffd".encode()
@@ -57,9 +57,11 @@ class EntriesBuilder:
         """Folded key to the stored one, where they differ."""
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
-        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline.
+        # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
+        # the deadline.
         if former is not None and former.table.same_entries(table):
-            self._reusable = former if former.table.deadline == table.deadline or not service.hashed else None
+            judged = service.hashed or service.patterns
+            self._reusable = former if former.table.deadline == table.deadline or not judged else None
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
         self._valid: Mapping[bytes, bytes] = {}
         if self._reusable is not None and table.value_format != "json":
@@ -184,12 +186,14 @@ class Entries:
 
             # A pattern that is not what was stored would match something else.
             patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
-            self._index = INDEXES[service.name](patterns)
+            self._index = INDEXES[service.name](patterns, table.deadline / 10)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._exact = self._index is None and not self._default
         self.plain = self._exact and not self.errors and all(self.values.values())
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
+        self.timed = self._index is not None and self._index.timed
+        """Whether matching a key may take so long that it needs the clock of its request."""
 
     def __len__(self) -> int:
         return len(self.values) + len(self.errors)
@@ -200,21 +204,28 @@ class Entries:
     def _error(self, entry: bytes, text: str) -> EntryError:
         return EntryError(str(Problem(self._stored(entry), text)))
 
-    def find(self, key: bytes) -> bytes | None:
-        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored."""
+    def find(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
+        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored.
+
+        Raises:
+            EntryError: the time that is left, by default forever, is too short to match the key.
+        """
         if self._index is not None:
-            return self._index.find(key)
+            try:
+                return self._index.find(key) if seconds_left is None else self._index.find(key, seconds_left)
+            except EntryError as error:
+                raise EntryError(str(Problem(self.path, str(error)))) from None
         return key if key in self.values or key in self.errors else None
 
-    def contains(self, key: bytes) -> bool:
+    def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service."""
-        return self._default or self.find(key) is not None
+        return self._default or self.find(key, seconds_left) is not None
 
     def uses_default(self, key: bytes) -> bool:
         """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
-    def lookup(self, key: bytes) -> bytes | None:
+    def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
 
         Raises:
@@ -233,7 +244,7 @@ class Entries:
                 return expand_home(value, key)
             except EntryError as error:
                 raise self._error(DEFAULT_KEY, str(error)) from None
-        entry = self.find(key)
+        entry = self.find(key, seconds_left)
         return None if entry is None else self._value(entry)
 
     def _value(self, entry: bytes) -> bytes:

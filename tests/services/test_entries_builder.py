@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -64,6 +66,15 @@ class TestBuilder:
         former = entries("alias", (b"Root", b"gilles"))
         built = self.build((b"root", b"gilles"), former=former).finish()
         assert [*self.build(former=built).missing_keys()] == [b"root"]
+
+    def test_shorter_deadline_refuses_patterns_that_had_time(self):
+        pairs = [(b"*" + b"*".join(b"%c" % c for c in row), None) for row in product(b"ab", repeat=12)]
+        former = entries("domain", *pairs, table=replace(TABLE, deadline=60.0))
+        built = self.build(*pairs, former=former, table=replace(TABLE, deadline=0.05), service="domain").finish()
+        assert (former.problems, former.find(b"zz")) == ([], None)
+        assert {problem.key for problem in built.problems} < {b"aliases/domain/" + key for key, _ in pairs}
+        with pytest.raises(EntryError, match="aliases/domain/: too many patterns"):
+            built.find(b"zz")
 
     def test_missing_keys_are_known_after_a_change_of_settings(self):
         former = entries("alias", (b"Root", b"gilles"))

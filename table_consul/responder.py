@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, islice
 
 from table_consul.errors import EntryError, SourceError, printable
 from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply, Request
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.services.passwords import SAMPLE_SIZE, Verifier
+from table_consul.services.passwords import Verifier
 from table_consul.services.values import MissingFields
 
 Read = Callable[[Service, bytes | None], Entries]
@@ -45,9 +44,9 @@ def replies_from(
 class Responder:
     """Replies for any number of tables. It remembers only where each fetch is, and what verifying a hash costs."""
 
-    def __init__(self) -> None:
+    def __init__(self, verifier: Verifier | None = None) -> None:
         self._last_fetched: dict[tuple[str, str], bytes] = {}
-        self._verifier = Verifier()
+        self._verifier = verifier or Verifier()
 
     def _fetch(self, entries: Entries) -> Reply:
         place = (entries.table.name, entries.service.name)
@@ -109,9 +108,13 @@ class Responder:
                 incomplete = error
         if stored is None and incomplete is not None:
             raise incomplete
-        others = islice(chain.from_iterable(entries.values.values() for entries in sources), SAMPLE_SIZE)
+        others = [value for entries in sources for _, value in entries.kinds.values()]
+        complete = any(len(entries) > 1 for entries in sources)  # not where one key is read of Consul
         try:
-            verified = self._verifier.verify(table.name, stored, password, others, table.deadline, seconds_left())
+            left = seconds_left()
+            verified = self._verifier.verify(
+                table.name, stored, password, others, table.deadline, left, complete=complete
+            )
         except EntryError as error:  # about what is stored in Consul, so its key may be named
             raise EntryError(f"{printable(path + user)}: {error}") from None
         return FOUND if verified else NOT_FOUND

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from table_consul.errors import EntryError, printable
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
+from table_consul.services.passwords import Kind, calculated_hash
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value, warning_for
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class EntriesBuilder:
         """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
+        self._hashed = service.hashed and "auth" in table.services
+        self._kinds: dict[Kind, tuple[bytes, bytes]] = {}
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
         # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
@@ -124,8 +127,24 @@ class EntriesBuilder:
                 self.incomplete.add(folded)
             return
         self.values[folded] = value
+        if self._hashed:
+            self._note_kind(folded, value)
         if (text := warning_for(self.table, self.service, folded, value)) is not None:
             self.warnings[folded] = Problem(self.path + key, text)
+
+    def _note_kind(self, folded: bytes, value: bytes) -> None:
+        if (known := calculated_hash(value, self.table.deadline)) is not None:
+            self._kinds.setdefault(known.kind, (folded, value))
+
+    def kinds(self) -> dict[Kind, tuple[bytes, bytes]]:
+        """An entry and its value for each kind of hash; looked for among all only when such an entry has changed."""
+        if self._reusable is not None:
+            self._kinds = self._reusable.kinds | self._kinds
+        if any(self.values.get(folded) != value for folded, value in self._kinds.values()):
+            self._kinds = {}
+            for folded, value in self.values.items():
+                self._note_kind(folded, value)
+        return self._kinds
 
     def has(self, folded: bytes) -> bool:
         """Whether an entry of this folded key was taken."""
@@ -173,6 +192,8 @@ class Entries:
         self.warnings = builder.warnings
         self.spelling = builder.spelling
         self.original_case = builder.original_case
+        self.kinds = builder.kinds()
+        """An entry and its value for each kind of hash, where passwords are verified here."""
         refused = (problem for key, problem in self.errors.items() if key not in self.incomplete)
         self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
         """Every entry that smtpd cannot use as it is stored."""

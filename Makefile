@@ -84,12 +84,15 @@ install: venv ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEX
 	umask 022 && mkdir -p '$(LIBEXEC)' '$(SBIN)' '$(MAN)/man5' '$(MAN)/man8'
 	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && umask 022 && \
 	install_program() { \
-	    printf '#!%s -I\nimport sys\nsys.path.insert(0, "%s")\nfrom table_consul.%s import main\nsys.exit(main())\n' \
-	        "$$python" '$(APPDIR)' "$$2" >"$$1.new" && chmod 755 "$$1.new" && mv "$$1.new" "$$1"; \
+	    { printf '#!%s -I\n' "$$python" && cat; } >"$$1.new" && chmod 755 "$$1.new" && mv "$$1.new" "$$1"; \
 	} && \
-	install_program '$(LIBEXEC)/table-consul' cli && \
-	install_program '$(LIBEXEC)/table-procexec' procexec && \
-	install_program '$(SBIN)/table-consulctl' ctl.main
+	path='sys.path.insert(0, "$(APPDIR)")' && \
+	for module in cli:table-consul procexec:table-procexec; do \
+	    { cat table_consul/fallback.py && printf '\n\n%s\nsys.exit(run("table_consul.%s"))\n' "$$path" "$${module%:*}"; } | \
+	        install_program '$(LIBEXEC)'/"$${module#*:}" || exit 1; \
+	done && \
+	printf 'import sys\n\n%s\nfrom table_consul.ctl.main import main\n\nsys.exit(main())\n' "$$path" | \
+	    install_program '$(SBIN)/table-consulctl'
 	for page in man/*.[58]; do \
 	    target="$(MAN)/man$${page##*.}/$${page#man/}" && cp "$$page" "$$target" && chmod 644 "$$target" || exit 1; \
 	done

@@ -1,7 +1,14 @@
-"""``python -m table_consul``."""
+"""The program table-consul, also as ``python -m table_consul``."""
 
 from __future__ import annotations
 
-from table_consul.cli import main
+from table_consul.fallback import run
 
-raise SystemExit(main())
+
+def main() -> int:
+    """Run the program, or answer smtpd with errors if it cannot be loaded; the exit status."""
+    return run("table_consul.cli")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

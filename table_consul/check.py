@@ -1,6 +1,6 @@
 """Check that the files named in the configuration are usable by this user, and suggest fixes.
 
-smtpd runs tables as an unprivileged user (smtpd: lka.c, lka): that root can read a file proves little.
+smtpd runs tables as an unprivileged user (smtpd: lka.c, lka): that root can read a file proves nothing.
 """
 
 from __future__ import annotations
@@ -12,18 +12,45 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from table_consul.errors import printable
-from table_consul.files import current_user, explain_os_error, open_regular_file, smtpd_group
+from table_consul.files import (
+    TOKEN,
+    current_user,
+    explain_os_error,
+    open_regular_file,
+    parents,
+    read_token,
+    smtpd_group,
+    smtpd_user,
+)
 
 if TYPE_CHECKING:
     from table_consul.config import Config
 
 
 def check_files(config: Config) -> list[str]:
-    """What would keep this user from working with the configuration, or discloses a secret; a line each.
+    """What would keep the program from working with the configuration, or discloses a secret; a line each.
 
-    For ``--check``, not for `config.load`: a mail server starts although a token is written only a second later.
+    Root checks as smtpd's user, if there is one; any other user as itself. For ``--check``, not for `config.load`: a
+    mail server starts although a token is written only a second later.
     """
-    return [*_read_files(config), *_written_files(config)]
+    with _as_smtpd_user():
+        return [*_read_files(config), *_written_files(config)]
+
+
+@contextlib.contextmanager
+def _as_smtpd_user() -> Iterator[None]:
+    user = smtpd_user() if os.geteuid() == 0 else None
+    with contextlib.ExitStack() as undo:
+        if user is not None:
+            with contextlib.suppress(PermissionError):  # a container may deny this to root
+                groups, group = os.getgroups(), os.getegid()
+                os.setgroups([user.pw_gid])  # smtpd keeps no other
+                undo.callback(os.setgroups, groups)
+                os.setegid(user.pw_gid)
+                undo.callback(os.setegid, group)
+                os.seteuid(user.pw_uid)
+                undo.callback(os.seteuid, 0)
+        yield
 
 
 def _read_files(config: Config) -> Iterator[str]:
@@ -34,8 +61,12 @@ def _read_files(config: Config) -> Iterator[str]:
     name = printable(config.path or "")
     at = {**{key: f"{name}: consul.{key}" for key in (*files, "tls_verify")}, **config.origins}
     for key, path in files.items():
-        secret = key in {"token_file", "key_file"}
-        if path is not None and (problem := _unreadable(path, folder=key == "ca_path", secret=secret)):
+        if path is None:
+            continue
+        problem = _unreadable(path, folder=key == "ca_path", secret=key in {"token_file", "key_file"})
+        if key == "token_file" and not problem and not TOKEN.fullmatch(read_token(path)):
+            problem = "empty, or not one line of printable ASCII without blanks (write the SecretID and nothing else)"
+        if problem:
             yield f"{at[key]}: {printable(path)}: {problem}"
     if config.path is not None and (problem := _unreadable(config.path)):
         yield f"{name}: {problem}"
@@ -78,9 +109,14 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
     os.close(handle)
     if stat.S_ISDIR(mode) and not folder:
         return "is a folder"
-    if os.geteuid() == 0 and not mode & 0o044:
-        fix = f"chgrp {smtpd_group()}; chmod g+r"
-        return f"only root can read it, but smtpd runs tables as an unprivileged user (try: {fix})"
+    if os.geteuid() == 0:
+        needs = "but smtpd runs tables as an unprivileged user"
+        for each in dict.fromkeys((*parents(name), *parents(os.path.realpath(path)))):
+            if not os.stat(each).st_mode & 0o011:
+                fix = f"chgrp {smtpd_group()} {printable(each)}; chmod g+x {printable(each)}"
+                return f"only root can enter folder {printable(each)}, {needs} (try: {fix})"
+        if not mode & 0o044:
+            return f"only root can read it, {needs} (try: chgrp {smtpd_group()}; chmod g+r)"
     if secret and mode & 0o004:
         return "every user of this machine can read this secret (try: chmod 0640)"
     return None
@@ -89,7 +125,7 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
 def _unwritable(path: str, *, private: bool) -> str | None:
     """The problem of a file that must be replaceable by renaming; None if it is replaceable."""
     folder = os.path.dirname(path)
-    if not os.access(f"{folder}/", os.W_OK | os.X_OK):
+    if not os.access(f"{folder}/", os.W_OK | os.X_OK, effective_ids=True):
         return f"folder {printable(folder)} not found, or not writable by {current_user()}"
     with contextlib.suppress(OSError):  # it need not exist
         mode = os.stat(path).st_mode

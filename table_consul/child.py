@@ -62,7 +62,6 @@ class Child:
         self._started = clock()
         self._handshake_done = dialect == "procexec"
         self.registered: list[str] = []
-        self._questions = getrandbits(31)  # a line sent before its question cannot guess the id
         self._templates: dict[tuple[str, str, str], bytes] = {}
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
@@ -109,6 +108,16 @@ class Child:
                 raise ChildError(f"more than {MAX_REGISTRATIONS} services registered")
         return True
 
+    def suits_smtpd(self, deadline: float) -> bool:
+        """Whether smtpd could run it: by this moment it registers services that smtpd knows, and sends nothing else.
+
+        Raises:
+            ChildError: see ``shake_hands``.
+        """
+        if not self.shake_hands(deadline) or not self.registered or not SERVICES.keys() >= {*self.registered}:
+            return False
+        return self._read_line(self._clock()) is None and not self._buffer
+
     def ask(self, request: Request, deadline: float) -> Reply:
         """The child's reply, by this moment on the clock; Failed if it cannot be asked for this, or not yet.
 
@@ -130,8 +139,7 @@ class Child:
         # smtpd 7.6 and later refuses such keys before it asks (smtpd: table_proc.c, table_proc_lookup).
         if _NEWLINE in key or _RETURN in key:
             return Failed("a key must not contain a line break")
-        self._questions += 1
-        ident = b"%08x" % self._questions
+        ident = b"%08x" % getrandbits(32)  # a line sent before its question cannot guess it
         question = template % (time.time(), ident, key)
         while question:
             try:
@@ -214,6 +222,14 @@ class Bridge:
         self._clock, self._chance = clock, chance
         self._child: Child | None = None
         self._backoff = Backoff(name, "returning errors until it runs again")
+
+    def suits_smtpd(self, name: str) -> bool:
+        """Whether smtpd could run the command itself, tried with a process that is kept if smtpd could not."""
+        try:
+            return self._running(name).suits_smtpd(self._clock() + HANDSHAKE_SECONDS)
+        except ChildError as error:
+            self._drop(error)
+            return False
 
     def services(self, name: str) -> list[str]:
         """The services that the child registers within the deadline; the default ones if it registers none."""

@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
     from table_consul.metrics import Exporter
 
-DESCRIPTION = f"""\
+DESCRIPTION = """\
 table-consul is started by OpenSMTPD's smtpd, and answers its table lookups from
 Consul's key-value store: the key <prefix>/<table>/<service>/<key> holds the value.
 In smtpd.conf:
 
-    table aliases consul:{config.DEFAULT_PATH}
+    table aliases consul
     action "local" maildir alias <aliases>
 """
 
 EPILOG = f"""\
-Without CONFIG: {config.DEFAULT_PATH} if there is one, else defaults and the environment
-of the consul command (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...).
+Without CONFIG, {config.DEFAULT_PATH} is read if it exists; otherwise the
+defaults and the environment of the consul command apply (CONSUL_HTTP_ADDR,
+CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...). In smtpd.conf: table aliases consul:/PATH
 
 To see it answer, say what smtpd would say:
 
@@ -43,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("table-consul", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="the configuration, a TOML file")
-    check_help = "check a configuration and the files it names, as the user that runs this; exit 0 or 2"
-    parser.add_argument("--check", metavar="CONFIG", help=check_help)
+    check_help = "check the configuration and the files it names, as the user that runs this; exit 0 or 2"
+    parser.add_argument("--check", action="store_true", help=check_help)
     parser.add_argument("--version", action="version", version=f"table-consul {__version__}")
     return parser
 
@@ -55,25 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = given[0] if given else None
     if len(given) > 1 or (path is not None and not path.startswith("/")):  # not as smtpd does, so there is time
         options = _parser().parse_args(given)
-        if options.check is not None:
-            return check(options.check)
         path = options.config
+        if options.check:
+            return check(path)
     if os.isatty(0):
         return _print_help()
     return serve(path)
 
 
-def check(path: str) -> int:
-    """Say what is wrong with the configuration; the exit status, 0 or 2."""
+def check(path: str | None) -> int:
+    """Print what is wrong with the configuration; the exit status, 0 or 2."""
     from table_consul.check import check_files
 
     try:
-        lines = check_files(config.load(path, os.environ))
+        loaded = config.load(path, os.environ)
+        lines = check_files(loaded)
     except ConfigError as error:
         lines = [str(error), *getattr(error, "__notes__", [])]
     sys.stderr.writelines(f"{line}\n" for line in lines)
     if not lines:
-        sys.stdout.write(f"{path}: ok\n")
+        sys.stdout.write(f"{loaded.path or loaded.summary}: ok\n")
     return 2 if lines else 0
 
 
@@ -90,6 +92,8 @@ def serve(path: str | None) -> int:
     def load() -> config.Config:
         loaded = config.load(path, environ)
         log.start(loaded.log.level, loaded.log.target, table_name)
+        if table_name:
+            report(loaded)
         return loaded
 
     def on_table_name(name: str) -> None:
@@ -97,6 +101,11 @@ def serve(path: str | None) -> int:
         table_name = name
         settings = tables.config.log if tables.config else config.LogConfig()
         log.start(settings.level, settings.target, name)
+        if tables.config is not None:
+            report(tables.config)
+
+    def report(loaded: config.Config) -> None:
+        logging.getLogger("table_consul").info("configuration: %s", loaded.summary)
 
     def on_change() -> None:
         nonlocal exporter

@@ -7,7 +7,9 @@ Nothing here opens the files that a configuration names (check.py does), or read
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -20,7 +22,9 @@ from table_consul.errors import ConfigError, SourceError, printable
 from table_consul.files import explain_os_error, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 
-DEFAULT_PATH = "/etc/mail/table-consul.toml"
+# Beside smtpd.conf where OpenSMTPD comes from ports, and in /etc/mail elsewhere.
+_PORTS = sys.platform.startswith(("freebsd", "dragonfly"))
+DEFAULT_PATH = f"{'/usr/local' if _PORTS else ''}/etc/mail/table-consul.toml"
 
 # A configuration for thousands of tables fits; a large file given by mistake does not fill the memory of the mail host.
 SIZE_MAX = 4 * 1024 * 1024
@@ -83,6 +87,12 @@ class Config(msgspec.Struct, frozen=True):
     """The tables that have a section of their own."""
     origins: Mapping[str, str] = msgspec.field(default_factory=dict)
     """``environment: VARIABLE`` for each key of ``consul`` that the environment sets, for messages."""
+
+    @property
+    def summary(self) -> str:
+        """The file, or that there is none, and the addresses; for the log."""
+        missing = f"no {DEFAULT_PATH}, using the defaults and the environment"
+        return f"{missing if self.path is None else printable(self.path)}; address: {', '.join(self.consul.addresses)}"
 
     def table(self, name: str) -> Table:
         """The settings of this table: its ``[tables.NAME]`` if there is one, else ``[defaults]``.
@@ -276,7 +286,7 @@ def _quoted(text: str) -> str:
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
-    """The configuration in the file, `DEFAULT_PATH` (if there is such a file) when None, and in the environment.
+    """The configuration in the file, or in `DEFAULT_PATH` if it exists when None, and in the environment.
 
     Raises:
         ConfigError: with the first mistake as its text, one line, and all further ones as notes (``__notes__``), a
@@ -289,7 +299,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         with open(file, "rb", opener=open_regular_file) as opened:
             document = tomllib.loads(read_bounded(opened, SIZE_MAX).decode())
     except OSError as error:
-        if path is not None or not isinstance(error, FileNotFoundError | NotADirectoryError):
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.islink(file)
+        if path is not None or not missing:
             raise ConfigError(f"{at}: {explain_os_error(file, error)}") from None
     except (SourceError, ValueError, RecursionError) as error:
         raise ConfigError(f"{at}: cannot be read as TOML: {printable(str(error))}") from None

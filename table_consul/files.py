@@ -8,12 +8,22 @@ import fcntl
 import os
 import re
 import stat
-from typing import BinaryIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 from table_consul.errors import SourceError, printable
 
+if TYPE_CHECKING:
+    import pwd
+
 # Of temporary files; no other program has such names, so what carries one may be removed.
 _SUFFIX = ".table-consul.tmp"
+
+TOKEN = re.compile(r"[\x21-\x7e]+")
+"""An ACL token: what a header can carry as it is."""
+
+# OpenBSD's, Debian's, and Arch Linux's.
+_SMTPD_NAMES = ("_smtpd", "opensmtpd", "smtpd")
 
 # In base64 what kv.py takes from Consul, and the keys.
 FILE_LIMIT_BYTES = 256 << 20
@@ -44,16 +54,21 @@ def explain_os_error(path: str, error: OSError) -> str:
         usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not a folder"}
         return usual.get(error.errno or 0) or (error.strerror or str(error)).lower()
     name, group = printable(path), smtpd_group()
-    for folder in (path[:end] or "/" for end, character in enumerate(path) if character == "/"):
-        if not os.access(folder, os.X_OK):
+    for folder in parents(path):
+        if not os.access(folder, os.X_OK, effective_ids=True):
             name = printable(folder)
             return f"folder {name} cannot be entered by {current_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
     fix = f"chown root:{group} {name}; chmod 0640 {name}"
     return f"not readable by {current_user()}; smtpd runs tables as an unprivileged user (try: {fix})"
 
 
+def parents(path: str) -> Iterator[str]:
+    """The folders that lead to an absolute path, the topmost first."""
+    return (path[:end] or "/" for end, character in enumerate(path) if character == "/")
+
+
 def current_user() -> str:
-    """The user that this process runs as, for messages."""
+    """The user that this process acts as, for messages."""
     import pwd
 
     uid = os.geteuid()
@@ -63,14 +78,30 @@ def current_user() -> str:
         return f"uid {uid}"
 
 
+def smtpd_user() -> pwd.struct_passwd | None:
+    """The unprivileged user of smtpd, None if there is none."""
+    import pwd
+
+    for name in _SMTPD_NAMES:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    return None
+
+
 def smtpd_group() -> str:
-    """The group of smtpd's unprivileged user: OpenBSD's, Debian's, or Arch Linux's, whichever there is."""
+    """The group of that user, by the name that it usually has."""
     import grp
 
-    for name in ("_smtpd", "opensmtpd", "smtpd"):
+    for name in _SMTPD_NAMES:
         with contextlib.suppress(KeyError):
             return grp.getgrnam(name).gr_name
-    return "_smtpd"
+    return _SMTPD_NAMES[0]
+
+
+def read_token(path: str) -> str:
+    """The text of a token file, a token if it is a `TOKEN`. It may be empty while it is being written."""
+    with open(path, "rb", buffering=0, opener=open_regular_file) as file:
+        return file.read(4096).decode("ascii", "replace").rstrip()
 
 
 def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.files import open_regular_file
-from table_consul.transport import BROKEN, Request, Transport
+from table_consul.failures import BROKEN
+from table_consul.files import TOKEN, read_token
+from table_consul.transport import Request, Transport
 
 with warnings.catch_warnings():
     # python-consul2 is of 2020: Python warns about its spelling, and it warns about what it deprecates itself.
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _INVALID_ESCAPE = re.compile(b"%(?![0-9a-fA-F]{2})")
-_TOKEN = re.compile("[\x21-\x7e]+")  # What a header can carry as it is.
 # The last place where one entry of a list ends and the next begins. Within a JSON string no quote follows like that: it
 # would end the string, and after its end comes no letter. It is found from the end, in linear time.
 _LAST_BOUNDARY = re.compile(rb'(?s:.*)\},(?=\s{0,32}\{\s{0,32}"[A-Za-z])')
@@ -116,6 +116,8 @@ class Response:
 
     def __exit__(self, *_exc: object) -> None:
         if self._unread:
+            transport = self._client.transport
+            transport.answer_by = min(transport.answer_by, time.monotonic() + self._client.discard_seconds)
             with contextlib.suppress(*BROKEN):
                 self._raw.raw.read(self._client.chunk_bytes)
         self._raw.close()
@@ -229,6 +231,8 @@ class Client:
     """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
     read_seconds = 10.0
     """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
+    discard_seconds = 1.0
+    """For what is discarded: after an early answer to a blocking query the time for a late one is left."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)
@@ -319,6 +323,10 @@ class Client:
         self.transport.close()
         self._read_token()
 
+    def interrupt(self) -> None:
+        """End the blocking query that waits, or the next one, with WaitCut; any thread may call this."""
+        self.transport.interrupt()
+
     def close(self) -> None:
         """Close the connections; a later read opens others."""
         self.transport.close()
@@ -359,12 +367,11 @@ class Client:
         if self._token_file is not None:
             origin = f"token file {self._token_file}"
             try:
-                with open(self._token_file, "rb", buffering=0, opener=open_regular_file) as file:
-                    token = file.read(4096).decode("ascii", "replace").rstrip()
+                token = read_token(self._token_file)
             except OSError as error:
                 raise SourceError(f"{origin}: {error.strerror}") from error
-        # An empty file is one being written, or a mistake; to ask without a token may find an empty table (404), a lie.
-        if token is not None and not _TOKEN.fullmatch(token):
+        # To ask without a token may find an empty table (404), a lie.
+        if token is not None and not TOKEN.fullmatch(token):
             raise SourceError(f"{origin} is empty or not one line of printable ASCII")
         self._library.token = token
         return token

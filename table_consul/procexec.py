@@ -1,7 +1,8 @@
 """table-procexec: makes any program that speaks one of the line dialects a table of any OpenSMTPD.
 
-smtpd 7.6 and later speak lines, and the program replaces this one. Up to 7.5 smtpd speaks imsg, and no smtpd speaks the
-dialect of 2020: then this one stays in between, as it does with --restart, and smtpd gets each answer in time.
+smtpd 7.6 and later speak lines, and a program that registers with it replaces this one. Up to 7.5 smtpd speaks imsg,
+and no smtpd speaks the dialect of 2020: then this one stays in between, as it does with --restart, and smtpd gets each
+answer in time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import stat
 import sys
 from collections.abc import Sequence
 
-from table_consul import __version__
+from table_consul import __version__, fallback
 
 # Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
 LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
@@ -29,8 +30,9 @@ protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf
 EPILOG = """\
 COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
 smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
-word, split as by a shell. OpenSMTPD 7.6 and later talk to COMMAND directly, and exit when it
-exits, unless --restart or --dialect procexec keeps table-procexec in between.
+word, split as by a shell. With OpenSMTPD 7.6 and later COMMAND is tried first, for at
+most a second: if it registers, OpenSMTPD talks to it directly, and exits when it exits.
+Otherwise, and with --restart, table-procexec stays in between and translates.
 smtpd.conf has no place for options: put them into a script that runs table-procexec.
 """
 
@@ -66,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no COMMAND")
     if os.isatty(0):
         parser.error("smtpd starts this; its standard input is a socket")
-    first = _first_byte(0)
+    hello = _peek(0)
     beside = os.path.dirname(sys.argv[0])
-    if first == b"":
+    if hello == b"":
         return 0
-    if first is not None and (first < b"\x08" or options.restart or options.dialect == "procexec"):
-        return _bridge(options, beside)
+    if hello is not None:
+        stays = hello < b"\x08" or options.restart or options.dialect == "procexec"
+        on_trial = not stays and options.dialect is None and hello.startswith(b"config|")
+        if (stays or on_trial) and _bridge(options, beside, hello if on_trial else b""):
+            return 0
     try:
         os.execv(find(options.command[0], beside), options.command)  # noqa: S606 - smtpd.conf names it
     except OSError as error:
@@ -79,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 127
 
 
-def _first_byte(fd: int) -> bytes | None:
-    """The first byte that the peer sends, left unread; empty at end of file, None if this is not a socket."""
+def _peek(fd: int) -> bytes | None:
+    """What the peer sends first, left unread; empty at end of file, None if this is not a socket."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     with socket.socket(fileno=os.dup(fd)) as peer:
         while True:
             try:
-                return peer.recv(1, socket.MSG_PEEK)
+                return peer.recv(4096, socket.MSG_PEEK)
             except BlockingIOError:
                 select.select([fd], [], [])
             except OSError:
@@ -109,17 +114,32 @@ def find(name: str, beside: str) -> str:
     raise FileNotFoundError(2, "neither in a libexec folder of OpenSMTPD nor in PATH", name)
 
 
-def _bridge(options: argparse.Namespace, beside: str) -> int:
-    # Imported here because that takes longer than all else, and a command that replaces us must not wait for it.
-    from table_consul import log
-    from table_consul.child import Bridge
-    from table_consul.server import Server, claim_stdio
+def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
+    """Serve smtpd from a child until it is gone; False, with nothing served, if smtpd can run the command itself.
 
-    log.start("info", "auto", "", "table-procexec")
+    ``hello`` is smtpd's handshake (smtpd: table_proc.c, table_proc_open writes it at once), empty for no trial.
+    """
+    # Imported here because that takes longer than all else, and a command that needs no trial must not wait for it.
+    try:
+        import logging
+
+        from table_consul import log
+        from table_consul.child import Bridge
+        from table_consul.server import Server, claim_stdio
+    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+        fallback.serve(error)
+        return True
+
     name, *arguments = options.command
+    table = hello.partition(b"config|tablename|")[2].partition(b"\n")[0].decode("utf-8", "backslashreplace")
+    log.start("info", "auto", table, "table-procexec")
     bridge = Bridge(name, lambda: [find(name, beside), *arguments], options.dialect, options.deadline)
     try:
+        if hello:
+            if bridge.suits_smtpd(table):
+                return False
+            logging.getLogger("table_consul").info("%s: does not register with smtpd; staying in between", name)
         Server(bridge, lambda table: log.start("info", "auto", table, "table-procexec")).serve(*claim_stdio())
     finally:
         bridge.close()
-    return 0
+    return True

@@ -115,6 +115,8 @@ class Session:
         self._tail = b""
         self._overlong = False
         self._config: dict[str, str] = {}
+        self._pipes = 0
+        """In the table's name, which only the handshake brings whole."""
         self._seen: dict[tuple[bytes, bytes, bytes], tuple[str, str, str]] = {}
         """Table, operation and service of checks and lookups that were read before, as text."""
 
@@ -153,8 +155,9 @@ class Session:
             return self._reject(line)
         if kind == b"table":
             self.dialect = self.dialect or "procexec"
-            request = DIALECTS[self.dialect](line)
-            if self.dialect == "smtpd-tables" and isinstance(request, Request) and request.op in WITH_KEY:
+            request = DIALECTS[self.dialect](line, self._pipes)
+            usual = self.dialect == "smtpd-tables" and not self._pipes
+            if usual and isinstance(request, Request) and request.op in WITH_KEY:
                 _, _, _, table, op, service, *_ = line.split(b"|", 6)
                 if len(self._seen) < MAX_NAMES:
                     self._seen[table, op, service] = (request.table, request.op, request.service)
@@ -166,6 +169,7 @@ class Session:
         self.dialect = "smtpd-tables"
         key, _, value = rest.decode("utf-8", "backslashreplace").partition("|")
         if key == "ready":
+            self._pipes = self._config.get("tablename", "").count("|")
             return Ready(dict(self._config))
         if len(self._config) < 64:  # only a bound; smtpd 7.9 sends three
             self._config[key] = value
@@ -173,7 +177,7 @@ class Session:
 
     def _reject(self, line: bytes) -> Malformed:
         head = line[:HEAD_BYTES] if line.startswith(b"table|") else b""
-        event = DIALECTS[self.dialect](head) if self.dialect else None
+        event = DIALECTS[self.dialect](head, self._pipes) if self.dialect else None
         return Malformed(f"a line of more than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
 
     def register(self, services: Iterable[str]) -> bytes:
@@ -215,8 +219,9 @@ class Session:
 _HEADS = {op: f"{op}-result|".encode() for op in OPS}
 
 
-def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
-    parts = line.split(b"|", 7)
+def _parse_smtpd_tables(line: bytes, pipes: int = 0) -> Request | Malformed:
+    parts = line.split(b"|", 7 + pipes)
+    parts[3 : 4 + pipes] = [b"|".join(parts[3 : 4 + pipes])]
     op = _text(parts[4]) if len(parts) > 5 else ""
     if op == "update":
         service, ident, key = b"", parts[5], b""
@@ -227,7 +232,7 @@ def _parse_smtpd_tables(line: bytes) -> Request | Malformed:
     return _request(op, ident, parts[3], service, key, complete=op in ("update", "fetch") or len(parts) > 7)
 
 
-def _parse_procexec(line: bytes) -> Request | Malformed:
+def _parse_procexec(line: bytes, _pipes: int = 0) -> Request | Malformed:
     parts = line.split(b"|", 7)
     words = [_text(part) for part in parts[3:5]]
     if len(parts) > 5 and words[1] in OPS:
@@ -256,8 +261,8 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-DIALECTS: Mapping[str, Callable[[bytes], Request | Malformed]] = {
+DIALECTS: Mapping[str, Callable[..., Request | Malformed]] = {
     "smtpd-tables": _parse_smtpd_tables,
     "procexec": _parse_procexec,
 }
-"""How a request is read in each dialect."""
+"""How a request is read in each dialect, given how many ``|`` the table's name has."""

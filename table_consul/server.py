@@ -13,9 +13,11 @@ from typing import Protocol, TypeVar
 from table_consul import imsg
 from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
+from table_consul.fallback import ignore_signals
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
@@ -123,16 +125,19 @@ class Server:
         return session.dialect is not None
 
     def _other(self, event: Event) -> bytes:
-        """The reply to an invalid request."""
+        """The reply to a handshake, or to an invalid request."""
         if isinstance(event, Ready):
-            return self._session.register(self._services(event.config))
+            return self._session.register(self._guarded(self._services, event.config) or DEFAULT_SERVICES)
         assert isinstance(event, Malformed)
+        self._guarded(self._note, event)
+        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
+
+    def _note(self, event: Malformed) -> None:
         self._warn_once(event.reason)
         if self._counters is not None:
             self._counters.malformed += 1
             if event.request is not None:
                 self._counters.add(event.request, Failed, 0.0)
-        return b"" if event.request is None else self._session.send(event.request, Failed(event.reason))
 
     def _report(self, request: Request, reply: Failed) -> None:
         """Log why this is an error, once for each reason."""
@@ -168,17 +173,16 @@ class Server:
         self._guarded(self._answerer.warm_up, table)
 
     def _services(self, config: Mapping[str, str]) -> list[str]:
-        table = config.get("tablename", "")
-        services = self._guarded(self._answerer.services, table) or list(DEFAULT_SERVICES)
+        services = self._answerer.services(config.get("tablename", ""))
         if "auth" in services and not _keeps_case_of_passwords(config.get("smtpd-version", "")):
             log.warning("not registering auth: OpenSMTPD before 7.9 lower-cases the password")
-            services = [name for name in services if name != "auth"] or list(DEFAULT_SERVICES)
+            services = [name for name in services if name != "auth"]
         return services
 
-    def _guarded(self, call: Callable[[str], T], table: str) -> T | None:
+    def _guarded(self, call: Callable[[A], T], argument: A) -> T | None:
         """What the call returns; None, and a traceback in the log, if it raises: the process must outlive its bugs."""
         try:
-            return call(table)
+            return call(argument)
         except TableConsulError as error:
             self._warn_once(str(error))
         except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
@@ -203,7 +207,8 @@ class Server:
 
 
 def claim_stdio() -> tuple[int, int]:
-    """Two descriptors of our own for the socket to smtpd; nothing else can write to it by accident."""
+    """Two descriptors of our own for the socket to smtpd, which nothing else writes to, and which alone ends us."""
+    ignore_signals()
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started without one of the three: a copy of the socket must not take its place
     read_from, write_to = os.dup(0), os.dup(1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from table_consul.config import Config
 from table_consul.counters import Counters
 from table_consul.errors import ConfigError, SourceError, TableConsulError
+from table_consul.fallback import explain
 from table_consul.protocol import Failed, Reply, Request, Updated
 from table_consul.responder import Responder, replies_from
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Service, Table
@@ -31,6 +33,15 @@ MAX_NAMES = 256
 MAX_MIRRORED_TABLES = 16
 
 
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """Imports within this make an error reply of whatever a broken package raises."""
+    try:
+        yield
+    except Exception as error:
+        raise TableConsulError(explain(error)) from error
+
+
 class Route(msgspec.Struct, frozen=True, gc=False):
     """What replies to one kind of request for one service of one table, resolved once for a mirror's present state."""
 
@@ -45,7 +56,7 @@ class Route(msgspec.Struct, frozen=True, gc=False):
 class Tables:
     """Answers requests for every table. Sources are made when they are first needed: importing them takes longest.
 
-    Everything here runs in the thread that answers smtpd, except `watches`, which any thread may call.
+    Everything here runs in the thread that answers smtpd, except `config`, `table` and `watches`, for any thread.
     """
 
     def __init__(self, load: Callable[[], Config], on_change: Callable[[], None] = lambda: None) -> None:
@@ -58,10 +69,12 @@ class Tables:
         """
         self._load = load
         self._on_change = on_change
-        self.config: Config | None = None
+        self._layouts: tuple[Config | None, dict[str, Table]] = (None, {})
+        """The configuration and the tables that it lays out, by name. Only both are replaced, by one assignment: what
+        another thread adds during an update belongs to the former configuration, and goes with it."""
         self.broken: ConfigError | None = None
         try:
-            self.config = load()
+            self._layouts = (load(), {})
         except ConfigError as error:
             self.broken = error
         self.counters = Counters(self.table)
@@ -70,12 +83,16 @@ class Tables:
         self.name: str | None = None
         """The name that smtpd gave in its handshake, or with its first request."""
         self._responder = Responder()
-        self._tables: dict[str, Table] = {}
         self._routes: dict[tuple[str, str, str], Route] = {}
         self._file: Source | None = None
         self._direct: DirectSource | None = None
         self._mirrors: dict[str, MirrorSource] = {}
         self._former: dict[str, MirrorSource] = {}
+
+    @property
+    def config(self) -> Config | None:
+        """The configuration, None as long as none could be used."""
+        return self._layouts[0]
 
     def answer(self, request: Request, arrived: float) -> Reply:
         """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
@@ -94,6 +111,7 @@ class Tables:
         try:
             if request.op == "update":
                 self.update()
+                self.table(request.table)  # raises, if its name is invalid
                 return Updated()
             table = self.table(request.table)
             deadline = arrived + table.deadline
@@ -130,13 +148,14 @@ class Tables:
         Raises:
             ConfigError: there is no configuration, or there can be no table of that name.
         """
-        table = self._tables.get(name)
+        config, tables = self._layouts
+        table = tables.get(name)
         if table is None:
-            if self.config is None:
+            if config is None:
                 raise ConfigError(str(self.broken))
-            table = self.config.table(name or self.config.defaults.name)
-            if len(self._tables) < MAX_NAMES:
-                self._tables[name] = table
+            table = config.table(name or config.defaults.name)
+            if len(tables) < MAX_NAMES:
+                tables[name] = table
         return table
 
     def services(self, name: str) -> list[str]:
@@ -176,8 +195,7 @@ class Tables:
             TableConsulError: the configuration, the token or the file cannot be used.
         """
         config = self._load()
-        former, self.config, self.broken = self.config, config, None
-        self._tables.clear()
+        former, self._layouts, self.broken = self.config, (config, {}), None
         self._routes.clear()  # of tables that the configuration forbids now
         if former is None or config != former:
             self.close()
@@ -219,27 +237,27 @@ class Tables:
         address = self.config.consul.addresses[0]
         if address.startswith("file://"):
             if self._file is None:
-                from table_consul.sources.export import FileSource
-
+                with packages():
+                    from table_consul.sources.export import FileSource
                 self._file = FileSource(address.removeprefix("file://"))
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
-            from table_consul.sources.watch import MirrorSource
-
+            with packages():
+                from table_consul.sources.watch import MirrorSource
             former = self._former.pop(table.name, None)
             mirrored = self._mirrors[table.name] = MirrorSource(table, self._connect(), former)
             return mirrored
         return self._read_directly()
 
     def _connect(self) -> Callable[[], kv.Client]:
-        from table_consul import kv
-
         assert self.config is not None
+        with packages():
+            from table_consul import kv
         return functools.partial(kv.Client, self.config.consul)
 
     def _read_directly(self) -> Source:
         if self._direct is None:
-            from table_consul.sources.direct import DirectSource
-
+            with packages():
+                from table_consul.sources.direct import DirectSource
             self._direct = DirectSource(self._connect()())
         return self._direct

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import http.client
 import logging
+import math
 import os
 import re
 import socket
@@ -29,9 +29,9 @@ import urllib3.exceptions
 
 from table_consul import __version__
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
-from table_consul.files import version_of
+from table_consul.failures import BROKEN, BadRequest, broken_exchange, cause_of, excerpt, reason_of, refusal
+from table_consul.files import open_regular_file, version_of
 from table_consul.http_response import HTTPResponse
-from table_consul.refusals import BadRequest, excerpt, refusal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about the versions of what it could use
@@ -52,21 +52,21 @@ _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCK
 # A connection that ends sooner was idle for too long, or its server restarted; later, a timeout has cut the wait:
 # Consul 1.22.4's of 30 seconds (http_config.write_timeout), or a proxy's.
 LEAST_CUT_SECONDS = 2.0
+_GATEWAY_TIMEOUTS = (502, 504)  # How a proxy reports that its own timeout, or Consul's behind it, has cut a wait.
 # A server that has not heard from its leader for longer may lack entries: consistency = "stale" reads from it even so.
 MAX_STALE_SECONDS = 10.0
 # Compression costs more than it saves on a host's own network, and one bound is easier held than two.
 _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json", "Accept-Encoding": "identity"}
 _MAX_INDEX = 2**63 - 1
-BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
 
 
 class WaitCut(Unreachable):
-    """Something closed the connection in the middle of a wait, without a byte of an answer: no news, and no fault."""
+    """Something cut a wait: it closed the connection, or answered in Consul's place. No news, and no fault."""
 
     def __init__(self, text: str, seconds: float) -> None:
         super().__init__(text)
         self.seconds = seconds
-        """How long the connection had waited."""
+        """How long the connection had waited; infinite after `Transport.interrupt`."""
 
 
 def _seconds_until(moment: float) -> float:
@@ -112,6 +112,7 @@ class _Connection(urllib3.connection.HTTPConnection):
         self._endpoint.transport.connected = True
         self.sock = self._endpoint.open()
         self._endpoint.transport.connected_at = time.monotonic()
+        self._endpoint.transport.latest_socket = self.sock
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
         if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
@@ -189,10 +190,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
 
     def _tls_context(self) -> ssl.SSLContext:
         """A context with the TLS files; those that cannot be used are not parsed again until one of them changes."""
-        versions = []
-        for path in _tls_files(self._settings):
-            with contextlib.suppress(OSError):
-                versions.append((path, version_of(os.stat(path))))
+        versions = [version_of(os.stat(path)) for path in _tls_files(self._settings) if os.path.exists(path)]
         if self._broken is not None and self._broken[0] == versions:
             raise self._broken[1].with_traceback(None)
         try:
@@ -245,6 +243,7 @@ class Transport:
     """Whether this exchange opened a connection instead of using one that was kept."""
     connected_at = 0.0
     """When the latest connection was opened, a moment of time.monotonic()."""
+    latest_socket: socket.socket | None = None
 
     def __init__(self, settings: ConsulConfig) -> None:
         self._settings = settings
@@ -254,11 +253,22 @@ class Transport:
         self._current = 0
         self._prepared = requests.PreparedRequest()
         self._warned = False
+        self._lock = threading.Lock()
+        self._waiting = self._interrupted = False
 
     def close(self) -> None:
         """Close all connections; later requests open others, with the TLS files as they are then."""
         for endpoint in self._endpoints:
             endpoint.close()
+
+    def interrupt(self) -> None:
+        """End the wait that is under way, or the next one, with WaitCut; any thread may call this."""
+        with self._lock:
+            self._interrupted = True
+            if self._waiting and self.latest_socket is not None:
+                # Not SSLSocket's own, which drops the TLS state that another thread reads.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(self.latest_socket, socket.SHUT_RDWR)
 
     def disconnect(self) -> None:
         """Close the connection in use: whatever else comes on it would answer nothing that is asked."""
@@ -287,6 +297,26 @@ class Transport:
         Raises:
             SourceError: Unreachable, Forbidden, BadResponse; or itself, if a TLS file cannot be used.
         """
+        if not held:
+            return self._send(request, by, held)
+        response = None
+        with self._lock:
+            self._waiting = not self._interrupted
+        try:
+            if self._waiting:
+                response = self._send(request, by, held)
+        except SourceError:
+            if not self._interrupted:
+                raise
+        finally:
+            with self._lock:
+                self._waiting, interrupted, self._interrupted = False, self._interrupted, False
+        if interrupted or response is None:
+            self.disconnect()
+            raise WaitCut("interrupted", math.inf)
+        return response
+
+    def _send(self, request: Request, by: float, held: float) -> requests.Response:
         query = urllib.parse.urlencode([*request.params, *self._scope])
         target = urllib.parse.quote(request.path, safe="/") + ("?" + query if query else "")
         self._prepared.method, self._prepared.body = request.method, request.body
@@ -317,39 +347,40 @@ class Transport:
         try:
             response = self._endpoints[self._current].send(self._prepared, stream=True)
             try:
-                return self._validated(response)
+                return self._validated(response, min(held, time.monotonic() - max(began, self.connected_at)))
             except BaseException:
                 response.close()
                 raise
         except BROKEN as error:
-            cause, waited = _cause_of(error), time.monotonic() - max(began, self.connected_at)
-            failure, cut = self._failure(error), min(held, waited)
+            cause, waited = cause_of(error), time.monotonic() - max(began, self.connected_at)
+            failure, cut = broken_exchange(f"Consul at {self.address}", error), min(held, waited)
             if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one
                 raise WaitCut(str(failure), cut) from error
             # The server may have closed an idle connection, which is no sign of a fault of Consul.
-            if again or self.connected or isinstance(cause, TimeoutError):
+            if again or self.connected or (held and self._interrupted) or isinstance(cause, TimeoutError):
                 raise failure from error
         if held:  # the time that this wait took is not missing from the next
             self.connect_by += waited
             self.answer_by += waited
         return self._attempt(held, again=True)
 
-    def _validated(self, response: requests.Response) -> requests.Response:
+    def _validated(self, response: requests.Response, waited: float) -> requests.Response:
         """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise, and disconnects."""
         try:
-            self._validate(response)
+            self._validate(response, waited)
         except SourceError:
             self.disconnect()
             raise
         return response
 
-    def _validate(self, response: requests.Response) -> None:
+    def _validate(self, response: requests.Response, waited: float) -> None:
         write = self._prepared.method != "GET"
         status, headers = response.status_code, response.headers
         beginning = functools.partial(response.raw.read, 16 << 10)
         # 409: nothing was written, and the body names the conflict.
         if status not in ((200, 409) if write else (200, 404)):
-            raise refusal(f"Consul at {self.address}", status, beginning(), token=self._has_token)
+            error = refusal(f"Consul at {self.address}", status, beginning(), token=self._has_token)
+            raise WaitCut(str(error), waited) if status in _GATEWAY_TIMEOUTS and waited >= LEAST_CUT_SECONDS else error
         if write:
             return
         leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")
@@ -390,7 +421,7 @@ class Transport:
         try:
             return response.raw.read(size)
         except BROKEN as error:
-            failure = self._failure(error)
+            failure = broken_exchange(f"Consul at {self.address}", error)
             self.next_address()
             raise failure from error
 
@@ -404,13 +435,6 @@ class Transport:
         page = ": " + excerpt(bytes(body), token=self._has_token) if body.lstrip().startswith(b"<") else ""
         return BadResponse(f"Consul at {self.address}: {what}{page}")
 
-    def _failure(self, error: Exception) -> SourceError:
-        """The error for an exchange that broke off."""
-        cause = _cause_of(error)
-        ended = isinstance(cause, OSError | http.client.IncompleteRead)
-        kind = BadResponse if isinstance(cause, http.client.HTTPException) and not ended else Unreachable
-        return kind(f"Consul at {self.address}: {_reason_of(cause)}")
-
 
 def _tls_files(settings: ConsulConfig) -> list[str]:
     return [path for path in (settings.ca_file, settings.ca_path, settings.cert_file, settings.key_file) if path]
@@ -418,12 +442,14 @@ def _tls_files(settings: ConsulConfig) -> list[str]:
 
 def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
     try:
+        for path in _tls_files(settings):
+            os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe
         context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
         if settings.cert_file:
             # Without the password function OpenSSL would ask for one on the terminal.
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
     except OSError as error:
-        raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {_reason_of(error)}") from error
+        raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {reason_of(error)}") from error
     # Since 3.13 Python is stricter about private authorities than RFC 5280 asks, and than the consul command is.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if not settings.tls_verify:
@@ -431,33 +457,3 @@ def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     context.sslsocket_class = _TLSSocket
     return context
-
-
-def _cause_of(error: BaseException) -> BaseException:
-    """The error of the socket, TLS or http.client below the wrappings of urllib3 and requests."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError | http.client.HTTPException) and not isinstance(inner, requests.RequestException):
-            return inner
-        inner = inner.__context__  # urllib3 gives some of its own errors no __cause__
-    return error
-
-
-def _reason_of(error: BaseException) -> str:
-    """What happened, for one line of an operator's log."""
-    match error:
-        case TimeoutError():
-            return "no answer in time"
-        case http.client.RemoteDisconnected():
-            return "connection closed without an answer"
-        case http.client.IncompleteRead():
-            return "answer cut off"
-        case http.client.HTTPException() | urllib3.exceptions.HTTPError():
-            return f"no HTTP, or broken ({type(error).__name__})"
-        case ssl.SSLCertVerificationError():
-            return f"certificate verification failed: {error.verify_message}"
-        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
-            return "the server did not speak TLS (should the address be http://?)"
-        case OSError(strerror=str(text)):
-            return text.lower()
-    return printable(f"{type(error).__name__}: {error}")

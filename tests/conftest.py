@@ -43,6 +43,7 @@ SLOW = {
         "smtpd/test_procexec_imsg",
         "smtpd/test_procexec_lines",
         "smtpd/test_procexec_restart",
+        "smtpd/test_procexec_trial",
         "test_release",
     )
 }

@@ -23,7 +23,7 @@ PURE = sorted(
     or name.removeprefix("table_consul.")
     in {
         "errors",
-        "refusals",
+        "failures",
         "protocol",
         "imsg",
         "responder",
@@ -31,6 +31,7 @@ PURE = sorted(
         "sources",
         "sources.mirror",
         "ctl.files",
+        "ctl.expansion",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

@@ -20,6 +20,12 @@ FORMATS = ("auto", "aliases", "table", "passwd", "export")
 _SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
 _BLANKS = b" \t"
 _KEY_END = re.compile(rb"[ \t:]")
+# A user, with seven fields or more, with a field after a hash or a lock, or with ids that at most a home follows.
+_PASSWD_LINE = re.compile(
+    rb"[^:\s]+(?:(?::[^:]*){6,}|:(?:\$[0-9a-z-]+[$,]|\{[A-Za-z0-9.-]+\}|[!*])[^:]*:.*"
+    rb"|:[^:]*:(?:\d+:\d+(?::[^:]*)?|\d*:\d*:[^:]*:(?:/[^:]*)?))"
+)
+_EITHER_LINE = re.compile(rb"[^:\s]+:[^:]*")  # such as USER:HASH, which both formats read alike
 _TABLE_ENTRY = re.compile(rb"(\[[^\]]*\]|(?!\[)[^ \t:]*)(?:.[ \t]*(.*))?", re.DOTALL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Editors on Windows write it before UTF-8."""
@@ -74,11 +80,12 @@ def detect_format(data: bytes, service: Service) -> str:
             raise FormatError("JSON, but not the output of `consul kv export`")
     if service.name == "alias":
         return "aliases"
-    lines = [line for _, line in _significant_lines(data)] if service.fields else []
-    users = sum(bool(re.fullmatch(rb"[^:\s]+(?::[^:]*){6,}", line)) for line in lines)
+    significant = [line for _, line in _significant_lines(data)] if service.fields else []
+    lines = [line for line in significant if not _EITHER_LINE.fullmatch(line)]
+    users = sum(bool(_PASSWD_LINE.fullmatch(line)) for line in lines)
     if 0 < users < len(lines):
         raise FormatError(
-            f"{users} of {len(lines)} lines look like passwd entries, the others do not; choose --format passwd or"
+            f"{users} of {len(significant)} lines look like passwd entries, others do not; choose --format passwd or"
             " --format table"
         )
     return "passwd" if users else "table"
@@ -118,11 +125,18 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
     first, text = lines[0]
     comments = data.split(b"\n")[: first - 1]
     listed = any(line.strip(_SPACE)[1:].lstrip(_SPACE) == b"@list" for line in comments)
+    mapped = False
     if not listed:
         with contextlib.suppress(FormatError):
-            listed = _split_entry(text)[1] is None
+            mapped = _split_entry(text)[1] is not None
+            listed = not mapped
+    problem = ""
     if listed and service.needs_value:
         problem = f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
+    elif mapped and service.lists_only:
+        hint = "remove the values, or put the comment # @list before lines that are keys as a whole"
+        problem = f"has a value, so smtpd would read the file as a mapping, and refuse it for {service.name} ({hint})"
+    if problem:
         return ParsedFile("table", [], [LineProblem(first, problem)])
 
     def parse(text: bytes) -> tuple[bytes, bytes]:
@@ -151,9 +165,10 @@ def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
 def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
     """The entries as a ``file:`` table for smtpd, and the keys of the entries that such a file cannot hold.
 
-    It is a list if no entry has a value. An entry that import would read differently from smtpd is left out as well.
+    It is a list if no entry has a value, or if smtpd takes only lists for the service and so never asks for a value. An
+    entry that import would read differently from smtpd is left out as well.
     """
-    pairs = [(fold_key(key), value) for key, value in entries]
+    pairs = [(fold_key(key), b"" if service.lists_only else value) for key, value in entries]
     listed = not any(value for _, value in pairs) and not service.needs_value
     separator = b":\t" if service.name == "alias" else b"\t"
     # The first line decides how the others are read.
@@ -246,10 +261,12 @@ def read_passwd(data: bytes, service: Service, *, record: bool = False) -> Parse
             raise FormatError("refers to NIS, not to a user of this file")
         if len(fields) < 2:
             raise FormatError("has no colon, so it is not a user")
-        # master.passwd(5) of the BSDs: name, password, uid, gid, class, change, expire, gecos, home, shell.
-        if len(fields) == 10 and not fields[5].startswith(b"/") and fields[8].startswith(b"/"):
+        # master.passwd(5) of the BSDs: name, password, uid, gid, class, change, expire, gecos, home, shell. Dovecot may
+        # have extra fields there, such as userdb_mail=maildir:/PATH.
+        master = len(fields) == 10 and not fields[5].startswith(b"/") and fields[8].startswith(b"/")
+        if master and b"=" not in fields[7]:
             del fields[4:7]
-        user, password, uid, gid, _, home = (fields if len(fields) >= 6 else [*fields[:2], b"", b"", b"", b""])[:6]
+        user, password, uid, gid, _, home = (*fields, b"", b"", b"", b"")[:6]
         return user, value_of(password, uid, gid, home)
 
     return _parse_lines("passwd", _significant_lines(data), parse)

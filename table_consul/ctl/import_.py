@@ -156,7 +156,7 @@ def _content(file: str) -> bytes:
         if b"\0" not in data:
             data += opened.read(FILE_MAX_BYTES)
     if len(data) > FILE_MAX_BYTES:
-        raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MiB; import it in parts")
+        raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MB; import it in parts")
     return data
 
 

@@ -30,6 +30,7 @@ UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
     "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix of no other key"
 )
+MISSING = "this folder does not exist: Consul has no key below it (check the name of the table, `prefix` and `paths`)"
 RENAME = "; store the entry under another name, and delete this one with `table-consulctl import --prune`"
 
 
@@ -59,9 +60,11 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: bool) -> int:
     """Check the data of TABLE. Each problem is printed with its key and how to fix it.
 
-    These are the problems that the daemon logs when it loads an entry, and keys that it never reads: those below the
-    table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may not read,
-    as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of the latter.
+    These are the problems that the daemon logs when it loads an entry; aliases that smtpd cannot expand, because they
+    are loops or chains of more than it follows; a table without any key; and keys that the daemon never reads: those
+    below the table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may
+    not read, as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of
+    the latter.
 
     Without TABLE: all tables with a section in the configuration. table-consul --check checks the configuration itself.
 
@@ -125,6 +128,8 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
             with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
                 pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
         problems += strays(table, pairs, {*paths, *folders})
+    if not hidden and not any(key.startswith((table.root, *folders)) for key in pairs):
+        problems += [Problem(printable(folder, UNCUT), MISSING) for folder in table.folders()]
     origins = dict.fromkeys(source.origin() for source in data.values())
     places = [printable(where, UNCUT) for where, _ in hidden[:PLACES_SHOWN]]
     places += [f"{len(hidden) - PLACES_SHOWN} more"] if len(hidden) > PLACES_SHOWN else []
@@ -142,6 +147,7 @@ def _hidden(config: Config, table: Table, data: Mapping[Service, Loaded]) -> Seq
 
 def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
     """The problems of one service's entries, and those of keys in its folder that are not entries."""
+    from table_consul.ctl import expansion
     from table_consul.kv import is_url_safe, modern_name_problem
 
     name = entries.service.name
@@ -150,6 +156,9 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
     for key, text in entries.problems:  # smtpd may not be able to use the same name
         more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
         yield Problem(printable(key, UNCUT), text + more, name)
+    if name == "alias":
+        for key, text in expansion.failures({**dict.fromkeys(entries.errors, b""), **entries.values}):
+            yield Problem(printable(entries.path + entries.original_case.get(key, key), UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
     for key in own:
         if key.endswith(b"/"):

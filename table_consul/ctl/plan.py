@@ -223,7 +223,8 @@ def _answer(entries: Entries, key: bytes) -> bytes | None:
     """What smtpd gets for the key of an entry; None if it gets no value."""
     key = fold_key(key)
     value = entries.values.get(key)
-    return key if value == b"" and entries.service.answers == "entry" else value
+    service = entries.service
+    return key if value is not None and (service.lists_only or (not value and service.answers == "entry")) else value
 
 
 def _record(table: Table, service: Service, value: bytes) -> dict[str, object] | None:

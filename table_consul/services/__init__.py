@@ -46,6 +46,11 @@ class Service(NamedTuple):
         """Whether an entry without value is useless. ``string`` is not: smtpd may only ask whether the key exists."""
         return self.answers != "entry" and self.name != "string"
 
+    @property
+    def lists_only(self) -> bool:
+        """Whether smtpd refuses a mapping, as it never asks for a value (smtpd: parse.y, table_check_use)."""
+        return self.name in {"domain", "netaddr", "regex"}
+
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
     {
@@ -113,9 +118,9 @@ class Table(msgspec.Struct, frozen=True):
         return (*self.services, *more)
 
     def same_entries(self, other: Table) -> bool:
-        """Whether an entry means the same in both: they differ at most in settings that never reach an entry."""
-        unrelated = {key: getattr(other, key) for key in ("deadline", "max_age", "snapshot", "procexec_reply")}
-        return msgspec.structs.replace(self, **unrelated) == other
+        """Whether an entry of the same folder means the same in both, whatever else they differ in."""
+        unrelated = ("deadline", "max_age", "max_keys", "paths", "procexec_reply", "services", "snapshot")
+        return msgspec.structs.replace(self, **{key: getattr(other, key) for key in unrelated}) == other
 
     def folders(self) -> dict[bytes, list[str]]:
         """The folders in Consul to watch, and the services whose entries each of them contains."""

@@ -61,10 +61,11 @@ class EntriesBuilder:
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
         # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
-        # the deadline.
-        if former is not None and former.table.same_entries(table):
-            judged = service.hashed or service.patterns
-            self._reusable = former if former.table.deadline == table.deadline or not judged else None
+        # these two.
+        if self._former is not None and self._former.table.same_entries(table):
+            judged = [(each.deadline, each.services) for each in (self._former.table, table)]
+            if judged[0] == judged[1] or not (service.hashed or service.patterns):
+                self._reusable = self._former
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
         self._valid: Mapping[bytes, bytes] = {}
         if self._reusable is not None and table.value_format != "json":
@@ -210,7 +211,8 @@ class Entries:
             self._index = INDEXES[service.name](patterns, table.deadline / 10)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
-        self._exact = self._index is None and not self._default
+        self._undecodable = next((problem for key, problem in self.errors.items() if REPLACEMENT in key), None)
+        self._exact = self._index is None and not self._default and self._undecodable is None
         self.plain = self._exact and not self.errors and all(self.values.values())
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
         self.timed = self._index is not None and self._index.timed
@@ -239,8 +241,20 @@ class Entries:
         return key if key in self.values or key in self.errors else None
 
     def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
-        """Whether the key is in the table: by an entry for it, or by the default entry of the service."""
+        """Whether the key is in the table: by an entry for it, or by the default entry of the service.
+
+        Raises:
+            EntryError: as `find`; the key is not UTF-8, and may be one that Consul does not list as it is.
+        """
+        self._raise_if_undecodable(key)
         return self._default or self.find(key, seconds_left) is not None
+
+    def _raise_if_undecodable(self, key: bytes) -> None:
+        if self._undecodable is not None:
+            try:
+                key.decode()
+            except UnicodeDecodeError:
+                raise EntryError(str(self._undecodable)) from None
 
     def uses_default(self, key: bytes) -> bool:
         """Whether the default entry of the service, if there is one, answers for this key."""
@@ -251,7 +265,7 @@ class Entries:
 
         Raises:
             MissingFields: the entry is a record without any field of this service.
-            EntryError: the entry has no value that smtpd can use.
+            EntryError: the entry has no value that smtpd can use, or as `contains`.
         """
         if self._exact:
             value = self.values.get(key)
@@ -259,6 +273,7 @@ class Entries:
                 return value
             if value is None and key not in self.errors:
                 return None
+        self._raise_if_undecodable(key)
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
             value = self._value(DEFAULT_KEY)
             try:

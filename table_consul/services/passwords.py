@@ -149,6 +149,18 @@ def looks_like_a_hash(text: bytes) -> bool:
     return compiled(rb"\$[0-9a-z-]+[$,].+|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13}").fullmatch(text) is not None
 
 
+def has_fields_after_hash(credential: bytes) -> bool:
+    """Whether a hash is followed by a colon, as in passwd(5), where smtpd would take it for a user or a clear text.
+
+    DES hashes do not count: they look like words of 13 letters.
+    """
+    first, *more = credential.split(b":", 2)
+    if more and compiled(rb"\$[0-9a-z-]+[$,].+|\{[A-Za-z0-9.-]+\}.*").fullmatch(first):
+        return True
+    second = compiled(rb"(?:\{[A-Za-z0-9.-]+\})?(\$.+)").fullmatch(more[0]) if len(more) > 1 else None
+    return second is not None and parse(second[1]) is not None
+
+
 def parse(text: bytes) -> Hash | None:
     """The hash, if its format can be verified here; None for any other text."""
     for name, pattern, read, unit_seconds in SCHEMES:

@@ -242,7 +242,9 @@ def regcomp(entry: bytes) -> Expression:
         raise _error("is too large; split it into several entries") from None
     size = compiled_pattern.programsize
     literals = sum(map(bool, compiled(_LITERAL).findall(pattern)))
-    return Expression(entry, pattern, size, size - literals * 7 // 8, compiled_pattern.search)
+    width = size - literals * 7 // 8
+    # Long repetitions are long chains, of which each byte follows many.
+    return Expression(entry, pattern, size, width + width * width // 500, compiled_pattern.search)
 
 
 class RegexSet:

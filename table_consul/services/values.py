@@ -185,6 +185,8 @@ def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
                     "key run commands on this host; set allow_commands = true to permit them"
                 )
     elif service.hashed:
+        if passwords.has_fields_after_hash(text):
+            raise EntryError("the value continues after its hash with a colon; store nothing but the hash")
         name, colon, password = text.partition(b":")
         if len(text) < 3 or (colon and not (name and password)):
             relay = " or, to relay, USER:PASSWORD" if service.name == "credentials" else ""

@@ -11,7 +11,8 @@ from typing import TypeVar
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import Forbidden, SourceError, Unreachable, printable
-from table_consul.refusals import BadRequest
+from table_consul.failures import BadRequest
+from table_consul.log import warn_of_problems
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.sources import PROBE, holds_answer
@@ -23,9 +24,8 @@ log = logging.getLogger("table_consul")
 
 # Pattern services are matched against all entries, which several rules of one mail ask for in a row.
 CACHE_SECONDS = 1.0
-MAX_WARNINGS = 4096  # Each is logged once; a bound on how many are remembered.
-# How often a folder is logged in which Consul refuses the names of keys: many are strangers' addresses.
-REFUSED_NAME_SECONDS = 300.0
+# How often a folder is logged in which Consul refuses single keys, and not others: many are strangers' addresses.
+REFUSED_KEY_SECONDS = 300.0
 
 
 class DirectSource:
@@ -43,7 +43,6 @@ class DirectSource:
         self._silent_until: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
         self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes]]] = {}
-        self._warned: set[str] = set()
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entry of this key, and the default of the service if that may answer; all entries where those are needed.
@@ -75,23 +74,17 @@ class DirectSource:
         """
         if key is None or service.patterns or unlisted.stored is None:
             raise unlisted.error.with_traceback(None)
-        pairs = self._read(table.path(service), unlisted.stored, deadline, hidden=True)
-        return self._with_default(table, service, key, pairs, deadline, hidden=True)
+        pairs = self._read(table.path(service), unlisted.stored, deadline)
+        if not pairs and unlisted.listed.contains(key):  # by the default entry, the name of which 1.21.5 refuses
+            return unlisted.listed
+        return self._with_default(table, service, key, pairs, deadline)
 
     def _with_default(
-        self,
-        table: Table,
-        service: Service,
-        key: bytes,
-        pairs: list[tuple[bytes, bytes | None]],
-        deadline: float,
-        *,
-        hidden: bool = False,
+        self, table: Table, service: Service, key: bytes, pairs: list[tuple[bytes, bytes | None]], deadline: float
     ) -> Entries:
         entries = Entries(table, service, pairs)
         if entries.uses_default(key):
-            default = self._read(table.path(service), DEFAULT_KEY, deadline, hidden=hidden)
-            entries = Entries(table, service, [*pairs, *default])
+            entries = Entries(table, service, [*pairs, *self._read(table.path(service), DEFAULT_KEY, deadline)])
         return entries
 
     def update(self) -> None:
@@ -109,30 +102,28 @@ class DirectSource:
         """Close the connection to Consul."""
         self._client.close()
 
-    def _read(
-        self, path: bytes, key: bytes, deadline: float, *, hidden: bool = False
-    ) -> list[tuple[bytes, bytes | None]]:
+    def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not kv.is_url_safe(path + key):
             # A transaction can write such a key (api-docs/txn), and no URL reads it.
             raise SourceError(f"{printable(path + key)} cannot be read from Consul, as no URL can name it")
-        pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left), hidden=hidden)
+        pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left), one_key=True)
         return [] if pair is None else [(key, pair.value)]
 
     def _list(
         self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool
     ) -> tuple[Entries, SourceError | None]:
         """All entries, and an error if some are hidden."""
-        until, entries, hidden = self._cache.get((table.name, service.name), (0.0, None, None))
-        if cached and entries is not None and self._clock() < until:
-            return entries, hidden
+        until, former, hidden = self._cache.get((table.name, service.name), (0.0, None, None))
+        if cached and former is not None and self._clock() < until:
+            return former, hidden
         pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
         hidden = Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
         if not pairs:
             self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
         self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries, hidden)
-        for problem in entries.problems:
-            self._warn_once(printable(problem.key), problem.text)
+        logged = set() if former is None else set(former.problems)
+        warn_of_problems(table.name, [problem for problem in entries.problems if problem not in logged])
         return entries, hidden
 
     def _original_case(self, path: bytes, deadline: float) -> Mapping[bytes, bytes]:
@@ -147,8 +138,8 @@ class DirectSource:
             self._capitals[path] = (ended + max(CACHE_SECONDS, 4 * (ended - began)), found)
         return found
 
-    def _ask(self, path: bytes, deadline: float, read: Callable[[float], T], *, hidden: bool = False) -> T:
-        """What ``read`` returns; ``hidden``: that a key of this folder is refused is known, and was logged."""
+    def _ask(self, path: bytes, deadline: float, read: Callable[[float], T], *, one_key: bool = False) -> T:
+        """What ``read`` returns, of one key or of the folder; logged is what another lookup would meet as well."""
         now, breaker = self._clock(), self._breaker
         if breaker.since is not None and now < breaker.not_before:
             raise Unreachable(f"Consul has been unreachable for {now - breaker.since:.0f} s: {breaker.last_error}")
@@ -161,11 +152,11 @@ class DirectSource:
             raise
         except SourceError as error:
             breaker.success(self._clock())
-            if isinstance(error, BadRequest):  # about this one key, which the next lookup does not ask for
+            if isinstance(error, BadRequest) or (one_key and isinstance(error, Forbidden)):
                 if now >= self._silent_until.get(path, 0.0):
-                    self._silent_until[path] = now + REFUSED_NAME_SECONDS
+                    self._silent_until[path] = now + REFUSED_KEY_SECONDS
                     log.warning("%s: %s; returning errors for such keys", printable(path), error)
-            elif not (hidden and isinstance(error, Forbidden)):
+            else:
                 refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))
                 refusal.failure(error, self._clock(), 0.0)
             raise
@@ -173,8 +164,3 @@ class DirectSource:
         if path in self._refusals:
             self._refusals.pop(path).success(self._clock())
         return answer
-
-    def _warn_once(self, about: str, text: str) -> None:
-        if about not in self._warned and len(self._warned) < MAX_WARNINGS:
-            self._warned.add(about)
-            log.warning("%s: %s", about, text)

@@ -10,6 +10,7 @@ import msgspec
 
 from table_consul.errors import UNDECODABLE, SourceError
 from table_consul.files import open_regular_file, read_bounded, version_of
+from table_consul.log import warn_of_problems
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 
@@ -78,8 +79,7 @@ class FileSource:
             path = table.path(service)
             below = ((each.key[len(path) :], each.value) for each in self._pairs if each.key.startswith(path))
             self._entries[table.name, service.name] = entries = Entries(table, service, below)
-            for problem in entries.problems:
-                log.warning("%s", problem)
+            warn_of_problems(table.name, entries.problems)
         return entries
 
     def update(self) -> None:

@@ -22,7 +22,7 @@ LEAST_PAUSE_SECONDS = 0.02
 MOST_PAUSE_SECONDS = 0.5
 # Consul's own default. A query that brings nothing proves that Consul is there, but costs it a scan of the prefix.
 MOST_WAIT_SECONDS = 300.0
-# While keys are hidden: a change of ACLs changes no index and ends no query.
+# While keys are hidden, as a change of ACLs changes no index and ends no query, and after a query that ended too early.
 HIDDEN_WAIT_SECONDS = 10.0
 # How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
 WAIT_GROWTH = 1.1
@@ -36,7 +36,9 @@ class QueryState(msgspec.Struct, frozen=True):
     """How a watch asks next, and what the latest answer was like."""
 
     index: int = 0
-    """The index to wait on; at 0 Consul answers immediately, and everything is read."""
+    """The index to wait on; at 0 Consul answers immediately."""
+    seen: int = 0
+    """The index of what is in memory; 0: everything is read, whatever its index."""
     idle: int = 0
     """How many answers in a row have brought nothing."""
     filtered: bool = False
@@ -54,9 +56,11 @@ def next_query(
 
     ``timed_out``: Consul held the query for as long as it was asked to. ``load_seconds`` count from the first byte.
     An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
-    the store has yet to reach hides every edit until then. An index is at least 1.
+    the store has yet to reach hides every edit until then. An index is at least 1. So does a wait that ends early with
+    the index that it waited on: Consul ends it with the former contents when a snapshot is restored.
     """
     backwards = index < state.index
+    early = index == state.index > 0 and not timed_out
     idle, pause, longest = 0, 0.0, state.longest_wait
     if timed_out:
         longest = min(longest * WAIT_GROWTH, MOST_WAIT_SECONDS)
@@ -68,8 +72,8 @@ def next_query(
     else:
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
-    index = 0 if backwards else max(index, 1)
-    return replace(state, index=index, idle=idle, longest_wait=longest), pause
+    seen = 0 if backwards else max(index, 1)
+    return replace(state, index=0 if early else seen, seen=seen, idle=idle, longest_wait=longest), pause
 
 
 def after_cut(state: QueryState, waited: float) -> QueryState:
@@ -79,7 +83,7 @@ def after_cut(state: QueryState, waited: float) -> QueryState:
 
 def wait_seconds(state: QueryState, max_age: float, *, hidden: bool) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
-    most = HIDDEN_WAIT_SECONDS if hidden else MOST_WAIT_SECONDS
+    most = HIDDEN_WAIT_SECONDS if hidden or state.idle else MOST_WAIT_SECONDS
     return max(min(most, state.longest_wait, max_age / 3), LEAST_PAUSE_SECONDS)
 
 
@@ -92,11 +96,12 @@ class Hidden(msgspec.Struct, frozen=True):
 
 
 class Unlisted(SourceError):
-    """A key is not in memory and may be in Consul; ``stored`` is its spelling there (None: for all keys)."""
+    """A key is not among those ``listed``, and may be in Consul, spelled as ``stored`` (None: for all keys)."""
 
-    def __init__(self, error: SourceError, stored: bytes | None) -> None:
+    def __init__(self, error: SourceError, listed: Entries, stored: bytes | None) -> None:
         super().__init__(str(error))
         self.error = error
+        self.listed = listed
         self.stored = stored
 
 
@@ -113,6 +118,23 @@ class Snapshot(msgspec.Struct, frozen=True):
     def size(self) -> int:
         """How many entries there are."""
         return sum(len(entries) for entries in self.entries.values())
+
+
+NOTHING_YET = Unreachable("no data received from Consul yet")
+
+
+def adopted(former: Snapshot, table: Table, services: Iterable[str]) -> Snapshot | None:
+    """What a snapshot of other settings holds for these; None if that is nothing. It proves no absence of the rest."""
+    entries = {name: Entries(table, SERVICES[name]) for name in services}
+    hidden = dict.fromkeys(entries, Hidden(NOTHING_YET, {}))
+    for name, old in former.entries.items():
+        if name in entries and old.path == entries[name].path and old.table.same_entries(table):
+            entries[name] = old
+            del hidden[name]
+    if len(hidden) == len(entries):
+        return None
+    known = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
+    return Snapshot(entries, {**hidden, **known}, restored=True)
 
 
 def unverified_services(services: Iterable[str], former: Snapshot | None, *, filtered: bool) -> list[str]:
@@ -162,7 +184,7 @@ class SnapshotBuilder:
         """There were entries before, and there are none now."""
         return self._former is not None and self._former.size > 0 and self._count == 0
 
-    def missing_keys(self) -> Mapping[str, Mapping[bytes, bytes]]:
+    def missing_keys(self) -> dict[str, dict[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.
 
         ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403.
@@ -199,7 +221,7 @@ class Mirror:
     def __init__(self, max_age: float) -> None:
         self.max_age = max_age
         self.state: tuple[Snapshot, float] | None = None
-        self.last_error: SourceError = Unreachable("no data received from Consul yet")
+        self.last_error: SourceError = NOTHING_YET
 
     def entries(self, service: str, key: bytes | None, now: float) -> Entries:
         """The entries of this service, which prove absence for this key (None: for all keys).
@@ -216,5 +238,5 @@ class Mirror:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
         entries, hidden = snapshot.entries[service], snapshot.hidden.get(service)
         if hidden is not None and not holds_answer(entries, key):
-            raise Unlisted(hidden.error, None if key is None else hidden.missing.get(key, key))
+            raise Unlisted(hidden.error, entries, None if key is None else hidden.missing.get(key, key))
         return entries

@@ -61,6 +61,11 @@ class SnapshotFile:
         left = self._write_after - time.monotonic()
         return left if left > 0 and self.dirty else math.inf
 
+    @property
+    def due(self) -> bool:
+        """Whether the latest snapshot has not been written and may be now."""
+        return self.dirty and time.monotonic() >= self._write_after
+
     def begin(self) -> None:
         """Start a new version, unless it is too early for one; `take`, and `finish` or `discard`, follow."""
         if self._path and time.monotonic() >= self._write_after:
@@ -82,7 +87,7 @@ class SnapshotFile:
                 os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
             except OSError:
                 self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
-        if not self.dirty or snapshot.hidden.keys() >= {*self._services}:
+        if not self.dirty or (not snapshot.size and snapshot.hidden.keys() >= {*self._services}):
             self.discard()
         elif self._writer is not None:
             # A folder is marked: without a mark an empty one proves nothing when this is read again.

@@ -5,22 +5,22 @@ The rules are in mirror.py; this is the only place that waits.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.backoff import Backoff
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.refusals import BadName
-from table_consul.services import SERVICES, Service, Table
-from table_consul.services.entries import Entries
+from table_consul.failures import BadName
+from table_consul.log import warn_of_problems
+from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services.entries import Entries, Problem
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
@@ -45,7 +45,7 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
     before = _hidden_services(client, table, names, {}, filtered=True)
     builder = SnapshotBuilder(table, prefix, names, None)
     with client.blocking_query(prefix, timeout=table.deadline) as response:
-        return _read_snapshot(client, response, builder, before, take), response.index
+        return _read_snapshot(client, response, builder, before, {}, take), response.index
 
 
 def _hidden_services(
@@ -54,44 +54,58 @@ def _hidden_services(
     """Those of the services in whose folder the token may not read everything, each with the reason."""
     hidden: dict[str, SourceError] = {}
     for name in services:
-        missing = known[name].missing if name in known else {}
-        if (reason := _why_hidden(client, table, name, missing, filtered=filtered)[0]) is not None:
+        reason = _why_hidden(client, table, name, filtered=filtered)
+        missing = known[name].missing.values() if name in known and reason is None else ()
+        reads = _read_each(client, table, name, missing)
+        reason = next((found for _, found in reads if isinstance(found, Forbidden)), reason)
+        if reason is not None:
             hidden[name] = reason
     return hidden
 
 
-def _why_hidden(
-    client: kv.Client, table: Table, service: str, missing: Mapping[bytes, bytes], *, filtered: bool
-) -> tuple[SourceError | None, list[bytes]]:
-    """Why the absence of keys from the folder of this service proves nothing; and those of the missing that are there.
+def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool) -> Forbidden | None:
+    """Why the absence of a key from the folder of this service proves nothing, if the folder alone shows it.
 
-    ``missing`` were listed once: without a reason, and if none of them is there, they are deleted. ``filtered``: Consul
-    reports that it hides keys, of this folder or another.
+    ``filtered``: Consul reports that it hides keys, of this folder or another.
     """
     path = table.path(SERVICES[service])
-    keys = mirror.sample([path + stored for stored in missing.values() if kv.is_url_safe(path + stored)])
-    present = []
     try:
         client.get(path + PROBE, timeout=table.deadline)
-        if filtered and client.hides_keys(path, timeout=table.deadline):
-            return Forbidden(f"Consul hides keys under {printable(path)} from this token"), []
-        for key in keys:
-            # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
-            with contextlib.suppress(BadName):
-                if client.get(key, timeout=table.deadline) is not None:
-                    present.append(key)
+        hides = filtered and client.hides_keys(path, timeout=table.deadline)
     except Forbidden as error:
-        return Forbidden(f"the token may not read everything under {printable(path)}: {error}"), []
-    return None, present
+        return Forbidden(f"the token may not read everything under {printable(path)}: {error}")
+    return Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
+
+
+def _read_each(
+    client: kv.Client, table: Table, service: str, stored: Iterable[bytes]
+) -> Iterator[tuple[bytes, kv.Pair | Forbidden | None]]:
+    """What a read of each of these keys brings, as they are stored; nothing of those that no URL can name."""
+    path = table.path(SERVICES[service])
+    for key in stored:
+        if not kv.is_url_safe(path + key):
+            continue
+        try:
+            yield key, client.get(path + key, timeout=table.deadline)
+        except Forbidden as error:
+            yield key, Forbidden(f"the token may not read everything under {printable(path)}: {error}")
+        except BadName:
+            pass  # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
 
 
 def _read_snapshot(
-    client: kv.Client, response: kv.Response, builder: SnapshotBuilder, hidden: Mapping[str, SourceError], take: Take
+    client: kv.Client,
+    response: kv.Response,
+    builder: SnapshotBuilder,
+    hidden: Mapping[str, SourceError],
+    known: Mapping[str, Hidden],
+    take: Take,
 ) -> Snapshot:
     """The snapshot that the response and its builder's former one make, with the absence of keys proven.
 
     ``hidden`` are the services that were so before the query. Before and after: a blocking query goes by the ACLs of
-    its beginning, which may have changed when it ends.
+    its beginning, which may have changed when it ends. ``known`` are those of the former snapshot. A key that is gone
+    is read at once, also from a hidden folder: later it would be one of many that are not known to be deleted.
     """
     for found in response.pairs():
         pairs = [(pair.name.encode(), pair.value) for pair in found]
@@ -102,12 +116,23 @@ def _read_snapshot(
     for name, keys in missing.items():
         if response.behind:
             reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
-        elif name not in reasons and (keys or response.filtered):
-            reason, present = _why_hidden(client, builder.table, name, keys, filtered=response.filtered)
-            if present:
-                raise BadResponse(f"{printable(present[0])} is there, but Consul does not list it")
+            continue
+        suspects = known[name].missing if name in known else {}
+        gone = mirror.sample([stored for key, stored in keys.items() if key not in suspects])
+        if name not in reasons and (keys or response.filtered):
+            reason = _why_hidden(client, builder.table, name, filtered=response.filtered)
             if reason is not None:
                 reasons[name] = reason
+                continue
+            gone = [*gone, *(stored for key, stored in keys.items() if key in suspects)]
+        for key, answer in _read_each(client, builder.table, name, gone):
+            if isinstance(answer, Forbidden):
+                reasons.setdefault(name, answer)
+            elif answer is None:
+                del keys[fold_key(key)]
+            else:
+                path = printable(builder.table.path(SERVICES[name]) + key)
+                raise BadResponse(f"{path} is there, but Consul does not list it")
     if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
@@ -153,21 +178,23 @@ class Watch(threading.Thread):
     def reconnect(self) -> None:
         """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
         self._reload = True
+        self._client.interrupt()
         self._wake.set()
 
     def adopt(self, former: Watch) -> None:
-        """Start from the data of a stopped watch if it watched the same entries."""
-        same_keys = (self.prefix, self._services) == (former.prefix, former._services)
-        if not same_keys or not self._table.same_entries(former._table):
+        """Start from the data of a stopped watch, as far as it watched the same entries."""
+        if self.prefix != former.prefix:
             return
         self.backoff = copy.copy(former.backoff)  # so that the end of its outage is logged
         if (state := former.mirror.state) is not None:
             snapshot, confirmed = state
-            self.mirror.state = (replace(snapshot, restored=True), confirmed)
+            adopted = mirror.adopted(snapshot, self._table, self._services)
+            self.mirror.state = None if adopted is None else (adopted, confirmed)
 
     def stop(self) -> None:
-        """End the thread when its query ends, without waiting for it; the result of the query is ignored."""
+        """End the thread soon, without waiting for it; the result of its query is ignored."""
         self._stopped = True
+        self._client.interrupt()
         self._wake.set()
 
     def run(self) -> None:
@@ -221,7 +248,7 @@ class Watch(threading.Thread):
             unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
             before = _hidden_services(self._client, table, unverified, known, filtered=state.filtered)
             if not known.keys() <= before.keys():
-                state = replace(state, index=0)  # a newly granted permission changes no index, so read everything
+                state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
         wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
         try:
@@ -236,16 +263,16 @@ class Watch(threading.Thread):
             self._state, pause = mirror.next_query(seen, response.index, changed=False, timed_out=False, load_seconds=0)
             if (seen.filtered and not state.filtered) or (state.behind and not seen.behind):
                 # In which folders keys are hidden must be known before they are listed.
-                self._state = replace(self._state, index=0)
+                self._state = replace(self._state, index=0, seen=0)
                 return 0.0
             if response.index < state.index:
                 return pause  # what a server that is behind lacks is not deleted
-            if former is not None and (seen, response.index) == (state, state.index) and not self._file.dirty:
+            if former is not None and (seen, response.index) == (state, state.seen) and not self._file.due:
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()
                 builder = SnapshotBuilder(table, self.prefix, self._services, former)
-                snapshot = _read_snapshot(self._client, response, builder, before, self._file.take)
+                snapshot = _read_snapshot(self._client, response, builder, before, known, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
@@ -271,7 +298,8 @@ class Watch(threading.Thread):
         if former is None:
             noun = "entry" if snapshot.size == 1 else "entries"
             log.info("%s: %d %s from Consul at %s", prefix, snapshot.size, noun, self._client.address)
-        if snapshot.hidden.keys() != (set() if former is None else former.hidden.keys()):
+        before = {} if former is None else former.hidden
+        if snapshot.hidden.keys() != {name for name, each in before.items() if each.error is not mirror.NOTHING_YET}:
             if names := ", ".join(snapshot.hidden):
                 reason = next(iter(snapshot.hidden.values())).error
                 text = "%s: keys may be hidden under: %s; reading Consul for each key that is not listed there (%s)"
@@ -279,11 +307,11 @@ class Watch(threading.Thread):
             else:
                 log.warning("%s: all services readable again", prefix)
         self._warn_of_losses(former, snapshot)
+        new: list[Problem] = []
         for name, entries in snapshot.entries.items():
             logged = set() if former is None else set(former.entries[name].problems)
-            for problem in entries.problems:
-                if problem not in logged:
-                    log.warning("%s", problem)
+            new += [problem for problem in entries.problems if problem not in logged]
+        warn_of_problems(self._table.name, new)
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""

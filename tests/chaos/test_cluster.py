@@ -359,7 +359,7 @@ def suffer(cluster, report, tmp_path, name, mode):
         reader.join()
         log = child.log()
     warnings = log.count("WARNING")
-    message = "\n".join([failure, Judgement.HEAD, str(row), *row.examples, f"{warnings} warnings:", log[:10_000]])
+    message = "\n".join([failure, Judgement.HEAD, str(row), *row.examples, f"{warnings} warnings:", log[:5_000]])
     assert not failure, message
     assert (row.wrong, row.absent, row.late, row.exits) == (0, 0, 0, 0), message
     assert row.recovered <= fault.recovery_seconds, message

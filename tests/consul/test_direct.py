@@ -6,10 +6,11 @@ import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
+from table_consul.failures import BadRequest
 from table_consul.kv import Pair
-from table_consul.refusals import BadRequest
 from table_consul.services import SERVICES, Table
-from table_consul.sources.direct import CACHE_SECONDS, REFUSED_NAME_SECONDS, DirectSource
+from table_consul.services.entries import Entries
+from table_consul.sources.direct import CACHE_SECONDS, REFUSED_KEY_SECONDS, DirectSource
 from table_consul.sources.mirror import Unlisted
 
 TABLE = Table("aliases", prefix="mail", mode="direct")
@@ -284,14 +285,29 @@ def test_each_outage_is_one_line_when_it_begins_and_one_when_it_ends(client, dir
     ]
 
 
-def test_each_refusal_of_a_bucket_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
-    failing(client, direct, Forbidden("403: the token may not read this"), 4)
-    bucket(direct)
-    bucket(direct)
+def test_each_refusal_to_list_a_folder_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
+    client.error = Forbidden("403: the token may not read this")
+    for _ in range(4):
+        with pytest.raises(Forbidden):
+            bucket(direct, "source", None)
+    client.error = None
+    bucket(direct, "source", None)
+    bucket(direct, "source", None)
     assert lines(caplog) == [
-        "mail/aliases/alias/: 403: the token may not read this; returning errors",
-        "mail/aliases/alias/: recovered after 0.0 s (4 failed attempts)",
+        "mail/aliases/source/: 403: the token may not read this; returning errors",
+        "mail/aliases/source/: recovered after 0.0 s (4 failed attempts)",
     ]
+
+
+def test_refused_keys_beside_readable_ones_are_one_line_in_five_minutes(client, direct, caplog):
+    client.errors[b"mail/aliases/alias/vip"] = Forbidden("403")
+    for _ in range(2):
+        for _ in range(5):
+            with pytest.raises(Forbidden):
+                bucket(direct, key=b"vip")
+            bucket(direct)
+        client.now += REFUSED_KEY_SECONDS
+    assert lines(caplog) == ["mail/aliases/alias/: 403; returning errors for such keys"] * 2
 
 
 def test_close_closes_the_connection(client, direct):
@@ -361,7 +377,7 @@ def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, di
 
 def test_refused_names_are_logged_again_after_some_minutes_and_are_no_outage(client, direct, caplog):
     for number in range(30):
-        client.now += REFUSED_NAME_SECONDS / 10
+        client.now += REFUSED_KEY_SECONDS / 10
         client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest("refuses the name")
         with pytest.raises(BadRequest):
             bucket(direct, key=b"%d@x" % number)
@@ -414,11 +430,11 @@ def test_key_is_an_error_while_the_keys_cannot_be_listed(client, direct):
 
 def test_hidden_key_is_read_as_it_is_stored_and_not_searched_for(client, direct):
     client.store[b"mail/aliases/alias/Eric"] = b"x"
-    unlisted = Unlisted(Forbidden("hidden"), b"Eric")
+    listed = Entries(MIRRORED, SERVICES["alias"])
+    unlisted = Unlisted(Forbidden("hidden"), listed, b"Eric")
     found = direct.entries_hidden(unlisted, MIRRORED, SERVICES["alias"], b"eric", client.now + 2.0)
     assert (found.lookup(b"eric"), client.asked) == (b"x", [("get", b"mail/aliases/alias/Eric", 2.0)])
     for service, key, stored in (("netaddr", b"192.0.2.1", b"192.0.2.1"), ("source", None, None)):
+        unlisted = Unlisted(Forbidden("hidden"), listed, stored)
         with pytest.raises(Forbidden, match="hidden"):
-            direct.entries_hidden(
-                Unlisted(Forbidden("hidden"), stored), MIRRORED, SERVICES[service], key, client.now + 2.0
-            )
+            direct.entries_hidden(unlisted, MIRRORED, SERVICES[service], key, client.now + 2.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import ssl
 import time
 
@@ -66,6 +67,14 @@ def test_a_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, opti
     assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
     path.write_text("no certificate")
     assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
+
+
+@pytest.mark.parametrize("option", ["ca_file", "cert_file", "key_file"])
+def test_tls_file_that_is_a_named_pipe_is_not_waited_for(secure, connect, authority, tmp_path, option):
+    files = {name: str(authority / f"client.{end}") for name, end in (("cert_file", "pem"), ("key_file", "key"))}
+    os.mkfifo(tmp_path / "pipe")
+    error = failure(connect(secure.address, **{**files, option: str(tmp_path / "pipe")}))
+    assert str(error).endswith(": a named pipe, not a file")
 
 
 def test_tls_file_that_cannot_be_used_is_parsed_once_a_version(secure, connect, authority, tmp_path, monkeypatch):

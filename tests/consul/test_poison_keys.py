@@ -51,6 +51,16 @@ def test_key_that_is_not_utf8_is_an_error_and_the_others_answer():
         found.lookup(MARK)
 
 
+@pytest.mark.parametrize("service", ["alias", "domain", "string", "netaddr", "regex"])
+def test_asked_key_that_is_not_utf8_is_an_error_where_consul_lists_such_a_key(service):
+    found = entries(service, LISTED)
+    for ask in (found.lookup, found.contains):
+        with pytest.raises(EntryError, match="not UTF-8"):
+            ask(b"\x82")
+    found = entries(service, LISTED[:1])
+    assert (found.lookup(b"\x82"), found.contains(b"\x82")) == (None, False)
+
+
 def test_keys_that_are_not_utf8_are_one_problem_where_they_look_alike():
     (problem,) = entries("alias", LISTED).problems
     assert problem.key == b"t/alias/" + MARK

@@ -11,7 +11,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.config import ConsulConfig
@@ -123,7 +122,7 @@ def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, m
     saved = _snapshot(open_consul)
     for number in range(20):
         open_consul.kv_put("mail/aliases/alias/root", f"later{number}")
-    source = mirrored(url(open_consul), replace(TABLE, max_age=6.0))
+    source = mirrored(url(open_consul))
     settled(source)
     assert ask(source) == b"later19"
     before = source.watches[0].index

@@ -183,6 +183,15 @@ def test_export_and_import_refuse_a_folder_where_consul_hides_keys(flagged, tmp_
     assert flagged(version, "export", "t", "string") == (0, b"a\tb\n", b"")
 
 
+def test_import_does_not_overwrite_a_key_that_consul_before_1_11_hides_without_a_word(flagged, tmp_path):
+    lines = tmp_path / "lines"
+    lines.write_text("vip: robert\n")
+    assert flagged("1.8.7", "export", "t", "alias").text == "root:\tgilles\nu%20x:\tjoerg\n"
+    done = flagged("1.8.7", "import", "t", "alias", lines)
+    assert done.status == 2, done
+    assert "0 of 1 key written" in done.said
+
+
 def test_policy_check_takes_no_other_option(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(LAYOUT)

@@ -121,8 +121,16 @@ def test_each_service_has_its_kind_of_table(consul, service, text):
 
 
 def test_entry_without_value_among_values_is_its_own_value(consul):
+    put(consul, {"example.org": b"", "example.net": b"yes"}, "t/mailaddr/")
+    assert exported(consul, "t", "mailaddr").out == b"example.net\tyes\nexample.org\texample.org\n"
+
+
+def test_table_of_a_service_of_lists_has_no_values_and_its_import_changes_nothing(consul):
     put(consul, {"example.org": b"", "example.net": b"yes"}, "t/domain/")
-    assert exported(consul, "t", "domain").out == b"example.net\tyes\nexample.org\texample.org\n"
+    text = exported(consul, "t", "domain").out
+    done = control("import", "t", "domain", "-", "--prune", stdin=text, CONSUL_HTTP_ADDR=consul.address)
+    assert (text, done.status) == (b"# @list\nexample.net\nexample.org\n", 0)
+    assert "0 to add, 0 to change, 0 to remove, 2 unchanged" in done.text
 
 
 def test_entries_a_table_cannot_hold_are_named_and_nothing_is_written(consul, tmp_path):

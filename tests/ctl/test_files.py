@@ -101,6 +101,34 @@ def test_list_for_a_service_with_values_is_one_problem():
     assert list(problems(files.read_table(b"\nroot\neric\ngilles\n", ALIAS))) == [2]
 
 
+@pytest.mark.parametrize(
+    ("line", "service"),
+    [
+        (b"10.0.0.1 REJECT", "netaddr"),
+        (b"2001:db8::/32", "netaddr"),
+        (b"[2001:db8::1] OK", "netaddr"),
+        (b"example.com REJECT", "domain"),
+        (b"example.org #note", "domain"),
+        (b"example.org\t# note", "domain"),
+        (b"example.org:", "domain"),
+        (b"example.org: relay", "domain"),
+        (b"^a b$", "regex"),
+    ],
+)
+def test_mapping_for_a_service_of_lists_is_one_problem(line, service):
+    for wanted in ("auto", "table"):
+        parsed = read(b"# x\n%b\nb c\nd\n" % line, SERVICES[service], wanted)
+        assert parsed.entries == []
+        assert list(problems(parsed)) == [2]
+        assert f"as a mapping, and refuse it for {service} (" in problems(parsed)[2]
+        assert len(pairs(read(b"# @list\n%b\n" % line, SERVICES[service], wanted))) == 1
+
+
+@pytest.mark.parametrize("service", ["mailaddr", "source", "relayhost", "string"])
+def test_mapping_for_a_service_that_smtpd_asks_in_both_ways_is_read(service):
+    assert pairs(read(b"a b\n", SERVICES[service], "auto")) == [(b"a", b"b")]
+
+
 # aliases(5).
 
 
@@ -220,6 +248,12 @@ def test_user_without_a_needed_field_is_a_problem_with_its_line(line, service, e
     assert expected in problems(read_passwd(b"# x\n" + line, SERVICES[service]))[2]
 
 
+def test_dovecot_extra_fields_are_not_master_passwd():
+    line = b"vera:%b:1000:1000::::userdb_mail=maildir:/srv/mail/vera:INDEX=/srv/index\n" % HASH
+    ((_, record),) = pairs(read_passwd(line, CREDENTIALS, record=True))
+    assert json.loads(record) == {"password": HASH.decode(), "uid": 1000, "gid": 1000}
+
+
 def test_record_keeps_an_id_that_is_not_a_number():
     text = b"vera:*:mail:%b::/home/vera:\neric::::::\n\xff:\xff::\n" % (b"9" * 5000)
     parsed = read_passwd(text, CREDENTIALS, record=True)
@@ -303,6 +337,12 @@ def test_export_entries_are_read_back_unchanged():
         (b"root: gilles\n", "alias", "aliases"),
         (b"vera:*:1:1::/home/vera:/bin/sh\n", "userinfo", "passwd"),
         (b"# users\nvera\t1:1:/home/vera\n", "userinfo", "table"),
+        (b"vera:1:1:/home/vera\neric:1:1:\n", "userinfo", "table"),
+        (b"vera:x:1:1:Vera:/home/vera\n", "userinfo", "passwd"),
+        (b"vera::1:1\n", "userinfo", "passwd"),
+        (b"label:relay:pass:word\n", "credentials", "table"),
+        (b"label:administrator:secret\n", "credentials", "table"),
+        (b"label:vera@example.org:%b\n" % HASH, "credentials", "table"),
         (b"label user:pass:word:with:many:colons:in:it\n", "credentials", "table"),
         (b"[::1]\n[2001:db8::/32]\n", "netaddr", "table"),
         (b" [ ]\n", "netaddr", "export"),
@@ -312,6 +352,40 @@ def test_export_entries_are_read_back_unchanged():
 )
 def test_detect_format_knows_each_format(text, service, name):
     assert files.detect_format(text, SERVICES[service]) == name
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        HASH,
+        b"$6$salt$" + b"a" * 86,
+        b"$y$j9T$salt$" + b"a" * 43,
+        b"$argon2id$v=19$m=65536,t=3,p=1$c2FsdHNhbHQ$aGFzaGhhc2g",
+        b"{BLF-CRYPT}" + HASH,
+        b"{SHA512-CRYPT.b64}JDYkc2FsdA==",
+        b"{plain}secret",
+        b"!",
+        b"*",
+    ],
+)
+@pytest.mark.parametrize(
+    "rest",
+    [b":", b":5000", b"::", b":5000:5000", b":5000:5000:", b":5000:5000:Eric Smith", b":5000:5000::/var/vmail/eric"],
+)
+@pytest.mark.parametrize("service", ["credentials", "auth"])
+def test_hash_with_fields_after_it_is_a_passwd_line(service, password, rest):
+    text = b"Vera:%b\neric@example.org:%b%b\n" % (HASH, password, rest)
+    parsed = read(text, SERVICES[service], "auto")
+    stored = b"*" if password == b"!" else password
+    assert (parsed.format, pairs(parsed)) == ("passwd", [(b"vera", HASH), (b"eric@example.org", stored)])
+
+
+@pytest.mark.parametrize("password", [b"secret", b"abJnggxhB/yWI", b"x", b""])
+@pytest.mark.parametrize(
+    "rest", [b":5000:5000", b":5000:5000:", b":5000:5000::", b":5000:5000::/srv/eric", b"::::/srv/eric"]
+)
+def test_ids_after_a_password_make_a_passwd_line(password, rest):
+    assert files.detect_format(b"eric:" + password + rest, CREDENTIALS) == "passwd"
 
 
 @pytest.mark.parametrize("data", [b'{"a": 1}', b' {"a":\n "b"}\n', b'["a", "b"]\n', b"{}"])
@@ -387,7 +461,7 @@ consul_keys = texts.map(lambda key: key.decode(errors="ignore").encode().lower()
 
 @given(
     st.dictionaries(consul_keys, texts, max_size=4),
-    st.sampled_from(["alias", "string", "domain", "userinfo"]),
+    st.sampled_from(["alias", "string", "domain", "mailaddr", "userinfo"]),
 )
 def test_table_text_is_read_back_unchanged(entries, name):
     service = SERVICES[name]
@@ -395,9 +469,15 @@ def test_table_text_is_read_back_unchanged(entries, name):
     expected = {key: value for key, value in entries.items() if key not in left_out}
     parsed = read(text, service, "auto")
     found = dict(pairs(parsed))
-    if service.answers == "entry" and any(entries.values()):
+    if name == "domain":
+        expected = dict.fromkeys(expected, b"")
+    elif service.answers == "entry" and any(entries.values()):
         expected = {key: value or key for key, value in expected.items()}
     assert found == expected
+
+
+def test_table_text_for_a_service_of_lists_has_no_values():
+    assert files.table_text(DOMAIN, [(b"a", b"x"), (b"b", b"")]) == (b"# @list\na\nb\n", [])
 
 
 def test_table_text_marks_a_list_that_looks_like_a_mapping():

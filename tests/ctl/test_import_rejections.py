@@ -10,7 +10,7 @@ import pytest
 
 from table_consul.ctl import import_
 from tests.control import control
-from tests.ctl.importing import entries, file, importer
+from tests.ctl.importing import HASH, entries, file, importer
 from tests.dialogue import write_config
 
 
@@ -36,6 +36,26 @@ def test_bad_file_is_rejected_as_a_whole_with_file_and_line(consul, tmp_path, te
     assert expected in done.said
     assert str(path) in done.said
     assert "\x07" not in done.said
+
+
+@pytest.mark.parametrize("form", ["auto", "table"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"eric {HASH}:5000:5000::/var/vmail/eric",
+        f"eric\t{{BLF-CRYPT}}{HASH}:",
+        f"eric eric:{HASH}:5000:5000::/var/vmail/eric",
+        f"eric eric:{{BLF-CRYPT}}{HASH}:5000",
+        "eric {SSHA}abcdef:secret",
+    ],
+)
+@pytest.mark.parametrize("service", ["credentials", "auth"])
+def test_hash_followed_by_a_colon_is_not_a_credential(consul, tmp_path, service, form, line):
+    path = file(tmp_path, f"vera {HASH}\n{line}\n".encode())
+    done = importer(consul, "aliases", service, path, "--format", form)
+    assert (done.status, entries(consul, f"aliases/{service}/")) == (2, {})
+    assert ":2: eric: the value continues after its hash" in done.said, done.said
+    assert "5000" not in done.said
 
 
 @pytest.mark.parametrize(

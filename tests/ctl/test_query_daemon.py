@@ -11,6 +11,7 @@ from table_consul.errors import printable
 from table_consul.services import SERVICES
 from tests.ctl.queries import HASH, MARKED, query
 from tests.dialogue import Child, write_config
+from tests.fake_consul import FakeConsul
 
 
 def daemon_answers(conf, questions):
@@ -126,3 +127,46 @@ def test_query_answers_as_the_daemon_does_from_consul(consul, tmp_path, layout):
     conf.write_text(f'[consul]\naddress = "http://{consul.address}"\n{defaults}')
     assert len(store) > 200
     assert differing(conf, questions) == []
+
+
+STORED = {
+    "alias/root": b"gilles",
+    "alias/vip": b"x",
+    "alias/Staff": b"gilles",
+    "userinfo/boss": b"1000:1000:/home/boss",
+    "userinfo/vera": b"1001:1001:/home/vera",
+    "userinfo/*": b"5000:5000:/var/vmail/%u",
+    "netaddr/192.0.2.0/24": b"",
+    "netaddr/203.0.113.0/24": b"",
+    "domain/example.org": b"",
+}
+DENIED = ("alias/vip", "userinfo/boss", "netaddr/203.0.113.0/24")
+
+
+# Consul before 1.11 reports no hidden keys: lists, and with them a mirror, prove nothing about them.
+@pytest.mark.parametrize("layout", ["", 'mode = "direct"', "max_keys = 3"])
+@pytest.mark.parametrize("version", ["1.8.7", "1.22"])
+def test_query_answers_as_the_daemon_does_where_keys_are_hidden(tmp_path, version, layout):
+    asked = {
+        "alias": (b"root", b"vip", b"staff", b"nobody"),
+        "userinfo": (b"boss", b"vera", b"nobody", b"*"),
+        "netaddr": (b"192.0.2.1", b"203.0.113.1", b"198.51.100.1"),
+        "domain": (b"example.org", b"example.net"),
+    }
+    questions = [(op, name, key) for op in ("check", "lookup") for name, keys in asked.items() for key in keys]
+    questions = sorted([*questions, ("fetch", "source", b"")])
+    conf = tmp_path / "c.toml"
+    (tmp_path / "token").write_text("T")
+    rules = "".join(f'key "mail/aliases/{key}" {{ policy = "deny" }} ' for key in DENIED)
+    with FakeConsul(version=version) as fake:
+        for key, value in STORED.items():
+            fake.put(f"mail/aliases/{key}".encode(), value)
+        fake.tokens["T"] = f'key_prefix "mail/" {{ policy = "read" }} {rules}'
+        settings = f'[consul]\naddress = "{fake.address}"\ntoken_file = "{tmp_path}/token"\n'
+        conf.write_text(f'{settings}[defaults]\nprefix = "mail"\n{layout}\n[log]\nlevel = "error"\n')
+        answers = [line.decode() for line in daemon_answers(conf, questions)]
+        assert answers == [as_on_the_wire(each) for each in control_answers(conf, questions)]
+    refused = {key for (_, _, key), answer in zip(questions, answers, strict=True) if answer.startswith("error")}
+    hidden = {b"vip", b"boss"} if layout or version != "1.8.7" else set()
+    patterns = {b"203.0.113.1", b"198.51.100.1"} if version != "1.8.7" else set()
+    assert refused == hidden | patterns

@@ -140,7 +140,7 @@ HIDDEN = b'{"Results":[],"Errors":null,"Index":0}'
 def test_conflicting_key_is_read_by_a_transaction(store, fake, status, body, value, written):
     fake.handle = lambda _request: Answer(status, {}, body)
     assert store.is_written(Change(PATH + b"root", None, value)) is written
-    assert fake.body == [{"KV": {"Verb": "get", "Key": "aliases/alias/root"}}]
+    assert json.loads(fake.requests[-1].body) == [{"KV": {"Verb": "get", "Key": "aliases/alias/root"}}]
 
 
 def test_key_that_no_url_can_name_is_read_as_any_other(store, fake):

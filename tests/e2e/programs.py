@@ -48,6 +48,50 @@ for line in sys.stdin:
     print(f"table-response|{token}|{answer}", flush=True)
 """
 
+# The example of that article, with its calls and callbacks, over a library that reads and writes as py-opensmtpd does.
+ARTICLE = """\
+#!/usr/bin/python3 -I
+import sys
+
+class table:
+    callbacks = {"update": lambda token, _: table.reply(token, "updated")}
+    def on_check(callback): table.callbacks["check"] = callback
+    def on_lookup(callback): table.callbacks["lookup"] = callback
+    def on_fetch(callback): table.callbacks["fetch"] = callback
+    def reply(token, *words): print("table-result", token, *words, sep="|", flush=True)
+    def boolean(token, found): table.reply(token, "found" if found else "not-found")
+    def result(token, value=None): table.reply(token, *(["not-found"] if value is None else ["found", value]))
+    def dispatch():
+        for line in sys.stdin:
+            atoms = line.strip().split("|")
+            if len(atoms) < 6: sys.exit("missing atoms: " + line)
+            if atoms[0] != "table" or atoms[1] != "0.1": sys.exit("invalid stream: " + line)
+            _, _, _, name, operation, token, *rest = atoms
+            table.callbacks[operation](token, name, *rest[:1], *(["|".join(rest[1:])] if len(rest) > 1 else []))
+
+def check(token, tableName, service, key):
+    if key == "gilles@poolp.org":
+        return table.boolean(token, True)
+    return table.boolean(token, False)
+
+def lookup(token, tableName, service, key):
+    if service == "alias" and key == "root":
+        return table.result(token, "gilles@poolp.org")
+    return table.result(token)
+
+def fetch(token, tableName, service):
+    table.result(token, "gilles@poolp.org")
+
+def main():
+    table.on_check(check)
+    table.on_lookup(lookup)
+    table.on_fetch(fetch)
+    table.dispatch()
+
+if __name__ == "__main__":
+    main()
+"""
+
 
 class Programs(Smtpd):
     """An smtpd with these programs beside its own, by name; table-consul and table-procexec are there anyway.
@@ -63,8 +107,10 @@ class Programs(Smtpd):
         files: Mapping[str, File | str | bytes] | None = None,
         programs: Mapping[str, str] | None = None,
         processes: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(root, f'smtp ciphers "{ANONYMOUS}"\n{conf}' if root.release == "6.8" else conf, files)
+        conf = f'smtp ciphers "{ANONYMOUS}"\n{conf}' if root.release == "6.8" else conf
+        super().__init__(root, conf, files, **options)
         for name, text in {"table-procexec": PROCEXEC, **(programs or {})}.items():
             self.write(f"/{LIBEXEC}/{name}", File(text, 0o755))
         self._tables = processes * len(re.findall(r"^\s*table\s", conf, re.MULTILINE))

@@ -116,6 +116,20 @@ def test_what_is_installed_works(installed, tmp_path):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["msgspec/__init__.py", "table_consul/cli.py", "table_consul/__init__.py"])
+def test_program_whose_package_does_not_load_answers_smtpd_with_the_reason(installed, tmp_path, name):
+    path = installed / "lib/table-consul" / name
+    whole = path.read_bytes()
+    path.write_text("def of another Python(:")
+    try:
+        answer = ask(installed / "libexec/table-consul", tmp_path)
+    finally:
+        path.write_bytes(whole)
+    assert answer.startswith("lookup-result|1|error|table-consul cannot be loaded: SyntaxError: ")
+    assert ask(installed / "libexec/table-consul", tmp_path) == "lookup-result|1|found|gilles"
+
+
+@pytest.mark.timeout(300)
 def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(installed, tree):
     app = installed / "lib/table-consul"
     for name in (

@@ -109,7 +109,7 @@ class Smtpd:
         else:
             self._tree = self.place / "root"
             cache.run("cp", "-a", "--reflink=auto", f"{root.path}/.", self._tree)
-        self._tables = len(re.findall(r'^\s*table\s+\S+\s+"?consul:', conf, re.MULTILINE))
+        self._tables = len(re.findall(r'^\s*table\s+\S+\s+"?consul\b', conf, re.MULTILINE))
         self.write("/etc/smtpd.conf", f'smtp_port = "{self.port}"\n{conf}')
         self.write(f"/{LIBEXEC}/table-consul", File(backend or LAUNCHER, 0o755))
         for path, file in (files or {}).items():

@@ -23,6 +23,28 @@ def test_malformed_credential_is_rejected(raw):
     assert "not a credential (expected HASH, USER:HASH or, to relay, USER:PASSWORD)" in refusal(raw, "credentials")
 
 
+@pytest.mark.parametrize("service", ["credentials", "auth"])
+@pytest.mark.parametrize("hashed", [SHA512, BCRYPT, ARGON2, b"{BLF-CRYPT}" + BCRYPT])
+@pytest.mark.parametrize("rest", [b":", b":5000", b":5000:5000::/var/vmail/eric"])
+@pytest.mark.parametrize("user", [b"", b"eric:"])
+def test_passwd_line_is_not_a_credential(service, user, hashed, rest):
+    text = "the value continues after its hash with a colon; store nothing but the hash"
+    assert text in refusal(user + hashed + rest, service)
+    assert text in refusal(json.dumps({"password": (hashed + rest).decode()}).encode(), service)
+
+
+@pytest.mark.parametrize("raw", [b"{CRYPT}:clear", b"{PLAIN}secret:5000:5000::/srv", b"$5$salt$hash:clear"])
+def test_hash_or_scheme_is_not_a_user(raw):
+    assert "the value continues after its hash" in refusal(raw, "credentials")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"administrator:secret", b"user:administrator:secret", b"user:$5$a:b", b"user:{a}b:c", b"_user:a:b"]
+)
+def test_relay_password_may_contain_a_colon(raw):
+    assert read(raw, "credentials") == raw
+
+
 # ---- hashes ----
 
 
@@ -57,7 +79,6 @@ def test_scheme_prefix_is_stripped_in_any_case(service, user, raw, value):
         b"vera:{clear}",
         b"vera:$2y$ is a bank note",
         b"vera:a{CRYPT}" + SHA512,
-        b"{CRYPT}:clear",
         b"{CRYPT}clear",
         b"{SSHA512}abcdef",
     ],

@@ -33,12 +33,14 @@ def surroundings(monkeypatch):
     for name in [name for name in os.environ if name.startswith("CONSUL_")]:
         monkeypatch.delenv(name)
     yield
+    for handler in root.handlers:
+        handler.flush()
     root.handlers[:], root.level, ours.level, logging.raiseExceptions = before
 
 
 def test_help_shows_the_line_for_smtpd_conf_and_ends_with_0():
     shown = run("--help")
-    assert (shown.returncode, shown.stderr, "table aliases consul:" in shown.stdout) == (0, "", True)
+    assert (shown.returncode, shown.stderr, "table aliases consul\n" in shown.stdout) == (0, "", True)
 
 
 def test_version_is_that_of_the_package():
@@ -46,14 +48,14 @@ def test_version_is_that_of_the_package():
     assert (0, f"table-consul {__version__}\n") == (shown.returncode, shown.stdout)
 
 
-@pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--check"]])
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--check", "a", "b"]])
 def test_a_wrong_command_line_is_said_and_ends_with_2(arguments):
     shown = run(*arguments)
     assert (shown.returncode, shown.stdout, "usage: table-consul" in shown.stderr) == (2, "", True)
 
 
-def test_check_of_a_good_configuration_says_so_and_ends_with_0(tmp_path):
-    path = str(write_config(tmp_path))
+def test_check_of_a_good_configuration_says_so_and_ends_with_0(open_folder):
+    path = str(write_config(open_folder))
     shown = run("--check", path)
     assert (0, f"{path}: ok\n", "") == (shown.returncode, shown.stdout, shown.stderr)
 
@@ -93,8 +95,8 @@ def test_check_says_what_this_user_cannot_use(tmp_path, capsys):
     assert (cli.main(["--check", str(path)]), "none.json: not found" in capsys.readouterr().err) == (2, True)
 
 
-def test_check_of_a_good_configuration_within_the_process(tmp_path, capsys):
-    path = write_config(tmp_path)
+def test_check_of_a_good_configuration_within_the_process(open_folder, capsys):
+    path = write_config(open_folder)
     assert (0, f"{path}: ok\n") == (cli.main(["--check", str(path)]), capsys.readouterr().out)
 
 
@@ -177,9 +179,74 @@ class Stopped(Exception):
         raise cls
 
 
-def test_without_an_argument_the_default_file_counts_if_it_is_there(monkeypatch, tmp_path):
-    path = write_config(tmp_path, 'table = "elsewhere"')
+# ---- without an argument ----
+
+
+@pytest.fixture
+def default_path(monkeypatch, tmp_path):
+    """Where the program looks without an argument."""
+    path = tmp_path / "table-consul.toml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
-    assert config.load(None, {}).defaults.name == "elsewhere"
-    path.unlink()
-    assert config.load(None, {}).defaults.name == "consul"
+    return path
+
+
+def logged(wire, caplog, *dialogue):
+    """The lines of the log that name the configuration, of a program without an argument."""
+    wire.sendall(b"config|tablename|aliases\nconfig|ready\n" + b"".join(dialogue))
+    wire.shutdown(socket.SHUT_WR)
+    caplog.set_level(logging.INFO, "table_consul")
+    assert cli.main([]) == 0
+    lines = [record.getMessage() for record in caplog.records]
+    return [line.removeprefix("configuration: ") for line in lines if line.startswith("configuration: ")]
+
+
+@pytest.fixture
+def no_handlers(monkeypatch):
+    """The log stays with the test."""
+    monkeypatch.setattr(cli.log, "start", lambda *_: None)
+
+
+def test_default_file_is_used_and_logged(wire, default_path, no_handlers, caplog):
+    write_config(default_path.parent).rename(default_path)
+    export = config.load(None, {}).consul.addresses[0]
+    assert logged(wire, caplog, b"table|0.1|0|aliases|lookup|alias|1|root\n") == [f"{default_path}; address: {export}"]
+    assert wire.recv(65536).splitlines()[-1] == b"lookup-result|1|found|gilles"
+
+
+def test_without_a_default_file_the_environment_is_used_and_logged(
+    wire, default_path, no_handlers, caplog, monkeypatch
+):
+    monkeypatch.setenv("CONSUL_HTTP_ADDR", "127.0.0.1:1")
+    assert logged(wire, caplog) == [
+        f"no {default_path}, using the defaults and the environment; address: http://127.0.0.1:1"
+    ]
+
+
+def test_update_logs_the_configuration_again(wire, default_path, no_handlers, caplog):
+    default_path.write_text('[consul]\naddress = "http://127.0.0.1:1"\n')
+    assert len(logged(wire, caplog, b"table|0.1|0|aliases|update|1\n")) == 2
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nowhere", path)])
+def test_default_file_that_cannot_be_read_is_an_error_not_a_missing_file(wire, default_path, no_handlers, caplog, make):
+    make(default_path)
+    assert logged(wire, caplog, b"table|0.1|0|aliases|lookup|alias|1|root\n") == []
+    assert b"lookup-result|1|error|" in wire.recv(65536)
+    assert f"{default_path}: " in caplog.text
+
+
+def test_check_without_an_argument_checks_the_default_file(default_path, capsys):
+    write_config(default_path.parent).rename(default_path)
+    assert (cli.main(["--check"]), capsys.readouterr().out) == (0, f"{default_path}: ok\n")
+    default_path.write_text("x = 1")
+    assert (cli.main(["--check"]), f"{default_path}: x: unknown key" in capsys.readouterr().err) == (2, True)
+
+
+def test_check_without_a_default_file_checks_the_environment(default_path, capsys, monkeypatch):
+    missing = f"no {default_path}, using the defaults and the environment; address: http://127.0.0.1:8500: ok\n"
+    assert (cli.main(["--check"]), capsys.readouterr().out) == (0, missing)
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN_FILE", "/nowhere")
+    assert (cli.main(["--check"]), capsys.readouterr().err) == (
+        2,
+        "environment: CONSUL_HTTP_TOKEN_FILE: /nowhere: not found\n",
+    )

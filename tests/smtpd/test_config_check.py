@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 
 import pytest
 
-from table_consul import check, files
+from table_consul import check, files, kv
+from table_consul.errors import SourceError
 from tests.smtpd.configuration import SECRET
 
 
+@pytest.fixture(autouse=True)
+def _no_smtpd(monkeypatch, open_folder):
+    """There is no user of smtpd; but all users can enter the folders that lead to a file, as root checks then."""
+    monkeypatch.setattr(check, "smtpd_user", lambda: None)
+
+
+@pytest.fixture
+def as_nobody(monkeypatch):
+    """The check takes nobody for the user of smtpd."""
+    if os.geteuid() != 0:
+        pytest.skip("what smtpd's user cannot read is tried as root (sudo make test)")
+    monkeypatch.setattr(check, "smtpd_user", lambda: pwd.getpwnam("nobody"))
+
+
 def test_good_configuration_has_no_problems(load_config, tmp_path):
-    tmp_path.chmod(0o750)
-    (tmp_path / "token").write_text(SECRET)
+    (tmp_path / "token").write_text(f"{SECRET}\n")
     (tmp_path / "token").chmod(0o640)
     text = f'[consul]\ntoken_file = "{tmp_path}/token"\nca_path = "{tmp_path}"\n'
     text += f'[defaults]\nsnapshot = "{tmp_path}/{{table}}"'
@@ -98,6 +114,60 @@ def test_file_that_only_root_can_read_is_reported_to_root(load_config, tmp_path)
     (tmp_path / "token").chmod(0o600)
     (line,) = check.check_files(load_config(f'[consul]\ntoken_file = "{tmp_path}/token"'))
     assert "/token: only root can read it, but smtpd runs tables as an unprivileged user" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", f"SecretID: {SECRET}", f"{SECRET}\n{SECRET}\n", f"{SECRET} x", f" {SECRET}", f"\ufeff{SECRET}"]
+)
+def test_token_file_that_the_daemon_refuses_is_reported(load_config, tmp_path, text):
+    path = tmp_path / "token"
+    path.write_text(text)
+    path.chmod(0o640)
+    loaded = load_config(f'[consul]\naddress = "http://127.0.0.1:1"\ntoken_file = "{path}"')
+    (line,) = check.check_files(loaded)
+    problem = "empty, or not one line of printable ASCII without blanks (write the SecretID and nothing else)"
+    assert line.endswith(f"consul.token_file: {path}: {problem}")
+    with (
+        contextlib.closing(kv.Client(loaded.consul)) as client,
+        pytest.raises(SourceError, match="is empty or not one line"),
+    ):
+        client.get(b"x", timeout=1.0)
+
+
+def test_folder_that_only_root_can_enter_is_reported_to_root(load_config, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("what root alone can read is tried as root (sudo make test)")
+    (tmp_path / "secret").mkdir(mode=0o700)
+    (tmp_path / "secret" / "ca").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "secret" / "ca")
+    for path in ("secret/ca", "link"):
+        (line,) = check.check_files(load_config(f'[consul]\nca_file = "{tmp_path}/{path}"'))
+        assert f"{tmp_path}/{path}: only root can enter folder {tmp_path}/secret, but smtpd runs tables as" in line
+    (line,) = check.check_files(load_config(f'[consul]\nca_path = "{tmp_path}/secret"'))
+    assert f"only root can enter folder {tmp_path}/secret, " in line
+
+
+def test_root_checks_as_the_user_of_smtpd(as_nobody, load_config, config_file, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o750)
+    for name in ("token", "closed/key", "cert", "ca"):
+        (tmp_path / name).write_text(SECRET)
+        (tmp_path / name).chmod(0o640)
+    os.chown(tmp_path / "ca", -1, 65534)
+    text = f'[consul]\ntoken_file = "{tmp_path}/token"\nca_file = "{tmp_path}/ca"\n'
+    text += f'cert_file = "{tmp_path}/cert"\nkey_file = "{tmp_path}/closed/key"\n'
+    loaded = load_config(text + f'[defaults]\nsnapshot = "{tmp_path}/{{table}}"')
+    groups = os.getgroups()
+    user = "user nobody (uid 65534)"
+    unreadable = f"not readable by {user}; smtpd runs tables as an unprivileged user (try: chown root:"
+    starts = [
+        f"{config_file}: consul.token_file: {tmp_path}/token: {unreadable}",
+        f"{config_file}: consul.cert_file: {tmp_path}/cert: {unreadable}",
+        f"{config_file}: consul.key_file: {tmp_path}/closed/key: folder {tmp_path}/closed cannot be entered by {user}",
+        f"{config_file}: snapshot of table consul: folder {tmp_path} not found, or not writable by {user}",
+    ]
+    lines = check.check_files(loaded)
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    assert (os.geteuid(), os.getgroups()) == (0, groups)
 
 
 def test_configuration_that_only_root_can_read_is_reported_to_root(load_config, config_file):

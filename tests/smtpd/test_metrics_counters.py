@@ -13,9 +13,9 @@ from table_consul.backoff import Backoff
 from table_consul.child import ChildError
 from table_consul.counters import CELLS_MAX, Counters
 from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
+from table_consul.failures import BadName
 from table_consul.metrics import Exporter
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
-from table_consul.transport import BadName
 from tests.smtpd.metrics import fake_tables, parse_samples, registered, table_layout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import stat
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,40 @@ def test_silent_clients_do_not_block_a_scrape(tmp_path, serve):
         for sent in (b"", b"GET", b"GET / HTTP/1.0\r\n"):
             clients.enter_context(connect(path)).sendall(sent)
         assert scrape(path)["table_consul_build_info"] == BUILD_INFO
+
+
+@contextlib.contextmanager
+def trickling(path):
+    """A client of this Unix socket that sends its request byte by byte, never so slowly that a read times out."""
+    ended = threading.Event()
+    with connect(path) as client:
+
+        def trickle():
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.01):
+                    client.sendall(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_trickling_client_stops_neither_a_scrape_nor_the_text_file_after_an_update(tmp_path, exporter):
+    tables = fake_tables(listen=f"unix://{tmp_path}/old", textfile=tmp_path / "{table}.prom")
+    export = exporter(tables)
+    export()
+    with trickling(tmp_path / "old"):
+        assert scrape(tmp_path / "old")["table_consul_build_info"] == BUILD_INFO
+        tables.config.metrics.listen = f"unix://{tmp_path}/new"
+        for _ in range(2):
+            (tmp_path / "aliases.prom").unlink()
+            export()
+            assert read_textfile(tmp_path / "aliases.prom")["table_consul_build_info"] == BUILD_INFO
+        assert scrape(tmp_path / "new")["table_consul_build_info"] == BUILD_INFO
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.0\r\n"])

@@ -12,6 +12,7 @@ import pytest
 
 from tests.dialogue import ENTRIES, PATIENCE_SECONDS, Child, write_config, write_source
 from tests.smtpd.process import ROOT
+from tests.smtpd.procexec import OF_TODAY, RUN, Smtpd, bridged, table_program, wait_for_answer
 
 PROGRAM = (sys.executable, "-m", "table_consul")
 LONG = {**ENTRIES, "aliases/string/long": b"x" * 100_000}
@@ -47,12 +48,35 @@ def test_peer_that_vanishes_during_replies_ends_with_status_0(tmp_path):
         assert (child.process.wait(PATIENCE_SECONDS), problems(child)) == (0, "")
 
 
-def test_signals_that_smtpd_ignores_are_ignored(entries_config):
-    with Child(entries_config) as child:
-        child.handshake()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-            child.process.send_signal(number)
-        assert child.ask(ROOT % 1) == b"lookup-result|00000001|found|gilles"
+ENDING = ("INT", "TERM", "HUP", "PIPE", "USR1", "USR2", "ALRM", "QUIT")
+
+
+@pytest.mark.parametrize("name", ["table-consul", "table-procexec"])
+def test_signals_do_not_end_it_whether_smtpd_ignores_them_or_not(entries_config, make_program, name):
+    command = {"table-consul": (*PROGRAM, entries_config), "table-procexec": (*RUN, make_program(OF_TODAY))}
+    with Smtpd(*command[name]) as smtpd:
+        for signal_name in ENDING:
+            smtpd.process.send_signal(signal.Signals[f"SIG{signal_name}"])
+            smtpd.ask()
+        assert smtpd.end()[0] == 0
+
+
+def test_child_of_table_procexec_ignores_what_smtpd_ignores_and_no_more(make_program):
+    numbers = [signal.Signals[f"SIG{name}"].value for name in ENDING]
+    action = f"import signal; answer = f'found|{{[n for n in {numbers} if signal.getsignal(n) == signal.SIG_IGN]}}'"
+    with bridged(make_program(table_program(action))) as smtpd:
+        wait_for_answer(smtpd)
+        assert smtpd.ask()[1].decode() == str([signal.Signals[f"SIG{name}"].value for name in ENDING[:4]])
+
+
+def test_person_can_interrupt_it():
+    with subprocess.Popen(PROGRAM, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdin.write(b"config|ready\n")
+        program.stdin.flush()
+        program.stdout.readline()
+        program.send_signal(signal.SIGINT)
+        program.communicate(timeout=PATIENCE_SECONDS)
+    assert program.returncode != 0
 
 
 def test_non_blocking_socket_is_waited_for(tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -79,6 +80,29 @@ def test_second_reply_to_a_question_does_not_answer_the_next(make_program, make_
     made = make_bridge(make_program(table_program('print(f"{op}-result|{ident}|found|first", flush=True)')))
     assert first_answer(made, clock) == Found(b"first")
     assert isinstance(made.answer(ROOT, clock()), Failed)
+
+
+def test_reply_to_a_question_that_was_not_asked_yet_is_not_its_answer(make_program, make_bridge, clock):
+    ahead = 'print(f"{op}-result|{int(ident, 16) + 1:08x}|found|mallory", flush=True)'
+    program = table_program("pass") + f"    {ahead}\n"
+    made = make_bridge(make_program(program))
+    assert first_answer(made, clock) == Found(b"gilles")
+    for _ in range(10):
+        assert made.answer(ROOT, clock()) != Found(b"mallory")
+        clock.ahead += LAST_PAUSE_SECONDS
+
+
+@pytest.mark.parametrize("endless", ["yes 'register|alias'", "yes 'lookup-result|0|found|x'", "tr '\\0' x </dev/zero"])
+def test_child_that_never_stops_writing_takes_bounded_memory(make_program, make_bridge, clock, endless):
+    made = make_bridge(make_program(f"#!/bin/sh\nexec {endless}\n"))
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            made.answer(ROOT, clock())
+            clock.ahead += LAST_PAUSE_SECONDS
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_missing_command_returns_errors_until_it_is_installed(make_program, make_bridge, clock, tmp_path):

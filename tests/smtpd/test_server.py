@@ -369,6 +369,13 @@ def test_a_bug_in_counting_harms_no_answer(tables, caplog):
     assert set(logged(caplog)) == {"internal error; please report it"}
 
 
+def test_bug_in_counting_invalid_requests_harms_no_reply(tables, caplog):
+    counters = Counting()
+    counters.error = RuntimeError("bug")
+    answered, _ = served(tables, HELLO + b"hello\ntable|0.1|0|t|check|alias|3\n" + ROOT % 1, counters=counters)
+    assert answered.endswith(b"check-result|3|error|fields are missing\nlookup-result|1|found|gilles\n")
+
+
 def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):
     def broken(_name):
         raise RuntimeError("bug")
@@ -404,3 +411,10 @@ def test_services_that_cannot_be_told_are_the_usual_ones(tables, monkeypatch, ca
     answered, _ = served(tables, HELLO)
     assert answered.decode().split() == [*(f"register|{name}" for name in DEFAULT_SERVICES), "register|ready"]
     assert logged(caplog) == ["internal error; please report it"]
+
+
+def test_version_that_is_not_a_number_registers_the_default_services(tables):
+    tables.registered = ["auth"]
+    hello = HELLO.replace(b"config|ready", b"config|smtpd-version|%b.9\nconfig|ready" % (b"7" * 5000))
+    answered, _ = served(tables, hello)
+    assert answered.decode().split() == [*(f"register|{name}" for name in DEFAULT_SERVICES), "register|ready"]

@@ -167,6 +167,29 @@ def test_an_update_brings_other_permissions_into_force(tmp_path):
     assert before == b"|/bin/sh"
 
 
+def test_update_during_a_call_of_table_is_not_undone_by_its_end(tmp_path):
+    """As when another thread, the one of the metrics, asks for the layout while smtpd updates the table."""
+    interruptions = []
+
+    class Interrupted(Config):
+        def table(self, name):
+            found = super().table(name)
+            while interruptions:
+                interruptions.pop()()
+            return found
+
+    file = ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))
+    loader = Loader(Interrupted(path=None, consul=file, defaults=Table("consul", allow_commands=True)))
+    found = Tables(loader)
+    loader.config = Config(path=None, consul=file)
+    interruptions.append(found.update)
+    assert found.table("aliases").allow_commands
+    assert interruptions == []
+    assert not found.table("aliases").allow_commands
+    with pytest.raises(Exception, match="set allow_commands = true"):
+        lookup(found, "aliases", b"command")
+
+
 def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
     found = opened()
     lookup(found, "aliases")

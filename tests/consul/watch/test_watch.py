@@ -28,11 +28,13 @@ def version(request):
     return request.param
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 def test_the_first_answer_waits_for_the_first_load(fake, mirrored):
     fake.handle = lambda request: time.sleep(0.1) or fake.consul(request)
     assert ask(mirrored(fake.address)) == b"gilles"
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 def test_the_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_all(fake, mirrored):
     fake.handle = stall
     source = mirrored(fake.address)
@@ -201,6 +203,7 @@ def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrore
     becomes(source, b"eric")
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 def test_the_first_answer_fails_over_inside_the_deadline(fake, mirrored):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hangs = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -116,7 +116,15 @@ def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(f
 
 @pytest.mark.parametrize(
     "setting",
-    [{"max_age": 1000.0}, {"deadline": 0.4}, {"snapshot": "/nonexistent/copy"}, {"procexec_reply": "table-result"}],
+    [
+        {"max_age": 1000.0},
+        {"deadline": 0.4},
+        {"snapshot": "/nonexistent/copy"},
+        {"procexec_reply": "table-result"},
+        {"max_keys": 1000},
+        {"services": ("domain", "alias", "credentials")},
+        {"paths": {"domain": "mail/domains"}},
+    ],
 )
 def test_update_of_a_setting_that_no_entry_depends_on_keeps_the_data_through_an_outage(fake, sources, setting):
     source = sources(fake.address)
@@ -173,3 +181,34 @@ def test_entries_judged_by_other_rules_are_not_taken_over(fake, sources):
     source.update()
     with pytest.raises(SourceError):
         told(source)
+
+
+def test_service_that_an_update_adds_during_an_outage_is_an_error_and_proves_no_absence(fake, sources):
+    fake.put(b"mail/aliases/string/vera", b"x")
+    source = sources(fake.address)
+    assert told(source) == b"gilles"
+    fake.stop()
+    table = replace(TABLE, services=(*TABLE.services, "string"))
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=table)
+    source.update()
+    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+    for key in (b"vera", b"nobody"):
+        with pytest.raises(SourceError):
+            told(source, key, "string")
+    fake.start()
+    for _ in eventually("it is back", 10):
+        with contextlib.suppress(SourceError):
+            if told(source, b"vera", "string") == b"x":
+                break
+
+
+def test_folder_that_an_update_moves_during_an_outage_is_an_error_and_its_former_data_do_not_answer(fake, sources):
+    source = sources(fake.address)
+    assert told(source, b"example.org", "domain") == b"example.org"
+    fake.stop()
+    table = replace(TABLE, paths={"domain": "mail/aliases/domains"})
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=table)
+    source.update()
+    assert told(source) == b"gilles"
+    with pytest.raises(SourceError):
+        told(source, b"example.org", "domain")

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from tests.consul.watch.watching import ALIAS, PREFIX, ROOT, TABLE, ask, becomes, lines, logged, settled
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
+from tests.fake_consul import VERSIONS, Answer, stall
 
 
 @pytest.fixture(params=VERSIONS)
@@ -77,6 +77,40 @@ def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, waits_of, c
     assert source.watches[0].backoff.total == 0
 
 
+@pytest.mark.parametrize("version", ["1.22"])
+@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.usefixtures("quick_cuts")
+def test_wait_that_a_proxy_ends_with_a_page_of_its_own_is_no_news(fake, mirrored, waits_of, caplog, status):
+    waits_of(0.5)
+
+    def proxied(request):
+        if request.params.get("wait") != "500ms":
+            return fake.consul(request)
+        request.stopping.wait(0.2)
+        return Answer(status, body=b"<html>Gateway Time-out</html>")
+
+    fake.handle = proxied
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 4)
+    assert waits(fake)[1] < 0.3
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert (lines(caplog), consistent_reads(fake), source.watches[0].backoff.total) == ([], 1, 0)
+
+
+@pytest.mark.parametrize("version", ["1.22"])
+@pytest.mark.parametrize("status", [502, 504])
+def test_page_of_a_proxy_that_comes_soon_is_an_outage(fake, mirrored, status):
+    source = mirrored(fake.address)
+    settled(source)
+    fake.handle = lambda request: Answer(status, body=b"<html>Gateway Time-out</html>")
+    fake.close_connections()
+    for _ in eventually("the outage is noticed", 10):
+        if source.watches[0].backoff.since is not None:
+            break
+
+
 @pytest.mark.usefixtures("quick_cuts")
 def test_cut_wait_does_not_make_the_data_younger(fake, mirrored):
     source = mirrored(fake.address)
@@ -100,6 +134,7 @@ def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a
     assert (lines(caplog), consistent_reads(fake)) == ([], 1)
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.usefixtures("quick_cuts")
 def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.5))
@@ -114,6 +149,7 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
     becomes(source, b"eric")
 
 
+@pytest.mark.parametrize("version", ["1.22"])
 def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the_next(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.5))
     settled(source)
@@ -158,3 +194,56 @@ def test_last_key_of_a_folder_that_is_deleted_and_comes_back_is_seen(fake, mirro
     becomes(source, None)
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")
+
+
+@pytest.mark.parametrize("version", ["1.22"])
+def test_body_that_does_not_arrive_after_an_early_answer_without_news_delays_no_edit(fake, mirrored):
+    source = mirrored(fake.address)
+
+    def stalling(request):
+        if "wait" not in request.params:
+            return fake.consul(request)
+        fake.handle = fake.consul
+        index, leader = f"X-Consul-Index: {fake.index}", "X-Consul-Knownleader: true"
+        request.send(f"HTTP/1.1 200 OK\r\n{index}\r\n{leader}\r\nContent-Length: 500\r\n\r\n[".encode())
+        return stall(request)
+
+    settled(source)
+    fake.handle = stalling
+    fake.close_connections()
+    enough(fake, 2)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert source.watches[0].backoff.total == 0
+
+
+def test_update_ends_a_wait_and_reads_the_token_anew(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 1)
+    source.update()
+    enough(fake, 2)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert (waits(fake)[1], lines(caplog)) == (300.0, [])
+
+
+def test_watch_that_is_stopped_during_a_wait_ends(fake, mirrored, caplog):
+    source = mirrored(fake.address)
+    settled(source)
+    enough(fake, 1)
+    source.close()
+    source.watches[0].join(10)
+    assert (source.watches[0].is_alive(), lines(caplog)) == (False, [])
+
+
+def test_update_between_two_waits_is_not_lost(fake, mirrored, waits_of):
+    waits_of(0.02)
+    source = mirrored(fake.address)
+    settled(source)
+    for _ in range(50):
+        source.update()
+        time.sleep(0.005)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert source.watches[0].backoff.total == 0

@@ -9,7 +9,7 @@ import pytest
 
 from table_consul import kv
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
-from table_consul.refusals import BadName, BadRequest
+from table_consul.failures import BadName, BadRequest
 from tests.consul.clients import ROOT, TRUE, failure
 from tests.fake_consul import Answer, FakeConsul, entry
 

@@ -1,11 +1,21 @@
-"""What it means that Consul, or whatever stands before it, refuses a request: a status and a body become an error."""
+"""What went wrong with a request to Consul: an error status and its body, or an exchange that broke off."""
 
 from __future__ import annotations
 
+import http.client
 import re
+import ssl
+import warnings
+
+import urllib3.exceptions
 
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about the versions of what it could use
+    import requests
+
+BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
 # The words of Consul 1.8 to 2.0. Nothing else of an answer to a request with a token is quoted: a proxy may echo the
 # token in any spelling. The names of keys and of tokens are left out.
 _OWN_WORDS = re.compile(
@@ -63,3 +73,41 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
         return BadName(f"{consul} refuses the name of this key: {said} ({hint})")
     kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse
     return kind(f"{consul}: {said}")
+
+
+def broken_exchange(consul: str, error: Exception) -> SourceError:
+    """The error for an exchange that broke off; ``consul`` names who should have answered."""
+    cause = cause_of(error)
+    ended = isinstance(cause, OSError | http.client.IncompleteRead)
+    kind = BadResponse if isinstance(cause, http.client.HTTPException) and not ended else Unreachable
+    return kind(f"{consul}: {reason_of(cause)}")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error of the socket, TLS or http.client below the wrappings of urllib3 and requests."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError | http.client.HTTPException) and not isinstance(inner, requests.RequestException):
+            return inner
+        inner = inner.__context__  # urllib3 gives some of its own errors no __cause__
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """What happened, for one line of an operator's log."""
+    match error:
+        case TimeoutError():
+            return "no answer in time"
+        case http.client.RemoteDisconnected():
+            return "connection closed without an answer"
+        case http.client.IncompleteRead():
+            return "answer cut off"
+        case http.client.HTTPException() | urllib3.exceptions.HTTPError():
+            return f"no HTTP, or broken ({type(error).__name__})"
+        case ssl.SSLCertVerificationError():
+            return f"certificate verification failed: {error.verify_message}"
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+            return "the server did not speak TLS (should the address be http://?)"
+        case OSError(strerror=str(text)):
+            return text.lower()
+    return printable(f"{type(error).__name__}: {error}")

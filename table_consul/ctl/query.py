@@ -201,7 +201,10 @@ def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str,
         return
     if folded != key:
         yield Step("asked", f"{printable(folded)}: smtpd asks in lower case")
-    entry = entries.find(folded)
+    try:
+        entry = entries.find(folded)
+    except EntryError:
+        return  # the error is the answer itself
     why = "" if entry == folded else f", which matches {printable(folded)}"
     if entries.uses_default(folded) and folded != DEFAULT_KEY and entries.find(DEFAULT_KEY) is not None:
         entry, why = DEFAULT_KEY, ", the default for users without an entry"

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from table_consul.errors import EntryError, printable
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
+from table_consul.services.passwords import Kind, calculated_hash
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value, warning_for
 
 if TYPE_CHECKING:
-    from table_consul.services.index import Index
+    from table_consul.services.index import Index, SecondsLeft
 
 
 REPLACEMENT = "\ufffd".encode()
@@ -55,12 +56,16 @@ class EntriesBuilder:
         """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
+        self._hashed = service.hashed and "auth" in table.services
+        self._kinds: dict[Kind, tuple[bytes, bytes]] = {}
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
-        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by these two.
+        # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
+        # these two.
         if self._former is not None and self._former.table.same_entries(table):
             judged = [(each.deadline, each.services) for each in (self._former.table, table)]
-            self._reusable = self._former if judged[0] == judged[1] or not service.hashed else None
+            if judged[0] == judged[1] or not (service.hashed or service.patterns):
+                self._reusable = self._former
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
         self._valid: Mapping[bytes, bytes] = {}
         if self._reusable is not None and table.value_format != "json":
@@ -123,8 +128,24 @@ class EntriesBuilder:
                 self.incomplete.add(folded)
             return
         self.values[folded] = value
+        if self._hashed:
+            self._note_kind(folded, value)
         if (text := warning_for(self.table, self.service, folded, value)) is not None:
             self.warnings[folded] = Problem(self.path + key, text)
+
+    def _note_kind(self, folded: bytes, value: bytes) -> None:
+        if (known := calculated_hash(value, self.table.deadline)) is not None:
+            self._kinds.setdefault(known.kind, (folded, value))
+
+    def kinds(self) -> dict[Kind, tuple[bytes, bytes]]:
+        """An entry and its value for each kind of hash; looked for among all only when such an entry has changed."""
+        if self._reusable is not None:
+            self._kinds = self._reusable.kinds | self._kinds
+        if any(self.values.get(folded) != value for folded, value in self._kinds.values()):
+            self._kinds = {}
+            for folded, value in self.values.items():
+                self._note_kind(folded, value)
+        return self._kinds
 
     def has(self, folded: bytes) -> bool:
         """Whether an entry of this folded key was taken."""
@@ -172,6 +193,8 @@ class Entries:
         self.warnings = builder.warnings
         self.spelling = builder.spelling
         self.original_case = builder.original_case
+        self.kinds = builder.kinds()
+        """An entry and its value for each kind of hash, where passwords are verified here."""
         refused = (problem for key, problem in self.errors.items() if key not in self.incomplete)
         self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
         """Every entry that smtpd cannot use as it is stored."""
@@ -185,13 +208,15 @@ class Entries:
 
             # A pattern that is not what was stored would match something else.
             patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
-            self._index = INDEXES[service.name](patterns)
+            self._index = INDEXES[service.name](patterns, table.deadline / 10)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._undecodable = next((problem for key, problem in self.errors.items() if REPLACEMENT in key), None)
         self._exact = self._index is None and not self._default and self._undecodable is None
         self.plain = self._exact and not self.errors and all(self.values.values())
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
+        self.timed = self._index is not None and self._index.timed
+        """Whether matching a key may take so long that it needs the clock of its request."""
 
     def __len__(self) -> int:
         return len(self.values) + len(self.errors)
@@ -202,20 +227,27 @@ class Entries:
     def _error(self, entry: bytes, text: str) -> EntryError:
         return EntryError(str(Problem(self._stored(entry), text)))
 
-    def find(self, key: bytes) -> bytes | None:
-        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored."""
+    def find(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
+        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored.
+
+        Raises:
+            EntryError: the time that is left, by default forever, is too short to match the key.
+        """
         if self._index is not None:
-            return self._index.find(key)
+            try:
+                return self._index.find(key) if seconds_left is None else self._index.find(key, seconds_left)
+            except EntryError as error:
+                raise EntryError(str(Problem(self.path, str(error)))) from None
         return key if key in self.values or key in self.errors else None
 
-    def contains(self, key: bytes) -> bool:
+    def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
 
         Raises:
-            EntryError: the key is not UTF-8, and may be one that Consul does not list as it is.
+            EntryError: as `find`; the key is not UTF-8, and may be one that Consul does not list as it is.
         """
         self._raise_if_undecodable(key)
-        return self._default or self.find(key) is not None
+        return self._default or self.find(key, seconds_left) is not None
 
     def _raise_if_undecodable(self, key: bytes) -> None:
         if self._undecodable is not None:
@@ -228,7 +260,7 @@ class Entries:
         """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
-    def lookup(self, key: bytes) -> bytes | None:
+    def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
 
         Raises:
@@ -248,7 +280,7 @@ class Entries:
                 return expand_home(value, key)
             except EntryError as error:
                 raise self._error(DEFAULT_KEY, str(error)) from None
-        entry = self.find(key)
+        entry = self.find(key, seconds_left)
         return None if entry is None else self._value(entry)
 
     def _value(self, entry: bytes) -> bytes:

@@ -61,7 +61,7 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("snapshot_max_age_seconds", "Gauge", "Age at which the snapshot expires (max_age).", ("prefix",)),
     ("snapshot_index", "Gauge", "Consul's index of the snapshot; 0 if it was loaded from disk.", ("prefix",)),
     ("snapshot_keys", "Gauge", "Entries in the snapshot.", ("prefix",)),
-    ("entries_refused", "Gauge", "Entries of the snapshot with an invalid value; the log names them.", ("prefix",)),
+    ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
     ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
@@ -121,7 +121,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "snapshot_max_age_seconds", labels, watch.mirror.max_age
             yield "snapshot_index", labels, watch.index
             yield "snapshot_keys", labels, snapshot.size
-            yield "entries_refused", labels, sum(len(entries.errors) for entries in snapshot.entries.values())
+            yield "entries_refused", labels, sum(entries.refused for entries in snapshot.entries.values())
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
                 yield "service_hidden", (*labels, service), int(service in snapshot.hidden)

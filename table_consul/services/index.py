@@ -16,6 +16,7 @@ from math import inf
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
+from table_consul.services.judge import NO_NETWORK
 from table_consul.services.regex import REGEX_SET_BYTES, REGEX_SET_SIZE, RegexSet, escape_warnings, regcomp
 
 # Seconds: for one step of a host name along patterns; for one instruction of an expression and a byte of the text, at
@@ -28,10 +29,6 @@ TIMED_SECONDS = 0.001
 # A bound on the memory of RE2 that does not grow with the deadline.
 MAX_WIDTH = 150_000
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
-NO_NETWORK = (
-    "not a network: matches only this very name, as `match from rdns` asks for (expected 192.0.2.1, 192.0.2.0/24, "
-    "2001:db8::/32, [2001:db8::/32] or local)"
-)
 
 
 SecondsLeft = Callable[[], float]
@@ -178,6 +175,11 @@ class Domains(_Hosts):
 class Addresses(_Hosts):
     """Mail addresses and patterns of them, as smtpd's table_mailaddr_match compares them."""
 
+    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2, *, delimiter: bytes = match.DELIMITER) -> None:
+        """``delimiter`` is where the tag of a user begins."""
+        self._delimiter = delimiter
+        super().__init__(entries, seconds)
+
     def _add(self, entry: bytes) -> None:
         if match.text_to_mailaddr(entry) is None:
             text = f"more than {match.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"
@@ -191,7 +193,7 @@ class Addresses(_Hosts):
         if address is None:
             return None
         user, domain = address
-        users = {user, user.partition(match.DELIMITER)[0]} - {b""}
+        users = {user, user.partition(self._delimiter)[0]} - {b""}
         prefixes = [b"@", *(name + b"@" for name in users)]
         get = self._entries.get
         forms = (b"", *prefixes, *(name for name in users if b"@" not in name))

@@ -149,6 +149,20 @@ def looks_like_a_hash(text: bytes) -> bool:
     return compiled(rb"\$[0-9a-z-]+[$,].+|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13}").fullmatch(text) is not None
 
 
+def is_crypt_hash(text: bytes) -> bool:
+    """Whether it can be the output of some crypt(3): a known prefix, or DES, whose last letter has two bits of zero.
+
+    Thirteen letters without a capital among them are a word, not a hash by DES: one hash in 1,000 has none.
+    """
+    return (
+        compiled(
+            rb"\$(?:1|2[abxy]|3|5|6|7|g?y|sha1|sm3y?|md5)[$,].+|_[./0-9A-Za-z]{19}"
+            rb"|(?=.*[a-z])(?=.*[A-Z])[./0-9A-Za-z]{12}[.26AEIMQUYcgkosw]"
+        ).fullmatch(text)
+        is not None
+    )
+
+
 def has_fields_after_hash(credential: bytes) -> bool:
     """Whether a hash is followed by a colon, as in passwd(5), where smtpd would take it for a user or a clear text.
 

@@ -35,15 +35,15 @@ def table_domain_match(key, entry):
     return pieces_match(key.lower(), entry.lower().split(b"*"))
 
 
-def table_mailaddr_match(key, entry):
+def table_mailaddr_match(key, entry, delimiter=DELIMITER):
     address, pattern = text_to_mailaddr(key), text_to_mailaddr(entry)
     if address is None or pattern is None:
         return False
     (user, domain), (wanted, hosts) = address, pattern
     if hosts and not table_domain_match(domain, hosts):
         return False
-    if wanted and DELIMITER not in wanted:
-        user = user.partition(DELIMITER)[0]
+    if wanted and delimiter not in wanted:
+        user = user.partition(delimiter)[0]
     return not wanted or user.lower() == wanted.lower()
 
 

@@ -23,7 +23,7 @@ from table_consul.services.index import (
     Regexes,
 )
 from table_consul.services.regex import regcomp
-from tests.services.matchers import MATCHERS
+from tests.services.matchers import MATCHERS, table_mailaddr_match
 
 VECTORS = [
     json.loads(line)
@@ -189,6 +189,15 @@ def test_thousands_of_ordinary_expressions_are_not_refused():
     index = Regexes([host % (n, n) for n in range(1000)])
     assert index.problems == []
     assert index.find(b"a-1.pool17.west-999.customers.example-999.com") == host % (999, 999)
+
+
+@given(tables(text("ab.*+_@A", 7), text("ab.+_@A*", 7)), st.sampled_from([b"_", b".", b"a", b"+"]))
+@example(([b"a"], b"a_b@b"), b"_")
+@example(([b"a"], b"a+b@b"), b"_")
+def test_addresses_with_another_delimiter_answer_like_a_walk(case, delimiter):
+    entries, key = case
+    first = next((entry for entry in sorted(entries) if table_mailaddr_match(key, entry, delimiter)), None)
+    assert first == Addresses(entries, delimiter=delimiter).find(key)
 
 
 @given(tables(NETWORKS, NETWORKS))

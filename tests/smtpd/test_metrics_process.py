@@ -103,12 +103,15 @@ def test_silent_and_malformed_clients_delay_no_reply(child):
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    """The program with a mirror of a Consul that has two good entries and a bad one."""
+    """The program with a mirror of a Consul that has two good entries, a bad one, and two that smtpd would reject."""
     folder = tmp_path_factory.mktemp("mirror")
     with FakeConsul() as fake:
         fake.put(b"mail/aliases/alias/root", b"gilles")
         fake.put(b"mail/aliases/alias/staff", b"gilles, eric")
         fake.put(b"mail/aliases/alias/broken", b"|/bin/sh")
+        fake.put(b"mail/aliases/alias/*", b"two words")
+        fake.put(b"mail/aliases/relayhost/example.org", b"lmtp://mx")
+        fake.put(b"mail/aliases/netaddr/mx.example.org", b"")
         config = metrics_config(folder, 'prefix = "mail"', address=fake.address, listen=f"unix://{folder}/sock")
         with Child(config) as child:
             child.handshake()
@@ -121,9 +124,9 @@ def mirror(tmp_path_factory):
 def test_mirror_publishes_its_snapshot(mirror):
     samples, labels = scrape(mirror.socket), mirror.labels
     expected = {
-        "snapshot_keys": 3,
+        "snapshot_keys": 6,
         "snapshot_index": mirror.fake.index,
-        "entries_refused": 1,
+        "entries_refused": 3,
         "up": 1,
         "reloads_total": 1,
         "failures_total": 0,

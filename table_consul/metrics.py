@@ -169,10 +169,10 @@ class Exporter(threading.Thread):
     def run(self) -> None:
         try:
             from prometheus_client import CollectorRegistry
-        except ImportError as error:
-            log.warning(
-                "no metrics: %s is not installed; install table-consul[metrics] and update the table", error.name
-            )
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
+            log.warning("no metrics: %s; install table-consul[metrics] and update the table", problem)
             return
         registry = CollectorRegistry()
         registry.register(self)

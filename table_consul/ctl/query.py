@@ -225,7 +225,10 @@ def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str,
         return
     if folded != key:
         yield Step("asked", f"{printable(folded)}: smtpd asks in lower case")
-    entry = _answering_entry(entries, folded)
+    try:
+        entry = _answering_entry(entries, folded)
+    except EntryError:
+        return  # the error is the answer itself
     why = "" if entry == folded else f", which matches {printable(folded)}"
     if entry == DEFAULT_KEY != folded and service.default:
         why = ", the default for users without an entry"

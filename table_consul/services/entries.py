@@ -13,10 +13,11 @@ from table_consul.errors import EntryError, printable
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.elements import is_plain_list
 from table_consul.services.judge import NO_NETWORK, key_problem, usual_key, value_problem
+from table_consul.services.passwords import Kind, calculated_hash
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value
 
 if TYPE_CHECKING:
-    from table_consul.services.index import Index
+    from table_consul.services.index import Index, SecondsLeft
 
 
 REPLACEMENT = "\ufffd".encode()
@@ -57,14 +58,16 @@ class EntriesBuilder:
         """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
+        self._hashed = service.hashed and "auth" in table.services
+        self._kinds: dict[Kind, tuple[bytes, bytes]] = {}
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
-        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by the deadline,
-        # and a key by the services that read the folder.
+        # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
+        # the deadline, and keys by the services that read the folder.
         if self._former is not None and self._former.table.same_entries(table):
             before = self._former.table
-            same = before.services == table.services and (before.deadline == table.deadline or not service.hashed)
-            self._reusable = self._former if same else None
+            same_deadline = before.deadline == table.deadline or not (service.hashed or service.patterns)
+            self._reusable = self._former if same_deadline and before.services == table.services else None
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more. One with a
         # warning is judged again, and so are expressions, which depend on how they are spelled.
         self._valid: Mapping[bytes, bytes] = {}
@@ -138,10 +141,26 @@ class EntriesBuilder:
         elif not raw and self._judges_empty:
             problem = value_problem(self.table, self.service, folded, value)
         self.values[folded] = value
+        if self._hashed:
+            self._note_kind(folded, value)
         if len(folded) > MAX_KEY_BYTES or not self._usual_key(folded):
             problem = key_problem(self.table, self.service, folded, key) or problem
         if problem is not None:
             self.warnings[folded] = Problem(self.path + key, problem)
+
+    def _note_kind(self, folded: bytes, value: bytes) -> None:
+        if (known := calculated_hash(value, self.table.deadline)) is not None:
+            self._kinds.setdefault(known.kind, (folded, value))
+
+    def kinds(self) -> dict[Kind, tuple[bytes, bytes]]:
+        """An entry and its value for each kind of hash; looked for among all only when such an entry has changed."""
+        if self._reusable is not None:
+            self._kinds = self._reusable.kinds | self._kinds
+        if any(self.values.get(folded) != value for folded, value in self._kinds.values()):
+            self._kinds = {}
+            for folded, value in self.values.items():
+                self._note_kind(folded, value)
+        return self._kinds
 
     def has(self, folded: bytes) -> bool:
         """Whether an entry of this folded key was taken."""
@@ -186,6 +205,8 @@ class Entries:
         self.warnings = builder.warnings
         self.spelling = builder.spelling
         self.original_case = builder.original_case
+        self.kinds = builder.kinds()
+        """An entry and its value for each kind of hash, where passwords are verified here."""
         refused = (problem for key, problem in self.errors.items() if key not in self.incomplete)
         self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
         """Every entry that smtpd cannot use as it is stored."""
@@ -200,7 +221,8 @@ class Entries:
             # A pattern that is not what was stored would match something else.
             patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
             index, delimiter = INDEXES[service.name], table.subaddress_delimiter.encode()
-            self._index = Addresses(patterns, delimiter) if index is Addresses else index(patterns)
+            more = {"delimiter": delimiter} if index is Addresses else {}
+            self._index = index(patterns, table.deadline / 10, **more)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
         self.refused = len({problem.key for problem in self.problems if problem.text != NO_NETWORK})
         """How many entries smtpd cannot use; a host name among networks may be meant for `match from rdns`."""
@@ -209,6 +231,8 @@ class Entries:
         self._exact = self._index is None and not self._default and self._undecodable is None
         self.plain = self._exact and not self.errors and all(self.values.values())
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
+        self.timed = self._index is not None and self._index.timed
+        """Whether matching a key may take so long that it needs the clock of its request."""
 
     def __len__(self) -> int:
         return len(self.values) + len(self.errors)
@@ -219,20 +243,27 @@ class Entries:
     def _error(self, entry: bytes, text: str) -> EntryError:
         return EntryError(str(Problem(self._stored(entry), text)))
 
-    def find(self, key: bytes) -> bytes | None:
-        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored."""
+    def find(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
+        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored.
+
+        Raises:
+            EntryError: the time that is left, by default forever, is too short to match the key.
+        """
         if self._index is not None:
-            return self._index.find(key)
+            try:
+                return self._index.find(key) if seconds_left is None else self._index.find(key, seconds_left)
+            except EntryError as error:
+                raise EntryError(str(Problem(self.path, str(error)))) from None
         return key if key in self.values or key in self.errors else None
 
-    def contains(self, key: bytes) -> bool:
+    def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
 
         Raises:
-            EntryError: the key is not UTF-8, and may be one that Consul does not list as it is.
+            EntryError: as `find`; the key is not UTF-8, and may be one that Consul does not list as it is.
         """
         self._raise_if_undecodable(key)
-        if self.find(key) is not None and not self.uses_default(key):
+        if self.find(key, seconds_left) is not None and not self.uses_default(key):
             return True
         try:
             return self._default and (key == DEFAULT_KEY or self._expanded(key) is not None)
@@ -250,7 +281,7 @@ class Entries:
         """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
-    def lookup(self, key: bytes) -> bytes | None:
+    def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
 
         Raises:
@@ -266,7 +297,7 @@ class Entries:
         self._raise_if_undecodable(key)
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
             return self._expanded(key)
-        entry = self.find(key)
+        entry = self.find(key, seconds_left)
         return None if entry is None else self._value(entry)
 
     def _expanded(self, key: bytes) -> bytes | None:

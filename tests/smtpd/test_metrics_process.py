@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import select
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import table_consul
 from table_consul import __version__
 from tests.dialogue import Child, eventually, write_config
 from tests.fake_consul import FakeConsul, stall
 from tests.smtpd.metrics import BUILD_INFO, connect, metrics_config, read_textfile, scrape, scrape_until
 
+CHECKOUT = Path(table_consul.__file__).parents[1]
 DIALOGUE = (
     b"lookup|alias|%d|root",
     b"lookup|alias|%d|root",
@@ -204,19 +207,26 @@ def read_log(child, text):
             break
 
 
-def test_missing_library_is_logged_once_and_requests_are_answered(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("raise ModuleNotFoundError('blocked', name='prometheus_client')", "prometheus_client is not installed"),
+        ("raise RuntimeError('bug')", "RuntimeError: bug"),
+    ],
+)
+def test_library_that_does_not_load_is_logged_once_and_requests_are_answered(tmp_path, text, problem):
     library = tmp_path / "without" / "prometheus_client"
     library.mkdir(parents=True)
-    (library / "__init__.py").write_text("raise ModuleNotFoundError('blocked', name='prometheus_client')")
+    (library / "__init__.py").write_text(text)
     config = metrics_config(tmp_path, textfile=True, listen=f"unix://{tmp_path}/sock")
-    with Child(config, environ={"PYTHONPATH": str(library.parent)}) as child:
+    with Child(config, environ={"PYTHONPATH": f"{library.parent}:{CHECKOUT}"}) as child:
         child.handshake()
         assert child.ask(b"table|0.1|0|aliases|lookup|alias|1|root") == b"lookup-result|1|found|gilles"
         # The thread that imports it may be slower than the whole conversation.
-        read_log(child, b"prometheus_client is not installed; install table-consul[metrics]")
+        read_log(child, f"{problem}; install table-consul[metrics]".encode())
         assert child.end() == 0
         log = child.log()
-    assert log.count("is not installed") == 1
+    assert log.count("no metrics: ") == 1
     assert "Traceback" not in log
 
 

@@ -187,6 +187,13 @@ def _services(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in SERVICES if name in value)
 
 
+def _delimiter(value: str) -> str:
+    """The character, as smtpd allows it (smtpd: parse.y, sub-addr-delim)."""
+    if not re.fullmatch("[!-?A-~]", value):
+        raise ValueError("must be one visible ASCII character other than @, as in `smtp sub-addr-delim`")
+    return value
+
+
 def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
     mistakes = _Mistakes()
     normal = tuple(dict.fromkeys(mistakes.check("", _address, value) for value in values))
@@ -239,6 +246,7 @@ VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
     "table": _table_name,
     "prefix": lambda path: "" if path in {"", "/"} else _consul_path(path),
     "services": _services,
+    "subaddress_delimiter": _delimiter,
     "path": _consul_path,
     "listen": _listen_address,
 }

@@ -61,7 +61,7 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("snapshot_max_age_seconds", "Gauge", "Age at which the snapshot expires (max_age).", ("prefix",)),
     ("snapshot_index", "Gauge", "Consul's index of the snapshot; 0 if it was loaded from disk.", ("prefix",)),
     ("snapshot_keys", "Gauge", "Entries in the snapshot.", ("prefix",)),
-    ("entries_refused", "Gauge", "Entries of the snapshot with an invalid value; the log names them.", ("prefix",)),
+    ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
     ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
@@ -121,7 +121,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "snapshot_max_age_seconds", labels, watch.mirror.max_age
             yield "snapshot_index", labels, watch.index
             yield "snapshot_keys", labels, snapshot.size
-            yield "entries_refused", labels, sum(len(entries.errors) for entries in snapshot.entries.values())
+            yield "entries_refused", labels, sum(entries.refused for entries in snapshot.entries.values())
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
                 yield "service_hidden", (*labels, service), int(service in snapshot.hidden)
@@ -169,10 +169,10 @@ class Exporter(threading.Thread):
     def run(self) -> None:
         try:
             from prometheus_client import CollectorRegistry
-        except ImportError as error:
-            log.warning(
-                "no metrics: %s is not installed; install table-consul[metrics] and update the table", error.name
-            )
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
+            log.warning("no metrics: %s; install table-consul[metrics] and update the table", problem)
             return
         registry = CollectorRegistry()
         registry.register(self)

@@ -7,28 +7,32 @@ entries come from; time is a number that the caller reads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain, islice
+from functools import partial
 
 from table_consul.errors import EntryError, SourceError, printable
 from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply, Request
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.services.passwords import SAMPLE_SIZE, Verifier
+from table_consul.services.passwords import Verifier
 from table_consul.services.values import MissingFields
 
 Read = Callable[[Service, bytes | None], Entries]
 """What returns the entries of a service for a key (None: all)."""
 
 
-def replies_from(entries: Entries, op: str) -> Callable[[bytes], Reply]:
+def replies_from(
+    entries: Entries, op: str, seconds_left: Callable[[], float] | None = None
+) -> Callable[[bytes], Reply]:
     """What replies to a check or a lookup of a key, from entries that hold everything there is for the key.
 
-    What is returned raises EntryError where the entry that answers cannot be used.
+    What is returned raises EntryError where the entry that answers cannot be used, or not be found in the time left.
     """
+    contains, lookup = entries.contains, entries.values.get if entries.plain else entries.lookup
+    if seconds_left is not None and entries.timed:
+        contains = partial(contains, seconds_left=seconds_left)
+        lookup = partial(entries.lookup, seconds_left=seconds_left)
     if op == "check":
-        contains = entries.contains
         return lambda key: FOUND if contains(key) else NOT_FOUND
-    lookup = entries.values.get if entries.plain else entries.lookup
 
     def reply(key: bytes) -> Reply:
         value = lookup(key)
@@ -40,9 +44,9 @@ def replies_from(entries: Entries, op: str) -> Callable[[bytes], Reply]:
 class Responder:
     """Replies for any number of tables. It remembers only where each fetch is, and what verifying a hash costs."""
 
-    def __init__(self) -> None:
+    def __init__(self, verifier: Verifier | None = None) -> None:
         self._last_fetched: dict[tuple[str, str], bytes] = {}
-        self._verifier = Verifier()
+        self._verifier = verifier or Verifier()
 
     def _fetch(self, entries: Entries) -> Reply:
         place = (entries.table.name, entries.service.name)
@@ -70,7 +74,7 @@ class Responder:
             return self._authenticate(request, table, read, seconds_left or (lambda: table.deadline))
         if request.op == "fetch":
             return self._fetch(read(service, None))
-        return replies_from(read(service, request.key), request.op)(request.key)
+        return replies_from(read(service, request.key), request.op, seconds_left)(request.key)
 
     def _authenticate(self, request: Request, table: Table, read: Read, seconds_left: Callable[[], float]) -> Reply:
         """Whether the password is the user's; nothing that is logged or remembered holds either of them.
@@ -104,9 +108,13 @@ class Responder:
                 incomplete = error
         if stored is None and incomplete is not None:
             raise incomplete
-        others = islice(chain.from_iterable(entries.values.values() for entries in sources), SAMPLE_SIZE)
+        others = [value for entries in sources for _, value in entries.kinds.values()]
+        complete = any(len(entries) > 1 for entries in sources)  # not where one key is read of Consul
         try:
-            verified = self._verifier.verify(table.name, stored, password, others, table.deadline, seconds_left())
+            left = seconds_left()
+            verified = self._verifier.verify(
+                table.name, stored, password, others, table.deadline, left, complete=complete
+            )
         except EntryError as error:  # about what is stored in Consul, so its key may be named
             raise EntryError(f"{printable(path + user)}: {error}") from None
         return FOUND if verified else NOT_FOUND

@@ -127,9 +127,9 @@ class Tables:
             return Failed(str(error), error)
 
     def _add_route(self, request: Request, service: Service, entries: Entries) -> None:
-        """Remember where the next answer is, if these entries are a mirror's and hold for every key."""
+        """Remember where the next answer is, if these entries are a mirror's, hold for every key, and need no clock."""
         source = self._mirrors.get(entries.table.name)
-        if source is None:
+        if source is None or entries.timed:
             return
         mirror = source.by_service[service.name].mirror
         state = mirror.state

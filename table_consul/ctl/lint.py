@@ -153,11 +153,15 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
     name = entries.service.name
     own = [key for key in pairs if key.startswith(entries.path)]
     refused = {key: text for key in own if is_url_safe(key) and (text := modern_name_problem(key))}
+    unsafe = {problem.key for problem in entries.warnings.values() if not is_url_safe(problem.key)}
     for key, text in entries.problems:  # smtpd may not be able to use the same name
+        if key in unsafe:
+            continue  # reported below
         more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
         yield Problem(printable(key, UNCUT), text + more, name)
     if name == "alias":
-        for key, text in expansion.failures({**dict.fromkeys(entries.errors, b""), **entries.values}):
+        aliases = {**dict.fromkeys(entries.errors, b""), **entries.values}
+        for key, text in expansion.failures(aliases, entries.table.subaddress_delimiter.encode()):
             yield Problem(printable(entries.path + entries.original_case.get(key, key), UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
     for key in own:

@@ -179,7 +179,9 @@ class _Planner:
         for entries in after:
             suffix = "" if entries is after[0] else f" (for {entries.service.name}, which reads the same folder)"
             for problem in entries.problems:
-                self._complain(problem.key[len(self._path) :], problem.text + suffix)
+                key = problem.key[len(self._path) :]
+                if not _invalid(self._service, key, self.changes[key]):  # one cause is enough
+                    self._complain(key, problem.text + suffix)
         for key, change in self.changes.items():
             if text := _invalid(self._service, key, change):
                 self._complain(key, text)

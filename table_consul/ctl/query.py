@@ -68,7 +68,7 @@ def command(  # noqa: PLR0913 - the command line
 
     For auth a KEY is a user, and the password is asked for; on standard input it is USER:PASSWORD.
 
-    Exit status: 0 all keys are found, 1 some are not, 2 some have no answer.
+    Exit status: 0 all keys are found, 1 some are not, 2 some have no answer, or one that smtpd cannot use.
 
     \b
     Examples:
@@ -98,6 +98,7 @@ def command(  # noqa: PLR0913 - the command line
         # What decides about a password is the value of its user.
         way = "lookup" if service == "auth" else op
         steps = [step for each in used for step in _explain(*each, way, name)] if trace else None
+        warning = _warning(used[-1][2], op, fold_key(key), reply) if used else None
         if as_json:
             value = getattr(reply, "value", None)
             answer = {
@@ -108,13 +109,14 @@ def command(  # noqa: PLR0913 - the command line
                 "result": OUTCOMES[type(reply)],
                 "value": None if value is None else json_text(value),
                 "reason": getattr(reply, "reason", None),
+                "warning": warning,
                 "trace": steps,
             }
             click.echo(msgspec.json.encode({field: value for field, value in answer.items() if value is not None}))
         else:
             about = f"{table} {service}" if op == "fetch" else printable(name)
-            _print(about, [name] if several else [], reply, steps or ())
-        status = max(status, {Failed: FAILED, NotFound: NO}.get(type(reply), 0))
+            _print(about, [name] if several else [], reply, steps or (), warning)
+        status = max(status, FAILED if warning else {Failed: FAILED, NotFound: NO}.get(type(reply), 0))
     return status
 
 
@@ -159,7 +161,27 @@ def _ask(
         return Failed(str(error)), used
 
 
-def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step]) -> None:
+def _warning(entries: Entries | None, op: str, key: bytes, reply: Reply) -> str | None:
+    """Why smtpd cannot use the value that is found, by the entry it comes from; None if it can."""
+    if entries is None or op == "check" or not isinstance(reply, Found):
+        return None
+    if op == "fetch":
+        by_key = entries.table.fetch == "keys"
+        answers = ((entry, entry if by_key else entries.values[entry] or entry) for entry in entries.warnings)
+        entry = next((entry for entry, answer in answers if answer == reply.value), None)
+    else:
+        entry = _answering_entry(entries, key)
+    problem = None if entry is None else entries.warnings.get(entry)
+    return None if problem is None else str(problem)
+
+
+def _answering_entry(entries: Entries, key: bytes) -> bytes | None:
+    """The entry that answers for the folded key, the default of the service included."""
+    defaulted = entries.uses_default(key) and key != DEFAULT_KEY and entries.find(DEFAULT_KEY) is not None
+    return DEFAULT_KEY if defaulted else entries.find(key)
+
+
+def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step], warning: str | None) -> None:
     """Print an answer after the head as text: exact bytes, but no control characters on a terminal."""
     if isinstance(reply, Found):
         parts = [*head, b"found" if reply.value is None else reply.value]
@@ -171,6 +193,8 @@ def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step
         click.echo(f"{about}: error: {printable(reply.reason, UNCUT)}", err=True)
     else:
         click.echo(f"{about}: not found", err=True)
+    if warning is not None:
+        click.echo(f"{about}: warning: smtpd cannot use this: {warning}", err=True)
     columns = terminal_columns() if sys.stderr is not None and sys.stderr.isatty() else UNCUT
     for step in trace:
         what = f"  {step.what:8} "
@@ -201,10 +225,13 @@ def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str,
         return
     if folded != key:
         yield Step("asked", f"{printable(folded)}: smtpd asks in lower case")
-    entry = entries.find(folded)
+    try:
+        entry = _answering_entry(entries, folded)
+    except EntryError:
+        return  # the error is the answer itself
     why = "" if entry == folded else f", which matches {printable(folded)}"
-    if entries.uses_default(folded) and folded != DEFAULT_KEY and entries.find(DEFAULT_KEY) is not None:
-        entry, why = DEFAULT_KEY, ", the default for users without an entry"
+    if entry == DEFAULT_KEY != folded and service.default:
+        why = ", the default for users without an entry"
     if entry is None:
         yield Step("entry", f"none, nor {printable(DEFAULT_KEY)}" if service.default else "none")
         return

@@ -98,6 +98,7 @@ class Table(msgspec.Struct, frozen=True):
     fetch: Literal["keys", "values"] = "keys"
     allow_commands: bool = False
     allow_root: bool = False
+    subaddress_delimiter: str = "+"
     procexec_reply: Literal["auto", "table-response", "table-result"] = "auto"
     paths: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from table_consul.errors import EntryError, printable
-from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
-from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value, warning_for
+from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
+from table_consul.services.elements import is_plain_list
+from table_consul.services.judge import NO_NETWORK, key_problem, usual_key, value_problem
+from table_consul.services.passwords import Kind, calculated_hash
+from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value
 
 if TYPE_CHECKING:
-    from table_consul.services.index import Index
+    from table_consul.services.index import Index, SecondsLeft
 
 
 REPLACEMENT = "\ufffd".encode()
@@ -55,18 +58,28 @@ class EntriesBuilder:
         """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
         self.original_case: dict[bytes, bytes] = {}
         """Folded key to the stored one, where they differ."""
+        self._hashed = service.hashed and "auth" in table.services
+        self._kinds: dict[Kind, tuple[bytes, bytes]] = {}
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
-        # Other settings, such as allow_commands, may judge the same value otherwise; a hash is judged by these two.
+        # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
+        # the deadline, and keys by the services that read the folder.
         if self._former is not None and self._former.table.same_entries(table):
-            judged = [(each.deadline, each.services) for each in (self._former.table, table)]
-            self._reusable = self._former if judged[0] == judged[1] or not service.hashed else None
-        # A value that came out of parse_value is valid as it is, unless it would be decoded once more.
+            before = self._former.table
+            same_deadline = before.deadline == table.deadline or not (service.hashed or service.patterns)
+            self._reusable = self._former if same_deadline and before.services == table.services else None
+        # A value that came out of parse_value is valid as it is, unless it would be decoded once more. One with a
+        # warning is judged again, and so are expressions, which depend on how they are spelled.
         self._valid: Mapping[bytes, bytes] = {}
-        if self._reusable is not None and table.value_format != "json":
+        if self._reusable is not None and table.value_format != "json" and service.name != "regex":
             self._valid = self._reusable.values
+            if warned := self._reusable.warnings:
+                self._valid = {key: value for key, value in self._valid.items() if key not in warned}
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
         self._former_keys = iter(self._valid)
+        self._usual_key = usual_key(service)
+        self._judges_empty = service.needs_value or service.name in ("source", "relayhost")
+        self._takes_lists = service.joined and table.value_format != "json"
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Add pairs, whose keys are relative to the folder."""
@@ -115,16 +128,39 @@ class EntriesBuilder:
         if REPLACEMENT in key:
             self.errors[folded] = Problem(self.path + key, NOT_UTF8)
             return
-        try:
-            value = parse_value(self.table, self.service, folded, raw)
-        except EntryError as error:
-            self.errors[folded] = Problem(self.path + key, str(error))
-            if isinstance(error, MissingFields):
-                self.incomplete.add(folded)
-            return
+        problem, value = None, raw or b""
+        if raw and not (self._takes_lists and is_plain_list(raw)):  # as nearly all lists are
+            try:
+                value = parse_value(self.table, self.service, folded, raw)
+            except EntryError as error:
+                self.errors[folded] = Problem(self.path + key, str(error))
+                if isinstance(error, MissingFields):
+                    self.incomplete.add(folded)
+                return
+            problem = value_problem(self.table, self.service, folded, value)
+        elif not raw and self._judges_empty:
+            problem = value_problem(self.table, self.service, folded, value)
         self.values[folded] = value
-        if (text := warning_for(self.table, self.service, folded, value)) is not None:
-            self.warnings[folded] = Problem(self.path + key, text)
+        if self._hashed:
+            self._note_kind(folded, value)
+        if len(folded) > MAX_KEY_BYTES or not self._usual_key(folded):
+            problem = key_problem(self.table, self.service, folded, key) or problem
+        if problem is not None:
+            self.warnings[folded] = Problem(self.path + key, problem)
+
+    def _note_kind(self, folded: bytes, value: bytes) -> None:
+        if (known := calculated_hash(value, self.table.deadline)) is not None:
+            self._kinds.setdefault(known.kind, (folded, value))
+
+    def kinds(self) -> dict[Kind, tuple[bytes, bytes]]:
+        """An entry and its value for each kind of hash; looked for among all only when such an entry has changed."""
+        if self._reusable is not None:
+            self._kinds = self._reusable.kinds | self._kinds
+        if any(self.values.get(folded) != value for folded, value in self._kinds.values()):
+            self._kinds = {}
+            for folded, value in self.values.items():
+                self._note_kind(folded, value)
+        return self._kinds
 
     def has(self, folded: bytes) -> bool:
         """Whether an entry of this folded key was taken."""
@@ -143,9 +179,6 @@ class EntriesBuilder:
         """The entries; the former ones themselves if nothing has changed."""
         former = self._reusable
         if former is not None:
-            for folded, warning in former.warnings.items():
-                if self.values.get(folded) == former.values[folded]:  # it may not have been parsed again
-                    self.warnings[folded] = warning._replace(key=self.path + self.original_case.get(folded, folded))
             compared = ("values", "errors", "warnings", "spelling", "original_case")
             if all(getattr(former, name) == getattr(self, name) for name in compared):
                 return former
@@ -172,6 +205,8 @@ class Entries:
         self.warnings = builder.warnings
         self.spelling = builder.spelling
         self.original_case = builder.original_case
+        self.kinds = builder.kinds()
+        """An entry and its value for each kind of hash, where passwords are verified here."""
         refused = (problem for key, problem in self.errors.items() if key not in self.incomplete)
         self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
         """Every entry that smtpd cannot use as it is stored."""
@@ -181,17 +216,23 @@ class Entries:
         self._order: list[bytes] | None = None
         self._index: Index | None = None
         if service.patterns and (self.values or self.errors):
-            from table_consul.services.index import INDEXES
+            from table_consul.services.index import INDEXES, Addresses
 
             # A pattern that is not what was stored would match something else.
             patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
-            self._index = INDEXES[service.name](patterns)
+            index, delimiter = INDEXES[service.name], table.subaddress_delimiter.encode()
+            more = {"delimiter": delimiter} if index is Addresses else {}
+            self._index = index(patterns, table.deadline / 10, **more)
             self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
+        self.refused = len({problem.key for problem in self.problems if problem.text != NO_NETWORK})
+        """How many entries smtpd cannot use; a host name among networks may be meant for `match from rdns`."""
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._undecodable = next((problem for key, problem in self.errors.items() if REPLACEMENT in key), None)
         self._exact = self._index is None and not self._default and self._undecodable is None
         self.plain = self._exact and not self.errors and all(self.values.values())
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
+        self.timed = self._index is not None and self._index.timed
+        """Whether matching a key may take so long that it needs the clock of its request."""
 
     def __len__(self) -> int:
         return len(self.values) + len(self.errors)
@@ -202,20 +243,32 @@ class Entries:
     def _error(self, entry: bytes, text: str) -> EntryError:
         return EntryError(str(Problem(self._stored(entry), text)))
 
-    def find(self, key: bytes) -> bytes | None:
-        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored."""
+    def find(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
+        """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored.
+
+        Raises:
+            EntryError: the time that is left, by default forever, is too short to match the key.
+        """
         if self._index is not None:
-            return self._index.find(key)
+            try:
+                return self._index.find(key) if seconds_left is None else self._index.find(key, seconds_left)
+            except EntryError as error:
+                raise EntryError(str(Problem(self.path, str(error)))) from None
         return key if key in self.values or key in self.errors else None
 
-    def contains(self, key: bytes) -> bool:
+    def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
 
         Raises:
-            EntryError: the key is not UTF-8, and may be one that Consul does not list as it is.
+            EntryError: as `find`; the key is not UTF-8, and may be one that Consul does not list as it is.
         """
         self._raise_if_undecodable(key)
-        return self._default or self.find(key) is not None
+        if self.find(key, seconds_left) is not None and not self.uses_default(key):
+            return True
+        try:
+            return self._default and (key == DEFAULT_KEY or self._expanded(key) is not None)
+        except EntryError:
+            return True
 
     def _raise_if_undecodable(self, key: bytes) -> None:
         if self._undecodable is not None:
@@ -228,7 +281,7 @@ class Entries:
         """Whether the default entry of the service, if there is one, answers for this key."""
         return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
 
-    def lookup(self, key: bytes) -> bytes | None:
+    def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
 
         Raises:
@@ -243,13 +296,16 @@ class Entries:
                 return None
         self._raise_if_undecodable(key)
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
-            value = self._value(DEFAULT_KEY)
-            try:
-                return expand_home(value, key)
-            except EntryError as error:
-                raise self._error(DEFAULT_KEY, str(error)) from None
-        entry = self.find(key)
+            return self._expanded(key)
+        entry = self.find(key, seconds_left)
         return None if entry is None else self._value(entry)
+
+    def _expanded(self, key: bytes) -> bytes | None:
+        value = self._value(DEFAULT_KEY)
+        try:
+            return expand_home(value, key)
+        except EntryError as error:
+            raise self._error(DEFAULT_KEY, str(error)) from None
 
     def _value(self, entry: bytes) -> bytes:
         if entry in self.errors:

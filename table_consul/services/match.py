@@ -1,17 +1,15 @@
-"""How smtpd reads host name patterns, mail addresses and networks, by the names of its own functions.
+"""How smtpd reads mail addresses and networks, by the names of its own functions.
 
 The results are those of smtpd's own ``file:`` tables, surprising ones included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from table_consul.services import MAX_KEY_BYTES, compiled
 
 # smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE and SMTPD_MAXDOMAINPARTSIZE, without the NUL.
 MAILADDR_PART_BYTES = 255
-# smtpd.conf(5), subaddressing-delimiter: its default, as smtpd does not tell a table which one it uses.
+# smtpd.conf(5), smtp sub-addr-delim: its default, as smtpd does not tell a table which one it uses.
 DELIMITER = b"+"
 IPV4_BITS, IPV6_BITS = 32, 128
 # smtpd: openbsd-compat/inet_net_pton.c, INET6_ADDRSTRLEN + sizeof("/128"), without the NUL.
@@ -23,27 +21,6 @@ _DOTTED_QUAD = rb"(?:(?:0|[1-9][0-9]{0,2})\.){3}(?:0|[1-9][0-9]{0,2})"
 _HEXTETS = rb"[0-9a-fA-F]{1,4}(?::[0-9a-fA-F]{1,4})*"
 # strtonum(3), by which smtpd reads the length of an IPv6 prefix, skips white space and takes a sign.
 _PREFIX_LENGTH = rb"[ \t-\r]*[+-]?[0-9]+"
-
-
-def pieces_match(hostname: bytes, pieces: Sequence[bytes]) -> bool:
-    """Whether a folded host name matches a folded pattern that is split at its stars (smtpd: util.c, hostname_match).
-
-    A ``*`` skips to the first place where the character after it occurs and does not try another: ``*.example.org``
-    matches ``a.example.org`` but not ``a.b.example.org``. At the end it takes all that is left, if that is anything.
-    """
-    head, last = pieces[0], pieces[-1]
-    if len(pieces) == 1:
-        return hostname == head
-    if not (hostname.startswith(head) and hostname.endswith(last)):
-        return False
-    at = len(head)
-    for piece in pieces[1:]:
-        if piece:
-            at = hostname.find(piece[:1], at)
-            if at < 0 or not hostname.startswith(piece, at):
-                return False
-            at += len(piece)
-    return at == len(hostname) if last else at < len(hostname)
 
 
 def text_to_mailaddr(text: bytes) -> tuple[bytes, bytes] | None:

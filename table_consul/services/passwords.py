@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from math import inf, prod
+from math import inf
 from typing import Any, NamedTuple
 
 from table_consul.errors import ConfigError, EntryError, PeerError, Unreachable
@@ -24,8 +24,15 @@ SCHEME_PREFIXES = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYP
 LOCK_MARKERS = (b"!", b"*")
 LOCKED_ACCOUNT = b"*LK*"
 _BARE_LOCKS = (b"*", b"!", b"!!")
-# How many entries are inspected to learn what the hashes of a table cost.
-SAMPLE_SIZE = 8
+# Bounds on what verifying one password allocates, and on the threads of argon2, whatever time there is. libsodium's
+# MODERATE and yescrypt of cost 9 just fit.
+MAX_MEMORY = 256 << 20
+MAX_LANES = 16
+# SHA-crypt hashes the password in every round: this many bytes more take as long as the round of a short one.
+ROUND_BYTES = 100
+SHORT_PASSWORD = 16
+# Kinds of hashes remembered of a table that is read key by key.
+MAX_KINDS = 16
 
 _ITOA64 = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -38,31 +45,54 @@ def _number(digits: bytes) -> int:
 _B64 = rb"[./0-9A-Za-z]"
 _SALT = rb"[!-#%-9;-~]"  # printable, but for $ and the colon
 
+
+class Cost(NamedTuple):
+    work: int
+    """In units of the format."""
+    memory: int = 0
+    """Bytes, where that is more than a few pages."""
+    lanes: int = 1
+    """Threads, or passes that take the place of threads."""
+
+
+Kind = tuple[str, Cost]
+"""Name of a format, and cost."""
+
+
+def _yescrypt(cost: bytes) -> Cost:
+    blocks = (_number(cost[1:]) + 1) << (_number(cost[:1]) + 1)
+    return Cost(blocks, blocks * 128)
+
+
+def _scrypt(cost: bytes) -> Cost:
+    n, r, p = 1 << _number(cost[:1]), _number(cost[1:6]), _number(cost[6:])
+    return Cost(n * r * p, 128 * r * (n + p), p)
+
+
+def _argon2(cost: bytes) -> Cost:
+    memory, passes, lanes = (int(part.partition(b"=")[2]) for part in cost.split(b","))
+    return Cost(memory * passes, memory << 10, lanes)
+
+
+def _rounds(cost: bytes) -> Cost:
+    return Cost(int(cost or 5000))
+
+
 # Formats: name; expression, whose first group is the setting (what precedes the digest) and whose second is the cost;
-# the units of work of a cost; what one takes: about twice the time on a core of 2020, rather too much.
-SCHEMES: tuple[tuple[str, bytes, Callable[[bytes], int], float], ...] = (
-    ("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: 1 << int(cost), 1e-4),
-    ("SHA-512", rb"(\$6\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{86}" % (_SALT, _B64), int, 1e-6),
-    ("SHA-256", rb"(\$5\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{43}" % (_SALT, _B64), int, 1e-6),
-    (
-        "yescrypt",
-        rb"(\$g?y\$j(%b{2})\$%b{0,86}\$)%b{43}" % (_B64, _B64, _B64),
-        lambda cost: (_number(cost[1:]) + 1) << (_number(cost[:1]) + 1),
-        4e-7,
-    ),
-    (
-        "scrypt",
-        rb"(\$7\$(%b{11})%b{0,86}\$)%b{43}" % (_B64, _B64, _B64),
-        lambda cost: (_number(cost[1:6]) * _number(cost[6:])) << _number(cost[:1]),
-        4e-7,
-    ),
-    ("MD5", rb"(\$1\$%b{0,8}\$)()%b{22}" % (_SALT, _B64), lambda _: 1, 0.0),
-    ("DES", rb"(%b{2})()%b{11}" % (_B64, _B64), lambda _: 1, 0.0),
+# its reader; what a unit of work takes: about twice the time on a core of 2020, rather too much.
+SCHEMES: tuple[tuple[str, bytes, Callable[[bytes], Cost], float], ...] = (
+    ("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: Cost(1 << int(cost)), 1e-4),
+    ("SHA-512", rb"(\$6\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{86}" % (_SALT, _B64), _rounds, 1e-6),
+    ("SHA-256", rb"(\$5\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{43}" % (_SALT, _B64), _rounds, 1e-6),
+    ("yescrypt", rb"(\$g?y\$j(%b{2})\$%b{0,86}\$)%b{43}" % (_B64, _B64, _B64), _yescrypt, 4e-7),
+    ("scrypt", rb"(\$7\$(%b{11})%b{0,86}\$)%b{43}" % (_B64, _B64, _B64), _scrypt, 4e-7),
+    ("MD5", rb"(\$1\$%b{0,8}\$)()%b{22}" % (_SALT, _B64), lambda _: Cost(1), 1e-3),
+    ("DES", rb"(%b{2})()%b{11}" % (_B64, _B64), lambda _: Cost(1), 1e-4),
     (
         "argon2",
-        rb"(\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?m=(\d{1,9},t=\d{1,9}),p=\d{1,2}\$[A-Za-z0-9+/]{11,}\$)[A-Za-z0-9+/]{6,}",
-        lambda cost: prod(map(int, cost.split(b",t="))),
-        2e-6,
+        rb"(\$argon2(?:id|i|d)\$(?:v=\d{1,3}\$)?(m=\d{1,9},t=\d{1,9},p=\d{1,9})\$[A-Za-z0-9+/]{11,}\$)[A-Za-z0-9+/]{6,}",
+        _argon2,
+        3e-6,
     ),
 )
 
@@ -73,8 +103,19 @@ class Hash(NamedTuple):
     scheme: str
     text: bytes
     setting: bytes
+    cost: Cost
     seconds: float
-    """About what it takes to verify a password."""
+    """About what it takes to verify a short password."""
+
+    @property
+    def kind(self) -> Kind:
+        """Hashes of one kind take the same time."""
+        return self.scheme, self.cost
+
+    def seconds_for(self, password: bytes) -> float:
+        """About what it takes to verify this password."""
+        more = max(0, min(len(password), PASSWORD_BYTES) - SHORT_PASSWORD) / ROUND_BYTES
+        return self.seconds * (1 + more if self.scheme in ("SHA-512", "SHA-256", "MD5") else 1)
 
     def with_dummy_digest(self) -> Hash:
         """The same format, setting and cost with a digest that no password has."""
@@ -83,7 +124,7 @@ class Hash(NamedTuple):
 
 
 # What `smtpctl encrypt` makes where crypt(3) can; used until a hash of the table has been seen.
-DEFAULT = Hash("SHA-512", b"$6$tableconsul$" + b"." * 86, b"$6$tableconsul$", 0.005)
+DEFAULT = Hash("SHA-512", b"$6$tableconsul$" + b"." * 86, b"$6$tableconsul$", Cost(5000), 0.005)
 
 
 def strip_scheme(credential: bytes) -> bytes:
@@ -108,6 +149,20 @@ def looks_like_a_hash(text: bytes) -> bool:
     return compiled(rb"\$[0-9a-z-]+[$,].+|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13}").fullmatch(text) is not None
 
 
+def is_crypt_hash(text: bytes) -> bool:
+    """Whether it can be the output of some crypt(3): a known prefix, or DES, whose last letter has two bits of zero.
+
+    Thirteen letters without a capital among them are a word, not a hash by DES: one hash in 1,000 has none.
+    """
+    return (
+        compiled(
+            rb"\$(?:1|2[abxy]|3|5|6|7|g?y|sha1|sm3y?|md5)[$,].+|_[./0-9A-Za-z]{19}"
+            rb"|(?=.*[a-z])(?=.*[A-Z])[./0-9A-Za-z]{12}[.26AEIMQUYcgkosw]"
+        ).fullmatch(text)
+        is not None
+    )
+
+
 def has_fields_after_hash(credential: bytes) -> bool:
     """Whether a hash is followed by a colon, as in passwd(5), where smtpd would take it for a user or a clear text.
 
@@ -122,10 +177,10 @@ def has_fields_after_hash(credential: bytes) -> bool:
 
 def parse(text: bytes) -> Hash | None:
     """The hash, if its format can be verified here; None for any other text."""
-    for name, pattern, units, unit_seconds in SCHEMES:
+    for name, pattern, read, unit_seconds in SCHEMES:
         if found := compiled(pattern).fullmatch(text):
-            cost = found[2] or (b"5000" if units is int else b"")
-            return Hash(name, text, found[1], units(cost) * unit_seconds)
+            cost = read(found[2] or b"")
+            return Hash(name, text, found[1], cost, cost.work * unit_seconds)
     return None
 
 
@@ -138,7 +193,8 @@ def verifiable_hash(credential: bytes, most: float) -> Hash | None:
     """The hash of a credential, ready to verify a password with; None for one that is locked.
 
     Raises:
-        EntryError: not a hash, an unknown format, or a hash that takes more than ``most`` seconds to verify.
+        EntryError: not a hash, an unknown format, or a hash that takes more than ``most`` seconds to verify, or too
+            much memory or too many threads.
     """
     text = hash_part(credential)
     if text.startswith(LOCK_MARKERS):
@@ -151,7 +207,22 @@ def verifiable_hash(credential: bytes, most: float) -> Hash | None:
             f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s "
             "(lower its cost or raise the deadline)"
         )
+    if known.cost.memory > MAX_MEMORY:
+        raise EntryError(
+            f"the hash takes about {known.cost.memory >> 20} MiB to verify, more than {MAX_MEMORY >> 20} MiB "
+            "(lower its memory cost)"
+        )
+    if known.cost.lanes > MAX_LANES:
+        raise EntryError(f"the hash has a parallelism of {known.cost.lanes}, more than {MAX_LANES} (lower it)")
     return known
+
+
+def calculated_hash(credential: bytes, most: float) -> Hash | None:
+    """As `verifiable_hash`; None for any credential that no password is verified with."""
+    try:
+        return verifiable_hash(credential, most)
+    except EntryError:
+        return None
 
 
 def verify_hash(known: Hash, password: bytes) -> bool:
@@ -204,17 +275,16 @@ def _package(module: str, package: str) -> Any:  # noqa: ANN401 - a module
         raise ConfigError(text) from None
 
 
-def _check_time(known: Hash, most: float, left: float) -> None:
-    if known.seconds > left:
-        raise Unreachable(f"too little left of the deadline of {most:g} s to verify a password")
-
-
 class Verifier:
-    """Verifies passwords. Remembers only the cost parameters of each table's hashes, never a digest."""
+    """Verifies passwords, in a time that does not depend on whose they are unless they are right.
+
+    Every login that fails costs one hash of each kind in the table, whether the user has one of them or none. Remembers
+    only the cost parameters of tables that are read key by key, never a digest.
+    """
 
     def __init__(self, verify: Callable[[Hash, bytes], bool] = verify_hash) -> None:
         self._verify = verify
-        self._typical: dict[str, Hash] = {}
+        self._seen: dict[str, dict[Kind, Hash]] = {}
 
     def verify(
         self,
@@ -224,26 +294,46 @@ class Verifier:
         others: Iterable[bytes],
         most: float,
         left: float = inf,
+        *,
+        complete: bool = False,
     ) -> bool:
         """Whether the stored credential is of this password. None never matches, after the same time.
 
-        ``others`` are credentials of the same table: without a stored hash the time is spent on the format and cost of
-        the first hash among them, else of the last one seen. ``most`` bounds that time, in seconds:
-        the deadline, of which ``left`` are left now.
+        ``others`` are credentials of the same table, one of each kind if ``complete``, to which those seen before are
+        added if not. ``most`` bounds the time for a hash, in seconds: the deadline, of which ``left`` are left now.
 
         Raises:
-            Unreachable: what is left is too short for the hash.
+            Unreachable: what is left is too short for the hashes.
             EntryError, ConfigError, PeerError: as by `verifiable_hash` and `verify_hash`.
         """
         known = None if stored is None else verifiable_hash(stored, most)
-        if known is not None:
-            self._typical[table] = known.with_dummy_digest()
-            _check_time(known, most, left)
-            return self._verify(known, password)
-        hashes = (parse(hash_part(credential)) for credential in others)
-        last = self._typical.get(table, DEFAULT)
-        typical = next((each for each in hashes if each is not None and each.seconds <= most), last)
-        _check_time(typical, most, left)
-        with contextlib.suppress(EntryError):  # with any hash of another user, this user cannot log in
-            self._verify(typical.with_dummy_digest(), password)
+        hashes = (*(calculated_hash(credential, most) for credential in others), known)
+        kinds = {each.kind: each.with_dummy_digest() for each in hashes if each is not None}
+        if not complete:
+            seen = self._seen.setdefault(table, {})
+            kinds |= {each: seen[each] for each in seen if seen[each].seconds <= most}
+            if len(kinds) <= MAX_KINDS:
+                self._seen[table] = dict(kinds)
+        work = _affordable(kinds.values() or (DEFAULT,), most)
+        if known is not None and known.kind not in (each.kind for each in work):
+            work.append(known)
+        if sum(each.seconds_for(password) for each in work) > left:
+            raise Unreachable(f"too little left of the deadline of {most:g} s to verify a password")
+        if known is not None and self._verify(known, password):
+            return True
+        for each in work:
+            if known is None or each.kind != known.kind:
+                with contextlib.suppress(EntryError):  # with any hash of another user, this user cannot log in
+                    self._verify(each, password)
         return False
+
+
+def _affordable(hashes: Iterable[Hash], most: float) -> list[Hash]:
+    """The dearest of these hashes, and of the others as many as leave half of the time."""
+    dearest, *others = sorted(hashes, key=lambda each: each.seconds, reverse=True)
+    chosen, room = [dearest], most / 2 - dearest.seconds
+    for each in others:
+        if each.seconds <= room:
+            chosen.append(each)
+            room -= each.seconds
+    return chosen

@@ -6,11 +6,13 @@ translated; where POSIX is open, glibc decides. RE2's option ``posix_syntax`` re
 
 from __future__ import annotations
 
+import functools
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from itertools import groupby
 from types import ModuleType
+from typing import NamedTuple
 
 from table_consul.errors import EntryError
 from table_consul.services import compiled
@@ -41,7 +43,10 @@ REPEATS = 1000  # RE2: kMaxRepeat. POSIX promises 255 (RE_DUP_MAX).
 IGNORE_CASE = b"(?i)"
 # Bounds on the memory of one expression, and of one set of them; RE2's own default is 8 MiB for each.
 REGEX_BYTES = 1 << 20
-REGEX_SET_BYTES = 8 << 20
+REGEX_SET_BYTES = 2 << 20
+REGEX_SET_SIZE = 10_000  # instructions; a set of that many never runs out of its memory
+# In RE2's syntax: what is not literal, else one literal byte.
+_LITERAL = rb"\[[^]]*\]|\{[^}]*\}|\\[AzbB]|(\\x..|\w)"
 
 
 def posix_to_re2(pattern: bytes) -> bytes:
@@ -55,6 +60,18 @@ def posix_to_re2(pattern: bytes) -> bytes:
 
 def _error(text: str) -> EntryError:
     return EntryError(f"the regular expression {text}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _bytes_class(members: frozenset[int]) -> bytes:
+    """RE2's expression for one of these bytes."""
+    codes = sorted(members)
+    if not codes:
+        return rb"[^\x00-\xff]"
+    if len(codes) == 1:
+        return b"%c" % codes[0] if codes[0] in WORD else rb"\x%02x" % codes[0]
+    runs = ([code for _, code in run] for _, run in groupby(enumerate(codes), lambda each: each[1] - each[0]))
+    return b"[" + b"".join(rb"\x%02x-\x%02x" % (run[0], run[-1]) for run in runs) + b"]"
 
 
 class _Translator:
@@ -130,13 +147,7 @@ class _Translator:
         if self._fold:
             among = frozenset(members)
             members = [code for code in EVERY if (code - 32 if 0x61 <= code <= 0x7A else code) in among]
-        codes = sorted(members)
-        if not codes:
-            return rb"[^\x00-\xff]"
-        if len(codes) == 1:
-            return b"%c" % codes[0] if codes[0] in WORD else rb"\x%02x" % codes[0]
-        runs = ([code for _, code in run] for _, run in groupby(enumerate(codes), lambda each: each[1] - each[0]))
-        return b"[" + b"".join(rb"\x%02x-\x%02x" % (run[0], run[-1]) for run in runs) + b"]"
+        return _bytes_class(frozenset(members))
 
     def _bracket(self) -> frozenset[int]:
         """The bytes that match a bracket expression whose ``[`` is read (glibc: regcomp.c, parse_bracket_exp)."""
@@ -200,10 +211,22 @@ def _options(re2: ModuleType, max_mem: int) -> object:
     return options
 
 
-def regcomp(pattern: bytes) -> Callable[[bytes], object | None]:
-    """The search function of a POSIX extended expression, which returns None where the expression is not found.
+class Expression(NamedTuple):
+    """A POSIX extended expression that RE2 can match."""
 
-    ``(?i)`` before the expression ignores case (smtpd: table.c, table_regex_match). A search takes linear time.
+    entry: bytes
+    pattern: bytes
+    """In RE2's syntax."""
+    size: int
+    """Instructions of its program: the most that a search follows at each byte."""
+    width: int
+    """How many a search of a hostile text follows: all but those of literal text, of which it follows a few at once."""
+    search: Callable[[bytes], object | None]
+    """Takes time linear in the text; None where the expression is not found."""
+
+
+def regcomp(entry: bytes) -> Expression:
+    """The expression; ``(?i)`` before it ignores case (smtpd: table.c, table_regex_match).
 
     Raises:
         EntryError: not such an expression, or one that cannot be matched in linear time; the text has a hint.
@@ -212,23 +235,30 @@ def regcomp(pattern: bytes) -> Callable[[bytes], object | None]:
         re2 = import_module("re2")  # only here: few tables have expressions
     except ImportError:
         raise EntryError("regular expressions need the Python package google-re2; install it") from None
+    pattern = posix_to_re2(entry)
     try:
-        search: Callable[[bytes], object | None] = re2.compile(posix_to_re2(pattern), _options(re2, REGEX_BYTES)).search
+        compiled_pattern = re2.compile(pattern, _options(re2, REGEX_BYTES))
     except re2.error:
         raise _error("is too large; split it into several entries") from None
-    return search
+    size = compiled_pattern.programsize
+    literals = sum(map(bool, compiled(_LITERAL).findall(pattern)))
+    width = size - literals * 7 // 8
+    # Long repetitions are long chains, of which each byte follows many.
+    return Expression(entry, pattern, size, width + width * width // 500, compiled_pattern.search)
 
 
 class RegexSet:
-    """Valid expressions, in ascending order, compiled into one; the last that is added to them matches everything."""
+    """Expressions, in ascending order of entries, compiled into one; the last of it matches everything."""
 
-    def __init__(self, entries: list[bytes], max_bytes: int) -> None:
-        self._entries = entries
+    def __init__(self, patterns: Mapping[bytes, bytes], size: int, max_bytes: int = REGEX_SET_BYTES) -> None:
+        """``patterns`` are in RE2's syntax, by entry; ``size`` is the sum of theirs."""
+        self._entries = [*patterns]
+        self.size = size
         re2 = import_module("re2")
         self._set = re2.Set.SearchSet(_options(re2, max_bytes))
         try:
-            for entry in entries:
-                self._set.Add(posix_to_re2(entry))
+            for pattern in patterns.values():
+                self._set.Add(pattern)
             self._set.Add(b"")
             self._set.Compile()
         except re2.error:
@@ -236,10 +266,13 @@ class RegexSet:
         re2.purge()
 
     def find(self, key: bytes) -> bytes | None:
-        """The first of the entries that is found in the key, or None."""
+        """The first of the entries that is found in the key, or None.
+
+        Raises:
+            EntryError: the expression that matches everything did not, as memory ran out: the rest proves nothing.
+        """
         matched: list[int] = (self._set.Match(key) or []) if self._set is not None else []
-        if len(self._entries) in matched:
-            first = min(matched)
-            return self._entries[first] if first < len(self._entries) else None
-        # The expression that matches everything did not: the set ran out of memory, and its answer proves nothing.
-        return next((entry for entry in self._entries if regcomp(entry)(key) is not None), None)
+        if len(self._entries) not in matched:
+            raise EntryError("the regular expressions need too much memory for this name; simplify them")
+        first = min(matched)
+        return self._entries[first] if first < len(self._entries) else None

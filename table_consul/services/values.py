@@ -1,8 +1,8 @@
 """Parse and validate the values stored in Consul.
 
 Pure: bytes in, bytes out; knows neither entries nor where they come from. A value that is certainly invalid for its
-service is an error; one that only looks wrong is served unchanged, with a warning, as smtpd's rules may change. No
-message contains any part of a value.
+service is an error; one that only looks wrong is served unchanged, and judge.py warns. No message contains any part of
+a value.
 """
 
 from __future__ import annotations
@@ -12,31 +12,13 @@ import re
 import msgspec
 
 from table_consul.errors import UNDECODABLE, EntryError
-from table_consul.services import DEFAULT_KEY, Service, Table, compiled, passwords
-from table_consul.services.match import MAILADDR_PART_BYTES, is_address, text_to_mailaddr
+from table_consul.services import DEFAULT_KEY, Service, Table, passwords
+from table_consul.services.elements import is_plain_list, split_list
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
 LINE_MAX = 2048
 # smtpd reads it as an id (to.c, text_to_userinfo: UID_MAX), and setresuid(2) takes it as "leave it as it is": as root.
 ID_MAX = 4294967295
-# smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE; smtpd.h, EXPAND_BUFFER. Without the NUL.
-USER_BYTES = 255
-COMMAND_BYTES = 1023
-
-# Lists of users and addresses with nothing in them that needs a second look, as nearly all are.
-_PLAIN_LIST = rb"[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?(?:, ?[A-Za-z0-9_.+-]+(?:@[A-Za-z0-9.-]+)?)*"
-_USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
-_ADDRESS = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+@[A-Za-z0-9.-]+"
-# An error reply, an :include:, a |command or a /file (smtpd: to.c, text_to_expandnode).
-_SPECIAL = (
-    rb'(?s:(?::?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])|:?(?i:include):(?=/)|\||"\|(?=.*"\Z)|(?=/)).{0,%d})'
-    % COMMAND_BYTES
-)
-# Formats of Dovecot's that no crypt(3) reads (doc.dovecot.org, Password Schemes).
-_FOREIGN_SCHEME = (
-    rb"(?is)\{(?:PLAIN|CLEAR|CLEARTEXT|L?S?(?:MD5|SHA)|S?SHA(?:256|512)|(?:PLAIN|LDAP|CRAM|DIGEST|HMAC)-[A-Z0-9]+"
-    rb"|PBKDF2|SCRAM-[A-Z0-9-]+|ARGON2ID?|LANMAN|NTLM|OTP|SKEY|RPA)(?:\.[A-Z0-9]+)?\}.*"
-)
 # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): of a key "gilles:0", the 0 would
 # become the uid.
 _COLON_IN_KEY = "the key contains a colon, which smtpd takes for the end of the user name"
@@ -104,12 +86,12 @@ def _decode(table: Table, service: Service, key: bytes, raw: bytes) -> bytes:
 def _from_record(service: Service, key: bytes, record: dict[str, object]) -> bytes:
     """The value of this service from the record of one user, as Dovecot and others store it."""
     missing = [field for field in service.fields if record.get(field) in (None, "")]
-    if missing:
+    if missing not in ([], ["home"]):  # smtpd delivers without a home
         text = f"the record has no {' and no '.join(missing)}, which {service.name} needs"
         raise (MissingFields if len(missing) == len(service.fields) else EntryError)(text)
     values: list[bytes] = []
     for field in service.fields:
-        value, number = record[field], field in ("uid", "gid")
+        value, number = "" if record.get(field) is None else record[field], field in ("uid", "gid")
         if number and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or (number and not value.encode().isdigit()):
@@ -137,39 +119,6 @@ def _join_lines(text: bytes) -> bytes:
     return b", ".join(line for line in lines if line and not line.startswith(b"#"))
 
 
-def is_plain_list(text: bytes) -> bool:
-    """Whether smtpd reads this as users and addresses in every service: no quotes, no commands, nothing too long."""
-    return len(text) <= USER_BYTES and compiled(_PLAIN_LIST).fullmatch(text) is not None
-
-
-def split_list(text: bytes) -> list[bytes]:
-    """The elements of a list as smtpd splits and unescapes them (smtpd: expand_line_split, mailaddr_line_split).
-
-    Raises:
-        EntryError: smtpd rejects the whole list, as a quote or an escape is left open.
-    """
-    elements: list[bytes] = []
-    element = bytearray()
-    escaped = double = single = False
-    for c in text:
-        if escaped:
-            element.append(c)
-            escaped = False
-        elif c == 0x5C:
-            escaped = True
-        elif c == 0x2C and not double and not single:
-            elements.append(bytes(element).strip())
-            element.clear()
-        else:
-            element.append(c)
-            double ^= c == 0x22 and not single
-            single ^= c == 0x27 and not double
-    if escaped or double or single:
-        raise EntryError("the value ends within a quote or an escape; smtpd rejects the whole value because of it")
-    elements.append(bytes(element).strip())
-    return [element for element in elements if element]
-
-
 def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
     """Reject what smtpd cannot use, and what would give this host to anyone with write access to the key."""
     if service.joined:
@@ -179,7 +128,8 @@ def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
         if service.name != "alias" or table.allow_commands:
             return
         for element in elements:
-            if element.removeprefix(b'"').lower().startswith((b"|", b"/", b":include:", b"include:")):
+            unquoted = element.removeprefix(b'"').lower()
+            if unquoted.startswith((b"|", b"/", b":include:", b"include:")) and element.strip(b'"') != b"/dev/null":
                 raise EntryError(
                     "the value contains a |command, a /file or an :include:, which would let anyone who can write this "
                     "key run commands on this host; set allow_commands = true to permit them"
@@ -197,8 +147,8 @@ def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
 
 def _validate_user(table: Table, key: bytes, text: bytes) -> None:
     uid, _, rest = text.partition(b":")
-    gid, _, home = rest.partition(b":")
-    if not (uid.isdigit() and gid.isdigit() and home.startswith(b"/")):
+    gid, colon, home = rest.partition(b":")
+    if not (uid.isdigit() and gid.isdigit() and colon):  # the home may be any text (smtpd: to.c, text_to_userinfo)
         raise EntryError("not a user (expected UID:GID:HOME, such as 1000:1000:/home/gilles)")
     if b":" in key:
         raise EntryError(_COLON_IN_KEY)
@@ -208,79 +158,28 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
         raise EntryError("uid or gid 0 would deliver mail as root; set allow_root = true to permit it")
     if key == DEFAULT_KEY and re.search(rb"%(?![und])", home.replace(b"%%", b"")):
         raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
+    if key == DEFAULT_KEY and b"%" in home and {b".", b".."}.intersection(home.split(b"/")):
+        raise EntryError("the default home directory contains . or .. as a segment")
 
 
-def expand_home(text: bytes, key: bytes) -> bytes:
+def expand_home(text: bytes, key: bytes) -> bytes | None:
     """The value of the default entry of userinfo for this user, with ``%u``, ``%n`` and ``%d`` in its home filled in.
 
+    None if there can be no such user: the name cannot be part of a path, or would give smtpd other ids. Anyone may send
+    mail to such a name.
+
     Raises:
-        EntryError: the user name cannot be part of a path, or would give smtpd other ids; the text does not contain it.
+        EntryError: the home contains ``%d``, and the user name no domain.
     """
-    ids, slash, home = text.partition(b"/")
+    uid, gid, home = text.split(b":", 2)
     name, at, domain = key.rpartition(b"@")
     parts = {b"%u": key, b"%n": name if at else key, b"%d": domain if at else b"", b"%%": b"%"}
     used = re.findall(rb"%[und%]", home)
     home = re.sub(rb"%[und%]", lambda match: parts[match[0]], home)
-    unsafe = not key or re.search(rb"[\0-\x1f\x7f/:]", key)  # for the colon, see _COLON_IN_KEY
-    if unsafe or not all(parts[each] for each in used) or (used and {b".", b".."}.intersection(home.split(b"/"))):
-        raise EntryError("the user name cannot be used in the default home (unsafe in a path, or no domain for %d)")
-    return ids + slash + home
-
-
-def warning_for(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
-    """Why smtpd would reject or misread a valid value of `parse_value`, and what to do; None if nothing looks wrong."""
-    if key != key.strip() and service.name != "regex":
-        return "the key begins or ends with white space, and smtpd never asks for such a key; rename it"
-    if service.name == "source":
-        if is_address(key if table.fetch == "keys" or not value else value):
-            return None
-        return "not an address to send mail from (expected 192.0.2.25, 2001:db8::25 or [2001:db8::25])"
-    if not value:
-        return f"there is no value, and {service.name} needs one" if service.needs_value else None
-    if service.hashed:
-        return _credential_warning(table, service, value)
-    if not service.joined or is_plain_list(value):
+    if not key or re.search(rb"[\0-\x1f\x7f/:]", key):  # for the colon, see _COLON_IN_KEY
         return None
-    element_warning = _alias_warning if service.name == "alias" else _mailaddr_warning
-    warnings = ((number, element_warning(element)) for number, element in enumerate(split_list(value), 1))
-    return next((f"element {number} of the value {text}" for number, text in warnings if text is not None), None)
-
-
-def _alias_warning(element: bytes) -> str | None:
-    if compiled(b"|".join((_USER, _ADDRESS, _SPECIAL))).fullmatch(element):
+    if b"%d" in used and not at:
+        raise EntryError("the user name has no domain for the %d of the default home")
+    if used and (not all(parts[each] for each in used) or {b".", b".."}.intersection(home.split(b"/"))):
         return None
-    if compiled(_USER + rb"@(?s:.)").match(element):
-        return (
-            "has characters that smtpd does not accept in a domain; it delivers to the local user before the @ instead "
-            "(write internationalised domains as xn--...)"
-        )
-    return "is neither a user nor an address; smtpd rejects the whole alias because of it"
-
-
-def _mailaddr_warning(element: bytes) -> str | None:
-    if text_to_mailaddr(element) is not None:
-        return None
-    return (
-        f"has more than {MAILADDR_PART_BYTES} bytes before or after the @; smtpd rejects the whole list because of it"
-    )
-
-
-def _credential_warning(table: Table, service: Service, text: bytes) -> str | None:
-    """Warn if no login can succeed with this value. USER:... is exempt: it may be a plain-text relay password."""
-    secret = passwords.hash_part(text)
-    if service.name == "credentials":
-        foreign = compiled(_FOREIGN_SCHEME).fullmatch(secret) or secret.startswith(b"$argon2")
-        if (b":" in text and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
-            return None
-        if "auth" not in table.services:
-            if not foreign and passwords.looks_like_a_hash(secret):
-                return None
-            return (
-                "not a hash that smtpd's crypt(3) reads, so no login can succeed (use the output of `smtpctl encrypt`; "
-                "argon2 needs the service auth; to relay, write USER:PASSWORD)"
-            )
-    try:
-        passwords.verifiable_hash(text, table.deadline)
-    except EntryError as error:
-        return str(error)
-    return None
+    return b":".join((uid, gid, home))

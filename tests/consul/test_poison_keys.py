@@ -62,8 +62,8 @@ def test_asked_key_that_is_not_utf8_is_an_error_where_consul_lists_such_a_key(se
 
 
 def test_keys_that_are_not_utf8_are_one_problem_where_they_look_alike():
-    (problem,) = entries("alias", LISTED).problems
-    assert problem.key == b"t/alias/" + MARK
+    (problem,) = entries("string", LISTED).problems
+    assert problem.key == b"t/string/" + MARK
     assert "DELETE /v1/kv/FOLDER/%80" in problem.text
 
 

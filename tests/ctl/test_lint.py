@@ -98,6 +98,12 @@ def test_aliases_that_smtpd_cannot_expand_are_problems(live, mode):
     assert [line.partition(":")[0] for line in live({}, more).text.splitlines()] == ["aliases/alias/b"]
 
 
+def test_alias_loop_by_a_tag_depends_on_the_delimiter_of_the_table(live):
+    looping = {"aliases/alias/b": b"eva_x", "aliases/alias/eva": b"b_y"}
+    assert live(looping, '[defaults]\nsubaddress_delimiter = "_"').text.count("an alias loop") == 2
+    assert live({}).text == ""
+
+
 def test_alias_is_reported_as_it_is_stored(lint):
     assert lint({"aliases/alias/Loop@d.org": b"loop@d.org"}).text.startswith(
         "aliases/alias/Loop@d.org: an alias loop ("

@@ -104,7 +104,7 @@ def test_flags_survive_a_change_and_come_with_an_export():
         (b"a", b"|/bin/sh", "allow_commands"),
         (b"a", b'x, "y', "quote"),
         (b"a", b"x" * 2048, "2048"),
-        (b"a", b"two words", "neither a user nor an address"),
+        (b"a", b"two words", "contains a blank (is a comma missing?)"),
         (b"a//b", b"x", "no URL"),
         (b"a/../b", b"x", "no URL"),
         (b"/a", b"x", "no URL"),
@@ -121,8 +121,8 @@ def test_invalid_entry_is_a_problem_with_its_line(key, value, said):
 
 
 def test_new_key_that_modern_consul_refuses_is_left_out_with_its_line():
-    plan = planned(ALIAS, [(b"root", b"gilles"), (b"u%20x", b"eric"), (b"a..b%41", b"eric"), (b"u%zz", b"vera")])
-    assert signs(plan) == [("+", b"root", b"gilles"), ("+", b"u%zz", b"vera")]
+    plan = planned(STRING, [(b"root", b"gilles"), (b"u%20x", b"eric"), (b"a..b%41", b"eric"), (b"u%zz", b"vera")])
+    assert signs(plan, STRING) == [("+", b"root", b"gilles"), ("+", b"u%zz", b"vera")]
     assert [(line, text.partition(":")[0]) for line, text in plan.refused] == [(2, "u%20x"), (3, "a..b%41")]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.control import at_terminal, control
 from tests.ctl.queries import query
-from tests.dialogue import write_config
+from tests.dialogue import write_config, write_source
 
 # ---- answers and exit statuses ----
 
@@ -111,7 +111,30 @@ def test_json_is_one_object_a_line(conf):
 def test_control_characters_are_escaped_on_a_terminal_only(conf):
     arguments = ("-c", conf, "query", "aliases", "alias", "odd", "latin")
     assert control(*arguments).out == b"odd\tok, \x1b[2J@example.org\nlatin\tgr\xfc\xdfe\n"
-    assert at_terminal(*arguments) == (
-        0,
-        "odd\\tok, \\x1b[2J@example.org\nlatin\\tgr\\xfc\\xdfe\n".replace("\\t", "\t"),
+    status, shown = at_terminal(*arguments)
+    assert (status, shown.replace("\t", "\\t").splitlines()[::2]) == (
+        2,  # smtpd could not use either
+        ["odd\\tok, \\x1b[2J@example.org", "latin\\tgr\\xfc\\xdfe"],
     )
+
+
+def test_value_that_smtpd_cannot_use_is_printed_with_a_warning_and_exits_with_2(conf):
+    done = query(conf, "alias", "staff", "root")
+    assert (done.status, done.text) == (2, "staff\tgilles, eric # no\nroot\tgilles\n")
+    assert done.said == (
+        "staff: warning: smtpd cannot use this: mail/aliases/alias/Staff: element 2 of the value contains a blank (is "
+        "a comma missing?); smtpd rejects the whole alias because of it\n"
+    )
+    answer = json.loads(query(conf, "alias", "staff", "--json").text)
+    assert (answer["result"], answer["warning"][:25]) == ("found", "mail/aliases/alias/Staff:")
+    assert query(conf, "alias", "staff", "--op", "check") == (0, b"found\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("fetch", "value", "status"), [("keys", "", 2), ("values", "192.0.2.7", 0), ("values", "mx", 2)]
+)
+def test_fetched_value_that_smtpd_cannot_use_exits_with_2(conf, tmp_path, fetch, value, status):
+    source = write_source(tmp_path, {"aliases/source/mx.example.org": value.encode()})
+    conf.write_text(f'[consul]\naddress = "file://{source}"\n[defaults]\nfetch = "{fetch}"\n')
+    done = query(conf, "source", "--op", "fetch")
+    assert (done.status, "not an address to send mail from" in done.said) == (status, status == 2)

@@ -34,7 +34,7 @@ ODD_NETWORKS = (
 )
 LABELS = ("a", "b", "ab", "mx", "mx1")
 USERS = ("gilles", "eric", "joerg", "a", "b", "ab", "a*", "a.b", "a/b", "a?b", "a%62")
-TAGS = ("", "", "", "+a", "+b", "+a+b", "+")
+TAGS = ("", "", "", "+a", "_a", "+b", "_b", "+a+b", "_a+b", "+")
 LISTS = ("netaddr", "domain", "mailaddr", "regex", "string")
 
 

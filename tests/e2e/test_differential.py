@@ -26,10 +26,12 @@ from tests.rig.opensmtpd import CONFIG, Smtpd
 from tests.rig.root import USERS, File, Root, certificate
 from tests.rig.waiting import wait_for
 
-SEED = int(os.environ.get("TABLE_CONSUL_SEED", "5"))
+SEED = int(os.environ.get("TABLE_CONSUL_SEED", "8"))
 SESSIONS = int(os.environ.get("TABLE_CONSUL_SESSIONS", "400"))
 SEEDS = range(SEED, SEED + 2)
 """Each makes tables of its own and plays its part of the sessions."""
+DELIMITERS = dict(zip(SEEDS, "_+", strict=True))
+"""What precedes a tag; the names of `entries` have tags of both kinds."""
 AS_EVER = not os.environ.keys() & {"TABLE_CONSUL_SEED", "TABLE_CONSUL_SESSIONS"}
 """Then each service has to be asked for what is there and for what is not; by other seeds it may by chance not be."""
 SHOWN = 3
@@ -207,9 +209,11 @@ def test_the_same_sessions_get_the_same_replies_from_tables_in_files_and_in_cons
     sessions = [client.session(number) for number in range(SESSIONS // len(SEEDS))]
     for table in listed:
         consul.kv_txn(table.keys)
-    in_files = "".join(table.declaration for table in listed)
-    in_consul = "".join(f"table {table.name} consul:{CONFIG}\n" for table in listed)
-    configuration = table_files(consul, "".join(table.section for table in listed))
+    delimiter = f'smtp sub-addr-delim "{DELIMITERS[seed]}"\n'
+    in_files = delimiter + "".join(table.declaration for table in listed)
+    in_consul = delimiter + "".join(f"table {table.name} consul:{CONFIG}\n" for table in listed)
+    settings = f'subaddress_delimiter = "{DELIMITERS[seed]}"\n'
+    configuration = table_files(consul, settings + "".join(table.section for table in listed))
     with ExitStack() as running, ThreadPoolExecutor(2) as pool:
         twins = [
             running.enter_context(Twin(root, in_files, {table.path: table.text for table in listed}, listed)),

@@ -54,6 +54,14 @@ def test_an_alias_may_name_several_people_one_a_line(consul, smtpd):
     server.wait_for_mail("eric", "both")
 
 
+def test_alias_that_discards_mail_is_delivered_to_without_a_permission(consul, smtpd):
+    consul.kv_put("consul/alias/nobody", "/dev/null, gilles")
+    server = smtpd(LOCAL, table_files(consul))
+    assert server.send("nobody@localhost", subject="gone")["nobody@localhost"][0] == 250
+    server.wait_for_mail("gilles", "gone")
+    until(server.queue, [])
+
+
 def test_a_deleted_alias_is_an_unknown_recipient(consul, smtpd, mode):
     consul.kv_put("consul/alias/hostmaster", "gilles")
     server = smtpd(LOCAL, table_files(consul, mode=mode))

@@ -100,6 +100,23 @@ def test_users_of_a_userbase_need_no_account(consul, smtpd):
     assert asked(server, "userinfo")[0] == ("vera", '"1000:1000:/home/gilles"')
 
 
+@pytest.mark.parametrize("home", ["", "nowhere"])
+def test_user_without_a_home_or_with_a_relative_one_gets_mail_as_from_a_file(consul, smtpd, root, home):
+    uid, gid = root.accounts["gilles"]
+    consul.kv_put("consul/userinfo/vera", f"{uid}:{gid}:{home}")
+    files = {**table_files(consul), "/etc/mail/users": f"vera {uid}:{gid}:{home}\n"}
+    conf = "table file file:/etc/mail/users\n" + HEAD.replace(
+        '"local" mbox', '"local" maildir "/home/gilles/Maildir" userbase <consul>'
+    )
+    conf += (
+        'action "file" maildir "/home/gilles/Maildir" userbase <file>\nmatch from any for domain "file" action "file"\n'
+    )
+    server = smtpd(conf + 'match from any for local action "local"', files)
+    for host in ("localhost", "file"):
+        assert server.send(f"vera@{host}", subject=host)[f"vera@{host}"][0] == 250
+        server.wait_for_mail("gilles", host)
+
+
 def test_a_user_with_the_ids_of_root_is_put_off(consul, smtpd):
     consul.kv_put("consul/userinfo/vera", "0:0:/root")
     conf = HEAD.replace('"local" mbox', '"local" mbox userbase <consul>')

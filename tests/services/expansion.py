@@ -38,6 +38,39 @@ def expand_line_split(line):
             found.append(buffer.strip(b" \t\n\v\f\r"))
 
 
+ALNUM = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def text_to_expandnode(node):
+    """smtpd: to.c, text_to_expandnode and the functions that it calls; None where smtpd refuses the alias."""
+    lower = node.lower()
+    for prefix in (b":error:", b"error:"):
+        if lower.startswith(prefix):
+            text = node[len(prefix) :]
+            digits = text[:1] in (b"4", b"5") and text[1:3].isdigit() and text[3:4] == b" "
+            if 5 <= len(text) < 1024 and digits and text[4] in ALNUM:
+                return "error"
+            break
+    for prefix in (b":include:", b"include:"):
+        if lower.startswith(prefix):
+            if node[len(prefix) :].startswith(b"/") and len(node[len(prefix) :]) < 1024:
+                return "include"
+            break
+    quoted = node[:1] == b'"'
+    if node[quoted : quoted + 1] == b"|" and len(node[quoted + 1 :]) < 1024 and (not quoted or node[2:].endswith(b'"')):
+        return "filter"
+    if node.startswith(b"/") and len(node) < 1024:
+        return "filename"
+    at = node.find(b"@")
+    if len(node) >= 3 and 0 < at < len(node) - 1:
+        if not node[:at].translate(None, ALNUM + b"!#$%*/?|^{}`~&'+-=_.") and not node[at + 1 :].translate(
+            None, ALNUM + b"-."
+        ):
+            return "address"
+        node = node[:at]  # alias_is_address ends the text there
+    return "username" if len(node) < 256 and not node.translate(None, ALNUM + b"_.-+") else None
+
+
 def alias_type(node):
     """smtpd: to.c, text_to_expandnode, as far as it leads out of the mail system."""
     if node.lower().startswith((b":error:", b"error:")):

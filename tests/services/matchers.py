@@ -6,23 +6,44 @@ The first argument comes from the session, the second from the table.
 from __future__ import annotations
 
 from table_consul.errors import EntryError
-from table_consul.services.match import DELIMITER, parse_sockaddr, pieces_match, text_to_mailaddr, text_to_netaddr
+from table_consul.services.match import DELIMITER, parse_sockaddr, text_to_mailaddr, text_to_netaddr
 from table_consul.services.regex import regcomp
+
+
+def pieces_match(hostname, pieces):
+    """Whether a folded host name matches a folded pattern that is split at its stars (smtpd: util.c, hostname_match).
+
+    A ``*`` skips to the first place where the character after it occurs and does not try another: ``*.example.org``
+    matches ``a.example.org`` but not ``a.b.example.org``. At the end it takes all that is left, if that is anything.
+    """
+    head, last = pieces[0], pieces[-1]
+    if len(pieces) == 1:
+        return hostname == head
+    if not (hostname.startswith(head) and hostname.endswith(last)):
+        return False
+    at = len(head)
+    for piece in pieces[1:]:
+        if piece:
+            at = hostname.find(piece[:1], at)
+            if at < 0 or not hostname.startswith(piece, at):
+                return False
+            at += len(piece)
+    return at == len(hostname) if last else at < len(hostname)
 
 
 def table_domain_match(key, entry):
     return pieces_match(key.lower(), entry.lower().split(b"*"))
 
 
-def table_mailaddr_match(key, entry):
+def table_mailaddr_match(key, entry, delimiter=DELIMITER):
     address, pattern = text_to_mailaddr(key), text_to_mailaddr(entry)
     if address is None or pattern is None:
         return False
     (user, domain), (wanted, hosts) = address, pattern
     if hosts and not table_domain_match(domain, hosts):
         return False
-    if wanted and DELIMITER not in wanted:
-        user = user.partition(DELIMITER)[0]
+    if wanted and delimiter not in wanted:
+        user = user.partition(delimiter)[0]
     return not wanted or user.lower() == wanted.lower()
 
 
@@ -38,7 +59,7 @@ def table_netaddr_match(key, entry):
 
 def table_regex_match(key, entry):
     try:
-        return regcomp(entry)(key) is not None
+        return regcomp(entry).search(key) is not None
     except EntryError:
         return False
 

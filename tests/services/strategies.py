@@ -13,6 +13,22 @@ from tests.services.parsing import TABLE
 LINES = st.lists(st.sampled_from([b"a", b"|", b"/", b",", b" ", b"\\", b'"', b"'", b"include:", b":", b"\t"])).map(
     b"".join
 )
+ELEMENTS = (
+    st.lists(
+        st.sampled_from(
+            (
+                *(b"a", b"gilles", b"@", b".", b"-_+", b"x.org", b"error:", b":Error:", b"550 ", b"450 4.2.0 x", b":"),
+                *(b":include:", b"include:", b"/", b"|", b'"', b" ", b"<", b">", b"!", b"\xc3\xa4"),
+                *(b"a" * 250, b"x" * 1020),
+            )
+        ),
+        min_size=1,
+        max_size=5,
+    )
+    .map(lambda pieces: b"".join(pieces).strip())
+    .filter(bool)
+)
+"""Elements of an alias, as they are after splitting."""
 RAW = st.one_of(
     st.binary(),
     st.text('"[],\\|/:#0149ua \n\r\t\0é\ud800').map(lambda text: text.encode("utf-8", "surrogatepass")),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,18 @@ from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES
-from table_consul.services.index import INDEXES, Addresses, Domains, HostAddresses, Networks, Regexes
+from table_consul.services.index import (
+    INDEXES,
+    STEP_SECONDS,
+    WIDTH_SECONDS,
+    Addresses,
+    Domains,
+    HostAddresses,
+    Networks,
+    Regexes,
+)
 from table_consul.services.regex import regcomp
-from tests.services.matchers import MATCHERS
+from tests.services.matchers import MATCHERS, table_mailaddr_match
 
 VECTORS = [
     json.loads(line)
@@ -66,8 +76,8 @@ def tables(entry, key):
     )
 
 
-HOSTS = text("ab.A", 6)
-PATTERNS = text("ab.*A", 6)
+HOSTS = text("ab.A*", 8)
+PATTERNS = text("ab.*A", 8)
 ADDRESSES = st.sampled_from(
     [
         b"10.0.0.1",
@@ -94,6 +104,8 @@ EXPRESSION = ["a", "b", "A", ".", "*", "+", "?", "(", ")", "|", "[ab]", "[^a]", 
 @given(tables(PATTERNS, HOSTS))
 @example(([b"*.b", b"**.b"], b"a.b"))
 @example(([b"*.B", b"*.b"], b"a.b"))
+@example(([b"*a*a", b"*aa*"], b"baaa"))
+@example(([b"*b*b*", b"a*b*", b"*"], b"ab*b"))
 def test_domains_answer_like_a_walk(case):
     entries, key = case
     assert walk("domain", entries, key) == Domains(entries).find(key)
@@ -103,6 +115,89 @@ def test_domains_answer_like_a_walk(case):
 def test_addresses_answer_like_a_walk(case):
     entries, key = case
     assert walk("mailaddr", entries, key) == Addresses(entries).find(key)
+
+
+@pytest.mark.parametrize("service", ["domain", "mailaddr", "regex"])
+@settings(deadline=None)
+@given(case=tables(PATTERNS, HOSTS), room=st.integers(0, 12))
+def test_index_without_time_for_all_entries_answers_like_a_walk_or_not_at_all(service, case, room):
+    entries, key = case
+    index = INDEXES[service](entries, room * (WIDTH_SECONDS * MAX_KEY_BYTES if service == "regex" else STEP_SECONDS))
+    assert {*dict(index.problems)} <= {*entries}
+    too_long = {entry for entry, problem in index.problems if "may take" in problem}
+    refused = [entry for entry, problem in index.problems if "of this service would take" in problem]
+    wanted = walk(service, {*entries} - too_long, key)
+    if refused and (wanted is None or wanted >= min(refused)):
+        with pytest.raises(EntryError, match="too many patterns"):
+            index.find(key)
+    else:
+        assert wanted == index.find(key)
+
+
+# Patterns of which one name can follow all, and expressions of which one name can follow most.
+COSTLY = {
+    "domain": [b"*%b*.example" % b"*".join(b"%c" % c for c in row) for row in product(b"ab", repeat=10)],
+    "mailaddr": [b"user@*%b" % b"*".join(b"%c" % c for c in row) for row in product(b"ab", repeat=10)],
+    "regex": [b"(.*[ab]){20}x%03d$" % n for n in range(200)],
+}
+HOSTILE = {"domain": b"ab" * 100, "mailaddr": b"user@" + b"ab" * 100, "regex": b"abba" * 200}
+
+
+@pytest.mark.parametrize("service", COSTLY)
+def test_patterns_that_take_more_than_a_tenth_of_the_deadline_are_refused(service):
+    entries = [*COSTLY[service], b"user@example.org", b"zz"]
+    index = INDEXES[service](entries, 0.01 if service == "regex" else 0.001)
+    refused = [entry for entry, _ in index.problems]
+    assert refused == sorted(COSTLY[service])[-len(refused) :] != []
+    assert {text.rpartition("; ")[2] for _, text in index.problems} == {"simplify or delete some"}
+    with pytest.raises(EntryError, match="too many patterns to match all within a tenth of the deadline"):
+        index.find(b"zzz")
+    assert INDEXES[service](entries, 6.0).problems == []
+
+
+def test_pattern_below_the_refused_ones_is_still_found():
+    index = Domains([b"!.example", b"zz.example", *COSTLY["domain"]], 0.001)
+    assert index.find(b"!.example") == b"!.example"
+    with pytest.raises(EntryError):
+        index.find(b"zz.example")
+
+
+def test_expression_that_takes_too_long_alone_is_a_problem_and_affects_no_other():
+    index = Regexes([b"a{900}", b"b$"], 0.01)
+    ((entry, text),) = index.problems
+    assert (entry, index.find(b"a" * 900), index.find(b"b")) == (b"a{900}", None, b"b$")
+    assert re.search(r"may take 0\.\d\d s to match, more than a tenth of the deadline; repeat less", text)
+
+
+@pytest.mark.parametrize("service", COSTLY)
+def test_key_is_not_matched_when_too_little_time_is_left(service):
+    index = INDEXES[service](COSTLY[service], 6.0)
+    assert index.timed
+    with pytest.raises(EntryError, match="too little left of the deadline"):
+        index.find(HOSTILE[service], lambda: 1e-4)
+    assert index.find(HOSTILE[service], lambda: 60.0) == walk(service, COSTLY[service], HOSTILE[service])
+
+
+def test_ordinary_patterns_are_neither_refused_nor_timed():
+    index = Domains([*(b"*.example%d.org" % n for n in range(20_000)), *(b"mx*.a%d.*" % n for n in range(2_000))])
+    assert (index.problems, index.timed) == ([], False)
+    assert index.find(b"mx1.a1999.example") == b"mx*.a1999.*"
+
+
+def test_thousands_of_ordinary_expressions_are_not_refused():
+    host = rb"^[a-z0-9-]+\.(dyn|pool|dsl)[0-9]{1,3}\.(north|south|east|west)-%d\.customers\.example-%d\.(net|com)$"
+    index = Regexes([host % (n, n) for n in range(1000)])
+    assert index.problems == []
+    assert index.find(b"a-1.pool17.west-999.customers.example-999.com") == host % (999, 999)
+
+
+@given(tables(text("ab.*+_@A", 7), text("ab.+_@A*", 7)), st.sampled_from([b"_", b".", b"a", b"+"]))
+@example(([b"a"], b"a_b@b"), b"_")
+@example(([b"a"], b"a+b@b"), b"_")
+def test_addresses_with_another_delimiter_answer_like_a_walk(case, delimiter):
+    entries, key = case
+    first = next((entry for entry in sorted(entries) if table_mailaddr_match(key, entry, delimiter)), None)
+    assert first == Addresses(entries, delimiter=delimiter).find(key)
 
 
 @given(tables(NETWORKS, NETWORKS))
@@ -276,10 +371,11 @@ def test_regex_without_google_re2_is_a_problem(monkeypatch):
 
 
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
-def test_regex_set_out_of_memory_gives_the_same_answers(memory):
+def test_regex_set_out_of_memory_is_an_error(memory):
     index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)], set_bytes=memory)
-    assert index.find(b"host-1-7.bar") == b"^host-[0-9]+-7\\.(foo|bar)"
-    assert index.find(b"host-1-77.bar") is None
+    for key in (b"host-1-7.bar", b"host-1-77.bar"):
+        with pytest.raises(EntryError, match="too much memory"):
+            index.find(key)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
-from table_consul.services.values import is_plain_list, split_list
-from tests.services.expansion import alias_type, expand_line_split
+from table_consul.services.elements import element_problem, is_plain_list, split_list
+from tests.services.expansion import alias_type, expand_line_split, text_to_expandnode
 from tests.services.parsing import COMMANDS, read, refusal
-from tests.services.strategies import LINES
+from tests.services.strategies import ELEMENTS, LINES
 
 
 def test_array_of_commands_keeps_each_command_whole():
@@ -96,6 +96,31 @@ def test_alias_users_addresses_and_errors_need_no_permission(raw):
     assert raw == read(raw)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"/dev/null",
+        b"gilles, /dev/null",
+        b'gilles, "/dev/null"',
+        b"\\/dev/null",
+        b" /dev/null\n",
+        b'["/dev/null", "eric"]',
+    ],
+)
+def test_alias_that_discards_mail_needs_no_permission(raw):
+    assert b"/dev/null" in read(raw)
+    assert read(b'"/dev/null"') == b"/dev/null"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"/dev/null2", b"/dev/null/", b"/dev/./null", b"/dev/NULL", b"/dev/null, /etc/x", b":include:/dev/null",
+     b"/dev/null;x"],
+)  # fmt: skip
+def test_alias_that_only_looks_like_discarding_is_rejected(raw):
+    assert "set allow_commands = true" in refusal(raw)
+
+
 @pytest.mark.parametrize("raw", [b"it's", b'"gilles', b"gilles\\", b"'a\", b", b"a, 'b"])
 def test_alias_with_an_open_quote_or_escape_is_rejected(raw):
     assert "ends within a quote or an escape" in refusal(raw, table=COMMANDS)
@@ -128,6 +153,16 @@ def test_alias_that_smtpd_reads_as_a_command_is_rejected(line):
     except EntryError:
         return
     assert [node for node in expand_line_split(value) or [] if alias_type(node)] == []
+
+
+@settings(deadline=None)
+@given(ELEMENTS)
+@example(b'"/dev/null"')
+def test_element_has_a_problem_where_smtpd_rejects_or_truncates_it(element):
+    kind = text_to_expandnode(element)
+    problem = element_problem(element)
+    effect = "rejects" if kind is None else "delivers" if kind == "username" and b"@" in element else ""
+    assert (problem is not None and f"smtpd {effect}" in problem) is bool(effect)
 
 
 @pytest.mark.parametrize("raw", [b"o'brien@example.org", b"gilles@example.org\\"])

@@ -138,11 +138,9 @@ def test_object_for_a_service_without_fields_is_text():
         ({"uid": 0}, "userinfo", "uid or gid 0"),
         ({"uid": 2**32}, "userinfo", "uid or gid out of range"),
         ({"home": 5}, "userinfo", "the record's home is not a string"),
-        ({"home": "hunter2"}, "userinfo", "not a user"),
         ({"home": "/hunter2\n"}, "userinfo", None),
         ({"home": "/hunter2\n/x"}, "userinfo", "a line break"),
-        ({"home": None}, "userinfo", "the record has no home, which userinfo needs"),
-        ({"home": ""}, "userinfo", "the record has no home, which userinfo needs"),
+        ({"uid": None}, "userinfo", "the record has no uid, which userinfo needs"),
         ({"password": 12345}, "auth", "the record's password is not a string"),
         ({"password": None}, "credentials", "the record has no password, which credentials needs"),
         ({"password": "a\nhunter2"}, "credentials", "a line break"),
@@ -156,6 +154,12 @@ def test_invalid_record_error_names_the_field_and_no_value(fields, service, why)
     text = refusal(raw, service)
     assert why in text
     assert not {"hunter2", "12345", "1.5"} & {*text.replace("'", " ").split()}
+
+
+@pytest.mark.parametrize(("home", "value"), [(None, b""), ("", b""), ("vera", b"vera")])
+def test_record_without_a_home_or_with_a_relative_one_is_a_user(home, value):
+    assert read(record(**USER | {"home": home}), "userinfo") == b"1000:1001:" + value
+    assert read(record(uid=1000, gid=1001), "userinfo") == b"1000:1001:"
 
 
 def test_invalid_record_field_of_another_service_is_ignored():

@@ -17,8 +17,7 @@ NO_USERS = [
     "\u0660:1000:/".encode(),
     b"1000",
     b"1000:1000",
-    b"1000:1000:",
-    b"1000:1000:home",
+    b"1000::/",
     b":1000:/",
     b"gilles:1000:1000:/home",
     b"1_0:10:/",
@@ -60,6 +59,17 @@ def test_largest_ids_are_accepted():
 
 def test_user_name_with_a_colon_cannot_inject_another_uid():
     assert "the key contains a colon" in refusal(b"1000:1000:/home/x", "userinfo", key=b"gilles:0")
+
+
+@pytest.mark.parametrize("home", [b"", b"home/vera", b".", b"a:b", b" "])
+def test_any_home_is_accepted_as_smtpd_delivers_without_one(home):
+    assert read(b"1000:1000:" + home, "userinfo") == (b"1000:1000:" + home).rstrip()
+
+
+@pytest.mark.parametrize("home", [b"/home/../%u", b"./%u", b"%u/."])
+def test_default_home_with_a_dot_segment_is_rejected(home):
+    assert "contains . or .. as a segment" in refusal(b"1:1:" + home, "userinfo", key=b"*")
+    assert read(b"1:1:" + home, "userinfo", key=b"vera") == b"1:1:" + home
 
 
 def test_default_home_with_an_unknown_placeholder_is_rejected():

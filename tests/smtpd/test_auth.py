@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from table_consul.errors import ConfigError, EntryError, PeerError, Unreachable
+from table_consul.services import SERVICES, Table
+from table_consul.services.entries import Entries
 from table_consul.services.passwords import (
     DEFAULT,
+    MAX_KINDS,
     PASSWORD_BYTES,
     SCHEME_PREFIXES,
     Verifier,
@@ -21,7 +24,7 @@ from table_consul.services.passwords import (
     verifiable_hash,
     verify_hash,
 )
-from tests.smtpd.auth import HASHES, PASSWORD, SHA512, argon2, binding, crypt, low_level
+from tests.smtpd.auth import HASHES, PASSWORD, SETTINGS, SHA512, argon2, binding, crypt, low_level
 
 # DES reads eight characters of seven bits, so a wrong password must differ early.
 WRONG = "wrong"
@@ -155,6 +158,66 @@ def test_hash_that_takes_longer_than_the_deadline_is_not_calculated(cheap, costl
     assert not verified(None, others=[costly])
 
 
+ARGON2 = b"$argon2id$v=19$m=%d,t=1,p=%d$c2FsdHNhbHQ$" + b"A" * 43
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused"),
+    [
+        (ARGON2 % (262144, 1), ARGON2 % (262145, 1)),
+        (ARGON2 % (65536, 1), ARGON2 % (900000, 1)),
+        (b"$y$jDT$salt$" + B64, b"$y$jET$salt$" + B64),
+        (b"$7$CU..../....salt$" + B64, b"$7$FU..../....salt$" + B64),
+    ],
+)
+def test_hash_that_takes_too_much_memory_is_not_calculated(allowed, refused):
+    assert verifiable_hash(allowed, 60.0).text == allowed
+    with pytest.raises(EntryError, match=r"takes about \d+ MiB to verify, more than 256 MiB \(lower its memory cost\)"):
+        verified(refused, most=60.0)
+    assert not verified(None, others=[refused], most=60.0)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused"),
+    [(ARGON2 % (1024, 16), ARGON2 % (1024, 17)), (b"$7$2/....E....salt$" + B64, b"$7$2/....F....salt$" + B64)],
+)
+def test_hash_with_too_much_parallelism_is_not_calculated(allowed, refused):
+    assert verifiable_hash(allowed, 2.0).text == allowed
+    with pytest.raises(EntryError, match=r"a parallelism of 17, more than 16 \(lower it\)"):
+        verified(refused)
+
+
+@pytest.mark.parametrize("stored", [ARGON2 % (900000, 1), ARGON2 % (1024, 99), b"$2b$15$" + b"." * 53])
+def test_hash_that_costs_too_much_is_a_problem_of_its_entry(stored):
+    for service in ("auth", "credentials"):
+        found = Entries(Table("users", services=("auth",)), SERVICES[service], [(b"vera", stored), (b"eric", SHA512)])
+        ((key, text),) = found.problems
+        assert (key, text.endswith(")")) == (b"users/%b/vera" % service.encode(), True)
+
+
+@pytest.mark.parametrize("stored", [b"$6$rounds=1900000$s$" + b"." * 86, None])
+def test_long_password_that_sha_crypt_takes_too_long_for_is_not_hashed(recorder, stored):
+    others = [b"$6$rounds=1900000$s$" + b"." * 86]
+    with pytest.raises(Unreachable, match="too little left of the deadline of 2 s"):
+        recorder.verify("users", stored, b"x" * PASSWORD_BYTES, others, 2.0, 2.0)
+    recorder.verify("users", stored, b"x" * 16, others, 2.0, 2.0)
+    assert len(recorder.calculated) == 1
+
+
+@pytest.mark.parametrize("name", ["SHA-512", "SHA-256"])
+@pytest.mark.parametrize("length", [16, 64, PASSWORD_BYTES])
+def test_estimated_cost_of_sha_crypt_grows_with_the_password(name, length):
+    stored = crypt(SETTINGS[name].replace("rounds=1000", "rounds=20000"))
+    began = time.process_time()
+    verified(stored, "x" * length)
+    assert time.process_time() - began < parse(stored).seconds_for(b"x" * length) + 0.02
+
+
+def test_bcrypt_reads_72_bytes_of_a_password_as_crypt_does():
+    stored = crypt(SETTINGS["bcrypt"], "x" * 72)
+    assert [verified(stored, "x" * length) for length in (71, 72, 73)] == [False, True, True]
+
+
 def test_longer_deadline_allows_a_costlier_hash():
     assert verifiable_hash(b"$2b$15$" + b"." * 53, 5.0) is not None
 
@@ -193,6 +256,55 @@ def test_absent_user_costs_as_much_as_a_wrong_password(recorder, name):
     recorder.verify("users", None, b"x", [stored], 2.0)
     assert recorder.settings() == [parse(stored).setting] * 2
     assert recorder.calculated[1].text != stored
+
+
+MIXED = [HASHES[name] for name in ("bcrypt", "SHA-512", "argon2id", "DES")]
+
+
+@pytest.mark.parametrize("stored", [*MIXED, None, b"*LK*"])
+def test_every_failing_login_costs_one_hash_of_each_kind_in_the_table(recorder, stored):
+    recorder.verify("users", stored, b"x", MIXED, 2.0, complete=True)
+    assert {each.kind for each in recorder.calculated} == {parse(each).kind for each in MIXED}
+    assert len(recorder.calculated) == len(MIXED)
+
+
+def test_costs_are_kinds_too(recorder):
+    cheap, dear = (b"$2b$%02d$" % cost + b"." * 53 for cost in (4, 10))
+    for stored in (cheap, dear, None):
+        recorder.verify("users", stored, b"x", [cheap, dear], 2.0, complete=True)
+    costs = [each.cost.work for each in recorder.calculated]
+    assert sorted(costs[:2]) == sorted(costs[2:4]) == sorted(costs[4:]) == [16, 1024]
+
+
+def test_right_password_costs_its_own_hash():
+    calculated = []
+    verifier = Verifier(lambda known, password: calculated.append(known) or True)
+    assert verifier.verify("users", SHA512, b"x", MIXED, 2.0)
+    assert [each.text for each in calculated] == [SHA512]
+
+
+@pytest.mark.parametrize("stored", [*(b"$2b$%02d$" % cost + b"." * 53 for cost in (14, 13, 4)), None])
+def test_kinds_beyond_half_the_deadline_are_left_out_except_for_the_dearest(recorder, stored):
+    kinds = [b"$2b$%02d$" % cost + b"." * 53 for cost in (14, 13, 4)]
+    recorder.verify("users", stored, b"x", kinds, 2.0, complete=True)
+    assert 1 << 14 in {each.cost.work for each in recorder.calculated}
+    assert sum(each.seconds for each in recorder.calculated if each.text[:7] != (stored or b"")[:7]) <= 2.0
+
+
+def test_kinds_of_a_table_that_is_read_key_by_key_are_remembered(recorder):
+    for stored in (HASHES["bcrypt"], SHA512):
+        recorder.verify("users", stored, b"x", [stored], 2.0)
+    recorder.calculated.clear()
+    recorder.verify("users", None, b"x", [], 2.0)
+    assert {each.scheme for each in recorder.calculated} == {"bcrypt", "SHA-512"}
+
+
+def test_number_of_remembered_kinds_is_bounded(recorder):
+    for cost in range(1000, 1100):
+        recorder.verify("users", b"$6$rounds=%d$s$" % cost + b"." * 86, b"x", [], 2.0)
+    recorder.calculated.clear()
+    recorder.verify("users", None, b"x", [], 2.0)
+    assert len(recorder.calculated) <= MAX_KINDS
 
 
 def test_locked_user_costs_as_much_as_a_wrong_password(recorder):

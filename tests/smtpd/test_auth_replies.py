@@ -18,6 +18,7 @@ from table_consul.responder import Responder
 from table_consul.server import Server
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries
+from table_consul.services.passwords import Verifier
 from table_consul.sources.direct import DirectSource
 from table_consul.tables import Tables
 from tests.dialogue import write_config, write_source
@@ -255,6 +256,29 @@ def test_auth_is_registered_only_with_smtpd_that_keeps_the_case_of_passwords(tmp
 
 def test_auth_is_the_only_service_with_secret_keys():
     assert [service.name for service in SERVICES.values() if service.answers == "check"] == ["auth"]
+
+
+def test_logins_in_one_write_are_each_answered_within_the_deadline_from_arrival(tmp_path):
+    """Each takes most of the deadline by the estimate, so that no time is left for those behind it."""
+    path = write_config(tmp_path, 'services = ["auth"]', "deadline = 0.5")
+    write_source(tmp_path, {"users/auth/vera": crypt("$2b$12$abcdefghijklmnopqrstuu")})
+    began = time.monotonic()
+    answers = said(path, [f"vera:{PASSWORD}", *["vera:wrong", "walter:wrong"] * 6])[2:]
+    assert time.monotonic() - began < 2.0  # all 13 would take 3 s and more on any machine
+    assert answers[0] == b"check-result|1|found"
+    late = b"error|too little left of the deadline of 0.5 s to verify a password"
+    assert {answer.partition(b"|")[2].partition(b"|")[2] for answer in answers[3:]} == {late}
+
+
+def test_failing_logins_calculate_the_same_hashes_whoever_they_are_of():
+    calculated = []
+    source = Scripted(auth={b"vera": HASHES["MD5"], b"lock": b"*LK*"}, credentials={b"eric": b"eric:" + SHA512})
+    responder = Responder(Verifier(lambda known, password: calculated.append(known.scheme) or False))
+    for user in (b"vera", b"eric", b"lock", b"walter"):
+        request = Request("check", b"1", "users", "auth", user + b":wrong")
+        responder.answer(request, TABLE, lambda service, key: source.entries(TABLE, service, key, 0.0))
+    assert [sorted(calculated[n : n + 2]) for n in range(0, 8, 2)] == [["MD5", "SHA-512"]] * 4
+    assert len(calculated) == 8
 
 
 @pytest.mark.parametrize("user", ["vera", "walter"])

@@ -235,6 +235,7 @@ def test_default_file_that_cannot_be_read_is_an_error_not_a_missing_file(wire, d
     assert f"{default_path}: " in caplog.text
 
 
+@pytest.mark.usefixtures("open_folder")
 def test_check_without_an_argument_checks_the_default_file(default_path, capsys):
     write_config(default_path.parent).rename(default_path)
     assert (cli.main(["--check"]), capsys.readouterr().out) == (0, f"{default_path}: ok\n")

@@ -7,6 +7,7 @@ from tests.smtpd.configuration import ABSOLUTE_PATH, CERT_AND_KEY, SECRET, VISIB
 
 SERVICES = ", ".join(services.SERVICES)
 NAME = "(use printable characters other than / and |, not . or ..)"
+DELIMITER = "must be one visible ASCII character other than @, as in `smtp sub-addr-delim`"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,11 @@ NAME = "(use printable characters other than / and |, not . or ..)"
         ("[defaults]\nsnapshot = 1", "defaults.snapshot: must be a string"),
         ("[defaults]\nmode = 'mirrow'", "defaults.mode: must be one of mirror, direct"),
         ("[defaults]\nmode = 1", "defaults.mode: must be one of mirror, direct"),
+        *(
+            (f"[tables.x]\nsubaddress_delimiter = {bad!r}", f"tables.x.subaddress_delimiter: {DELIMITER}")
+            for bad in ("", "++", "@", " ", "\t", "é", "\x7f")
+        ),
+        ("[defaults]\nsubaddress_delimiter = 1", "defaults.subaddress_delimiter: must be a string"),
         ("[tables.x]\ntable = 'y'", f"tables.x.table: unknown key (use one of: {', '.join(config.KEYS['tables'])})"),
         ("[tables.x.paths]\nalias = 3", "tables.x.paths.alias: must be a string"),
         ("[log]\ntarget = 'sysklog'", "log.target: must be one of auto, syslog, stderr"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import select
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import table_consul
 from table_consul import __version__
 from tests.dialogue import Child, eventually, write_config
 from tests.fake_consul import FakeConsul, stall
 from tests.smtpd.metrics import BUILD_INFO, connect, metrics_config, read_textfile, scrape, scrape_until
 
+CHECKOUT = Path(table_consul.__file__).parents[1]
 DIALOGUE = (
     b"lookup|alias|%d|root",
     b"lookup|alias|%d|root",
@@ -100,12 +103,15 @@ def test_silent_and_malformed_clients_delay_no_reply(child):
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    """The program with a mirror of a Consul that has two good entries and a bad one."""
+    """The program with a mirror of a Consul that has two good entries, a bad one, and two that smtpd would reject."""
     folder = tmp_path_factory.mktemp("mirror")
     with FakeConsul() as fake:
         fake.put(b"mail/aliases/alias/root", b"gilles")
         fake.put(b"mail/aliases/alias/staff", b"gilles, eric")
         fake.put(b"mail/aliases/alias/broken", b"|/bin/sh")
+        fake.put(b"mail/aliases/alias/*", b"two words")
+        fake.put(b"mail/aliases/relayhost/example.org", b"lmtp://mx")
+        fake.put(b"mail/aliases/netaddr/mx.example.org", b"")
         config = metrics_config(folder, 'prefix = "mail"', address=fake.address, listen=f"unix://{folder}/sock")
         with Child(config) as child:
             child.handshake()
@@ -118,9 +124,9 @@ def mirror(tmp_path_factory):
 def test_mirror_publishes_its_snapshot(mirror):
     samples, labels = scrape(mirror.socket), mirror.labels
     expected = {
-        "snapshot_keys": 3,
+        "snapshot_keys": 6,
         "snapshot_index": mirror.fake.index,
-        "entries_refused": 1,
+        "entries_refused": 3,
         "up": 1,
         "reloads_total": 1,
         "failures_total": 0,
@@ -201,19 +207,26 @@ def read_log(child, text):
             break
 
 
-def test_missing_library_is_logged_once_and_requests_are_answered(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("raise ModuleNotFoundError('blocked', name='prometheus_client')", "prometheus_client is not installed"),
+        ("raise RuntimeError('bug')", "RuntimeError: bug"),
+    ],
+)
+def test_library_that_does_not_load_is_logged_once_and_requests_are_answered(tmp_path, text, problem):
     library = tmp_path / "without" / "prometheus_client"
     library.mkdir(parents=True)
-    (library / "__init__.py").write_text("raise ModuleNotFoundError('blocked', name='prometheus_client')")
+    (library / "__init__.py").write_text(text)
     config = metrics_config(tmp_path, textfile=True, listen=f"unix://{tmp_path}/sock")
-    with Child(config, environ={"PYTHONPATH": str(library.parent)}) as child:
+    with Child(config, environ={"PYTHONPATH": f"{library.parent}:{CHECKOUT}"}) as child:
         child.handshake()
         assert child.ask(b"table|0.1|0|aliases|lookup|alias|1|root") == b"lookup-result|1|found|gilles"
         # The thread that imports it may be slower than the whole conversation.
-        read_log(child, b"prometheus_client is not installed; install table-consul[metrics]")
+        read_log(child, f"{problem}; install table-consul[metrics]".encode())
         assert child.end() == 0
         log = child.log()
-    assert log.count("is not installed") == 1
+    assert log.count("no metrics: ") == 1
     assert "Traceback" not in log
 
 

@@ -12,7 +12,7 @@ import pytest
 from table_consul import tables
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, Forbidden, SourceError
-from table_consul.protocol import Found, Request
+from table_consul.protocol import Found, NotFound, Request
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import direct, watch
@@ -197,6 +197,20 @@ def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
     with pytest.raises(SourceError, match="not the output"):
         found.update()
     assert lookup(found, "aliases") == b"gilles"
+
+
+def test_expressions_get_what_is_left_of_the_deadline_and_exact_keys_are_always_answered(opened, tmp_path):
+    pytest.importorskip("re2", reason="needs google-re2: pip install 'table-consul[regex]'")
+    found = opened()
+    write_source(tmp_path, {"aliases/regex/^a": b"", "aliases/domain/example.org": b"", "aliases/domain/*.net": b""})
+    for service, key in (("regex", b"abc"), ("domain", b"example.org"), ("domain", b"a.net"), ("regex", b"b")):
+        request = Request("check", b"1", "aliases", service, key)
+        on_time, late = (found.answer(request, time.monotonic() - late) for late in (0.0, 2.0))
+        assert isinstance(on_time, NotFound if key == b"b" else Found)
+        if service == "domain":
+            assert late == on_time
+        else:
+            assert late.reason == "aliases/regex/: too little left of the deadline to match the patterns"
 
 
 # ---- which source ----

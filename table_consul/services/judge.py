@@ -1,0 +1,279 @@
+"""What smtpd cannot use of a stored entry, each problem with its cause and what to do: for the daemon, lint and import.
+
+By the parsers of smtpd that are named (OpenSMTPD 6.8 to 7.9). An entry with such a problem is served unchanged, as
+smtpd's rules may change. No text contains any part of a value.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+from table_consul.errors import EntryError
+from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, compiled, passwords
+from table_consul.services.elements import (
+    FOREIGN,
+    ODD,
+    ODD_IN_LIST,
+    cause,
+    element_problem,
+    is_plain_list,
+    list_format,
+    split_list,
+)
+from table_consul.services.match import MAILADDR_PART_BYTES, dotted_quad, inet6_pton, is_address, text_to_mailaddr
+
+# smtpd: LINE_MAX, the buffer of table_parse_lookup; limits.h of Linux, HOST_NAME_MAX. Without the NUL.
+LINE_BYTES = 2047
+HOST_BYTES = 64
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The one problem that may be meant so, so that it is no entry to count.
+NO_NETWORK = (
+    "not a network: matches only this very name, as `match from rdns` asks for (expected 192.0.2.1, 192.0.2.0/24, "
+    "2001:db8::/32, [2001:db8::/32] or local)"
+)
+
+# What a session can ask for, but for its length (smtpd: util.c, valid_localpart and valid_domainpart; the client's
+# name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and mailaddr.
+_ATOM = rb"[A-Za-z0-9!#$%&'*/?^`{|}~+=_-]+"
+_LOCAL = rb"(?!\*(?:@|\Z))%b(?:\.%b)*" % (_ATOM, _ATOM)
+_HOST = rb"(?:(?!-)[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[A-Za-z0-9:.]+\])"
+_HOSTS = rb"(?:(?!-)[A-Za-z0-9_*-]+(?:\.[A-Za-z0-9_*-]+)*|\[[A-Za-z0-9:.*]+\])"
+_MAILADDR = rb"%b(?:@%b?)?|@%b?" % (_LOCAL, _HOSTS, _HOSTS)
+_ASKED = {
+    "alias": rb"%b(?:@%b)?|@%b?" % (_LOCAL, _HOST, _HOST),
+    "domain": _HOSTS + rb"|<unknown>",
+    "mailaddr": _MAILADDR,
+}
+_COPIED = (
+    *FOREIGN,
+    (rb"\A(?i:mailto:)", "begins with mailto: (write the address alone)"),
+    (rb":\Z", "ends in a colon, as in an aliases file (remove it)"),
+    (rb"\A#.*\s", "is a comment (delete it)"),
+)
+
+
+def _dots(hint: str) -> tuple[tuple[bytes, str], ...]:
+    return (
+        (rb"(?:\A|@)\.", f"has a name that begins with a dot ({hint})"),
+        (rb"\.@|\.\Z", "has a name that ends in a dot (remove it)"),
+        (rb"\.\.", "has two dots in a row (remove one)"),
+        (rb"@.*@", "has two @ (write one)"),
+    )
+
+
+_HOSTS_BELOW = "write *.example.org for the hosts below a domain"
+
+
+def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, str], ...]:
+    return (
+        *_COPIED,
+        (rb"\A\*(?:@|\Z)", "has a * for a user, where it is no pattern (write @example.org, or @ for all)"),
+        *odd,
+        (rb"@.*[{}]", "contains braces (remove them)"),
+        *_dots(_HOSTS_BELOW),
+    )
+
+
+_KEY_CAUSES: Mapping[str, tuple[tuple[bytes, str], ...]] = {
+    "alias": (
+        *_COPIED,
+        (rb"\A\*(?:@|\Z)", "has a * for a user, where it is no pattern (write @example.org, or @ for all)"),
+        (rb"@.*\*", "has a * in its domain, which is no pattern in an alias (write a key for each domain)"),
+        *ODD,
+        *_dots("an alias is for one domain; write a key for each"),
+    ),
+    "domain": (
+        *_COPIED,
+        (rb"\A#", "is a comment (delete it)"),
+        (rb"[\\^$()|+?]", "is an expression (store it for the service regex)"),
+        *ODD,
+        (rb"[{}]", "contains braces (write a key for each domain)"),
+        (rb"@", "is a mail address (write the part after the @)"),
+        *_dots(_HOSTS_BELOW),
+    ),
+    "mailaddr": _address_causes(ODD),
+}
+_ELEMENT_CAUSES = _address_causes(ODD_IN_LIST)
+
+
+@functools.cache
+def usual_key(service: Service) -> Callable[[bytes], object]:
+    """What finds that smtpd can ask this service for a folded key, or match a name with it; the usual case."""
+    # Expressions need a look at how they are stored; other keys are any text without white space around it.
+    form = rb"(?!)" if service.name == "regex" else _ASKED.get(service.name, rb"(?s)\S(?:.*\S)?")
+    return compiled(form).fullmatch
+
+
+def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> str | None:
+    """Why no lookup of a service that reads this folder finds the folded key, or finds what is not meant."""
+    if service.name == "regex":
+        if {rb"\S", rb"\W", rb"\B"}.intersection(compiled(rb"(?s)\\.").findall(stored)):
+            return (
+                "the key has a \\S, \\W or \\B, and smtpd reads expressions in lower case, where it means the opposite "
+                "(write [^[:space:]] or [^[:alnum:]_])"
+            )
+        return None
+    if len(key) > MAX_KEY_BYTES and not service.patterns:  # an index reports patterns
+        return f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}"
+    path = table.path(service)
+    sharing = (SERVICES[name] for name in table.readable_services if table.path(SERVICES[name]) == path)
+    if any(usual_key(each)(key) for each in (service, *sharing)):
+        return None
+    if key != key.strip() or service.name not in _KEY_CAUSES:
+        return "the key begins or ends with white space, and smtpd never asks for such a key; rename it"
+    why = cause(key, _KEY_CAUSES[service.name]) or "has characters that no address has (correct it)"
+    return f"the key {why}; smtpd never asks for it"
+
+
+def value_problem(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
+    """Why smtpd rejects or misreads a valid value of `parse_value`, and what to do; None if nothing looks wrong."""
+    if not value and service.needs_value:
+        return f"there is no value, and {service.name} needs one"
+    if value.startswith(BYTE_ORDER_MARK):
+        return "the value begins with a byte order mark (remove it)"
+    judge = _VALUES.get(service.name)
+    return None if judge is None else judge(table, key, value)
+
+
+def _alias(_table: Table, _key: bytes, value: bytes) -> str | None:
+    return _list_problem(value, element_problem)
+
+
+def _mailaddrmap(_table: Table, _key: bytes, value: bytes) -> str | None:
+    return _list_problem(value, _address_problem)
+
+
+def _list_problem(value: bytes, judge: Callable[[bytes], str | None]) -> str | None:
+    """The first problem of an element, or that of the whole list if it is in another format."""
+    if is_plain_list(value):
+        return None
+    problems = ((number, judge(element)) for number, element in enumerate(split_list(value), 1))
+    number, text = next(((number, text) for number, text in problems if text is not None), (0, None))
+    if text is None:
+        return None
+    whole = list_format(value)
+    return f"element {number} of the value {text}" if whole is None else f"the value {whole}"
+
+
+def _address_problem(element: bytes) -> str | None:
+    """An address or a part of one that a sender is compared with (smtpd: lka.c, lka_mailaddrmap)."""
+    if text_to_mailaddr(element) is None:
+        return (
+            f"has more than {MAILADDR_PART_BYTES} bytes before or after the @; smtpd rejects the whole list because of "
+            "it"
+        )
+    if compiled(_MAILADDR).fullmatch(element):
+        return None
+    return f"{cause(element, _ELEMENT_CAUSES) or 'is not an address'}; no sender ever matches it"
+
+
+def _userinfo(_table: Table, key: bytes, value: bytes) -> str | None:
+    if len(key) + 1 + len(value) > LINE_BYTES:
+        return f"user and value have more than {LINE_BYTES} bytes; smtpd rejects them"
+    return None
+
+
+def _source(table: Table, key: bytes, value: bytes) -> str | None:
+    if is_address(key if table.fetch == "keys" or not value else value):
+        return None
+    return "not an address to send mail from (expected 192.0.2.25, 2001:db8::25 or [2001:db8::25])"
+
+
+def _host_problem(host: bytes) -> str | None:
+    """Why this is not a host for smtpd to connect to, or to call itself (smtpd: util.c, valid_domainpart)."""
+    if len(host) > HOST_BYTES:
+        return f"has more than {HOST_BYTES} bytes, which smtpd on Linux rejects"
+    if host.startswith(b"["):
+        address = host[6:-1] if host[1:6].lower() == b"ipv6:" else host[1:-1]
+        known = inet6_pton(address) is not None or dotted_quad(address) is not None
+        return None if known else "is not an address, and only addresses are in brackets (remove them)"
+    if compiled(rb"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*").fullmatch(host):
+        return None
+    return cause(host, (*FOREIGN, *ODD, *_dots("remove it"))) or "is not a host name"
+
+
+def _addrname(_table: Table, _key: bytes, value: bytes) -> str | None:
+    problem = _host_problem(value)
+    return problem and f"the value is the name that smtpd gives itself, and {problem}"
+
+
+def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
+    """By the steps of smtpd's to.c, text_to_relayhost. Without a value the key is the host."""
+    text = value or key
+    what = "value" if value else "key"
+    found = compiled(rb"(?i)(smtp|smtp\+tls|smtp\+notls|smtps|lmtp)://").match(text)
+    if found is None and b"://" in text:
+        return f"the {what} has an unknown scheme (use smtp, smtp+tls, smtp+notls, smtps or lmtp)"
+    if len(text) > MAX_KEY_BYTES:
+        return f"the {what} has more than {MAX_KEY_BYTES} bytes, which smtpd rejects"
+    scheme = found[1].lower() if found else b""
+    label, at, rest = text[found.end() if found else 0 :].partition(b"@")
+    host, colon, port, left = _host_and_port(rest if at else label)
+    if colon and not (compiled(rb"[ \t-\r]*[+-]?[0-9]{1,20}").fullmatch(port) and 1 <= int(port) <= 65535):
+        postfix = "" if scheme else "; Postfix's TRANSPORT:[HOST]:PORT is smtp://HOST:PORT here"
+        return f"the port of the {what} must be between 1 and 65535{postfix}"
+    if problem := _host_problem(host) if host or not left else cause(left, (*FOREIGN, *ODD)) or "is missing":
+        return f"the host of the {what} {problem}"
+    if scheme == b"lmtp" and not colon:
+        return f"the {what} has no port, and lmtp has no default (write lmtp://HOST:24)"
+    if at and label and scheme not in (b"smtp+tls", b"smtps"):
+        return f"the {what} has a label without TLS, which smtpd rejects (use smtp+tls:// or smtps://)"
+    if left not in (b"", b"/"):
+        return f"smtpd ignores what follows the host of the {what}: {cause(left, (*FOREIGN, *ODD)) or 'remove it'}"
+    return None
+
+
+def _host_and_port(text: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """Host, the colon if there is one, the port, and what smtpd does not read."""
+    found = compiled(rb"(?s)(\[[^\]]*\]|[A-Za-z0-9_.-]*)(?:(:)(.*)|(.*))").fullmatch(text)
+    assert found is not None
+    host, colon, port, left = found.groups(b"")
+    return host, colon, port, left
+
+
+# Formats of Dovecot's that no crypt(3) reads (doc.dovecot.org, Password Schemes).
+_FOREIGN_SCHEME = (
+    rb"(?is)\{(?:PLAIN|CLEAR|CLEARTEXT|L?S?(?:MD5|SHA)|S?SHA(?:256|512)|(?:PLAIN|LDAP|CRAM|DIGEST|HMAC)-[A-Z0-9]+"
+    rb"|PBKDF2|SCRAM-[A-Z0-9-]+|ARGON2ID?|LANMAN|NTLM|OTP|SKEY|RPA)(?:\.[A-Z0-9]+)?\}.*"
+)
+
+
+def _credential(service: str) -> Callable[[Table, bytes, bytes], str | None]:
+    def judge(table: Table, _key: bytes, value: bytes) -> str | None:
+        """Warn if no login can succeed. USER:... is exempt: it may be a plain-text relay password."""
+        secret = passwords.hash_part(value)
+        if secret.startswith(b"$apr1$"):
+            return "an MD5 hash of Apache's htpasswd, which crypt(3) does not read (use `smtpctl encrypt`)"
+        if service == "credentials":
+            foreign = compiled(_FOREIGN_SCHEME).fullmatch(secret) or secret.startswith(b"$argon2")
+            if (b":" in value and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
+                return None
+            if "auth" not in table.services:
+                if not foreign and passwords.is_crypt_hash(secret):
+                    return None
+                return (
+                    "not a hash that smtpd's crypt(3) reads, so no login can succeed (use the output of "
+                    "`smtpctl encrypt`; argon2 needs the service auth; to relay, write USER:PASSWORD)"
+                )
+        try:
+            known = passwords.verifiable_hash(value, table.deadline)
+        except EntryError as error:
+            return str(error)
+        if known is not None and known.scheme == "DES" and not passwords.is_crypt_hash(secret):
+            return "13 letters that only look like a DES hash (use the output of `smtpctl encrypt`)"
+        return None
+
+    return judge
+
+
+_VALUES: Mapping[str, Callable[[Table, bytes, bytes], str | None]] = {
+    "alias": _alias,
+    "mailaddrmap": _mailaddrmap,
+    "userinfo": _userinfo,
+    "source": _source,
+    "addrname": _addrname,
+    "relayhost": _relayhost,
+    "credentials": _credential("credentials"),
+    "auth": _credential("auth"),
+}

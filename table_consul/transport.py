@@ -109,10 +109,12 @@ class _Connection(urllib3.connection.HTTPConnection):
         self._endpoint = endpoint
 
     def connect(self) -> None:
-        self._endpoint.transport.connected = True
-        self.sock = self._endpoint.open()
-        self._endpoint.transport.connected_at = time.monotonic()
-        self._endpoint.transport.latest_socket = self.sock
+        transport = self._endpoint.transport
+        transport.connected = True
+        self.sock = transport.latest_socket = self._endpoint.open()
+        transport.connected_at = time.monotonic()
+        if transport.waiting and transport.interrupted:  # before there was a socket to shut down
+            raise ConnectionAbortedError
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
         if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
@@ -252,9 +254,8 @@ class Transport:
         self._endpoints = [Endpoint(address, settings, self) for address in settings.addresses]
         self._current = 0
         self._prepared = requests.PreparedRequest()
-        self._warned = False
         self._lock = threading.Lock()
-        self._waiting = self._interrupted = False
+        self._warned = self.waiting = self.interrupted = False
 
     def close(self) -> None:
         """Close all connections; later requests open others, with the TLS files as they are then."""
@@ -264,8 +265,8 @@ class Transport:
     def interrupt(self) -> None:
         """End the wait that is under way, or the next one, with WaitCut; any thread may call this."""
         with self._lock:
-            self._interrupted = True
-            if self._waiting and self.latest_socket is not None:
+            self.interrupted = True
+            if self.waiting and self.latest_socket is not None:
                 # Not SSLSocket's own, which drops the TLS state that another thread reads.
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(self.latest_socket, socket.SHUT_RDWR)
@@ -301,16 +302,16 @@ class Transport:
             return self._send(request, by, held)
         response = None
         with self._lock:
-            self._waiting = not self._interrupted
+            self.waiting = not self.interrupted
         try:
-            if self._waiting:
+            if self.waiting:
                 response = self._send(request, by, held)
         except SourceError:
-            if not self._interrupted:
+            if not self.interrupted:
                 raise
         finally:
             with self._lock:
-                self._waiting, interrupted, self._interrupted = False, self._interrupted, False
+                self.waiting, interrupted, self.interrupted = False, self.interrupted, False
         if interrupted or response is None:
             self.disconnect()
             raise WaitCut("interrupted", math.inf)
@@ -357,7 +358,7 @@ class Transport:
             if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one
                 raise WaitCut(str(failure), cut) from error
             # The server may have closed an idle connection, which is no sign of a fault of Consul.
-            if again or self.connected or (held and self._interrupted) or isinstance(cause, TimeoutError):
+            if again or self.connected or (held and self.interrupted) or isinstance(cause, TimeoutError):
                 raise failure from error
         if held:  # the time that this wait took is not missing from the next
             self.connect_by += waited

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from table_consul import kv
 from table_consul.errors import BadResponse, TooLarge, Unreachable
+from table_consul.transport import Endpoint, WaitCut
 from tests.consul.clients import ROOT, SLACK, TRUE, Silent, closed_port, each_version
 from tests.fake_consul import Answer, FakeConsul, cut, stall, trickle
 
@@ -364,3 +365,20 @@ def test_list_has_its_deadline_for_the_whole_body(fake, client):
     with pytest.raises(Unreachable):
         client.list(b"t/", timeout=0.4)
     assert time.monotonic() - began < 0.4 + SLACK
+
+
+def test_interrupt_that_comes_while_a_wait_is_still_connecting_ends_it(fake, client, monkeypatch):
+    connect = Endpoint.open
+
+    def interrupted(endpoint):
+        opened = connect(endpoint)
+        client.interrupt()
+        return opened
+
+    monkeypatch.setattr(Endpoint, "open", interrupted)
+    begun = time.monotonic()
+    with pytest.raises(WaitCut):
+        client.blocking_query(b"consul/", index=fake.index, wait=10.0, timeout=1.0)
+    assert time.monotonic() - begun < 5.0
+    monkeypatch.undo()
+    assert client.get(ROOT, timeout=1.0) is not None

@@ -263,7 +263,7 @@ def test_what_a_terminal_has_no_letters_for_is_escaped(tmp_path, encoding):
     assert (done.status, "internal error" in done.said) == (1, False), done.said
     command = ["-c", tmp_path / "c.toml", "query", "t", "alias", "\u2603", "\u2604"]
     done = finished(start(*command, stdout=subprocess.PIPE, env=environ))
-    assert (done.status, "internal error" in done.said, done.out) == (1, False, "\u2603\tvera\n".encode())
+    assert (done.status, "internal error" in done.said, done.out) == (2, False, "\u2603\tvera\n".encode())
     done = finished(start("policy", "\u2603", stdout=subprocess.PIPE, env=environ))
     assert (done.status, done.said) == (0, "")
 

@@ -255,7 +255,7 @@ def test_text_of_the_last_error_is_a_comment_without_a_token():
 
 def test_forbidden_services_are_published_by_name():
     snapshot = SimpleNamespace(
-        entries={"alias": SimpleNamespace(errors={}), "domain": SimpleNamespace(errors={})},
+        entries={"alias": SimpleNamespace(refused=0), "domain": SimpleNamespace(refused=0)},
         hidden={"domain": 1},
         size=1,
     )

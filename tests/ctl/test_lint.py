@@ -13,7 +13,7 @@ import pytest
 from table_consul.services import SERVICES
 from tests.control import at_terminal, control
 from tests.dialogue import Child, eventually, write_source
-from tests.fake_consul import FakeConsul
+from tests.fake_consul import VERSIONS, FakeConsul
 from tests.rig.consul import consul_binary
 
 GOOD = {
@@ -39,9 +39,9 @@ def lint(tmp_path):
     return run
 
 
-@pytest.fixture
-def fake(tmp_path):
-    with FakeConsul() as fake:
+@pytest.fixture(params=VERSIONS)
+def fake(request):
+    with FakeConsul(version=request.param) as fake:
         yield fake
 
 

@@ -10,12 +10,12 @@ import pytest
 from table_consul.ctl import status
 from tests.ctl.published import FOLLOWING, configured, only_table, publish
 from tests.dialogue import Child, eventually
-from tests.fake_consul import FakeConsul
+from tests.fake_consul import VERSIONS, FakeConsul
 
 
-@pytest.fixture
-def fake():
-    with FakeConsul() as consul:
+@pytest.fixture(params=VERSIONS)
+def fake(request):
+    with FakeConsul(version=request.param) as consul:
         consul.put(b"aliases/alias/root", b"gilles")
         yield consul
 

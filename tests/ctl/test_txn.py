@@ -13,7 +13,7 @@ from table_consul.config import ConsulConfig
 from table_consul.ctl import txn
 from table_consul.ctl.plan import VALUE_MAX_BYTES, Change, Stored
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
-from tests.fake_consul import Answer, FakeConsul
+from tests.fake_consul import VERSIONS, Answer, FakeConsul
 
 PATH = b"aliases/alias/"
 SCOPE = {"Namespace": "mail", "Partition": "west"}
@@ -23,9 +23,9 @@ def added(count):
     return [Change(PATH + b"user%05d" % number, None, b"gilles") for number in range(count)]
 
 
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
+@pytest.fixture(params=VERSIONS)
+def fake(request):
+    with FakeConsul(version=request.param) as fake:
         yield fake
 
 
@@ -153,6 +153,9 @@ def test_list_shortened_by_an_acl_is_an_error(store, fake):
     fake.put(PATH + b"a", b"x")
     fake.put(PATH + b"b", b"x")
     fake.denied = (PATH + b"b",)
+    if fake.version == "1.8.7":  # which does not report it
+        assert [each.key for each in store.entries(PATH)] == [PATH + b"a"]
+        return
     with pytest.raises(Forbidden):
         store.entries(PATH)
 

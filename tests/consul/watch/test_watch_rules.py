@@ -69,8 +69,8 @@ def test_restored_snapshot_with_the_same_index_is_read(fake, mirrored, waits_of)
     source = mirrored(fake.address)
     settled(source)
     asked = len(lists(fake))
-    fake.store.restore(fake.index)
     for _ in eventually("it is read again", 10):
+        fake.store.restore(fake.index)  # again and again, as one between two waits ends none
         if any("consistent" in request.params for request in lists(fake)[asked:]):
             break
     fake.put(ROOT, b"eric")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -161,8 +162,9 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
     enough(fake, 1)
     time.sleep(0.6)
     fake.stop()
-    logged(caplog, "connection refused")
-    assert not any("in time" in line for line in lines(caplog))
+    logged(caplog, "; serving the last good copy")
+    # Reset, where the port still took the new connection.
+    assert re.search(r": connection (refused|reset by peer|closed without an answer);", lines(caplog)[0])
     fake.start()
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")

@@ -9,7 +9,7 @@ from table_consul.services import MAX_KEY_BYTES, compiled
 
 # smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE and SMTPD_MAXDOMAINPARTSIZE, without the NUL.
 MAILADDR_PART_BYTES = 255
-# smtpd.conf(5), smtp sub-addr-delim: its default, as smtpd does not tell a table which one it uses.
+# smtpd.conf(5), smtp sub-addr-delim: its default, because smtpd does not pass its own to a table.
 DELIMITER = b"+"
 IPV4_BITS, IPV6_BITS = 32, 128
 # smtpd: openbsd-compat/inet_net_pton.c, INET6_ADDRSTRLEN + sizeof("/128"), without the NUL.

@@ -89,7 +89,10 @@ class Scene:
         numbers = [number_of(key) for key in questions]
         self.writer.hidden = dict.fromkeys(numbers, (time.monotonic(), float("inf"))) | self.writer.hidden
         self.leader.set_rules(self.token, self.rules(*denied))
-        is_noticed = lambda: all(self.client.latest[number].startswith(b"error|") for number in numbers)  # noqa: E731
+
+        def is_noticed() -> bool:
+            return all(self.client.latest[number].startswith(b"error|") for number in numbers)
+
         wait_for(
             is_noticed, RECOVERY_SECONDS, lambda: f"{denied} are hidden: {[self.client.latest[n] for n in numbers]}"
         )
@@ -216,7 +219,10 @@ def waits_cut(scene):
     with scene.writer.pausing():
         proxy.bad.set()
         wait_for(lambda: proxy.harm, 2 * CUT_SECONDS, lambda: f"no wait of {CUT_SECONDS} s: {proxy.requests[-3:]}")
-        later = lambda: [target for when, target in proxy.requests if when > proxy.harm[0]]  # noqa: E731
+
+        def later() -> list[str]:
+            return [target for when, target in proxy.requests if when > proxy.harm[0]]
+
         wait_for(later, RECOVERY_SECONDS, lambda: "no wait follows the one that was cut")
         yield
     waits = [re.search(r"[?&]index=[1-9][0-9]*&wait=([0-9]+)ms", target) for target in later()]

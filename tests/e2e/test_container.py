@@ -109,7 +109,6 @@ def test_the_story_plays_as_compose_yaml_tells_it(container, service, tmp_path):
     mail = container(service=service)
     consul = Consul(mail, tmp_path / "consul")
     assert service["depends_on"]["consul"]["condition"] == "service_healthy"
-    assert not consul.healthy
     consul.wait_for_health()
     mail.start()
     assert mail.wait_for_health() == "mail for postmaster: 550"

@@ -141,12 +141,36 @@ CASE_VARIANTS = [
 ]
 STORED = st.sampled_from(
     [
-        b'"gilles"', b'"\\"gilles\\""', b'["gilles"]', b"|sh", b'"|sh"', b"gilles, eric schmidt", b"a\nb",
-        b"gilles", b"gilles\n", b"", None, b"1000:1000:/home/x", b"0:0:/root", RECORD, b'{"password": "hunter2"}',
-        b'{"uid": 1}', b"{}", b"{CRYPT}" + SHA512, SHA512, b"vera:hunter2", b"hunter2", b"*", b"*LK*", b"192.0.2.1",
-        b"$2b$15$" + b"." * 53, b"vera:$2b$10$" + b"." * 53, b"*a*b*", b"(a|b){9}",
+        b'"gilles"',
+        b'"\\"gilles\\""',
+        b'["gilles"]',
+        b"|sh",
+        b'"|sh"',
+        b"gilles, eric schmidt",
+        b"a\nb",
+        b"gilles",
+        b"gilles\n",
+        b"",
+        None,
+        b"1000:1000:/home/x",
+        b"0:0:/root",
+        RECORD,
+        b'{"password": "hunter2"}',
+        b'{"uid": 1}',
+        b"{}",
+        b"{CRYPT}" + SHA512,
+        SHA512,
+        b"vera:hunter2",
+        b"hunter2",
+        b"*",
+        b"*LK*",
+        b"192.0.2.1",
+        b"$2b$15$" + b"." * 53,
+        b"vera:$2b$10$" + b"." * 53,
+        b"*a*b*",
+        b"(a|b){9}",
     ]
-)  # fmt: skip
+)
 # Consul lists a key twice where two that are not UTF-8 look alike.
 PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique=True)
 REUSING_TABLES = st.sampled_from(

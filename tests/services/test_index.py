@@ -320,11 +320,33 @@ def test_regex_matches_as_in_glibc(entry, matching, other):
 @pytest.mark.parametrize(
     "entry",
     [
-        b"(a)\\1", b"\\<a", b"(a", b"[a", b"[[:alpha:", b"[[.a", b"[[:nope:]]", b"[[.ab.]]", b"[b-a]", b"[a-z-9]",
-        b"[a-[:digit:]]", b"*a", b"^*", b"a|*b", b"(?:a)", b"a{", b"a{}", b"a{x}", b"a{2,1}", b"{2}", b"a{1001}",
-        b"a\\", b"((a{500}){500}){500}", b"(" * 500 + b")" * 500 + b"(", b"a" * (MAX_KEY_BYTES + 1),
+        b"(a)\\1",
+        b"\\<a",
+        b"(a",
+        b"[a",
+        b"[[:alpha:",
+        b"[[.a",
+        b"[[:nope:]]",
+        b"[[.ab.]]",
+        b"[b-a]",
+        b"[a-z-9]",
+        b"[a-[:digit:]]",
+        b"*a",
+        b"^*",
+        b"a|*b",
+        b"(?:a)",
+        b"a{",
+        b"a{}",
+        b"a{x}",
+        b"a{2,1}",
+        b"{2}",
+        b"a{1001}",
+        b"a\\",
+        b"((a{500}){500}){500}",
+        b"(" * 500 + b")" * 500 + b"(",
+        b"a" * (MAX_KEY_BYTES + 1),
     ],
-)  # fmt: skip
+)
 def test_regex_that_is_rejected_is_a_problem_and_affects_no_other(entry):
     index = Regexes([entry, b"b$"])
     assert [entry] == [problem for problem, _ in index.problems]

@@ -79,7 +79,7 @@ PLAIN = {"alias": b"gilles", "userinfo": b"1:1:/", "relayhost": b"mx.example.org
         ("regex", "\\W", "write [^[:space:]] or [^[:alnum:]_]"),
         ("regex", "x\\B", "means the opposite"),
     ],
-)  # fmt: skip
+)
 def test_key_that_smtpd_never_asks_for_is_served_and_reported(service, key, cause):
     raw = PLAIN.get(service, b"")
     found = entries(service, (key.encode(), raw))
@@ -162,7 +162,7 @@ def test_warning_of_a_key_depends_on_how_it_is_spelled_now():
         (b"$1@example.org", "begins with a placeholder"),
         (b"x" * 256, "is neither a user (letters, digits and _.+-, at most 255)"),
     ],
-)  # fmt: skip
+)
 def test_alias_problem_names_the_element_and_the_cause(raw, problem):
     text = problem_of("alias", b"root", raw)
     assert problem in text
@@ -192,9 +192,22 @@ def test_mailaddrmap_problem_names_the_element_and_the_cause(raw, problem):
 # What text_to_relayhost of smtpd, compiled by itself, answers.
 @pytest.mark.parametrize(
     "raw",
-    ["mx.example.org", "mx:25", "mx: +25", "smtp://mx", "SMTP+TLS://label@mx:587", "smtps://l@[2001:db8::1]:465",
-     "[192.0.2.1]", "lmtp://[IPv6:::1]:24", "smtp+notls://mx_1", "@mx", "smtp://@mx", "a" * 62 + ".b", "smtp://mx/"],
-)  # fmt: skip
+    [
+        "mx.example.org",
+        "mx:25",
+        "mx: +25",
+        "smtp://mx",
+        "SMTP+TLS://label@mx:587",
+        "smtps://l@[2001:db8::1]:465",
+        "[192.0.2.1]",
+        "lmtp://[IPv6:::1]:24",
+        "smtp+notls://mx_1",
+        "@mx",
+        "smtp://@mx",
+        "a" * 62 + ".b",
+        "smtp://mx/",
+    ],
+)
 def test_relayhost_that_smtpd_takes_is_no_problem(raw):
     assert entries("relayhost", (b"example.org", raw.encode())).problems == []
 

@@ -114,9 +114,16 @@ def test_alias_that_discards_mail_needs_no_permission(raw):
 
 @pytest.mark.parametrize(
     "raw",
-    [b"/dev/null2", b"/dev/null/", b"/dev/./null", b"/dev/NULL", b"/dev/null, /etc/x", b":include:/dev/null",
-     b"/dev/null;x"],
-)  # fmt: skip
+    [
+        b"/dev/null2",
+        b"/dev/null/",
+        b"/dev/./null",
+        b"/dev/NULL",
+        b"/dev/null, /etc/x",
+        b":include:/dev/null",
+        b"/dev/null;x",
+    ],
+)
 def test_alias_that_only_looks_like_discarding_is_rejected(raw):
     assert "set allow_commands = true" in refusal(raw)
 

@@ -5,7 +5,10 @@ import subprocess
 import pytest
 
 from table_consul import kv
+from table_consul.config import ConsulConfig
+from table_consul.sources.watch import MirrorSource
 from tests.consul.clients import ROOT, config
+from tests.consul.real import TABLE, fill
 from tests.fake_consul import FakeConsul
 
 
@@ -69,3 +72,27 @@ def authority(tmp_path_factory):
         )
     openssl("rehash .")
     return folder
+
+
+@pytest.fixture
+def mirrored():
+    made = []
+
+    def make(address, table=TABLE, client=kv.Client, **options):
+        settings = ConsulConfig(addresses=(address,), **options)
+        made.append(MirrorSource(table, lambda: client(settings)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def open_consul(consul):
+    return fill(consul)
+
+
+@pytest.fixture
+def guarded(consul_with_acl):
+    return fill(consul_with_acl)

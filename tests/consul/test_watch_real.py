@@ -3,76 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-import ssl
-import tempfile
-import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from table_consul import kv, transport
-from table_consul.config import ConsulConfig
-from table_consul.errors import Forbidden, SourceError, Unreachable
-from table_consul.services import Table
+from table_consul.errors import Forbidden, SourceError
 from table_consul.sources import mirror
-from table_consul.sources.watch import MirrorSource
+from tests.consul.real import READ, TABLE, agent_or_skip, fill, noticed, url
 from tests.consul.watch.watching import ask, becomes, settled
 from tests.dialogue import eventually
-from tests.rig import cache
-from tests.rig.consul import ConsulAgent, consul_version, free_ports
+from tests.rig.consul import consul_version
 from tests.rig.proxy import Cutting, Proxy
 
 pytestmark = pytest.mark.real
-
-TABLE = Table("aliases", prefix="mail", services=("alias", "domain"))
-READ = 'key_prefix "mail/aliases/" { policy = "read" }'
-
-
-@pytest.fixture
-def mirrored():
-    made = []
-
-    def make(address, table=TABLE, client=kv.Client, **options):
-        settings = ConsulConfig(addresses=(address,), **options)
-        made.append(MirrorSource(table, lambda: client(settings)))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
-
-
-def fill(agent):
-    agent.kv_put("mail/aliases/alias/root", "gilles")
-    agent.kv_put("mail/aliases/domain/example.org", "")
-    return agent
-
-
-def url(agent):
-    return f"http://{agent.address}"
-
-
-def noticed(source, kind, agent=None):
-    """Poll until the watch has failed like this; with edits, as a query goes by the ACLs of its beginning."""
-    (one,) = source.watches
-    for _ in eventually(f"{kind.__name__} is noticed", 20):
-        if agent is not None:
-            agent.kv_put("mail/aliases/beside", str(time.monotonic()))  # in no bucket
-        if one.backoff.since is not None and isinstance(one.mirror.last_error, kind):
-            return
-
-
-@pytest.fixture
-def open_consul(consul):
-    return fill(consul)
-
-
-@pytest.fixture
-def guarded(consul_with_acl):
-    return fill(consul_with_acl)
 
 
 # ---- edits ----
@@ -103,7 +48,7 @@ def test_a_table_of_many_pages_of_the_wire_arrives_whole(open_consul, mirrored):
 
 
 def test_agents_that_print_their_json_for_people_are_read_as_well(mirrored):
-    with _agent(dev=True) as agent:
+    with agent_or_skip(dev=True) as agent:
         fill(agent)
         agent.kv_txn({f"mail/aliases/alias/user{number}": f"box{number}" for number in range(300)})
         source = mirrored(url(agent))
@@ -162,7 +107,7 @@ def test_restored_snapshot_of_the_present_is_no_change_and_hides_no_edit(open_co
 
 
 def test_consul_that_never_held_a_key_has_an_index_to_wait_on_and_its_first_key_is_seen(mirrored):
-    with _agent() as agent:
+    with agent_or_skip() as agent:
         source = mirrored(url(agent))
         settled(source)
         assert (ask(source), source.watches[0].index) == (None, 1)
@@ -353,7 +298,7 @@ def test_start_with_a_token_that_may_read_nothing_is_an_error_and_recovers_witho
 
 def test_list_policy_is_an_error_without_the_rule_list_and_answers_with_it(mirrored):
     hcl = 'acl { enabled = true\n default_policy = "deny"\n enable_key_list_policy = true }\n'
-    with _agent(hcl=hcl) as agent:
+    with agent_or_skip(hcl=hcl) as agent:
         agent.management_token = agent.bootstrap()
         fill(agent)
         token = agent.token(READ)
@@ -386,98 +331,3 @@ def test_a_token_replaced_in_its_file_is_used_when_the_old_one_is_revoked(guarde
     guarded.kv_put("mail/aliases/alias/root", "robert")
     becomes(source, b"robert")
     assert source.watches[0].backoff.since is None
-
-
-# ---- ways to Consul ----
-
-
-def _agent(**options):
-    try:
-        return ConsulAgent(**options)
-    except cache.Unavailable as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.parametrize("consistency", ["default", "stale", "consistent"])
-def test_every_consistency_sees_edits(open_consul, mirrored, consistency):
-    source = mirrored(url(open_consul), consistency=consistency, datacenter="dc1")
-    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
-    open_consul.kv_put("mail/aliases/alias/root", "eric")
-    becomes(source, b"eric")
-
-
-def test_a_datacenter_that_is_not_there_is_no_absence(open_consul, mirrored):
-    with pytest.raises(SourceError):
-        ask(mirrored(url(open_consul), datacenter="elsewhere"), b"nobody")
-
-
-@pytest.fixture(scope="module")
-def secure(authority):
-    """An agent that speaks HTTPS, and only with clients whose certificate the private authority signed."""
-    (port,) = free_ports(1)
-    hcl = (
-        f'ports {{ https = {port} }}\nca_file = "{authority}/ca.pem"\ncert_file = "{authority}/server.pem"\n'
-        f'key_file = "{authority}/server.key"\nverify_incoming_https = true\n'
-    )
-    with _agent(hcl=hcl) as agent:
-        fill(agent)
-        agent.https = f"https://127.0.0.1:{port}"
-        yield agent
-
-
-def tls_options(folder):
-    """The settings of a client with the authority and the client certificate in this folder."""
-    return {
-        "ca_file": f"{folder}/ca.pem",
-        "cert_file": f"{folder}/client.pem",
-        "key_file": f"{folder}/client.key",
-        "tls_server_name": "server.dc1.consul",
-    }
-
-
-def test_https_with_a_private_authority_a_client_certificate_and_a_server_name(secure, authority, mirrored):
-    source = mirrored(secure.https, **tls_options(authority))
-    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
-    secure.kv_put("mail/aliases/alias/new", "x")
-    becomes(source, b"x", b"new")
-
-
-@pytest.mark.parametrize("missing", ["ca_file", "cert_file", "tls_server_name"])
-def test_https_with_one_of_them_missing_is_an_error_that_says_so(secure, authority, mirrored, missing):
-    options = tls_options(authority)
-    del options[missing]
-    if missing == "cert_file":
-        del options["key_file"]
-    source = mirrored(secure.https, **options)
-    becomes(source, Unreachable, b"nobody")
-    assert not isinstance(source.watches[0].mirror.last_error, ssl.SSLError)
-
-
-def test_certificates_replaced_on_disk_are_used_after_an_update(secure, authority, mirrored, tmp_path):
-    for name in ("ca.pem", "client.pem", "client.key"):
-        shutil.copy(authority / name, tmp_path)
-    (tmp_path / "ca.pem").write_text((authority / "client.pem").read_text())
-    source = mirrored(secure.https, **tls_options(tmp_path))
-    becomes(source, Unreachable)
-    shutil.copy(authority / "ca.pem", tmp_path / "ca.pem")
-    source.update()
-    becomes(source, b"gilles")
-
-
-def test_a_unix_socket_of_the_agent(mirrored, tmp_path):
-    folder = Path(tempfile.mkdtemp(prefix="tc-"))  # the path of a socket has at most 107 bytes
-    try:
-        with _agent(hcl=f'addresses {{ http = "127.0.0.1 unix://{folder}/http.sock" }}\n') as agent:
-            fill(agent)
-            source = mirrored(f"unix://{folder}/http.sock")
-            assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
-            agent.kv_put("mail/aliases/alias/root", "eric")
-            becomes(source, b"eric")
-            agent.kill()
-            noticed(source, Unreachable)
-            assert ask(source) == b"eric"
-            agent.start()
-            agent.kv_put("mail/aliases/alias/root", "robert")
-            becomes(source, b"robert")
-    finally:
-        shutil.rmtree(folder)

@@ -210,6 +210,7 @@ def test_what_is_away_shows_in_the_health_check_when_mail_has_to_wait(container,
     copy = volumes / "var-lib-table-consul" / "consul.json"
     wait_for(lambda: copy.exists() and "consul/userinfo/*" in copy.read_text(), 20, lambda: "no copy on disk")
     consul.stop()
+    assert not consul.healthy
     assert first.health() == (True, "mail for postmaster: 250"), "the last good copy answers"
     first.stop()
 

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 
 import pytest
 from msgspec.structs import replace
 
-from table_consul import kv
-from table_consul.config import Config, ConsulConfig
-from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
+from table_consul.errors import Forbidden, SourceError
 from table_consul.services import SERVICES
 from table_consul.sources import mirror
-from table_consul.sources.watch import load_once
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,
@@ -24,11 +20,10 @@ from tests.consul.watch.watching import (
     lines,
     logged,
     settled,
-    told,
     written,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS, Answer, html
+from tests.fake_consul import VERSIONS
 
 READ = 'key_prefix "mail/" { policy = "read" } '
 
@@ -294,148 +289,6 @@ def test_folder_that_was_empty_and_is_hidden_before_it_fills_is_an_error(fake, r
     fake.put(DOMAIN + b"example.org", b"")
     becomes(source, Forbidden, b"example.org", service="domain")
     logged(caplog, "mail/aliases/: keys may be hidden under: domain; reading Consul for each key that is not listed")
-
-
-def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirrored):
-    names = [b"%04d" % number for number in range(1000)]
-    for name in names:
-        fake.put(ALIAS + name, b"x")
-    source = mirrored(fake.address)
-    settled(source)
-    asked = len(fake.requests)
-    with fake.store.changed:
-        for name in names:
-            fake.delete(ALIAS + name)
-    becomes(source, None, b"0500")
-    read = {request.key for request in fake.requests[asked:] if not request.params}
-    assert 50 < len(read) < 80
-    assert min(read) < ALIAS + b"0010"
-    assert max(read) > ALIAS + b"0980"
-
-
-@pytest.mark.parametrize("contact", [0, 9_000])
-def test_stale_server_that_heard_from_its_leader_proves_absence(fake, mirrored, contact):
-    fake.last_contact = contact
-    source = mirrored(fake.address, consistency="stale")
-    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
-
-
-def test_stale_server_that_lost_its_leader_answers_and_proves_no_absence(fake, mirrored, waits_of):
-    waits_of(0.2)
-    source = mirrored(fake.address, consistency="stale")
-    settled(source)
-    fake.last_contact = 3_600_000
-    becomes(source, Unreachable, b"nobody")
-    assert ask(source) == b"gilles"
-    fake.last_contact = 0
-    becomes(source, None, b"nobody")
-
-
-def test_smaller_index_is_not_believed_before_it_was_read_consistently(fake, mirrored, waits_of):
-    waits_of(0.2)
-    source = mirrored(fake.address)
-    settled(source)
-    behind = Answer(404, {"X-Consul-Index": "2", "X-Consul-Knownleader": "true"})
-    fake.handle = lambda request: fake.consul(request) if "consistent" in request.params else behind
-    for _ in eventually("it was read anew", 10):
-        if len([request for request in lists(fake) if "consistent" in request.params]) > 2:
-            break
-    assert (ask(source), source.watches[0].backoff.total) == (b"gilles", 0)
-
-
-@reported
-def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
-    source = mirrored(fake.address)
-    settled(source)
-    fake.denied = (b"mail/aliases/zz",)
-    fake.handle = lambda request: fake.consul(request) if "recurse" in request.params else html(request)
-    fake.put(b"mail/aliases/zz", b"makes Consul say that it hides something")
-    for _ in eventually("it is noticed", 10):
-        if source.watches[0].backoff.since is not None:
-            break
-    assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
-    fake.handle = fake.consul
-    fake.put(ROOT, b"eric")
-    becomes(source, b"eric")
-
-
-@pytest.mark.parametrize("version", ["1.21.5"])
-def test_a_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, mirrored):
-    fake.put(ALIAS + b"user@example.org", b"x")
-    source = mirrored(fake.address)
-    assert ask(source, b"user@example.org") == b"x"
-    fake.delete(ALIAS + b"user@example.org")
-    becomes(source, None, b"user@example.org")
-
-
-@pytest.mark.parametrize("refusal", [Answer(302, {"Location": "/"}), Answer(451)], ids=["302", "451"])
-def test_absence_of_a_key_is_not_proven_by_a_refusal_to_read_it(fake, mirrored, refusal):
-    fake.put(ALIAS + b"hidden", b"x")
-    source = mirrored(fake.address)
-    assert ask(source, b"hidden") == b"x"
-    fake.handle = lambda request: refusal if request.key == ALIAS + b"hidden" else fake.consul(request)
-    fake.delete(ALIAS + b"hidden")
-    for _ in eventually("the list is not believed", 10):
-        if source.watches[0].backoff.since is not None:
-            break
-    assert ask(source, b"hidden") == b"x"
-
-
-def test_a_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
-    source = mirrored(fake.address)
-    settled(source)
-    honest = fake.consul
-
-    def shortened(request):
-        answer = honest(request)
-        if "recurse" in request.params:
-            entries = [entry for entry in json.loads(answer.body) if not entry["Key"].endswith("root")]
-            answer.body = json.dumps(entries).encode()
-        return answer
-
-    fake.handle = shortened
-    # The first edit may still be answered by the honest one, if it sits on a query.
-    for number, _ in enumerate(eventually("it is noticed", 10)):
-        fake.put(ALIAS + b"new", b"%d" % number)
-        if "does not list it" in str(source.watches[0].mirror.last_error):
-            break
-    assert ask(source) == b"gilles"
-    fake.handle = honest
-    fake.put(ALIAS + b"new", b"x")
-    becomes(source, b"x", b"new")
-
-
-def test_load_once_finds_what_a_watch_finds(fake):
-    client = kv.Client(ConsulConfig(addresses=(fake.address,)))
-    fake.denied = (DOMAIN,)
-    stored = {}
-    snapshot, index = load_once(client, TABLE, PREFIX, TABLE.services, stored.update)
-    assert index == fake.index
-    assert snapshot.entries["alias"].lookup(b"root") == b"gilles"
-    assert list(snapshot.hidden) == ["domain"]
-    assert stored == {ROOT: b"gilles"}
-    with pytest.raises(TooLarge):
-        load_once(client, replace(TABLE, max_keys=0), PREFIX, TABLE.services, stored.update)
-    client.close()
-
-
-@pytest.mark.parametrize("version", ["1.8.7"])
-def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
-    source = sources(fake.address)
-    assert told(source) == b"gilles"
-    fake.stop()
-    source.box[0] = Config(
-        None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, max_age=1000.0)
-    )
-    source.update()
-    assert told(source) == b"gilles"
-    fake.denied = (ROOT,)
-    fake.start()
-    for _ in eventually("it is noticed", 10):
-        try:
-            told(source)
-        except Forbidden:
-            break
 
 
 @pytest.mark.parametrize("version", ["1.8.7"])

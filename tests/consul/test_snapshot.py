@@ -1,16 +1,23 @@
+"""The file of a snapshot: what is restored, its age, and one that is another table's or cannot be written."""
+
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from table_consul.services import Table
 from table_consul.sources.mirror import SnapshotBuilder
 from table_consul.sources.snapshot import SnapshotFile
 
-TABLE = Table("t", services=("alias", "domain"))
 OLD_SECONDS = 5000.0
+TABLE = Table("t", services=("alias", "domain"))
 
 
 @pytest.fixture
@@ -20,17 +27,138 @@ def path(tmp_path):
 
 @pytest.fixture
 def file(path):
-    return SnapshotFile(str(path), TABLE, TABLE.root, TABLE.services, write_seconds=0.0)
+    return file_of(path)
 
 
-def write(file, pairs=((b"t/alias/root", b"gilles"),)):
-    builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None)
+def file_of(path, table=TABLE, write_seconds=0.0):
+    return SnapshotFile(str(path), table, table.root, table.services, write_seconds=write_seconds)
+
+
+def write(file, pairs=((b"t/alias/root", b"gilles"),), table=TABLE):
+    builder = SnapshotBuilder(table, table.root, table.services, None)
     file.begin()
     for each in (builder.take, file.take):
         each([*pairs])
     snapshot = builder.finish({})
     file.finish(snapshot, changed=True)
     return snapshot
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("other", "pairs"),
+    [
+        (Table("other", services=("alias",)), [(b"other/alias/root", b"eric")]),
+        (Table("other", services=("alias",)), []),
+        # Its folder lies below that of the table.
+        (Table("o", prefix="t", services=("alias",)), [(b"t/o/alias/root", b"eric")]),
+        # Both are read from one folder.
+        (Table("other", services=("alias",), paths={"alias": "t/alias"}), [(b"t/alias/root", b"eric")]),
+    ],
+)
+def test_copy_of_another_table_is_neither_replaced_nor_made_younger(file, path, caplog, other, pairs):
+    snapshot = write(file)
+    path.unlink()
+    write(file_of(path, other), pairs, other)
+    os.utime(path, (1.0, 1.0))
+    theirs = path.read_bytes()
+    file.finish(snapshot, changed=False)
+    for _ in range(3):
+        write(file)
+    assert (path.read_bytes(), path.stat().st_mtime) == (theirs, 1.0)
+    hint = "(put {table} into the path, or remove the file)"
+    assert warnings(caplog)[-1] == f"{path}: not written: it is the copy of table {other.name} {hint}"
+    assert len(warnings(caplog)) == 1
+    path.unlink()
+    write(file)
+    assert path.exists()
+    assert warnings(caplog)[-1] == f"{path}: written again"
+
+
+def test_export_of_other_keys_is_not_replaced(file, path, caplog):
+    path.write_text('[{"key": "other/alias/root", "flags": 0, "value": ""}]')
+    write(file)
+    assert ("other/alias/root" in path.read_text(), len(warnings(caplog))) == (True, 1)
+    assert "not written: it is the copy of another table" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[", '[{"key": "z", "value": ""}, {"key": "t/alias/root", "value": ""}]'])
+def test_damaged_or_empty_copy_and_a_whole_export_are_replaced(file, path, text):
+    path.write_text(text)
+    write(file)
+    assert file.load()[0].size == 1
+
+
+def test_copy_of_a_table_with_another_prefix_is_replaced(file, path):
+    former = replace(TABLE, prefix="former")
+    write(file_of(path, former), [(b"former/t/alias/root", b"gilles")], former)
+    write(file)
+    assert file.load()[0].size == 1
+
+
+def test_copy_names_its_table_where_consul_ignores_it(file, path):
+    write(file)
+    entries = json.loads(path.read_text())
+    assert [entry.get("table") for entry in entries] == [None] * (len(entries) - 1) + ["t"]
+
+
+def test_copy_dated_in_the_future_is_not_used(file, path, caplog):
+    write(file)
+    os.utime(path, (time.time() + 3600,) * 2)
+    assert file.load() is None
+    (line,) = warnings(caplog)
+    text = r"not used: dated \d+ seconds in the future, so its age is unknown \(check the clock\)"
+    assert re.fullmatch(f"{path}: {text}", line)
+
+
+def test_copy_of_this_moment_is_used_though_its_file_system_rounds(file, path):
+    write(file)
+    os.utime(path, (time.time() + 1,) * 2)
+    assert file.load()[1] == 0.0
+
+
+@pytest.mark.parametrize(("pairs", "count"), [([], "0 entries"), ([1], "1 entry"), ([1, 2], "2 entries")])
+def test_restored_entries_are_counted(file, caplog, pairs, count):
+    caplog.set_level(logging.INFO)
+    write(file, [(b"t/alias/%d" % number, b"gilles") for number in pairs])
+    file.load()
+    assert f"t/: {count} of 0 s ago from " in caplog.text
+
+
+def test_copy_that_cannot_be_written_is_tried_ever_less_often(path, monkeypatch, caplog):
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
+    monkeypatch.setattr("table_consul.sources.snapshot.time", clock)
+    file = file_of(path, write_seconds=10.0)
+    path.mkdir()
+    pauses = []
+    for _ in range(9):
+        write(file)
+        pauses.append(file.due_in)
+        now += file.due_in
+    assert pauses == [20, 40, 80, 160, 320, 640, 640, 640, 640]
+    path.rmdir()
+    write(file)
+    assert warnings(caplog) == [f"{path}: not written: Is a directory", f"{path}: written again"]
+    now += 10.0
+    write(file, [(b"t/alias/root", b"eric")])
+    assert b"ZXJpYw" in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "why"),
+    [(0o640, 0, "others may read it (set mode 0600)"), (0o600, 1, "it belongs to another user")],
+)
+def test_copy_that_is_not_private_is_not_used_and_the_line_says_why(file, path, caplog, mode, owner, why, monkeypatch):
+    write(file)
+    path.chmod(mode)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + owner)
+    assert file.load() is None
+    assert warnings(caplog) == [f"{path}: not used: {why}"]
 
 
 def age(file):

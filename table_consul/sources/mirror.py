@@ -24,13 +24,11 @@ MOST_PAUSE_SECONDS = 0.5
 MOST_WAIT_SECONDS = 300.0
 # While keys are hidden, as a change of ACLs changes no index and ends no query. And for the first query after an
 # answer, as a snapshot that was restored while nothing waited may have a lower index, and ends none either.
-HIDDEN_WAIT_SECONDS = 10.0
+SHORT_WAIT_SECONDS = 10.0
 # How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
 WAIT_GROWTH = 1.1
 # How many missing keys to read: of more, a sample spread over the list shows whether they are deleted or hidden.
 MAX_ABSENCE_CHECKS = 64
-
-Errors = Mapping[str, SourceError]
 
 
 class QueryState(msgspec.Struct, frozen=True):
@@ -87,7 +85,7 @@ def after_cut(state: QueryState, waited: float) -> QueryState:
 
 def wait_seconds(state: QueryState, max_age: float, *, hidden: bool) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
-    most = HIDDEN_WAIT_SECONDS if hidden or state.gap else MOST_WAIT_SECONDS
+    most = SHORT_WAIT_SECONDS if hidden or state.gap else MOST_WAIT_SECONDS
     return max(min(most, state.longest_wait, max_age / 3), LEAST_PAUSE_SECONDS)
 
 

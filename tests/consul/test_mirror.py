@@ -6,11 +6,11 @@ from msgspec.structs import replace
 from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.services import Table
 from table_consul.sources.mirror import (
-    HIDDEN_WAIT_SECONDS,
     LEAST_PAUSE_SECONDS,
     MAX_ABSENCE_CHECKS,
     MOST_PAUSE_SECONDS,
     MOST_WAIT_SECONDS,
+    SHORT_WAIT_SECONDS,
     Hidden,
     Mirror,
     QueryState,
@@ -126,18 +126,18 @@ def wait(max_age=86400.0, *, gap=False, hidden=False):
 
 
 def test_wait_is_long_where_nothing_is_hidden_and_short_where_a_permission_may_be_granted():
-    assert (wait(), wait(hidden=True)) == (MOST_WAIT_SECONDS, HIDDEN_WAIT_SECONDS)
+    assert (wait(), wait(hidden=True)) == (MOST_WAIT_SECONDS, SHORT_WAIT_SECONDS)
     assert MOST_WAIT_SECONDS == 300.0  # Consul's default
-    assert HIDDEN_WAIT_SECONDS * (1 + 1 / 16) < 15.0
+    assert SHORT_WAIT_SECONDS * (1 + 1 / 16) < 15.0
 
 
 def test_first_wait_after_an_answer_is_short_as_a_snapshot_may_have_been_restored_before_it():
     state, _ = next_query(QueryState(), **result(7, changed=True))
-    assert wait_seconds(state, 86400.0, hidden=False) == HIDDEN_WAIT_SECONDS
+    assert wait_seconds(state, 86400.0, hidden=False) == SHORT_WAIT_SECONDS
     state, _ = next_query(state, **result(7, timed_out=True))
     assert wait_seconds(state, 86400.0, hidden=False) == MOST_WAIT_SECONDS
     state, _ = next_query(state, **result(8, changed=True))
-    assert wait_seconds(state, 86400.0, hidden=False) == HIDDEN_WAIT_SECONDS
+    assert wait_seconds(state, 86400.0, hidden=False) == SHORT_WAIT_SECONDS
 
 
 @pytest.mark.parametrize(("max_age", "seconds"), [(60.0, 20.0), (15.0, 5.0), (1.0, 1 / 3), (1e-9, LEAST_PAUSE_SECONDS)])

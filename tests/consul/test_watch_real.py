@@ -81,7 +81,7 @@ def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, m
 
 
 def test_snapshot_that_is_restored_while_nothing_waits_is_seen_after_a_short_wait(open_consul, mirrored, monkeypatch):
-    monkeypatch.setattr(mirror, "HIDDEN_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     saved = [_snapshot(open_consul)]
     for number in range(20):
         open_consul.kv_put("mail/aliases/alias/root", f"later{number}")
@@ -222,7 +222,7 @@ def test_policy_that_hides_one_folder_is_an_error_there_and_the_rest_follows_edi
 
 @pytest.mark.parametrize("stored", ["vip", "Vip"])
 def test_policy_that_hides_one_key_costs_one_key_until_it_is_lifted(guarded, mirrored, monkeypatch, stored):
-    monkeypatch.setattr(mirror, "HIDDEN_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     guarded.kv_put(f"mail/aliases/alias/{stored}", "x")
     token = guarded.token(READ)
     source = mirrored(url(guarded), token=token)
@@ -258,7 +258,7 @@ def test_deleted_key_beside_hidden_ones_proves_nothing_about_these(guarded, mirr
 
 
 def test_rule_that_comes_and_goes_without_an_edit_is_noticed_where_consul_reports_it(guarded, mirrored, monkeypatch):
-    for name in ("HIDDEN_WAIT_SECONDS", "MOST_WAIT_SECONDS"):
+    for name in ("SHORT_WAIT_SECONDS", "MOST_WAIT_SECONDS"):
         monkeypatch.setattr(mirror, name, 0.3)
     guarded.kv_put("mail/aliases/alias/vip", "x")
     token = guarded.token(READ)
@@ -286,7 +286,7 @@ def test_start_where_a_policy_hides_one_key_answers_for_the_others(guarded, mirr
 def test_start_with_a_token_that_may_read_nothing_is_an_error_and_recovers_without_an_edit(
     guarded, mirrored, monkeypatch
 ):
-    monkeypatch.setattr(mirror, "HIDDEN_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     token = guarded.token('key_prefix "other/" { policy = "read" }')
     source = mirrored(url(guarded), token=token)
     for key, service in ((b"root", "alias"), (b"nobody", "alias"), (b"example.org", "domain")):

@@ -95,7 +95,7 @@ def waits_of(monkeypatch):
     """Have every wait take this many seconds, be something hidden or not."""
 
     def patch(seconds):
-        for name in ("MOST_WAIT_SECONDS", "HIDDEN_WAIT_SECONDS"):
+        for name in ("MOST_WAIT_SECONDS", "SHORT_WAIT_SECONDS"):
             monkeypatch.setattr(f"table_consul.sources.mirror.{name}", seconds)
 
     return patch

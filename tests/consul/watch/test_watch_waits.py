@@ -37,7 +37,7 @@ def enough(fake, number):
 @pytest.fixture
 def short(monkeypatch):
     """The wait that follows an answer, and those while keys are hidden."""
-    monkeypatch.setattr("table_consul.sources.mirror.HIDDEN_WAIT_SECONDS", 0.125)
+    monkeypatch.setattr("table_consul.sources.mirror.SHORT_WAIT_SECONDS", 0.125)
     return 0.125
 
 

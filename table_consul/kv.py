@@ -38,6 +38,8 @@ _INVALID_ESCAPE = re.compile(b"%(?![0-9a-fA-F]{2})")
 # The last place where one entry of a list ends and the next begins. Within a JSON string no quote follows like that: it
 # would end the string, and after its end comes no letter. It is found from the end, in linear time.
 _LAST_BOUNDARY = re.compile(rb'(?s:.*)\},(?=\s{0,32}\{\s{0,32}"[A-Za-z])')
+# The same of a list of strings, none of which begins with a comma: then no string is `,` between two others' quotes.
+_LAST_NAME = re.compile(rb'(?s:.*)(?<!\\)",(?=\s{0,32}"[^,])')
 _BOUNDARY_BYTES = 69
 
 T = TypeVar("T")
@@ -131,11 +133,19 @@ class Response:
             TooLarge: the body has more than `Client.body_bytes`.
             SourceError: it broke off, stopped arriving, or is not a list of such entries.
         """
-        for piece in _split_list(self._chunks()):
+        for piece in _split_list(self._chunks(), _LAST_BOUNDARY):
             pairs = [] if self.absent else self.decoded(_PAIRS, piece)
             if pairs:
                 self.check_below([pair.name for pair in pairs])
                 yield pairs
+
+    def names(self) -> Iterator[list[str]]:
+        """The keys below the prefix, a few at a time; raises as `pairs`."""
+        for piece in _split_list(self._chunks(), _LAST_NAME):
+            names = [] if self.absent else self.decoded(_NAMES, piece)
+            if names:
+                self.check_below(names)
+                yield names
 
     def _chunks(self) -> Iterator[bytes]:
         client, size = self._client, 0
@@ -169,12 +179,12 @@ class Response:
         return error
 
 
-def _split_list(chunks: Iterable[bytes]) -> Iterator[bytearray]:
-    """The chunks of one JSON list of objects, as lists of whole objects; no byte is searched twice, but for a few."""
+def _split_list(chunks: Iterable[bytes], last_boundary: re.Pattern[bytes]) -> Iterator[bytearray]:
+    """The chunks of one JSON list, as lists of whole elements; no byte is searched twice, but for a few."""
     rest, searched = bytearray(), 0
     for chunk in chunks:
         rest += chunk
-        if boundary := _LAST_BOUNDARY.match(rest, searched):
+        if boundary := last_boundary.match(rest, searched):
             end = boundary.end() - 1
             del boundary  # it locks the buffer
             yield rest[:end] + b"]"
@@ -261,8 +271,12 @@ class Client:
 
         return self._read(read, key, timeout)
 
-    def blocking_query(self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0.0) -> Response:
+    def blocking_query(
+        self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0.0, folders_only: bool = False
+    ) -> Response:
         """The entries below the prefix, still to be read; a context manager.
+
+        ``folders_only``: just the names directly below it, for the index alone, which is that of all that lies deeper.
 
         With the ``index`` of a former response Consul answers when something changed since, or after ``wait`` seconds
         plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin.
@@ -271,12 +285,17 @@ class Client:
         was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
         #3285, #10989). Waiting on an index needs no such proof.
         """
+        options: dict[str, Any] = {"keys": True, "separator": "/"} if folders_only else {"recurse": True}
         if index:
             held = wait * (1 + 1 / 16)
-            options = {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
-            return self._ask(prefix, timeout + held, held, steps=True, recurse=True, **options)
+            options |= {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
+            return self._ask(prefix, timeout + held, held, steps=True, **options)
         consistency = "consistent" if self._library.consistency == "default" else self._library.consistency
-        return self._ask(prefix, timeout, steps=True, recurse=True, consistency=consistency)
+        return self._ask(prefix, timeout, steps=True, consistency=consistency, **options)
+
+    def all_names(self, prefix: bytes, *, timeout: float) -> Response:
+        """The keys below the prefix, still to be read with `Response.names`; a context manager."""
+        return self._ask(prefix, timeout, steps=True, keys=True)
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""

@@ -41,8 +41,9 @@ class Problem(NamedTuple):
 class EntriesBuilder:
     """Builds `Entries` from pairs, in as many steps as it takes. A bad entry affects no other."""
 
-    def __init__(self, table: Table, service: Service, former: Entries | None = None) -> None:
+    def __init__(self, table: Table, service: Service, former: Entries | None = None, below: bytes = b"") -> None:
         """``former`` are the entries of an earlier load; values that have not changed since are not parsed again."""
+        self.below = below
         self.table = table
         self.service = service
         self.path = table.path(service)
@@ -80,6 +81,21 @@ class EntriesBuilder:
         self._usual_key = usual_key(service)
         self._judges_empty = service.needs_value or service.name in ("source", "relayhost")
         self._takes_lists = service.joined and table.value_format != "json"
+        self.seed()
+
+    def seed(self) -> None:
+        former = self._former
+        if former is None or not self.below:
+            return
+        for name in ("values", "errors", "warnings"):
+            mine = getattr(self, name)
+            for key, value in getattr(former, name).items():
+                if not former.original_case.get(key, key).startswith(self.below):
+                    mine[key] = value
+                    if key in former.original_case:
+                        self.original_case[key] = former.original_case[key]
+
+    conclusive = True
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Add pairs, whose keys are relative to the folder."""

@@ -150,16 +150,23 @@ def sample(keys: Sequence[bytes], most: int = MAX_ABSENCE_CHECKS) -> Sequence[by
 
 
 class SnapshotBuilder:
-    """A snapshot in the making: entries come in as Consul lists them."""
+    """A snapshot in the making: entries come in as Consul lists them, and replace what lies below the prefix."""
 
-    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None) -> None:
+    def __init__(
+        self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None, count: int = 0
+    ) -> None:
+        """``count``: how many keys of the table do not lie below the prefix."""
         self.table = table
         self._former = former
-        self._builders = [
-            EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
-        ]
+        self._builders = []
+        for name in services:
+            path = table.path(SERVICES[name])
+            if path.startswith(prefix) or prefix.startswith(path):
+                entries = None if former is None else former.entries[name]
+                self._builders.append(EntriesBuilder(table, SERVICES[name], entries, prefix[len(path) :]))
         self._prefix = prefix
-        self._count = 0
+        self._before = count
+        self._count = count
 
     def take(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Take some entries, with their full keys.
@@ -186,6 +193,16 @@ class SnapshotBuilder:
         """There were entries before, and there are none now."""
         return self._former is not None and self._former.size > 0 and self._count == 0
 
+    @property
+    def count(self) -> int:
+        """How many keys below the prefix were taken."""
+        return self._count - self._before
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether what lies below the prefix is enough to build the snapshot; else the whole table must be read."""
+        return all(builder.conclusive for builder in self._builders)
+
     def missing_keys(self) -> dict[str, dict[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.
 
@@ -202,8 +219,10 @@ class SnapshotBuilder:
 
     def finish(self, hidden: Mapping[str, Hidden], *, restored: bool = False) -> Snapshot:
         """The snapshot; the former one itself if nothing has changed."""
-        entries = {builder.service.name: builder.finish() for builder in self._builders}
-        former, built = self._former, (entries, _missing(hidden), False)
+        former = self._former
+        entries = {} if former is None else {**former.entries}
+        entries |= {builder.service.name: builder.finish() for builder in self._builders}
+        built = (entries, _missing(hidden), False)
         if former is not None and (former.entries, _missing(former.hidden), former.restored) == built:
             return former
         return Snapshot(entries, hidden, restored)

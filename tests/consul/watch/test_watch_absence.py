@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import Forbidden, TooLarge, Unreachable
-from table_consul.sources.watch import load_once
+from table_consul.sources.reading import load_once
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,

@@ -1,0 +1,280 @@
+"""The ranges of a large table, watched at the same time: an edit brings the entries of one range instead of all.
+
+Ranges are a faster way for what is usual. Whatever is not (a key where no range is, a lower index, a hidden key, many
+keys lost, any error) ends them, and the whole table is read again, by the rules for one prefix.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from table_consul import kv
+from table_consul.errors import printable
+from table_consul.services import SERVICES, Table
+from table_consul.sources import mirror
+from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
+from table_consul.sources.ranges import RANGE_KEYS, Cut, covers
+from table_consul.sources.reading import proven_snapshot, read_pairs
+from table_consul.transport import WaitCut
+
+# How long a range may take to show a change that the completeness query has shown already; else it is in no range.
+LATE_SECONDS = 0.5
+# Of two changes, or of one transaction, the completeness query shows only the index: one key may be where no range is.
+# All names are listed then, once in a while; a hundredth of the time, if that takes longer.
+LIST_SECONDS = 60.0
+LIST_SHARE = 0.01
+# The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
+PAUSE_SECONDS_PER_KEY = 2e-6
+# `queue.get` takes no infinite timeout.
+STEP_SECONDS = 3600.0
+# Fewer keys than this are no loss that the rules for a whole folder would judge otherwise.
+LEAST_LOSS = 20
+
+
+Answer = tuple["_Query", "kv.Response | Exception"]
+
+
+class Publish(Protocol):
+    def __call__(self, *, confirmed: bool) -> None: ...
+
+
+class Unsettled(Exception):
+    """Something that only a look at the whole table can settle."""
+
+
+class _Query(threading.Thread):
+    """A blocking query on a connection of its own: it waits where the watch cannot, and hands over the answers."""
+
+    def __init__(self, prefix: bytes, client: kv.Client, index: int, answers: queue.SimpleQueue[Answer | None]) -> None:
+        super().__init__(name=f"query {printable(prefix)}", daemon=True)
+        self.prefix = prefix
+        self.client = client
+        self.state = QueryState(index=index, seen=index)
+        self.due: float | None = 0.0
+        """When to ask; None while it waits for an answer."""
+        self.asked = self.wait = 0.0
+        self.first = True
+        """The index that it waits on is the whole table's, and may be above its own."""
+        self._answers = answers
+        self._questions: queue.SimpleQueue[Callable[[], kv.Response] | None] = queue.SimpleQueue()
+        self.start()
+
+    def ask(self, table: Table, **options: bool) -> None:
+        """Ask what comes after the index that is known."""
+        self.due, self.asked = None, time.monotonic()
+        # While this one does not wait the others do: a snapshot that is restored then ends theirs.
+        self.wait = mirror.wait_seconds(replace(self.state, gap=False), table.max_age, hidden=False)
+        index, wait = self.state.index, self.wait
+        ask = self.client.blocking_query
+        self._questions.put(partial(ask, self.prefix, index=index, wait=wait, timeout=table.deadline, **options))
+
+    def run(self) -> None:
+        while (question := self._questions.get()) is not None:
+            try:
+                answer: kv.Response | Exception = question()
+            except Exception as error:  # noqa: BLE001 - the watch raises it
+                answer = error
+            self._answers.put((self, answer))
+        self.client.close()
+
+    def stop(self) -> None:
+        """End the thread soon, without waiting for it."""
+        self._questions.put(None)
+        self.client.interrupt()
+
+
+class Ranges:
+    """The ranges of one prefix, until something ends them."""
+
+    def __init__(
+        self,
+        table: Table,
+        prefix: bytes,
+        services: Sequence[str],
+        ranges: Cut,
+        connect: Callable[[], kv.Client],
+        snapshot: Snapshot,
+        index: int,
+    ) -> None:
+        """``snapshot`` is all there was at this index."""
+        self.snapshot = snapshot
+        self.index = index
+        """The highest of any range: changes up to there are known."""
+        self.load_seconds = 0.0
+        """From the first byte of the latest change until it was in the snapshot."""
+        self.until = math.inf
+        """When `run` shall return."""
+        self._table = table
+        self._prefix = prefix
+        self._services = services
+        self._counts = {each.prefix: each.size for each in (*ranges.watched, *ranges.rest)}
+        self._most = {key: 2 * max(count, RANGE_KEYS) for key, count in self._counts.items()}
+        paths = {table.path(SERVICES[name]) for name in services}
+        self._empty = {path for path in paths if not any(key.startswith(path) for key in self._counts)}
+        self._client = connect()
+        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        # The names in the folder of one service are all its keys; its own name is shorter.
+        whole = prefix.removesuffix(b"/") if prefix in paths else prefix
+        self._whole = _Query(whole, connect(), index, self._answers)
+        self._ranges = [_Query(each.prefix, connect(), index, self._answers) for each in ranges.watched]
+        self._rest = {each.prefix: index for each in ranges.rest}
+        self._shown = index
+        """The index that the completeness query showed."""
+        self._late_at: float | None = None
+        """By when a range must have shown that index."""
+        self._list_at: float | None = None
+        """When to list all names, as something has changed."""
+        self._list_pause = LIST_SECONDS
+
+    def interrupt(self) -> None:
+        """Have `run` return soon; any thread may call this."""
+        self._answers.put(None)
+
+    def close(self) -> None:
+        """End all queries."""
+        for each in (self._whole, *self._ranges):
+            each.stop()
+        self._client.close()
+
+    def run(self, publish: Publish) -> None:
+        """Keep `snapshot` true until `interrupt`, or until `until`.
+
+        ``publish`` is called when it has changed, and when Consul has ``confirmed`` all of it.
+
+        Raises:
+            Unsettled: the whole table must be read.
+            SourceError: Consul cannot be read, or refuses one of the queries.
+        """
+        queries = (self._whole, *self._ranges)
+        while (now := time.monotonic()) < self.until:
+            for each in queries:
+                if each.due is not None and each.due <= now:
+                    each.ask(self._table, folders_only=each is self._whole)
+            if self._answers.empty():
+                if self._late_at is not None and self._late_at <= now:
+                    raise Unsettled("something changed that is in no range")
+                if self._list_at is not None and self._list_at <= now:
+                    self._list_names()
+            moments = [self._late_at, self._list_at, *(each.due for each in queries)]
+            left = (
+                min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
+            )
+            try:
+                answer = self._answers.get(timeout=max(0.0, left))
+            except queue.Empty:
+                continue
+            if answer is None:
+                return
+            self._take(*answer, publish)
+
+    def _take(self, query: _Query, answer: kv.Response | Exception, publish: Publish) -> None:
+        if isinstance(answer, WaitCut):
+            query.state, query.due = mirror.after_cut(query.state, answer.seconds), 0.0
+            return
+        if isinstance(answer, Exception):
+            raise answer
+        before, state = self.snapshot, query.state
+        with answer as response:
+            began = time.monotonic()
+            timed_out = state.index > 0 and began - query.asked >= query.wait
+            if query.first and timed_out and response.index < state.index:
+                state = replace(state, index=response.index, seen=response.index)
+            query.first = False
+            self._check(response, state.index)
+            changed = response.index != state.seen
+            if changed and query is self._whole:
+                self._find_new_folders(response)
+            elif changed:
+                self._read(query.prefix, response, query.client)
+        if changed and query is self._whole:
+            self._shown = response.index
+            for prefix in self._rest:
+                self._read_rest(prefix)
+        ended = time.monotonic()
+        query.state, pause = mirror.next_query(
+            state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
+        )
+        if changed and query is self._whole:
+            pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
+        query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
+        if self._shown <= self.index:
+            self._late_at = None
+        elif self._late_at is None:
+            self._late_at = ended + LATE_SECONDS
+        if self.snapshot is not before:
+            self.load_seconds = ended - began
+            publish(confirmed=False)
+        if query is self._whole and self._late_at is None:
+            publish(confirmed=True)
+
+    def _check(self, response: kv.Response, index: int) -> None:
+        if response.filtered or response.behind:
+            raise Unsettled("an answer is not complete")
+        if response.index < index:
+            raise Unsettled("an index went backwards")
+
+    def _find_new_folders(self, response: kv.Response) -> None:
+        """Note folders that had no key, and may have one now."""
+        if self._empty and self._whole.prefix == self._prefix:
+            found = {name.encode() for names in response.names() for name in names}
+            for path in found & self._empty:
+                self._empty.remove(path)
+                self._rest[path], self._counts[path], self._most[path] = 0, 0, RANGE_KEYS
+
+    def _read_rest(self, prefix: bytes) -> None:
+        with self._client.blocking_query(prefix, timeout=self._table.deadline) as response:
+            self._check(response, 0)
+            if response.index != self._rest[prefix]:
+                self._read(prefix, response, self._client)
+            self._rest[prefix] = response.index
+
+    def _read(self, prefix: bytes, response: kv.Response, client: kv.Client) -> None:
+        """Replace what lies below the prefix."""
+        before = self._counts[prefix]
+        if response.absent:
+            if before:
+                raise Unsettled("a range is empty")
+            return  # the index is that of some other folder
+        elsewhere = sum(self._counts.values()) - before
+        builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere)
+        read_pairs(response, builder)
+        lost = sum(map(len, builder.missing_keys().values()))
+        if lost >= LEAST_LOSS and lost * 2 > before:
+            raise Unsettled("many keys are gone")
+        if builder.count > self._most[prefix]:
+            raise Unsettled("a range has outgrown its size")
+        if not builder.conclusive:
+            raise Unsettled("keys differ only in case")
+        snapshot = proven_snapshot(client, response, builder, {}, {})
+        if snapshot.hidden:
+            raise Unsettled("keys may be hidden")
+        self.snapshot, self._counts[prefix] = snapshot, builder.count
+        self.index = max(self.index, response.index)
+        if self._list_at is None:
+            self._list_at = time.monotonic() + self._list_pause * (1 + random.random())  # noqa: S311 - jitter
+
+    def _list_names(self) -> None:
+        """Look for keys that are in no range."""
+        began = time.monotonic()
+        prefixes = sorted(self._counts)
+        with self._client.all_names(self._prefix, timeout=self._table.deadline) as response:
+            self._check(response, 0)
+            for names in response.names():
+                if not covers(prefixes, keys := [name.encode() for name in names]):
+                    self._check_uncovered(key for key in keys if not covers(prefixes, [key]))
+        self._list_at = None
+        self._list_pause = max(LIST_SECONDS, (time.monotonic() - began) / LIST_SHARE)
+
+    def _check_uncovered(self, keys: Iterable[bytes]) -> None:
+        paths = tuple(self._table.path(SERVICES[name]) for name in self._services)
+        if any(key.startswith(paths) and not key.endswith(b"/") for key in keys):
+            raise Unsettled("a key is in no range")

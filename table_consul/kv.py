@@ -122,6 +122,10 @@ class Response:
             transport.answer_by = min(transport.answer_by, time.monotonic() + self._client.discard_seconds)
             with contextlib.suppress(*BROKEN):
                 self._raw.raw.read(self._client.chunk_bytes)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, unless all of the body was read."""
         self._raw.close()
 
     def pairs(self) -> Iterator[list[Pair]]:

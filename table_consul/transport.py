@@ -313,6 +313,8 @@ class Transport:
             with self._lock:
                 self.waiting, interrupted, self.interrupted = False, self.interrupted, False
         if interrupted or response is None:
+            if response is not None:
+                response.close()
             self.disconnect()
             raise WaitCut("interrupted", math.inf)
         return response

@@ -78,12 +78,15 @@ class _Query(threading.Thread):
         self._questions.put(partial(ask, self.prefix, index=index, wait=wait, timeout=table.deadline, **options))
 
     def run(self) -> None:
+        answer: kv.Response | Exception | None = None
         while (question := self._questions.get()) is not None:
             try:
-                answer: kv.Response | Exception = question()
+                answer = question()
             except Exception as error:  # noqa: BLE001 - the watch raises it
                 answer = error
             self._answers.put((self, answer))
+        if isinstance(answer, kv.Response):
+            answer.close()
         self.client.close()
 
     def stop(self) -> None:

@@ -228,7 +228,7 @@ class Watch(threading.Thread):
             inside = any(path.startswith(other) and path != other for other in outer)
             if inside or (direct and not folders[path]):
                 del folders[path]
-        ranges = cut(folders, lambda prefix: not kv.modern_name_problem(prefix), self._most_ranges)
+        ranges = cut(folders, _can_be_listed, self._most_ranges)
         if ranges is None:
             self._cut_after = time.monotonic() + self._cut_pause
             return None
@@ -308,6 +308,10 @@ class Watch(threading.Thread):
                 path = printable(self._table.path(SERVICES[name]))
                 noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
                 log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
+
+
+def _can_be_listed(prefix: bytes) -> bool:
+    return not kv.modern_name_problem(prefix.removesuffix(b"/"))
 
 
 class MirrorSource:

@@ -36,11 +36,12 @@ LIST_SHARE = 0.01
 PAUSE_SECONDS_PER_KEY = 2e-6
 # `queue.get` takes no infinite timeout.
 STEP_SECONDS = 3600.0
-# Fewer keys than this are no loss that the rules for a whole folder would judge otherwise.
+# Where a range has lost so many keys, and this share of them, whether the folder is held is for the whole to say.
 LEAST_LOSS = 20
+LEAST_LOSS_SHARE = 0.1
 
 
-Answer = tuple["_Query", "kv.Response | Exception"]
+Answer = tuple["Query", "kv.Response | Exception"]
 
 
 class Publish(Protocol):
@@ -51,31 +52,33 @@ class Unsettled(Exception):
     """Something that only a look at the whole table can settle."""
 
 
-class _Query(threading.Thread):
+class Query(threading.Thread):
     """A blocking query on a connection of its own: it waits where the watch cannot, and hands over the answers."""
 
-    def __init__(self, prefix: bytes, client: kv.Client, index: int, answers: queue.SimpleQueue[Answer | None]) -> None:
+    def __init__(self, prefix: bytes, client: kv.Client, answers: queue.SimpleQueue[Answer | None]) -> None:
         super().__init__(name=f"query {printable(prefix)}", daemon=True)
         self.prefix = prefix
         self.client = client
-        self.state = QueryState(index=index, seen=index)
+        self.state = QueryState()
         self.due: float | None = 0.0
         """When to ask; None while it waits for an answer."""
         self.asked = self.wait = 0.0
+        self.outdated = False
+        """It waits for an answer that proves nothing any more."""
         self.first = True
         """The index that it waits on is the whole table's, and may be above its own."""
         self._answers = answers
         self._questions: queue.SimpleQueue[Callable[[], kv.Response] | None] = queue.SimpleQueue()
         self.start()
 
-    def ask(self, table: Table, **options: bool) -> None:
+    def ask(self, table: Table, most_wait: float, **options: bool) -> None:
         """Ask what comes after the index that is known."""
         self.due, self.asked = None, time.monotonic()
         # While this one does not wait the others do: a snapshot that is restored then ends theirs.
-        self.wait = mirror.wait_seconds(replace(self.state, gap=False), table.max_age, hidden=False)
-        index, wait = self.state.index, self.wait
-        ask = self.client.blocking_query
-        self._questions.put(partial(ask, self.prefix, index=index, wait=wait, timeout=table.deadline, **options))
+        state = replace(self.state, gap=False)
+        self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
+        ask, index = self.client.blocking_query, self.state.index
+        self._questions.put(partial(ask, self.prefix, index=index, wait=self.wait, timeout=table.deadline, **options))
 
     def run(self) -> None:
         answer: kv.Response | Exception | None = None
@@ -95,6 +98,51 @@ class _Query(threading.Thread):
         self.client.interrupt()
 
 
+class Queries:
+    """The queries of one watch, which outlive its ranges.
+
+    Consul (1.8 to 1.22) does not notice that a client closes a connection on which a query waits: until the wait ends
+    it counts among those that it grants an address.
+    """
+
+    def __init__(self, connect: Callable[[], kv.Client]) -> None:
+        self.answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._connect = connect
+        self._by_prefix: dict[bytes, Query] = {}
+        self._since = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._by_prefix)
+
+    def watch(self, prefix: bytes, index: int) -> Query:
+        """The query for this prefix, a new one if there is none, for what comes after the index."""
+        query = self._by_prefix.get(prefix)
+        if query is not None and query.due is None and query.state.index > index:
+            self.end(query)  # it would wait for an index that may be long in coming
+            query = None
+        if query is None:
+            query = self._by_prefix[prefix] = Query(prefix, self._connect(), self.answers)
+        query.outdated, query.first = query.due is None, True
+        query.state = QueryState(index=index, seen=index, longest_wait=query.state.longest_wait)
+        return query
+
+    @property
+    def most_wait(self) -> float:
+        """In seconds: what a process that is started again and again leaves behind must not live long."""
+        return max(mirror.SHORT_WAIT_SECONDS, time.monotonic() - self._since)
+
+    def end(self, query: Query) -> None:
+        """End this query."""
+        query.stop()
+        if self._by_prefix.get(query.prefix) is query:
+            del self._by_prefix[query.prefix]
+
+    def close(self) -> None:
+        """End all."""
+        for query in [*self._by_prefix.values()]:
+            self.end(query)
+
+
 class Ranges:
     """The ranges of one prefix, until something ends them."""
 
@@ -104,7 +152,8 @@ class Ranges:
         prefix: bytes,
         services: Sequence[str],
         ranges: Cut,
-        connect: Callable[[], kv.Client],
+        client: kv.Client,
+        queries: Queries,
         snapshot: Snapshot,
         index: int,
     ) -> None:
@@ -123,12 +172,13 @@ class Ranges:
         self._most = {key: 2 * max(count, RANGE_KEYS) for key, count in self._counts.items()}
         paths = {table.path(SERVICES[name]) for name in services}
         self._empty = {path for path in paths if not any(key.startswith(path) for key in self._counts)}
-        self._client = connect()
-        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._client = client
+        self._queries = queries
+        self._answers = queries.answers
         # The names in the folder of one service are all its keys; its own name is shorter.
         whole = prefix.removesuffix(b"/") if prefix in paths else prefix
-        self._whole = _Query(whole, connect(), index, self._answers)
-        self._ranges = [_Query(each.prefix, connect(), index, self._answers) for each in ranges.watched]
+        self._whole = queries.watch(whole, index)
+        self._watched = [self._whole, *(queries.watch(each.prefix, index) for each in ranges.watched)]
         self._rest = {each.prefix: index for each in ranges.rest}
         self._shown = index
         """The index that the completeness query showed."""
@@ -142,12 +192,6 @@ class Ranges:
         """Have `run` return soon; any thread may call this."""
         self._answers.put(None)
 
-    def close(self) -> None:
-        """End all queries."""
-        for each in (self._whole, *self._ranges):
-            each.stop()
-        self._client.close()
-
     def run(self, publish: Publish) -> None:
         """Keep `snapshot` true until `interrupt`, or until `until`.
 
@@ -157,17 +201,16 @@ class Ranges:
             Unsettled: the whole table must be read.
             SourceError: Consul cannot be read, or refuses one of the queries.
         """
-        queries = (self._whole, *self._ranges)
         while (now := time.monotonic()) < self.until:
-            for each in queries:
+            for each in self._watched:
                 if each.due is not None and each.due <= now:
-                    each.ask(self._table, folders_only=each is self._whole)
+                    each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
                 if self._late_at is not None and self._late_at <= now:
                     raise Unsettled("something changed that is in no range")
                 if self._list_at is not None and self._list_at <= now:
                     self._list_names()
-            moments = [self._late_at, self._list_at, *(each.due for each in queries)]
+            moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
             left = (
                 min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
             )
@@ -179,15 +222,35 @@ class Ranges:
                 return
             self._take(*answer, publish)
 
-    def _take(self, query: _Query, answer: kv.Response | Exception, publish: Publish) -> None:
-        if isinstance(answer, WaitCut):
+    def _take(self, query: Query, answer: kv.Response | Exception, publish: Publish) -> None:
+        if query.outdated or query not in self._watched:
+            if isinstance(answer, kv.Response):
+                answer.close()
+            query.outdated, query.due = False, 0.0
+            if query not in self._watched:
+                self._queries.end(query)
+        elif isinstance(answer, WaitCut):
             query.state, query.due = mirror.after_cut(query.state, answer.seconds), 0.0
-            return
-        if isinstance(answer, Exception):
+        elif isinstance(answer, Exception):
             raise answer
-        before, state = self.snapshot, query.state
-        with answer as response:
-            began = time.monotonic()
+        else:
+            before, began = self.snapshot, time.monotonic()
+            self._look(query, answer, began)
+            ended = time.monotonic()
+            if self._shown <= self.index:
+                self._late_at = None
+            elif self._late_at is None:
+                self._late_at = ended + LATE_SECONDS
+            if self.snapshot is not before:
+                self.load_seconds = ended - began
+                publish(confirmed=False)
+            if query is self._whole and self._late_at is None:
+                publish(confirmed=True)
+
+    def _look(self, query: Query, response: kv.Response, began: float) -> None:
+        """Read an answer if it brings anything new."""
+        state = query.state
+        with response:
             timed_out = state.index > 0 and began - query.asked >= query.wait
             if query.first and timed_out and response.index < state.index:
                 state = replace(state, index=response.index, seen=response.index)
@@ -209,15 +272,6 @@ class Ranges:
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
-        if self._shown <= self.index:
-            self._late_at = None
-        elif self._late_at is None:
-            self._late_at = ended + LATE_SECONDS
-        if self.snapshot is not before:
-            self.load_seconds = ended - began
-            publish(confirmed=False)
-        if query is self._whole and self._late_at is None:
-            publish(confirmed=True)
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
@@ -251,7 +305,7 @@ class Ranges:
         builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere)
         read_pairs(response, builder)
         lost = sum(map(len, builder.missing_keys().values()))
-        if lost >= LEAST_LOSS and lost * 2 > before:
+        if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:
             raise Unsettled("many keys are gone")
         if builder.count > self._most[prefix]:
             raise Unsettled("a range has outgrown its size")

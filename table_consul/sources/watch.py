@@ -23,7 +23,7 @@ from table_consul.services.entries import Entries, Problem
 from table_consul.sources import mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
-from table_consul.sources.ranged import Ranges, Unsettled
+from table_consul.sources.ranged import Queries, Ranges, Unsettled
 from table_consul.sources.ranges import LEAST_KEYS, MOST_RANGES, cut
 from table_consul.sources.reading import hidden_services, proven_snapshot, read_pairs
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
@@ -68,8 +68,8 @@ class Watch(threading.Thread):
         self._table = table
         self._services = services
         self._file = snapshot_file
-        self._connect = connect
         self._client = connect()
+        self._queries = Queries(connect)
         self._ranges: Ranges | None = None
         self._most_ranges = MOST_RANGES
         self._cut_after = 0.0
@@ -132,6 +132,7 @@ class Watch(threading.Thread):
             self._wake.wait(pause)
             self._wake.clear()
         self._file.discard()
+        self._queries.close()
         self._client.close()
 
     def _fail(self, error: SourceError) -> float:
@@ -232,7 +233,9 @@ class Watch(threading.Thread):
         if ranges is None:
             self._cut_after = time.monotonic() + self._cut_pause
             return None
-        return Ranges(self._table, self.prefix, self._services, ranges, self._connect, snapshot, state.seen)
+        return Ranges(
+            self._table, self.prefix, self._services, ranges, self._client, self._queries, snapshot, state.seen
+        )
 
     def _watch_ranges(self, ranges: Ranges) -> float:
         """Watch the ranges for as long as that is possible; the seconds to pause before the whole table is read."""
@@ -270,7 +273,6 @@ class Watch(threading.Thread):
             return random.random() * JITTER_SECONDS  # noqa: S311 - not a secret
         finally:
             self._ranges = None
-            ranges.close()
             self._state = QueryState(longest_wait=self._state.longest_wait)
         return 0.0
 

@@ -1,0 +1,81 @@
+"""Ranges against a real Consul: whatever is written, in the end what is answered is what is there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from base64 import b64encode
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from table_consul import kv
+from table_consul.config import ConsulConfig
+from table_consul.services import Table
+from table_consul.sources import ranged, ranges, watch
+from table_consul.sources.watch import MirrorSource
+from tests.consul.real import url
+from tests.consul.watch.watching import ask
+from tests.dialogue import eventually
+
+pytestmark = pytest.mark.real
+
+STEADY = [f"{letter}{number}" for letter in "abcdef" for number in range(8)]
+numbers = itertools.count()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(watch, "LEAST_KEYS", 20)
+    monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
+    monkeypatch.setattr(ranges, "RANGE_KEYS", 8)
+    monkeypatch.setattr(ranged, "RANGE_KEYS", 8)
+    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranged, "LATE_SECONDS", 0.1)
+    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.2)
+
+
+KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(
+    ["é", "日本", "a.b@example.org", "*", "x y", "Ab", "G"]
+)
+VALUES = st.sampled_from(["eric", "gilles", "root, eric", "x" * 300])
+WRITES = st.tuples(KEYS, VALUES | st.none())
+"""A key, and its value; None: it is deleted."""
+
+
+def write(agent, table, pairs):
+    """Write all of these in one transaction."""
+    operations = []
+    for key, value in pairs.items():
+        kind = {"Verb": "delete"} if value is None else {"Verb": "set", "Value": b64encode(value.encode()).decode()}
+        operations.append({"KV": {"Key": f"{table}/alias/{key}"} | kind})
+    for at in range(0, len(operations), 64):
+        agent.request("PUT", "/v1/txn", json.dumps(operations[at : at + 64]).encode())
+
+
+@pytest.mark.usefixtures("small")
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
+def test_random_writes_end_in_what_consul_holds(open_consul, transactions):
+    table = Table(f"model{next(numbers)}", services=("alias", "domain"))
+    write(open_consul, table.name, dict.fromkeys(STEADY, "steady"))
+    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(open_consul),))))
+    try:
+        model = {}
+        for pairs in transactions:
+            write(open_consul, table.name, pairs)
+            model |= pairs
+            assert all(ask(source, name.encode()) == b"steady" for name in STEADY if name not in model)
+        folded = {}
+        for key, value in sorted(model.items(), reverse=True):  # of two spellings the lower-case one answers
+            if value is not None or key.lower() not in folded:
+                folded[key.lower()] = value
+        wanted = {key: None if value is None else value.encode() for key, value in folded.items()}
+        found = {}
+        for _ in eventually(lambda: f"{found} becomes {wanted}", 10):
+            found = {key: ask(source, key.encode()) for key in wanted}
+            if found == wanted:
+                break
+    finally:
+        source.close()

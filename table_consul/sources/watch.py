@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 import threading
 import time
@@ -21,7 +22,7 @@ from table_consul.failures import BadName
 from table_consul.log import warn_of_problems
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries, Problem
-from table_consul.sources import PROBE, mirror
+from table_consul.sources import PROBE, hold, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
@@ -112,22 +113,26 @@ def _read_snapshot(
         builder.take(pairs)
         take(pairs)
     reasons = dict(hidden)
+    deleted: dict[str, dict[bytes, bytes]] = {}
     missing = builder.missing_keys()
     for name, keys in missing.items():
         if response.behind:
             reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
             continue
         suspects = known[name].missing if name in known else {}
-        gone = mirror.sample([stored for key, stored in keys.items() if key not in suspects])
+        lost = {key: stored for key, stored in keys.items() if key not in suspects}
+        gone = mirror.sample([*lost.values()])
         if name not in reasons and (keys or response.filtered):
             reason = _why_hidden(client, builder.table, name, filtered=response.filtered)
             if reason is not None:
                 reasons[name] = reason
                 continue
             gone = [*gone, *(stored for key, stored in keys.items() if key in suspects)]
+        deleted[name] = lost
         for key, answer in _read_each(client, builder.table, name, gone):
             if isinstance(answer, Forbidden):
                 reasons.setdefault(name, answer)
+                deleted[name] = {}
             elif answer is None:
                 del keys[fold_key(key)]
             else:
@@ -135,7 +140,7 @@ def _read_snapshot(
                 raise BadResponse(f"{path} is there, but Consul does not list it")
     if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
-    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
+    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)
 
 
 class Watch(threading.Thread):
@@ -176,7 +181,7 @@ class Watch(threading.Thread):
             self._attempted.wait(max(0.0, min(deadline, self._first_by) - time.monotonic()))
 
     def reconnect(self) -> None:
-        """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
+        """Read again immediately, on a new connection and with token and TLS files reread; deletions are accepted."""
         self._reload = True
         self._client.interrupt()
         self._wake.set()
@@ -190,6 +195,7 @@ class Watch(threading.Thread):
             snapshot, confirmed = state
             adopted = mirror.adopted(snapshot, self._table, self._services)
             self.mirror.state = None if adopted is None else (adopted, confirmed)
+            self._reload = True  # what the update finds deleted is accepted
 
     def stop(self) -> None:
         """End the thread soon, without waiting for it; the result of its query is ignored."""
@@ -235,13 +241,25 @@ class Watch(threading.Thread):
         self._attempted.set()
         return pause
 
+    def _begin_update(self) -> bool:
+        """Whether an update was asked for. What is held is accepted then, and what this turn finds deleted."""
+        if not self._reload:
+            return False
+        self._reload = False
+        if self.mirror.state is not None:
+            self.mirror.state = (self.mirror.state[0].accepted(), self.mirror.state[1])
+        self._client.reload()
+        self._state = replace(self._state, index=0)  # a query that waits would accept what is deleted later
+        return True
+
     def _turn(self) -> float:
         """Ask, look, read, swap; the seconds to pause before asking again."""
-        if self._reload:
-            self._reload = False
-            self._client.reload()
+        accepting = self._begin_update()
         state, table = self._state, self._table
         former = self.mirror.state[0] if self.mirror.state is not None else None
+        held_for = math.inf if former is None else former.held_until - time.monotonic()
+        if held_for <= 0:
+            state = replace(state, index=0, seen=0)
         known = {} if former is None else former.hidden
         before: dict[str, SourceError] = {}
         if not state.behind:  # else nothing is proven anyway
@@ -249,8 +267,9 @@ class Watch(threading.Thread):
             before = _hidden_services(self._client, table, unverified, known, filtered=state.filtered)
             if not known.keys() <= before.keys():
                 state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
-        wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
+        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(known), held_for=held_for)
+        wait = min(wait, self._file.due_in)
         try:
             query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=table.deadline)
         except WaitCut as cut:
@@ -271,7 +290,8 @@ class Watch(threading.Thread):
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()
-                builder = SnapshotBuilder(table, self.prefix, self._services, former)
+                terms = hold.Terms(began, 0.0 if accepting else table.hold_deletions, response.index < self.index)
+                builder = SnapshotBuilder(table, self.prefix, self._services, former, terms)
                 snapshot = _read_snapshot(self._client, response, builder, before, known, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
@@ -307,6 +327,7 @@ class Watch(threading.Thread):
             else:
                 log.warning("%s: all services readable again", prefix)
         self._warn_of_losses(former, snapshot)
+        self._warn_of_holds(former, snapshot)
         new: list[Problem] = []
         for name, entries in snapshot.entries.items():
             logged = set() if former is None else set(former.entries[name].problems)
@@ -320,10 +341,19 @@ class Watch(threading.Thread):
             log.warning(text, printable(self.prefix))
         for name, entries in snapshot.entries.items():
             count, left = 0 if former is None else len(former.entries[name]), len(entries)
-            if left * 2 < count and name not in snapshot.hidden:
+            held = former is not None and name in former.held
+            if left * 2 < count and name not in snapshot.hidden and not held:
                 path = printable(self._table.path(SERVICES[name]))
                 noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
                 log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
+
+    def _warn_of_holds(self, former: Snapshot | None, snapshot: Snapshot) -> None:
+        """Log the deletions that are held from now on, and those that no longer are."""
+        if former is not None:
+            counts = {name: len(entries) for name, entries in former.entries.items()}
+            name = printable(self._table.name)
+            for service, text in hold.news(former.held, snapshot.held, counts, name, time.monotonic()):
+                log.warning("%s: %s", printable(self._table.path(SERVICES[service])), text)
 
 
 class MirrorSource:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from table_consul.errors import Forbidden
@@ -225,6 +227,27 @@ def test_wait_ends_with_the_hold():
     assert read([], read(pairs(30))).held_until == NOW + SECONDS
     assert read(pairs(30)).held_until == math.inf
     assert wait_seconds(waiting(7), 86400.0, hidden=False, held_for=4.5) == 4.5
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.sets(st.integers(0, 59)), st.booleans(), st.sampled_from([1.0, 400.0, 1000.0])), max_size=8)
+)
+def test_listed_and_held_entries_answer_and_no_others(reads):
+    before, now = read(pairs(60)), NOW
+    for number, (listed, accepted, seconds) in enumerate(reads):
+        now += seconds
+        former = before.accepted() if accepted else before
+        value = b"v%d" % number
+        after = read([(b"mail/alias/user%d" % each, value) for each in listed], former, now)
+        kept = set() if "alias" not in after.held else {*after.held["alias"].keys}
+        names = {b"user%d" % each for each in listed}
+        assert not kept & names
+        assert {key: answers(after, key) for key in names} == dict.fromkeys(names, value)
+        assert {key: answers(after, key) for key in kept} == {key: answers(before, key) for key in kept}
+        assert len(after.entries["alias"]) == len(kept | names)
+        if kept and not accepted and before.held:
+            assert after.held_until == before.held_until or before.held_until <= now
+        before = after
 
 
 # ---- the log ----

@@ -107,7 +107,7 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
 
     \b
     following    has what Consul has
-    held         serves entries that were deleted
+    held         serves deleted entries
     outage       Consul is unreachable
     expired      for longer than max_age
     no data      nothing was loaded yet

@@ -17,6 +17,7 @@ from table_consul.errors import SourceError, counted, printable
 from table_consul.files import AtomicWriter, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 from table_consul.sources.export import Exported, export_entry, read_export
+from table_consul.sources.hold import NEVER_HELD
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
@@ -77,9 +78,14 @@ class SnapshotFile:
             self._write(b"".join(export_entry(key, value or b"") + b",\n" for key, value in pairs))
 
     def _write_held(self, snapshot: Snapshot) -> None:
-        """Write what the present file has of the entries that are held: after a restart they are held again."""
+        """Write what the present file has of the entries that are held: after a restart they are held again.
+
+        A record that also holds a password is left out: without Consul it would let its user log in again.
+        """
+        revoked = tuple(self._table.path(SERVICES[name]) for name in NEVER_HELD)
         paths = {name: self._table.path(SERVICES[name]) for name in snapshot.held}
         held = {paths[name] + key for name, each in snapshot.held.items() for key in each.keys.values()}
+        held = {key for key in held if not key.startswith(revoked)}
         with contextlib.suppress(OSError), open(self._path, "rb", opener=open_regular_file) as file:
             if not _is_ours(os.fstat(file.fileno())):
                 return

@@ -202,11 +202,11 @@ def test_a_copy_that_was_removed_is_written_again(file, path):
 # ---- held deletions ----
 
 
-def hold(file, keys):
-    """Write a version in which these aliases are held, and nothing else is listed."""
-    builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None)
+def hold(file, keys, service="alias", table=TABLE):
+    """Write a version in which these keys are held, and nothing else is listed."""
+    builder = SnapshotBuilder(table, table.root, table.services, None)
     file.begin()
-    held = {"alias": Held({key: key for key in keys}, 1.0)}
+    held = {service: Held({key: key for key in keys}, 1.0)}
     file.finish(replace(builder.finish({}), held=held), changed=True)
 
 
@@ -220,6 +220,14 @@ def test_held_entries_stay_in_the_copy_and_others_leave_it(file):
     assert aliases(file) == [b"eric", b"root"]
     hold(file, [b"root"])
     assert aliases(file) == [b"root"]
+
+
+def test_held_records_that_also_hold_a_password_leave_the_copy(path):
+    table = Table("t", services=("credentials", "userinfo"), paths={"userinfo": "t/credentials"})
+    file = file_of(path, table)
+    write(file, [(b"t/credentials/gilles", b'{"password": "x", "uid": 1, "gid": 1, "home": "/"}')], table)
+    hold(file, [b"gilles"], "userinfo", table)
+    assert {name: len(entries) for name, entries in file.load()[0].entries.items()} == {"credentials": 0, "userinfo": 0}
 
 
 def test_held_entries_are_not_taken_from_a_copy_that_others_may_write(file, path):

@@ -28,6 +28,7 @@ PURE = sorted(
         "responder",
         "counters",
         "sources",
+        "sources.hold",
         "sources.mirror",
         "ctl.files",
         "ctl.expansion",

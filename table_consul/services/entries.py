@@ -191,6 +191,17 @@ class EntriesBuilder:
         missing = [key for key in (*former.values, *former.errors) if key not in values and key not in errors]
         return {key: former.original_case.get(key, key) for key in missing}
 
+    def keep(self, folded: Iterable[bytes]) -> None:
+        """Have these keys, which the former entries have and these lack, answer as they did; after the last `take`."""
+        former = self._former
+        assert former is not None
+        for key in folded:
+            for name in ("values", "errors", "warnings", "original_case"):
+                if (found := getattr(former, name).get(key)) is not None:
+                    getattr(self, name)[key] = found
+            if key in former.incomplete:
+                self.incomplete.add(key)
+
     def finish(self) -> Entries:
         """The entries; the former ones themselves if nothing has changed."""
         former = self._reusable

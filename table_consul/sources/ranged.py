@@ -302,7 +302,7 @@ class Ranges:
                 raise Unsettled("a range is empty")
             return  # the index is that of some other folder
         elsewhere = sum(self._counts.values()) - before
-        builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere)
+        builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere=elsewhere)
         read_pairs(response, builder)
         lost = sum(map(len, builder.missing_keys().values()))
         if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:

@@ -23,8 +23,7 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
     before = hidden_services(client, table, names, {}, filtered=True)
     builder = SnapshotBuilder(table, prefix, names, None)
     with client.blocking_query(prefix, timeout=table.deadline) as response:
-        read_pairs(response, builder, take)
-        return proven_snapshot(client, response, builder, before, {}), response.index
+        return read_snapshot(client, response, builder, before, {}, take), response.index
 
 
 def hidden_services(
@@ -72,6 +71,19 @@ def _read_each(
             pass  # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
 
 
+def read_snapshot(
+    client: kv.Client,
+    response: kv.Response,
+    builder: SnapshotBuilder,
+    hidden: Mapping[str, SourceError],
+    known: Mapping[str, Hidden],
+    take: Take,
+) -> Snapshot:
+    """As `read_pairs`, then `proven_snapshot`."""
+    read_pairs(response, builder, take)
+    return proven_snapshot(client, response, builder, hidden, known)
+
+
 def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lambda _pairs: None) -> None:
     """Read the response into the builder; ``take`` gets what is stored."""
     for found in response.pairs():
@@ -94,22 +106,26 @@ def proven_snapshot(
     is read at once, also from a hidden folder: later it would be one of many that are not known to be deleted.
     """
     reasons = dict(hidden)
+    deleted: dict[str, dict[bytes, bytes]] = {}
     missing = builder.missing_keys()
     for name, keys in missing.items():
         if response.behind:
             reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
             continue
         suspects = known[name].missing if name in known else {}
-        gone = mirror.sample([stored for key, stored in keys.items() if key not in suspects])
+        lost = {key: stored for key, stored in keys.items() if key not in suspects}
+        gone = mirror.sample([*lost.values()])
         if name not in reasons and (keys or response.filtered):
             reason = _why_hidden(client, builder.table, name, filtered=response.filtered)
             if reason is not None:
                 reasons[name] = reason
                 continue
             gone = [*gone, *(stored for key, stored in keys.items() if key in suspects)]
+        deleted[name] = lost
         for key, answer in _read_each(client, builder.table, name, gone):
             if isinstance(answer, Forbidden):
                 reasons.setdefault(name, answer)
+                deleted[name] = {}
             elif answer is None:
                 del keys[fold_key(key)]
             else:
@@ -117,4 +133,4 @@ def proven_snapshot(
                 raise BadResponse(f"{path} is there, but Consul does not list it")
     if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
-    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
+    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)

@@ -17,6 +17,7 @@ from table_consul.errors import SourceError, counted, printable
 from table_consul.files import AtomicWriter, open_regular_file, read_bounded
 from table_consul.services import SERVICES, Table
 from table_consul.sources.export import Exported, export_entry, read_export
+from table_consul.sources.hold import NEVER_HELD
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
@@ -76,6 +77,23 @@ class SnapshotFile:
         if self._writer is not None:
             self._write(b"".join(export_entry(key, value or b"") + b",\n" for key, value in pairs))
 
+    def _write_held(self, snapshot: Snapshot) -> None:
+        """Write what the present file has of the entries that are held: after a restart they are held again.
+
+        A record that also holds a password is left out: without Consul it would let its user log in again.
+        """
+        revoked = tuple(self._table.path(SERVICES[name]) for name in NEVER_HELD)
+        paths = {name: self._table.path(SERVICES[name]) for name in snapshot.held}
+        held = {paths[name] + key for name, each in snapshot.held.items() for key in each.keys.values()}
+        held = {key for key in held if not key.startswith(revoked)}
+        with contextlib.suppress(OSError), open(self._path, "rb", opener=open_regular_file) as file:
+            if not _is_ours(os.fstat(file.fileno())):
+                return
+            for line in file:
+                with contextlib.suppress(SourceError):
+                    entries = read_export(b"[" + line.removesuffix(b"\n").removesuffix(b",") + b"]")
+                    self.take((each.key, each.value) for each in entries if each.key in held)
+
     def finish(self, snapshot: Snapshot, *, changed: bool) -> None:
         """Put the new version in place, if it is worth that; or note that the file is still true."""
         if not self._path:
@@ -90,6 +108,8 @@ class SnapshotFile:
         if not self.dirty or (not snapshot.size and snapshot.hidden.keys() >= {*self._services}):
             self.discard()
         elif self._writer is not None:
+            if snapshot.held:
+                self._write_held(snapshot)
             # A folder is marked: without a mark an empty one proves nothing when this is read again.
             *others, last = (
                 (self._table.path(SERVICES[name]), INCOMPLETE if name in snapshot.hidden else b"")
@@ -156,7 +176,7 @@ class SnapshotFile:
         if status.st_uid != os.geteuid():
             log.warning("%s: not used: it belongs to another user", self._path)
             return None
-        if status.st_mode & 0o077:  # it may hold password hashes
+        if not _is_ours(status):  # it may hold password hashes
             log.warning("%s: not used: others may read it (set mode 0600)", self._path)
             return None
         if snapshot is None:
@@ -170,6 +190,11 @@ class SnapshotFile:
         entries = counted(snapshot.size, "entry", "entries")
         log.info("%s: %s of %.0f s ago from %s", printable(self._prefix), entries, max(age, 0.0), self._path)
         return snapshot, max(age, 0.0)
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whether a file belongs to this user, and nobody else may read or write it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
 def snapshot_from_export(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 import threading
 import time
@@ -20,12 +21,12 @@ from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.log import warn_of_problems
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries, Problem
-from table_consul.sources import mirror
+from table_consul.sources import hold, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.ranged import Queries, Ranges, Unsettled
 from table_consul.sources.ranges import LEAST_KEYS, MOST_RANGES, cut
-from table_consul.sources.reading import hidden_services, proven_snapshot, read_pairs
+from table_consul.sources.reading import hidden_services, read_snapshot
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
 from table_consul.transport import WaitCut
 
@@ -87,7 +88,7 @@ class Watch(threading.Thread):
             self._attempted.wait(max(0.0, min(deadline, self._first_by) - time.monotonic()))
 
     def reconnect(self) -> None:
-        """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
+        """Read again immediately, on a new connection and with token and TLS files reread; deletions are accepted."""
         self._reload = True
         self._interrupt()
 
@@ -100,6 +101,7 @@ class Watch(threading.Thread):
             snapshot, confirmed = state
             adopted = mirror.adopted(snapshot, self._table, self._services)
             self.mirror.state = None if adopted is None else (adopted, confirmed)
+            self._reload = True  # what the update finds deleted is accepted
 
     def stop(self) -> None:
         """End the thread soon, without waiting for it; the result of its query is ignored."""
@@ -153,13 +155,25 @@ class Watch(threading.Thread):
         self._attempted.set()
         return pause
 
+    def _begin_update(self) -> bool:
+        """Whether an update was asked for. What is held is accepted then, and what this turn finds deleted."""
+        if not self._reload:
+            return False
+        self._reload = False
+        if self.mirror.state is not None:
+            self.mirror.state = (self.mirror.state[0].accepted(), self.mirror.state[1])
+        self._client.reload()
+        self._state = replace(self._state, index=0)  # a query that waits would accept what is deleted later
+        return True
+
     def _turn(self) -> float:
         """Ask, look, read, swap; the seconds to pause before asking again."""
-        if self._reload:
-            self._reload = False
-            self._client.reload()
+        accepting = self._begin_update()
         state, table = self._state, self._table
         former = self.mirror.state[0] if self.mirror.state is not None else None
+        held_for = math.inf if former is None else former.held_until - time.monotonic()
+        if held_for <= 0:
+            state = replace(state, index=0, seen=0)
         known = {} if former is None else former.hidden
         before: dict[str, SourceError] = {}
         if not state.behind:  # else nothing is proven anyway
@@ -167,8 +181,9 @@ class Watch(threading.Thread):
             before = hidden_services(self._client, table, unverified, known, filtered=state.filtered)
             if not known.keys() <= before.keys():
                 state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
-        wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
+        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(known), held_for=held_for)
+        wait = min(wait, self._file.due_in)
         try:
             query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=table.deadline)
         except WaitCut as cut:
@@ -189,9 +204,9 @@ class Watch(threading.Thread):
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()
-                builder = SnapshotBuilder(table, self.prefix, self._services, former)
-                read_pairs(response, builder, self._file.take)
-                snapshot = proven_snapshot(self._client, response, builder, before, known)
+                terms = hold.Terms(began, 0.0 if accepting else table.hold_deletions, response.index < self.index)
+                builder = SnapshotBuilder(table, self.prefix, self._services, former, terms)
+                snapshot = read_snapshot(self._client, response, builder, before, known, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
@@ -217,7 +232,13 @@ class Watch(threading.Thread):
         if self.mirror.state is None or not state.seen or state.filtered or state.behind:
             return None
         snapshot, _ = self.mirror.state
-        if snapshot.size < LEAST_KEYS or snapshot.hidden or snapshot.restored or time.monotonic() < self._cut_after:
+        if (
+            snapshot.size < LEAST_KEYS
+            or snapshot.hidden
+            or snapshot.held
+            or snapshot.restored
+            or time.monotonic() < self._cut_after
+        ):
             return None
         folders = {}
         for each in snapshot.entries.values():
@@ -291,6 +312,7 @@ class Watch(threading.Thread):
             else:
                 log.warning("%s: all services readable again", prefix)
         self._warn_of_losses(former, snapshot)
+        self._warn_of_holds(former, snapshot)
         new: list[Problem] = []
         for name, entries in snapshot.entries.items():
             if former is not None and entries is former.entries[name]:
@@ -306,10 +328,19 @@ class Watch(threading.Thread):
             log.warning(text, printable(self.prefix))
         for name, entries in snapshot.entries.items():
             count, left = 0 if former is None else len(former.entries[name]), len(entries)
-            if left * 2 < count and name not in snapshot.hidden:
+            held = former is not None and name in former.held
+            if left * 2 < count and name not in snapshot.hidden and not held:
                 path = printable(self._table.path(SERVICES[name]))
                 noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
                 log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
+
+    def _warn_of_holds(self, former: Snapshot | None, snapshot: Snapshot) -> None:
+        """Log the deletions that are held from now on, and those that no longer are."""
+        if former is not None:
+            counts = {name: len(entries) for name, entries in former.entries.items()}
+            name = printable(self._table.name)
+            for service, text in hold.news(former.held, snapshot.held, counts, name, time.monotonic()):
+                log.warning("%s: %s", printable(self._table.path(SERVICES[service])), text)
 
 
 def _can_be_listed(prefix: bytes) -> bool:

@@ -15,7 +15,7 @@ from table_consul.config import ConsulConfig
 from table_consul.services import Table
 from table_consul.sources import ranged, ranges, watch
 from table_consul.sources.watch import MirrorSource
-from tests.consul.real import url
+from tests.consul.real import agent_or_skip, url
 from tests.consul.watch.watching import ask
 from tests.dialogue import eventually
 
@@ -54,28 +54,38 @@ def write(agent, table, pairs):
         agent.request("PUT", "/v1/txn", json.dumps(operations[at : at + 64]).encode())
 
 
+def folded(written):
+    """The answers after these writes, by folded key: of two spellings the lower-case one answers, else the first."""
+    answers = {}
+    for key, value in sorted(written.items(), reverse=True):
+        if value is not None or key.lower() not in answers:
+            answers[key.lower()] = None if value is None else value.encode()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def patient_consul():
+    """Each example leaves waits behind, which count among the connections of a client for 10 seconds."""
+    with agent_or_skip(hcl="limits { http_max_conns_per_client = 5000 }") as agent:
+        yield agent
+
+
 @pytest.mark.usefixtures("small")
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
-def test_random_writes_end_in_what_consul_holds(open_consul, transactions):
+def test_random_writes_end_in_what_consul_holds(patient_consul, transactions):
     table = Table(f"model{next(numbers)}", services=("alias", "domain"))
-    write(open_consul, table.name, dict.fromkeys(STEADY, "steady"))
-    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(open_consul),))))
+    write(patient_consul, table.name, dict.fromkeys(STEADY, "steady"))
+    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(patient_consul),))))
     try:
-        model = {}
+        written = {}
         for pairs in transactions:
-            write(open_consul, table.name, pairs)
-            model |= pairs
-            assert all(ask(source, name.encode()) == b"steady" for name in STEADY if name not in model)
-        folded = {}
-        for key, value in sorted(model.items(), reverse=True):  # of two spellings the lower-case one answers
-            if value is not None or key.lower() not in folded:
-                folded[key.lower()] = value
-        wanted = {key: None if value is None else value.encode() for key, value in folded.items()}
-        found = {}
-        for _ in eventually(lambda: f"{found} becomes {wanted}", 10):
-            found = {key: ask(source, key.encode()) for key in wanted}
-            if found == wanted:
+            write(patient_consul, table.name, pairs)
+            written |= pairs
+            assert all(ask(source, name.encode()) == b"steady" for name in STEADY if name not in written)
+        wanted = folded(written)
+        for _ in eventually(f"{wanted} is answered", 10):
+            if {key: ask(source, key.encode()) for key in wanted} == wanted:
                 break
     finally:
         source.close()

@@ -39,7 +39,7 @@ def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirr
     names = [b"%04d" % number for number in range(1000)]
     for name in names:
         fake.put(ALIAS + name, b"x")
-    source = mirrored(fake.address)
+    source = mirrored(fake.address, replace(TABLE, hold_deletions=0.0))
     settled(source)
     asked = len(fake.requests)
     with fake.store.changed:

@@ -7,7 +7,7 @@ import json
 from base64 import b64encode
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from table_consul import kv
@@ -36,9 +36,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ranged, "LIST_SECONDS", 0.2)
 
 
-KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(
-    ["é", "日本", "a.b@example.org", "*", "x y", "Ab", "G"]
-)
+KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(["é", "日本", "a.b@example.org", "*", "x y", "@"])
 VALUES = st.sampled_from(["eric", "gilles", "root, eric", "x" * 300])
 WRITES = st.tuples(KEYS, VALUES | st.none())
 """A key, and its value; None: it is deleted."""
@@ -71,7 +69,7 @@ def patient_consul():
 
 
 @pytest.mark.usefixtures("small")
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
 def test_random_writes_end_in_what_consul_holds(patient_consul, transactions):
     table = Table(f"model{next(numbers)}", services=("alias", "domain"))

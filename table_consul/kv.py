@@ -11,16 +11,27 @@ import re
 import time
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.failures import BROKEN
+from table_consul.errors import (
+    UNDECODABLE,
+    BadResponse,
+    Forbidden,
+    SourceError,
+    TooLarge,
+    Unreachable,
+    counted,
+    printable,
+)
+from table_consul.failures import BROKEN, cause_of
 from table_consul.files import TOKEN, read_token
+from table_consul.gzip_body import body_of
+from table_consul.json_list import split_list
 from table_consul.transport import Request, Transport
 
 with warnings.catch_warnings():
@@ -35,10 +46,6 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _INVALID_ESCAPE = re.compile(b"%(?![0-9a-fA-F]{2})")
-# The last place where one entry of a list ends and the next begins. Within a JSON string no quote follows like that: it
-# would end the string, and after its end comes no letter. It is found from the end, in linear time.
-_LAST_BOUNDARY = re.compile(rb'(?s:.*)\},(?=\s{0,32}\{\s{0,32}"[A-Za-z])')
-_BOUNDARY_BYTES = 69
 
 T = TypeVar("T")
 
@@ -102,9 +109,11 @@ class Response:
         """The server that answered may lack recent entries: it cannot prove that a key is absent."""
         self._client = client
         self._raw = raw
+        self._body = body_of(raw)
         self._prefix = prefix.decode()
         self._seconds = client.read_seconds if steps else None
         self._unread = True
+        self._size = 0
 
     @property
     def index(self) -> int:
@@ -128,27 +137,48 @@ class Response:
         Consul sorts by bytes, but lists every byte that is not UTF-8 as U+FFFD: keys may be out of order, and equal.
 
         Raises:
-            TooLarge: the body has more than `Client.body_bytes`.
-            SourceError: it broke off, stopped arriving, or is not a list of such entries.
+            TooLarge: they have more than `Client.body_bytes` beyond `Client.entry_bytes` each, or arrive until the
+                deadline.
+            SourceError: the body broke off, stopped arriving, or is not a list of such entries.
         """
-        for piece in _split_list(self._chunks()):
-            pairs = [] if self.absent else self.decoded(_PAIRS, piece)
-            if pairs:
-                self.check_below([pair.name for pair in pairs])
-                yield pairs
+        count = 0
+        try:
+            for piece in split_list(self._chunks()):
+                pairs = [] if self.absent else self.decoded(_PAIRS, piece)
+                count += len(pairs)
+                self._check_size(count)
+                if pairs:
+                    self.check_below([pair.name for pair in pairs])
+                    yield pairs
+        except ValueError as error:
+            raise self.bad(str(error)) from error
 
     def _chunks(self) -> Iterator[bytes]:
-        client, size = self._client, 0
+        client = self._client
         self._unread = False
-        while chunk := client.transport.read(self._raw, client.chunk_bytes, self._seconds):
-            size += len(chunk)
-            if size > client.body_bytes:
-                raise TooLarge(f"Consul at {client.address}: more than {client.body_bytes >> 20} MiB of data")
-            yield chunk
+        try:
+            while chunk := client.transport.read(self._body, client.chunk_bytes, self._seconds):
+                self._size += len(chunk)
+                yield chunk
+        except Unreachable as error:
+            flowing = self._seconds is None and self._size > client.flowing_bytes
+            if not flowing or not isinstance(cause_of(error), TimeoutError):
+                raise
+            text = f"Consul at {client.address}: {self._size >> 20} MiB of a list arrived in time, and not all of it"
+            raise TooLarge(text) from error
+
+    def _check_size(self, count: int) -> None:
+        client = self._client
+        if self._size > client.body_bytes + count * client.entry_bytes:
+            large = f"{self._size >> 20} MiB in {counted(count, 'entry', 'entries')}"
+            raise TooLarge(f"Consul at {client.address}: {large} is more than smtpd can use")
 
     def decoded(self, decoder: msgspec.json.Decoder[T], piece: bytearray | None = None) -> T:
         """What the decoder makes of the body, or of this piece of it; raises as `pairs`."""
-        text = bytearray().join(self._chunks()) if piece is None else piece
+        text = piece if piece is not None else bytearray()
+        for chunk in self._chunks() if piece is None else ():
+            text += chunk
+            self._check_size(0)
         try:
             return decoder.decode(text)
         except UNDECODABLE as error:
@@ -167,20 +197,6 @@ class Response:
         transport.disconnect()
         transport.next_address()
         return error
-
-
-def _split_list(chunks: Iterable[bytes]) -> Iterator[bytearray]:
-    """The chunks of one JSON list of objects, as lists of whole objects; no byte is searched twice, but for a few."""
-    rest, searched = bytearray(), 0
-    for chunk in chunks:
-        rest += chunk
-        if boundary := _LAST_BOUNDARY.match(rest, searched):
-            end = boundary.end() - 1
-            del boundary  # it locks the buffer
-            yield rest[:end] + b"]"
-            rest[: end + 1] = b"["
-        searched = max(0, len(rest) - _BOUNDARY_BYTES)
-    yield rest
 
 
 def is_url_safe(key: bytes) -> bool:
@@ -228,7 +244,11 @@ class Client:
     """Read at a time, and discarded to keep a connection. Decoding that much holds Python's lock for some 50
     microseconds, in which no reply leaves; the read before the next chunk releases it."""
     body_bytes = 128 << 20
-    """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
+    entry_bytes = 4 << 10
+    """A body may have ``body_bytes``, and ``entry_bytes`` for each entry: in JSON the longest key that smtpd asks for
+    and the longest value that it takes need less, so that only ``max_keys`` limits a table of such entries."""
+    flowing_bytes = 1 << 20
+    """A list of which more has arrived by its deadline is too large to be read in that time, which is no outage."""
     read_seconds = 10.0
     """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
     discard_seconds = 1.0
@@ -348,7 +368,7 @@ class Client:
         if not is_url_safe(key.removesuffix(b"/") if options else key) and (key or not options):
             raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
-        raw = self._send(lambda: self._library.kv.get(name, **options), timeout, held)
+        raw = self._send(lambda: self._library.kv.get(name, **options)._replace(compress=bool(options)), timeout, held)
         return Response(self, raw, key, steps=steps)
 
     def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:

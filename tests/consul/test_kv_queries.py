@@ -280,8 +280,54 @@ def test_query_that_is_left_early_does_not_disturb_the_next(fake, client):
 
 def test_query_has_a_limit_on_the_body(fake, connect):
     whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
-    with pytest.raises(TooLarge, match="more than"):
-        query(connect(fake.address, limits={"body_bytes": 100_000}), b"t/")
+    with pytest.raises(TooLarge, match=r"0 MiB in \d+ entries is more than smtpd can use"):
+        query(connect(fake.address, limits={"body_bytes": 100_000, "entry_bytes": 10}), b"t/")
+
+
+def test_body_limit_grows_with_the_number_of_entries(fake, connect):
+    whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
+    assert len(query(connect(fake.address, limits={"body_bytes": 20_000, "entry_bytes": 400}), b"t/").pairs) == 2000
+
+
+def test_largest_entry_that_smtpd_can_use_is_within_its_share_of_the_body():
+    largest = listing(("t/" + "k" * 1023, b"x" * 2047))
+    assert len(largest) < kv.Client.entry_bytes
+
+
+def test_query_refuses_an_entry_without_end(fake, connect):
+    with FakeConsul() as other:
+        whole(fake, b"[" + b" " * (9 << 20) + b"]")
+        whole(other, listing(("t/a", b"x")))
+        client = connect(fake.address, other.address)
+        with pytest.raises(BadResponse, match="an entry of more than 8 MiB"):
+            query(client, b"t/")
+        assert query(client, b"t/").pairs == [(b"t/a", b"x")]
+
+
+def test_list_that_does_not_arrive_within_the_deadline_is_too_large(fake, connect):
+    client = connect(fake.address, limits={"flowing_bytes": 100_000})
+    answer = Answer(200, TRUE, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), length=1 << 30)
+
+    def stops(request):
+        request.send(answer.wire())
+        stall(request)
+
+    fake.handle = stops
+    for read in (client.list, client.keys):
+        with pytest.raises(TooLarge, match="0 MiB of a list arrived in time, and not all of it"):
+            read(b"t/", timeout=0.3)
+
+
+def test_blocking_query_that_stops_arriving_is_never_too_large(fake, connect):
+    client = connect(fake.address, limits={"flowing_bytes": 0, "read_seconds": 0.1})
+
+    def stops(request):
+        request.send(Answer(200, TRUE, listing(("t/a", b"x")), length=1 << 30).wire())
+        stall(request)
+
+    fake.handle = stops
+    with pytest.raises(Unreachable):
+        query(client, b"t/")
 
 
 @each_version

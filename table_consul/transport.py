@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from table_consul import __version__
 from table_consul.endpoint import Endpoint
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
-from table_consul.failures import BROKEN, BadRequest, broken_exchange, cause_of, excerpt, refusal
+from table_consul.failures import (
+    BROKEN,
+    BadRequest,
+    TooManyConnections,
+    broken_exchange,
+    cause_of,
+    excerpt,
+    refusal,
+)
 from table_consul.gzip_body import Read, body_of
 
 with warnings.catch_warnings():
@@ -169,8 +177,8 @@ class Transport:
             if time.monotonic() >= by:
                 break
         # Of several failures the one that says most about the key counts: an address that answers is no outage.
-        kind = BadResponse if any(isinstance(failure, BadResponse) for failure in failures) else Unreachable
-        raise kind("; ".join(map(str, failures)))
+        kinds = [each for each in (BadResponse, TooManyConnections) if any(isinstance(f, each) for f in failures)]
+        raise (*kinds, Unreachable)[0]("; ".join(map(str, failures)))
 
     def _attempt(self, held: float, *, again: bool = False) -> requests.Response:
         self.connected, began = False, time.monotonic()
@@ -183,7 +191,8 @@ class Transport:
                 raise
         except BROKEN as error:
             cause, waited = cause_of(error), time.monotonic() - max(began, self.connected_at)
-            failure, cut = broken_exchange(f"Consul at {self.address}", error), min(held, waited)
+            fresh, cut = self.connected and waited < LEAST_CUT_SECONDS, min(held, waited)
+            failure = broken_exchange(f"Consul at {self.address}", error, fresh=fresh)
             if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one
                 raise WaitCut(str(failure), cut) from error
             # The server may have closed an idle connection, which is no sign of a fault of Consul.

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from table_consul.errors import SourceError, counted, printable
-from table_consul.files import AtomicWriter, open_regular_file, read_bounded
+from table_consul.files import AtomicWriter, open_regular_file
 from table_consul.services import SERVICES, Table
-from table_consul.sources.export import Exported, export_entry, read_export
+from table_consul.sources.export import Exported, export_entry, iter_export
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
@@ -128,8 +128,8 @@ class SnapshotFile:
                 others = name != self._table.name
             else:
                 file.seek(0)
-                keys = [each.key for each in read_export(read_bounded(file))]
-                name, others = "", not any(key.startswith(self._prefix) for key in keys) if keys else False
+                name, keys = "", [each.key for each in iter_export(file)]
+                others = bool(keys) and not any(key.startswith(self._prefix) for key in keys)
             if others:
                 whose = f"table {printable(name)}" if name else "another table"
                 hint = "put {table} into the path, or remove the file"
@@ -146,7 +146,7 @@ class SnapshotFile:
         try:
             with open(self._path, "rb", opener=open_regular_file) as file:
                 status = os.fstat(file.fileno())
-                exported = sorted(read_export(read_bounded(file)))
+                exported = sorted(iter_export(file))
             snapshot = snapshot_from_export(self._table, self._prefix, self._services, exported, self._path)
         except FileNotFoundError:
             return None

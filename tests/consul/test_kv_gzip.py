@@ -22,27 +22,11 @@ GZIP = {**TRUE, "Content-Encoding": "gzip"}
 
 
 @pytest.fixture
-def remote(fake, connect, monkeypatch):
-    """A client that reaches the fake by a name, as over a network."""
-    real = socket.getaddrinfo
-
-    def resolved(host, port, *args, flags=0, **kwargs):
-        if not host.endswith(".test"):
-            return real(host, port, *args, flags=flags, **kwargs)
-        if flags:
-            raise socket.gaierror(socket.EAI_NONAME, "a name")
-        return real("127.0.0.1", port, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolved)
-
-    def make(*servers, **options):
-        return connect(*(named(server) for server in servers or (fake,)), token="any", **options)
-
-    return make
-
-
-def named(server):
-    return server.address.replace("127.0.0.1", "consul.test")
+def remote(fake, connect, named):
+    """Makes a client that reaches the fake, or other servers, as over a network."""
+    return lambda *servers, **options: connect(
+        *(named(each.address) for each in servers or (fake,)), token="any", **options
+    )
 
 
 def compressed(fake, body, headers=GZIP, **options):
@@ -64,12 +48,13 @@ def test_list_over_a_network_is_asked_for_with_gzip_and_a_key_is_not(remote, fak
     assert asked(fake) == ["gzip", "gzip", "gzip", "identity"]
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize(
     ("host", "coding"),
     [("127.0.0.1", "identity"), ("localhost", "identity"), ("consul.localhost", "identity"), ("consul.test", "gzip")],
 )
-def test_coding_depends_on_the_address_as_it_is_configured(remote, fake, connect, monkeypatch, host, coding):
-    real = socket.getaddrinfo  # which knows consul.test
+def test_coding_depends_on_the_address_as_it_is_configured(fake, connect, monkeypatch, host, coding):
+    real = socket.getaddrinfo
     aliases = {"localhost": "127.0.0.1", "consul.localhost": "127.0.0.1"}
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda name, *args, **kwargs: real(aliases.get(name, name), *args, **kwargs)
@@ -85,10 +70,10 @@ def test_list_over_a_unix_socket_is_not_compressed(tmp_path, connect):
         assert asked(fake) == ["identity"]
 
 
-def test_each_address_is_asked_in_its_own_coding(remote, fake, connect):
+def test_each_address_is_asked_in_its_own_coding(named, fake, connect):
     fake.handle = lambda request: Answer(500)
     with FakeConsul() as near:
-        connect(named(fake), near.address).list(b"t/", timeout=1)
+        connect(named(fake.address), near.address).list(b"t/", timeout=1)
         assert (asked(fake), asked(near)) == (["gzip"], ["identity"])
 
 

@@ -12,6 +12,7 @@ from tests.consul.clients import ROOT, config
 from tests.consul.real import agent_or_skip, url
 from tests.dialogue import eventually
 from tests.rig.consul import free_ports
+from tests.rig.proxy import Proxy
 
 pytestmark = pytest.mark.real
 
@@ -36,6 +37,32 @@ def test_connection_beyond_the_limit_of_a_real_consul_is_told_from_an_outage(aut
             if len(refused) == 3:
                 break
         assert all("limits.http_max_conns_per_client" in str(error) for error in refused)
+
+
+class Counting(Proxy):
+    """Counts the bytes of the answers."""
+
+    count = 0
+
+    def answer(self, data, *, first):
+        self.count += len(data)
+        return data
+
+
+def test_list_of_a_real_consul_crosses_a_network_compressed(consul, named):
+    consul.kv_txn({f"mail/aliases/alias/user{number:05}": f"someone{number}@example.org" for number in range(5_000)})
+    took = {}
+    with Counting(consul) as proxy:
+        proxy.bad.set()
+        for address in (f"http://{proxy.address}", named(f"http://{proxy.address}")):
+            proxy.count = 0
+            with contextlib.closing(kv.Client(config(address))) as client:
+                pairs = client.list(b"mail/aliases/alias/", timeout=10)
+            took[proxy.count] = pairs
+    plain, compressed = took
+    assert took[plain] == took[compressed]
+    assert len(took[plain]) == 5_000
+    assert compressed * 8 < plain
 
 
 def refusal(client):

@@ -7,6 +7,7 @@ Knows the paths and parameters of Consul's HTTP interface, and nothing of tables
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 import urllib.parse
@@ -32,7 +33,7 @@ from table_consul.failures import BROKEN, cause_of
 from table_consul.files import TOKEN, read_token
 from table_consul.gzip_body import body_of
 from table_consul.json_list import split_list
-from table_consul.transport import Request, Transport
+from table_consul.transport import Request, Transport, WaitCut
 
 with warnings.catch_warnings():
     # python-consul2 is of 2020: Python warns about its spelling, and it warns about what it deprecates itself.
@@ -251,6 +252,9 @@ class Client:
     """A list of which more has arrived by its deadline is too large to be read in that time, which is no outage."""
     read_seconds = 10.0
     """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
+    late_seconds = 30.0
+    """What a list may take to begin beyond its timeout, at most: Consul encodes all of it first. 1,000,000 entries take
+    2 seconds on a machine that has nothing else to do."""
     discard_seconds = 1.0
     """For what is discarded: after an early answer to a blocking query the time for a late one is left."""
 
@@ -259,6 +263,7 @@ class Client:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._library = _Library(consistency=settings.consistency, dc=settings.datacenter)
+        self._late = 0.0
         self._token, self._token_file = settings.token, settings.token_file
         if self._token_file is None:
             self._read_token()
@@ -285,18 +290,34 @@ class Client:
         """The entries below the prefix, still to be read; a context manager.
 
         With the ``index`` of a former response Consul answers when something changed since, or after ``wait`` seconds
-        plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin.
+        plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin,
+        and more after it was late: an answer that always comes too late would be an outage without end.
 
         Without an index the leader makes sure that it is one and has caught up, unless `stale` is configured: one that
         was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
         #3285, #10989). Waiting on an index needs no such proof.
         """
+        consistency, held = self._library.consistency, self._late
         if index:
-            held = wait * (1 + 1 / 16)
+            held += wait * (1 + 1 / 16)
             options = {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
-            return self._ask(prefix, timeout + held, held, steps=True, recurse=True, **options)
-        consistency = "consistent" if self._library.consistency == "default" else self._library.consistency
-        return self._ask(prefix, timeout, steps=True, recurse=True, consistency=consistency)
+        else:
+            options = {"consistency": "consistent" if consistency == "default" else consistency}
+        began = time.monotonic()
+        try:
+            response = self._ask(prefix, timeout + held, held, steps=True, recurse=True, **options)
+        except WaitCut as cut:
+            if index or math.isinf(cut.seconds):
+                raise
+            raise Unreachable(str(cut)) from cut
+        except Unreachable:
+            if self.transport.late:
+                self._late = min(max(timeout, 2 * self._late), self.late_seconds)
+            raise
+        if not index:
+            took = time.monotonic() - began
+            self._late = min(max(0.0, 4 * took - timeout), self.late_seconds)
+        return response
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""

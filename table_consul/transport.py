@@ -81,6 +81,8 @@ class Transport:
     connected_at = 0.0
     """When the latest connection was opened, a moment of time.monotonic()."""
     latest_socket: socket.socket | None = None
+    late = False
+    """Whether an address took the latest request, and did not begin to answer in time."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self._settings = settings
@@ -158,6 +160,7 @@ class Transport:
         self._prepared.method, self._prepared.body = request.method, request.body
         self._prepared.headers = requests.structures.CaseInsensitiveDict({**_HEADERS, **request.headers})
         failures: list[SourceError] = []
+        self.late = False
         for candidates in range(len(self._endpoints), 0, -1):
             # An address that hangs must leave some time for the next one. While Consul sits on a blocking query it
             # looks just like one that hangs: there only connecting is shared.
@@ -191,6 +194,7 @@ class Transport:
                 raise
         except BROKEN as error:
             cause, waited = cause_of(error), time.monotonic() - max(began, self.connected_at)
+            self.late |= isinstance(cause, TimeoutError) and (self.connected_at >= began or not self.connected)
             fresh, cut = self.connected and waited < LEAST_CUT_SECONDS, min(held, waited)
             failure = broken_exchange(f"Consul at {self.address}", error, fresh=fresh)
             if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one

@@ -31,6 +31,8 @@ log = logging.getLogger("table_consul")
 
 # How often a table that was too large is retried; an update retries immediately.
 TOO_LARGE_SECONDS = 600.0
+# What a command gives a large table to begin arriving, after Consul answered for one key.
+LOAD_SECONDS = 30.0
 
 Connect = Callable[[], kv.Client]
 Take = Callable[[list[tuple[bytes, bytes | None]]], None]
@@ -44,7 +46,7 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
     """
     before = _hidden_services(client, table, names, {}, filtered=True)
     builder = SnapshotBuilder(table, prefix, names, None)
-    with client.blocking_query(prefix, timeout=table.deadline) as response:
+    with client.blocking_query(prefix, timeout=LOAD_SECONDS) as response:
         return _read_snapshot(client, response, builder, before, {}, take), response.index
 
 

@@ -23,7 +23,8 @@ log = logging.getLogger("table_consul")
 
 # The value of a folder of which Consul hides keys.
 INCOMPLETE = b"incomplete"
-# A file of 100,000 entries is not written for each of a hundred edits.
+# The pause after a file was written, and for each second that this took: 100,000 entries are not written for each of a
+# hundred edits, and 1,000,000 for a tenth of the time at most.
 WRITE_SECONDS = 10.0
 # Times that writing fails in a row double the pause, up to some 10 minutes.
 DOUBLINGS_MAX = 6
@@ -50,6 +51,7 @@ class SnapshotFile:
         self._services = services
         self._write_seconds = write_seconds
         self._write_after = 0.0
+        self._began = 0.0
         self._failures = 0
         self._writer: AtomicWriter | None = None
         self.dirty = bool(path)
@@ -68,7 +70,8 @@ class SnapshotFile:
 
     def begin(self) -> None:
         """Start a new version, unless it is too early for one; `take`, and `finish` or `discard`, follow."""
-        if self._path and time.monotonic() >= self._write_after:
+        self._began = time.monotonic()
+        if self._path and self._began >= self._write_after:
             self._write(b"[\n")
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
@@ -115,8 +118,8 @@ class SnapshotFile:
             if self._failures:
                 log.warning("%s: written again", self._path)
             self._writer, self.dirty, self._failures = None, False, 0
-        pause = self._write_seconds * 2.0 ** min(self._failures, DOUBLINGS_MAX)
-        self._write_after = time.monotonic() + pause
+        now, doubled = time.monotonic(), 2.0 ** min(self._failures, DOUBLINGS_MAX)
+        self._write_after = now + self._write_seconds * doubled * max(1.0, now - self._began)
 
     def _check_owner(self) -> None:
         """Raise OSError if the file names another table or, as an older one names none, has no keys of this one."""

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import msgspec
 
@@ -28,6 +29,8 @@ INCOMPLETE = b"incomplete"
 WRITE_SECONDS = 10.0
 # Times that writing fails in a row double the pause, up to some 10 minutes.
 DOUBLINGS_MAX = 6
+# How many entries of a file are taken at a time: other tables answer between.
+STEP_ENTRIES = 200
 # A file system may round times up, or have a clock of its own.
 CLOCK_SECONDS = 5.0
 # The end of a file that `finish` has written: the name of its table.
@@ -149,8 +152,8 @@ class SnapshotFile:
         try:
             with open(self._path, "rb", opener=open_regular_file) as file:
                 status = os.fstat(file.fileno())
-                exported = sorted(iter_export(file))
-            snapshot = snapshot_from_export(self._table, self._prefix, self._services, exported, self._path)
+                exported = iter_export(file)
+                snapshot = snapshot_from_export(self._table, self._prefix, self._services, exported, self._path)
         except FileNotFoundError:
             return None
         except (OSError, SourceError) as error:
@@ -176,27 +179,29 @@ class SnapshotFile:
 
 
 def snapshot_from_export(
-    table: Table, prefix: bytes, services: Sequence[str], exported: Sequence[Exported], path: str
+    table: Table, prefix: bytes, services: Sequence[str], exported: Iterable[Exported], path: str
 ) -> Snapshot | None:
-    """The entries of this file, which are in order, below the prefix; None if there are none.
+    """The entries of this file below the prefix; None if there are none.
 
     A service of which the file has neither an entry nor the folder is not known to be empty.
 
     Raises:
-        SourceError: there are more entries than the table may have.
+        SourceError: there are more entries than the table may have, or as `iter_export`.
     """
-    marks = {each.key: each.value for each in exported if each.key.endswith(b"/")}
-    pairs = [(each.key, each.value) for each in exported if each.key.startswith(prefix) and each.key not in marks]
+    builder = SnapshotBuilder(table, prefix, services, None)
+    folders = {name: table.path(SERVICES[name]) for name in services}
+    marks: dict[bytes, bytes] = {}
+    absent, empty, exported = {*services}, True, iter(exported)
+    while step := [*islice(exported, STEP_ENTRIES)]:
+        marks.update((each.key, each.value) for each in step if each.key.endswith(b"/"))
+        pairs = [(key, value) for key, value, _ in step if key.startswith(prefix) and not key.endswith(b"/")]
+        builder.take(pairs)
+        empty = empty and not pairs
+        absent -= {name for name in absent if any(key.startswith(folders[name]) for key, _ in pairs)}
     hidden = {}
-    for name in services:
-        folder = table.path(SERVICES[name])
-        found = any(key.startswith(folder) for key, _ in pairs)
+    for name, folder in folders.items():
         if marks.get(folder) == INCOMPLETE:
             hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the copy {path}"), {})
-        elif folder not in marks and not found:
+        elif folder not in marks and name in absent:
             hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the copy {path}"), {})
-    if not pairs and len(hidden) == len(services):
-        return None
-    builder = SnapshotBuilder(table, prefix, services, None)
-    builder.take(pairs)
-    return builder.finish(hidden, restored=True)
+    return None if empty and len(hidden) == len(services) else builder.finish(hidden, restored=True)

@@ -14,11 +14,16 @@ OBJECT_BYTES = 8 << 20
 """More than an entry of Consul has in JSON; its value has at most 512 KiB by default (limits.kv_max_value_size)."""
 
 
+class LargeObjectError(ValueError):
+    """An object of the list is larger than it may be."""
+
+
 def split_list(chunks: Iterable[bytes], most: int = OBJECT_BYTES) -> Iterator[bytearray]:
     """The chunks of one list, as lists of whole objects; no byte is searched twice, but for a few.
 
     Raises:
-        ValueError: an object is larger than ``most`` bytes.
+        LargeObjectError: an object has more than ``most`` bytes.
+        ValueError: so many bytes have none.
     """
     rest, searched = bytearray(), 0
     for chunk in chunks:
@@ -29,6 +34,8 @@ def split_list(chunks: Iterable[bytes], most: int = OBJECT_BYTES) -> Iterator[by
             yield rest[:end] + b"]"
             rest[: end + 1] = b"["
         elif len(rest) > most:
-            raise ValueError(f"an entry of more than {most >> 20} MiB")
+            if re.match(rb"\[\s*\{", rest):
+                raise LargeObjectError(f"an entry of more than {most >> 20} MiB")
+            raise ValueError(f"{most >> 20} MiB without an entry")
         searched = max(0, len(rest) - _BOUNDARY_BYTES)
     yield rest

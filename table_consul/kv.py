@@ -32,7 +32,7 @@ from table_consul.errors import (
 from table_consul.failures import BROKEN, cause_of
 from table_consul.files import TOKEN, read_token
 from table_consul.gzip_body import body_of
-from table_consul.json_list import split_list
+from table_consul.json_list import LargeObjectError, split_list
 from table_consul.transport import Request, Transport, WaitCut
 
 with warnings.catch_warnings():
@@ -151,6 +151,8 @@ class Response:
                 if pairs:
                     self.check_below([pair.name for pair in pairs])
                     yield pairs
+        except LargeObjectError as error:
+            raise TooLarge(f"Consul at {self._client.address}: {error}") from error
         except ValueError as error:
             raise self.bad(str(error)) from error
 

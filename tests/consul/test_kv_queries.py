@@ -294,14 +294,20 @@ def test_largest_entry_that_smtpd_can_use_is_within_its_share_of_the_body():
     assert len(largest) < kv.Client.entry_bytes
 
 
-def test_query_refuses_an_entry_without_end(fake, connect):
+def test_query_refuses_a_list_that_never_begins(fake, connect):
     with FakeConsul() as other:
         whole(fake, b"[" + b" " * (9 << 20) + b"]")
         whole(other, listing(("t/a", b"x")))
         client = connect(fake.address, other.address)
-        with pytest.raises(BadResponse, match="an entry of more than 8 MiB"):
+        with pytest.raises(BadResponse, match="8 MiB without an entry"):
             query(client, b"t/")
         assert query(client, b"t/").pairs == [(b"t/a", b"x")]
+
+
+def test_query_with_an_entry_larger_than_consul_stores_by_default_is_too_large(fake, client):
+    whole(fake, listing(("t/a", b"1"), ("t/b", b"x" * (9 << 20)), ("t/c", b"2")))
+    with pytest.raises(TooLarge, match="an entry of more than 8 MiB"):
+        query(client, b"t/")
 
 
 def test_list_that_does_not_arrive_within_the_deadline_is_too_large(fake, connect):

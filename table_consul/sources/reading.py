@@ -11,6 +11,9 @@ from table_consul.services import SERVICES, Table, fold_key
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
+# What a command gives a large table to begin arriving, after Consul answered for one key.
+LOAD_SECONDS = 30.0
+
 Take = Callable[[list[tuple[bytes, bytes | None]]], None]
 
 
@@ -22,7 +25,7 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
     """
     before = hidden_services(client, table, names, {}, filtered=True)
     builder = SnapshotBuilder(table, prefix, names, None)
-    with client.blocking_query(prefix, timeout=table.deadline) as response:
+    with client.blocking_query(prefix, timeout=LOAD_SECONDS) as response:
         return read_snapshot(client, response, builder, before, {}, take), response.index
 
 

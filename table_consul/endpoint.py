@@ -49,6 +49,14 @@ def _seconds_until(moment: float) -> float:
     return left
 
 
+# A response's header has some 400 bytes.
+NARROW_BYTES = 4 << 10
+
+
+# Of the kernel's receive buffer: the header of a response has some 400 bytes.
+NARROW_BYTES = 4 << 10
+
+
 class _DeadlineMixin:
     """A socket none of whose calls outlives the exchange's deadline, however slowly bytes trickle in."""
 
@@ -155,6 +163,9 @@ class Endpoint(requests.adapters.HTTPAdapter):
             try:
                 for option in _SOCKET_OPTIONS if family != socket.AF_UNIX else ():
                     sock.setsockopt(*option)
+                if self.transport.narrow:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NARROW_BYTES)
+                self.transport.wide = False
                 sock.settimeout(_seconds_until(by) / (1 + others))
                 sock.connect(target)
                 if self._context is not None:

@@ -52,6 +52,10 @@ _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/
 _MAX_INDEX = 2**63 - 1
 
 
+# Of the kernel's receive buffer, for an answer that is read.
+WIDE_BYTES = 1 << 20
+
+
 class WaitCut(Unreachable):
     """Something cut a wait: it closed the connection, or answered in Consul's place. No news, and no fault."""
 
@@ -81,6 +85,8 @@ class Transport:
     connected_at = 0.0
     """When the latest connection was opened, a moment of time.monotonic()."""
     latest_socket: socket.socket | None = None
+    narrow = wide = False
+    """``narrow``: the kernel shall take little of an answer that is not read. ``wide``: it takes more by now."""
     late = False
     """Whether an address took the latest request, and did not begin to answer in time."""
 
@@ -137,6 +143,8 @@ class Transport:
         """
         if not held:
             return self._send(request, by, held)
+        if self.wide:  # a window that was opened cannot be closed
+            self.disconnect()
         response = None
         with self._lock:
             self.waiting = not self.interrupted
@@ -262,6 +270,10 @@ class Transport:
         """
         if seconds is not None:
             self.answer_by = time.monotonic() + seconds
+        if self.narrow and not self.wide and self.latest_socket is not None:
+            with contextlib.suppress(OSError):
+                self.latest_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, WIDE_BYTES)
+            self.wide = True
         try:
             return body(size)
         except (*BROKEN, zlib.error) as error:

@@ -59,6 +59,7 @@ class Query(threading.Thread):
         super().__init__(name=f"query {printable(prefix)}", daemon=True)
         self.prefix = prefix
         self.client = client
+        client.transport.narrow = True
         self.state = QueryState()
         self.due: float | None = 0.0
         """When to ask; None while it waits for an answer."""

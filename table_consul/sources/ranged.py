@@ -23,14 +23,15 @@ from table_consul.services import SERVICES, Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
 from table_consul.sources.ranges import RANGE_KEYS, Cut, covers
-from table_consul.sources.reading import proven_snapshot, read_pairs
+from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
 # How long a range may take to show a change that the completeness query has shown already; else it is in no range.
 LATE_SECONDS = 0.5
-# Of two changes, or of one transaction, the completeness query shows only the index: one key may be where no range is.
-# All names are listed then, once in a while; a hundredth of the time, if that takes longer.
-LIST_SECONDS = 60.0
+# Of several changes, as in a transaction, the completeness query shows only the last: another may be where no range is.
+# All names are listed, soon after several changes and a while after one, for at most a hundredth of the time.
+LIST_SECONDS = 10.0
+LIST_SOON_SECONDS = 1.0
 LIST_SHARE = 0.01
 # The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
 PAUSE_SECONDS_PER_KEY = 2e-6
@@ -183,11 +184,13 @@ class Ranges:
         self._rest = {each.prefix: index for each in ranges.rest}
         self._shown = index
         """The index that the completeness query showed."""
+        self._explained = {index}
+        """Those that ranges showed since, of their own and of the entries that changed."""
         self._late_at: float | None = None
         """By when a range must have shown that index."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
-        self._list_pause = LIST_SECONDS
+        self._list_after = 0.0
 
     def interrupt(self) -> None:
         """Have `run` return soon; any thread may call this."""
@@ -208,7 +211,10 @@ class Ranges:
                     each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
                 if self._late_at is not None and self._late_at <= now:
-                    raise Unsettled("something changed that is in no range")
+                    if self._shown > self.index:
+                        raise Unsettled("something changed that is in no range")
+                    self._list_names()  # a range has shown a later change alone
+                    publish(confirmed=True)
                 if self._list_at is not None and self._list_at <= now:
                     self._list_names()
             moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
@@ -238,7 +244,7 @@ class Ranges:
             before, began = self.snapshot, time.monotonic()
             self._look(query, answer, began)
             ended = time.monotonic()
-            if self._shown <= self.index:
+            if self._shown in self._explained:
                 self._late_at = None
             elif self._late_at is None:
                 self._late_at = ended + LATE_SECONDS
@@ -261,9 +267,10 @@ class Ranges:
             if changed and query is self._whole:
                 self._find_new_folders(response)
             elif changed:
-                self._read(query.prefix, response, query.client)
+                self._read(query.prefix, response, query.client, state.seen)
         if changed and query is self._whole:
             self._shown = response.index
+            self._explained = {each for each in self._explained if each >= self._shown}
             for prefix in self._rest:
                 self._read_rest(prefix)
         ended = time.monotonic()
@@ -292,11 +299,11 @@ class Ranges:
         with self._client.blocking_query(prefix, timeout=self._table.deadline) as response:
             self._check(response, 0)
             if response.index != self._rest[prefix]:
-                self._read(prefix, response, self._client)
+                self._read(prefix, response, self._client, self._rest[prefix])
             self._rest[prefix] = response.index
 
-    def _read(self, prefix: bytes, response: kv.Response, client: kv.Client) -> None:
-        """Replace what lies below the prefix."""
+    def _read(self, prefix: bytes, response: kv.Response, client: kv.Client, since: int) -> None:
+        """Replace what lies below the prefix, and is known as of an index."""
         before = self._counts[prefix]
         if response.absent:
             if before:
@@ -304,7 +311,7 @@ class Ranges:
             return  # the index is that of some other folder
         elsewhere = sum(self._counts.values()) - before
         builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere=elsewhere)
-        read_pairs(response, builder)
+        changes = read_changes(response, builder, since)
         lost = sum(map(len, builder.missing_keys().values()))
         if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:
             raise Unsettled("many keys are gone")
@@ -317,8 +324,11 @@ class Ranges:
             raise Unsettled("keys may be hidden")
         self.snapshot, self._counts[prefix] = snapshot, builder.count
         self.index = max(self.index, response.index)
-        if self._list_at is None:
-            self._list_at = time.monotonic() + self._list_pause * (1 + random.random())  # noqa: S311 - jitter
+        several = len(changes) + lost > 1 or any(each > self._shown for each in self._explained)
+        self._explained |= {response.index, *changes}
+        pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
+        at = max(time.monotonic() + pause, self._list_after)
+        self._list_at = at if self._list_at is None else min(at, self._list_at)
 
     def _list_names(self) -> None:
         """Look for keys that are in no range."""
@@ -329,8 +339,9 @@ class Ranges:
             for names in response.names():
                 if not covers(prefixes, keys := [name.encode() for name in names]):
                     self._check_uncovered(key for key in keys if not covers(prefixes, [key]))
-        self._list_at = None
-        self._list_pause = max(LIST_SECONDS, (time.monotonic() - began) / LIST_SHARE)
+        now = time.monotonic()
+        self._late_at = self._list_at = None
+        self._list_after = now + (now - began) / LIST_SHARE
 
     def _check_uncovered(self, keys: Iterable[bytes]) -> None:
         paths = tuple(self._table.path(SERVICES[name]) for name in self._services)

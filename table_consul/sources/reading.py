@@ -95,6 +95,15 @@ def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lam
         take(pairs)
 
 
+def read_changes(response: kv.Response, builder: SnapshotBuilder, since: int) -> list[int]:
+    """As `read_pairs`; the indexes of the entries that were written after this one."""
+    changes: list[int] = []
+    for found in response.pairs():
+        builder.take([(pair.name.encode(), pair.value) for pair in found])
+        changes += [pair.modify_index for pair in found if pair.modify_index > since]
+    return changes
+
+
 def proven_snapshot(
     client: kv.Client,
     response: kv.Response,

@@ -34,6 +34,8 @@ def small(monkeypatch):
     monkeypatch.setattr(ranges, "REST_KEYS", 1)
     monkeypatch.setattr(ranged, "RANGE_KEYS", 6)
     monkeypatch.setattr(ranged, "LATE_SECONDS", LATE_SECONDS)
+    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.5)
+    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def ranged_watch(fake, source):
     """Wait until ranges are watched, and each query waits."""
     for _ in eventually("ranges are watched", 10):
         asked = {request.path for request in waiting(fake)}
-        if {b"/v1/kv/" + ALIAS + bytes([letter]) for letter in b"abcdef"} <= asked:
+        if {b"/v1/kv/" + ALIAS + bytes([letter]) for letter in b"abcdefr"} | {b"/v1/kv/" + DOMAIN} <= asked:
             break
     assert ask(source, b"a1") == b"old"
     return source
@@ -162,9 +164,7 @@ def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
     stays_ranged(fake, before)
 
 
-def test_key_where_no_range_is_is_found_behind_an_edit_in_a_range(fake, mirrored, monkeypatch):
-    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.1)
-    source = ranged_watch(fake, mirrored(fake.address))
+def test_key_where_no_range_is_is_found_behind_an_edit_in_a_range(fake, source):
     with fake.store.changed:  # as in one transaction
         fake.put(ALIAS + b"zoe", b"new")
         fake.put(ALIAS + b"a1", b"new")

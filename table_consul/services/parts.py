@@ -45,11 +45,21 @@ class Part:
         """By folded key."""
         self.kinds = kinds
         """An entry and its value for each kind of hash, where passwords are verified here."""
-        self.errors = sum(note.error is not None for note in notes.values())
-        self.varied = any(note.variants for note in notes.values())
-        self.flawed = self.errors > 0 or self.varied or any(note.warning is not None for note in notes.values())
+        self.errors = 0
+        self.varied = False
+        """Whether there are keys that differ only in case."""
+        self.flawed = False
         """Whether there is a problem that is not one of the index."""
-        self.undecodable = min((key for key in notes if REPLACEMENT in key), default=None)
+        undecodable = []
+        for key, note in notes.items():
+            if note.error is not None:
+                self.errors += 1
+                if REPLACEMENT in key:
+                    undecodable.append(key)
+            if note.variants:
+                self.varied = True
+            self.flawed = self.flawed or note.error is not None or note.warning is not None or self.varied
+        self.undecodable = min(undecodable, default=None)
         self.plain = all(cells.values())
         """Every entry has a value."""
         self._order: list[bytes] | None = None

@@ -142,6 +142,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
         """Close the connection; the next one uses the TLS files as they are then."""
         self.disconnect()
         self._context = None
+        _shared_tls_context.cache_clear()
 
     def get_connection_with_tls_context(self, *_args: Any, **_kwargs: Any) -> urllib3.HTTPConnectionPool:  # noqa: ANN401 - the parent's
         return self._pool
@@ -186,7 +187,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
         if self._broken is not None and self._broken[0] == versions:
             raise self._broken[1].with_traceback(None)
         try:
-            return _tls_context(self._settings)
+            return _shared_tls_context(self._settings, *versions)
         except SourceError as error:
             self._broken = versions, error
             raise
@@ -220,6 +221,12 @@ def _getaddrinfo(resolution: Future[list[Any]], host: str, port: int) -> None:
 
 def _tls_files(settings: ConsulConfig) -> list[str]:
     return [path for path in (settings.ca_file, settings.ca_path, settings.cert_file, settings.key_file) if path]
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_tls_context(settings: ConsulConfig, *_versions: object) -> ssl.SSLContext:
+    """One context for all connections of a process: each would hold the certificates of all authorities again."""
+    return _tls_context(settings)
 
 
 def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:

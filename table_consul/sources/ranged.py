@@ -67,6 +67,8 @@ class Query(threading.Thread):
         self.asked = self.wait = 0.0
         self.outdated = False
         """It waits for an answer that proves nothing any more."""
+        self.reload = False
+        """Token and TLS files are to be read before it asks again."""
         self.first = True
         """The index that it waits on is the whole table's, and may be above its own."""
         self._answers = answers
@@ -86,6 +88,9 @@ class Query(threading.Thread):
         answer: kv.Response | Exception | None = None
         while (question := self._questions.get()) is not None:
             try:
+                if self.reload:
+                    self.reload = False
+                    self.client.reload()
                 answer = question()
             except Exception as error:  # noqa: BLE001 - the watch raises it
                 answer = error
@@ -132,6 +137,11 @@ class Queries:
     def most_wait(self) -> float:
         """In seconds: what a process that is started again and again leaves behind must not live long."""
         return max(mirror.SHORT_WAIT_SECONDS, time.monotonic() - self._since)
+
+    def reload(self) -> None:
+        """Have each query read token and TLS files before it asks again."""
+        for query in self._by_prefix.values():
+            query.reload = True
 
     def end(self, query: Query) -> None:
         """End this query."""

@@ -163,6 +163,7 @@ class Watch(threading.Thread):
         if self.mirror.state is not None:
             self.mirror.state = (self.mirror.state[0].accepted(), self.mirror.state[1])
         self._client.reload()
+        self._queries.reload()
         self._state = replace(self._state, index=0)  # a query that waits would accept what is deleted later
         return True
 
@@ -315,10 +316,8 @@ class Watch(threading.Thread):
         self._warn_of_holds(former, snapshot)
         new: list[Problem] = []
         for name, entries in snapshot.entries.items():
-            if former is not None and entries is former.entries[name]:
-                continue
-            logged = set() if former is None else set(former.entries[name].problems)
-            new += [problem for problem in entries.problems if problem not in logged]
+            before_it = None if former is None else former.entries[name]
+            new += entries.problems_since(before_it) if entries is not before_it else []
         warn_of_problems(self._table.name, new)
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:

@@ -9,7 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from bench import alone
-from bench.children import LARGE, MEDIUM, MILLION, PEOPLE_LARGE, PEOPLE_MILLION, PEOPLE_SMALL, SMALL, Bench, Child
+from bench.children import (
+    LARGE,
+    MEDIUM,
+    MILLION,
+    PEOPLE_LARGE,
+    PEOPLE_MILLION,
+    PEOPLE_SMALL,
+    SMALL,
+    Bench,
+    Child,
+    Failure,
+)
 from bench.fleet import (
     IDLE_MAX_AGE,
     IDLE_WAIT,
@@ -20,6 +31,7 @@ from bench.fleet import (
     idle,
     quietly,
     reference,
+    through_agent,
 )
 from bench.report import Row
 from bench.rows import RSS_MB, reload
@@ -124,9 +136,14 @@ def many(bench: Bench, table: str, count: int) -> None:
     base = reference(bench, table)
     full = base.recurse
     todo = 3 if bench.quick else min(10, EDITS[size])
+    try:
+        with Fleet(bench, table, count, bench.mirror, pinned=False, together=True) as daemons:
+            together, why = daemons.load_seconds, ""
+    except Failure as failure:
+        together, why = None, str(failure).partition("\n")[0]
     with Fleet(bench, table, count, bench.mirror, pinned=False) as daemons:
         time.sleep(2)
-        times, lasts, harness = [], [daemons.load_seconds * 1e3 / 2], 0.0
+        times, lasts, harness = [], [daemons.load_seconds / count * 1e3], 0.0
         for key, value in edits(daemons.keys, "changed", todo):
             pause(lasts)
             before = time.process_time()
@@ -138,6 +155,7 @@ def many(bench: Bench, table: str, count: int) -> None:
         time.sleep(12)  # the short wait after an edit
         still = idle(daemons, base.base, 5 if bench.quick else 15)
         rss = daemons.rss_mb()
+    forwarded = through_agent(bench, table)
     first, median, last = (statistics.median(rank(each) for each in times) for rank in (min, statistics.median, max))
     note = f"asked every {daemons.resolution:.0f} ms; the harness took {share:.0%} of one processor"
     each = spent.consul / count * 1e3
@@ -170,5 +188,13 @@ def many(bench: Bench, table: str, count: int) -> None:
         ),
         Row("idle, daemon's CPU", still.daemons / count * 1e3, "ms/s"),
         Row("RSS, each", rss, "MB"),
+        Row("started together, the last has loaded", together, "s", note=why),
+        Row(
+            "?recurse through a client agent, server's CPU",
+            forwarded.consul * 1e3,
+            "ms",
+            "without",
+            full.consul * 1e3,
+        ),
     ]
     bench.rows += [replace(row, name=f"{count} daemons, {size}: {row.name}") for row in rows]

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from bench.children import OURS_CPU, Bench, Child, Failure
+from tests.rig.consul import ConsulAgent
 
-LOAD_SECONDS, SEEN_SECONDS = 120.0, 60.0
+AGENT_ADDRESS = "127.0.0.5"
+LOAD_SECONDS, SEEN_SECONDS = 60.0, 60.0
 # A table that nobody edits is asked for anew every 5 minutes; with this max_age, every 2 seconds.
 IDLE_MAX_AGE, IDLE_WAIT, LONG_WAIT = 6, 2, 300
 
@@ -91,10 +93,13 @@ class Daemon:
 class Fleet:
     """``count`` daemons of a table, as a context manager; they answer from Consul when the block is entered.
 
-    ``pinned``: they and we share one processor and Consul has the other.
+    ``pinned``: they and we share one processor and Consul has the other. ``together``: all are started in the same
+    moment, else each when the one before it has loaded.
     """
 
-    def __init__(self, bench: Bench, table: str, count: int, child: Child, *, pinned: bool) -> None:
+    def __init__(
+        self, bench: Bench, table: str, count: int, child: Child, *, pinned: bool, together: bool = False
+    ) -> None:
         self.bench = bench
         self.table = table
         self.resolution = max(1.0, count / 5)
@@ -104,6 +109,7 @@ class Fleet:
         self._command = child.command(table)
         self._count = count
         self._pinned = pinned
+        self._together = together
         self._selector = selectors.DefaultSelector()
         self._former: dict[str, bytes | None] = {}
         host, _, port = bench.consul.address.partition(":")
@@ -126,13 +132,15 @@ class Fleet:
         return self
 
     def _load(self, errors: Path) -> None:
-        begun = time.monotonic()
-        for _ in range(self._count):
+        begun, key = time.monotonic(), self.keys[0]
+        value = self.bench.consul.kv_get(self.path(key))
+        for number in range(self._count):
             daemon = Daemon(self._command, self.table, errors)
             self._daemons.append(daemon)
             self._selector.register(daemon.socket, selectors.EVENT_READ, daemon)
-        key = self.keys[0]
-        self._until_answered(key, self.bench.consul.kv_get(self.path(key)), LOAD_SECONDS, pause=0.02)
+            if not self._together or number == self._count - 1:
+                waiting = self._daemons if self._together else [daemon]
+                self._until_answered(waiting, key, value, LOAD_SECONDS, pause=0.02)
         self.load_seconds = time.monotonic() - begun
         if "falling back to direct mode" in errors.read_text():
             raise Failure(f"{self.table} is too large to be mirrored")
@@ -169,7 +177,7 @@ class Fleet:
     def seen(self, key: str, value: bytes | None) -> list[float]:
         """Edit; the milliseconds from Consul's answer to that until each daemon's, the first one first."""
         self.edit(key, value)
-        return self._until_answered(key, value, SEEN_SECONDS, pause=self.resolution / 1e3)
+        return self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=self.resolution / 1e3)
 
     def check(self, key: str, value: bytes | None) -> None:
         """All daemons have this value by now.
@@ -177,17 +185,19 @@ class Fleet:
         Raises:
             Failure: some have another.
         """
-        self._until_answered(key, value, SEEN_SECONDS, pause=None)
+        self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=None)
 
-    def _until_answered(self, key: str, value: bytes | None, seconds: float, *, pause: float | None) -> list[float]:
+    def _until_answered(
+        self, daemons: list[Daemon], key: str, value: bytes | None, seconds: float, *, pause: float | None
+    ) -> list[float]:
         result = b"not-found" if value is None else b"found|" + value
         expected = b"lookup-result|00000001|" + result
         begun = time.monotonic()
-        waiting, times = deque((begun, daemon) for daemon in self._daemons), []
-        while len(times) < len(self._daemons):
+        waiting, times = deque((begun, daemon) for daemon in daemons), []
+        while len(times) < len(daemons):
             now = time.monotonic()
             if now > begun + seconds:
-                raise Failure(f"{len(times)} of {len(self._daemons)} daemons have {self.path(key)} after {seconds} s")
+                raise Failure(f"{len(times)} of {len(daemons)} daemons have {self.path(key)} after {seconds} s")
             while waiting and waiting[0][0] <= now:
                 waiting.popleft()[1].ask(key)
             for event, _ in self._selector.select(max(0.0, waiting[0][0] - now) if waiting else 1.0):
@@ -221,10 +231,10 @@ class Reference(NamedTuple):
 NOTHING = Spent(0, 0, 0, 0, 0)
 
 
-def reference(bench: Bench, table: str) -> Reference:
-    """Measured with nobody else on this Consul."""
+def reference(bench: Bench, table: str, address: str | None = None) -> Reference:
+    """Measured with nobody else on this Consul; ``address`` may be that of an agent that forwards to it."""
     count = 3 if bench.quick else 10
-    with contextlib.closing(http.client.HTTPConnection(bench.consul.address, timeout=60)) as client:
+    with contextlib.closing(http.client.HTTPConnection(address or bench.consul.address, timeout=60)) as client:
         nobody = Fleet(bench, table, 0, bench.mirror, pinned=False)
         before = nobody.spent()
         time.sleep(2 if bench.quick else 10)
@@ -236,6 +246,14 @@ def reference(bench: Bench, table: str) -> Reference:
             time.sleep(0.2)
         spent = nobody.spent() - before
     return Reference(base, each(spent, base, count))
+
+
+def through_agent(bench: Bench, table: str) -> Spent:
+    """What one ``?recurse`` costs the server if it is asked by the agent of a mail host."""
+    server = f"{bench.consul.bind}:{bench.consul.ports['serf_lan']}"
+    arguments = ("-node=client", f"-retry-join={server}")
+    with ConsulAgent(bind=AGENT_ADDRESS, arguments=arguments, server=False) as agent:
+        return reference(bench, table, agent.address).recurse
 
 
 def each(spent: Spent, base: Spent, count: float) -> Spent:

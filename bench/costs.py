@@ -9,18 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from bench import alone
-from bench.children import (
-    LARGE,
-    MEDIUM,
-    MILLION,
-    PEOPLE_LARGE,
-    PEOPLE_MILLION,
-    PEOPLE_SMALL,
-    SMALL,
-    Bench,
-    Child,
-    Failure,
-)
+from bench.children import LARGE, MILLION, PEOPLE, SMALL, Bench, Child, Failure
 from bench.fleet import (
     IDLE_MAX_AGE,
     IDLE_WAIT,
@@ -51,7 +40,8 @@ def one(bench: Bench, table: str) -> None:
     base = reference(bench, table)
     full = base.recurse
     with Fleet(bench, table, 1, bench.mirror, pinned=True) as fleet:
-        loaded, times = fleet.rss_mb(), {}
+        loaded = fleet.rss_mb()
+        times: dict[str, list[float]] = {}
         for kind in KINDS:
             times[kind] = []
             for key, value in edits(fleet.keys, kind, count):
@@ -109,7 +99,7 @@ def pause(times: list[float]) -> None:
 
 def edit(bench: Bench) -> None:
     """What an edit costs one daemon and Consul."""
-    for table in (SMALL, LARGE) if bench.quick else (SMALL, PEOPLE_SMALL, LARGE, PEOPLE_LARGE):
+    for table in (SMALL, LARGE) if bench.quick else (SMALL, PEOPLE[0], LARGE, PEOPLE[2]):
         one(bench, table)
 
 
@@ -117,14 +107,14 @@ def million(bench: Bench) -> None:
     """The same of 1,000,000 keys, and lookups meanwhile."""
     one(bench, MILLION)
     reload(bench, MILLION)
-    one(bench, PEOPLE_MILLION)
+    one(bench, PEOPLE[3])
 
 
 def fleet(count: int) -> Callable[[Bench], None]:
     """Rows of that many daemons of one table."""
 
     def measure(bench: Bench) -> None:
-        for table in (SMALL, MEDIUM) if bench.quick else (SMALL, MEDIUM, LARGE):
+        for table in PEOPLE[:2] if bench.quick else PEOPLE[:3]:
             many(bench, table, count)
 
     return measure
@@ -151,7 +141,7 @@ def many(bench: Bench, table: str, count: int) -> None:
             harness += time.process_time() - before
             lasts.append(times[-1][-1])
         share = harness / sum(lasts[1:]) * 1e3
-        spent = quietly(daemons, base.base, edits(daemons.keys, "changed", todo), 0.3 + 3 * max(lasts[1:]) / 1e3)
+        spent = quietly(daemons, base.base, edits(daemons.keys, "changed", todo), 0.3 + 2 * max(lasts[1:]) / 1e3)
         time.sleep(12)  # the short wait after an edit
         still = idle(daemons, base.base, 5 if bench.quick else 15)
         rss = daemons.rss_mb()

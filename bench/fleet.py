@@ -32,15 +32,12 @@ class Spent(NamedTuple):
 
     consul: float
     daemons: float
-    harness: float
     received: float | None
     at: float
 
     def __sub__(self, other: Spent) -> Spent:
         received = None if self.received is None or other.received is None else self.received - other.received
-        both = zip(self, other, strict=True)
-        consul, daemons, harness, _, at = (0.0 if a is None or b is None else a - b for a, b in both)
-        return Spent(consul, daemons, harness, received, at)
+        return Spent(self.consul - other.consul, self.daemons - other.daemons, received, self.at - other.at)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -63,7 +60,7 @@ class Daemon:
         self.socket, theirs = socket.socketpair()
         with theirs, errors.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=theirs, stdout=theirs, stderr=log, cwd="/", restore_signals=False
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, cwd="/", restore_signals=False
             )
         hello = ("smtpd-version|7.9.0-portable", "protocol|0.1", f"tablename|{table}", "ready")
         self.socket.sendall("".join(f"config|{line}\n" for line in hello).encode())
@@ -193,7 +190,8 @@ class Fleet:
         result = b"not-found" if value is None else b"found|" + value
         expected = b"lookup-result|00000001|" + result
         begun = time.monotonic()
-        waiting, times = deque((begun, daemon) for daemon in daemons), []
+        waiting = deque((begun, daemon) for daemon in daemons)
+        times: list[float] = []
         while len(times) < len(daemons):
             now = time.monotonic()
             if now > begun + seconds:
@@ -213,9 +211,7 @@ class Fleet:
 
     def spent(self) -> Spent:
         daemons = sum(cpu_seconds(daemon.process.pid) for daemon in self._daemons)
-        return Spent(
-            cpu_seconds(self.bench.consul.pid), daemons, time.process_time(), loopback_bytes(), time.monotonic()
-        )
+        return Spent(cpu_seconds(self.bench.consul.pid), daemons, loopback_bytes(), time.monotonic())
 
     def rss_mb(self) -> float:
         return statistics.median(daemon.rss_mb() for daemon in self._daemons)
@@ -228,7 +224,7 @@ class Reference(NamedTuple):
     recurse: Spent
 
 
-NOTHING = Spent(0, 0, 0, 0, 0)
+NOTHING = Spent(0, 0, 0, 0)
 
 
 def reference(bench: Bench, table: str, address: str | None = None) -> Reference:
@@ -258,10 +254,11 @@ def through_agent(bench: Bench, table: str) -> Spent:
 
 def each(spent: Spent, base: Spent, count: float) -> Spent:
     """A share of what was spent, without what is spent every second anyway."""
-    received = None if spent.received is None else spent.received - (base.received or 0) * spent.at
-    consul = spent.consul - base.consul * spent.at
-    parts = (max(0.0, consul), spent.daemons, spent.harness, None if received is None else max(0.0, received), spent.at)
-    return Spent(*(None if part is None else part / count for part in parts))
+    consul = max(0.0, spent.consul - base.consul * spent.at)
+    received = None
+    if spent.received is not None:
+        received = max(0.0, spent.received - (base.received or 0) * spent.at) / count
+    return Spent(consul / count, spent.daemons / count, received, spent.at / count)
 
 
 KINDS = ("changed", "added", "deleted")

@@ -125,7 +125,7 @@ def many(bench: Bench, table: str, count: int) -> None:
     size = table[1:]
     base = reference(bench, table)
     full = base.recurse
-    todo = 3 if bench.quick else min(10, EDITS[size])
+    todo = 3 if bench.quick else min(10, EDITS[size] // 2)
     try:
         with Fleet(bench, table, count, bench.mirror, pinned=False, together=True) as daemons:
             together, why = daemons.load_seconds, ""

@@ -176,16 +176,12 @@ class Fleet:
         self.edit(key, value)
         return self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=self.resolution / 1e3)
 
-    def check(self, key: str, value: bytes | None) -> None:
-        """All daemons have this value by now.
-
-        Raises:
-            Failure: some have another.
-        """
-        self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=None)
+    def wait_for(self, key: str, value: bytes | None) -> None:
+        """Return when all daemons have this value, for the price of a lookup if they have it by now."""
+        self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=0.1)
 
     def _until_answered(
-        self, daemons: list[Daemon], key: str, value: bytes | None, seconds: float, *, pause: float | None
+        self, daemons: list[Daemon], key: str, value: bytes | None, seconds: float, *, pause: float
     ) -> list[float]:
         result = b"not-found" if value is None else b"found|" + value
         expected = b"lookup-result|00000001|" + result
@@ -204,8 +200,6 @@ class Fleet:
                     if line == expected:
                         times.append((time.monotonic() - begun) * 1e3)
                     elif line.startswith(b"lookup-result|"):
-                        if pause is None:
-                            raise Failure(f"{self.path(key)}: {line!r}, expected {expected!r}")
                         waiting.append((time.monotonic() + pause, daemon))
         return times
 
@@ -282,9 +276,8 @@ def quietly(fleet: Fleet, base: Spent, todo: list[Edit], pause: float) -> Spent:
     for key, value in todo:
         fleet.edit(key, value)
         time.sleep(pause)
-    spent = each(fleet.spent() - before, base, len(todo))
-    fleet.check(*todo[-1])
-    return spent
+    fleet.wait_for(*todo[-1])
+    return each(fleet.spent() - before, base, len(todo))
 
 
 def idle(fleet: Fleet, base: Spent, seconds: float) -> Spent:

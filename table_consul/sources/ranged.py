@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
-from table_consul.sources.ranges import RANGE_KEYS, Cut, covers
+from table_consul.sources.ranges import RANGE_KEYS, Cut, covers, gap
 from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
@@ -33,6 +33,8 @@ LATE_SECONDS = 0.5
 LIST_SECONDS = 10.0
 LIST_SOON_SECONDS = 1.0
 LIST_SHARE = 0.01
+# Each of the rest is asked for whenever something changes.
+MOST_REST = 64
 # The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
 PAUSE_SECONDS_PER_KEY = 2e-6
 # `queue.get` takes no infinite timeout.
@@ -220,13 +222,12 @@ class Ranges:
                 if each.due is not None and each.due <= now:
                     each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
-                if self._late_at is not None and self._late_at <= now:
-                    if self._shown > self.index:
-                        raise Unsettled("something changed that is in no range")
-                    self._list_names()  # a range has shown a later change alone
-                    publish(confirmed=True)
-                if self._list_at is not None and self._list_at <= now:
+                is_late = self._late_at is not None and self._late_at <= now
+                if is_late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
+                    if is_late and self._shown > self.index:
+                        raise Unsettled("something changed that is in no range")
+                    publish(confirmed=is_late)
             moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
             left = (
                 min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
@@ -303,7 +304,7 @@ class Ranges:
             found = {name.encode() for names in response.names() for name in names}
             for path in found & self._empty:
                 self._empty.remove(path)
-                self._rest[path], self._counts[path], self._most[path] = 0, 0, RANGE_KEYS
+                self._add_rest(path)
 
     def _read_rest(self, prefix: bytes) -> None:
         with self._client.blocking_query(prefix, timeout=self._table.deadline) as response:
@@ -341,19 +342,33 @@ class Ranges:
         self._list_at = at if self._list_at is None else min(at, self._list_at)
 
     def _list_names(self) -> None:
-        """Look for keys that are in no range."""
+        """Look for keys that are in no range, and read them."""
         began = time.monotonic()
         prefixes = sorted(self._counts)
+        folders = tuple(self._table.path(SERVICES[name]) for name in self._services)
+        uncovered: list[bytes] = []
         with self._client.all_names(self._prefix, timeout=self._table.deadline) as response:
             self._check(response, 0)
             for names in response.names():
-                if not covers(prefixes, keys := [name.encode() for name in names]):
-                    self._check_uncovered(key for key in keys if not covers(prefixes, [key]))
+                keys = [name.encode() for name in names]
+                if not covers(prefixes, keys):
+                    entries = (key for key in keys if key.startswith(folders) and not key.endswith(b"/"))
+                    uncovered += [key for key in entries if not covers(prefixes, [key])]
+        for key in uncovered:
+            if not covers(sorted(self._counts), [key]):
+                prefix = gap(key, max((each for each in folders if key.startswith(each)), key=len), self._counts)
+                if prefix is None or not can_be_listed(prefix) or len(self._rest) >= MOST_REST:
+                    raise Unsettled("a key is in no range")
+                self._add_rest(prefix)
+                self._read_rest(prefix)
         now = time.monotonic()
         self._late_at = self._list_at = None
         self._list_after = now + (now - began) / LIST_SHARE
 
-    def _check_uncovered(self, keys: Iterable[bytes]) -> None:
-        paths = tuple(self._table.path(SERVICES[name]) for name in self._services)
-        if any(key.startswith(paths) and not key.endswith(b"/") for key in keys):
-            raise Unsettled("a key is in no range")
+    def _add_rest(self, prefix: bytes) -> None:
+        self._rest[prefix], self._counts[prefix], self._most[prefix] = 0, 0, 2 * RANGE_KEYS
+
+
+def can_be_listed(prefix: bytes) -> bool:
+    """Whether every Consul lists what is below this prefix."""
+    return not kv.modern_name_problem(prefix.removesuffix(b"/"))

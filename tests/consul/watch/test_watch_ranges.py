@@ -127,8 +127,32 @@ def test_key_where_no_range_is_is_found(fake, source):
     before = len(lists(fake))
     fake.put(ALIAS + b"zoe", b"new")
     becomes(source, b"new", b"zoe")
+    fake.put(ALIAS + b"zoe", b"newer")
+    becomes(source, b"newer", b"zoe")
+    stays_ranged(fake, before)
+
+
+def test_key_that_begins_as_several_ranges_do_has_the_whole_table_read(fake, mirrored):
+    for number in range(6):
+        fake.put(ALIAS + b"a1%d" % number, b"old")
+        fake.put(ALIAS + b"a2%d" % number, b"old")
+        fake.delete(ALIAS + b"a%d" % number)
+    source = mirrored(fake.address)
+    for _ in eventually("ranges are watched", 10):
+        if any(request.path == b"/v1/kv/" + ALIAS + b"a2" for request in waiting(fake)):
+            break
+    before = len(lists(fake))
+    fake.put(ALIAS + b"a", b"new")
+    becomes(source, b"new", b"a")
     reads_whole(fake, before)
-    ranged_watch(fake, source)
+
+
+def test_key_of_no_service_has_the_whole_table_read(fake, source):
+    before = len(lists(fake))
+    fake.put(PREFIX + b"notes/x", b"new")
+    reads_whole(fake, before)
+    fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
 
 
 def test_first_key_of_a_folder_is_found_without_the_whole_table(fake, mirrored):

@@ -63,6 +63,8 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("snapshot_keys", "Gauge", "Entries in the snapshot.", ("prefix",)),
     ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
+    ("deletions_held", "Gauge", "Entries that go on answering although they are deleted in Consul.", ("prefix",)),
+    ("deletions_held_seconds", "Gauge", "Seconds until the first of them no longer answer.", ("prefix",)),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
     ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
     ("reloads", "Counter", "Snapshots loaded from Consul.", ("prefix",)),
@@ -122,6 +124,9 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "snapshot_index", labels, watch.index
             yield "snapshot_keys", labels, snapshot.size
             yield "entries_refused", labels, sum(entries.refused for entries in snapshot.entries.values())
+            yield "deletions_held", labels, sum(len(held.keys) for held in snapshot.held.values())
+            if snapshot.held:
+                yield "deletions_held_seconds", labels, max(snapshot.held_until - now, 0.0)
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
                 yield "service_hidden", (*labels, service), int(service in snapshot.hidden)

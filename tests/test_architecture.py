@@ -28,7 +28,9 @@ PURE = sorted(
         "responder",
         "counters",
         "sources",
+        "sources.hold",
         "sources.mirror",
+        "sources.ranges",
         "ctl.files",
         "ctl.expansion",
     }

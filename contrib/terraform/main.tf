@@ -14,7 +14,7 @@ terraform {
 provider "consul" {}
 
 # A whole folder that is Terraform's alone: keys put into it by hand are removed at the next apply, and `terraform
-# destroy` empties it, which makes mail for these domains bounce. It must be empty when this is first applied, or be
+# destroy` empties it, which makes mail for these domains bounce (of 20 or more, after hold_deletions). It must be empty when this is first applied, or be
 # imported: terraform import consul_key_prefix.domains domains/domain/
 resource "consul_key_prefix" "domains" {
   path_prefix = "domains/domain/"

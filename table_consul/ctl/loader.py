@@ -15,10 +15,10 @@ from table_consul import kv
 from table_consul.config import Config
 from table_consul.ctl.main import duration
 from table_consul.errors import SourceError, TooLarge, printable
-from table_consul.files import open_regular_file, read_bounded
+from table_consul.files import open_regular_file
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
-from table_consul.sources import direct, export, mirror, snapshot, watch
+from table_consul.sources import direct, export, mirror, reading, snapshot
 
 Pairs = Mapping[bytes, bytes | None]
 """Whole keys and values, as they are stored."""
@@ -91,7 +91,7 @@ class Loader:
                 return self._mirrored(kept, origin, {each.key: each.value for each in exported})
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
-            loaded, index = watch.load_once(client, table, prefix, services, stored.update)
+            loaded, index = reading.load_once(client, table, prefix, services, stored.update)
             return self._mirrored(loaded, f"Consul at {client.address}, index {index}", stored)
 
     @functools.cached_property
@@ -127,7 +127,7 @@ def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
     """
     try:
         with open(path, "rb", opener=open_regular_file) as file:
-            return sorted(export.read_export(read_bounded(file))), os.fstat(file.fileno()).st_mtime
+            return sorted(export.iter_export(file)), os.fstat(file.fileno()).st_mtime
     except (OSError, SourceError) as error:
         if hint and isinstance(error, FileNotFoundError):
             return [], 0.0

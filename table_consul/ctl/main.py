@@ -35,6 +35,7 @@ COMMANDS = {
     "import": ("import_", "Fill a table from a file."),
     "export": ("export", "Write a table to a file."),
     "status": ("status", "Show the state of the running tables."),
+    "accept": ("accept", "Accept deletions that are held."),
     "policy": ("policy", "Write the ACL policy that the tables need."),
 }
 

@@ -11,6 +11,7 @@ import socket
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ import msgspec
 
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config, terminal_columns
-from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, printable
+from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
 
@@ -62,6 +63,10 @@ class Prefix(msgspec.Struct):
     """Seconds from when Consul confirmed the data until the metrics were taken."""
     keys: int | None = None
     refused: int | None = None
+    held: int | None = None
+    """Entries that go on answering although they are deleted in Consul."""
+    held_seconds: float | None = None
+    """For how long, from when the metrics were taken."""
     hidden: list[str] = []
     """Services whose folder the token may not read."""
     last_error: str | None = None
@@ -102,6 +107,7 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
 
     \b
     following    has what Consul has
+    held         serves deleted entries
     outage       Consul is unreachable
     expired      for longer than max_age
     no data      nothing was loaded yet
@@ -111,6 +117,7 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
     file         reads a file://
     not running  publishes no metrics
 
+    What is held still answers until the time for it is over, or the deletion is accepted (see accept).
     In an outage, answers come from the last data. When it is expired, and without data, all answers are errors. If a
     table is too large or direct, each answer reads Consul. If a table that is not running should be, see its log.
 
@@ -128,12 +135,7 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
         path = printable(config.path or "a configuration file, and name it with -c")
         click.echo(f"table-consulctl: {NOT_CONFIGURED.format(path=path)}", err=True)
         return FAILED
-    try:
-        import prometheus_client.parser  # noqa: F401 - without it the daemons publish nothing either
-    except ImportError:
-        raise TableConsulError("to read metrics, install table-consul[metrics] or python3-prometheus-client") from None
-    wanted = tables or sorted({*config.tables, *published_tables(config)}) or (config.defaults.name,)
-    statuses = [status_of(config, config.table(name).name) for name in dict.fromkeys(wanted)]
+    statuses = published_statuses(config, tables)
     if not offline and not config.consul.addresses[0].startswith("file://"):
         statuses = _compare(config, statuses)
     order = (False, None, True).index
@@ -146,6 +148,20 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
     else:
         click.echo("\n\n".join(map(_text, statuses)))
     return {True: 0, False: NO, None: FAILED}[healthy]
+
+
+def published_statuses(config: Config, tables: Sequence[str] = ()) -> list[Status]:
+    """The published state of these tables; without any, of all that are configured or publish metrics.
+
+    Raises:
+        TableConsulError: metrics cannot be read here; ConfigError: a name that no table can have.
+    """
+    try:
+        import prometheus_client.parser  # noqa: F401 - without it the daemons publish nothing either
+    except ImportError:
+        raise TableConsulError("to read metrics, install table-consul[metrics] or python3-prometheus-client") from None
+    wanted = tables or sorted({*config.tables, *published_tables(config)}) or (config.defaults.name,)
+    return [status_of(config, config.table(name).name) for name in dict.fromkeys(wanted)]
 
 
 def published_tables(config: Config) -> set[str]:
@@ -265,9 +281,11 @@ def _parsed(data: bytes, table: str) -> Status:
 def _judge(prefix: Prefix, values: dict[str, float]) -> None:
     whole = {metric: int(value) for metric, value in values.items()}
     prefix.index, prefix.keys, prefix.refused = map(whole.get, ("snapshot_index", "snapshot_keys", "entries_refused"))
+    prefix.held, prefix.held_seconds = whole.get("deletions_held"), values.get("deletions_held_seconds")
     prefix.age, mirrored = values.get("snapshot_age_seconds"), "reloads_total" in values
     states = {
         "too large": values.get("too_large"),
+        "held": mirrored and values.get("up") and prefix.held,
         "following": mirrored and values.get("up"),
         "direct": not mirrored and values.get("up", 1),
         "outage": not mirrored,
@@ -345,11 +363,13 @@ def _text(status: Status) -> str:
     for prefix in status.prefixes:
         refused = f", {prefix.refused} refused (see lint)" if prefix.refused else ""
         consul = {None: "", True: f" (Consul has {prefix.consul_index})", False: " (up to date)"}[prefix.ahead]
+        left = f"for another {duration(prefix.held_seconds or 0.0)} (to accept: table-consulctl accept {status.table})"
         failed = None if prefix.last_error_at is None else duration(now - prefix.last_error_at)
         items += (
             ("prefix", prefix.prefix),
             ("state", prefix.state if len(status.prefixes) > 1 else None),
             ("keys", None if prefix.keys is None else f"{prefix.keys}{refused}"),
+            ("held", f"{counted(prefix.held, 'deleted entry', 'deleted entries')}, {left}" if prefix.held else None),
             ("index", None if prefix.index is None else f"{prefix.index}{consul}"),
             ("age", None if prefix.age is None else duration(prefix.age)),
             ("last error", failed and f"{failed} ago: {prefix.last_error}"),

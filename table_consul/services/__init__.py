@@ -92,7 +92,8 @@ class Table(msgspec.Struct, frozen=True):
     )
     deadline: Annotated[float, Meta(ge=0.05, le=60, description="between 0.05 and 60 seconds")] = 2.0
     max_age: Annotated[float, Meta(gt=0, le=1e10, description="above 0 and at most 10000000000 seconds")] = 86400.0
-    max_keys: Annotated[int, Meta(ge=1, le=10**9, description="a whole number between 1 and 1000000000")] = 500_000
+    hold_deletions: Annotated[float, Meta(ge=0, le=1e10, description="between 0 and 10000000000 seconds")] = 900.0
+    max_keys: Annotated[int, Meta(ge=1, le=10**9, description="a whole number between 1 and 1000000000")] = 1_000_000
     snapshot: str | None = None
     value_format: Literal["auto", "text", "json"] = "auto"
     fetch: Literal["keys", "values"] = "keys"
@@ -120,7 +121,16 @@ class Table(msgspec.Struct, frozen=True):
 
     def same_entries(self, other: Table) -> bool:
         """Whether an entry of the same folder means the same in both, whatever else they differ in."""
-        unrelated = ("deadline", "max_age", "max_keys", "paths", "procexec_reply", "services", "snapshot")
+        unrelated = (
+            "deadline",
+            "hold_deletions",
+            "max_age",
+            "max_keys",
+            "paths",
+            "procexec_reply",
+            "services",
+            "snapshot",
+        )
         return msgspec.structs.replace(self, **{key: getattr(other, key) for key in unrelated}) == other
 
     def folders(self) -> dict[bytes, list[str]]:

@@ -6,6 +6,7 @@ Consul's documentation (api-docs/features/blocking, "Implementation Details") an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -15,6 +16,7 @@ from table_consul.errors import SourceError, TooLarge, Unreachable, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries, EntriesBuilder
 from table_consul.sources import holds_answer
+from table_consul.sources.hold import ACCEPTED, Held, Terms, next_held
 
 # Between the ends of two queries: a burst of edits is read as a few. Half of the edits are seen sooner than that.
 LEAST_PAUSE_SECONDS = 0.02
@@ -83,10 +85,10 @@ def after_cut(state: QueryState, waited: float) -> QueryState:
     return replace(state, longest_wait=min(state.longest_wait, waited / 2))
 
 
-def wait_seconds(state: QueryState, max_age: float, *, hidden: bool) -> float:
+def wait_seconds(state: QueryState, max_age: float, *, hidden: bool, held_for: float = math.inf) -> float:
     """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
     most = SHORT_WAIT_SECONDS if hidden or state.gap else MOST_WAIT_SECONDS
-    return max(min(most, state.longest_wait, max_age / 3), LEAST_PAUSE_SECONDS)
+    return max(min(most, state.longest_wait, max_age / 3, held_for), LEAST_PAUSE_SECONDS)
 
 
 class Hidden(msgspec.Struct, frozen=True):
@@ -115,11 +117,24 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Services in whose folder the token may not read everything."""
     restored: bool = False
     """It comes from a file, or from a watch with other settings; Consul has confirmed nothing of it to this one."""
+    held: Mapping[str, Held] = {}
+    """By service the entries that go on answering although they are deleted in Consul."""
 
     @property
     def size(self) -> int:
         """How many entries there are."""
         return sum(len(entries) for entries in self.entries.values())
+
+    @property
+    def held_until(self) -> float:
+        """When the first hold ends; infinite if nothing is held."""
+        return min((each.until for each in self.held.values()), default=math.inf)
+
+    def accepted(self) -> Snapshot:
+        """The same entries; at the next read those that are held go."""
+        if not self.held:
+            return self
+        return replace(self, held={name: replace(each, until=ACCEPTED) for name, each in self.held.items()})
 
 
 NOTHING_YET = Unreachable("no data received from Consul yet")
@@ -136,7 +151,8 @@ def adopted(former: Snapshot, table: Table, services: Iterable[str]) -> Snapshot
     if len(hidden) == len(entries):
         return None
     known = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
-    return Snapshot(entries, {**hidden, **known}, restored=True)
+    held = {name: each for name, each in former.accepted().held.items() if name in entries and name not in hidden}
+    return Snapshot(entries, {**hidden, **known}, restored=True, held=held)
 
 
 def unverified_services(services: Iterable[str], former: Snapshot | None, *, filtered: bool) -> list[str]:
@@ -150,16 +166,31 @@ def sample(keys: Sequence[bytes], most: int = MAX_ABSENCE_CHECKS) -> Sequence[by
 
 
 class SnapshotBuilder:
-    """A snapshot in the making: entries come in as Consul lists them."""
+    """A snapshot in the making: entries come in as Consul lists them, and replace what lies below the prefix."""
 
-    def __init__(self, table: Table, prefix: bytes, services: Iterable[str], former: Snapshot | None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        prefix: bytes,
+        services: Iterable[str],
+        former: Snapshot | None,
+        terms: Terms | None = None,
+        *,
+        elsewhere: int = 0,
+    ) -> None:
+        """``terms`` of holding deletions; without them nothing is held. ``elsewhere``: how many keys are not below."""
         self.table = table
         self._former = former
-        self._builders = [
-            EntriesBuilder(table, SERVICES[name], None if former is None else former.entries[name]) for name in services
-        ]
+        self._terms = terms
+        self._builders = []
+        for name in services:
+            path = table.path(SERVICES[name])
+            if path.startswith(prefix) or prefix.startswith(path):
+                entries = None if former is None else former.entries[name]
+                self._builders.append(EntriesBuilder(table, SERVICES[name], entries, prefix[len(path) :]))
         self._prefix = prefix
-        self._count = 0
+        self._elsewhere = elsewhere
+        self._count = elsewhere
 
     def take(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> None:
         """Take some entries, with their full keys.
@@ -186,10 +217,21 @@ class SnapshotBuilder:
         """There were entries before, and there are none now."""
         return self._former is not None and self._former.size > 0 and self._count == 0
 
+    @property
+    def count(self) -> int:
+        """How many keys below the prefix were taken."""
+        return self._count - self._elsewhere
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether what lies below the prefix is enough to build the snapshot; else the whole table must be read."""
+        return all(builder.conclusive for builder in self._builders)
+
     def missing_keys(self) -> dict[str, dict[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.
 
-        ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403.
+        ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403. Without keys
+        that are held: their absence is proven.
         """
         former = self._former
         missing = {}
@@ -197,16 +239,53 @@ class SnapshotBuilder:
             name = builder.service.name
             before = former.hidden[name].missing if former is not None and name in former.hidden else {}
             lost = {**{key: before[key] for key in before if not builder.has(key)}, **builder.missing_keys()}
-            missing[name] = lost
+            held = self._held(name)
+            missing[name] = lost if held is None else {key: lost[key] for key in lost if key not in held.keys}
         return missing
 
-    def finish(self, hidden: Mapping[str, Hidden], *, restored: bool = False) -> Snapshot:
-        """The snapshot; the former one itself if nothing has changed."""
-        entries = {builder.service.name: builder.finish() for builder in self._builders}
-        former, built = self._former, (entries, _missing(hidden), False)
-        if former is not None and (former.entries, _missing(former.hidden), former.restored) == built:
+    def _held(self, service: str) -> Held | None:
+        """What was held of this service, if the time for it is not over."""
+        held = None if self._former is None else self._former.held.get(service)
+        return held if held is not None and self._terms is not None and held.until > self._terms.now else None
+
+    def _hold(self, deleted: Mapping[str, Mapping[bytes, bytes]]) -> dict[str, Held]:
+        """Have deleted entries go on answering, by the rule of `next_held`; what is held then, by service."""
+        former, terms = self._former, self._terms
+        if former is None or terms is None:
+            return {}
+        if former.restored and self.lost_everything:  # a file remembers no index to compare
+            terms = terms._replace(other_store=True)
+        held: dict[str, Held] = {}
+        for builder in self._builders:
+            name = builder.service.name
+            known, before = former.held.get(name, Held({}, ACCEPTED)), self._held(name)
+            gone = {key: stored for key, stored in known.keys.items() if before is not None and not builder.has(key)}
+            gone |= {key: stored for key, stored in deleted.get(name, {}).items() if key not in known.keys}
+            count = len(former.entries[name]) - len(known.keys)
+            if (after := next_held(name, before, gone, count, terms)) is not None:
+                builder.keep(after.keys)
+                held[name] = after
+        return held
+
+    def finish(
+        self,
+        hidden: Mapping[str, Hidden],
+        deleted: Mapping[str, Mapping[bytes, bytes]] | None = None,
+        *,
+        restored: bool = False,
+    ) -> Snapshot:
+        """The snapshot; the former one itself if nothing has changed.
+
+        ``deleted`` are those of the missing keys whose absence is proven, which may be held.
+        """
+        held = self._hold(deleted or {})
+        former = self._former
+        entries = {} if former is None else {**former.entries}
+        entries |= {builder.service.name: builder.finish() for builder in self._builders}
+        built = (entries, _missing(hidden), False, held)
+        if former is not None and (former.entries, _missing(former.hidden), former.restored, former.held) == built:
             return former
-        return Snapshot(entries, hidden, restored)
+        return Snapshot(entries, hidden, restored, held)
 
 
 def _missing(hidden: Mapping[str, Hidden]) -> Mapping[str, Mapping[bytes, bytes]]:

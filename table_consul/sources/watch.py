@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.failures import BadName
+from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.log import warn_of_problems
-from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries, Problem
-from table_consul.sources import PROBE, mirror
+from table_consul.sources import hold, mirror
 from table_consul.sources.direct import DirectSource
-from table_consul.sources.mirror import Hidden, Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
+from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
+from table_consul.sources.ranged import Queries, Ranges, Unsettled
+from table_consul.sources.ranges import LEAST_KEYS, MOST_RANGES, cut
+from table_consul.sources.reading import hidden_services, read_snapshot
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
 from table_consul.transport import WaitCut
 
@@ -31,111 +34,15 @@ log = logging.getLogger("table_consul")
 
 # How often a table that was too large is retried; an update retries immediately.
 TOO_LARGE_SECONDS = 600.0
+# Ranges that end sooner than this were not worth it: this, and then twice as long each time, passes until the next.
+RANGED_SECONDS = 60.0
+RANGED_PAUSE_MAX = 3600.0
+# A large table is read as a whole to write its file, which its ranges save the rest of the time.
+RANGED_WRITE_SECONDS = 300.0
+# Daemons that must read the whole table at the same time do not start in the same moment.
+JITTER_SECONDS = 0.05
 
 Connect = Callable[[], kv.Client]
-Take = Callable[[list[tuple[bytes, bytes | None]]], None]
-
-
-def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[str], take: Take) -> tuple[Snapshot, int]:
-    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets what is stored.
-
-    Raises:
-        SourceError: Consul cannot be read; TooLarge where a watch would have the table read directly.
-    """
-    before = _hidden_services(client, table, names, {}, filtered=True)
-    builder = SnapshotBuilder(table, prefix, names, None)
-    with client.blocking_query(prefix, timeout=table.deadline) as response:
-        return _read_snapshot(client, response, builder, before, {}, take), response.index
-
-
-def _hidden_services(
-    client: kv.Client, table: Table, services: Iterable[str], known: Mapping[str, Hidden], *, filtered: bool
-) -> dict[str, SourceError]:
-    """Those of the services in whose folder the token may not read everything, each with the reason."""
-    hidden: dict[str, SourceError] = {}
-    for name in services:
-        reason = _why_hidden(client, table, name, filtered=filtered)
-        missing = known[name].missing.values() if name in known and reason is None else ()
-        reads = _read_each(client, table, name, missing)
-        reason = next((found for _, found in reads if isinstance(found, Forbidden)), reason)
-        if reason is not None:
-            hidden[name] = reason
-    return hidden
-
-
-def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool) -> Forbidden | None:
-    """Why the absence of a key from the folder of this service proves nothing, if the folder alone shows it.
-
-    ``filtered``: Consul reports that it hides keys, of this folder or another.
-    """
-    path = table.path(SERVICES[service])
-    try:
-        client.get(path + PROBE, timeout=table.deadline)
-        hides = filtered and client.hides_keys(path, timeout=table.deadline)
-    except Forbidden as error:
-        return Forbidden(f"the token may not read everything under {printable(path)}: {error}")
-    return Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
-
-
-def _read_each(
-    client: kv.Client, table: Table, service: str, stored: Iterable[bytes]
-) -> Iterator[tuple[bytes, kv.Pair | Forbidden | None]]:
-    """What a read of each of these keys brings, as they are stored; nothing of those that no URL can name."""
-    path = table.path(SERVICES[service])
-    for key in stored:
-        if not kv.is_url_safe(path + key):
-            continue
-        try:
-            yield key, client.get(path + key, timeout=table.deadline)
-        except Forbidden as error:
-            yield key, Forbidden(f"the token may not read everything under {printable(path)}: {error}")
-        except BadName:
-            pass  # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
-
-
-def _read_snapshot(
-    client: kv.Client,
-    response: kv.Response,
-    builder: SnapshotBuilder,
-    hidden: Mapping[str, SourceError],
-    known: Mapping[str, Hidden],
-    take: Take,
-) -> Snapshot:
-    """The snapshot that the response and its builder's former one make, with the absence of keys proven.
-
-    ``hidden`` are the services that were so before the query. Before and after: a blocking query goes by the ACLs of
-    its beginning, which may have changed when it ends. ``known`` are those of the former snapshot. A key that is gone
-    is read at once, also from a hidden folder: later it would be one of many that are not known to be deleted.
-    """
-    for found in response.pairs():
-        pairs = [(pair.name.encode(), pair.value) for pair in found]
-        builder.take(pairs)
-        take(pairs)
-    reasons = dict(hidden)
-    missing = builder.missing_keys()
-    for name, keys in missing.items():
-        if response.behind:
-            reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
-            continue
-        suspects = known[name].missing if name in known else {}
-        gone = mirror.sample([stored for key, stored in keys.items() if key not in suspects])
-        if name not in reasons and (keys or response.filtered):
-            reason = _why_hidden(client, builder.table, name, filtered=response.filtered)
-            if reason is not None:
-                reasons[name] = reason
-                continue
-            gone = [*gone, *(stored for key, stored in keys.items() if key in suspects)]
-        for key, answer in _read_each(client, builder.table, name, gone):
-            if isinstance(answer, Forbidden):
-                reasons.setdefault(name, answer)
-            elif answer is None:
-                del keys[fold_key(key)]
-            else:
-                path = printable(builder.table.path(SERVICES[name]) + key)
-                raise BadResponse(f"{path} is there, but Consul does not list it")
-    if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
-        raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
-    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()})
 
 
 class Watch(threading.Thread):
@@ -147,7 +54,7 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self, table: Table, prefix: bytes, services: Sequence[str], client: kv.Client, snapshot_file: SnapshotFile
+        self, table: Table, prefix: bytes, services: Sequence[str], connect: Connect, snapshot_file: SnapshotFile
     ) -> None:
         super().__init__(name=f"watch {printable(prefix)}", daemon=True)
         self.prefix = prefix
@@ -162,7 +69,12 @@ class Watch(threading.Thread):
         self._table = table
         self._services = services
         self._file = snapshot_file
-        self._client = client
+        self._client = connect()
+        self._queries = Queries(connect)
+        self._ranges: Ranges | None = None
+        self._most_ranges = MOST_RANGES
+        self._cut_after = 0.0
+        self._cut_pause = RANGED_SECONDS
         self._reload = False
         self._attempted = threading.Event()
         self._first_by = time.monotonic() + table.deadline
@@ -176,10 +88,9 @@ class Watch(threading.Thread):
             self._attempted.wait(max(0.0, min(deadline, self._first_by) - time.monotonic()))
 
     def reconnect(self) -> None:
-        """Retry immediately, ending any pause, on a new connection and with token and TLS files reread."""
+        """Read again immediately, on a new connection and with token and TLS files reread; deletions are accepted."""
         self._reload = True
-        self._client.interrupt()
-        self._wake.set()
+        self._interrupt()
 
     def adopt(self, former: Watch) -> None:
         """Start from the data of a stopped watch, as far as it watched the same entries."""
@@ -190,12 +101,18 @@ class Watch(threading.Thread):
             snapshot, confirmed = state
             adopted = mirror.adopted(snapshot, self._table, self._services)
             self.mirror.state = None if adopted is None else (adopted, confirmed)
+            self._reload = True  # what the update finds deleted is accepted
 
     def stop(self) -> None:
         """End the thread soon, without waiting for it; the result of its query is ignored."""
         self._stopped = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         self._client.interrupt()
         self._wake.set()
+        if (ranges := self._ranges) is not None:
+            ranges.interrupt()
 
     def run(self) -> None:
         try:
@@ -207,6 +124,8 @@ class Watch(threading.Thread):
         while not self._stopped:
             try:
                 pause = self._turn()
+                if (ranges := self._cut()) is not None:
+                    pause = self._watch_ranges(ranges)
             except SourceError as error:
                 pause = self._fail(error)
             except Exception as error:
@@ -215,6 +134,7 @@ class Watch(threading.Thread):
             self._wake.wait(pause)
             self._wake.clear()
         self._file.discard()
+        self._queries.close()
         self._client.close()
 
     def _fail(self, error: SourceError) -> float:
@@ -235,22 +155,36 @@ class Watch(threading.Thread):
         self._attempted.set()
         return pause
 
+    def _begin_update(self) -> bool:
+        """Whether an update was asked for. What is held is accepted then, and what this turn finds deleted."""
+        if not self._reload:
+            return False
+        self._reload = False
+        if self.mirror.state is not None:
+            self.mirror.state = (self.mirror.state[0].accepted(), self.mirror.state[1])
+        self._client.reload()
+        self._queries.reload()
+        self._state = replace(self._state, index=0)  # a query that waits would accept what is deleted later
+        return True
+
     def _turn(self) -> float:
         """Ask, look, read, swap; the seconds to pause before asking again."""
-        if self._reload:
-            self._reload = False
-            self._client.reload()
+        accepting = self._begin_update()
         state, table = self._state, self._table
         former = self.mirror.state[0] if self.mirror.state is not None else None
+        held_for = math.inf if former is None else former.held_until - time.monotonic()
+        if held_for <= 0:
+            state = replace(state, index=0, seen=0)
         known = {} if former is None else former.hidden
         before: dict[str, SourceError] = {}
         if not state.behind:  # else nothing is proven anyway
             unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
-            before = _hidden_services(self._client, table, unverified, known, filtered=state.filtered)
+            before = hidden_services(self._client, table, unverified, known, filtered=state.filtered)
             if not known.keys() <= before.keys():
                 state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
-        wait = min(mirror.wait_seconds(state, table.max_age, hidden=bool(known)), self._file.due_in)
         asked = time.monotonic()
+        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(known), held_for=held_for)
+        wait = min(wait, self._file.due_in)
         try:
             query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=table.deadline)
         except WaitCut as cut:
@@ -271,8 +205,9 @@ class Watch(threading.Thread):
                 snapshot = former  # the same index and the same ACLs mean the same contents
             else:
                 self._file.begin()
-                builder = SnapshotBuilder(table, self.prefix, self._services, former)
-                snapshot = _read_snapshot(self._client, response, builder, before, known, self._file.take)
+                terms = hold.Terms(began, 0.0 if accepting else table.hold_deletions, response.index < self.index)
+                builder = SnapshotBuilder(table, self.prefix, self._services, former, terms)
+                snapshot = read_snapshot(self._client, response, builder, before, known, self._file.take)
         if self._stopped:
             return 0.0  # another watch answers, logs and writes the file now
         ended = time.monotonic()
@@ -292,6 +227,77 @@ class Watch(threading.Thread):
         self._attempted.set()
         return pause
 
+    def _cut(self) -> Ranges | None:
+        """The ranges of a large table that was read as a whole a moment ago, if it is worth watching them."""
+        state = self._state
+        if self.mirror.state is None or not state.seen or state.filtered or state.behind:
+            return None
+        snapshot, _ = self.mirror.state
+        if (
+            snapshot.size < LEAST_KEYS
+            or snapshot.hidden
+            or snapshot.held
+            or snapshot.restored
+            or time.monotonic() < self._cut_after
+        ):
+            return None
+        folders = {}
+        for each in snapshot.entries.values():
+            stored = each.original_case.get
+            folders[each.path] = [stored(key, key) for mapping in (each.values, each.errors) for key in mapping]
+        outer = tuple(folders)
+        for path in outer:
+            direct = path.startswith(self.prefix) and path.count(b"/") == self.prefix.count(b"/") + 1
+            inside = any(path.startswith(other) and path != other for other in outer)
+            if inside or (direct and not folders[path]):
+                del folders[path]
+        ranges = cut(folders, _can_be_listed, self._most_ranges)
+        if ranges is None:
+            self._cut_after = time.monotonic() + self._cut_pause
+            return None
+        return Ranges(
+            self._table, self.prefix, self._services, ranges, self._client, self._queries, snapshot, state.seen
+        )
+
+    def _watch_ranges(self, ranges: Ranges) -> float:
+        """Watch the ranges for as long as that is possible; the seconds to pause before the whole table is read."""
+        began = time.monotonic()
+        if self._file.dirty:
+            ranges.until = began + RANGED_WRITE_SECONDS
+
+        def publish(*, confirmed: bool) -> None:
+            if self._stopped or self.mirror.state is None:
+                return
+            (former, moment), snapshot = self.mirror.state, ranges.snapshot
+            self.mirror.state = (snapshot, time.monotonic() if confirmed else moment)
+            self.index, self.load_seconds = ranges.index, ranges.load_seconds
+            changed = snapshot is not former
+            if changed:
+                self._report(former, snapshot)
+            self._file.finish(snapshot, changed=changed)
+            if changed and self._file.dirty:
+                ranges.until = min(ranges.until, time.monotonic() + RANGED_WRITE_SECONDS)
+
+        self._ranges = ranges
+        if self._reload or self._stopped:
+            ranges.interrupt()
+        try:
+            ranges.run(publish)
+        except (Unsettled, SourceError) as reason:
+            log.info("%s: reading the whole table: %s", printable(self.prefix), reason)
+            now = time.monotonic()
+            if isinstance(reason, SourceError):
+                self._most_ranges = max(self._most_ranges // 2, 1)
+            if now - began < RANGED_SECONDS:
+                self._cut_after, self._cut_pause = now + self._cut_pause, min(self._cut_pause * 2, RANGED_PAUSE_MAX)
+            else:
+                self._cut_pause, self._most_ranges = RANGED_SECONDS, min(self._most_ranges * 2, MOST_RANGES)
+            return random.random() * JITTER_SECONDS  # noqa: S311 - not a secret
+        finally:
+            self._ranges = None
+            self._state = QueryState(longest_wait=self._state.longest_wait)
+        return 0.0
+
     def _report(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         self.reloads += 1
         prefix = printable(self.prefix)
@@ -307,10 +313,11 @@ class Watch(threading.Thread):
             else:
                 log.warning("%s: all services readable again", prefix)
         self._warn_of_losses(former, snapshot)
+        self._warn_of_holds(former, snapshot)
         new: list[Problem] = []
         for name, entries in snapshot.entries.items():
-            logged = set() if former is None else set(former.entries[name].problems)
-            new += [problem for problem in entries.problems if problem not in logged]
+            before_it = None if former is None else former.entries[name]
+            new += entries.problems_since(before_it) if entries is not before_it else []
         warn_of_problems(self._table.name, new)
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
@@ -320,10 +327,23 @@ class Watch(threading.Thread):
             log.warning(text, printable(self.prefix))
         for name, entries in snapshot.entries.items():
             count, left = 0 if former is None else len(former.entries[name]), len(entries)
-            if left * 2 < count and name not in snapshot.hidden:
+            held = former is not None and name in former.held
+            if left * 2 < count and name not in snapshot.hidden and not held:
                 path = printable(self._table.path(SERVICES[name]))
                 noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
                 log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
+
+    def _warn_of_holds(self, former: Snapshot | None, snapshot: Snapshot) -> None:
+        """Log the deletions that are held from now on, and those that no longer are."""
+        if former is not None:
+            counts = {name: len(entries) for name, entries in former.entries.items()}
+            name = printable(self._table.name)
+            for service, text in hold.news(former.held, snapshot.held, counts, name, time.monotonic()):
+                log.warning("%s: %s", printable(self._table.path(SERVICES[service])), text)
+
+
+def _can_be_listed(prefix: bytes) -> bool:
+    return not kv.modern_name_problem(prefix.removesuffix(b"/"))
 
 
 class MirrorSource:
@@ -347,7 +367,7 @@ class MirrorSource:
         for number, (prefix, names) in enumerate(table.folders().items()):
             path = f"{table.snapshot}.{number}" if number and table.snapshot else table.snapshot or ""
             file = SnapshotFile(path, table, prefix, names, write_seconds)
-            watch = Watch(table, prefix, names, connect(), file)
+            watch = Watch(table, prefix, names, connect, file)
             for each in former.watches if former is not None else ():
                 watch.adopt(each)
             self.watches.append(watch)

@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.services import Table
+from table_consul.sources.hold import Held
 from table_consul.sources.mirror import SnapshotBuilder
 from table_consul.sources.snapshot import SnapshotFile
 
@@ -148,6 +149,20 @@ def test_copy_that_cannot_be_written_is_tried_ever_less_often(path, monkeypatch,
     assert b"ZXJpYw" in path.read_bytes()
 
 
+@pytest.mark.parametrize(("took", "pause"), [(0.5, 10.0), (12.0, 120.0)])
+def test_copy_that_takes_long_to_write_is_written_less_often(path, monkeypatch, took, pause):
+    now = 1000.0
+    monkeypatch.setattr("table_consul.sources.snapshot.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    file = file_of(path, write_seconds=10.0)
+    file.begin()
+    now += took
+    builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None)
+    builder.take([(b"t/alias/root", b"gilles")])
+    file.finish(builder.finish({}), changed=True)
+    file.dirty = True
+    assert file.due_in == pause
+
+
 @pytest.mark.parametrize(
     ("mode", "owner", "why"),
     [(0o640, 0, "others may read it (set mode 0600)"), (0o600, 1, "it belongs to another user")],
@@ -196,3 +211,49 @@ def test_a_copy_that_was_removed_is_written_again(file, path):
     assert file.dirty
     write(file)
     assert (path.exists(), file.dirty) == (True, False)
+
+
+# ---- held deletions ----
+
+
+def hold(file, keys, service="alias", table=TABLE):
+    """Write a version in which these keys are held, and nothing else is listed."""
+    builder = SnapshotBuilder(table, table.root, table.services, None)
+    file.begin()
+    held = {service: Held({key: key for key in keys}, 1.0)}
+    file.finish(replace(builder.finish({}), held=held), changed=True)
+
+
+def aliases(file):
+    return sorted(file.load()[0].entries["alias"].values)
+
+
+def test_held_entries_stay_in_the_copy_and_others_leave_it(file):
+    write(file, [(b"t/alias/%s" % name, b"gilles") for name in (b"eric", b"robert", b"root")])
+    hold(file, [b"eric", b"root", b"never-written"])
+    assert aliases(file) == [b"eric", b"root"]
+    hold(file, [b"root"])
+    assert aliases(file) == [b"root"]
+
+
+def test_held_records_that_also_hold_a_password_leave_the_copy(path):
+    table = Table("t", services=("credentials", "userinfo"), paths={"userinfo": "t/credentials"})
+    file = file_of(path, table)
+    write(file, [(b"t/credentials/gilles", b'{"password": "x", "uid": 1, "gid": 1, "home": "/"}')], table)
+    hold(file, [b"gilles"], "userinfo", table)
+    assert {name: len(entries) for name, entries in file.load()[0].entries.items()} == {"credentials": 0, "userinfo": 0}
+
+
+def test_held_entries_are_not_taken_from_a_copy_that_others_may_write(file, path):
+    write(file, [(b"t/alias/root", b"gilles")])
+    path.chmod(0o666)
+    hold(file, [b"root"])
+    assert aliases(file) == []
+
+
+def test_held_entries_of_a_copy_that_is_gone_or_damaged_are_not_written(file, path):
+    hold(file, [b"root"])
+    assert aliases(file) == []
+    path.write_text("[\nnonsense\n")
+    hold(file, [b"root"])
+    assert aliases(file) == []

@@ -80,6 +80,38 @@ def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, m
     becomes(source, b"after it")
 
 
+def test_consul_that_has_lost_its_data_is_held_and_what_is_put_back_ends_it(mirrored):
+    with agent_or_skip(dev=True) as agent:  # which keeps nothing over a restart
+        fill(agent)
+        source = mirrored(url(agent))
+        settled(source)
+        agent.stop()
+        agent.start()
+        for _ in eventually("the loss is seen", 20):
+            if held := source.watches[0].mirror.state[0].held:
+                break
+        assert {name: len(each.keys) for name, each in held.items()} == {"alias": 1, "domain": 1}
+        assert (ask(source), ask(source, b"example.org", "domain")) == (b"gilles", b"example.org")
+        fill(agent)
+        for _ in eventually("the hold ends", 20):
+            if not source.watches[0].mirror.state[0].held:
+                break
+        assert ask(source) == b"gilles"
+
+
+def test_folder_deleted_by_mistake_still_answers_until_an_update(open_consul, mirrored):
+    open_consul.kv_txn({f"mail/aliases/alias/user{number}": "gilles" for number in range(30)})
+    source = mirrored(url(open_consul))
+    settled(source)
+    open_consul.kv_delete("mail/aliases/alias/", recurse=True)
+    open_consul.kv_put("mail/aliases/alias/later", "eric")
+    becomes(source, b"eric", b"later")
+    assert (ask(source), ask(source, b"user29"), ask(source, b"nobody")) == (b"gilles", b"gilles", None)
+    source.update()
+    becomes(source, None, b"user29")
+    assert ask(source, b"later") == b"eric"
+
+
 def test_snapshot_that_is_restored_while_nothing_waits_is_seen_after_a_short_wait(open_consul, mirrored, monkeypatch):
     monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     saved = [_snapshot(open_consul)]

@@ -20,6 +20,9 @@ from tests.ctl.published import FOLLOWING, LOST, READ_DIRECTLY, configured, only
     ("metrics", "state", "code"),
     [
         (FOLLOWING, "following", 0),
+        ({**FOLLOWING, "deletions_held": 0}, "following", 0),
+        ({**FOLLOWING, "deletions_held": 30, "deletions_held_seconds": 600}, "held", 1),
+        ({**LOST, "deletions_held": 30, "deletions_held_seconds": 0}, "outage", 1),
         (LOST, "outage", 1),
         ({**LOST, "snapshot_index": 0}, "outage", 1),
         ({**LOST, "snapshot_age_seconds": 86401}, "expired", 1),
@@ -48,6 +51,16 @@ def test_folder_that_the_token_may_not_read_is_named_and_not_healthy(tmp_path, r
     publish(tmp_path, more="".join(hidden), **FOLLOWING)
     code, out, _ = run_status(configured(tmp_path), "--offline")
     assert (code, "the token may not read domain: answers" in " ".join(out.split())) == (1, True)
+
+
+def test_held_deletions_are_shown_with_the_time_left_and_how_to_accept_them(tmp_path, run_status):
+    publish(tmp_path, **FOLLOWING, deletions_held=30, deletions_held_seconds=600)
+    path = configured(tmp_path)
+    _, out, _ = run_status(path, "--offline")
+    text = "held 30 deleted entries, for another 10 min (to accept: table-consulctl accept aliases)"
+    assert text in " ".join(out.split())
+    (prefix,) = only_table(run_status(path, "--offline", "--json"))["prefixes"]
+    assert (prefix["held"], prefix["held_seconds"]) == (30, 600.0)
 
 
 def test_table_has_the_state_of_its_worst_folder(tmp_path, run_status):

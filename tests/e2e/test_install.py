@@ -189,11 +189,6 @@ class Installed(Smtpd):
     def backends(self):
         return [pid for pid, line in self.pids.items() if f"/{LIBEXEC}/table-" in line]
 
-    def inside(self, *command):
-        """What a command wrote in the root of the running smtpd."""
-        entered = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd=/")
-        return subprocess.run((*entered, *command), capture_output=True, text=True, check=True).stdout
-
 
 @pytest.fixture(scope="module")
 def root_of_our_python():
@@ -219,7 +214,7 @@ def test_smtpd_uses_what_was_installed_into_its_root(consul, root_of_our_python,
         until(lambda: server.send("arrived@localhost")["arrived@localhost"][0], 250)
         assert server.send("root@localhost", subject="after")["root@localhost"][0] == 250
         server.wait_for_mail("gilles", "after")
-        assert server.inside("/usr/local/sbin/table-consulctl", "query", "consul", "alias", "root") == "gilles\n"
+        assert server.run("/usr/local/sbin/table-consulctl", "query", "consul", "alias", "root") == "gilles\n"
         assert server.exists("/usr/local/share/man/man8/table-consul.8")
 
 

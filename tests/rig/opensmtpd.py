@@ -236,14 +236,18 @@ class Smtpd:
         return None
 
     def smtpctl(self, *arguments: str) -> str:
-        """What ``smtpctl`` said, both streams.
+        """What ``smtpctl`` said; see `run`."""
+        return self.run("smtpctl", *arguments)
+
+    def run(self, *command: str) -> str:
+        """What a command said that root runs where smtpd runs, both streams.
 
         Raises:
             CalledProcessError: it failed; ``output`` holds what it said.
         """
-        command = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd=/")
+        enter = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd=/")
         done = subprocess.run(
-            (*command, "smtpctl", *arguments),
+            (*enter, *command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -16,6 +16,8 @@ from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.failures import BadName
 from table_consul.metrics import Exporter
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.sources.hold import ACCEPTED, Held
+from table_consul.sources.mirror import Mirror, Snapshot
 from tests.smtpd.metrics import fake_tables, parse_samples, registered, table_layout
 
 
@@ -258,6 +260,7 @@ def test_forbidden_services_are_published_by_name():
         entries={"alias": SimpleNamespace(refused=0), "domain": SimpleNamespace(refused=0)},
         hidden={"domain": 1},
         size=1,
+        held={},
     )
     mirror = SimpleNamespace(state=(snapshot, time.monotonic() - 30), max_age=600.0)
     samples = collect(fake_tables(watch(mirror=mirror)))
@@ -267,3 +270,24 @@ def test_forbidden_services_are_published_by_name():
     }
     assert samples["table_consul_snapshot_max_age_seconds"] == {("aliases/", "aliases"): 600}
     assert samples["table_consul_snapshot_age_seconds"]["aliases/", "aliases"] == pytest.approx(30, abs=5)
+
+
+def test_held_deletions_are_published_with_the_time_left():
+    def published(until):
+        held = {"alias": Held(dict.fromkeys([b"a", b"b"], b""), until), "domain": Held({b"c": b"c"}, until + 100)}
+        mirror = Mirror(600.0)
+        mirror.state = (Snapshot({}, {}, held=held), time.monotonic())
+        samples = collect(fake_tables(watch(mirror=mirror)))
+        names = ("deletions_held", "deletions_held_seconds")
+        return tuple(samples[f"table_consul_{name}"]["aliases/", "aliases"] for name in names)
+
+    assert published(time.monotonic() + 50) == (3, pytest.approx(50, abs=5))
+    assert published(ACCEPTED) == (3, 0.0)
+
+
+def test_time_left_of_a_hold_is_absent_where_nothing_is_held():
+    mirror = Mirror(600.0)
+    mirror.state = (Snapshot({}, {}), time.monotonic())
+    samples = collect(fake_tables(watch(mirror=mirror)))
+    assert samples["table_consul_deletions_held"] == {("aliases/", "aliases"): 0}
+    assert "table_consul_deletions_held_seconds" not in samples

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import Forbidden, TooLarge, Unreachable
-from table_consul.sources.watch import load_once
+from table_consul.sources.reading import load_once
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,
@@ -39,7 +39,7 @@ def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirr
     names = [b"%04d" % number for number in range(1000)]
     for name in names:
         fake.put(ALIAS + name, b"x")
-    source = mirrored(fake.address)
+    source = mirrored(fake.address, replace(TABLE, hold_deletions=0.0))
     settled(source)
     asked = len(fake.requests)
     with fake.store.changed:

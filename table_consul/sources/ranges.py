@@ -1,0 +1,131 @@
+"""Where to cut a large table into ranges: key prefixes that are watched on their own, so that an edit brings one range.
+
+Pure. What is cut are the keys themselves: names differ in their first letter, ``user0000123`` only in the last ones.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+# Below this the whole table costs an edit no more than several watches would.
+LEAST_KEYS = 10_000
+# A range of this many keys is small enough: Consul lists it in some 5 ms, in 1.2 MB.
+RANGE_KEYS = 8_000
+# Consul grants a client address 200 connections (limits.http_max_conns_per_client), and a mail host has several tables.
+MOST_RANGES = 31
+# What it costs to ask about one of the rest, as that many entries to read.
+REST_KEYS = 300
+# A step of a pass over all keys, which another thread may interrupt only at its end.
+_STEP = 8192
+
+
+class Range(NamedTuple):
+    """A prefix, whole as Consul knows it, and how many keys begin with it."""
+
+    prefix: bytes
+    size: int
+
+
+class Cut(NamedTuple):
+    """Disjoint ranges, in which every key of the table lies that was there when it was cut."""
+
+    watched: list[Range]
+    """Each is worth a blocking query of its own."""
+    rest: list[Range]
+    """The others, few keys in all; read whenever something changes."""
+
+
+def covers(prefixes: Sequence[bytes], names: Sequence[bytes]) -> bool:
+    """Whether each of the names begins with one of the prefixes, which are in order and disjoint."""
+
+    def prefix_of(name: bytes) -> bytes | None:
+        at = bisect_right(prefixes, name) - 1
+        return prefixes[at] if at >= 0 and name.startswith(prefixes[at]) else None
+
+    if not names:
+        return True
+    # What lies between two strings that begin alike begins so as well.
+    first = prefix_of(min(names))
+    if first is not None and max(names).startswith(first):
+        return True
+    return all(prefix_of(name) is not None for name in names)
+
+
+class _Group(NamedTuple):
+    prefix: bytes
+    depth: int
+    """How many bytes of each key the prefix covers."""
+    keys: list[bytes]
+    """Relative to their folder, in no particular order."""
+
+
+def cut(
+    folders: Mapping[bytes, Iterable[bytes]], askable: Callable[[bytes], bool], most: int = MOST_RANGES
+) -> Cut | None:
+    """The ranges for these keys, by folder and relative to it; None if several would be no better than one.
+
+    ``askable``: whether Consul can be asked for all keys that begin with this. ``most``: how many to watch.
+    """
+    groups = [_Group(path, 0, [*keys]) for path, keys in folders.items()]
+    total = sum(len(group.keys) for group in groups)
+    whole: list[_Group] = []
+    while groups:
+        largest = max(groups, key=lambda group: len(group.keys))
+        groups.remove(largest)
+        parts = _split(largest, askable) if len(largest.keys) > RANGE_KEYS else []
+        together = [*groups, *whole]
+        if parts and _cost([*together, *parts], most) < _cost([*together, largest], most):
+            groups += parts
+        else:
+            whole.append(largest)
+    if _cost(whole, most) > total * total // 2:
+        return None
+    ranges = sorted((Range(group.prefix, len(group.keys)) for group in whole), key=lambda each: -each.size)
+    watched = [each for each in ranges[:most] if each.size]
+    return Cut(watched, ranges[len(watched) :])
+
+
+def _cost(groups: Iterable[_Group], most: int) -> int:
+    """What an edit costs on average, as a number of entries to read times all of them."""
+    counts = sorted((len(group.keys) for group in groups), reverse=True)
+    return sum(count * count for count in counts[:most]) + sum(counts) * sum(REST_KEYS + n for n in counts[most:])
+
+
+def _split(group: _Group, askable: Callable[[bytes], bool]) -> list[_Group]:
+    """The group by the character after what its keys have in common; empty if it cannot be split."""
+    lowest = highest = group.keys[0]
+    for at in range(0, len(group.keys), _STEP):
+        step = group.keys[at : at + _STEP]
+        lowest, highest = min(lowest, *step), max(highest, *step)
+    depth = group.depth
+    while depth < len(lowest) and lowest[: depth + 1] == highest[: depth + 1]:
+        depth += 1
+    while depth > group.depth and _inside_character(lowest, depth):
+        depth -= 1
+    stem = group.prefix + lowest[group.depth : depth]
+    found: dict[bytes, list[bytes]] = {}
+    for key in group.keys:
+        if len(key) == depth:
+            return []  # the key that ends here would be in no part
+        found.setdefault(key[depth : depth + _width(key[depth])], []).append(key)
+    parts: list[_Group] = []
+    for character, keys in found.items():
+        part = _Group(stem + character, depth + len(character), keys)
+        if askable(part.prefix):
+            parts.append(part)
+        elif deeper := _split(part, askable):
+            parts += deeper
+        else:
+            return []
+    return parts
+
+
+def _inside_character(key: bytes, at: int) -> bool:
+    return at < len(key) and key[at] & 0xC0 == 0x80
+
+
+def _width(lead: int) -> int:
+    """How many bytes the UTF-8 character has that begins with this one."""
+    return 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4

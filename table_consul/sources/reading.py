@@ -1,0 +1,148 @@
+"""How a list of Consul's becomes a snapshot: which keys are gone, and which an ACL only hides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from table_consul import kv
+from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
+from table_consul.failures import BadName
+from table_consul.services import SERVICES, Table, fold_key
+from table_consul.sources import PROBE, mirror
+from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
+
+# What a command gives a large table to begin arriving, after Consul answered for one key.
+LOAD_SECONDS = 30.0
+
+Take = Callable[[list[tuple[bytes, bytes | None]]], None]
+
+
+def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[str], take: Take) -> tuple[Snapshot, int]:
+    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets what is stored.
+
+    Raises:
+        SourceError: Consul cannot be read; TooLarge where a watch would have the table read directly.
+    """
+    before = hidden_services(client, table, names, {}, filtered=True)
+    builder = SnapshotBuilder(table, prefix, names, None)
+    with client.blocking_query(prefix, timeout=LOAD_SECONDS) as response:
+        return read_snapshot(client, response, builder, before, {}, take), response.index
+
+
+def hidden_services(
+    client: kv.Client, table: Table, services: Iterable[str], known: Mapping[str, Hidden], *, filtered: bool
+) -> dict[str, SourceError]:
+    """Those of the services in whose folder the token may not read everything, each with the reason."""
+    hidden: dict[str, SourceError] = {}
+    for name in services:
+        reason = _why_hidden(client, table, name, filtered=filtered)
+        missing = known[name].missing.values() if name in known and reason is None else ()
+        reads = _read_each(client, table, name, missing)
+        reason = next((found for _, found in reads if isinstance(found, Forbidden)), reason)
+        if reason is not None:
+            hidden[name] = reason
+    return hidden
+
+
+def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool) -> Forbidden | None:
+    """Why the absence of a key from the folder of this service proves nothing, if the folder alone shows it.
+
+    ``filtered``: Consul reports that it hides keys, of this folder or another.
+    """
+    path = table.path(SERVICES[service])
+    try:
+        client.get(path + PROBE, timeout=table.deadline)
+        hides = filtered and client.hides_keys(path, timeout=table.deadline)
+    except Forbidden as error:
+        return Forbidden(f"the token may not read everything under {printable(path)}: {error}")
+    return Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
+
+
+def _read_each(
+    client: kv.Client, table: Table, service: str, stored: Iterable[bytes]
+) -> Iterator[tuple[bytes, kv.Pair | Forbidden | None]]:
+    """What a read of each of these keys brings, as they are stored; nothing of those that no URL can name."""
+    path = table.path(SERVICES[service])
+    for key in stored:
+        if not kv.is_url_safe(path + key):
+            continue
+        try:
+            yield key, client.get(path + key, timeout=table.deadline)
+        except Forbidden as error:
+            yield key, Forbidden(f"the token may not read everything under {printable(path)}: {error}")
+        except BadName:
+            pass  # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
+
+
+def read_snapshot(
+    client: kv.Client,
+    response: kv.Response,
+    builder: SnapshotBuilder,
+    hidden: Mapping[str, SourceError],
+    known: Mapping[str, Hidden],
+    take: Take,
+) -> Snapshot:
+    """As `read_pairs`, then `proven_snapshot`."""
+    read_pairs(response, builder, take)
+    return proven_snapshot(client, response, builder, hidden, known)
+
+
+def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lambda _pairs: None) -> None:
+    """Read the response into the builder; ``take`` gets what is stored."""
+    for found in response.pairs():
+        pairs = [(pair.name.encode(), pair.value) for pair in found]
+        builder.take(pairs)
+        take(pairs)
+
+
+def read_changes(response: kv.Response, builder: SnapshotBuilder, since: int) -> list[int]:
+    """As `read_pairs`; the indexes of the entries that were written after this one."""
+    changes: list[int] = []
+    for found in response.pairs():
+        builder.take([(pair.name.encode(), pair.value) for pair in found])
+        changes += [pair.modify_index for pair in found if pair.modify_index > since]
+    return changes
+
+
+def proven_snapshot(
+    client: kv.Client,
+    response: kv.Response,
+    builder: SnapshotBuilder,
+    hidden: Mapping[str, SourceError],
+    known: Mapping[str, Hidden],
+) -> Snapshot:
+    """The snapshot that the response, which was read, and its builder's former one make, with absence proven.
+
+    ``hidden`` are the services that were so before the query. Before and after: a blocking query goes by the ACLs of
+    its beginning, which may have changed when it ends. ``known`` are those of the former snapshot. A key that is gone
+    is read at once, also from a hidden folder: later it would be one of many that are not known to be deleted.
+    """
+    reasons = dict(hidden)
+    deleted: dict[str, dict[bytes, bytes]] = {}
+    missing = builder.missing_keys()
+    for name, keys in missing.items():
+        if response.behind:
+            reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
+            continue
+        suspects = known[name].missing if name in known else {}
+        lost = {key: stored for key, stored in keys.items() if key not in suspects}
+        gone = mirror.sample([*lost.values()])
+        if name not in reasons and (keys or response.filtered):
+            reason = _why_hidden(client, builder.table, name, filtered=response.filtered)
+            if reason is not None:
+                reasons[name] = reason
+                continue
+            gone = [*gone, *(stored for key, stored in keys.items() if key in suspects)]
+        deleted[name] = lost
+        for key, answer in _read_each(client, builder.table, name, gone):
+            if isinstance(answer, Forbidden):
+                reasons.setdefault(name, answer)
+                deleted[name] = {}
+            elif answer is None:
+                del keys[fold_key(key)]
+            else:
+                path = printable(builder.table.path(SERVICES[name]) + key)
+                raise BadResponse(f"{path} is there, but Consul does not list it")
+    if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
+        raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
+    return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)

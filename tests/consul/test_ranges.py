@@ -1,0 +1,122 @@
+"""How a large table is cut into ranges: pure, from its keys."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from table_consul import kv
+from table_consul.sources import ranges
+from table_consul.sources.ranges import covers, cut
+
+FOLDER = b"t/alias/"
+
+
+def askable(prefix):
+    return not kv.modern_name_problem(prefix.removesuffix(b"/"))
+
+
+def prefixes(found):
+    return [each.prefix for each in (*found.watched, *found.rest)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(ranges, "RANGE_KEYS", 4)
+    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+
+
+def numbered(count, form="user%07d"):
+    return [(form % number).encode() for number in range(count)]
+
+
+def test_keys_with_a_long_common_prefix_are_cut_where_they_differ():
+    found = cut({FOLDER: numbered(30_000)}, askable)
+    assert {prefix[: len(FOLDER) + 7] for prefix in prefixes(found)} == {
+        FOLDER + b"user00" + each for each in (b"0", b"1", b"2")
+    }
+    assert max(each.size for each in found.watched) <= 10_000
+    assert sum(each.size for each in found.watched) == 30_000
+
+
+def test_names_are_cut_by_their_first_letter():
+    names = [bytes([letter]) + b"%d" % number for letter in b"abcdefghijklmnopqrst" for number in range(1000)]
+    found = cut({FOLDER: names}, askable)
+    assert sorted(each.prefix for each in found.watched) == [FOLDER + bytes([each]) for each in b"abcdefghijklmnopqrst"]
+    assert found.rest == []
+
+
+def test_each_folder_is_a_range_before_any_is_cut():
+    names = numbered(20_000, "%05d")
+    found = cut({FOLDER: names, b"t/domain/": [b"example.org"], b"t/userinfo/": []}, askable)
+    assert b"t/domain/" in prefixes(found)
+    assert ranges.Range(b"t/userinfo/", 0) in found.rest
+    assert all(each.size for each in found.watched)
+
+
+def test_a_table_that_cannot_be_cut_is_left_whole():
+    assert cut({FOLDER: [b"a" * length for length in range(1, 12_000)]}, askable) is None
+
+
+def test_a_table_of_a_few_keys_is_left_whole():
+    assert cut({FOLDER: numbered(5_000)}, askable) is None
+
+
+def test_a_key_that_others_continue_is_in_a_range(small):
+    names = [b"s", *numbered(20, "s%03d"), *numbered(20, "t%03d")]
+    found = cut({FOLDER: names}, askable)
+    assert covers(sorted(prefixes(found)), [FOLDER + b"s"])
+
+
+@pytest.mark.parametrize("first", [b".", b"..", b" ", b"./"])
+def test_no_range_begins_with_what_consul_cannot_be_asked_for(small, first):
+    names = [b"a%d" % number for number in range(20)] + [first + b"x%d" % number for number in range(20)]
+    found = cut({FOLDER: names}, askable)
+    assert found is None or all(map(askable, prefixes(found)))
+
+
+def test_characters_are_not_cut_into_bytes(small):
+    names = [f"{letter}{number}".encode() for letter in "äöüéß日本語" for number in range(10)]
+    found = cut({FOLDER: names}, askable)
+    assert {prefix.decode().removeprefix("t/alias/")[0] for prefix in prefixes(found)} == set("äöüéß日本語")
+
+
+def test_fewer_ranges_are_watched_where_fewer_may_be():
+    names = [bytes([letter]) + b"%d" % number for letter in b"abcdefghijklmnopqrst" for number in range(1000)]
+    found = cut({FOLDER: names}, askable, 4)
+    assert found is None or len(found.watched) <= 4
+
+
+keys = st.sets(
+    st.text("ab.é日 /Zz", min_size=1, max_size=6).map(str.encode)
+    | st.integers(0, 300).map(lambda number: b"user%05d" % number),
+    max_size=200,
+)
+
+
+@given(folders=st.dictionaries(st.sampled_from([b"t/alias/", b"t/domain/", b"t/d/"]), keys), most=st.integers(1, 8))
+def test_every_key_is_in_exactly_one_range(folders, most):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ranges, "RANGE_KEYS", 4)
+        patched.setattr(ranges, "REST_KEYS", 1)
+        found = cut(folders, askable, most)
+    if found is None:
+        return
+    assert len(found.watched) <= most
+    names = sorted(path + key for path, each in folders.items() for key in each)
+    for each in (*found.watched, *found.rest):
+        assert each.size == sum(name.startswith(each.prefix) for name in names)
+        assert each.prefix in folders or askable(each.prefix)
+    assert all(sum(name.startswith(prefix) for prefix in prefixes(found)) == 1 for name in names)
+    assert covers(sorted(prefixes(found)), names)
+
+
+@given(
+    st.sets(st.text("ab", min_size=1, max_size=3).map(str.encode), max_size=5),
+    st.lists(st.text("abc", max_size=4).map(str.encode), max_size=20),
+)
+def test_covers_is_true_where_every_name_begins_with_a_prefix(chosen, names):
+    disjoint = sorted(each for each in chosen if not any(each != other and each.startswith(other) for other in chosen))
+    expected = all(any(name.startswith(prefix) for prefix in disjoint) for name in names)
+    assert covers(disjoint, sorted(names)) == expected

@@ -1,0 +1,98 @@
+"""Ranges against a real Consul: whatever is written, in the end what is answered is what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from base64 import b64encode
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from table_consul import kv
+from table_consul.config import ConsulConfig
+from table_consul.services import Table
+from table_consul.sources import ranged, ranges, watch
+from table_consul.sources.watch import MirrorSource
+from tests.consul.real import agent_or_skip, url
+from tests.consul.watch.watching import ask
+from tests.dialogue import eventually
+
+pytestmark = pytest.mark.real
+
+STEADY = [f"{letter}{number}" for letter in "abcdef" for number in range(8)]
+numbers = itertools.count()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(watch, "LEAST_KEYS", 20)
+    monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
+    monkeypatch.setattr(ranges, "RANGE_KEYS", 8)
+    monkeypatch.setattr(ranged, "RANGE_KEYS", 8)
+    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranged, "LATE_SECONDS", 0.1)
+    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.2)
+    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
+
+
+KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(
+    ["é", "日本", "a.b@example.org", "*", "x y", "Ab", "G"]
+)
+VALUES = st.sampled_from(["eric", "gilles", "root, eric", "x" * 20])
+WRITES = st.tuples(KEYS, VALUES | st.none())
+"""A key, and its value; None: it is deleted."""
+
+
+def write(agent, table, pairs):
+    """Write all of these in one transaction."""
+    operations = []
+    for key, value in pairs.items():
+        kind = {"Verb": "delete"} if value is None else {"Verb": "set", "Value": b64encode(value.encode()).decode()}
+        operations.append({"KV": {"Key": f"{table}/alias/{key}"} | kind})
+    for at in range(0, len(operations), 64):
+        agent.request("PUT", "/v1/txn", json.dumps(operations[at : at + 64]).encode())
+
+
+def folded(written):
+    """The answers after these writes, by folded key: of two spellings the lower-case one answers, else the first."""
+    answers = {}
+    for key, value in sorted(written.items()):
+        if value is not None and (key == key.lower() or answers.get(key.lower()) is None):
+            answers[key.lower()] = value.encode()
+        answers.setdefault(key.lower(), None)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def patient_consul():
+    """Each example leaves waits behind, which count among the connections of a client for 10 seconds."""
+    with agent_or_skip(hcl="limits { http_max_conns_per_client = 5000 }") as agent:
+        yield agent
+
+
+@pytest.mark.usefixtures("small")
+@settings(max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
+def test_random_writes_end_in_what_consul_holds(patient_consul, transactions):
+    table = Table(f"model{next(numbers)}", services=("alias", "domain"))
+    write(patient_consul, table.name, dict.fromkeys(STEADY, "steady"))
+    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(patient_consul),))))
+    try:
+        written = {}
+        for pairs in transactions:
+            write(patient_consul, table.name, pairs)
+            written |= pairs
+            assert all(ask(source, name.encode()) == b"steady" for name in STEADY if name not in written)
+        wanted = folded(written)
+        found = {}
+        with contextlib.suppress(AssertionError):
+            for _ in eventually("the right answers", 10):
+                found = {key: ask(source, key.encode()) for key in wanted}
+                if found == wanted:
+                    break
+        assert found == wanted
+    finally:
+        source.close()

@@ -1,0 +1,306 @@
+"""A large table is watched in ranges, as long as nothing unusual happens; with every version of the fake."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from table_consul.errors import Forbidden
+from table_consul.sources import ranged, ranges, watch
+from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, TABLE, ask, becomes, kept, lines, logged
+from tests.dialogue import eventually
+from tests.fake_consul import VERSIONS
+from tests.fake_consul.messages import Answer
+
+NAMES = [bytes([letter]) + b"%d" % number for letter in b"abcdef" for number in range(6)]
+LATE_SECONDS = 0.2
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(watch, "LEAST_KEYS", 20)
+    monkeypatch.setattr(watch, "JITTER_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
+    monkeypatch.setattr(ranges, "RANGE_KEYS", 6)
+    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranged, "RANGE_KEYS", 6)
+    monkeypatch.setattr(ranged, "LATE_SECONDS", LATE_SECONDS)
+    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.5)
+    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def no_query_is_left():
+    yield
+    ended()
+
+
+def ended():
+    for _ in eventually("all threads have ended", 10):
+        if not any(thread.name.startswith(("query ", "watch ")) for thread in threading.enumerate()):
+            return
+
+
+@pytest.fixture
+def fake(fake):
+    for name in NAMES:
+        fake.put(ALIAS + name, b"old")
+    return fake
+
+
+def lists(fake):
+    """The prefixes of lists that were asked for."""
+    return [request.path.removeprefix(b"/v1/kv/") for request in fake.requests if "recurse" in request.params]
+
+
+def waiting(fake):
+    return [request for request in fake.requests if "index" in request.params]
+
+
+def ranged_watch(fake, source):
+    """Wait until ranges are watched, and each query waits."""
+    for _ in eventually("ranges are watched", 10):
+        asked = {request.path for request in waiting(fake)}
+        if {b"/v1/kv/" + ALIAS + bytes([letter]) for letter in b"abcdefr"} | {b"/v1/kv/" + DOMAIN} <= asked:
+            break
+    assert ask(source, b"a1") == b"old"
+    return source
+
+
+@pytest.fixture
+def source(fake, mirrored):
+    return ranged_watch(fake, mirrored(fake.address))
+
+
+def reads_whole(fake, before):
+    for _ in eventually("the whole table is read", 10):
+        if PREFIX in lists(fake)[before:]:
+            return
+
+
+def stays_ranged(fake, before):
+    assert PREFIX not in lists(fake)[before:]
+
+
+def test_edit_brings_the_range_that_it_is_in(fake, source):
+    before = len(lists(fake))
+    fake.put(ALIAS + b"b3", b"new")
+    becomes(source, b"new", b"b3")
+    stays_ranged(fake, before)
+    assert set(lists(fake)[before:]) <= {ALIAS + b"b"}
+
+
+def test_new_key_in_a_range_is_found(fake, source):
+    before = len(lists(fake))
+    fake.put(ALIAS + b"bob", b"new")
+    becomes(source, b"new", b"bob")
+    stays_ranged(fake, before)
+
+
+def test_deleted_key_is_not_found(fake, source):
+    before = len(lists(fake))
+    fake.delete(ALIAS + b"c4")
+    becomes(source, None, b"c4")
+    stays_ranged(fake, before)
+    assert [ask(source, name) for name in NAMES if name != b"c4"] == [b"old"] * (len(NAMES) - 1)
+
+
+def test_many_edits_everywhere_are_all_found(fake, source):
+    before = len(lists(fake))
+    for number, name in enumerate(NAMES):
+        fake.put(ALIAS + name, b"%d" % number)
+    for number, name in enumerate(NAMES):
+        becomes(source, b"%d" % number, name)
+    stays_ranged(fake, before)
+
+
+def test_key_where_no_range_is_is_found(fake, source):
+    before = len(lists(fake))
+    fake.put(ALIAS + b"zoe", b"new")
+    becomes(source, b"new", b"zoe")
+    reads_whole(fake, before)
+    ranged_watch(fake, source)
+
+
+def test_first_key_of_a_folder_is_found_without_the_whole_table(fake, mirrored):
+    table = replace(TABLE, services=("alias", "domain", "userinfo"))
+    source = ranged_watch(fake, mirrored(fake.address, table))
+    before = len(lists(fake))
+    fake.put(PREFIX + b"userinfo/eric", b"1000:1000:/home/eric")
+    becomes(source, b"1000:1000:/home/eric", b"eric", service="userinfo")
+    fake.put(PREFIX + b"userinfo/eric", b"1001:1000:/home/eric")
+    becomes(source, b"1001:1000:/home/eric", b"eric", service="userinfo")
+    stays_ranged(fake, before)
+
+
+def test_edit_in_a_small_folder_is_found(fake, source):
+    before = len(lists(fake))
+    fake.put(DOMAIN + b"example.net", b"")
+    becomes(source, b"example.net", b"example.net", service="domain")
+    stays_ranged(fake, before)
+
+
+def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
+    monkeypatch.setattr(watch, "MOST_RANGES", 5)
+    monkeypatch.setattr(ranges, "REST_KEYS", 0)
+    source = mirrored(fake.address)
+    for _ in eventually("ranges are watched", 10):
+        if len(waiting(fake)) > 4:
+            break
+    before = len(lists(fake))
+    for name in NAMES:
+        fake.put(ALIAS + name, b"new")
+    for name in NAMES:
+        becomes(source, b"new", name)
+    stays_ranged(fake, before)
+
+
+def test_key_where_no_range_is_is_found_behind_an_edit_in_a_range(fake, source):
+    with fake.store.changed:  # as in one transaction
+        fake.put(ALIAS + b"zoe", b"new")
+        fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
+    becomes(source, b"new", b"zoe")
+
+
+def test_folder_that_shrinks_at_once_is_judged_as_a_whole(fake, source):
+    before = len(lists(fake))
+    for name in NAMES:
+        fake.put(ALIAS + b"f" + name, b"old")
+    becomes(source, b"old", b"ff5")
+    with fake.store.changed:
+        for name in NAMES:
+            fake.delete(ALIAS + b"f" + name)
+    becomes(source, None, b"ff5")
+    reads_whole(fake, before)
+
+
+def test_index_that_goes_backwards_has_the_whole_table_read(fake, source):
+    before = len(lists(fake))
+    fake.reset_index(20)
+    reads_whole(fake, before)
+    fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
+
+
+def test_range_that_is_emptied_is_found_empty(fake, source):
+    for number in range(6):
+        fake.delete(ALIAS + b"d%d" % number)
+    for number in range(6):
+        becomes(source, None, b"d%d" % number)
+    fake.put(ALIAS + b"d1", b"new")
+    becomes(source, b"new", b"d1")
+
+
+def test_range_that_outgrows_its_size_is_cut_anew(fake, source):
+    for number in range(10, 40):
+        fake.put(ALIAS + b"e%d" % number, b"old")
+    for _ in eventually("it is cut", 10):
+        if any(request.path == b"/v1/kv/" + ALIAS + b"e1" for request in waiting(fake)):
+            break
+    becomes(source, b"old", b"e39")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Answer(429, {}, b"Your IP is issuing too many concurrent connections, please rate limit your calls\n"),
+        Answer(500, {}, b"rpc error making call: EOF"),
+        Answer(403, {}, b"Permission denied"),
+        Answer(400, {}, b"Invalid key name. Keys should respect the following regex"),
+    ],
+    ids=["429", "500", "403", "400"],
+)
+def test_server_that_refuses_a_range_causes_no_outage(fake, mirrored, caplog, refusal):
+    def handle(request):
+        if "recurse" in request.params and request.path.startswith(b"/v1/kv/" + ALIAS + b"c"):
+            return refusal
+        return fake.consul(request)
+
+    fake.handle = handle
+    caplog.set_level(logging.INFO)
+    source = mirrored(fake.address)
+    for _ in eventually("the table is watched as a whole", 10):
+        if any("reading the whole table" in line for line in lines(caplog, logging.INFO)):
+            break
+    for number, name in enumerate((b"a1", b"c1", b"f1")):
+        fake.put(ALIAS + name, b"%d" % number)
+        becomes(source, b"%d" % number, name)
+    assert lines(caplog) == []
+
+
+def test_key_that_an_acl_hides_in_a_range_is_read_by_its_name(fake, source):
+    fake.denied = (ALIAS + b"b3",)
+    fake.put(ALIAS + b"b4", b"new")
+    becomes(source, b"new", b"b4")
+    becomes(source, Forbidden, b"b3")
+
+
+def test_update_reads_the_whole_table(fake, source):
+    before = len(lists(fake))
+    source.update()
+    reads_whole(fake, before)
+    ranged_watch(fake, source)
+    fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
+
+
+def test_queries_end_with_their_watch(fake, source):
+    source.close()
+    ended()
+
+
+def test_outage_ends_ranges_and_their_return_brings_what_changed(fake, source, caplog):
+    fake.stop()
+    for _ in eventually("the outage is noticed", 10):
+        if source.watches[0].backoff.since is not None:
+            break
+    assert ask(source, b"a1") == b"old"
+    fake.put(ALIAS + b"a1", b"new")
+    fake.start()
+    becomes(source, b"new", b"a1")
+    logged(caplog, "recovered")
+    assert len(lines(caplog)) == 2
+
+
+def test_spellings_in_different_ranges_are_resolved(fake, source):
+    fake.put(ALIAS + b"A1", b"capital")
+    fake.delete(ALIAS + b"a1")
+    becomes(source, b"capital", b"a1")
+    fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
+    fake.delete(ALIAS + b"A1")
+    becomes(source, b"new", b"a1")
+
+
+def test_file_is_written_after_an_edit_in_a_range(fake, mirrored, copied, monkeypatch):
+    monkeypatch.setattr(watch, "RANGED_WRITE_SECONDS", 0.2)
+    source = ranged_watch(fake, mirrored(fake.address, copied))
+    fake.put(ALIAS + b"b3", b"new")
+    becomes(source, b"new", b"b3")
+    path = copied.snapshot
+    for _ in eventually("the file is written", 10):
+        if kept(Path(path)).get((ALIAS + b"b3").decode()) == b"new":
+            return
+
+
+def test_wait_that_is_cut_is_asked_again(fake, mirrored, monkeypatch):
+    monkeypatch.setattr("table_consul.transport.LEAST_CUT_SECONDS", 0.1)
+    fake.write_timeout = 0.4
+    source = ranged_watch(fake, mirrored(fake.address))
+    before = len(lists(fake))
+    for _ in eventually("each wait was cut", 10):
+        if len(waiting(fake)) > 30:
+            break
+    fake.put(ALIAS + b"b3", b"new")
+    becomes(source, b"new", b"b3")
+    stays_ranged(fake, before)

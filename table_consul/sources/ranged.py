@@ -26,7 +26,8 @@ from table_consul.sources.ranges import RANGE_KEYS, Cut, covers
 from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
-# How long a range may take to show a change that the completeness query has shown already; else it is in no range.
+# How long a range may take to show a change that the completeness query has shown already; else it is in no range, or
+# the query for its range hangs.
 LATE_SECONDS = 0.5
 # Of several changes, as in a transaction, the completeness query shows only the last: another may be where no range is.
 # All names are listed, soon after several changes and a while after one, for at most a hundredth of the time.
@@ -196,8 +197,8 @@ class Ranges:
         """The index that the completeness query showed."""
         self._explained = {index}
         """Those that ranges showed since, of their own and of the entries that changed."""
-        self._late_at: float | None = None
-        """By when a range must have shown that index."""
+        self._unexplained: dict[int, float] = {}
+        """Those that the completeness query showed and no range has, and by when one must have."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
         self._list_after = 0.0
@@ -220,14 +221,11 @@ class Ranges:
                 if each.due is not None and each.due <= now:
                     each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
-                if self._late_at is not None and self._late_at <= now:
-                    if self._shown > self.index:
-                        raise Unsettled("something changed that is in no range")
-                    self._list_names()  # a range has shown a later change alone
-                    publish(confirmed=True)
+                if min(self._unexplained.values(), default=math.inf) <= now:
+                    raise Unsettled("something changed that no range shows")
                 if self._list_at is not None and self._list_at <= now:
                     self._list_names()
-            moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
+            moments = [*self._unexplained.values(), self._list_at, *(each.due for each in self._watched)]
             left = (
                 min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
             )
@@ -254,14 +252,10 @@ class Ranges:
             before, began = self.snapshot, time.monotonic()
             self._look(query, answer, began)
             ended = time.monotonic()
-            if self._shown in self._explained:
-                self._late_at = None
-            elif self._late_at is None:
-                self._late_at = ended + LATE_SECONDS
             if self.snapshot is not before:
                 self.load_seconds = ended - began
                 publish(confirmed=False)
-            if query is self._whole and self._late_at is None:
+            if query is self._whole and not self._unexplained:
                 publish(confirmed=True)
 
     def _look(self, query: Query, response: kv.Response, began: float) -> None:
@@ -283,6 +277,8 @@ class Ranges:
             self._explained = {each for each in self._explained if each >= self._shown}
             for prefix in self._rest:
                 self._read_rest(prefix)
+            if self._shown not in self._explained:
+                self._unexplained[self._shown] = time.monotonic() + LATE_SECONDS
         ended = time.monotonic()
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
@@ -336,6 +332,11 @@ class Ranges:
         self.index = max(self.index, response.index)
         several = len(changes) + lost > 1 or any(each > self._shown for each in self._explained)
         self._explained |= {response.index, *changes}
+        if lost:  # Consul shows the index of the latest deletion alone
+            first = min(self._unexplained, default=self._shown)
+            self._explained.update(range(max(since, first), response.index))
+        for index in self._explained & self._unexplained.keys():
+            del self._unexplained[index]
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
         self._list_at = at if self._list_at is None else min(at, self._list_at)
@@ -350,7 +351,7 @@ class Ranges:
                 if not covers(prefixes, keys := [name.encode() for name in names]):
                     self._check_uncovered(key for key in keys if not covers(prefixes, [key]))
         now = time.monotonic()
-        self._late_at = self._list_at = None
+        self._list_at = None
         self._list_after = now + (now - began) / LIST_SHARE
 
     def _check_uncovered(self, keys: Iterable[bytes]) -> None:

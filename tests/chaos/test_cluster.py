@@ -309,7 +309,7 @@ REFUSED = {
     f"a range refused, {kind}": Fault(
         range_refused, functools.partial(Refusing, kind=kind), is_outage=False, warns=False, seconds=BRIEF_SECONDS
     )
-    for kind in ("429", *(("500", "403", "closed") if LONG else ()))
+    for kind in ("429", "stalled", *(("500", "403", "closed") if LONG else ()))
 }
 LARGE = {name: FAULTS[name] for name in ("leader killed and restarted", "snapshot restored", "waits cut")}
 if LONG:

@@ -304,10 +304,14 @@ FAULTS = {
 }
 
 
-# The whole can still be read, so that nothing may be outdated.
+# The whole can still be read, so that nothing may be outdated; but that a query hangs shows only after a while.
 REFUSED = {
     f"a range refused, {kind}": Fault(
-        range_refused, functools.partial(Refusing, kind=kind), is_outage=False, warns=False, seconds=BRIEF_SECONDS
+        range_refused,
+        functools.partial(Refusing, kind=kind),
+        is_outage=kind == "stalled",
+        warns=False,
+        seconds=BRIEF_SECONDS,
     )
     for kind in ("429", "stalled", *(("500", "403", "closed") if LONG else ()))
 }

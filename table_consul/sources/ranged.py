@@ -26,7 +26,8 @@ from table_consul.sources.ranges import RANGE_KEYS, Cut, covers, gap
 from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
-# How long a range may take to show a change that the completeness query has shown already; else it is in no range.
+# How long a range may take to show a change that the completeness query has shown already; else it is in no range, or
+# the query for its range hangs.
 LATE_SECONDS = 0.5
 # Of several changes, as in a transaction, the completeness query shows only the last: another may be where no range is.
 # All names are listed, soon after several changes and a while after one, for at most a hundredth of the time.
@@ -198,8 +199,10 @@ class Ranges:
         """The index that the completeness query showed."""
         self._explained = {index}
         """Those that ranges showed since, of their own and of the entries that changed."""
-        self._late_at: float | None = None
-        """By when a range must have shown that index."""
+        self._deletions: list[tuple[int, int]] = []
+        """The same: after the first and up to the second something was deleted; Consul shows the latest alone."""
+        self._unexplained: dict[int, float] = {}
+        """Those that the completeness query showed and no range has, and by when one must have."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
         self._list_after = 0.0
@@ -222,18 +225,16 @@ class Ranges:
                 if each.due is not None and each.due <= now:
                     each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
-                is_late = self._late_at is not None and self._late_at <= now
-                if is_late or (self._list_at is not None and self._list_at <= now):
+                late = [index for index, by in self._unexplained.items() if by <= now]
+                if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
-                    if is_late and self._shown > self.index:
-                        raise Unsettled("something changed that is in no range")
-                    publish(confirmed=is_late)
-            moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
-            left = (
-                min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
-            )
+                    if not self._unexplained.keys().isdisjoint(late):
+                        raise Unsettled("something changed that no range shows")
+                    publish(confirmed=not self._unexplained)
+            moments = [self.until, self._list_at, *self._unexplained.values(), *(each.due for each in self._watched)]
+            first = min((each for each in moments if each is not None), default=math.inf)
             try:
-                answer = self._answers.get(timeout=max(0.0, left))
+                answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), STEP_SECONDS))
             except queue.Empty:
                 continue
             if answer is None:
@@ -255,14 +256,10 @@ class Ranges:
             before, began = self.snapshot, time.monotonic()
             self._look(query, answer, began)
             ended = time.monotonic()
-            if self._shown in self._explained:
-                self._late_at = None
-            elif self._late_at is None:
-                self._late_at = ended + LATE_SECONDS
             if self.snapshot is not before:
                 self.load_seconds = ended - began
                 publish(confirmed=False)
-            if query is self._whole and self._late_at is None:
+            if query is self._whole and not self._unexplained:
                 publish(confirmed=True)
 
     def _look(self, query: Query, response: kv.Response, began: float) -> None:
@@ -282,8 +279,11 @@ class Ranges:
         if changed and query is self._whole:
             self._shown = response.index
             self._explained = {each for each in self._explained if each >= self._shown}
+            self._deletions = [each for each in self._deletions if each[1] >= self._shown]
             for prefix in self._rest:
                 self._read_rest(prefix)
+            if not self._is_explained(self._shown):
+                self._unexplained[self._shown] = time.monotonic() + LATE_SECONDS
         ended = time.monotonic()
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
@@ -291,6 +291,9 @@ class Ranges:
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
+
+    def _is_explained(self, index: int) -> bool:
+        return index in self._explained or any(since < index <= until for since, until in self._deletions)
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
@@ -337,6 +340,9 @@ class Ranges:
         self.index = max(self.index, response.index)
         several = len(changes) + lost > 1 or any(each > self._shown for each in self._explained)
         self._explained |= {response.index, *changes}
+        if lost:
+            self._deletions.append((since, response.index))
+        self._unexplained = {each: by for each, by in self._unexplained.items() if not self._is_explained(each)}
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
         self._list_at = at if self._list_at is None else min(at, self._list_at)
@@ -362,7 +368,7 @@ class Ranges:
                 self._add_rest(prefix)
                 self._read_rest(prefix)
         now = time.monotonic()
-        self._late_at = self._list_at = None
+        self._list_at = None
         self._list_after = now + (now - began) / LIST_SHARE
 
     def _add_rest(self, prefix: bytes) -> None:

@@ -123,7 +123,7 @@ class Watch(threading.Thread):
             log.exception("internal error; please report it")
         while not self._stopped:
             try:
-                pause = self._turn()
+                pause = self._turn() * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
                 if (ranges := self._cut()) is not None:
                     pause = self._watch_ranges(ranges)
             except SourceError as error:

@@ -73,7 +73,7 @@ def test_apt_installs_it_with_debian_s_packages_alone(host, consul):
     checked = host.sh(f"su -s /bin/sh opensmtpd -c '/{LIBEXEC}/table-consul --check'")
     assert checked.endswith("/etc/mail/table-consul.toml: ok\n")
     owners = "stat -c '%U:%G %a' /etc/mail/table-consul.toml /var/lib/table-consul"
-    assert host.sh(owners).split("\n")[:2] == ["root:opensmtpd 640", "opensmtpd:opensmtpd 700"]
+    assert host.sh(owners).split("\n")[:2] == ["root:opensmtpd 640", "root:opensmtpd 770"]
 
 
 @pytest.mark.timeout(120)

@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.report import Row
-from bench.tables import absent, addresses, aliases, domains, expressions, networks, write_keys
+from bench.tables import absent, addresses, aliases, domains, expressions, networks, people, write_keys
 from tests.rig.consul import ConsulAgent
 
 HERE = Path(__file__).resolve().parent
@@ -24,8 +25,14 @@ BUILD = HERE / "build"
 # Both processes on one processor: the wake-up of another costs more than all that is to be measured. Consul has the
 # other, so that its work is not taken for ours.
 OURS_CPU, CONSUL_CPU = 1, 0
-SMALL, LARGE = "t1k", "t100k"
-SIZES = {SMALL: 1_000, LARGE: 100_000}
+# Keys of 100 bytes, which share a prefix, and keys as people name them.
+SMALL, LARGE, MILLION = "t1k", "t100k", "t1M"
+PEOPLE = ("p1k", "p10k", "p100k", "p1M")
+SIZES = {SMALL: 1_000, LARGE: 100_000, MILLION: 1_000_000}
+ALIASES: dict[str, Callable[[], dict[str, str]]] = {
+    **{table: partial(aliases, count) for table, count in SIZES.items()},
+    **{table: partial(people, 10**power) for power, table in enumerate(PEOPLE, 3)},
+}
 # The keys of the lookups: found, not found, and both; at least half of smtpd's lookups find nothing.
 HITS, MISSES, HALVES = "", ".misses", ".halves"
 DRIVER_SECONDS = 600
@@ -94,11 +101,11 @@ class Bench:
             path.chmod(0o755)
         return str(path)
 
-    def configuration(self, mode: str) -> Path:
-        path = self.folder / f"{mode}.toml"
+    def configuration(self, mode: str, max_age: int = 86_400) -> Path:
+        path = self.folder / f"{mode}-{max_age}.toml"
         path.write_text(
             f'[consul]\naddress = "http://{self.consul.address}"\n'
-            f'[defaults]\nmode = "{mode}"\n'
+            f'[defaults]\nmode = "{mode}"\nmax_age = {max_age}\nmax_keys = 2_000_000\n'
             '[log]\ntarget = "stderr"\n'
         )
         return path
@@ -113,9 +120,9 @@ class Bench:
             if table in self.loaded:
                 continue
             asked: dict[str, str | None]
-            if table in SIZES:
-                service, entries = "alias", aliases(SIZES[table])
-                asked = dict(entries)
+            if table in ALIASES:
+                service, entries = "alias", ALIASES[table]()
+                asked = {key.lower(): value for key, value in entries.items()}
             else:
                 service, (entries, asked) = table, PATTERNS[table](SIZES[LARGE])
             write_keys(self.keys(table), asked)

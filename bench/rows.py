@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench import alone
-from bench.children import HALVES, HITS, LARGE, MISSES, PATTERNS, SMALL, Bench, Failure
+from bench.children import HALVES, HITS, LARGE, MILLION, MISSES, PATTERNS, SMALL, Bench, Failure
 from bench.report import Row
 
 EDITED_KEY = "zz-edited@example.org"
+RSS_MB = {"1k": 28, "100k": 60, "1M": 450}
 
 
 def start(bench: Bench) -> None:
@@ -119,49 +119,27 @@ def lookup(bench: Bench) -> None:
     ]
 
 
-def edit(bench: Bench) -> None:
-    """From an edit in Consul to the answer that holds it."""
-    bench.load(SMALL, LARGE)
-    for table, edits, think in ((SMALL, 100 if bench.quick else 300, 100), (LARGE, 4 if bench.quick else 15, 2000)):
-        path = bench.first_path(table)
-        own = alone.edits(bench.consul, table, f"{table}/alias/{EDITED_KEY}", edits)
-        step = f"edit {bench.where} {path} {edits} {think}"
-        seen = bench.run(bench.mirror, table, "warm 30", "sleep 1", step, "lookup 5000", "memory")["edit"]
-        limits = (10, 30) if table == SMALL else (25, None)
-        size = table[1:]
-        for rank, limit in zip(("p50", "p99"), limits, strict=True):
-            bench.rows.append(
-                Row(
-                    f"edit seen {rank}, {size}",
-                    seen[f"returned_{rank}"] / 1e3,
-                    "ms",
-                    "Consul alone",
-                    own[rank],
-                    limit,
-                    note=f"from the PUT's return; from its sending {seen[f'sent_{rank}'] / 1e3:.1f}",
-                )
-            )
-
-
-def reload(bench: Bench) -> None:
-    """Lookups while a table of 100,000 keys is edited once a second."""
-    bench.load(LARGE)
+def reload(bench: Bench, table: str = LARGE) -> None:
+    """Lookups while a large table is edited once a second."""
+    bench.load(table)
+    size = table[1:]
     seconds = 4 if bench.quick else 20
-    edited = f"{bench.where} {LARGE}/alias/{EDITED_KEY}"
-    last_edit = f"edit {bench.where} {bench.first_path(LARGE)} 2 10"
+    warm = f"warm {120 if table == MILLION else 30}"
+    edited = f"{bench.where} {table}/alias/{EDITED_KEY}"
+    last_edit = f"edit {bench.where} {bench.first_path(table)} 2 10"
     for one_cpu in (True, False):
         where = "" if one_cpu else ", free"
-        idle = bench.run(bench.mirror, LARGE, "warm 30", "sleep 1", f"soak {seconds}", one_cpu=one_cpu)["soak"]
-        steps = ("warm 30", "sleep 1", f"edited {seconds} 0 {edited}", last_edit, "memory")
-        busy = bench.run(bench.mirror, LARGE, *steps, one_cpu=one_cpu)
-        base = bench.run(bench.floor, LARGE, "warm 30", f"edited {seconds} 0 {edited}", one_cpu=one_cpu)["edited"]
-        steps = ("warm 30", "sleep 1", f"edited {seconds} 1000 {edited}", last_edit, "memory")
-        paced = bench.run(bench.mirror, LARGE, *steps, one_cpu=one_cpu)["edited"]
+        idle = bench.run(bench.mirror, table, warm, "sleep 1", f"soak {seconds}", one_cpu=one_cpu)["soak"]
+        steps = (warm, "sleep 1", f"edited {seconds} 0 {edited}", last_edit, "memory")
+        busy = bench.run(bench.mirror, table, *steps, one_cpu=one_cpu)
+        base = bench.run(bench.floor, table, warm, f"edited {seconds} 0 {edited}", one_cpu=one_cpu)["edited"]
+        steps = (warm, "sleep 1", f"edited {seconds} 1000 {edited}", last_edit, "memory")
+        paced = bench.run(bench.mirror, table, *steps, one_cpu=one_cpu)["edited"]
         now = busy["edited"]
         bench.rows += [
-            Row(f"edited each second, p99, 100k{where}", now["p99"], "us", "idle", idle["p99"], 3, as_ratio=True),
+            Row(f"edited each second, p99, {size}{where}", now["p99"], "us", "idle", idle["p99"], 3, as_ratio=True),
             Row(
-                f"edited each second, latest, 100k{where}",
+                f"edited each second, latest, {size}{where}",
                 now["max"] / 1e3,
                 "ms",
                 "C floor",
@@ -169,9 +147,9 @@ def reload(bench: Bench) -> None:
                 10,
                 note=f"{now['late']} of {now['answers']:,} later than 25 ms; idle {idle['max'] / 1e3:.1f} ms",
             ),
-            Row(f"the same at 1,000 a second, p99{where}", paced["p99"] / 1e3, "ms"),
+            Row(f"the same at 1,000 a second, p99, {size}{where}", paced["p99"] / 1e3, "ms"),
             Row(
-                f"the same at 1,000 a second, latest{where}",
+                f"the same at 1,000 a second, latest, {size}{where}",
                 paced["max"] / 1e3,
                 "ms",
                 limit=10,
@@ -181,8 +159,13 @@ def reload(bench: Bench) -> None:
         ]
         if one_cpu:
             bench.rows += [
-                Row("RSS, 100k, after reloads", busy["memory"]["rss_mb"], "MB", limit=60),
-                Row("peak, 100k, after reloads", busy["memory"]["peak_mb"], "MB", limit=150),
+                Row(f"RSS, {size}, after reloads", busy["memory"]["rss_mb"], "MB", limit=RSS_MB[size]),
+                Row(
+                    f"peak, {size}, after reloads",
+                    busy["memory"]["peak_mb"],
+                    "MB",
+                    limit=150 if table == LARGE else None,
+                ),
             ]
 
 
@@ -283,5 +266,5 @@ def imsg(bench: Bench) -> None:
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {
-    row.__name__: row for row in (start, lookup, edit, reload, direct, patterns, imsg)
+    row.__name__: row for row in (start, lookup, reload, direct, patterns, imsg)
 }

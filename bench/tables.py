@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 
@@ -12,10 +13,35 @@ def aliases(count: int) -> dict[str, str]:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     table: dict[str, str] = {}
     for number in range(count):
-        head = f"user{number}."
+        head = f"user{number:07}."
         key = head + "".join(chance.choices(letters, k=88 - len(head))) + "@example.org"
         name = f"{chance.getrandbits(32):08x}" + "".join(chance.choices(letters, k=chance.randrange(10, 41)))
         table[key] = f"{name}@example.net"
+    return table
+
+
+SYLLABLES = re.findall(
+    r"\w+", "an bel cor dov el fen gra hol is jon kar lem mor nik ol per ros ten tov ur ven wil xav yor zel"
+)
+
+
+def people(count: int) -> dict[str, str]:
+    """Keys as people name them: all first letters, some capitals, users alone and whole addresses, all lengths."""
+    chance = random.Random(count)
+    table: dict[str, str] = {}
+    folded: set[str] = set()
+    while len(table) < count:
+        first, last = ("".join(chance.choices(SYLLABLES, k=chance.randrange(1, 4))) for _ in range(2))
+        if chance.random() < 0.1:
+            first, last = first.title(), last.title()
+        key = chance.choice([f"{first}.{last}", f"{first[0]}{last}", f"{last}{chance.randrange(100)}"])
+        if chance.random() < 0.7:
+            key += f"@{chance.choice(SYLLABLES)}{chance.randrange(30)}.example.org"
+        elif chance.random() < 0.5:
+            key += f".{chance.randrange(10_000)}"
+        if key.lower() not in folded:
+            folded.add(key.lower())
+            table[key] = f"{last}@box{chance.randrange(30)}.example.net"
     return table
 
 

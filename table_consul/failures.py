@@ -37,6 +37,10 @@ class BadRequest(BadResponse):
     """Consul refuses this one request: another address would answer the same, and other requests may succeed."""
 
 
+class TooManyConnections(Unreachable):
+    """Consul takes no further connection from this host; those that are open go on, and fewer would do."""
+
+
 class BadName(BadRequest):
     """Consul refuses the name of this key, whether there is such a key or not."""
 
@@ -71,13 +75,21 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
         if "should respect" in said:
             hint = "a limit of Consul 1.21.5: upgrade it, or set disable_http_unprintable_char_filter there"
         return BadName(f"{consul} refuses the name of this key: {said} ({hint})")
+    if "too many concurrent connections" in said:
+        return TooManyConnections(f"{consul}: {said} (see its setting limits.http_max_conns_per_client)")
     kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse
     return kind(f"{consul}: {said}")
 
 
-def broken_exchange(consul: str, error: Exception) -> SourceError:
-    """The error for an exchange that broke off; ``consul`` names who should have answered."""
+def broken_exchange(consul: str, error: Exception, *, fresh: bool = False) -> SourceError:
+    """The error for an exchange that broke off; ``consul`` names who should have answered.
+
+    ``fresh``: on a connection opened for it, at once. Consul 1.8 closes those beyond its limit without an answer.
+    """
     cause = cause_of(error)
+    if fresh and isinstance(cause, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError):  # RemoteDisconnected too
+        hint = "does this host have more than limits.http_max_conns_per_client connections?"
+        return TooManyConnections(f"{consul}: {reason_of(cause)} ({hint})")
     ended = isinstance(cause, OSError | http.client.IncompleteRead)
     kind = BadResponse if isinstance(cause, http.client.HTTPException) and not ended else Unreachable
     return kind(f"{consul}: {reason_of(cause)}")

@@ -25,9 +25,6 @@ TOKEN = re.compile(r"[\x21-\x7e]+")
 # OpenBSD's, Debian's, and Arch Linux's.
 _SMTPD_NAMES = ("_smtpd", "opensmtpd", "smtpd")
 
-# In base64 what kv.py takes from Consul, and the keys.
-FILE_LIMIT_BYTES = 256 << 20
-
 
 def open_regular_file(path: str, flags: int) -> int:
     """An opener for open() that takes nothing but files: no wait for a named pipe's writer, no device without end.
@@ -104,11 +101,11 @@ def read_token(path: str) -> str:
         return file.read(4096).decode("ascii", "replace").rstrip()
 
 
-def read_bounded(file: BinaryIO, limit: int = FILE_LIMIT_BYTES) -> bytes:
+def read_bounded(file: BinaryIO, limit: int) -> bytes:
     """All of an open file.
 
     Raises:
-        SourceError: it is larger than ``limit`` bytes: more than a mail host should hold in memory.
+        SourceError: it is larger than ``limit`` bytes.
     """
     data = file.read(limit + 1)
     if len(data) > limit:

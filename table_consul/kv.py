@@ -7,21 +7,33 @@ Knows the paths and parameters of Consul's HTTP interface, and nothing of tables
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, BadResponse, Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.failures import BROKEN
+from table_consul.errors import (
+    UNDECODABLE,
+    BadResponse,
+    Forbidden,
+    SourceError,
+    TooLarge,
+    Unreachable,
+    counted,
+    printable,
+)
+from table_consul.failures import BROKEN, cause_of
 from table_consul.files import TOKEN, read_token
-from table_consul.transport import Request, Transport
+from table_consul.gzip_body import body_of
+from table_consul.json_list import OBJECTS, STRINGS, LargeObjectError, split_list
+from table_consul.transport import Request, Transport, WaitCut
 
 with warnings.catch_warnings():
     # python-consul2 is of 2020: Python warns about its spelling, and it warns about what it deprecates itself.
@@ -35,12 +47,6 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _INVALID_ESCAPE = re.compile(b"%(?![0-9a-fA-F]{2})")
-# The last place where one entry of a list ends and the next begins. Within a JSON string no quote follows like that: it
-# would end the string, and after its end comes no letter. It is found from the end, in linear time.
-_LAST_BOUNDARY = re.compile(rb'(?s:.*)\},(?=\s{0,32}\{\s{0,32}"[A-Za-z])')
-# The same of a list of strings, none of which begins with a comma: then no string is `,` between two others' quotes.
-_LAST_NAME = re.compile(rb'(?s:.*)(?<!\\)",(?=\s{0,32}"[^,])')
-_BOUNDARY_BYTES = 69
 
 T = TypeVar("T")
 
@@ -104,9 +110,11 @@ class Response:
         """The server that answered may lack recent entries: it cannot prove that a key is absent."""
         self._client = client
         self._raw = raw
+        self._body = body_of(raw)
         self._prefix = prefix.decode()
         self._seconds = client.read_seconds if steps else None
         self._unread = True
+        self._size = 0
 
     @property
     def index(self) -> int:
@@ -134,35 +142,60 @@ class Response:
         Consul sorts by bytes, but lists every byte that is not UTF-8 as U+FFFD: keys may be out of order, and equal.
 
         Raises:
-            TooLarge: the body has more than `Client.body_bytes`.
-            SourceError: it broke off, stopped arriving, or is not a list of such entries.
+            TooLarge: they have more than `Client.body_bytes` beyond `Client.entry_bytes` each, or arrive until the
+                deadline.
+            SourceError: the body broke off, stopped arriving, or is not a list of such entries.
         """
-        for piece in _split_list(self._chunks(), _LAST_BOUNDARY):
-            pairs = [] if self.absent else self.decoded(_PAIRS, piece)
-            if pairs:
-                self.check_below([pair.name for pair in pairs])
-                yield pairs
+        for pairs in self._elements(_PAIRS, OBJECTS):
+            self.check_below([pair.name for pair in pairs])
+            yield pairs
 
     def names(self) -> Iterator[list[str]]:
         """The keys below the prefix, a few at a time; raises as `pairs`."""
-        for piece in _split_list(self._chunks(), _LAST_NAME):
-            names = [] if self.absent else self.decoded(_NAMES, piece)
-            if names:
-                self.check_below(names)
-                yield names
+        for names in self._elements(_NAMES, STRINGS):
+            self.check_below(names)
+            yield names
+
+    def _elements(self, decoder: msgspec.json.Decoder[list[T]], boundaries: re.Pattern[bytes]) -> Iterator[list[T]]:
+        count = 0
+        try:
+            for piece in split_list(self._chunks(), boundaries=boundaries):
+                found = [] if self.absent else self.decoded(decoder, piece)
+                count += len(found)
+                self._check_size(count)
+                if found:
+                    yield found
+        except LargeObjectError as error:
+            raise TooLarge(f"Consul at {self._client.address}: {error}") from error
+        except ValueError as error:
+            raise self.bad(str(error)) from error
 
     def _chunks(self) -> Iterator[bytes]:
-        client, size = self._client, 0
+        client = self._client
         self._unread = False
-        while chunk := client.transport.read(self._raw, client.chunk_bytes, self._seconds):
-            size += len(chunk)
-            if size > client.body_bytes:
-                raise TooLarge(f"Consul at {client.address}: more than {client.body_bytes >> 20} MiB of data")
-            yield chunk
+        try:
+            while chunk := client.transport.read(self._body, client.chunk_bytes, self._seconds):
+                self._size += len(chunk)
+                yield chunk
+        except Unreachable as error:
+            flowing = self._seconds is None and self._size > client.flowing_bytes
+            if not flowing or not isinstance(cause_of(error), TimeoutError):
+                raise
+            text = f"Consul at {client.address}: {self._size >> 20} MiB of a list arrived in time, and not all of it"
+            raise TooLarge(text) from error
+
+    def _check_size(self, count: int) -> None:
+        client = self._client
+        if self._size > client.body_bytes + count * client.entry_bytes:
+            large = f"{self._size >> 20} MiB in {counted(count, 'entry', 'entries')}"
+            raise TooLarge(f"Consul at {client.address}: {large} is more than smtpd can use")
 
     def decoded(self, decoder: msgspec.json.Decoder[T], piece: bytearray | None = None) -> T:
         """What the decoder makes of the body, or of this piece of it; raises as `pairs`."""
-        text = bytearray().join(self._chunks()) if piece is None else piece
+        text = piece if piece is not None else bytearray()
+        for chunk in self._chunks() if piece is None else ():
+            text += chunk
+            self._check_size(0)
         try:
             return decoder.decode(text)
         except UNDECODABLE as error:
@@ -181,20 +214,6 @@ class Response:
         transport.disconnect()
         transport.next_address()
         return error
-
-
-def _split_list(chunks: Iterable[bytes], last_boundary: re.Pattern[bytes]) -> Iterator[bytearray]:
-    """The chunks of one JSON list, as lists of whole elements; no byte is searched twice, but for a few."""
-    rest, searched = bytearray(), 0
-    for chunk in chunks:
-        rest += chunk
-        if boundary := last_boundary.match(rest, searched):
-            end = boundary.end() - 1
-            del boundary  # it locks the buffer
-            yield rest[:end] + b"]"
-            rest[: end + 1] = b"["
-        searched = max(0, len(rest) - _BOUNDARY_BYTES)
-    yield rest
 
 
 def is_url_safe(key: bytes) -> bool:
@@ -242,9 +261,16 @@ class Client:
     """Read at a time, and discarded to keep a connection. Decoding that much holds Python's lock for some 50
     microseconds, in which no reply leaves; the read before the next chunk releases it."""
     body_bytes = 128 << 20
-    """Some 400,000 entries of 100 bytes; more than that no mail host should hold in memory."""
+    entry_bytes = 4 << 10
+    """A body may have ``body_bytes``, and ``entry_bytes`` for each entry: in JSON the longest key that smtpd asks for
+    and the longest value that it takes need less, so that only ``max_keys`` limits a table of such entries."""
+    flowing_bytes = 1 << 20
+    """A list of which more has arrived by its deadline is too large to be read in that time, which is no outage."""
     read_seconds = 10.0
     """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
+    late_seconds = 30.0
+    """What a list may take to begin beyond its timeout, at most: Consul encodes all of it first. 1,000,000 entries take
+    2 seconds on a machine that has nothing else to do."""
     discard_seconds = 1.0
     """For what is discarded: after an early answer to a blocking query the time for a late one is left."""
 
@@ -253,6 +279,7 @@ class Client:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._library = _Library(consistency=settings.consistency, dc=settings.datacenter)
+        self._late = 0.0
         self._token, self._token_file = settings.token, settings.token_file
         if self._token_file is None:
             self._read_token()
@@ -283,19 +310,35 @@ class Client:
         ``folders_only``: just the names directly below it, for the index alone, which is that of all that lies deeper.
 
         With the ``index`` of a former response Consul answers when something changed since, or after ``wait`` seconds
-        plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin.
+        plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin,
+        and more after it was late: an answer that always comes too late would be an outage without end.
 
         Without an index the leader makes sure that it is one and has caught up, unless `stale` is configured: one that
         was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
         #3285, #10989). Waiting on an index needs no such proof.
         """
         options: dict[str, Any] = {"keys": True, "separator": "/"} if folders_only else {"recurse": True}
+        consistency, held = self._library.consistency, self._late
         if index:
-            held = wait * (1 + 1 / 16)
+            held += wait * (1 + 1 / 16)
             options |= {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
-            return self._ask(prefix, timeout + held, held, steps=True, **options)
-        consistency = "consistent" if self._library.consistency == "default" else self._library.consistency
-        return self._ask(prefix, timeout, steps=True, consistency=consistency, **options)
+        else:
+            options["consistency"] = "consistent" if consistency == "default" else consistency
+        began = time.monotonic()
+        try:
+            response = self._ask(prefix, timeout + held, held, steps=True, **options)
+        except WaitCut as cut:
+            if index or math.isinf(cut.seconds):
+                raise
+            raise Unreachable(str(cut)) from cut
+        except Unreachable:
+            if self.transport.late:
+                self._late = min(max(timeout, 2 * self._late), self.late_seconds)
+            raise
+        if not index:
+            took = time.monotonic() - began
+            self._late = min(max(0.0, 4 * took - timeout), self.late_seconds)
+        return response
 
     def all_names(self, prefix: bytes, *, timeout: float) -> Response:
         """The keys below the prefix, still to be read with `Response.names`; a context manager."""
@@ -371,7 +414,7 @@ class Client:
         if not is_url_safe(key.removesuffix(b"/") if options else key) and (key or not options):
             raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
-        raw = self._send(lambda: self._library.kv.get(name, **options), timeout, held)
+        raw = self._send(lambda: self._library.kv.get(name, **options)._replace(compress=bool(options)), timeout, held)
         return Response(self, raw, key, steps=steps)
 
     def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:

@@ -30,6 +30,7 @@ PURE = sorted(
         "sources",
         "sources.hold",
         "sources.mirror",
+        "sources.ranges",
         "ctl.files",
         "ctl.expansion",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -19,14 +20,14 @@ from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import json_text
 from table_consul.errors import SourceError, counted, printable
 from table_consul.services import SERVICES, Service, Table
-from table_consul.sources.export import read_export
+from table_consul.sources.export import iter_export
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Change, Plan
     from table_consul.ctl.txn import Progress, Store
 
 # Half a million users fit; /dev/zero does not fill the memory of the mail host.
-FILE_MAX_BYTES = 64 << 20
+FILE_MAX_BYTES = 1 << 30
 # As much as shows whether a file is text; an endless one is not read to the limit.
 HEAD_BYTES = 1 << 20
 # Enough to fix a file; if there are more, something else is wrong with it.
@@ -176,7 +177,7 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
     data = data.removeprefix(files.BYTE_ORDER_MARK)
     form = files.detect_format(data, service) if wanted == "auto" else wanted
     if form == "export":
-        return files.entries_of_export(read_export(data), service, path, below)
+        return files.entries_of_export([*iter_export(io.BytesIO(data))], service, path, below)
     if form == "aliases" and service.name == "alias":
         return files.read_aliases(data, cautious=wanted == "auto")
     if form == "passwd" and service.fields:

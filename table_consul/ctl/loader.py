@@ -15,7 +15,7 @@ from table_consul import kv
 from table_consul.config import Config
 from table_consul.ctl.main import duration
 from table_consul.errors import SourceError, TooLarge, printable
-from table_consul.files import open_regular_file, read_bounded
+from table_consul.files import open_regular_file
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import direct, export, mirror, reading, snapshot
@@ -127,7 +127,7 @@ def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
     """
     try:
         with open(path, "rb", opener=open_regular_file) as file:
-            return sorted(export.read_export(read_bounded(file))), os.fstat(file.fileno()).st_mtime
+            return sorted(export.iter_export(file)), os.fstat(file.fileno()).st_mtime
     except (OSError, SourceError) as error:
         if hint and isinstance(error, FileNotFoundError):
             return [], 0.0

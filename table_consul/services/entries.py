@@ -5,14 +5,17 @@ Keys and values come in as Consul stores them; every value that comes out is a v
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from table_consul.errors import EntryError, printable
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
+from table_consul.services.drafts import Draft, Drafts
 from table_consul.services.elements import is_plain_list
 from table_consul.services.judge import NO_NETWORK, key_problem, usual_key, value_problem
+from table_consul.services.parts import NO_PARTS, REPLACEMENT, Note, Part, Parts
 from table_consul.services.passwords import Kind, calculated_hash
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value
 
@@ -20,11 +23,11 @@ if TYPE_CHECKING:
     from table_consul.services.index import Index, SecondsLeft
 
 
-REPLACEMENT = "\ufffd".encode()
 NOT_UTF8 = (
     "the key is not UTF-8 (Consul lists its bytes as U+FFFD), so no lookup finds it; delete it over HTTP, by its bytes"
     " (DELETE /v1/kv/FOLDER/%80)"
 )
+WRONG_CASE = "smtpd asks in lower case, so mode direct never finds this key; rename it"
 
 
 class Problem(NamedTuple):
@@ -42,25 +45,13 @@ class EntriesBuilder:
     """Builds `Entries` from pairs, in as many steps as it takes. A bad entry affects no other."""
 
     def __init__(self, table: Table, service: Service, former: Entries | None = None, below: bytes = b"") -> None:
-        """``former`` are the entries of an earlier load; values that have not changed since are not parsed again."""
-        self.below = below
+        """``former`` are the entries of an earlier load; values that have not changed since are not parsed again.
+
+        What is taken replaces those of them whose stored key, relative to the folder, begins with ``below``.
+        """
         self.table = table
         self.service = service
         self.path = table.path(service)
-        self.values: dict[bytes, bytes] = {}
-        """By folded key; ``b""`` where the entry has no value."""
-        self.errors: dict[bytes, Problem] = {}
-        """By folded key: entries whose lookup is an error. No key is both here and in ``values``."""
-        self.incomplete: set[bytes] = set()
-        """Those of them that are records without any field of this service, which another service may use."""
-        self.warnings: dict[bytes, Problem] = {}
-        """By folded key: entries that are served, although smtpd would reject or misread them."""
-        self.spelling: list[Problem] = []
-        """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
-        self.original_case: dict[bytes, bytes] = {}
-        """Folded key to the stored one, where they differ."""
-        self._hashed = service.hashed and "auth" in table.services
-        self._kinds: dict[Kind, tuple[bytes, bytes]] = {}
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
         # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
@@ -69,147 +60,93 @@ class EntriesBuilder:
             before = self._former.table
             same_deadline = before.deadline == table.deadline or not (service.hashed or service.patterns)
             self._reusable = self._former if same_deadline and before.services == table.services else None
+        self._rest_is_known = not below or self._reusable is not None
         # A value that came out of parse_value is valid as it is, unless it would be decoded once more. One with a
         # warning is judged again, and so are expressions, which depend on how they are spelled.
-        self._valid: Mapping[bytes, bytes] = {}
-        if self._reusable is not None and table.value_format != "json" and service.name != "regex":
-            self._valid = self._reusable.values
-            if warned := self._reusable.warnings:
-                self._valid = {key: value for key, value in self._valid.items() if key not in warned}
+        self._reuses_values = table.value_format != "json" and service.name != "regex"
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
-        self._former_keys = iter(self._valid)
+        self._hashed = service.hashed and "auth" in table.services
+        parts = NO_PARTS if self._reusable is None else self._reusable.parts
+        self._drafts = Drafts(parts, below, self._kind if self._hashed else None)
         self._usual_key = usual_key(service)
         self._judges_empty = service.needs_value or service.name in ("source", "relayhost")
         self._takes_lists = service.joined and table.value_format != "json"
-        self.seed()
-
-    def seed(self) -> None:
-        former = self._former
-        if former is None or not self.below:
-            return
-        for name in ("values", "errors", "warnings"):
-            mine = getattr(self, name)
-            for key, value in getattr(former, name).items():
-                if not former.original_case.get(key, key).startswith(self.below):
-                    mine[key] = value
-                    if key in former.original_case:
-                        self.original_case[key] = former.original_case[key]
-
-    conclusive = True
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """Add pairs, whose keys are relative to the folder."""
-        values, errors, valid, former_keys = self.values, self.errors, self._valid, self._former_keys
-        for key, raw in pairs:
-            if not key or key[-1] == 0x2F:
-                continue  # the folder itself, and folders made in the UI
-            folded = fold_key(key)
-            if (folded != key or folded in values or folded in errors) and not self._resolve_case(key, folded):
-                continue
-            if raw and valid.get(folded) == raw and raw[:1] not in self._decoded:
-                for former in former_keys:  # in the same order; its own object, or a reload would hold every key twice
-                    if former == folded:
-                        folded = former
-                        break
-                values[folded] = valid[folded]
-            else:
-                self._parse(folded, key, raw)
+        """Add pairs, whose keys are relative to the folder and begin with ``below``."""
+        rest, drafts = iter(pairs), self._drafts
+        while True:
+            pair = drafts.current.follow(rest, self._decoded) if self._reuses_values else next(rest, None)
+            if pair is None:
+                return
+            key, raw = pair
+            if key and key[-1] != 0x2F:  # not the folder itself, nor folders made in the UI
+                folded = fold_key(key)
+                drafts.take(folded, *self._judge(drafts.at(folded), folded, key, raw))
 
-    def _resolve_case(self, key: bytes, folded: bytes) -> bool:
-        """Whether this key answers: of those that differ only in case, the lower-case one does, else the first.
-
-        Consul lists a key twice only where two that are not UTF-8 look alike; whatever is listed twice is an error.
-        """
-        if not self.has(folded):
-            self.original_case[folded] = key
-            return True
-        rival = self.original_case.get(folded, folded)
-        if rival == key:
-            if self.values.pop(folded, None) is not None:
-                self.warnings.pop(folded, None)
-                self.errors[folded] = Problem(self.path + key, "Consul lists this key twice")
-            return False
-        winner, loser = (key, rival) if key == folded else (rival, key)
-        path = printable(self.path + winner)
-        text = f"differs only in case from {path}, which takes precedence; delete one of the two"
-        self.spelling.append(Problem(self.path + loser, text))
-        if winner != key:
-            return False
-        for mapping in (self.values, self.errors, self.warnings, self.original_case):
-            mapping.pop(folded, None)
-        self.incomplete.discard(folded)
-        return True
-
-    def _parse(self, folded: bytes, key: bytes, raw: bytes | None) -> None:
+    def _judge(self, draft: Draft, folded: bytes, key: bytes, raw: bytes | None) -> tuple[bytes | None, Note | None]:
+        """The cell and the note of an entry."""
+        former = draft.former
+        if raw and self._reuses_values and former.cells.get(folded) == raw and raw[:1] not in self._decoded:
+            note = former.notes.get(folded)
+            if note is None or note.warning is None:
+                return former.cells[folded], None if folded == key else Note(key)
         if REPLACEMENT in key:
-            self.errors[folded] = Problem(self.path + key, NOT_UTF8)
-            return
+            return None, Note(key, NOT_UTF8)
         problem, value = None, raw or b""
         if raw and not (self._takes_lists and is_plain_list(raw)):  # as nearly all lists are
             try:
                 value = parse_value(self.table, self.service, folded, raw)
             except EntryError as error:
-                self.errors[folded] = Problem(self.path + key, str(error))
-                if isinstance(error, MissingFields):
-                    self.incomplete.add(folded)
-                return
+                return None, Note(key, str(error), incomplete=isinstance(error, MissingFields))
             problem = value_problem(self.table, self.service, folded, value)
         elif not raw and self._judges_empty:
             problem = value_problem(self.table, self.service, folded, value)
-        self.values[folded] = value
-        if self._hashed:
-            self._note_kind(folded, value)
+        if self._hashed and (kind := self._kind(value)) is not None:
+            draft.kinds.setdefault(kind, (folded, value))
         if len(folded) > MAX_KEY_BYTES or not self._usual_key(folded):
             problem = key_problem(self.table, self.service, folded, key) or problem
-        if problem is not None:
-            self.warnings[folded] = Problem(self.path + key, problem)
+        return value, None if folded == key and problem is None else Note(key, warning=problem)
 
-    def _note_kind(self, folded: bytes, value: bytes) -> None:
-        if (known := calculated_hash(value, self.table.deadline)) is not None:
-            self._kinds.setdefault(known.kind, (folded, value))
-
-    def kinds(self) -> dict[Kind, tuple[bytes, bytes]]:
-        """An entry and its value for each kind of hash; looked for among all only when such an entry has changed."""
-        if self._reusable is not None:
-            self._kinds = self._reusable.kinds | self._kinds
-        if any(self.values.get(folded) != value for folded, value in self._kinds.values()):
-            self._kinds = {}
-            for folded, value in self.values.items():
-                self._note_kind(folded, value)
-        return self._kinds
+    def _kind(self, value: bytes) -> Kind | None:
+        known = calculated_hash(value, self.table.deadline)
+        return None if known is None else known.kind
 
     def has(self, folded: bytes) -> bool:
-        """Whether an entry of this folded key was taken."""
-        return folded in self.values or folded in self.errors
+        """Whether an entry of this folded key was taken, or is one that is not replaced."""
+        return self._drafts.has(folded)
 
     def missing_keys(self) -> dict[bytes, bytes]:
-        """The keys that the former entries had and these have not, from folded to stored, relative to the folder."""
-        former = self._former
-        if former is None:
-            return {}
-        values, errors = self.values, self.errors
-        missing = [key for key in (*former.values, *former.errors) if key not in values and key not in errors]
-        return {key: former.original_case.get(key, key) for key in missing}
+        """The keys of the former entries that were not taken, from folded to stored, relative to the folder."""
+        self._drafts.settle()
+        return {} if self._former is None else dict(self._drafts.missing(self._former.parts))
 
-    def keep(self, folded: Iterable[bytes]) -> None:
-        """Have these keys, which the former entries have and these lack, answer as they did; after the last `take`."""
-        former = self._former
-        assert former is not None
-        for key in folded:
-            for name in ("values", "errors", "warnings", "original_case"):
-                if (found := getattr(former, name).get(key)) is not None:
-                    getattr(self, name)[key] = found
-            if key in former.incomplete:
-                self.incomplete.add(key)
+    def keep(self, keys: Iterable[bytes]) -> None:
+        """Have these of the `missing_keys`, which are folded, answer as the former entries do."""
+        former = NO_PARTS if self._former is None else self._former.parts
+        for folded in keys:
+            part = former.of(folded)
+            self._drafts.keep(folded, part.cells[folded], part.notes.get(folded))
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether what was taken settles which entry answers for each key; if not, the whole folder must be read.
+
+        It does not where a key was deleted that took precedence over another one, which differs only in case and is not
+        below: its value is not in memory.
+        """
+        return self._drafts.settle() and self._rest_is_known
+
+    def parts(self) -> Parts:
+        """What the entries consist of."""
+        return self._drafts.finish()
 
     def finish(self) -> Entries:
         """The entries; the former ones themselves if nothing has changed."""
-        former = self._reusable
-        if former is not None:
-            compared = ("values", "errors", "warnings", "spelling", "original_case")
-            if all(getattr(former, name) == getattr(self, name) for name in compared):
-                return former
-        return Entries(self.table, self.service, builder=self)
+        parts, former = self.parts(), self._reusable
+        if former is not None and former.parts.parts == parts.parts:
+            return former
+        return Entries(self.table, self.service, parts=parts, former=former)
 
 
 class Entries:
@@ -220,52 +157,127 @@ class Entries:
         table: Table,
         service: Service,
         pairs: Iterable[tuple[bytes, bytes | None]] = (),
-        builder: EntriesBuilder | None = None,
+        *,
+        parts: Parts | None = None,
+        former: Entries | None = None,
     ) -> None:
-        """Build from pairs, whose keys are relative to the folder; a builder may have taken others before."""
-        builder = builder or EntriesBuilder(table, service)
-        builder.take(pairs)
-        self.table, self.service, self.path = table, service, builder.path
-        self.values = builder.values
-        self.errors = builder.errors
-        self.incomplete = builder.incomplete
-        self.warnings = builder.warnings
-        self.spelling = builder.spelling
-        self.original_case = builder.original_case
-        self.kinds = builder.kinds()
-        """An entry and its value for each kind of hash, where passwords are verified here."""
-        refused = (problem for key, problem in self.errors.items() if key not in self.incomplete)
-        self.problems: list[Problem] = [*refused, *self.spelling, *self.warnings.values()]
-        """Every entry that smtpd cannot use as it is stored."""
-        if table.mode == "direct" and not service.patterns and service.name != "source":
-            text = "smtpd asks in lower case, so mode direct never finds this key; rename it"
-            self.problems += [Problem(self.path + key, text) for key in self.original_case.values()]
-        self._order: list[bytes] | None = None
-        self._index: Index | None = None
-        if service.patterns and (self.values or self.errors):
-            from table_consul.services.index import INDEXES, Addresses
+        """Build from pairs, whose keys are relative to the folder, or from the parts that a builder made.
 
-            # A pattern that is not what was stored would match something else.
-            patterns = [*self.values, *(key for key in self.errors if REPLACEMENT not in key)]
-            index, delimiter = INDEXES[service.name], table.subaddress_delimiter.encode()
-            more = {"delimiter": delimiter} if index is Addresses else {}
-            self._index = index(patterns, table.deadline / 10, **more)
-            self.problems += [Problem(self._stored(key), text) for key, text in self._index.problems]
-        self.refused = len({problem.key for problem in self.problems if problem.text != NO_NETWORK})
-        """How many entries smtpd cannot use; a host name among networks may be meant for `match from rdns`."""
+        ``former`` are the entries with whose parts it began.
+        """
+        if parts is None:
+            builder = EntriesBuilder(table, service)
+            builder.take(pairs)
+            parts = builder.parts()
+        self.table, self.service, self.path = table, service, table.path(service)
+        self.parts = parts
+        every = parts.parts
+        self.kinds = {kind: entry for part in every for kind, entry in part.kinds.items()}
+        """An entry and its value for each kind of hash, where passwords are verified here."""
+        self.index: Index | None = None
+        """Where entries are patterns."""
+        if service.patterns and every[0].cells:
+            self.index = self._updated_index(former)
         self._default = service.default and self.find(DEFAULT_KEY) is not None
-        self._undecodable = next((problem for key, problem in self.errors.items() if REPLACEMENT in key), None)
-        self._exact = self._index is None and not self._default and self._undecodable is None
-        self.plain = self._exact and not self.errors and all(self.values.values())
+        self._undecodable = next((part.undecodable for part in every if part.undecodable is not None), None)
+        self._exact = self.index is None and not self._default and self._undecodable is None
+        self.plain = self._exact and all(part.plain for part in every)
         """Every entry is an exact key with a value: ``values.get`` is a `lookup`."""
-        self.timed = self._index is not None and self._index.timed
+        self.values: Mapping[bytes, bytes] = parts
+        """By folded key; ``b""`` where the entry has no value."""
+        if len(every) == 1 and not every[0].errors:
+            self.values = cast("dict[bytes, bytes]", every[0].cells)
+        self.timed = self.index is not None and self.index.timed
         """Whether matching a key may take so long that it needs the clock of its request."""
 
+    def _updated_index(self, former: Entries | None) -> Index:
+        from table_consul.services.index import INDEXES, Addresses
+
+        parts = self.parts
+        if former is not None and former.index is not None:
+            added, removed = parts.patterns_not_in(former.parts), former.parts.patterns_not_in(parts)
+            index = copy(former.index)
+            index.change(added, removed, parts.patterns(), parts.is_pattern)
+            return index
+        kind, delimiter = INDEXES[self.service.name], self.table.subaddress_delimiter.encode()
+        more = {"delimiter": delimiter} if kind is Addresses else {}
+        return kind(parts.patterns(), self.table.deadline / 10, parts.is_pattern, **more)
+
     def __len__(self) -> int:
-        return len(self.values) + len(self.errors)
+        return sum(len(part.cells) for part in self.parts.parts)
+
+    @cached_property
+    def errors(self) -> Mapping[bytes, Problem]:
+        """By folded key: entries whose lookup is an error. No key is both here and in ``values``."""
+        return {key: self._problem(note, note.error) for key, note in self.parts.notes() if note.error is not None}
+
+    @cached_property
+    def incomplete(self) -> frozenset[bytes]:
+        """Those of them that are records without any field of this service, which another service may use."""
+        return frozenset(key for key, note in self.parts.notes() if note.incomplete)
+
+    @cached_property
+    def warnings(self) -> Mapping[bytes, Problem]:
+        """By folded key: entries that are served, although smtpd would reject or misread them."""
+        return {key: self._problem(note, note.warning) for key, note in self.parts.notes() if note.warning is not None}
+
+    @cached_property
+    def original_case(self) -> Mapping[bytes, bytes]:
+        """Folded key to the stored one, where they differ."""
+        return {key: note.stored for key, note in self.parts.notes() if note.stored != key}
+
+    @cached_property
+    def spelling(self) -> list[Problem]:
+        """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
+        return [problem for _, note in self.parts.notes() for problem in self._variants(note)]
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """Every entry that smtpd cannot use as it is stored."""
+        return [*self.problems_of(self.parts.parts), *self.index_problems()]
+
+    def problems_since(self, former: Entries | None) -> list[Problem]:
+        """Those of the problems that the former entries did not have."""
+        if former is None:
+            return self.problems
+        known = {*former.problems_of(former.parts.not_in(self.parts)), *former.index_problems()}
+        problems = (*self.problems_of(self.parts.not_in(former.parts)), *self.index_problems())
+        return [problem for problem in problems if problem not in known]
+
+    @cached_property
+    def refused(self) -> int:
+        """How many entries smtpd cannot use; a host name among networks may be meant for `match from rdns`."""
+        return len({problem.key for problem in self.problems if problem.text != NO_NETWORK})
+
+    def problems_of(self, parts: Iterable[Part]) -> Iterator[Problem]:
+        """Those of the problems that are not the index's."""
+        wrong_case = self.table.mode == "direct" and not self.service.patterns and self.service.name != "source"
+        for part in parts:
+            for key, note in part.notes.items() if wrong_case or part.flawed else ():
+                if note.error is not None and not note.incomplete:
+                    yield self._problem(note, note.error)
+                yield from self._variants(note)
+                if note.warning is not None:
+                    yield self._problem(note, note.warning)
+                if wrong_case and note.stored != key:
+                    yield self._problem(note, WRONG_CASE)
+
+    def index_problems(self) -> Iterator[Problem]:
+        """Patterns that cannot be used."""
+        for key, text in self.index.problems if self.index is not None else ():
+            yield Problem(self._stored(key), text)
+
+    def _variants(self, note: Note) -> Iterator[Problem]:
+        for key in note.variants:
+            path = printable(self.path + note.stored)
+            text = f"differs only in case from {path}, which takes precedence; delete one of the two"
+            yield Problem(self.path + key, text)
+
+    def _problem(self, note: Note, text: str) -> Problem:
+        return Problem(self.path + note.stored, text)
 
     def _stored(self, key: bytes) -> bytes:
-        return self.path + self.original_case.get(key, key)
+        return self.path + self.parts.of(key).stored(key)
 
     def _error(self, entry: bytes, text: str) -> EntryError:
         return EntryError(str(Problem(self._stored(entry), text)))
@@ -276,12 +288,12 @@ class Entries:
         Raises:
             EntryError: the time that is left, by default forever, is too short to match the key.
         """
-        if self._index is not None:
+        if self.index is not None:
             try:
-                return self._index.find(key) if seconds_left is None else self._index.find(key, seconds_left)
+                return self.index.find(key) if seconds_left is None else self.index.find(key, seconds_left)
             except EntryError as error:
                 raise EntryError(str(Problem(self.path, str(error)))) from None
-        return key if key in self.values or key in self.errors else None
+        return key if self.parts.has(key) else None
 
     def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
@@ -302,11 +314,14 @@ class Entries:
             try:
                 key.decode()
             except UnicodeDecodeError:
-                raise EntryError(str(self._undecodable)) from None
+                raise self._error(self._undecodable, NOT_UTF8) from None
 
     def uses_default(self, key: bytes) -> bool:
         """Whether the default entry of the service, if there is one, answers for this key."""
-        return self.service.default and key not in self.values and (key not in self.errors or key in self.incomplete)
+        if not self.service.default:
+            return False
+        part = self.parts.of(key)
+        return key not in part.cells or (key in part.notes and part.notes[key].incomplete)
 
     def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
@@ -319,7 +334,7 @@ class Entries:
             value = self.values.get(key)
             if value:
                 return value
-            if value is None and key not in self.errors:
+            if value is None and not self.parts.has(key):
                 return None
         self._raise_if_undecodable(key)
         if self._default and (key == DEFAULT_KEY or self.uses_default(key)):
@@ -335,10 +350,13 @@ class Entries:
             raise self._error(DEFAULT_KEY, str(error)) from None
 
     def _value(self, entry: bytes) -> bytes:
-        if entry in self.errors:
-            raise (MissingFields if entry in self.incomplete else EntryError)(str(self.errors[entry]))
-        if self.values[entry]:
-            return self.values[entry]
+        part = self.parts.of(entry)
+        value = part.cells[entry]
+        if value:
+            return value
+        if value is None:
+            note = part.notes[entry]
+            raise (MissingFields if note.incomplete else EntryError)(str(self._problem(note, note.error or "")))
         if self.service.answers != "entry":
             raise self._error(entry, f"there is no value, and {self.service.name} needs one")
         return self._key(entry)
@@ -359,13 +377,8 @@ class Entries:
         Raises:
             EntryError: all entries are errors.
         """
-        if self._order is None:
-            self._order = sorted([*self.values, *self.errors])
-        order = self._order
-        start = 0 if last is None else bisect_right(order, last)
         failure: EntryError | None = None
-        for step in range(len(order)):
-            entry = order[(start + step) % len(order)]
+        for entry in self.parts.after(last):
             try:
                 return entry, self._value(entry) if self.table.fetch == "values" else self._key(entry)
             except EntryError as error:

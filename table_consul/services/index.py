@@ -4,8 +4,9 @@ smtpd matches patterns itself only in its own ``file:`` and ``db:`` tables: it w
 strcmp(3) and stops at the first match (smtpd: table_static.c, table_static_lookup; dict.c). An index gives the answer
 of that walk, the lowest entry that matches, without walking.
 
-Strategy: derive from the key the few normal forms that a matching entry can have, and look those up in a dict of the
-entries. What a key can cost is bounded when entries are added; expressions, whose cost is an estimate, watch the clock.
+Strategy: derive from the key the few normal forms that a matching entry can have, and look those up: among the entries
+themselves, and in a dict of those that are written otherwise. What a key can cost is bounded when entries are added;
+expressions, whose cost is an estimate, watch the clock.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from math import inf
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
+from table_consul.services.forms import Forms, Steps
 from table_consul.services.judge import NO_NETWORK
 from table_consul.services.regex import REGEX_SET_BYTES, REGEX_SET_SIZE, RegexSet, escape_warnings, regcomp
 
-# Seconds: for one step of a host name along patterns; for one instruction of an expression and a byte of the text, at
-# worst and by a hostile text. On a core of 2020, rounded up.
-STEP_SECONDS = 2e-6
+# Seconds: for one instruction of an expression and a byte of the text, at worst and by a hostile text. On a core of
+# 2020, rounded up.
 INSTRUCTION_SECONDS = 20e-9
 WIDTH_SECONDS = 2e-9
 # What may take less needs no clock.
 TIMED_SECONDS = 0.001
 # A bound on the memory of RE2 that does not grow with the deadline.
 MAX_WIDTH = 150_000
+STARS = "the patterns with *"
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
 
 
@@ -47,29 +49,67 @@ def _check_time(needed: float, seconds_left: SecondsLeft) -> None:
 class Index(ABC):
     """The entries of one service, prepared for matching. Never changed once built; any thread may read it."""
 
-    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2) -> None:
-        """``seconds`` bounds what one key may take; entries that no longer fit are refused."""
-        self.problems: list[tuple[bytes, str]] = []
-        """Entries that cannot be used, each with the cause and what to do. They affect no other entry."""
+    def __init__(
+        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
+    ) -> None:
+        """``seconds`` bounds what one key may take; entries that no longer fit are refused.
+
+        ``holds`` finds an entry that is written like its normal form, so that this need not be in memory twice.
+        """
+        self._seconds = seconds
+        self._unusable: dict[bytes, list[str]] = {}
+        """Entries with a problem, and why; most of them never match."""
+        self._refused: dict[bytes, str] = {}
+        """Entries for which there is no time, and why."""
+        self._first_refused: bytes | None = None
         self.timed = False
         """Whether a key may take so long that `find` needs the clock of its request."""
-        self._seconds = seconds
-        self._first_refused: bytes | None = None
-        for entry in sorted(entries):
+        entries = [*entries]
+        self._holds = holds or {*entries}.__contains__
+        self._change(entries, (), entries)
+
+    def change(
+        self,
+        added: Sequence[bytes],
+        removed: Sequence[bytes],
+        entries: Iterable[bytes],
+        holds: Callable[[bytes], bool],
+    ) -> None:
+        """Make a copy of an index one of other ``entries``, which are the same but for those added and removed."""
+        self._holds = holds
+        if added or removed:
+            self._unusable = {**self._unusable}
+            self._change(added, removed, entries)
+
+    def _change(self, added: Iterable[bytes], removed: Iterable[bytes], _entries: Iterable[bytes], /) -> None:
+        """Add and remove entries, of which there are these in the end. What another index shares is copied before."""
+        for entry in removed:
+            if self._unusable.pop(entry, None) != [TOO_LONG]:
+                self._remove(entry)
+        for entry in added:
             if len(entry) > MAX_KEY_BYTES:
-                self.problems.append((entry, TOO_LONG))
+                self._unusable[entry] = [TOO_LONG]
             else:
                 self._add(entry)
 
     @abstractmethod
     def _add(self, entry: bytes) -> None:
-        """Add one entry; they come in ascending order, so the first that has a normal form keeps it."""
+        """Add one entry."""
 
-    def _refuse(self, entry: bytes, what: str) -> None:
-        """Leave out an entry for which there is no time."""
-        self._first_refused = self._first_refused or entry
+    @abstractmethod
+    def _remove(self, entry: bytes) -> None:
+        """Remove one that was added; its problems are forgotten."""
+
+    def _refuse(self, entries: Iterable[bytes], what: str) -> None:
+        """Leave out entries for which there is no time."""
         text = f"{what} of this service would take more than a tenth of the deadline to match; simplify or delete some"
-        self.problems.append((entry, text))
+        self._refused = dict.fromkeys(entries, text)
+        self._first_refused = min(self._refused, default=None)
+
+    @property
+    def problems(self) -> list[tuple[bytes, str]]:
+        """Entries that cannot be used, each with the cause and what to do. They affect no other entry."""
+        return [*((entry, text) for entry, texts in self._unusable.items() for text in texts), *self._refused.items()]
 
     def find(self, key: bytes, seconds_left: SecondsLeft = forever) -> bytes | None:
         """The lowest entry, in byte order, of those that match the key; None if there is none.
@@ -91,102 +131,109 @@ class Index(ABC):
 class _Hosts(Index):
     """Entries that end in a host name or a pattern of one. The part before it, the prefix, must be equal."""
 
-    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2) -> None:
-        self._entries: dict[bytes, bytes] = {}
-        """By prefix and pattern, in lower case, with every run of ``*`` as one."""
-        self._steps: dict[bytes, dict[tuple[int, bytes], int]] = {b"": {}}
-        """What patterns begin with, up to the byte after a ``*``: how many bytes precede the next ``*``, and the byte
-        that follows it, if any. A ``*`` does not backtrack, so a name follows each of these steps to one place; of all
-        patterns that begin with ``*.`` and have no other ``*``, it can match only one. With it, the most steps that a
-        name takes from there."""
-        self._heads: dict[tuple[bytes, bytes, bytes], bytes] = {}
-        """Where a step leads: by where it begins, the bytes before the ``*``, and the byte after it."""
-        self._ends: set[bytes] = set()
-        """The heads after the last ``*`` of some pattern."""
-        self._costs: dict[bytes, int] = {b"": 0}
-        """By head, the most steps that a name takes from there."""
-        super().__init__(entries, seconds)
-        self.timed = self._costs[b""] * STEP_SECONDS > TIMED_SECONDS
+    def __init__(
+        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
+    ) -> None:
+        self._forms = Forms()
+        """Entries that are not written in lower case, with every run of ``*`` as one."""
+        self._shapes: dict[bytes, int] = {}
+        """What patterns are up to the byte after their last ``*``, and how many are."""
+        self._steps = Steps()
+        super().__init__(entries, seconds, holds)
 
-    def _add_pattern(self, entry: bytes, prefix: bytes, pattern: bytes) -> None:
-        form = compiled(rb"\*+").sub(b"*", pattern)
-        if not self._add_steps(form.split(b"*")):
-            self._refuse(entry, "the patterns with *")
+    def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
+        shapes = self._shapes
+        self._forms, self._shapes = Forms(self._forms), {**shapes}
+        super()._change(added, removed, entries)
+        if self._refused or self._shapes.keys() != shapes.keys():
+            self._steps = Steps()
+            refused = {each for each in sorted(self._shapes) if not self._steps.add(each.split(b"*"), self._seconds)}
+            self._refuse((entry for entry in entries if self._shape(entry) in refused) if refused else (), STARS)
+            self.timed = self._steps.seconds > TIMED_SECONDS
+
+    def _add(self, entry: bytes) -> None:
+        form = self._form(entry)
+        if form is None:
+            self._unusable[entry] = [f"more than {match.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"]
             return
-        form = prefix + form
-        self._entries.setdefault(entry if form == entry else form, entry)  # one object where they are equal
+        if form != entry:
+            self._forms.add(form, entry)
+        if shape := self._shape(entry):
+            self._shapes[shape] = self._shapes.get(shape, 0) + 1
 
-    def _add_steps(self, pieces: list[bytes]) -> bool:
-        """Add the steps to the last of these pieces between stars; whether there is time for them."""
-        known, head = self._heads, b""
-        path: list[tuple[bytes, bytes, bytes]] = []
-        for number, following in enumerate(pieces[1:]):
-            path.append((head, pieces[number][number > 0 :], following[:1]))
-            head = known.get(path[-1]) or b"*".join((head + path[-1][1], path[-1][2]))
-        if not path:
-            return True
-        if path[-1] not in known and (self._costs[b""] + len(path)) * STEP_SECONDS > self._seconds:
-            return False
-        self._ends.add(head)
-        for key in reversed(path):
-            start, piece, following = key
-            known.setdefault(key, head)
-            cost = 1 + self._costs.get(head, 0)
-            steps = self._steps.setdefault(start, {})
-            step = (len(piece), following)
-            more = cost - steps.get(step, 0)
-            if more > 0:
-                steps[step] = cost
-                self._costs[start] = self._costs.get(start, 0) + more
-            head = start
-        return True
+    def _remove(self, entry: bytes) -> None:
+        form = self._form(entry)
+        if form is None:
+            return
+        if form != entry:
+            self._forms.remove(form, entry)
+        if shape := self._shape(entry):
+            self._shapes[shape] -= 1
+            if not self._shapes[shape]:
+                del self._shapes[shape]
 
-    def _matching(self, hostname: bytes, prefixes: Sequence[bytes], seconds_left: SecondsLeft) -> list[bytes]:
-        """Entries that match the folded host name after one of the prefixes, the lowest of each form among them."""
+    @abstractmethod
+    def _split(self, entry: bytes) -> tuple[bytes, bytes] | None:
+        """The prefix and the pattern of an entry, in lower case; None if it cannot be used."""
+
+    def _form(self, entry: bytes) -> bytes | None:
+        """Prefix and pattern with every run of ``*`` as one."""
+        split = self._split(entry)
+        return None if split is None else split[0] + compiled(rb"\*+").sub(b"*", split[1])
+
+    def _shape(self, entry: bytes) -> bytes:
+        """A pattern up to the byte after its last ``*``, empty if there is none: what the steps depend on."""
+        split = self._split(entry) if b"*" in entry and len(entry) <= MAX_KEY_BYTES else None
+        if split is None or b"*" not in split[1]:
+            return b""
+        form = compiled(rb"\*+").sub(b"*", split[1])
+        return form[: form.rindex(b"*") + 2]
+
+    def _matching(self, forms: Iterable[bytes]) -> bytes | None:
+        """The lowest of the entries that have one of these forms."""
+        holds, get = self._holds, self._forms.get
+        unusable, refused = self._unusable, self._refused
+        found = [form for form in forms if holds(form) and form not in unusable and form not in refused]
+        if self._forms.size:
+            found += [each for form in forms if (each := get(form)) is not None and each not in refused]
+        return min(found, default=None)
+
+    def _names(self, hostname: bytes, seconds_left: SecondsLeft) -> list[bytes]:
         if self.timed:
-            _check_time(self._costs[b""] * STEP_SECONDS, seconds_left)
-        names, size = [hostname], len(hostname)
-        steps, heads, ends = self._steps, self._heads, self._ends
-        places = [(b"", 0)]
-        for start, at in places:  # grows as it goes
-            for length, following in steps[start]:
-                star = at + length
-                if star < size and (head := heads.get((start, hostname[at:star], following))) is not None:
-                    end = hostname.find(following, star) + 1 if following else size
-                    if end:
-                        if head in ends:
-                            names.append(head + hostname[end:])
-                        if head in steps:
-                            places.append((head, end))
-        get = self._entries.get
-        return [entry for prefix in prefixes for name in names if (entry := get(prefix + name)) is not None]
+            _check_time(self._steps.seconds, seconds_left)
+        return self._steps.names(hostname)
 
 
 class Domains(_Hosts):
     """Host names and patterns of them, as smtpd's table_domain_match compares them."""
 
-    def _add(self, entry: bytes) -> None:
-        self._add_pattern(entry, b"", entry.lower())
+    def _split(self, entry: bytes) -> tuple[bytes, bytes]:
+        return b"", entry.lower()
 
     def _find(self, key: bytes, seconds_left: SecondsLeft, /) -> bytes | None:
-        return min(self._matching(key.lower(), (b"",), seconds_left), default=None)
+        return self._matching(self._names(key.lower(), seconds_left))
 
 
 class Addresses(_Hosts):
     """Mail addresses and patterns of them, as smtpd's table_mailaddr_match compares them."""
 
-    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2, *, delimiter: bytes = match.DELIMITER) -> None:
+    def __init__(
+        self,
+        entries: Iterable[bytes] = (),
+        seconds: float = 0.2,
+        holds: Callable[[bytes], bool] | None = None,
+        *,
+        delimiter: bytes = match.DELIMITER,
+    ) -> None:
         """``delimiter`` is where the tag of a user begins."""
         self._delimiter = delimiter
-        super().__init__(entries, seconds)
+        super().__init__(entries, seconds, holds)
 
-    def _add(self, entry: bytes) -> None:
+    def _split(self, entry: bytes) -> tuple[bytes, bytes] | None:
         if match.text_to_mailaddr(entry) is None:
-            text = f"more than {match.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"
-            self.problems.append((entry, text))
-            return
+            return None
         user, at, hosts = entry.lower().rpartition(b"@")
-        self._add_pattern(entry, user + at if at else hosts, hosts if at else b"")
+        return (user + at, hosts) if at else (hosts, b"")
 
     def _find(self, key: bytes, seconds_left: SecondsLeft, /) -> bytes | None:
         address = match.text_to_mailaddr(key.lower())
@@ -195,64 +242,94 @@ class Addresses(_Hosts):
         user, domain = address
         users = {user, user.partition(self._delimiter)[0]} - {b""}
         prefixes = [b"@", *(name + b"@" for name in users)]
-        get = self._entries.get
-        forms = (b"", *prefixes, *(name for name in users if b"@" not in name))
-        found = [entry for form in forms if (entry := get(form)) is not None]
+        forms = [b"", *prefixes, *(name for name in users if b"@" not in name)]
         if domain:
-            found += self._matching(domain, prefixes, seconds_left)
-        return min(found, default=None)
+            names = self._names(domain, seconds_left)
+            forms += [prefix + name for prefix in prefixes for name in names]
+        return self._matching(forms)
 
 
 class Networks(Index):
     """IPv4 and IPv6 networks, and words such as ``local``, as smtpd's table_netaddr_match compares them."""
 
-    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2) -> None:
-        self._words: dict[bytes, bytes] = {}
-        self._networks: dict[int, dict[int, dict[int, bytes]]] = {match.IPV4_BITS: {}, match.IPV6_BITS: {}}
-        """By family, by the number of bits after the prefix, by the prefix."""
-        super().__init__(entries, seconds)
+    def __init__(
+        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
+    ) -> None:
+        self._words = Forms()
+        self._networks = {match.IPV4_BITS: Forms(), match.IPV6_BITS: Forms()}
+        """By family, by the prefix of the network behind a 1, from which its length follows."""
+        self._bits: dict[int, dict[int, int]] = {match.IPV4_BITS: {}, match.IPV6_BITS: {}}
+        """By family, the lengths of prefixes, and how many have it."""
+        super().__init__(entries, seconds, holds)
+
+    def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
+        self._words, self._networks = Forms(self._words), {bits: Forms(each) for bits, each in self._networks.items()}
+        self._bits = {family: {**bits} for family, bits in self._bits.items()}
+        super()._change(added, removed, entries)
 
     def _add(self, entry: bytes) -> None:
         network = match.text_to_netaddr(entry)
-        if network is not None:
-            family, number, bits = network
-            shift = family - bits
-            self._networks[family].setdefault(shift, {}).setdefault(number >> shift, entry)
+        if network is None:
+            self._words.add(entry.lower(), entry)
             return
-        word = entry.lower()
-        self._words.setdefault(word, entry)
-        if word != b"local":
-            self.problems.append((entry, NO_NETWORK))
+        family, number, bits = network
+        self._networks[family].add(1 << bits | number >> (family - bits), entry)
+        self._bits[family][bits] = self._bits[family].get(bits, 0) + 1
+
+    def _remove(self, entry: bytes) -> None:
+        network = match.text_to_netaddr(entry)
+        if network is None:
+            self._words.remove(entry.lower(), entry)
+            return
+        family, number, bits = network
+        self._networks[family].remove(1 << bits | number >> (family - bits), entry)
+        self._bits[family][bits] -= 1
+        if not self._bits[family][bits]:
+            del self._bits[family][bits]
+
+    @property
+    def problems(self) -> list[tuple[bytes, str]]:
+        """As of every index; a word is no network, whatever it is meant to be."""
+        return [*super().problems, *((word, NO_NETWORK) for word in self._words if word.lower() != b"local")]
 
     def _find(self, key: bytes, _seconds_left: SecondsLeft, /) -> bytes | None:
         address = match.text_to_netaddr(key)
         if address is None:
             return self._words.get(key.lower())
         family, number, _ = address
-        networks = self._networks[family].items()
-        found = [entry for shift, entries in networks if (entry := entries.get(number >> shift)) is not None]
-        return min(found, default=None)
+        get = self._networks[family].get
+        found = [get(1 << bits | number >> (family - bits)) for bits in self._bits[family]]
+        return min((entry for entry in found if entry is not None), default=None)
 
 
 class HostAddresses(Index):
     """Addresses, compared as such: smtpd asks for ``[2001:db8::1]``. One that is written like the key goes first."""
 
-    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2) -> None:
-        self._entries: set[bytes] = set()
-        self._addresses: dict[int | tuple[int, bytes], bytes] = {}
-        super().__init__(entries, seconds)
+    def __init__(
+        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
+    ) -> None:
+        self._addresses = Forms()
+        super().__init__(entries, seconds, holds)
+
+    def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
+        self._addresses = Forms(self._addresses)
+        super()._change(added, removed, entries)
 
     def _add(self, entry: bytes) -> None:
-        self._entries.add(entry)
         address = match.parse_sockaddr(entry)
         if address is not None:
-            self._addresses.setdefault(address, entry)
+            self._addresses.add(address, entry)
         elif not match.is_address(entry):
-            self.problems.append((entry, "not an address (expected 192.0.2.1, 2001:db8::1 or [2001:db8::1])"))
+            self._unusable[entry] = ["not an address (expected 192.0.2.1, 2001:db8::1 or [2001:db8::1])"]
+
+    def _remove(self, entry: bytes) -> None:
+        address = match.parse_sockaddr(entry)
+        if address is not None:
+            self._addresses.remove(address, entry)
 
     def _find(self, key: bytes, _seconds_left: SecondsLeft, /) -> bytes | None:
         """The entry that is written like the key, otherwise the lowest that is the same address, or None."""
-        if key in self._entries:
+        if self._holds(key) and len(key) <= MAX_KEY_BYTES:
             return key
         address = match.parse_sockaddr(key)
         return None if address is None else self._addresses.get(address)
@@ -261,36 +338,53 @@ class HostAddresses(Index):
 class Regexes(Index):
     """POSIX extended expressions, as smtpd's table_regex_match compares them; a search takes time linear in the key."""
 
-    def __init__(self, entries: Iterable[bytes], seconds: float = 0.2, set_bytes: int = REGEX_SET_BYTES) -> None:
+    def __init__(
+        self,
+        entries: Iterable[bytes] = (),
+        seconds: float = 0.2,
+        holds: Callable[[bytes], bool] | None = None,
+        set_bytes: int = REGEX_SET_BYTES,
+    ) -> None:
+        self._set_bytes = set_bytes
+        super().__init__(entries, seconds, holds)
+
+    def _change(self, _added: Iterable[bytes], _removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
+        """Compile all, in ascending order: how many there is time for bounds them to some thousand."""
         self._sets: list[RegexSet] = []
         self._next: dict[bytes, bytes] = {}
         self._size = 0
-        self._room = min(int(seconds / MAX_KEY_BYTES / WIDTH_SECONDS), MAX_WIDTH)
-        self._set_bytes = set_bytes
-        super().__init__(entries, seconds)
+        self._room = min(int(self._seconds / MAX_KEY_BYTES / WIDTH_SECONDS), MAX_WIDTH)
+        self._unusable = {}
+        self._beyond: list[bytes] = []
+        super()._change(sorted(entries), (), entries)
+        self._refuse(self._beyond, "the regular expressions")
         self._close_set()
         self.timed = bool(self._sets)
+
+    def _remove(self, entry: bytes) -> None:
+        """Nothing is removed from what is made anew."""
 
     def _add(self, entry: bytes) -> None:
         try:
             _, pattern, size, width, _ = regcomp(entry)
         except EntryError as error:
-            self.problems.append((entry, str(error)))
+            self._unusable[entry] = [str(error)]
             return
         worst = size * MAX_KEY_BYTES * INSTRUCTION_SECONDS
         if worst > self._seconds:
             text = f"may take {worst:.2f} s to match, more than a tenth of the deadline; repeat less, or split it"
-            self.problems.append((entry, f"the regular expression {text}"))
+            self._unusable[entry] = [f"the regular expression {text}"]
             return
         if width > self._room:
-            self._refuse(entry, "the regular expressions")
+            self._beyond.append(entry)
             return
         self._room -= width
         if self._size + size > REGEX_SET_SIZE:
             self._close_set()
         self._next[entry] = pattern
         self._size += size
-        self.problems += [(entry, text) for text in escape_warnings(entry)]
+        if warnings := [*escape_warnings(entry)]:
+            self._unusable[entry] = warnings
 
     def _close_set(self) -> None:
         if self._next:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import Forbidden, SourceError, Unreachable, printable
+from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable, printable
 from table_consul.failures import BadRequest
 from table_consul.log import warn_of_problems
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
@@ -42,7 +42,7 @@ class DirectSource:
         self._refusals: dict[bytes, Backoff] = {}
         self._silent_until: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
-        self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes]]] = {}
+        self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes] | TooLarge]] = {}
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entry of this key, and the default of the service if that may answer; all entries where those are needed.
@@ -112,30 +112,44 @@ class DirectSource:
     def _list(
         self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool
     ) -> tuple[Entries, SourceError | None]:
-        """All entries, and an error if some are hidden."""
-        until, former, hidden = self._cache.get((table.name, service.name), (0.0, None, None))
-        if cached and former is not None and self._clock() < until:
-            return former, hidden
-        pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
-        hidden = Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
-        if not pairs:
-            self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
+        """All entries, and an error if some are missing."""
+        until, former, error = self._cache.get((table.name, service.name), (0.0, None, None))
+        began = self._clock()
+        if former is not None and began < until and (cached or isinstance(error, TooLarge)):
+            return former, error
+        pairs: Sequence[kv.Pair] = ()
+        try:
+            pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
+            error = Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
+            if not pairs:
+                self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
+        except TooLarge as too_large:
+            error = too_large
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
-        self._cache[table.name, service.name] = (self._clock() + CACHE_SECONDS, entries, hidden)
+        self._cache[table.name, service.name] = (self._lapses(began), entries, error)
         logged = set() if former is None else set(former.problems)
         warn_of_problems(table.name, [problem for problem in entries.problems if problem not in logged])
-        return entries, hidden
+        return entries, error
+
+    def _lapses(self, began: float) -> float:
+        """Until when a list counts that took from ``began`` to now: listing takes a fifth of the time at most."""
+        now = self._clock()
+        return now + max(CACHE_SECONDS, 4 * (now - began))
 
     def _original_case(self, path: bytes, deadline: float) -> Mapping[bytes, bytes]:
         """The keys of this folder that are not stored in lower case, from folded to stored."""
         until, found = self._capitals.get(path, (0.0, {}))
         began = self._clock()
         if began >= until:
-            keys, _ = self._ask(path, deadline, lambda left: self._client.visible_keys(path, timeout=left))
-            stored = (key[len(path) :] for key in reversed(keys))  # of several spellings the first one answers
-            found = {fold_key(key): key for key in stored if fold_key(key) != key}
-            ended = self._clock()
-            self._capitals[path] = (ended + max(CACHE_SECONDS, 4 * (ended - began)), found)
+            try:
+                keys, _ = self._ask(path, deadline, lambda left: self._client.visible_keys(path, timeout=left))
+                stored = (key[len(path) :] for key in reversed(keys))  # of several spellings the first one answers
+                found = {fold_key(key): key for key in stored if fold_key(key) != key}
+            except TooLarge as error:
+                found = error
+            self._capitals[path] = (self._lapses(began), found)
+        if isinstance(found, TooLarge):
+            raise found.with_traceback(None)
         return found
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T], *, one_key: bool = False) -> T:
@@ -152,10 +166,13 @@ class DirectSource:
             raise
         except SourceError as error:
             breaker.success(self._clock())
-            if isinstance(error, BadRequest) or (one_key and isinstance(error, Forbidden)):
+            if isinstance(error, BadRequest | TooLarge) or (one_key and isinstance(error, Forbidden)):
                 if now >= self._silent_until.get(path, 0.0):
                     self._silent_until[path] = now + REFUSED_KEY_SECONDS
-                    log.warning("%s: %s; returning errors for such keys", printable(path), error)
+                    where = "for such keys"
+                    if isinstance(error, TooLarge):
+                        where = 'where all keys are needed (set mode = "mirror", and max_keys above their number)'
+                    log.warning("%s: %s; returning errors %s", printable(path), error, where)
             else:
                 refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))
                 refusal.failure(error, self._clock(), 0.0)

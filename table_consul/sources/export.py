@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, SourceError
-from table_consul.files import open_regular_file, read_bounded, version_of
+from table_consul.errors import UNDECODABLE, SourceError, counted
+from table_consul.files import open_regular_file, version_of
+from table_consul.json_list import split_list
 from table_consul.log import warn_of_problems
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
@@ -33,20 +36,29 @@ class _Entry(msgspec.Struct):
     flags: int = 0
 
 
+# As much as kv.py decodes at once: it holds Python's lock, and other tables answer.
+STEP_BYTES = 16 << 10
+
 _decoder = msgspec.json.Decoder(list[_Entry])
 _encoder = msgspec.json.Encoder()
 
 
-def read_export(data: bytes) -> list[Exported]:
-    """The entries of a ``consul kv export``, in its order.
+def iter_export(file: BinaryIO) -> Iterator[Exported]:
+    """The entries of a ``consul kv export``, in its order; no more than one step of the file is in memory.
 
     Raises:
-        SourceError: the data are something else, or were cut off.
+        OSError: the file cannot be read.
+        SourceError: it is something else, or was cut off.
     """
+    count = 0
     try:
-        return [Exported(each.key.encode(), each.value or b"", each.flags) for each in _decoder.decode(data)]
+        for piece in split_list(iter(partial(file.read, STEP_BYTES), b"")):
+            entries = _decoder.decode(piece)
+            yield from (Exported(each.key.encode(), each.value or b"", each.flags) for each in entries)
+            count += len(entries)
     except UNDECODABLE as error:
-        raise SourceError(f"not the output of `consul kv export`: {error}") from None
+        after = f" (after {counted(count, 'entry', 'entries')})" if count else ""
+        raise SourceError(f"not the output of `consul kv export`: {error}{after}") from None
 
 
 def export_entry(key: bytes, value: bytes, flags: int = 0, **more: str) -> bytes:
@@ -100,7 +112,7 @@ class FileSource:
                 if version == self._version:
                     return
                 self._version = version
-                pairs = read_export(read_bounded(file))
+                pairs = [*iter_export(file)]
         except (OSError, SourceError) as error:
             if isinstance(error, OSError):
                 self._version = None

@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,16 +22,20 @@ from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
-from table_consul.sources.ranges import RANGE_KEYS, Cut, covers
-from table_consul.sources.reading import proven_snapshot, read_pairs
+from table_consul.sources.ranges import RANGE_KEYS, Cut, covers, gap
+from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
-# How long a range may take to show a change that the completeness query has shown already; else it is in no range.
+# How long a range may take to show a change that the completeness query has shown already; else it is in no range, or
+# the query for its range hangs.
 LATE_SECONDS = 0.5
-# Of two changes, or of one transaction, the completeness query shows only the index: one key may be where no range is.
-# All names are listed then, once in a while; a hundredth of the time, if that takes longer.
-LIST_SECONDS = 60.0
+# Of several changes, as in a transaction, the completeness query shows only the last: another may be where no range is.
+# All names are listed, soon after several changes and a while after one, for at most a hundredth of the time.
+LIST_SECONDS = 10.0
+LIST_SOON_SECONDS = 1.0
 LIST_SHARE = 0.01
+# Each of the rest is asked for whenever something changes.
+MOST_REST = 64
 # The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
 PAUSE_SECONDS_PER_KEY = 2e-6
 # `queue.get` takes no infinite timeout.
@@ -59,12 +63,15 @@ class Query(threading.Thread):
         super().__init__(name=f"query {printable(prefix)}", daemon=True)
         self.prefix = prefix
         self.client = client
+        client.transport.narrow = True
         self.state = QueryState()
         self.due: float | None = 0.0
         """When to ask; None while it waits for an answer."""
         self.asked = self.wait = 0.0
         self.outdated = False
         """It waits for an answer that proves nothing any more."""
+        self.reload = False
+        """Token and TLS files are to be read before it asks again."""
         self.first = True
         """The index that it waits on is the whole table's, and may be above its own."""
         self._answers = answers
@@ -84,6 +91,9 @@ class Query(threading.Thread):
         answer: kv.Response | Exception | None = None
         while (question := self._questions.get()) is not None:
             try:
+                if self.reload:
+                    self.reload = False
+                    self.client.reload()
                 answer = question()
             except Exception as error:  # noqa: BLE001 - the watch raises it
                 answer = error
@@ -130,6 +140,11 @@ class Queries:
     def most_wait(self) -> float:
         """In seconds: what a process that is started again and again leaves behind must not live long."""
         return max(mirror.SHORT_WAIT_SECONDS, time.monotonic() - self._since)
+
+    def reload(self) -> None:
+        """Have each query read token and TLS files before it asks again."""
+        for query in self._by_prefix.values():
+            query.reload = True
 
     def end(self, query: Query) -> None:
         """End this query."""
@@ -182,11 +197,15 @@ class Ranges:
         self._rest = {each.prefix: index for each in ranges.rest}
         self._shown = index
         """The index that the completeness query showed."""
-        self._late_at: float | None = None
-        """By when a range must have shown that index."""
+        self._explained = {index}
+        """Those that ranges showed since, of their own and of the entries that changed."""
+        self._deletions: list[tuple[int, int]] = []
+        """The same: after the first and up to the second something was deleted; Consul shows the latest alone."""
+        self._unexplained: dict[int, float] = {}
+        """Those that the completeness query showed and no range has, and by when one must have."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
-        self._list_pause = LIST_SECONDS
+        self._list_after = 0.0
 
     def interrupt(self) -> None:
         """Have `run` return soon; any thread may call this."""
@@ -206,16 +225,16 @@ class Ranges:
                 if each.due is not None and each.due <= now:
                     each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
-                if self._late_at is not None and self._late_at <= now:
-                    raise Unsettled("something changed that is in no range")
-                if self._list_at is not None and self._list_at <= now:
+                late = [index for index, by in self._unexplained.items() if by <= now]
+                if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
-            moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
-            left = (
-                min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
-            )
+                    if not self._unexplained.keys().isdisjoint(late):
+                        raise Unsettled("something changed that no range shows")
+                    publish(confirmed=not self._unexplained)
+            moments = [self.until, self._list_at, *self._unexplained.values(), *(each.due for each in self._watched)]
+            first = min((each for each in moments if each is not None), default=math.inf)
             try:
-                answer = self._answers.get(timeout=max(0.0, left))
+                answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), STEP_SECONDS))
             except queue.Empty:
                 continue
             if answer is None:
@@ -237,14 +256,10 @@ class Ranges:
             before, began = self.snapshot, time.monotonic()
             self._look(query, answer, began)
             ended = time.monotonic()
-            if self._shown <= self.index:
-                self._late_at = None
-            elif self._late_at is None:
-                self._late_at = ended + LATE_SECONDS
             if self.snapshot is not before:
                 self.load_seconds = ended - began
                 publish(confirmed=False)
-            if query is self._whole and self._late_at is None:
+            if query is self._whole and not self._unexplained:
                 publish(confirmed=True)
 
     def _look(self, query: Query, response: kv.Response, began: float) -> None:
@@ -260,11 +275,15 @@ class Ranges:
             if changed and query is self._whole:
                 self._find_new_folders(response)
             elif changed:
-                self._read(query.prefix, response, query.client)
+                self._read(query.prefix, response, query.client, state.seen)
         if changed and query is self._whole:
             self._shown = response.index
+            self._explained = {each for each in self._explained if each >= self._shown}
+            self._deletions = [each for each in self._deletions if each[1] >= self._shown]
             for prefix in self._rest:
                 self._read_rest(prefix)
+            if not self._is_explained(self._shown):
+                self._unexplained[self._shown] = time.monotonic() + LATE_SECONDS
         ended = time.monotonic()
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
@@ -272,6 +291,9 @@ class Ranges:
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
+
+    def _is_explained(self, index: int) -> bool:
+        return index in self._explained or any(since < index <= until for since, until in self._deletions)
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
@@ -285,17 +307,17 @@ class Ranges:
             found = {name.encode() for names in response.names() for name in names}
             for path in found & self._empty:
                 self._empty.remove(path)
-                self._rest[path], self._counts[path], self._most[path] = 0, 0, RANGE_KEYS
+                self._add_rest(path)
 
     def _read_rest(self, prefix: bytes) -> None:
         with self._client.blocking_query(prefix, timeout=self._table.deadline) as response:
             self._check(response, 0)
             if response.index != self._rest[prefix]:
-                self._read(prefix, response, self._client)
+                self._read(prefix, response, self._client, self._rest[prefix])
             self._rest[prefix] = response.index
 
-    def _read(self, prefix: bytes, response: kv.Response, client: kv.Client) -> None:
-        """Replace what lies below the prefix."""
+    def _read(self, prefix: bytes, response: kv.Response, client: kv.Client, since: int) -> None:
+        """Replace what lies below the prefix, and is known as of an index."""
         before = self._counts[prefix]
         if response.absent:
             if before:
@@ -303,7 +325,7 @@ class Ranges:
             return  # the index is that of some other folder
         elsewhere = sum(self._counts.values()) - before
         builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere=elsewhere)
-        read_pairs(response, builder)
+        changes = read_changes(response, builder, since)
         lost = sum(map(len, builder.missing_keys().values()))
         if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:
             raise Unsettled("many keys are gone")
@@ -316,22 +338,43 @@ class Ranges:
             raise Unsettled("keys may be hidden")
         self.snapshot, self._counts[prefix] = snapshot, builder.count
         self.index = max(self.index, response.index)
-        if self._list_at is None:
-            self._list_at = time.monotonic() + self._list_pause * (1 + random.random())  # noqa: S311 - jitter
+        several = len(changes) + lost > 1 or any(each > self._shown for each in self._explained)
+        self._explained |= {response.index, *changes}
+        if lost:
+            self._deletions.append((since, response.index))
+        self._unexplained = {each: by for each, by in self._unexplained.items() if not self._is_explained(each)}
+        pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
+        at = max(time.monotonic() + pause, self._list_after)
+        self._list_at = at if self._list_at is None else min(at, self._list_at)
 
     def _list_names(self) -> None:
-        """Look for keys that are in no range."""
+        """Look for keys that are in no range, and read them."""
         began = time.monotonic()
         prefixes = sorted(self._counts)
+        folders = tuple(self._table.path(SERVICES[name]) for name in self._services)
+        uncovered: list[bytes] = []
         with self._client.all_names(self._prefix, timeout=self._table.deadline) as response:
             self._check(response, 0)
             for names in response.names():
-                if not covers(prefixes, keys := [name.encode() for name in names]):
-                    self._check_uncovered(key for key in keys if not covers(prefixes, [key]))
+                keys = [name.encode() for name in names]
+                if not covers(prefixes, keys):
+                    entries = (key for key in keys if key.startswith(folders) and not key.endswith(b"/"))
+                    uncovered += [key for key in entries if not covers(prefixes, [key])]
+        for key in uncovered:
+            if not covers(sorted(self._counts), [key]):
+                prefix = gap(key, max((each for each in folders if key.startswith(each)), key=len), self._counts)
+                if prefix is None or not can_be_listed(prefix) or len(self._rest) >= MOST_REST:
+                    raise Unsettled("a key is in no range")
+                self._add_rest(prefix)
+                self._read_rest(prefix)
+        now = time.monotonic()
         self._list_at = None
-        self._list_pause = max(LIST_SECONDS, (time.monotonic() - began) / LIST_SHARE)
+        self._list_after = now + (now - began) / LIST_SHARE
 
-    def _check_uncovered(self, keys: Iterable[bytes]) -> None:
-        paths = tuple(self._table.path(SERVICES[name]) for name in self._services)
-        if any(key.startswith(paths) and not key.endswith(b"/") for key in keys):
-            raise Unsettled("a key is in no range")
+    def _add_rest(self, prefix: bytes) -> None:
+        self._rest[prefix], self._counts[prefix], self._most[prefix] = 0, 0, 2 * RANGE_KEYS
+
+
+def can_be_listed(prefix: bytes) -> bool:
+    """Whether every Consul lists what is below this prefix."""
+    return not kv.modern_name_problem(prefix.removesuffix(b"/"))

@@ -11,6 +11,9 @@ from table_consul.services import SERVICES, Table, fold_key
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
+# What a command gives a large table to begin arriving, after Consul answered for one key.
+LOAD_SECONDS = 30.0
+
 Take = Callable[[list[tuple[bytes, bytes | None]]], None]
 
 
@@ -22,7 +25,7 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
     """
     before = hidden_services(client, table, names, {}, filtered=True)
     builder = SnapshotBuilder(table, prefix, names, None)
-    with client.blocking_query(prefix, timeout=table.deadline) as response:
+    with client.blocking_query(prefix, timeout=LOAD_SECONDS) as response:
         return read_snapshot(client, response, builder, before, {}, take), response.index
 
 
@@ -90,6 +93,15 @@ def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lam
         pairs = [(pair.name.encode(), pair.value) for pair in found]
         builder.take(pairs)
         take(pairs)
+
+
+def read_changes(response: kv.Response, builder: SnapshotBuilder, since: int) -> list[int]:
+    """As `read_pairs`; the indexes of the entries that were written after this one."""
+    changes: list[int] = []
+    for found in response.pairs():
+        builder.take([(pair.name.encode(), pair.value) for pair in found])
+        changes += [pair.modify_index for pair in found if pair.modify_index > since]
+    return changes
 
 
 def proven_snapshot(

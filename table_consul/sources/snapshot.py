@@ -10,13 +10,14 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import msgspec
 
 from table_consul.errors import SourceError, counted, printable
-from table_consul.files import AtomicWriter, open_regular_file, read_bounded
+from table_consul.files import AtomicWriter, open_regular_file
 from table_consul.services import SERVICES, Table
-from table_consul.sources.export import Exported, export_entry, read_export
+from table_consul.sources.export import Exported, export_entry, iter_export
 from table_consul.sources.hold import NEVER_HELD
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
@@ -24,10 +25,13 @@ log = logging.getLogger("table_consul")
 
 # The value of a folder of which Consul hides keys.
 INCOMPLETE = b"incomplete"
-# A file of 100,000 entries is not written for each of a hundred edits.
+# The pause after a file was written, and for each second that this took: 100,000 entries are not written for each of a
+# hundred edits, and 1,000,000 for a tenth of the time at most.
 WRITE_SECONDS = 10.0
 # Times that writing fails in a row double the pause, up to some 10 minutes.
 DOUBLINGS_MAX = 6
+# How many entries of a file are taken at a time: other tables answer between.
+STEP_ENTRIES = 200
 # A file system may round times up, or have a clock of its own.
 CLOCK_SECONDS = 5.0
 # The end of a file that `finish` has written: the name of its table.
@@ -51,6 +55,7 @@ class SnapshotFile:
         self._services = services
         self._write_seconds = write_seconds
         self._write_after = 0.0
+        self._began = 0.0
         self._failures = 0
         self._writer: AtomicWriter | None = None
         self.dirty = bool(path)
@@ -69,7 +74,8 @@ class SnapshotFile:
 
     def begin(self) -> None:
         """Start a new version, unless it is too early for one; `take`, and `finish` or `discard`, follow."""
-        if self._path and time.monotonic() >= self._write_after:
+        self._began = time.monotonic()
+        if self._path and self._began >= self._write_after:
             self._write(b"[\n")
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
@@ -86,13 +92,12 @@ class SnapshotFile:
         paths = {name: self._table.path(SERVICES[name]) for name in snapshot.held}
         held = {paths[name] + key for name, each in snapshot.held.items() for key in each.keys.values()}
         held = {key for key in held if not key.startswith(revoked)}
-        with contextlib.suppress(OSError), open(self._path, "rb", opener=open_regular_file) as file:
+        with contextlib.suppress(OSError, SourceError), open(self._path, "rb", opener=open_regular_file) as file:
             if not _is_ours(os.fstat(file.fileno())):
                 return
-            for line in file:
-                with contextlib.suppress(SourceError):
-                    entries = read_export(b"[" + line.removesuffix(b"\n").removesuffix(b",") + b"]")
-                    self.take((each.key, each.value) for each in entries if each.key in held)
+            pairs = ((each.key, each.value) for each in iter_export(file) if each.key in held)
+            while step := [*islice(pairs, STEP_ENTRIES)]:
+                self.take(step)
 
     def finish(self, snapshot: Snapshot, *, changed: bool) -> None:
         """Put the new version in place, if it is worth that; or note that the file is still true."""
@@ -135,8 +140,8 @@ class SnapshotFile:
             if self._failures:
                 log.warning("%s: written again", self._path)
             self._writer, self.dirty, self._failures = None, False, 0
-        pause = self._write_seconds * 2.0 ** min(self._failures, DOUBLINGS_MAX)
-        self._write_after = time.monotonic() + pause
+        now, doubled = time.monotonic(), 2.0 ** min(self._failures, DOUBLINGS_MAX)
+        self._write_after = now + self._write_seconds * doubled * max(1.0, now - self._began)
 
     def _check_owner(self) -> None:
         """Raise OSError if the file names another table or, as an older one names none, has no keys of this one."""
@@ -148,8 +153,8 @@ class SnapshotFile:
                 others = name != self._table.name
             else:
                 file.seek(0)
-                keys = [each.key for each in read_export(read_bounded(file))]
-                name, others = "", not any(key.startswith(self._prefix) for key in keys) if keys else False
+                name, keys = "", [each.key for each in iter_export(file)]
+                others = bool(keys) and not any(key.startswith(self._prefix) for key in keys)
             if others:
                 whose = f"table {printable(name)}" if name else "another table"
                 hint = "put {table} into the path, or remove the file"
@@ -166,8 +171,8 @@ class SnapshotFile:
         try:
             with open(self._path, "rb", opener=open_regular_file) as file:
                 status = os.fstat(file.fileno())
-                exported = sorted(read_export(read_bounded(file)))
-            snapshot = snapshot_from_export(self._table, self._prefix, self._services, exported, self._path)
+                exported = iter_export(file)
+                snapshot = snapshot_from_export(self._table, self._prefix, self._services, exported, self._path)
         except FileNotFoundError:
             return None
         except (OSError, SourceError) as error:
@@ -198,27 +203,29 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def snapshot_from_export(
-    table: Table, prefix: bytes, services: Sequence[str], exported: Sequence[Exported], path: str
+    table: Table, prefix: bytes, services: Sequence[str], exported: Iterable[Exported], path: str
 ) -> Snapshot | None:
-    """The entries of this file, which are in order, below the prefix; None if there are none.
+    """The entries of this file below the prefix; None if there are none.
 
     A service of which the file has neither an entry nor the folder is not known to be empty.
 
     Raises:
-        SourceError: there are more entries than the table may have.
+        SourceError: there are more entries than the table may have, or as `iter_export`.
     """
-    marks = {each.key: each.value for each in exported if each.key.endswith(b"/")}
-    pairs = [(each.key, each.value) for each in exported if each.key.startswith(prefix) and each.key not in marks]
+    builder = SnapshotBuilder(table, prefix, services, None)
+    folders = {name: table.path(SERVICES[name]) for name in services}
+    marks: dict[bytes, bytes] = {}
+    absent, empty, exported = {*services}, True, iter(exported)
+    while step := [*islice(exported, STEP_ENTRIES)]:
+        marks.update((each.key, each.value) for each in step if each.key.endswith(b"/"))
+        pairs = [(key, value) for key, value, _ in step if key.startswith(prefix) and not key.endswith(b"/")]
+        builder.take(pairs)
+        empty = empty and not pairs
+        absent -= {name for name in absent if any(key.startswith(folders[name]) for key, _ in pairs)}
     hidden = {}
-    for name in services:
-        folder = table.path(SERVICES[name])
-        found = any(key.startswith(folder) for key, _ in pairs)
+    for name, folder in folders.items():
         if marks.get(folder) == INCOMPLETE:
             hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the copy {path}"), {})
-        elif folder not in marks and not found:
+        elif folder not in marks and name in absent:
             hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the copy {path}"), {})
-    if not pairs and len(hidden) == len(services):
-        return None
-    builder = SnapshotBuilder(table, prefix, services, None)
-    builder.take(pairs)
-    return builder.finish(hidden, restored=True)
+    return None if empty and len(hidden) == len(services) else builder.finish(hidden, restored=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-from types import SimpleNamespace
 
 import pytest
 
+from table_consul.config import ConsulConfig
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
 from tests.fake_consul import VERSIONS, Answer, cut, entry, html, stall, trickle
 
@@ -20,21 +20,7 @@ TRUE = {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}
 
 
 def config(*addresses, **options):
-    given = {
-        "token": None,
-        "token_file": None,
-        "ca_file": None,
-        "ca_path": None,
-        "cert_file": None,
-        "key_file": None,
-        "tls_server_name": None,
-        "tls_verify": True,
-        "datacenter": None,
-        "namespace": None,
-        "partition": None,
-        "consistency": "default",
-    }
-    return SimpleNamespace(addresses=addresses, **(given | options))
+    return ConsulConfig(addresses=addresses, **options)
 
 
 class Silent:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 
 import pytest
@@ -42,6 +43,22 @@ def connect():
 @pytest.fixture
 def client(fake, connect):
     return connect(fake.address, token="any")  # Consul says only to a token that it hides something.
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Replaces 127.0.0.1 in an address by a name that leads there, as one on a network does."""
+    real = socket.getaddrinfo
+
+    def resolved(host, port, *args, flags=0, **kwargs):
+        if host != "consul.test":
+            return real(host, port, *args, flags=flags, **kwargs)
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "not an address")
+        return real("127.0.0.1", port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    return lambda address: address.replace("127.0.0.1", "consul.test")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
-from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, Unreachable
+from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.failures import BadRequest
 from table_consul.kv import Pair
 from table_consul.services import SERVICES, Table
@@ -426,6 +426,27 @@ def test_key_is_an_error_while_the_keys_cannot_be_listed(client, direct):
     client.errors[b"mail/aliases/alias/"] = Forbidden("no")
     with pytest.raises(Forbidden):
         bucket(direct, key=b"nobody", table=MIRRORED)
+
+
+@pytest.mark.parametrize(("service", "key"), [("alias", b"nobody"), ("netaddr", b"192.0.2.1"), ("source", None)])
+def test_folder_too_large_to_list_is_an_error_and_neither_an_outage_nor_listed_again_soon(
+    client, direct, caplog, service, key
+):
+    path = b"mail/aliases/%s/" % service.encode()
+    client.errors[path], client.takes = TooLarge("9 MiB arrived"), 0.9
+    for _ in range(2):
+        with pytest.raises(TooLarge):
+            bucket(direct, service, key, table=MIRRORED)
+        assert bucket(direct, key=b"root", table=MIRRORED).lookup(b"root") == b"gilles"
+    assert [place for what, place, _ in client.asked if what != "get"] == [path]
+    hint = 'returning errors where all keys are needed (set mode = "mirror", and max_keys above their number)'
+    assert lines(caplog) == [f"mail/aliases/{service}/: 9 MiB arrived; {hint}"]
+    client.errors.clear()
+    client.now += 5 * client.takes
+    if service == "alias":
+        assert bucket(direct, service, key, table=MIRRORED).lookup(key) is None
+    else:
+        bucket(direct, service, key, table=MIRRORED)
 
 
 def test_hidden_key_is_read_as_it_is_stored_and_not_searched_for(client, direct):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from table_consul.errors import SourceError
-from table_consul.files import FILE_LIMIT_BYTES, AtomicWriter, read_bounded
+from table_consul.files import AtomicWriter, read_bounded
 from table_consul.services import SERVICES, Table
 from table_consul.sources import export
-from table_consul.sources.export import FileSource, export_entry, read_export
+from table_consul.sources.export import Exported, FileSource, export_entry, iter_export
 from tests.dialogue import write_source
 
 TABLE = Table("aliases")
@@ -41,6 +41,10 @@ def folder(tmp_path):
 @pytest.fixture
 def source(folder):
     return FileSource(str(folder / "export.json"))
+
+
+def read_export(data):
+    return [*iter_export(io.BytesIO(data))]
 
 
 def bucket(source, service="alias", table=TABLE):
@@ -141,9 +145,18 @@ def test_a_device_is_an_error_and_not_read_to_its_end():
 
 
 def test_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source):
-    os.truncate(folder / "export.json", FILE_LIMIT_BYTES + 1)
-    with pytest.raises(SourceError, match=r"export.json: larger than 256 MiB"):
+    os.truncate(folder / "export.json", 1 << 33)
+    with pytest.raises(SourceError, match=r"export.json: not the output of .*: an entry of more than 8 MiB"):
         bucket(source)
+
+
+def test_file_is_read_whole_however_it_is_cut(monkeypatch):
+    monkeypatch.setattr(export, "STEP_BYTES", 7)
+    entries = [Exported(b'aliases/alias/},{"key%d' % number, b"x" * number, number) for number in range(50)]
+    data = b"[\n" + b",\n".join(export_entry(*each) for each in entries) + b"\n]\n"
+    assert read_export(data) == entries
+    with pytest.raises(SourceError, match=r"consul kv export`: .* \(after 49 entries\)"):
+        read_export(data[:-3])
 
 
 def test_read_bounded_reads_up_to_its_limit():
@@ -214,7 +227,7 @@ def test_asking_a_broken_file_again_and_again_holds_on_to_nothing(folder, source
 
 def test_broken_file_is_parsed_once_a_version(folder, source, monkeypatch):
     parsed = []
-    monkeypatch.setattr(export, "read_export", lambda data: (parsed.append(data), read_export(data))[1])
+    monkeypatch.setattr(export, "iter_export", lambda file: (parsed.append(file), iter_export(file))[1])
     spoil(folder)
     for _ in range(20):
         with pytest.raises(SourceError):

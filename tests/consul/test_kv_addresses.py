@@ -10,6 +10,7 @@ import pytest
 from table_consul import kv
 from table_consul.config import ConsulConfig
 from table_consul.errors import BadResponse, Unreachable
+from table_consul.failures import TooManyConnections
 from table_consul.transport import Endpoint
 from tests.consul.clients import GOOD, LIES, ROOT, SLACK, Silent, closed_port, each_version, failure
 from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle
@@ -250,3 +251,45 @@ def test_what_consul_itself_refuses_is_not_asked_of_another_address(fake, connec
         first.handle = LIES[lie][0]
         failure(connect(first.address, fake.address))
         assert fake.requests == []
+
+
+# Limits on connections.
+
+
+@each_version
+def test_connection_beyond_the_limit_of_consul_is_told_from_an_outage(fake, connect):
+    first, second = connect(fake.address), connect(fake.address)
+    assert first.get(ROOT, timeout=1).value == b"gilles"
+    fake.max_connections = 1
+    for _ in range(10):
+        error = failure(second)
+        assert isinstance(error, TooManyConnections)
+        assert "limits.http_max_conns_per_client" in str(error)
+        assert first.get(ROOT, timeout=1).value == b"gilles"
+    fake.max_connections = None
+    assert second.get(ROOT, timeout=1).value == b"gilles"
+
+
+def test_next_address_is_asked_when_one_takes_no_more_connections(fake, connect):
+    fake.max_connections = 0
+    with FakeConsul() as other:
+        other.put(ROOT, b"eric")
+        assert connect(fake.address, other.address).get(ROOT, timeout=1).value == b"eric"
+
+
+def test_too_many_connections_at_one_of_several_addresses_is_no_outage(fake, connect):
+    fake.max_connections = 0
+    assert isinstance(failure(connect(closed_port(), fake.address)), TooManyConnections)
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.8.7", 429), ("1.22", 429)])
+def test_rate_limit_is_unreachable_and_not_a_matter_of_connections(fake, connect, status):
+    fake.rate_limited = True
+    error = failure(connect(fake.address))
+    assert isinstance(error, Unreachable)
+    assert not isinstance(error, TooManyConnections)
+    assert f"{status} " in str(error)
+
+
+def test_refused_connection_is_unreachable_and_not_a_matter_of_connections(connect):
+    assert not isinstance(failure(connect(closed_port())), TooManyConnections)

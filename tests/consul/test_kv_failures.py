@@ -137,7 +137,7 @@ def test_403_of_an_agents_settings_names_the_setting_and_no_token(answered, text
 def test_limits_and_outages_are_quoted_and_another_address_is_asked(answered, fake, connect, status, text):
     error = answered(status, text.replace(" ... ", ": "))
     assert isinstance(error, Unreachable)
-    assert str(error).endswith(f": {status} {text}")
+    assert f": {status} {text}" in str(error)
     with FakeConsul() as other:
         other.put(ROOT, b"gilles")
         assert connect(fake.address, other.address, token=TOKEN).get(ROOT, timeout=1).value == b"gilles"

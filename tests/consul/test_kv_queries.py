@@ -280,8 +280,60 @@ def test_query_that_is_left_early_does_not_disturb_the_next(fake, client):
 
 def test_query_has_a_limit_on_the_body(fake, connect):
     whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
-    with pytest.raises(TooLarge, match="more than"):
-        query(connect(fake.address, limits={"body_bytes": 100_000}), b"t/")
+    with pytest.raises(TooLarge, match=r"0 MiB in \d+ entries is more than smtpd can use"):
+        query(connect(fake.address, limits={"body_bytes": 100_000, "entry_bytes": 10}), b"t/")
+
+
+def test_body_limit_grows_with_the_number_of_entries(fake, connect):
+    whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
+    assert len(query(connect(fake.address, limits={"body_bytes": 20_000, "entry_bytes": 400}), b"t/").pairs) == 2000
+
+
+def test_largest_entry_that_smtpd_can_use_is_within_its_share_of_the_body():
+    largest = listing(("t/" + "k" * 1023, b"x" * 2047))
+    assert len(largest) < kv.Client.entry_bytes
+
+
+def test_query_refuses_a_list_that_never_begins(fake, connect):
+    with FakeConsul() as other:
+        whole(fake, b"[" + b" " * (9 << 20) + b"]")
+        whole(other, listing(("t/a", b"x")))
+        client = connect(fake.address, other.address)
+        with pytest.raises(BadResponse, match="8 MiB without an entry"):
+            query(client, b"t/")
+        assert query(client, b"t/").pairs == [(b"t/a", b"x")]
+
+
+def test_query_with_an_entry_larger_than_consul_stores_by_default_is_too_large(fake, client):
+    whole(fake, listing(("t/a", b"1"), ("t/b", b"x" * (9 << 20)), ("t/c", b"2")))
+    with pytest.raises(TooLarge, match="an entry of more than 8 MiB"):
+        query(client, b"t/")
+
+
+def test_list_that_does_not_arrive_within_the_deadline_is_too_large(fake, connect):
+    client = connect(fake.address, limits={"flowing_bytes": 100_000})
+    answer = Answer(200, TRUE, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), length=1 << 30)
+
+    def stops(request):
+        request.send(answer.wire())
+        stall(request)
+
+    fake.handle = stops
+    for read in (client.list, client.keys):
+        with pytest.raises(TooLarge, match="0 MiB of a list arrived in time, and not all of it"):
+            read(b"t/", timeout=0.3)
+
+
+def test_blocking_query_that_stops_arriving_is_never_too_large(fake, connect):
+    client = connect(fake.address, limits={"flowing_bytes": 0, "read_seconds": 0.1})
+
+    def stops(request):
+        request.send(Answer(200, TRUE, listing(("t/a", b"x")), length=1 << 30).wire())
+        stall(request)
+
+    fake.handle = stops
+    with pytest.raises(Unreachable):
+        query(client, b"t/")
 
 
 @each_version
@@ -382,3 +434,69 @@ def test_interrupt_that_comes_while_a_wait_is_still_connecting_ends_it(fake, cli
     assert time.monotonic() - begun < 5.0
     monkeypatch.undo()
     assert client.get(ROOT, timeout=1.0) is not None
+
+
+# A list that Consul takes long to begin.
+
+
+def after(seconds, fake):
+    """Consul, but each list takes so long to begin."""
+
+    def handle(request):
+        if "recurse" in request.params and request.stopping.wait(seconds):
+            return None
+        return fake.consul(request)
+
+    fake.handle = handle
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_list_that_begins_later_each_time_than_its_timeout_arrives_in_the_end(fake, client, index):
+    fake.put(b"t/a", b"x")
+    after(0.4, fake)
+    failures = 0
+    while True:
+        try:
+            read = query(client, b"t/", timeout=0.1, index=index, wait=0.01)
+            break
+        except Unreachable:
+            failures += 1
+            assert failures < 6
+    assert failures
+    assert read.pairs == [(b"t/a", b"x")]
+    assert query(client, b"t/", timeout=0.1, index=index, wait=0.01).pairs == read.pairs
+
+
+def test_list_that_began_soon_has_its_own_timeout_again(fake, client):
+    after(0.15, fake)
+    with pytest.raises(Unreachable):
+        query(client, timeout=0.1)
+    assert query(client, timeout=0.1).pairs
+    fake.handle = fake.consul
+    query(client, timeout=0.1)
+    fake.handle = stall
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        query(client, timeout=0.1)
+    assert time.monotonic() - began < 0.1 + SLACK
+
+
+def test_list_whose_connection_closes_before_it_begins_is_unreachable_and_no_cut_wait(fake, client, monkeypatch):
+    monkeypatch.setattr("table_consul.transport.LEAST_CUT_SECONDS", 0.05)
+    fake.handle = stall
+    with pytest.raises(Unreachable):
+        query(client, timeout=0.1)
+    fake.handle = lambda request: request.stopping.wait(0.12) and None
+    with pytest.raises(Unreachable) as caught:
+        query(client, timeout=0.1)
+    assert not isinstance(caught.value, WaitCut)
+
+
+def test_address_that_does_not_connect_gets_no_longer_timeout(connect):
+    with Silent(full=True) as dead:
+        client = connect(dead.address)
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(Unreachable):
+                query(client, timeout=0.1)
+            assert time.monotonic() - began < 0.1 + SLACK

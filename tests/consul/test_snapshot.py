@@ -149,6 +149,20 @@ def test_copy_that_cannot_be_written_is_tried_ever_less_often(path, monkeypatch,
     assert b"ZXJpYw" in path.read_bytes()
 
 
+@pytest.mark.parametrize(("took", "pause"), [(0.5, 10.0), (12.0, 120.0)])
+def test_copy_that_takes_long_to_write_is_written_less_often(path, monkeypatch, took, pause):
+    now = 1000.0
+    monkeypatch.setattr("table_consul.sources.snapshot.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    file = file_of(path, write_seconds=10.0)
+    file.begin()
+    now += took
+    builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None)
+    builder.take([(b"t/alias/root", b"gilles")])
+    file.finish(builder.finish({}), changed=True)
+    file.dirty = True
+    assert file.due_in == pause
+
+
 @pytest.mark.parametrize(
     ("mode", "owner", "why"),
     [(0o640, 0, "others may read it (set mode 0600)"), (0o600, 1, "it belongs to another user")],

@@ -13,7 +13,7 @@ from table_consul.ctl import files, import_, plan
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.ctl.plan import Change, Stored
 from table_consul.services import SERVICES, Table
-from table_consul.services.entries import Entries, EntriesBuilder
+from table_consul.services.entries import Entries
 
 TABLE = Table("aliases")
 ALIAS, DOMAIN, USERINFO, STRING = (SERVICES[name] for name in ("alias", "domain", "userinfo", "string"))
@@ -273,9 +273,7 @@ def test_import_of_an_export_changes_nothing(entries, name):
 def test_import_of_a_table_file_changes_nothing(entries, name):
     service = SERVICES[name]
     there = stored(service, entries.items())
-    builder = EntriesBuilder(TABLE, service)
-    builder.take(entries.items())
-    text, _ = files.table_text(service, sorted(builder.values.items()))
+    text, _ = files.table_text(service, sorted(Entries(TABLE, service, entries.items()).values.items()))
     again = import_.parse(text, service, "auto", TABLE.path(service), None, record=False)
     assert again.problems == []
     made = plan.plan(TABLE, service, again, there)

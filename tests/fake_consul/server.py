@@ -42,6 +42,7 @@ class FakeConsul:
         # Settings of the agent.
         self.block_endpoints: tuple[bytes, ...] = ()
         self.write_allowed = True  # allow_write_http_from contains the client.
+        self.max_connections: int | None = None  # limits.http_max_conns_per_client
         self.rate_limited = False  # All requests are over the limit.
         self.disable_kv_key_validation = False  # From 1.21.6 on.
         self.disable_http_unprintable_char_filter = False  # In 1.21.5 this one turns off the validation of keys too.
@@ -142,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         fake = self.server.fake
+        if fake.max_connections is not None and len(fake._connections) >= fake.max_connections:
+            self.refuse(fake)
         if fake._tls is not None:
             self.request.settimeout(5)
             self.request = fake._tls.wrap_socket(self.request, server_side=True)
@@ -152,6 +155,14 @@ class _Handler(BaseHTTPRequestHandler):
         fake._accepted += 1
         self.number = fake._accepted
         fake._connections[self.number] = self.request
+
+    def refuse(self, fake: FakeConsul) -> None:
+        """End a connection beyond the limit as it is accepted: 1.8 without a word."""
+        if fake.since >= (1, 9) and fake._tls is None:
+            words = b"Your IP is issuing too many concurrent connections, please rate limit your calls\n"
+            self.request.sendall(Answer(429, {"Content-Type": "text/plain", "Connection": "close"}, words).wire())
+        self.request.close()
+        raise ConnectionAbortedError
 
     def finish(self) -> None:
         self.server.fake._connections.pop(self.number, None)

@@ -12,10 +12,9 @@ from msgspec.structs import replace
 from table_consul.errors import EntryError
 from table_consul.services import SERVICES, fold_key
 from table_consul.services.entries import Entries, EntriesBuilder
-from tests.services.parsing import COMMANDS, RECORD, TABLE, entries
+from tests.services.parsing import COMMANDS, TABLE, entries
+from tests.services.state import CASE_VARIANTS, REUSING_TABLES, SHA512, STORED, state
 from tests.services.strategies import RAW, SERVICE, TABLES
-
-SHA512 = b"$6$saltsalt$" + b"." * 86
 
 
 class TestBuilder:
@@ -122,92 +121,8 @@ def test_hashes_that_smtpd_verifies_have_no_kinds():
 # ---- properties ----
 
 
-CASE_VARIANTS = [
-    b"root",
-    b"Root",
-    b"ROOT",
-    b"*",
-    b" Root",
-    b"vera",
-    b"Vera",
-    b"a:b",
-    b"192.0.2.1",
-    b"::1",
-    b"A@b",
-    b"x/",
-    b"*b*A",
-    "\ufffd".encode(),
-    b"(?i)^[R]oot",
-]
-STORED = st.sampled_from(
-    [
-        b'"gilles"',
-        b'"\\"gilles\\""',
-        b'["gilles"]',
-        b"|sh",
-        b'"|sh"',
-        b"gilles, eric schmidt",
-        b"a\nb",
-        b"gilles",
-        b"gilles\n",
-        b"",
-        None,
-        b"1000:1000:/home/x",
-        b"0:0:/root",
-        RECORD,
-        b'{"password": "hunter2"}',
-        b'{"uid": 1}',
-        b"{}",
-        b"{CRYPT}" + SHA512,
-        SHA512,
-        b"vera:hunter2",
-        b"hunter2",
-        b"*",
-        b"*LK*",
-        b"192.0.2.1",
-        b"$2b$15$" + b"." * 53,
-        b"vera:$2b$10$" + b"." * 53,
-        b"*a*b*",
-        b"(a|b){9}",
-    ]
-)
 # Consul lists a key twice where two that are not UTF-8 look alike.
 PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique=True)
-REUSING_TABLES = st.sampled_from(
-    [
-        TABLE,
-        COMMANDS,
-        replace(TABLE, value_format="text"),
-        replace(TABLE, value_format="json"),
-        replace(TABLE, services=("auth", "credentials"), deadline=0.1),
-        replace(TABLE, services=("auth", "credentials"), deadline=60.0),
-    ]
-)
-
-
-def state(found):
-    def answer(ask, key):
-        try:
-            return ask(key)
-        except EntryError as error:
-            return type(error), str(error)
-
-    return {
-        "values": found.values,
-        "errors": found.errors,
-        "incomplete": found.incomplete,
-        "warnings": found.warnings,
-        "problems": sorted(found.problems),
-        "spelling": sorted(found.spelling),
-        "original_case": found.original_case,
-        "kinds": {*found.kinds},
-        "answers": [
-            answer(ask, fold_key(key))
-            for key in [*CASE_VARIANTS, b"nobody"]
-            for ask in (found.lookup, found.contains, found.next_after, found.uses_default)
-        ],
-        "shape": (len(found), found.plain, found.timed),
-    }
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -234,5 +149,5 @@ def test_parsed_value_stored_again_is_the_same(table, service, key, raw):
     again = [(key, former.values.get(fold_key(key), raw))]
     builder = EntriesBuilder(table, service, former)
     builder.take(again)
-    fresh = Entries(table, service, again)
-    assert (fresh.values, set(fresh.errors)) == (builder.values, set(builder.errors))
+    built, fresh = builder.finish(), Entries(table, service, again)
+    assert (fresh.values, set(fresh.errors)) == (built.values, set(built.errors))

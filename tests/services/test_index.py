@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from copy import copy
 from itertools import product
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES
+from table_consul.services.forms import STEP_SECONDS
 from table_consul.services.index import (
     INDEXES,
-    STEP_SECONDS,
     WIDTH_SECONDS,
     Addresses,
     Domains,
@@ -195,7 +196,7 @@ def test_thousands_of_ordinary_expressions_are_not_refused():
 @example(([b"a"], b"a_b@b"), b"_")
 @example(([b"a"], b"a+b@b"), b"_")
 def test_addresses_with_another_delimiter_answer_like_a_walk(case, delimiter):
-    entries, key = case
+    entries, key = [entry.lower() for entry in case[0]], case[1].lower()  # as a delimiter is compared with its case
     first = next((entry for entry in sorted(entries) if table_mailaddr_match(key, entry, delimiter)), None)
     assert first == Addresses(entries, delimiter=delimiter).find(key)
 
@@ -217,6 +218,43 @@ def test_host_addresses_answer_like_a_walk(case):
 def test_regexes_answer_like_a_walk(case):
     entries, key = case
     assert walk("regex", entries, key) == Regexes(entries).find(key)
+
+
+ENTRIES = {
+    "domain": PATTERNS,
+    "mailaddr": st.one_of(text("ab.*+@@A", 7), st.just(b"u" * 256 + b"@b")),
+    "netaddr": NETWORKS,
+    "addrname": NETWORKS,
+    "regex": text(EXPRESSION, 6),
+}
+
+
+@pytest.mark.parametrize("service", INDEXES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), room=st.one_of(st.none(), st.integers(0, 12)))
+def test_changed_index_answers_like_one_that_was_built_from_scratch(service, data, room):
+    tables = st.sets(ENTRIES[service], max_size=10)
+    seconds = 2.0 if room is None else room * (WIDTH_SECONDS * MAX_KEY_BYTES if service == "regex" else STEP_SECONDS)
+
+    def answers(index):
+        for key in keys:
+            try:
+                yield index.find(key)
+            except EntryError as error:
+                yield str(error)
+
+    before = data.draw(tables)
+    index = INDEXES[service](before, seconds)
+    for after in data.draw(st.lists(tables, min_size=1, max_size=3)):
+        keys = [*before, *after, b"a.b", b"ab@a.b", b"10.0.0.1", b"::1"]
+        former, known = index, [*answers(index)]
+        index = copy(index)
+        index.change(after - before, before - after, after, after.__contains__)
+        scratch = INDEXES[service](after, seconds)
+        assert [*answers(index)] == [*answers(scratch)]
+        assert (sorted(index.problems), index.timed) == (sorted(scratch.problems), scratch.timed)
+        assert known == [*answers(former)]
+        before = after
 
 
 @settings(deadline=None)

@@ -99,8 +99,8 @@ def test_state_of_a_mirror_does_not_change_after_it_was_closed(fake, mirrored):
 
 def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
     client = kv.Client(ConsulConfig(addresses=(fake.address,)))
-    client.body_bytes = 1000
-    fake.put(ALIAS + b"large", b"x" * 2000)
+    client.body_bytes = client.entry_bytes = 1000
+    fake.put(ALIAS + b"large", b"x" * 4000)
     source = MirrorSource(TABLE, lambda: client)
     for _ in eventually("too large", 10):
         if source.by_service["alias"].too_large:

@@ -1,0 +1,248 @@
+"""One address of Consul: name resolution, sockets that know their deadline, TLS, and the connection that is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import ipaddress
+import os
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import warnings
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import urllib3
+import urllib3.connection
+
+from table_consul.errors import SourceError
+from table_consul.failures import reason_of
+from table_consul.files import open_regular_file, version_of
+from table_consul.http_response import HTTPResponse
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about the versions of what it could use
+    import requests
+    import requests.adapters
+
+if TYPE_CHECKING:
+    from table_consul.config import ConsulConfig
+    from table_consul.transport import Transport
+
+# A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
+_SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)  # OpenBSD has none of the three.
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
+    if hasattr(socket, name)
+]
+
+
+def _seconds_until(moment: float) -> float:
+    """Raises TimeoutError where it has passed."""
+    left = moment - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+# A response's header has some 400 bytes.
+NARROW_BYTES = 4 << 10
+
+
+# Of the kernel's receive buffer: the header of a response has some 400 bytes.
+NARROW_BYTES = 4 << 10
+
+
+class _DeadlineMixin:
+    """A socket none of whose calls outlives the exchange's deadline, however slowly bytes trickle in."""
+
+    transport: Transport
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the signature of the socket
+        self.settimeout(_seconds_until(self.transport.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
+        return super().recv_into(*args, **kwargs)  # type: ignore[misc,no-any-return]  # mixed into a socket
+
+    def sendall(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the signature of the socket
+        self.settimeout(_seconds_until(self.transport.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
+        super().sendall(*args, **kwargs)  # type: ignore[misc]  # mixed into a socket
+
+
+class _Socket(_DeadlineMixin, socket.socket):
+    pass
+
+
+class _TLSSocket(_DeadlineMixin, ssl.SSLSocket):
+    pass
+
+
+class _Connection(urllib3.connection.HTTPConnection):
+    """A connection of the pool; also for TLS and unix sockets, because `Endpoint` opens it."""
+
+    response_class = HTTPResponse
+
+    def __init__(self, *args: Any, endpoint: Endpoint, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
+        super().__init__(*args, **kwargs)
+        self._endpoint = endpoint
+
+    def connect(self) -> None:
+        transport = self._endpoint.transport
+        transport.connected = True
+        self.sock = transport.latest_socket = self._endpoint.open()
+        transport.connected_at = time.monotonic()
+        if transport.waiting and transport.interrupted:  # before there was a socket to shut down
+            raise ConnectionAbortedError
+
+    def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
+        if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().getresponse()
+
+
+class Endpoint(requests.adapters.HTTPAdapter):
+    """One address of Consul and the connection to it; sends the target of a URL exactly as it was written.
+
+    A requests.Session would add proxies and netrc from the environment, cookies and redirects.
+    """
+
+    def __init__(self, address: str, settings: ConsulConfig, transport: Transport) -> None:
+        super().__init__()
+        self.address = address
+        self.transport = transport
+        self._settings = settings
+        self._url = urllib.parse.urlsplit(address)
+        self._host = self._url.hostname or "localhost"
+        self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
+        self._resolution: Future[list[Any]] | None = None
+        self._context: ssl.SSLContext | None = None
+        self._broken: tuple[object, SourceError] | None = None
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> urllib3.HTTPConnectionPool:
+        pool = urllib3.HTTPConnectionPool(self._host, self._port, maxsize=1)
+        pool.ConnectionCls = functools.partial(_Connection, endpoint=self)  # type: ignore[assignment]  # only called
+        return pool
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether answers cross a network: the address is neither a unix socket, nor loopback, nor a localhost name."""
+        with contextlib.suppress(ValueError):
+            return not ipaddress.ip_address(self._host).is_loopback
+        return self._url.scheme != "unix" and not f".{self._host}".endswith(".localhost")
+
+    def disconnect(self) -> None:
+        """Close the connection; the next request opens another."""
+        self._pool.close()
+        self._pool = self._new_pool()
+
+    def close(self) -> None:
+        """Close the connection; the next one uses the TLS files as they are then."""
+        self.disconnect()
+        self._context = None
+        _shared_tls_context.cache_clear()
+
+    def get_connection_with_tls_context(self, *_args: Any, **_kwargs: Any) -> urllib3.HTTPConnectionPool:  # noqa: ANN401 - the parent's
+        return self._pool
+
+    def cert_verify(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the parent's
+        """Nothing: `open` brings a TLS context of its own."""
+
+    def request_url(self, request: requests.PreparedRequest, _proxies: object) -> str:
+        return (request.url or "").removeprefix(self.address)
+
+    def open(self) -> socket.socket:
+        """A connected socket, TLS included."""
+        if self._url.scheme == "https" and self._context is None:
+            self._context = self._tls_context()
+        failure = OSError("name has no address")
+        addresses, by = self._resolve(), self.transport.connect_by
+        for others, (family, _, _, _, target) in zip(range(len(addresses))[::-1], addresses, strict=True):
+            sock: _Socket | _TLSSocket = _Socket(family, socket.SOCK_STREAM)
+            try:
+                for option in _SOCKET_OPTIONS if family != socket.AF_UNIX else ():
+                    sock.setsockopt(*option)
+                if self.transport.narrow:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NARROW_BYTES)
+                self.transport.wide = False
+                sock.settimeout(_seconds_until(by) / (1 + others))
+                sock.connect(target)
+                if self._context is not None:
+                    sock.settimeout(_seconds_until(by) / (1 + others))  # ssl takes it for the handshake as a whole
+                    name = self._settings.tls_server_name or self._host
+                    sock = self._context.wrap_socket(sock, server_hostname=name)  # type: ignore[assignment]  # a _TLSSocket
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                sock.transport = self.transport
+                return sock
+        raise failure
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """A context with the TLS files; those that cannot be used are not parsed again until one of them changes."""
+        versions = [version_of(os.stat(path)) for path in _tls_files(self._settings) if os.path.exists(path)]
+        if self._broken is not None and self._broken[0] == versions:
+            raise self._broken[1].with_traceback(None)
+        try:
+            return _shared_tls_context(self._settings, *versions)
+        except SourceError as error:
+            self._broken = versions, error
+            raise
+
+    def _resolve(self) -> list[Any]:
+        if self._url.scheme == "unix":
+            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self.address.removeprefix("unix://"))]
+        with contextlib.suppress(OSError, UnicodeError):
+            return socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        # getaddrinfo has no timeout: it runs in a thread, and one that hangs must not cost another with each call.
+        resolution = self._resolution
+        if resolution is None:
+            resolution = Future()
+            arguments = (resolution, self._host, self._port)
+            threading.Thread(target=_getaddrinfo, args=arguments, name=f"resolve {self._host}", daemon=True).start()
+            self._resolution = resolution
+        try:
+            return resolution.result(_seconds_until(self.transport.connect_by))
+        finally:
+            self._resolution = None if resolution.done() else resolution
+
+
+def _getaddrinfo(resolution: Future[list[Any]], host: str, port: int) -> None:
+    try:
+        resolution.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except UnicodeError:
+        resolution.set_exception(OSError(f"{host!r} is not a host name"))
+    except BaseException as error:  # noqa: BLE001 - without a result the waiting thread would never return
+        resolution.set_exception(error)
+
+
+def _tls_files(settings: ConsulConfig) -> list[str]:
+    return [path for path in (settings.ca_file, settings.ca_path, settings.cert_file, settings.key_file) if path]
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_tls_context(settings: ConsulConfig, *_versions: object) -> ssl.SSLContext:
+    """One context for all connections of a process: each would hold the certificates of all authorities again."""
+    return _tls_context(settings)
+
+
+def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
+    try:
+        for path in _tls_files(settings):
+            os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe
+        context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
+        if settings.cert_file:
+            # Without the password function OpenSSL would ask for one on the terminal.
+            context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
+    except OSError as error:
+        raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {reason_of(error)}") from error
+    # Since 3.13 Python is stricter about private authorities than RFC 5280 asks, and than the consul command is.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if not settings.tls_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.sslsocket_class = _TLSSocket
+    return context

@@ -5,6 +5,7 @@ The tests of a host follow each other, as they would on a host.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import smtplib
@@ -32,6 +33,7 @@ OURS = r"""
 find / -xdev \( -path /mnt -o -path /opt -o -path /var/log -o -path /var/cache/apt \) -prune -o \
     \( -name '*table?consul*' -o -name '*procexec*' -o -path '/etc/mail*' \) -print
 """
+OWNERS = "stat -c '%U:%G %a' /etc/mail/table-consul.toml /var/lib/table-consul"
 LOOPBACK = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 1))"
 
 
@@ -72,8 +74,7 @@ def test_apt_installs_it_with_debian_s_packages_alone(host, consul):
     assert host.sh("dpkg-query -W -f '${Status}' table-consul python3-consul python3-re2").count("install ok") == 3
     checked = host.sh(f"su -s /bin/sh opensmtpd -c '/{LIBEXEC}/table-consul --check'")
     assert checked.endswith("/etc/mail/table-consul.toml: ok\n")
-    owners = "stat -c '%U:%G %a' /etc/mail/table-consul.toml /var/lib/table-consul"
-    assert host.sh(owners).split("\n")[:2] == ["root:opensmtpd 640", "root:opensmtpd 770"]
+    assert host.sh(OWNERS) == "root:opensmtpd 640\nroot:opensmtpd 770\n"
 
 
 @pytest.mark.timeout(120)
@@ -141,6 +142,47 @@ def test_purge_leaves_nothing(host):
     assert not [path for path in left if path.startswith("/usr/")]
     host.sh(f"{APT} purge table-consul")
     assert host.sh(OURS) == ""
+
+
+# A message over the socket alone makes smtpd ask the table.
+SERVICE = """
+wait_for() { for _ in $(seq 100); do "$@" >/dev/null && return; sleep 0.1; done; }
+table() { pgrep -f libexec/opensmtpd/table-consul; }
+wait_for smtpctl show status
+wait_for table
+systemctl show --property After,Restart opensmtpd.service
+stat -c '%n %U:%G %a' /run/table-consul /var/lib/table-consul
+first=$(table)
+kill -KILL $first
+echo 'Subject: hello' | sendmail root
+restarted() { table && [ "$(table)" != $first ]; }
+wait_for restarted
+systemctl show --property NRestarts,ActiveState opensmtpd.service
+second=$(table)
+dpkg --install /mnt/new.deb
+[ "$(table)" != $second ] && echo "upgraded: restarted"
+"""
+
+
+@pytest.mark.timeout(300)
+def test_systemd_starts_smtpd_after_consul_and_again_when_it_fails(package):
+    """Also: opensmtpd may be installed after the package."""
+    with _or_skip():
+        host = deb.Host("7.6", CONF, {})
+    with contextlib.closing(host):
+        host.sh(f"""
+            {PARTS} mv /tmp/archives/*.deb /var/cache/apt/archives
+            {APT} purge opensmtpd
+            {APT} --no-install-recommends install /mnt/new.deb systemd procps
+        """)
+        assert host.sh("stat -c '%U:%G %a' /etc/mail/table-consul.toml") == "root:root 640\n"
+        host.sh(f"{APT} --no-install-recommends install opensmtpd")
+        assert host.sh(OWNERS) == "root:opensmtpd 640\nroot:opensmtpd 770\n"
+        host.sh("sed -i 's/^table aliases .*/table aliases consul/; s/^listen on .*/listen on socket/' /etc/smtpd.conf")
+        said = host.boot(SERVICE).splitlines()
+    assert any(line.startswith("After=") and "consul.service" in line for line in said), said
+    assert {"Restart=on-failure", "NRestarts=1", "ActiveState=active", "upgraded: restarted"} <= {*said}, said
+    assert {"/run/table-consul root:opensmtpd 775", "/var/lib/table-consul root:opensmtpd 770"} <= {*said}, said
 
 
 @pytest.mark.timeout(300)

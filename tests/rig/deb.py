@@ -32,7 +32,24 @@ cd {PLACE}
 find . -exec touch --no-dereference --date="$(dpkg-parsechangelog --show-field Date)" {{}} +
 dpkg-buildpackage --build=binary --no-sign --ignore-builtin-builddeps
 """
+DOWNLOAD = "apt-get -q -y --download-only install"
 KEEP = "cp -r /var/lib/apt/lists /var/cache/apt/archives /mnt/into"
+# An init system of one's own needs namespaces, its cgroups, and what it writes to before it mounts anything.
+UNITS = "/etc/systemd/system"
+BOOT = """
+mount -t proc proc /proc; mount -t sysfs -o ro sysfs /sys; mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /tmp
+export container=lxc
+exec /usr/lib/systemd/systemd --log-target=null
+"""
+UNIT = """
+[Service]
+Type=oneshot
+ExecStart=-sh -c "sh -x /root/script >/root/said 2>&1"
+ExecStopPost=systemctl poweroff --force --force
+[Install]
+WantedBy=multi-user.target
+"""
 
 
 def build_root() -> Path:
@@ -106,19 +123,20 @@ def lower(of: Path, into: Path) -> Path:
 
 
 def parts(root: Root, of: Path) -> Path:
-    """A folder with what apt needs in this root to install the package without a network.
+    """A folder with what apt needs in this root to install the package, opensmtpd and systemd without a network.
 
     Raises:
         Unavailable: no network.
     """
-    wanted = cache.run("dpkg-deb", "--field", of, "Depends", "Recommends", "Suggests")
+    wanted = DOWNLOAD + cache.run("dpkg-deb", "--field", of, "Depends", "Recommends")
     stamp = hashlib.sha256(wanted.encode()).hexdigest()[:8]
 
     def download(into: Path) -> str:
         bound = {"/mnt/deb": of.parent, "/mnt/into": into}
         with bare.Layer(root.path, bound, network=True) as layer:
             try:
-                layer.run(f"apt-get -q update; apt-get -q -y --download-only install /mnt/deb/{of.name}; {KEEP}")
+                layer.run(f"apt-get -q update; {DOWNLOAD} /mnt/deb/{of.name} systemd procps")
+                layer.run(f"{DOWNLOAD} --reinstall opensmtpd; {KEEP}")
             except AssertionError as error:
                 raise cache.Unavailable(str(error)) from error
         return "0"
@@ -142,6 +160,22 @@ class Host(Smtpd):
 
     def _imported(self) -> tuple[Path, Path]:
         return self.place, self.place  # the package brings its own launcher
+
+    def boot(self, script: str) -> str:
+        """What a script wrote under systemd, which has started all that is enabled, and stops after the script.
+
+        Raises:
+            AssertionError: it did not within a minute.
+        """
+        for path, text in {"/root/boot": BOOT, "/root/script": script, f"{UNITS}/script.service": UNIT}.items():
+            self.write(path, text)
+        namespaces = "--pid --fork --kill-child --mount --uts --ipc --net --cgroup"
+        return self.sh(f"""
+            systemctl --quiet enable script.service
+            systemctl --quiet set-default multi-user.target
+            timeout 60 unshare {namespaces} sh /root/boot || true
+            cat /root/said
+        """)
 
     def exit_status(self) -> int:
         """The exit status of smtpd, which ends by itself."""

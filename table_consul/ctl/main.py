@@ -35,6 +35,8 @@ COMMANDS = {
     "lint": ("lint", "Check the data of a table."),
     "import": ("import_", "Fill a table from a file."),
     "export": ("export", "Write a table to a file."),
+    "set": ("set_", "Write one entry."),
+    "unset": ("unset", "Remove entries."),
     "undo": ("undo", "Put back what a write replaced."),
     "status": ("status", "Show the state of the running tables."),
     "accept": ("accept", "Accept deletions that are held."),

@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from table_consul import config
 from table_consul.ctl import main
 from table_consul.ctl.main import json_text
-from table_consul.errors import counted, printable
+from table_consul.errors import TableConsulError, counted, printable
 from table_consul.services import Service, Table
 
 if TYPE_CHECKING:
-    from table_consul.ctl.plan import Change
+    from table_consul.ctl.plan import Change, Plan
     from table_consul.ctl.txn import Progress, Store
 
 VALUE_CHARACTERS = 60
@@ -50,6 +50,9 @@ class Target(NamedTuple):
 
 
 token_file = click.option("--token-file", metavar="PATH", help="The ACL token to write with; else CONSUL_HTTP_TOKEN.")
+
+
+force = click.option("--force", is_flag=True, help="Write what lint would report.")
 
 
 class Undo(NamedTuple):
@@ -201,6 +204,21 @@ class Writer(NamedTuple):
         """Print the changes, unless a document is printed in the end."""
         if not self.as_json:
             echo_changes(documents(changes, self.target, hashed=hashed))
+
+    def judge_and_apply(self, plan: Plan, service: Service, *, force: bool) -> int:
+        """Write a plan unless it has problems; the exit status.
+
+        Raises:
+            TableConsulError: it has problems, and ``force`` is not given or helps with none of them.
+        """
+        problems = plan.problems
+        parts = [text.partition(": ") for _, text in (*problems, *plan.refused)]
+        main.echo_problems([(printable(self.target.path) + key, text) for key, _, text in parts], limit=PROBLEMS_SHOWN)
+        if problems and not (force and plan.changes):
+            hint = " (--force writes it)" if plan.changes else ""
+            raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
+        self.show(plan.changes, hashed=service.hashed)
+        return self.apply(plan.changes, hashed=service.hashed) or (main.FAILED if plan.refused else 0)
 
     def apply(self, changes: Sequence[Change], *, hashed: bool, skipped: Sequence[bytes] = (), again: str = "") -> int:
         """Write the changes; the exit status. ``skipped`` are further keys to report as changed by somebody else.

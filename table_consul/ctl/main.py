@@ -37,6 +37,7 @@ COMMANDS = {
     "export": ("export", "Write a table to a file."),
     "set": ("set_", "Write one entry."),
     "unset": ("unset", "Remove entries."),
+    "edit": ("edit", "Edit the entries of a table."),
     "undo": ("undo", "Put back what a write replaced."),
     "status": ("status", "Show the state of the running tables."),
     "accept": ("accept", "Accept deletions that are held."),
@@ -114,6 +115,11 @@ def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.Con
 def command_line() -> str:
     """The command that runs, as a shell takes it."""
     return shlex.join(["table-consulctl", *click.get_current_context().meta[_ARGUMENTS]])
+
+
+def editor() -> str:
+    """The command of the operator's editor, which may have arguments."""
+    return os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
 
 
 def operator() -> str:

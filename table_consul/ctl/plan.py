@@ -262,10 +262,9 @@ class _Planner:
             if change.value is None:
                 after.pop(fold_key(key), None)
         delimiter = self._table.subaddress_delimiter.encode()
-        known = {key for key, _ in expansion.failures(before, delimiter)}
-        for key, text in expansion.failures(after, delimiter):
-            if key not in known:
-                self._complain(self._now.original_case.get(key, key), text)
+        if found := dict(expansion.failures(after, delimiter)):
+            for key in found.keys() - dict(expansion.failures(before, delimiter)):
+                self._complain(self._now.original_case.get(key, key), found[key])
 
     @functools.cached_property
     def _holds_records(self) -> bool:

@@ -38,6 +38,7 @@ COMMANDS = {
     "set": ("set_", "Write one entry."),
     "unset": ("unset", "Remove entries."),
     "edit": ("edit", "Edit the entries of a table."),
+    "passwd": ("passwd", "Set the password of a user."),
     "undo": ("undo", "Put back what a write replaced."),
     "status": ("status", "Show the state of the running tables."),
     "accept": ("accept", "Accept deletions that are held."),

@@ -12,8 +12,7 @@ from table_consul import config
 from table_consul.ctl import main, writing
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.errors import TableConsulError, printable
-from table_consul.services import SERVICES, Service, Table, fold_key
-from table_consul.services.judge import key_problem
+from table_consul.services import SERVICES
 
 # Far more than smtpd takes.
 VALUE_MAX_BYTES = 1 << 20
@@ -55,7 +54,7 @@ def command(  # noqa: PLR0913 - the command line
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]
-    name, problem = usual(table, service, os.fsencode(key))
+    name, problem = writing.usual(table, service, os.fsencode(key))
     if problem and not force:
         raise TableConsulError(f"{printable(name)}: {problem}; nothing was written")
     parsed = ParsedFile("text", [FileEntry(name, _value(value), 1)], [])
@@ -64,15 +63,6 @@ def command(  # noqa: PLR0913 - the command line
         planned = plan.plan_edits(table, service, parsed, store.entries(target.path))
         writer = writing.Writer(target, store, undo, as_json)
         return writer.judge_and_apply(planned, service, force=force)
-
-
-def usual(table: Table, service: Service, key: bytes) -> tuple[bytes, str | None]:
-    """The key as smtpd asks for it, and why that is not what is meant."""
-    name = fold_key(key.strip())
-    problem = key_problem(table, service, name, key) if service.name == "regex" else None
-    if name != key and not problem:
-        click.echo(f"note: {printable(key)} is stored as {printable(name)}, as smtpd asks for it", err=True)
-    return name, problem
 
 
 def _value(text: str) -> bytes:

@@ -19,7 +19,7 @@ from table_consul import config
 from table_consul.ctl import main
 from table_consul.ctl.main import json_text
 from table_consul.errors import TableConsulError, counted, printable
-from table_consul.services import Service, Table
+from table_consul.services import Service, Table, fold_key
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Change, Plan
@@ -191,6 +191,17 @@ def _description(change: dict[str, Any]) -> str:
     return f"{key} {old or '(none)'} -> {new or '(none)'}"
 
 
+def usual(table: Table, service: Service, key: bytes) -> tuple[bytes, str | None]:
+    """The key as smtpd asks for it, and why that would mean something else; prints a note if it differs."""
+    from table_consul.services.judge import key_problem
+
+    name = fold_key(key.strip())
+    problem = key_problem(table, service, name, key) if service.name == "regex" else None
+    if name != key and not problem:
+        click.echo(f"note: {printable(key)} is stored as {printable(name)}, as smtpd asks for it", err=True)
+    return name, problem
+
+
 class Writer(NamedTuple):
     """Writes the changes of one command, and reports what became of them."""
 
@@ -205,17 +216,17 @@ class Writer(NamedTuple):
         if not self.as_json:
             echo_changes(documents(changes, self.target, hashed=hashed))
 
-    def judge_and_apply(self, plan: Plan, service: Service, *, force: bool) -> int:
+    def judge_and_apply(self, plan: Plan, service: Service, *, force: bool | None = None) -> int:
         """Write a plan unless it has problems; the exit status.
 
         Raises:
-            TableConsulError: it has problems, and ``force`` is not given or helps with none of them.
+            TableConsulError: it has problems, and ``force`` is not true or helps with none of them.
         """
         problems = plan.problems
         parts = [text.partition(": ") for _, text in (*problems, *plan.refused)]
         main.echo_problems([(printable(self.target.path) + key, text) for key, _, text in parts], limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
-            hint = " (--force writes it)" if plan.changes else ""
+            hint = " (--force writes it)" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
         self.show(plan.changes, hashed=service.hashed)
         return self.apply(plan.changes, hashed=service.hashed) or (main.FAILED if plan.refused else 0)

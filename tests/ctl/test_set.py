@@ -227,7 +227,7 @@ def test_invalid_value_never_replaces_a_record(people, fake, value):
     assert json.loads(values(fake, b"people/")["vera"]) == RECORD
 
 
-@pytest.mark.parametrize("name", ["set", "unset", "edit", "undo"])
+@pytest.mark.parametrize("name", ["set", "unset", "edit", "passwd", "undo"])
 def test_help_fits_a_terminal_of_24_lines(name):
     assert name in main.COMMANDS
     assert len(control(name, "--help", COLUMNS="80").text.splitlines()) <= 24

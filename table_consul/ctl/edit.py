@@ -75,7 +75,7 @@ def command(
       table-consulctl edit aliases alias
     """  # noqa: D301 - click keeps the lines after a \b as they are
     table, service = settings.table(table_name), SERVICES[service_name]
-    target = writing.Target.of(table, service)
+    target = writing.Target.with_note(table, service)
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
         stored = store.entries(target.path)
         chosen = [each for each in stored if not each.key.endswith(b"/")]

@@ -106,12 +106,9 @@ def command(  # noqa: PLR0913 - the command line
         raise FormatError(f"{name}: no entries; with --prune every stored entry would be removed")
     duplicates = [] if parsed.format == "export" else plan.duplicate_problems(parsed)
     _raise_problems(name, parsed, parsed.problems + duplicates)
-    # Users without a hash in auth may have one in credentials.
-    if service.name not in table.readable_services:
-        click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
     folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
     others = [folder for folder in folders if folder.startswith(path) and folder != path]
-    target = writing.Target.of(table, service)
+    target = writing.Target.with_note(table, service)
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
         stored = store.entries(path)
         planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)

@@ -58,9 +58,12 @@ def command(  # noqa: PLR0913 - the command line
     if problem and not force:
         raise TableConsulError(f"{printable(name)}: {problem}; nothing was written")
     parsed = ParsedFile("text", [FileEntry(name, _value(value), 1)], [])
-    target = writing.Target.of(table, service)
+    target = writing.Target.with_note(table, service)
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
-        planned = plan.plan_edits(table, service, parsed, store.entries(target.path))
+        stored = store.entries(target.path)
+        if not stored:
+            click.echo(f"note: {printable(target.path)} has no entries yet", err=True)
+        planned = plan.plan_edits(table, service, parsed, stored)
         writer = writing.Writer(target, store, undo, as_json)
         return writer.judge_and_apply(planned, service, force=force)
 

@@ -48,6 +48,14 @@ class Target(NamedTuple):
     def of(cls, table: Table, service: Service) -> Target:
         return cls(table.name, service.name, table.path(service))
 
+    @classmethod
+    def with_note(cls, table: Table, service: Service) -> Target:
+        """As `of`, with a note if smtpd does not ask the table for the service."""
+        # Users without a hash in auth may have one in credentials.
+        if service.name not in table.readable_services:
+            click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
+        return cls.of(table, service)
+
 
 token_file = click.option("--token-file", metavar="PATH", help="The ACL token to write with; else CONSUL_HTTP_TOKEN.")
 
@@ -116,7 +124,8 @@ def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -
             conflicts += len(progress.conflicts)
             yield progress
     finally:
-        _log(target, written, conflicts)
+        if written or conflicts:
+            _log(target, written, conflicts)
 
 
 def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
@@ -241,17 +250,21 @@ class Writer(NamedTuple):
             for progress in write(self.target, changes, self.store, self.undo):
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
+            self._report(documents(changes, self.target, hashed=hashed), written, conflicts)
         except BaseException:
             if written:
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
             raise
+        return main.FAILED if conflicts else 0
+
+    def _report(self, changes: Sequence[dict[str, Any]], written: int, conflicts: Sequence[bytes]) -> None:
         if self.as_json:
             document = {
                 "table": self.target.table,
                 "service": self.target.service,
                 "path": json_text(self.target.path),
-                "changes": documents(changes, self.target, hashed=hashed),
+                "changes": changes,
                 "written": written,
                 "conflicts": [json_text(key) for key in conflicts],
             }
@@ -259,4 +272,3 @@ class Writer(NamedTuple):
         else:
             main.echo_problems([(printable(key), self.conflict) for key in conflicts])
             click.echo(f"{written} written" if changes else "nothing to write")
-        return main.FAILED if conflicts else 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from table_consul.ctl import main, txn
-from tests.control import control
+from tests.control import control, finished, start
 from tests.ctl.importing import HASH, entries
 from tests.dialogue import write_config
 from tests.fake_consul import FakeConsul
@@ -50,7 +51,8 @@ def test_set_writes_and_shows_the_old_and_the_new_value(consul):
     def run(*arguments):
         return control("set", "aliases", "alias", *arguments, CONSUL_HTTP_ADDR=consul.address)
 
-    assert run("root", "gilles") == (0, b"+ root gilles\n1 written\n", b"")
+    note = b"note: aliases/alias/ has no entries yet\n"
+    assert run("root", "gilles") == (0, b"+ root gilles\n1 written\n", note)
     assert run("root", "gilles,eric") == (0, b"~ root gilles -> gilles,eric\n1 written\n", b"")
     assert run("root", "gilles,eric") == (0, b"nothing to write\n", b"")
     assert entries(consul) == {"root": b"gilles,eric"}
@@ -118,6 +120,21 @@ def test_problem_of_another_entry_is_no_reason_to_refuse(run, fake):
     fake.put(b"aliases/alias/loop", b"loop2")
     fake.put(b"aliases/alias/loop2", b"loop")
     assert run("set", "aliases", "alias", "root", "gilles").status == 0
+
+
+def test_service_that_smtpd_does_not_ask_is_noted(run):
+    done = run("set", "users", "auth", "vera", HASH)
+    assert (done.status, "smtpd does not ask users for auth" in done.said) == (0, True)
+
+
+def test_closed_output_writes_nothing_or_reports_what_is_written(fake):
+    environ = {**os.environ, "CONSUL_HTTP_ADDR": fake.address}
+    for more, said in ([], ""), (["--json"], "interrupted: 1 of 1 key written"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb") as nobody:
+            done = finished(start("set", "aliases", "alias", "root", "gilles", *more, stdout=nobody, env=environ))
+        assert (done.status, said in done.said, len(values(fake))) == (2, True, len(more))
 
 
 # Keys and values.

@@ -109,6 +109,19 @@ def test_outage_during_an_undo_names_the_command_that_writes_the_rest(consul, fo
     assert (undo(consul, "1").status, entries(consul)) == (0, {})
 
 
+def test_token_that_may_write_half_of_the_keys_undoes_no_more_than_it_may(consul_with_acl, folder):
+    consul = consul_with_acl
+    importer(consul, "aliases", "alias", "-", stdin=alias_lines(100), token=consul.management_token)
+    half = "".join(f'key "aliases/alias/user{number:05d}" {{ policy = "write" }}\n' for number in range(64))
+    token = consul.token(f'key_prefix "aliases/" {{ policy = "read" }}\n{half}')
+    done = control("undo", CONSUL_HTTP_ADDR=consul.address, CONSUL_HTTP_TOKEN=token)
+    assert (done.status, len(entries(consul))) == (2, 36)
+    assert "interrupted: 64 of 100 keys written; table-consulctl undo 1 writes the rest" in done.said
+    assert "the token may not write aliases/alias/user00064" in done.said
+    done = control("undo", "1", CONSUL_HTTP_ADDR=consul.address, CONSUL_HTTP_TOKEN=consul.management_token)
+    assert (done.status, entries(consul)) == (0, {})
+
+
 # What is saved.
 
 

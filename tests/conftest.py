@@ -53,6 +53,12 @@ hypothesis.settings.register_profile("table-consul", deadline=None)
 hypothesis.settings.load_profile("table-consul")
 
 
+@pytest.fixture(autouse=True)
+def _undo_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests write is not saved on this machine; only those that ask for more have a folder of their own."""
+    monkeypatch.setenv("TABLE_CONSUL_UNDO_DIR", str(tmp_path_factory.getbasetemp() / "undo"))
+
+
 @contextlib.contextmanager
 def _or_skip() -> Iterator[None]:
     try:

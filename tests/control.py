@@ -67,8 +67,12 @@ def _take_the_terminal():
     os.close(os.open(os.ttyname(0), os.O_RDWR))
 
 
-def at_terminal(*arguments, typed=b"", wanted=b"", **environ):
-    """All that appears on a terminal; what is typed is typed when the wanted text has appeared."""
+def at_terminal(*arguments, typed=b"", wanted=b"", turns=(), **environ):
+    """All that appears on a terminal; what is typed is typed when the wanted text has appeared.
+
+    ``turns`` are pairs of a wanted text and what is typed then, one after the other.
+    """
+    left = [*turns, *([(wanted, typed)] if typed else [])]
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", START, *map(str, arguments)],
@@ -78,13 +82,13 @@ def at_terminal(*arguments, typed=b"", wanted=b"", **environ):
         preexec_fn=_take_the_terminal,  # noqa: PLW1509 - two system calls, and no other way
     )
     os.close(theirs)
-    shown = b""
+    shown, seen = b"", 0
     try:
         while True:
             shown += os.read(ours, 4096)
-            if typed and wanted in shown:
-                os.write(ours, typed)
-                typed = b""
+            while left and (at := shown.find(left[0][0], seen)) >= 0:
+                seen = at + len(left[0][0])
+                os.write(ours, left.pop(0)[1])
     except OSError:  # how a terminal says that nobody is left
         pass
     finally:

@@ -8,14 +8,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from table_consul import config
-from table_consul.ctl import files, main
+from table_consul.ctl import files, main, writing
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import json_text
 from table_consul.errors import SourceError, counted, printable
@@ -23,21 +22,12 @@ from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
 
 if TYPE_CHECKING:
-    from table_consul.ctl.plan import Change, Plan
-    from table_consul.ctl.txn import Progress, Store
+    from table_consul.ctl.plan import Plan
 
 # Half a million users fit; /dev/zero does not fill the memory of the mail host.
 FILE_MAX_BYTES = 1 << 30
 # As much as shows whether a file is text; an endless one is not read to the limit.
 HEAD_BYTES = 1 << 20
-# Enough to fix a file; if there are more, something else is wrong with it.
-PROBLEMS_SHOWN = 20
-# Before writing; --dry-run shows all.
-CHANGES_SHOWN = 100
-VALUE_CHARACTERS = 60
-# Fewer are written before anyone has looked at a progress bar.
-BAR_CHANGES = 1000
-_STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "red")}
 
 
 @click.command("import")
@@ -58,6 +48,7 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
 @click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
 @click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
 @main.as_json
+@writing.with_undo
 @main.pass_config
 def command(  # noqa: PLR0913 - the command line
     settings: config.Config,
@@ -68,6 +59,7 @@ def command(  # noqa: PLR0913 - the command line
     prune: bool,
     dry_run: bool,
     token_file: str | None,
+    undo: writing.Undo,
     as_json: bool,
     table_name: str,
     service_name: str,
@@ -95,12 +87,11 @@ def command(  # noqa: PLR0913 - the command line
       table-consulctl import aliases domain /etc/mail/domains
       consul kv export old/ | table-consulctl import aliases alias -
     """  # noqa: D301 - click keeps the lines after a \b as they are
-    from table_consul.ctl import plan, txn
+    from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]
     path = table.path(service)
-    if settings.consul.addresses[0].startswith("file://"):
-        raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
+    writing.check_address(settings)
     name = "standard input" if file == "-" else printable(file)
     folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
     try:
@@ -115,23 +106,20 @@ def command(  # noqa: PLR0913 - the command line
         raise FormatError(f"{name}: no entries; with --prune every stored entry would be removed")
     duplicates = [] if parsed.format == "export" else plan.duplicate_problems(parsed)
     _raise_problems(name, parsed, parsed.problems + duplicates)
-    # Users without a hash in auth may have one in credentials.
-    if service.name not in table.readable_services:
-        click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
     folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
     others = [folder for folder in folders if folder.startswith(path) and folder != path]
-    consul = msgspec.structs.replace(main.as_writer(settings.consul, token_file), consistency="consistent")
-    with contextlib.closing(txn.Store(consul)) as store:
+    target = writing.Target.with_note(table, service)
+    with contextlib.closing(writing.open_store(settings, token_file)) as store:
         stored = store.entries(path)
         planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)
         _raise_problems(name, parsed, planned.problems)
         refused = _with_lines(name, parsed, planned.refused)
-        main.echo_problems(refused, limit=None if dry_run else PROBLEMS_SHOWN)
+        main.echo_problems(refused, limit=None if dry_run else writing.PROBLEMS_SHOWN)
         report = _report(table, service, planned, parsed, dry_run=dry_run)
         try:
             if not as_json:
                 _echo_changes(report)
-            for progress in [] if dry_run else _write(planned.changes, store):
+            for progress in [] if dry_run else writing.write(target, planned.changes, store, undo):
                 report["written"] += len(progress.written)
                 report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
             _echo_result(report, as_json=as_json)
@@ -191,7 +179,7 @@ def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProble
     """Print each problem with its line; raise FormatError if there is one."""
     if not problems:
         return
-    main.echo_problems(_with_lines(name, parsed, problems), limit=PROBLEMS_SHOWN)
+    main.echo_problems(_with_lines(name, parsed, problems), limit=writing.PROBLEMS_SHOWN)
     count = counted(len(problems), "problem", "problems")
     raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
 
@@ -202,35 +190,16 @@ def _with_lines(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) 
     return [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
 
 
-def _write(changes: Sequence[Change], store: Store) -> Iterator[Progress]:
-    """Write the changes, with a progress bar if many are written at a terminal."""
-    from table_consul.ctl import txn
-
-    steps = txn.write(changes, store, lambda error: click.echo(f"retrying: {printable(str(error), 1000)}", err=True))
-    if len(changes) < BAR_CHANGES or sys.stderr is None or not sys.stderr.isatty():
-        yield from steps
-        return
-    with click.progressbar(length=len(changes), label="writing", file=sys.stderr, width=0) as bar:
-        for progress in steps:
-            bar.update(len(progress.written) + len(progress.conflicts))
-            yield progress
-
-
 def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
     """The document that --json prints, from which the text is made as well."""
-    path = table.path(service)
-    changes = []
-    for change in plan.changes:
-        answers = {} if service.hashed else {"from": change.old_answer, "to": change.new_answer}
-        texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
-        changes.append({"change": change.kind, "key": json_text(change.key[len(path) :]), **texts})
+    target = writing.Target.of(table, service)
     return {
         "table": table.name,
         "service": service.name,
-        "path": json_text(path),
+        "path": json_text(target.path),
         "format": parsed.format,
         "dry_run": dry_run,
-        "changes": changes,
+        "changes": writing.documents(plan.changes, target, hashed=service.hashed),
         "unchanged": plan.unchanged,
         "left_out": parsed.left_out,
         "written": 0,
@@ -241,30 +210,16 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
 
 def _echo_changes(report: dict[str, Any]) -> None:
     changes = report["changes"]
-    limit = None if report["dry_run"] else CHANGES_SHOWN
-    for change in changes[:limit]:
-        sign, colour = _STYLES[change["change"]]
-        click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
-    if limit is not None and len(changes) > limit:
-        click.echo(f"... and {len(changes) - limit} more (--dry-run shows all)")
+    limit = None if report["dry_run"] else writing.CHANGES_SHOWN
+    writing.echo_changes(changes, limit=limit, more=" (--dry-run shows all)")
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
     counts = Counter(change["change"] for change in changes)
     refused = f", {len(report['refused'])} refused" if "refused" in report else ""
     click.echo(
-        ", ".join(f"{counts[word]} to {word}" for word in _STYLES) + f", {report['unchanged']} unchanged{refused}"
+        ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES)
+        + f", {report['unchanged']} unchanged{refused}"
     )
-
-
-def _description(change: dict[str, Any]) -> str:
-    key = printable(change["key"])
-    old, new = (printable(change.get(name) or "", VALUE_CHARACTERS) for name in ("from", "to"))
-    if change["change"] != "change":
-        value = old or new
-        return f"{key} {value}" if value and value != key else key
-    if "from" not in change:
-        return f"{key} (not shown)"
-    return f"{key} {old} -> {new}" if old != new else f"{key} (same value for smtpd, stored differently)"
 
 
 def _echo_result(report: dict[str, Any], *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -34,6 +35,11 @@ COMMANDS = {
     "lint": ("lint", "Check the data of a table."),
     "import": ("import_", "Fill a table from a file."),
     "export": ("export", "Write a table to a file."),
+    "set": ("set_", "Write one entry."),
+    "unset": ("unset", "Remove entries."),
+    "edit": ("edit", "Edit the entries of a table."),
+    "passwd": ("passwd", "Set the password of a user."),
+    "undo": ("undo", "Put back what a write replaced."),
     "status": ("status", "Show the state of the running tables."),
     "accept": ("accept", "Accept deletions that are held."),
     "policy": ("policy", "Write the ACL policy that the tables need."),
@@ -49,8 +55,15 @@ Details and examples: table-consulctl COMMAND --help
 """
 
 
+_ARGUMENTS = "table_consul.arguments"
+
+
 class Commands(click.Group):
     """The commands, each imported when it is called."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        context.meta[_ARGUMENTS] = [*arguments]
+        return super().parse_args(context, arguments)
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -98,6 +111,28 @@ def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.Con
     if path:  # a token file beats a token (consul: api/api.go, NewClient)
         return replace(consul, token=None, token_file=os.path.abspath(path))
     return replace(consul, token=token, token_file=None) if token else consul
+
+
+def command_line() -> str:
+    """The command that runs, as a shell takes it."""
+    return shlex.join(["table-consulctl", *click.get_current_context().meta[_ARGUMENTS]])
+
+
+def editor() -> str:
+    """The command of the operator's editor, which may have arguments."""
+    return os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+
+
+def operator() -> str:
+    """Who runs the command, also through sudo."""
+    import pwd
+
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = f"uid {os.getuid()}"
+    behind = os.environ.get("SUDO_USER")
+    return f"{behind} as {user}" if behind else user
 
 
 def json_text(data: bytes) -> str:

@@ -7,13 +7,16 @@ that is stored in Consul; an export of Consul is compared byte by byte.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import msgspec
 
+from table_consul.ctl import expansion, records
 from table_consul.ctl.files import FileEntry, LineProblem, ParsedFile
-from table_consul.errors import UNDECODABLE, EntryError, printable
+from table_consul.ctl.records import record_of
+from table_consul.errors import EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
@@ -119,13 +122,40 @@ def plan(
     return Plan(changes, sorted(set(planner.problems)), planner.unchanged, refused)
 
 
+def plan_edits(
+    table: Table, service: Service, parsed: ParsedFile, stored: Sequence[Stored], remove: Sequence[bytes] = ()
+) -> Plan:
+    """As `plan`, for entries that an operator edits: of the record of a user only the fields of this service change.
+
+    ``remove`` are stored keys, relative to the folder. Aliases that smtpd could no longer expand are problems as well.
+    """
+    planner = _Planner(table, service, stored, edits=True, exported=parsed.format == "export")
+    planner.compare(parsed.entries)
+    planner.problems += duplicate_problems(parsed, planner.changed if parsed.format == "export" else None)
+    planner.validate()
+    for key in remove:
+        planner.remove(key)
+    planner.expand()
+    refused = planner.refuse()
+    changes = [planner.changes[key] for key in sorted(planner.changes)]
+    return Plan(changes, sorted(set(planner.problems)), planner.unchanged, refused)
+
+
 class _Planner:
     """The state of one plan. All keys are relative to the folder of the service, and spelled as they are stored."""
 
     def __init__(
-        self, table: Table, service: Service, stored: Sequence[Stored], *, records: bool, exported: bool
+        self,
+        table: Table,
+        service: Service,
+        stored: Sequence[Stored],
+        *,
+        exported: bool,
+        records: bool = False,
+        edits: bool = False,
     ) -> None:
         self._table, self._service = table, service
+        self._edits = edits
         self._records, self._exported, self._verbatim = records, exported, records or exported
         self._path = table.path(service)
         others = (SERVICES[name] for name in table.readable_services if name != service.name)
@@ -152,17 +182,19 @@ class _Planner:
             self._lines[key] = entry.line
             old = self._stored.get(key)
             if old is None:
-                self.changes[key] = Change(self._path + key, None, entry.value, entry.flags)
-                self.changed.add(entry.key)
+                self._add(key, entry)
                 continue
-            record = None if self._exported else _record(table, service, old.value)
+            record = None if self._exported else record_of(table, service, old.value)
             value = entry.value
             if record is not None and self._records:
-                merged: dict[str, object] = record | msgspec.json.decode(value)
-                value = old.value if merged == record else msgspec.json.encode(merged)
+                joined: records.Record = record | msgspec.json.decode(value)
+                value = old.value if joined == record else msgspec.json.encode(joined)
             answer = _answer(self._now, key)
             if value == old.value or not (self._verbatim or answer is None or answer != _answer(wanted, entry.key)):
                 self.unchanged += 1
+            elif record is not None and self._edits:
+                if (merged := self._merged(key, record, value)) is not None:
+                    self.changes[key] = Change(old.key, old, merged, old.flags, answer)
             elif record is not None and not self._records:
                 self._complain(key, _SHARED)
             elif record is None and self._records and (owner := self._overwritten_service(key, old.value, value)):
@@ -170,6 +202,14 @@ class _Planner:
             else:
                 self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
                 self.changed.add(entry.key)
+
+    def _add(self, key: bytes, entry: FileEntry) -> None:
+        value: bytes | None = entry.value
+        if self._edits and self._holds_records:
+            value = self._merged(key, {}, entry.value)
+        if value is not None:
+            self.changes[key] = Change(self._path + key, None, value, entry.flags)
+            self.changed.add(entry.key)
 
     def validate(self) -> None:
         """Find what lint would report, for each service that reads the folder, and what cannot be written at all."""
@@ -202,8 +242,45 @@ class _Planner:
             if folder or key in self._lines or fold_key(key) in self._now.incomplete:
                 continue
             self.changes[key] = Change(old.key, old, None, old_answer=_answer(self._now, key))
-            if len(self._sharing) > 1 and not self._verbatim and _record(self._table, self._service, old.value):
+            if len(self._sharing) > 1 and not self._verbatim and record_of(self._table, self._service, old.value):
                 self._complain(key, _SHARED)
+
+    def remove(self, key: bytes) -> None:
+        """Remove an entry, or from a record the fields of this service."""
+        old = self._stored[key]
+        record = None if self._exported else record_of(self._table, self._service, old.value)
+        value = None if record is None else records.without_value(self._service, record)
+        self.changes[key] = Change(old.key, old, value, old.flags, _answer(self._now, key))
+
+    def expand(self) -> None:
+        """Find the aliases that smtpd can expand now, and could no longer after the changes."""
+        if self._service.name != "alias" or not self.changes:
+            return
+        before = {**dict.fromkeys(self._now.errors, b""), **self._now.values}
+        after = {**before, **{fold_key(key): change.new_answer or b"" for key, change in self.changes.items()}}
+        for key, change in self.changes.items():
+            if change.value is None:
+                after.pop(fold_key(key), None)
+        delimiter = self._table.subaddress_delimiter.encode()
+        if found := dict(expansion.failures(after, delimiter)):
+            for key in found.keys() - dict(expansion.failures(before, delimiter)):
+                self._complain(self._now.original_case.get(key, key), found[key])
+
+    @functools.cached_property
+    def _holds_records(self) -> bool:
+        """Whether a new user of this folder gets a record."""
+        if self._exported or not self._service.fields or self._table.value_format == "text":
+            return False
+        values = [each.value for each in self._stored.values()]
+        shared = len({each.fields for each in self._sharing}) > 1
+        return shared or records.are_records(self._table, self._service, values)
+
+    def _merged(self, key: bytes, record: records.Record, value: bytes) -> bytes | None:
+        try:
+            return records.with_value(self._table, self._service, fold_key(key), record, value)
+        except EntryError as error:
+            self._complain(key, str(error))
+            return None
 
     def _complain(self, key: bytes, text: str) -> None:
         self.problems.append(LineProblem(self._lines.get(key, 0), f"{printable(key)}: {text}"))
@@ -227,13 +304,6 @@ def _answer(entries: Entries, key: bytes) -> bytes | None:
     value = entries.values.get(key)
     service = entries.service
     return key if value is not None and (service.lists_only or (not value and service.answers == "entry")) else value
-
-
-def _record(table: Table, service: Service, value: bytes) -> dict[str, object] | None:
-    if service.fields and table.value_format != "text" and value.lstrip().startswith(b"{"):
-        with contextlib.suppress(*UNDECODABLE):
-            return msgspec.json.decode(value, type=dict[str, object])
-    return None
 
 
 def _invalid(service: Service, name: bytes, change: Change) -> str:

@@ -20,7 +20,7 @@ from table_consul.services import SERVICES, Table
 
 @click.command("policy")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--write", is_flag=True, help="Grant write access, which import needs and the mail servers do not.")
+@click.option("--write", is_flag=True, help="Grant write access, which mail servers do not need.")
 @click.option(
     "--list",
     "key_list",

@@ -260,6 +260,32 @@ def verify_hash(known: Hash, password: bytes) -> bool:
     return compare_digest(made.encode(), known.text)
 
 
+def make_hash(scheme: str, password: str, salt: bytes) -> bytes | None:
+    """A new hash; None if crypt(3) of this system does not know the scheme: ``yescrypt``, ``bcrypt`` or ``argon2``.
+
+    ``salt`` are 16 random bytes, which argon2 takes from the system itself.
+
+    Raises:
+        ConfigError: the package that calculates it is not installed.
+    """
+    if scheme == "argon2":
+        made: str = _package("argon2", "argon2-cffi").PasswordHasher().hash(password)
+        return made.encode()
+    if scheme == "yescrypt":
+        number = int.from_bytes(salt, "little")
+        setting = b"$y$j9T$" + bytes(_ITOA64[number >> 6 * place & 63] for place in range(22))
+    else:  # bcrypt has an alphabet of its own
+        from base64 import b64encode
+
+        alphabet = bytes.maketrans(_ITOA64[12:] + _ITOA64[2:12] + b"+/", _ITOA64[:2] + _ITOA64[12:] + _ITOA64[2:12])
+        setting = b"$2b$12$" + b64encode(salt)[:22].translate(alphabet)
+    with contextlib.suppress(OSError):
+        made = _binding().crypt(password, setting.decode()) or ""
+        if (known := parse(made.encode())) is not None and known.scheme == scheme:
+            return known.text
+    return None
+
+
 def _binding() -> Any:  # noqa: ANN401 - a module
     """The system's crypt(3): crypt-r, or up to Python 3.12 the standard library's, from which crypt-r was made."""
     with contextlib.suppress(ImportError), warnings.catch_warnings():

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from table_consul.ctl import import_
+from table_consul.ctl import writing
 from tests.control import control
 from tests.ctl.importing import HASH, alias_lines, entries, file, importer
 from tests.dialogue import write_config
@@ -198,7 +198,7 @@ def test_unregistered_service_is_noted(consul):
 
 
 def test_long_list_of_changes_is_whole_only_in_a_dry_run(consul):
-    count = import_.CHANGES_SHOWN + 5
+    count = writing.CHANGES_SHOWN + 5
     dry = importer(consul, "aliases", "alias", "-", "--dry-run", stdin=alias_lines(count))
     assert len(dry.text.splitlines()) == count + 1
     done = importer(consul, "aliases", "alias", "-", stdin=alias_lines(count))

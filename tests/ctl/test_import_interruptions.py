@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from table_consul.ctl import import_, txn
+from table_consul.ctl import txn, writing
 from tests.control import START, control, finished, start
 from tests.ctl.importing import alias_lines, entries, file, importer
 from tests.dialogue import PATIENCE_SECONDS
@@ -160,7 +160,7 @@ def test_json_report_is_written_on_an_interruption(consul, between, monkeypatch)
 
 
 def test_progress_bar_fits_a_terminal_of_40_columns(consul, tmp_path):
-    path = file(tmp_path, alias_lines(import_.BAR_CHANGES))
+    path = file(tmp_path, alias_lines(writing.BAR_CHANGES))
     master, slave = pty.openpty()
     environ = {**os.environ, "CONSUL_HTTP_ADDR": consul.address, "COLUMNS": "40", "TERM": "xterm"}
     process = subprocess.Popen(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from table_consul.ctl import import_
+from table_consul.ctl import import_, writing
 from tests.control import control
 from tests.ctl.importing import HASH, entries, file, importer
 from tests.dialogue import write_config
@@ -86,7 +86,7 @@ def test_too_large_file_is_rejected(tmp_path, monkeypatch):
 def test_many_problems_are_counted_and_the_first_shown(tmp_path):
     conf = write_config(tmp_path, address="http://127.0.0.1:1")
     done = control("-c", conf, "import", "aliases", "alias", "-", stdin=b"root:\n" * 1000)
-    assert len(done.said.splitlines()) == import_.PROBLEMS_SHOWN + 2
+    assert len(done.said.splitlines()) == writing.PROBLEMS_SHOWN + 2
     assert "1000 problems" in done.said
 
 

@@ -19,6 +19,7 @@ from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, sour
 # Of OpenSMTPD and of the system; mandoc looks for them on this machine, where they need not be.
 FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
+    *("crypt 3", "vi 1"),
 }
 PROGRAMS = {"table-consul.8": cli._parser(), "table-procexec.8": procexec._parser()}
 

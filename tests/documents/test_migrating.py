@@ -64,6 +64,7 @@ def shell(consul, folder):
         database.executescript(ROWS)
     database.close()
     environment = {
+        "TABLE_CONSUL_UNDO_DIR": str(folder / "undo"),
         "PATH": f"{programs}:/usr/bin:/bin",
         "PYTHONPATH": os.pathsep.join(sys.path),
         "CONSUL_HTTP_ADDR": f"http://{consul.address}",

@@ -1,0 +1,226 @@
+"""``table-consulctl edit``: a folder, or one key of it, in an editor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from table_consul import config
+from table_consul.ctl import files, import_, main, writing
+from table_consul.ctl.files import LineProblem
+from table_consul.errors import SourceError, TableConsulError, counted, printable
+from table_consul.services import SERVICES, Service, Table, fold_key
+from table_consul.services.entries import Entries
+from table_consul.sources.export import export_entry
+
+if TYPE_CHECKING:
+    from table_consul.ctl.plan import Plan, Stored
+
+# A file that an editor, or a full disk, has cut off lacks it.
+END = b"# end of the entries (do not remove this line)"
+LEFT_OUT_SHOWN = 10
+
+
+class Draft(NamedTuple):
+    """The file for the editor, and the stored keys, relative to the folder, of the entries in it."""
+
+    text: bytes
+    keys: Mapping[bytes, bytes]
+    """By folded key; of an export by the key itself."""
+
+
+@click.command("edit")
+@click.argument("table_name", metavar="TABLE")
+@click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
+@click.argument("key", metavar="[KEY]", required=False)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("table", "export")),
+    default="table",
+    metavar="FORMAT",
+    help="What to edit: table, as smtpd reads it (default), or export, as stored.",
+)
+@writing.token_file
+@writing.with_undo
+@main.pass_config
+def command(
+    settings: config.Config,
+    *,
+    table_name: str,
+    service_name: str,
+    key: str | None,
+    form: str,
+    token_file: str | None,
+    undo: writing.Undo,
+) -> int:
+    """Edit the entries of SERVICE in TABLE, or that of KEY, with $VISUAL or $EDITOR.
+
+    The changes are shown and written after a question. What lint would report is refused. A key that somebody else
+    changed after the editor opened is skipped.
+
+    Exit status: 0 written, or nothing changed; 2 something was not written.
+
+    \b
+    Examples:
+      table-consulctl edit aliases alias
+    """  # noqa: D301 - click keeps the lines after a \b as they are
+    table, service = settings.table(table_name), SERVICES[service_name]
+    target = writing.Target.with_note(table, service)
+    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+        stored = store.entries(target.path)
+        chosen = [each for each in stored if not each.key.endswith(b"/")]
+        if key is not None:
+            folded = fold_key(os.fsencode(key))
+            chosen = [each for each in chosen if fold_key(each.key[len(target.path) :]) == folded]
+        draft = _export(target, chosen) if form == "export" else _table(table, service, chosen)
+        edit = _Edit(table, service, stored, draft, form)
+        with _handling(_abort, signal.SIGHUP, signal.SIGTERM):
+            planned = edit.run()
+        if planned is None:
+            click.echo("nothing was written")
+            return main.FAILED
+        conflict = "changed in Consul since the editor opened; skipped (edit it again)"
+        return writing.Writer(target, store, undo, conflict=conflict).apply(planned.changes, hashed=service.hashed)
+
+
+def _table(table: Table, service: Service, stored: Sequence[Stored]) -> Draft:
+    """A file as `export` writes it. Entries that it cannot hold are named in comments, and stay as they are."""
+    path = table.path(service)
+    entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
+    text, left_out = files.table_text(service, sorted(entries.values.items()))
+    keys = {key: entries.original_case.get(key, key) for key in entries.values if key not in left_out}
+    problems = [(key, error.text) for key, error in entries.errors.items() if key not in entries.incomplete]
+    problems += [(key, "cannot be written in this format") for key in left_out]
+    head = [f"# {printable(path)}: one entry a line. Close the editor without a change to write nothing."]
+    head += [f"# Not shown, use --format export: {printable(key)}: {what}" for key, what in problems[:LEFT_OUT_SHOWN]]
+    if len(problems) > LEFT_OUT_SHOWN:
+        head.append(f"# Not shown: {counted(len(problems) - LEFT_OUT_SHOWN, 'more entry', 'more entries')}")
+    if not keys and not service.lists_only:
+        text = b""  # else the first new entry could not have a value
+    return Draft("\n".join([*head, ""]).encode() + text + END + b"\n", keys)
+
+
+def _export(target: writing.Target, stored: Sequence[Stored]) -> Draft:
+    lines = [export_entry(each.key, each.value, each.flags) for each in stored]
+    keys = [each.key[len(target.path) :] for each in stored]
+    return Draft(b"[\n" + b",\n".join(lines) + b"\n]\n", dict(zip(keys, keys, strict=True)))
+
+
+class _Edit(NamedTuple):
+    """What is edited, and what Consul had when the editor opened."""
+
+    table: Table
+    service: Service
+    stored: Sequence[Stored]
+    draft: Draft
+    form: str
+
+    def run(self) -> Plan | None:
+        """The changes that the operator made and confirmed; None if they are not to be written.
+
+        Raises:
+            TableConsulError: the editor fails.
+            OSError: its file cannot be written, or is gone.
+        """
+        # In a folder of its own, with the copies that editors make beside it.
+        with tempfile.TemporaryDirectory(prefix="table-consul.") as folder:
+            path = os.path.join(folder, f"{self.service.name}.{'json' if self.form == 'export' else 'txt'}")
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(self.draft.text)
+            line = 0
+            while True:
+                _run_editor(path, line)
+                with open(path, "rb") as file:
+                    data = file.read()
+                planned, problems = self._judge(data)
+                if not problems and not planned.changes:
+                    return planned
+                answer = _ask_again(problems) if problems else self._confirm(planned)
+                if answer != "e":
+                    return planned if answer == "y" else None
+                line = problems[0].line if problems else 0
+
+    def _judge(self, data: bytes) -> tuple[Plan, list[LineProblem]]:
+        """The plan for the edited file, and what is wrong with it, by lines."""
+        from table_consul.ctl import plan
+
+        none = plan.Plan([], [], 0, [])
+        if data == self.draft.text:
+            return none, []
+        path, exported = self.table.path(self.service), self.form == "export"
+        try:
+            parsed = import_.parse(data, self.service, self.form, path, path, record=False)
+        except (files.FormatError, SourceError) as error:
+            return none, [LineProblem(0, str(error))]
+        if parsed.left_out:
+            return none, [
+                LineProblem(0, f"{counted(parsed.left_out, 'key is', 'keys are')} not below {printable(path)}")
+            ]
+        if not exported and END not in data.splitlines():
+            text = f"the line `{END.decode()}` is missing, so the file may be cut off (add it at the end)"
+            return none, [LineProblem(data.count(b"\n"), text)]
+        if self.draft.keys and not parsed.entries and not parsed.problems:
+            return none, [LineProblem(0, "no entries (to remove every entry, use unset)")]
+        if parsed.problems:
+            return none, sorted(parsed.problems)
+        named = {entry.key if exported else fold_key(entry.key) for entry in parsed.entries}
+        remove = [stored for key, stored in self.draft.keys.items() if key not in named]
+        planned = plan.plan_edits(self.table, self.service, parsed, self.stored, remove)
+        # In an export each entry has a line of its own, after that of the bracket.
+        found = [each._replace(line=each.line + exported) for each in (*planned.problems, *planned.refused)]
+        return planned, sorted(found)
+
+    def _confirm(self, plan: Plan) -> str:
+        target = writing.Target.of(self.table, self.service)
+        writing.echo_changes(writing.documents(plan.changes, target, hashed=self.service.hashed))
+        counts = Counter(change.kind for change in plan.changes)
+        what = ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES)
+        return _choice(f"{what}. Write? y(es), n(o), e(dit again)", "yne", "n")
+
+
+def _ask_again(problems: Sequence[LineProblem]) -> str:
+    places = [(f"line {line}" if line else "file", printable(text, 1000)) for line, text in problems]
+    main.echo_problems(places, limit=writing.PROBLEMS_SHOWN)
+    return _choice("e(dit again), q(uit)", "eq", "e")
+
+
+def _choice(text: str, letters: str, default: str) -> str:
+    return str(click.prompt(text, type=click.Choice(tuple(letters)), default=default, show_choices=False))
+
+
+def _run_editor(path: str, line: int) -> None:
+    """Run the editor on the file, at a line if there is one."""
+    editor = main.editor()
+    command = [*shlex.split(editor), *([f"+{line}"] if line else []), path]
+    try:
+        with _handling(lambda *_: None, signal.SIGINT, signal.SIGQUIT):  # which the terminal sends to both
+            status = subprocess.run(command, check=False).returncode  # noqa: S603 - the operator's own
+    except OSError as error:
+        raise TableConsulError(f"{editor}: {(error.strerror or str(error)).lower()} (set EDITOR)") from None
+    if status:
+        raise TableConsulError(f"{editor}: exit status {status}; nothing was written")
+
+
+def _abort(*_: object) -> None:
+    raise click.Abort
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    """Have signals call the handler. Unlike ignored ones, they keep their meaning for a child process."""
+    former = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)

@@ -1,0 +1,124 @@
+"""What writes replaced: one file each, in a folder that only this user can enter.
+
+The files are numbered, and no number is given twice while the folder is in use. ``replaced`` in a file is what
+`consul kv export` of exactly these keys would have printed before the write, ``written`` what it would print after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from table_consul.errors import UNDECODABLE, TableConsulError, printable
+from table_consul.files import AtomicWriter, open_regular_file
+
+# The newest are kept; the last one always, however large it is.
+KEPT = 100
+KEPT_BYTES = 64 << 20
+_NAME = re.compile(r"(\d{6,18})\.json")
+_HINT = "use --undo-dir, or --no-undo to write without"
+
+
+class Entry(msgspec.Struct):
+    """As `consul kv export` writes one."""
+
+    key: str
+    flags: int
+    value: bytes
+
+
+class Write(msgspec.Struct):
+    """One write: when, by whom, and of which keys. A key in only one of the lists was added or removed."""
+
+    time: str
+    user: str
+    command: str
+    table: str
+    service: str
+    path: str
+    replaced: list[Entry]
+    written: list[Entry]
+
+
+_DECODER = msgspec.json.Decoder(Write)
+
+
+def save(folder: str, write: Write) -> int:
+    """Save a write, and remove the oldest beyond the bounds; its number.
+
+    Raises:
+        TableConsulError: it cannot be saved.
+    """
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with _locked(folder):
+            known = numbers(folder)
+            number = max(known, default=0) + 1
+            data = msgspec.json.encode(write)
+            writer = AtomicWriter(_path(folder, number))
+            try:
+                writer.write(data)
+                writer.commit()
+            finally:
+                writer.discard()  # after commit there is nothing left of it
+            _remove_oldest(folder, known, len(data))
+    except OSError as error:
+        what = (error.strerror or str(error)).lower()
+        raise TableConsulError(f"{printable(folder)}: {what}; nothing was written ({_HINT})") from None
+    return number
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Other writers of the folder wait; what is put back must not come from another user."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise TableConsulError(f"{printable(folder)}: must belong to this user, with mode 0700 ({_HINT})")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_oldest(folder: str, known: list[int], size: int) -> None:
+    for place, number in enumerate(known, 1):
+        with contextlib.suppress(OSError):
+            size += os.stat(_path(folder, number)).st_size
+            if place >= KEPT or size > KEPT_BYTES:
+                os.unlink(_path(folder, number))
+
+
+def numbers(folder: str) -> list[int]:
+    """The numbers of the writes in a folder, the newest first; none if it does not exist."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted((int(found[1]) for found in map(_NAME.fullmatch, names) if found), reverse=True)
+
+
+def load(folder: str, number: int) -> Write:
+    """The write with this number.
+
+    Raises:
+        TableConsulError: there is none, or it cannot be read.
+    """
+    path = _path(folder, number)
+    try:
+        with _locked(folder), open(path, "rb", opener=open_regular_file) as file:
+            return _DECODER.decode(file.read())
+    except FileNotFoundError:
+        raise TableConsulError(f"{printable(folder)}: no write {number} (see undo --list)") from None
+    except UNDECODABLE as error:
+        raise TableConsulError(f"{printable(path)}: damaged: {error}") from None
+
+
+def _path(folder: str, number: int) -> str:
+    return os.path.join(folder, f"{number:06}.json")

@@ -1,0 +1,80 @@
+"""``table-consulctl set``: write one entry."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+import click
+
+from table_consul import config
+from table_consul.ctl import main, writing
+from table_consul.ctl.files import FileEntry, ParsedFile
+from table_consul.errors import TableConsulError, printable
+from table_consul.services import SERVICES
+
+# Far more than smtpd takes.
+VALUE_MAX_BYTES = 1 << 20
+
+
+@click.command("set")
+@click.argument("table_name", metavar="TABLE")
+@click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
+@click.argument("key", metavar="KEY")
+@click.argument("value", metavar="[VALUE]", default="")
+@writing.force
+@writing.token_file
+@main.as_json
+@writing.with_undo
+@main.pass_config
+def command(  # noqa: PLR0913 - the command line
+    settings: config.Config,
+    *,
+    table_name: str,
+    service_name: str,
+    key: str,
+    value: str,
+    force: bool,
+    token_file: str | None,
+    as_json: bool,
+    undo: writing.Undo,
+) -> int:
+    """Write VALUE for KEY. If VALUE is -, it is read from standard input.
+
+    What lint would report is refused. In the record of a user the fields of SERVICE change, and no others.
+
+    Exit status: 0 written, or already so; 2 not written.
+
+    \b
+    Examples:
+      table-consulctl set aliases alias root gilles,eric
+      table-consulctl set domains domain example.org
+    """  # noqa: D301 - click keeps the lines after a \b as they are
+    from table_consul.ctl import plan
+
+    table, service = settings.table(table_name), SERVICES[service_name]
+    name, problem = writing.usual(table, service, os.fsencode(key))
+    if problem and not force:
+        raise TableConsulError(f"{printable(name)}: {problem}; nothing was written")
+    parsed = ParsedFile("text", [FileEntry(name, _value(value), 1)], [])
+    target = writing.Target.with_note(table, service)
+    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+        stored = store.entries(target.path)
+        if not stored:
+            click.echo(f"note: {printable(target.path)} has no entries yet", err=True)
+        planned = plan.plan_edits(table, service, parsed, stored)
+        writer = writing.Writer(target, store, undo, as_json)
+        return writer.judge_and_apply(planned, service, force=force)
+
+
+def _value(text: str) -> bytes:
+    """The value of the command line, or that of standard input, without the newline at its end."""
+    if text != "-":
+        return os.fsencode(text)
+    if sys.stdin is None:
+        raise TableConsulError("standard input: closed")
+    data: bytes = sys.stdin.buffer.read(VALUE_MAX_BYTES + 1)
+    if len(data) > VALUE_MAX_BYTES:
+        raise TableConsulError(f"standard input: more than {VALUE_MAX_BYTES >> 20} MiB")
+    return data.rstrip(b"\r\n")

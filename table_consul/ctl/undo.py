@@ -1,0 +1,128 @@
+"""``table-consulctl undo``: put back what an earlier write replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from table_consul import config
+from table_consul.ctl import main, writing
+from table_consul.errors import TableConsulError, printable
+from table_consul.services import SERVICES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from table_consul.ctl.plan import Change, Stored
+    from table_consul.ctl.saves import Entry, Write
+
+
+@click.command("undo")
+@click.argument("number", metavar="[N]", type=click.IntRange(min=1), required=False)
+@click.option("--list", "listed", is_flag=True, help="List the saved writes, the newest first.")
+@writing.token_file
+@main.as_json
+@writing.with_undo
+@main.pass_config
+def command(
+    settings: config.Config,
+    *,
+    number: int | None,
+    listed: bool,
+    token_file: str | None,
+    as_json: bool,
+    undo: writing.Undo,
+) -> int:
+    """Put back what write N replaced; without N, the newest one.
+
+    A key that somebody has changed since is listed and left alone. An undo is a write, so it can be undone as well.
+
+    Exit status: 0 everything is as before the write, 2 something was not put back.
+
+    \b
+    Examples:
+      table-consulctl undo --list
+      table-consulctl undo 12
+    """  # noqa: D301 - click keeps the lines after a \b as they are
+    from table_consul.ctl import saves
+
+    folder = undo.folder
+    numbers = saves.numbers(folder)
+    if listed:
+        _print_list(folder, numbers, as_json=as_json)
+        return 0
+    if number is None and not numbers:
+        raise TableConsulError(f"{printable(folder)}: no saved writes")
+    chosen = numbers[0] if number is None else number
+    saved = saves.load(folder, chosen)
+    target = writing.Target(saved.table, saved.service, saved.path.encode())
+    hashed = saved.service not in SERVICES or SERVICES[saved.service].hashed
+    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+        changes, changed = _changes(saved, store.entries(target.path))
+        conflict = "changed in Consul since it was written; left alone"
+        writer = writing.Writer(target, store, undo, as_json, conflict)
+        writer.show(changes, hashed=hashed)
+        again = f"; table-consulctl undo {chosen} writes the rest"
+        return writer.apply(changes, hashed=hashed, skipped=changed, again=again)
+
+
+def _changes(saved: Write, stored: Sequence[Stored]) -> tuple[list[Change], list[bytes]]:
+    """What to write, and the keys that have changed since. Those that are as before the write need nothing."""
+    from table_consul.ctl.plan import Change
+
+    now = {each.key: each for each in stored}
+    before, after = _by_key(saved.replaced), _by_key(saved.written)
+    changes, changed = [], []
+    for key in sorted({**before, **after}):
+        entry, old, new = now.get(key), before.get(key), after.get(key)
+        found = None if entry is None else (entry.value, entry.flags)
+        if found == old:
+            continue
+        if found != new:
+            changed.append(key)
+            continue
+        value, flags = old or (None, 0)
+        changes.append(Change(key, entry, value, flags, new[0] if new else None, value))
+    return changes, changed
+
+
+def _by_key(entries: Sequence[Entry]) -> dict[bytes, tuple[bytes, int]]:
+    return {each.key.encode(): (each.value, each.flags) for each in entries}
+
+
+def _print_list(folder: str, numbers: Sequence[int], *, as_json: bool) -> None:
+    documents = [*_documents(folder, numbers)]
+    if as_json:
+        click.echo(json.dumps({"folder": os.fsdecode(folder), "writes": documents}))
+        return
+    for each in documents:
+        counts = f"+{each['added']} ~{each['changed']} -{each['removed']}"
+        words = (each["time"], each["user"], each["table"], each["service"], counts)
+        click.echo(f"{each['number']:>4}  {'  '.join(map(printable, words))}")
+
+
+def _documents(folder: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    from table_consul.ctl import saves
+
+    for number in numbers:
+        try:
+            saved = saves.load(folder, number)
+        except TableConsulError as error:
+            click.echo(str(error), err=True)
+            continue
+        before, after = _by_key(saved.replaced), _by_key(saved.written)
+        yield {
+            "number": number,
+            "time": saved.time,
+            "user": saved.user,
+            "table": saved.table,
+            "service": saved.service,
+            "command": saved.command,
+            "added": len(after.keys() - before),
+            "changed": len(before.keys() & after),
+            "removed": len(before.keys() - after),
+        }

@@ -1,0 +1,68 @@
+"""``table-consulctl unset``: remove entries."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import click
+
+from table_consul import config
+from table_consul.ctl import main, writing
+from table_consul.ctl.files import ParsedFile
+from table_consul.errors import printable
+from table_consul.services import SERVICES, fold_key
+
+
+@click.command("unset")
+@click.argument("table_name", metavar="TABLE")
+@click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+@writing.force
+@writing.token_file
+@main.as_json
+@writing.with_undo
+@main.pass_config
+def command(
+    settings: config.Config,
+    *,
+    table_name: str,
+    service_name: str,
+    keys: tuple[str, ...],
+    force: bool,
+    token_file: str | None,
+    as_json: bool,
+    undo: writing.Undo,
+) -> int:
+    """Remove each KEY. From the record of a user only the fields of SERVICE are removed.
+
+    Exit status: 0 removed; 1 some KEY is not there, and the others are removed; 2 not removed.
+
+    \b
+    Examples:
+      table-consulctl unset aliases alias root
+    """  # noqa: D301 - click keeps the lines after a \b as they are
+    from table_consul.ctl import plan
+
+    table, service = settings.table(table_name), SERVICES[service_name]
+    target = writing.Target.of(table, service)
+    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+        stored = store.entries(target.path)
+        found = dict(_found(keys, [each.key[len(target.path) :] for each in stored]))
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        main.echo_problems([(printable(key), "not found") for key in missing])
+        parsed = ParsedFile("text", [], [])
+        planned = plan.plan_edits(table, service, parsed, stored, [*dict.fromkeys(found.values())])
+        status = writing.Writer(target, store, undo, as_json).judge_and_apply(planned, service, force=force)
+        return status or (main.NO if missing else 0)
+
+
+def _found(keys: Sequence[str], stored: Sequence[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Each key with the one that is stored: the same, or the one that differs in case."""
+    folded = {fold_key(key): key for key in stored}
+    exact = set(stored)
+    for key in keys:
+        name = os.fsencode(key)
+        if name in exact or fold_key(name) in folded:
+            yield key, name if name in exact else folded[fold_key(name)]

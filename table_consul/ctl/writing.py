@@ -1,0 +1,274 @@
+"""What the commands that write share: their options, how changes look, and how they are saved, written and logged."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import syslog
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+from msgspec.structs import replace
+
+from table_consul import config
+from table_consul.ctl import main
+from table_consul.ctl.main import json_text
+from table_consul.errors import TableConsulError, counted, printable
+from table_consul.services import Service, Table, fold_key
+
+if TYPE_CHECKING:
+    from table_consul.ctl.plan import Change, Plan
+    from table_consul.ctl.txn import Progress, Store
+
+VALUE_CHARACTERS = 60
+# Fewer are written before anyone has looked at a progress bar.
+BAR_CHANGES = 1000
+# Before writing; import --dry-run shows all.
+CHANGES_SHOWN = 100
+# Enough to fix a file; if there are more, something else is wrong with it.
+PROBLEMS_SHOWN = 20
+STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "red")}
+ROOT_FOLDER = "/var/lib/table-consul/undo"
+USER_FOLDER = "~/.local/state/table-consul/undo"
+
+
+class Target(NamedTuple):
+    """What a command writes to: the names of a table and a service, and their folder."""
+
+    table: str
+    service: str
+    path: bytes
+
+    @classmethod
+    def of(cls, table: Table, service: Service) -> Target:
+        return cls(table.name, service.name, table.path(service))
+
+    @classmethod
+    def with_note(cls, table: Table, service: Service) -> Target:
+        """As `of`, with a note if smtpd does not ask the table for the service."""
+        # Users without a hash in auth may have one in credentials.
+        if service.name not in table.readable_services:
+            click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
+        return cls.of(table, service)
+
+
+token_file = click.option("--token-file", metavar="PATH", help="The ACL token to write with; else CONSUL_HTTP_TOKEN.")
+
+
+force = click.option("--force", is_flag=True, help="Write what lint would report.")
+
+
+class Undo(NamedTuple):
+    """The folder of saved writes, and whether this command saves what it replaces."""
+
+    folder: str
+    saves: bool
+
+
+def with_undo(function: Callable[..., int]) -> Callable[..., int]:
+    """Add the options of undo, and pass them to the command as one `Undo`."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, no_undo: bool, undo_dir: str | None, **options: Any) -> int:  # noqa: ANN401 - the command's
+        default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
+        return function(*arguments, undo=Undo(undo_dir or default, not no_undo), **options)
+
+    help_text = "Where to save what is replaced."
+    folder = click.option("--undo-dir", metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=help_text)
+    return folder(click.option("--no-undo", is_flag=True, help="Do not save what is replaced.")(called))
+
+
+def check_address(settings: config.Config) -> None:
+    """Raise UsageError if the tables are read from a file."""
+    if (address := settings.consul.addresses[0]).startswith("file://"):
+        name = click.get_current_context().info_name
+        raise click.UsageError(f"{name} writes to Consul, but the configured address is {address}")
+
+
+def open_store(settings: config.Config, token_file: str | None) -> Store:
+    """A client that writes with the operator's token.
+
+    Raises:
+        UsageError: the tables are read from a file.
+    """
+    from table_consul.ctl import txn
+
+    check_address(settings)
+    return txn.Store(replace(main.as_writer(settings.consul, token_file), consistency="consistent"))
+
+
+def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -> Iterator[Progress]:
+    """As `txn.write`, after saving what the changes replace; with a line in syslog, and a progress bar at a terminal.
+
+    Raises:
+        TableConsulError: it cannot be saved, and nothing is written.
+        SourceError: as by `txn.write`.
+    """
+    from table_consul.ctl import txn
+
+    if not changes:
+        return
+    if undo.saves:
+        _save(target, changes, undo.folder)
+    written: Counter[str] = Counter()
+    conflicts = 0
+    try:
+        on_retry = lambda error: click.echo(f"retrying: {printable(str(error), 1000)}", err=True)  # noqa: E731
+        for progress in _with_bar(txn.write(changes, store, on_retry), len(changes)):
+            written.update(change.kind for change in progress.written)
+            conflicts += len(progress.conflicts)
+            yield progress
+    finally:
+        if written or conflicts:
+            _log(target, written, conflicts)
+
+
+def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
+    if count < BAR_CHANGES or sys.stderr is None or not sys.stderr.isatty():
+        yield from steps
+        return
+    with click.progressbar(length=count, label="writing", file=sys.stderr, width=0) as bar:
+        for progress in steps:
+            bar.update(len(progress.written) + len(progress.conflicts))
+            yield progress
+
+
+def _save(target: Target, changes: Sequence[Change], folder: str) -> None:
+    from table_consul.ctl import saves
+    from table_consul.ctl.saves import Entry
+
+    old, new = [each.old for each in changes], [each for each in changes if each.value is not None]
+    saves.save(
+        folder,
+        saves.Write(
+            time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            main.operator(),
+            main.command_line(),
+            target.table,
+            target.service,
+            target.path.decode(),
+            [Entry(each.key.decode(), each.flags, each.value) for each in old if each is not None],
+            [Entry(each.key.decode(), each.flags, each.value or b"") for each in new],
+        ),
+    )
+
+
+def _log(target: Target, written: Counter[str], conflicts: int) -> None:
+    """Who wrote what, for the log of the mail host; no keys and no values."""
+    parts = (main.operator(), click.get_current_context().info_name, target.table, target.service)
+    counts = f"{written['add']} added, {written['change']} changed, {written['remove']} removed"
+    more = f", {conflicts} skipped" if conflicts else ""
+    who, *what = (printable(part or "") for part in parts)
+    syslog.openlog("table-consulctl", 0, syslog.LOG_MAIL)
+    syslog.syslog(syslog.LOG_NOTICE, f"{who}: {' '.join(what)}: {counts}{more}")
+
+
+def documents(changes: Sequence[Change], target: Target, *, hashed: bool) -> list[dict[str, Any]]:
+    """The changes as --json prints them; ``hashed`` ones without their values."""
+    found = []
+    for change in changes:
+        answers = {} if hashed else {"from": change.old_answer, "to": change.new_answer}
+        texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
+        found.append({"change": change.kind, "key": json_text(change.key[len(target.path) :]), **texts})
+    return found
+
+
+def echo_changes(changes: Sequence[dict[str, Any]], *, limit: int | None = CHANGES_SHOWN, more: str = "") -> None:
+    """Print the documents of changes, one coloured line each; beyond ``limit`` their number and ``more``."""
+    for change in changes[:limit]:
+        sign, colour = STYLES[change["change"]]
+        click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
+    if limit is not None and len(changes) > limit:
+        click.echo(f"... and {len(changes) - limit} more{more}")
+
+
+def _description(change: dict[str, Any]) -> str:
+    key = printable(change["key"])
+    old, new = (printable(change.get(name) or "", VALUE_CHARACTERS) for name in ("from", "to"))
+    if change["change"] != "change":
+        value = old or new
+        return f"{key} {value}" if value and value != key else key
+    if "from" not in change:
+        return f"{key} (not shown)"
+    if old == new:
+        return f"{key} (same value for smtpd, stored differently)"
+    return f"{key} {old or '(none)'} -> {new or '(none)'}"
+
+
+def usual(table: Table, service: Service, key: bytes) -> tuple[bytes, str | None]:
+    """The key as smtpd asks for it, and why that would mean something else; prints a note if it differs."""
+    from table_consul.services.judge import key_problem
+
+    name = fold_key(key.strip())
+    problem = key_problem(table, service, name, key) if service.name == "regex" else None
+    if name != key and not problem:
+        click.echo(f"note: {printable(key)} is stored as {printable(name)}, as smtpd asks for it", err=True)
+    return name, problem
+
+
+class Writer(NamedTuple):
+    """Writes the changes of one command, and reports what became of them."""
+
+    target: Target
+    store: Store
+    undo: Undo
+    as_json: bool = False
+    conflict: str = "changed in Consul since it was read; skipped (run the command again)"
+
+    def show(self, changes: Sequence[Change], *, hashed: bool) -> None:
+        """Print the changes, unless a document is printed in the end."""
+        if not self.as_json:
+            echo_changes(documents(changes, self.target, hashed=hashed))
+
+    def judge_and_apply(self, plan: Plan, service: Service, *, force: bool | None = None) -> int:
+        """Write a plan unless it has problems; the exit status.
+
+        Raises:
+            TableConsulError: it has problems, and ``force`` is not true or helps with none of them.
+        """
+        problems = plan.problems
+        parts = [text.partition(": ") for _, text in (*problems, *plan.refused)]
+        main.echo_problems([(printable(self.target.path) + key, text) for key, _, text in parts], limit=PROBLEMS_SHOWN)
+        if problems and not (force and plan.changes):
+            hint = " (--force writes it)" if plan.changes and force is not None else ""
+            raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
+        self.show(plan.changes, hashed=service.hashed)
+        return self.apply(plan.changes, hashed=service.hashed) or (main.FAILED if plan.refused else 0)
+
+    def apply(self, changes: Sequence[Change], *, hashed: bool, skipped: Sequence[bytes] = (), again: str = "") -> int:
+        """Write the changes; the exit status. ``skipped`` are further keys to report as changed by somebody else.
+
+        ``again`` is the advice after an interruption, when some of the changes are written.
+        """
+        written, conflicts = 0, list(skipped)
+        try:
+            for progress in write(self.target, changes, self.store, self.undo):
+                written += len(progress.written)
+                conflicts += [change.key for change in progress.conflicts]
+            self._report(documents(changes, self.target, hashed=hashed), written, conflicts)
+        except BaseException:
+            if written:
+                keys = counted(len(changes), "key", "keys")
+                click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
+            raise
+        return main.FAILED if conflicts else 0
+
+    def _report(self, changes: Sequence[dict[str, Any]], written: int, conflicts: Sequence[bytes]) -> None:
+        if self.as_json:
+            document = {
+                "table": self.target.table,
+                "service": self.target.service,
+                "path": json_text(self.target.path),
+                "changes": changes,
+                "written": written,
+                "conflicts": [json_text(key) for key in conflicts],
+            }
+            click.echo(json.dumps(document))
+        else:
+            main.echo_problems([(printable(key), self.conflict) for key in conflicts])
+            click.echo(f"{written} written" if changes else "nothing to write")

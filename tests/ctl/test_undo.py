@@ -1,0 +1,211 @@
+"""`table-consulctl undo`, and what the commands that write save for it and log."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import syslog
+
+import pytest
+
+from table_consul.ctl import saves, txn
+from table_consul.errors import TableConsulError, Unreachable
+from tests.control import control
+from tests.ctl.importing import alias_lines, entries, importer
+from tests.fake_consul import FakeConsul
+from tests.rig.consul import consul_binary
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder that commands save to."""
+    path = tmp_path / "undo"
+    monkeypatch.setenv("TABLE_CONSUL_UNDO_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def fake():
+    with FakeConsul() as fake:
+        yield fake
+
+
+def undo(agent, *arguments):
+    return control("undo", *arguments, CONSUL_HTTP_ADDR=agent.address)
+
+
+def write(number=0, size=0):
+    entry = saves.Entry(f"aliases/alias/{number}", 0, b"x" * size)
+    return saves.Write("2026-01-01", "vera", "set", "aliases", "alias", "aliases/alias/", [entry], [])
+
+
+# Against a real Consul.
+
+
+def test_undo_restores_added_changed_and_removed_keys(consul, folder):
+    consul.kv_txn({"aliases/alias/root": "gilles", "aliases/alias/old": "x", "aliases/alias/same": "y"})
+    done = importer(consul, "aliases", "alias", "-", "--prune", stdin=b"root: eric\nnew: eric\nsame: y\n")
+    assert (done.status, entries(consul)) == (0, {"root": b"eric", "new": b"eric", "same": b"y"})
+    done = undo(consul)
+    assert (done.status, done.said) == (0, "")
+    assert done.text.splitlines() == ["- new eric", "+ old x", "~ root eric -> gilles", "3 written"]
+    assert entries(consul) == {"root": b"gilles", "old": b"x", "same": b"y"}
+
+
+def test_undo_of_an_undo_writes_again(consul, folder):
+    importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n")
+    assert (undo(consul).status, entries(consul)) == (0, {})
+    assert (undo(consul).status, entries(consul)) == (0, {"root": b"eric"})
+    assert (undo(consul, "1").status, entries(consul)) == (0, {})
+    assert undo(consul, "1") == (0, b"nothing to write\n", b"")
+
+
+def test_undo_leaves_a_key_alone_that_has_changed_since(consul, folder):
+    importer(consul, "aliases", "alias", "-", stdin=b"root: eric\nnew: eric\n")
+    consul.kv_put("aliases/alias/root", "by hand")
+    done = undo(consul)
+    assert (done.status, entries(consul)) == (2, {"root": b"by hand"})
+    assert done.said == "aliases/alias/root: changed in Consul since it was written; left alone\n"
+    report = json.loads(undo(consul, "1", "--json").text)
+    assert (report["written"], report["conflicts"]) == (0, ["aliases/alias/root"])
+
+
+def test_undo_restores_flags_and_bytes(consul, folder):
+    consul.request("PUT", "/v1/kv/aliases/string/k?flags=42", b"\xff\x00")
+    before = consul.request("GET", "/v1/kv/aliases/string/k")[0]
+    importer(consul, "aliases", "string", "-", stdin=b"k new\n")
+    assert undo(consul).status == 0
+    after = consul.request("GET", "/v1/kv/aliases/string/k")[0]
+    assert [after[name] for name in ("Value", "Flags")] == [before[name] for name in ("Value", "Flags")]
+
+
+def test_consul_imports_what_was_replaced(consul, folder):
+    consul.kv_put("aliases/alias/root", "gilles")
+    importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n")
+    (path,) = folder.iterdir()
+    replaced = json.dumps(json.loads(path.read_bytes())["replaced"]).encode()
+    command = [consul_binary(), "kv", "import", "-http-addr", consul.address, "-"]
+    subprocess.run(command, input=replaced, check=True, capture_output=True)
+    assert entries(consul) == {"root": b"gilles"}
+
+
+def test_outage_during_an_undo_names_the_command_that_writes_the_rest(consul, folder, monkeypatch):
+    importer(consul, "aliases", "alias", "-", stdin=alias_lines(100))
+    transact = txn.Store.transact
+
+    def failing(self, changes, **options):
+        if len(changes) < txn.OPERATIONS_MAX:
+            raise Unreachable("no leader")
+        return transact(self, changes, **options)
+
+    monkeypatch.setattr(txn, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(txn.Store, "transact", failing)
+    done = undo(consul)
+    assert (done.status, len(entries(consul))) == (2, 36)
+    assert "interrupted: 64 of 100 keys written; table-consulctl undo 1 writes the rest\n" in done.said
+    monkeypatch.setattr(txn.Store, "transact", transact)
+    assert (undo(consul, "1").status, entries(consul)) == (0, {})
+
+
+def test_token_that_may_write_half_of_the_keys_undoes_no_more_than_it_may(consul_with_acl, folder):
+    consul = consul_with_acl
+    importer(consul, "aliases", "alias", "-", stdin=alias_lines(100), token=consul.management_token)
+    half = "".join(f'key "aliases/alias/user{number:05d}" {{ policy = "write" }}\n' for number in range(64))
+    token = consul.token(f'key_prefix "aliases/" {{ policy = "read" }}\n{half}')
+    done = control("undo", CONSUL_HTTP_ADDR=consul.address, CONSUL_HTTP_TOKEN=token)
+    assert (done.status, len(entries(consul))) == (2, 36)
+    assert "interrupted: 64 of 100 keys written; table-consulctl undo 1 writes the rest" in done.said
+    assert "the token may not write aliases/alias/user00064" in done.said
+    done = control("undo", "1", CONSUL_HTTP_ADDR=consul.address, CONSUL_HTTP_TOKEN=consul.management_token)
+    assert (done.status, entries(consul)) == (0, {})
+
+
+# What is saved.
+
+
+def test_save_is_private_and_holds_who_when_and_how(fake, folder, monkeypatch):
+    monkeypatch.setenv("SUDO_USER", "vera")
+    assert importer(fake, "aliases", "alias", "-", stdin=b"root: eric\n").status == 0
+    (path,) = folder.iterdir()
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (folder, path)] == [0o700, 0o600]
+    saved = json.loads(path.read_bytes())
+    assert saved["command"] == "table-consulctl import aliases alias -"
+    assert saved["user"].startswith("vera as ")
+    assert (saved["replaced"], [each["key"] for each in saved["written"]]) == ([], ["aliases/alias/root"])
+
+
+def test_list_shows_the_newest_first(fake, folder):
+    for value in (b"gilles", b"eric"):
+        importer(fake, "aliases", "alias", "-", stdin=b"root: " + value)
+    done = undo(fake, "--list")
+    assert [line.split()[0] for line in done.text.splitlines()] == ["2", "1"]
+    assert [line.split()[-1] for line in done.text.splitlines()] == ["-0", "-0"]
+    writes = json.loads(undo(fake, "--list", "--json").text)["writes"]
+    assert [(each["number"], each["added"], each["changed"]) for each in writes] == [(2, 0, 1), (1, 1, 0)]
+
+
+def test_list_skips_a_damaged_file(fake, folder):
+    saves.save(str(folder), write())
+    (folder / "000002.json").write_text("{")
+    done = undo(fake, "--list")
+    assert (done.status, len(done.text.splitlines())) == (0, 1)
+    assert "000002.json: damaged" in done.said
+    assert undo(fake).status == 2
+
+
+def test_dry_run_and_no_undo_save_nothing(fake, folder):
+    for option in ("--dry-run", "--no-undo"):
+        importer(fake, "aliases", "alias", "-", option, stdin=b"root: eric\n")
+    assert not folder.exists()
+    done = undo(fake)
+    assert (done.status, "no saved writes" in done.said) == (2, True)
+
+
+def test_unknown_number_is_an_error(fake, folder):
+    saves.save(str(folder), write())
+    done = undo(fake, "7")
+    assert (done.status, "no write 7 (see undo --list)" in done.said) == (2, True)
+
+
+@pytest.mark.parametrize("trouble", ["full", "shared", "file"])
+def test_nothing_is_written_if_it_cannot_be_saved(fake, folder, monkeypatch, trouble):
+    if trouble == "full":
+        full = OSError(28, os.strerror(28))
+        monkeypatch.setattr(saves.AtomicWriter, "commit", lambda _self: (_ for _ in ()).throw(full))
+    elif trouble == "shared":
+        folder.mkdir(mode=0o755)
+    else:
+        folder.write_text("")
+    done = importer(fake, "aliases", "alias", "-", stdin=b"root: eric\n")
+    assert (done.status, "nothing was written" in done.said, [*fake.store.entries]) == (2, trouble != "shared", [])
+    assert importer(fake, "aliases", "alias", "-", "--no-undo", stdin=b"root: eric\n").status == 0
+
+
+def test_save_of_another_user_is_refused(folder, monkeypatch):
+    saves.save(str(folder), write())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(TableConsulError, match="must belong to this user"):
+        saves.load(str(folder), 1)
+
+
+def test_oldest_saves_beyond_the_bounds_are_removed(folder, monkeypatch):
+    monkeypatch.setattr(saves, "KEPT", 3)
+    for number in range(5):
+        assert saves.save(str(folder), write(number)) == number + 1
+    assert saves.numbers(str(folder)) == [5, 4, 3]
+    monkeypatch.setattr(saves, "KEPT_BYTES", 1500)
+    saves.save(str(folder), write(size=500))
+    assert saves.numbers(str(folder)) == [6, 5, 4]
+    saves.save(str(folder), write(size=5000))
+    assert saves.numbers(str(folder)) == [7]
+
+
+def test_write_is_one_line_in_syslog(fake, folder, monkeypatch):
+    lines = []
+    monkeypatch.setattr(syslog, "syslog", lambda _priority, text: lines.append(text))
+    importer(fake, "aliases", "alias", "-", stdin=alias_lines(70))
+    importer(fake, "aliases", "alias", "-", stdin=alias_lines(70))
+    (line,) = lines
+    assert line.endswith(": import aliases alias: 70 added, 0 changed, 0 removed")

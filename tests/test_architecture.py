@@ -33,6 +33,7 @@ PURE = sorted(
         "sources.ranges",
         "ctl.files",
         "ctl.expansion",
+        "ctl.recipients",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

@@ -34,6 +34,7 @@ COMMANDS = {
     "lint": ("lint", "Check the data of a table."),
     "import": ("import_", "Fill a table from a file."),
     "export": ("export", "Write a table to a file."),
+    "expand": ("expand", "Show who gets the mail to an address."),
     "status": ("status", "Show the state of the running tables."),
     "accept": ("accept", "Accept deletions that are held."),
     "policy": ("policy", "Write the ACL policy that the tables need."),

@@ -6,6 +6,7 @@ grammar is smtpd's own affair: ``smtpd -n`` finds its mistakes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from table_consul.config import DEFAULT_PATH
 from table_consul.errors import TableConsulError, printable
 from table_consul.files import open_regular_file, read_bounded
 
@@ -140,6 +142,14 @@ def read(path: str) -> SmtpdConf:
             reader.take(statement)
             statement, depth = [], 0
     return SmtpdConf(path, {name: table for name, table in reader.tables.items() if table is not None}, reader.problems)
+
+
+def tables_of(config: str | None) -> set[str]:
+    """The tables of this host that use this configuration, None for the default; none if that cannot be found out."""
+    with contextlib.suppress(OSError, TableConsulError):
+        declared = read(locate()).tables.values()
+        return {table.name for table in declared if (table.config or DEFAULT_PATH) == (config or DEFAULT_PATH)}
+    return set()
 
 
 class _Reader:

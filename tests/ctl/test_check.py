@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 
 import pytest
 
 from table_consul import __version__
 from tests.control import control
+from tests.ctl.hosts import CONF, program
 from tests.fake_consul import Answer, FakeConsul
-
-CONF = "table aliases consul\naction a maildir alias <aliases>\nmatch for domain <aliases> action a\n"
-
-
-@pytest.fixture
-def host(monkeypatch):
-    """A folder that every user may enter, of an smtpd that finds its configuration and programs in it."""
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name)
-        path.chmod(0o755)
-        install(path)
-        monkeypatch.setenv("PATH", f"{path}/bin:/usr/bin:/bin")
-        yield path
-
-
-def install(folder):
-    (folder / "bin").mkdir()
-    (folder / "libexec").mkdir()
-    smtpd = folder / "bin" / "smtpd"
-    paths = f"\0{folder}/smtpd.conf\0{folder}/libexec/table-%s\0"
-    smtpd.write_text(f'#!/bin/sh\n[ -z $BAD ] || echo "smtpd.conf:9: $BAD" >&2\n[ -z $BAD ]\nexit\n{paths}')
-    smtpd.chmod(0o755)
-    program(folder)
-    (folder / "smtpd.conf").write_text(CONF)
-
-
-def program(host, text=f"echo table-consul {__version__}"):
-    path = host / "libexec" / "table-consul"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
 
 
 def check(host, *arguments, address, more="", **environ):

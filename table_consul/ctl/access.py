@@ -81,13 +81,15 @@ class Access(NamedTuple):
     """The names of the policies whose rules could be read."""
 
 
-def check(settings: ConsulConfig, folders: Sequence[bytes]) -> Access:
+def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = True) -> Access:
     """What the configured token may not read below these folders of services.
+
+    With ``operator``, a token of the environment lists the keys and the policies.
 
     Raises:
         SourceError: Consul does not answer.
     """
-    others = as_writer(settings, None)
+    others = as_writer(settings, None) if operator else settings
     reader, other = Client(settings), Client(others)
     with contextlib.closing(reader), contextlib.closing(other):
         closed = [folder for folder in folders if not reader.may_read(folder + PROBE)]

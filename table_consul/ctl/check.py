@@ -200,7 +200,7 @@ class _Checker:
                 for table in tables.values()
                 for name in _services(table, uses[table.name])
             }
-            unreadable = access.check(loaded.consul, [*folders]).unreadable
+            unreadable = access.check(loaded.consul, [*folders], operator=False).unreadable
             for folder, text in unreadable:
                 self._report(folder, text)
             hidden = {folder for folder, _ in unreadable}

@@ -113,6 +113,16 @@ def test_folder_that_the_token_may_not_read_is_reported_by_name(host, consul_wit
     assert "version unknown (the token may not read it)" in done.said
 
 
+def test_token_of_the_operator_is_not_used(host, consul_with_acl):
+    consul_with_acl.kv_txn({"aliases/alias/root": "gilles", "aliases/domain/example.org": ""})
+    token = host / "token"
+    token.write_text(consul_with_acl.token('key_prefix "aliases/" { policy = "read" }'))
+    token.chmod(0o640)
+    more, address = f'token_file = "{token}"\n', f"http://{consul_with_acl.address}"
+    done = check(host, address=address, more=more, CONSUL_HTTP_TOKEN_FILE="/none")
+    assert (done.status, done.text) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("version", "problem"),
     [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
 from table_consul.ctl import recipients
 from table_consul.protocol import NOT_FOUND, Found
-from tests.control import control
-from tests.dialogue import write_config, write_source
+from tests.control import control, start
+from tests.dialogue import PATIENCE_SECONDS, write_config, write_source
 
 STORE = {
     "t/alias/root": "staff, eric@example.com",
@@ -150,3 +151,12 @@ def test_expansion_that_grows_without_end_is_cut():
 
     outcome = recipients.expand(b"a@d", recipients.Tables(lookup, lambda _: False, lambda _: True))
     assert (outcome.rejection, outcome.cause.startswith("more than 200000 recipients")) == ("", True)
+
+
+def test_closed_pipe_ends_expand_without_a_message(tmp_path):
+    source = write_source(tmp_path, {key: value.encode() for key, value in STORE.items()})
+    path = write_config(tmp_path, address=f"file://{source}")
+    with start("-c", path, "expand", "t", *["daemon"] * 20_000, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"daemon\n"
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(PATIENCE_SECONDS)) == (b"", 2)

@@ -121,7 +121,8 @@ def test_configuration_that_this_user_may_not_read_is_unknown(tmp_path):
         pytest.skip("what another user cannot read is tried as root (sudo make test)")
     path = configured(tmp_path)
     os.chmod(path, 0o600)
-    code = "import difflib, grp, os, pwd, sys\nfrom table_consul.ctl import main, status\nimport prometheus_client.parser\n"
+    code = "import difflib, grp, os, pwd, sys\nfrom table_consul.ctl import main, status\n"
+    code += "import prometheus_client.parser\n"
     code += "os.setgroups([]); os.setgid(65534); os.setuid(65534)\nsys.exit(main.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "-c", path, "status", "--nagios"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

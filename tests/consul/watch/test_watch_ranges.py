@@ -16,6 +16,7 @@ from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, TABLE, ask, becom
 from tests.dialogue import eventually
 from tests.fake_consul import VERSIONS
 from tests.fake_consul.messages import Answer
+from tests.fake_consul.store import Entry
 
 NAMES = [bytes([letter]) + b"%d" % number for letter in b"abcdef" for number in range(6)]
 LATE_SECONDS = 0.2
@@ -67,13 +68,13 @@ def waiting(fake):
     return [request for request in fake.requests if "index" in request.params]
 
 
-def ranged_watch(fake, source):
+def ranged_watch(fake, source, answer=b"old"):
     """Wait until ranges are watched, and each query waits."""
     for _ in eventually("ranges are watched", 10):
         asked = {request.path for request in waiting(fake)}
         if {b"/v1/kv/" + ALIAS + bytes([letter]) for letter in b"abcdefr"} | {b"/v1/kv/" + DOMAIN} <= asked:
             break
-    assert ask(source, b"a1") == b"old"
+    assert ask(source, b"a1") == answer
     return source
 
 
@@ -237,16 +238,38 @@ def test_keys_deleted_one_after_the_other_leave_no_doubt(fake, source):
     stays_ranged(fake, before)
 
 
-def test_folder_that_shrinks_at_once_is_judged_as_a_whole(fake, source):
+def test_range_that_shrinks_at_once_is_judged_with_the_whole(fake, source, monkeypatch):
+    monkeypatch.setattr(ranged, "LEAST_LOSS", 4)
     before = len(lists(fake))
-    for name in NAMES:
-        fake.put(ALIAS + b"f" + name, b"old")
-    becomes(source, b"old", b"ff5")
     with fake.store.changed:
-        for name in NAMES:
-            fake.delete(ALIAS + b"f" + name)
-    becomes(source, None, b"ff5")
+        for number in range(4):
+            fake.delete(ALIAS + b"d%d" % number)
+    becomes(source, None, b"d3")
     reads_whole(fake, before)
+
+
+def test_range_that_is_emptied_together_with_an_edit_elsewhere_is_found_empty(fake, source):
+    left = {key: entry for key, entry in fake.store.entries.items() if not key.startswith(ALIAS + b"d")}
+    fake.store.replace(left | {ALIAS + b"a1": Entry(b"new", 0, fake.index, fake.index + 1)})  # as in one transaction
+    becomes(source, b"new", b"a1")
+    for number in range(6):
+        becomes(source, None, b"d%d" % number)
+
+
+def test_table_that_grows_beyond_max_keys_is_read_directly(fake, mirrored, caplog):
+    ranged_watch(fake, mirrored(fake.address, replace(TABLE, max_keys=len(fake.store.entries) + 2)))
+    for number in range(6, 9):
+        fake.put(ALIAS + b"e%d" % number, b"new")
+    logged(caplog, "falling back to direct mode")
+
+
+def test_entries_stay_confirmed_while_nothing_changes(fake, mirrored):
+    table = replace(TABLE, max_age=0.9)
+    source = ranged_watch(fake, mirrored(fake.address, table))
+    ends = time.monotonic() + 2 * table.max_age
+    while time.monotonic() < ends:
+        assert ask(source, b"a1") == b"old"
+        time.sleep(0.05)
 
 
 def test_index_that_goes_backwards_has_the_whole_table_read(fake, source):
@@ -335,6 +358,23 @@ def test_outage_ends_ranges_and_their_return_brings_what_changed(fake, source, c
     becomes(source, b"new", b"a1")
     logged(caplog, "recovered")
     assert len(lines(caplog)) == 2
+
+
+def test_spellings_whose_ranges_both_go_on_are_resolved(fake, mirrored):
+    for name in (b"A1", b"A2", b"A3"):
+        fake.put(ALIAS + name, b"capital")
+    source = ranged_watch(fake, mirrored(fake.address))
+    fake.delete(ALIAS + b"a1")
+    becomes(source, b"capital", b"a1")
+    ranged_watch(fake, source, b"capital")
+    fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
+    ranged_watch(fake, source, b"new")
+    fake.put(ALIAS + b"A1", b"other")
+    fake.put(ALIAS + b"A2", b"other")
+    fake.put(ALIAS + b"b1", b"new")
+    becomes(source, b"new", b"b1")
+    assert ask(source, b"a1") == b"new"
 
 
 def test_spellings_in_different_ranges_are_resolved(fake, source):

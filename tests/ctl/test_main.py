@@ -37,6 +37,17 @@ def stand_in(monkeypatch):
     return put
 
 
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_config_is_accepted_before_and_after_the_command(tmp_path, name):
+    missing = tmp_path / "none.toml"
+    arguments = {"import": ["t", "alias", "-"], "export": ["t", "alias"], "query": ["t", "alias", "x"]}.get(name, [])
+    before = control("-c", missing, name, *arguments)
+    assert (before.status, f"{missing}: " in before.said) == (2, True), before.said
+    for option in (["-c", missing], ["--config", missing], [f"-c{missing}"]):
+        assert control(name, *arguments, *option) == before
+        assert control("-c", "/other.toml", name, *option, *arguments) == before
+
+
 def test_help_lists_every_command():
     done = control("--help")
     assert (done.status, done.said) == (0, "")

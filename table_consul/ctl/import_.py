@@ -6,16 +6,18 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from table_consul import config
-from table_consul.ctl import files, main
+from table_consul.ctl import files, foreign, main
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import json_text
 from table_consul.errors import SourceError, counted, printable
@@ -23,7 +25,7 @@ from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
 
 if TYPE_CHECKING:
-    from table_consul.ctl.plan import Change, Plan
+    from table_consul.ctl.plan import Change, Plan, Stored
     from table_consul.ctl.txn import Progress, Store
 
 # Half a million users fit; /dev/zero does not fill the memory of the mail host.
@@ -37,7 +39,16 @@ CHANGES_SHOWN = 100
 VALUE_CHARACTERS = 60
 # Fewer are written before anyone has looked at a progress bar.
 BAR_CHANGES = 1000
+# Without --max-removals; fewer are an ordinary edit of a small table.
+REMOVALS_MIN = 10
+_NUMBERS = re.compile(r"[0-9]+")
 _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "red")}
+
+
+def _check_number(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"[0-9]{1,9}%?", text):
+        raise click.BadParameter("expected a number, such as 100, or a part, such as 20%")
+    return text
 
 
 @click.command("import")
@@ -46,6 +57,13 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
 @click.argument("file", metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
+@click.option("--skip-refused", is_flag=True, help="Write the other entries if smtpd could not use some.")
+@click.option(
+    "--max-removals",
+    metavar="NUMBER",
+    callback=_check_number,
+    help="Ask before more entries, or a part such as 20%, are removed; default: 10%, but at least 10.",
+)
 @click.option(
     "--format",
     "wanted",
@@ -54,7 +72,9 @@ _STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "re
     metavar="FORMAT",
     help=f"The format of FILE, one of {', '.join(files.FORMATS)}; default: auto.",
 )
-@click.option("--from", "below", metavar="FOLDER", help="With an export: the folder whose keys to import.")
+@click.option(
+    "--from", "below", metavar="NAME", help="The folder of an export, or the table of an smtpd.conf, to import."
+)
 @click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
 @click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
 @main.as_json
@@ -67,6 +87,8 @@ def command(  # noqa: PLR0913 - the command line
     record: bool,
     prune: bool,
     dry_run: bool,
+    skip_refused: bool,
+    max_removals: str | None,
     token_file: str | None,
     as_json: bool,
     table_name: str,
@@ -102,51 +124,99 @@ def command(  # noqa: PLR0913 - the command line
     if settings.consul.addresses[0].startswith("file://"):
         raise click.UsageError(f"import writes to Consul, but the configured address is {settings.consul.addresses[0]}")
     name = "standard input" if file == "-" else printable(file)
-    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
-    try:
-        parsed = parse(_content(file), service, wanted, path, folder, record=record)
-    except (FormatError, SourceError, OSError) as error:
-        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-        raise FormatError(f"{name}: {text}") from None
-    for option, given, form in (("--from", below is not None, "export"), ("--record", record, "passwd")):
-        if given and parsed.format != form:
-            raise click.UsageError(f"{option} is for --format {form}, but {name} is read as {parsed.format}")
+    parsed = _read(name, file, table, service, wanted, below, record=record)
     if prune and not parsed.entries and not parsed.problems:
         raise FormatError(f"{name}: no entries; with --prune every stored entry would be removed")
-    duplicates = [] if parsed.format == "export" else plan.duplicate_problems(parsed)
-    _raise_problems(name, parsed, parsed.problems + duplicates)
     # Users without a hash in auth may have one in credentials.
     if service.name not in table.readable_services:
         click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
     folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
     others = [folder for folder in folders if folder.startswith(path) and folder != path]
     consul = msgspec.structs.replace(main.as_writer(settings.consul, token_file), consistency="consistent")
+    # Nobody knows which entry a line means that cannot be read, and so which one to keep.
+    skip = skip_refused and not (prune and parsed.problems)
+    limit = None if dry_run else PROBLEMS_SHOWN
     with contextlib.closing(txn.Store(consul)) as store:
-        stored = store.entries(path)
-        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)
-        _raise_problems(name, parsed, planned.problems)
-        refused = _with_lines(name, parsed, planned.refused)
-        main.echo_problems(refused, limit=None if dry_run else PROBLEMS_SHOWN)
-        report = _report(table, service, planned, parsed, dry_run=dry_run)
         try:
-            if not as_json:
-                _echo_changes(report)
-            for progress in [] if dry_run else _write(planned.changes, store):
-                report["written"] += len(progress.written)
-                report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
-            _echo_result(report, as_json=as_json)
-        except BaseException:
-            if not dry_run:
-                keys = counted(len(planned.changes), "key", "keys")
-                text = f"interrupted: {report['written']} of {keys} written"
-                click.echo(f"{text}; run the same command again to finish", err=True)
-                if as_json:
-                    with contextlib.suppress(OSError):  # standard output may be the reason
-                        click.echo(json.dumps(report))
+            stored = store.entries(path) if parsed.entries else []
+        except SourceError:
+            _echo_problems(name, parsed, parsed.problems, limit=limit)
             raise
-    if report["conflicts"] or "refused" in report:
+        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
+        _echo_problems(f"note: {name}", parsed, planned.notes, limit=limit)
+        _echo_problems(name, parsed, sorted(planned.problems + planned.refused), limit=limit)
+        report = _report(table, service, planned, parsed, dry_run=dry_run)
+        if as_json:
+            report["changes"] = [*_described(planned, path, service)]
+        removals = _excessive_removals(planned, stored, max_removals)
+        del stored
+        if dry_run:
+            if not as_json:
+                _echo_changes(planned, _described(planned, path, service), report)
+            _warn(removals, consul, planned)
+        elif not planned.problems:
+            ask = bool(removals) and file != "-" and not as_json
+            _carry_out(name, planned, _described(planned, path, service), report, store, removals, ask=ask)
+    if as_json and (dry_run or planned.problems):
+        click.echo(json.dumps(report))
+    if planned.problems:
+        count = counted(len(planned.problems), "problem", "problems")
+        hint = "--prune needs lines that can be read" if skip_refused else "--skip-refused writes the rest"
+        raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written ({hint})")
+    if report["conflicts"] or (planned.refused and not skip):
         return main.FAILED
-    return main.NO if dry_run and planned.changes else 0
+    return main.NO if planned.refused or (dry_run and planned.changes) else 0
+
+
+def _read(
+    name: str, file: str, table: Table, service: Service, wanted: str, below: str | None, *, record: bool
+) -> ParsedFile:
+    try:
+        parsed = parse(_content(file), table, service, wanted, below, record=record)
+    except (FormatError, SourceError, OSError) as error:
+        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        raise FormatError(f"{name}: {text}") from None
+    for option, given, forms in (("--from", below is not None, ("export", "conf")), ("--record", record, ("passwd",))):
+        if given and parsed.format not in forms:
+            raise click.UsageError(f"{option} is for --format {forms[0]}, but {name} is read as {parsed.format}")
+    return parsed
+
+
+def _excessive_removals(plan: Plan, stored: Sequence[Stored], limit: str | None) -> str:
+    """How many entries go, if these are more than the limit; empty otherwise."""
+    count = sum(change.value is None for change in plan.changes)
+    total = sum(not each.key.endswith(b"/") for each in stored)
+    number = int((limit or "10%").rstrip("%"))
+    allowed = number if limit and not limit.endswith("%") else total * number // 100
+    allowed = allowed if limit else max(allowed, REMOVALS_MIN)
+    return f"removes {count} of {counted(total, 'entry', 'entries')}" if count > allowed else ""
+
+
+def _confirm(name: str, removals: str, *, ask: bool) -> None:
+    """Ask before an import that removes very much.
+
+    Raises:
+        FormatError: there is nobody to ask, or the answer is no.
+    """
+    if not (ask and all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))):
+        raise FormatError(f"{name}: {removals}; nothing was written (if that is right, set --max-removals)")
+    if not click.confirm(f"This {removals}. Continue?", err=True):
+        raise FormatError(f"{name}: nothing was written")
+
+
+def _warn(text: str, consul: config.ConsulConfig, plan: Plan) -> None:
+    """Warn of what a dry run would not meet: the text, if there is one, and a token that may not write."""
+    from table_consul.ctl import access
+
+    if text:
+        click.echo(f"warning: {text}, which needs a confirmation or --max-removals", err=True)
+    sample = plan.changes[:: len(plan.changes) // access.AUTHORIZATIONS_MAX + 1]
+    if denied := access.unwritable(consul, [change.key for change in sample]):
+        click.echo(
+            f"warning: the token may not write {printable(denied[0])} (for the policy it needs, run table-consulctl"
+            " policy --write TABLE; for another token, use --token-file)",
+            err=True,
+        )
 
 
 def _content(file: str) -> bytes:
@@ -161,10 +231,13 @@ def _content(file: str) -> bytes:
     return data
 
 
-def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes | None, *, record: bool) -> ParsedFile:
-    """The content of a file in the format ``wanted``, one of `files.FORMATS`.
+def parse(
+    data: bytes, table: Table, service: Service, wanted: str, below: str | None = None, *, record: bool = False
+) -> ParsedFile:
+    """The content of a file in the format ``wanted``, one of `files.FORMATS`, for a service of the table.
 
-    ``path`` and ``below`` are for `files.entries_of_export`, ``record`` for `files.read_passwd`.
+    ``below`` is the folder of an export, or the table of an smtpd.conf, to import; ``record`` is for
+    `files.read_passwd`.
 
     Raises:
         FormatError: it is not text, not in the format, or it is not clear in which.
@@ -177,9 +250,14 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
     data = data.removeprefix(files.BYTE_ORDER_MARK)
     form = files.detect_format(data, service) if wanted == "auto" else wanted
     if form == "export":
-        return files.entries_of_export([*iter_export(io.BytesIO(data))], service, path, below)
+        folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
+        return files.entries_of_export([*iter_export(io.BytesIO(data))], service, table.path(service), folder)
+    if form == "conf":
+        return foreign.read_conf(data, service, table.name if below is None else below)
+    if form == "transport" and service.name == "relayhost":
+        return foreign.read_transport(data)
     if form == "aliases" and service.name == "alias":
-        return files.read_aliases(data, cautious=wanted == "auto")
+        return foreign.without_domains(files.read_aliases(data, cautious=wanted == "auto"))
     if form == "passwd" and service.fields:
         return files.read_passwd(data, service, record=record)
     if form == "table":
@@ -187,19 +265,65 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
     raise FormatError(f"a file of the format {form} has nothing for {service.name}")
 
 
-def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> None:
-    """Print each problem with its line; raise FormatError if there is one."""
-    if not problems:
-        return
-    main.echo_problems(_with_lines(name, parsed, problems), limit=PROBLEMS_SHOWN)
-    count = counted(len(problems), "problem", "problems")
-    raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
+def _echo_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem], *, limit: int | None) -> None:
+    """Print the problems, those of one kind as one with the lines that have it.
+
+    Each begins with FILE:LINE, as compilers print it, for editors.
+    """
+    groups: dict[tuple[bool, str], list[LineProblem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.line > 0, _NUMBERS.sub("", problem.text)), []).append(problem)
+    form, units = ("{}:{}", "lines") if parsed.unit == "line" else ("{}: entry {}", "entries")
+    echoed = []
+    for (numbered, _), (first, *others) in groups.items():
+        where = form.format(name, first.line) if numbered else name
+        text = f"{printable(first.key)}: {first.text}" if first.key else first.text
+        if others:
+            places = [str(each.line) if numbered else printable(each.key) for each in others[:limit]]
+            more = f" and {len(others) - len(places)} more" if len(others) > len(places) else ""
+            also = "also" if not numbered else f"also in {units if len(others) > 1 else parsed.unit}"
+            text = f"{text}; {also} {', '.join(places)}{more}"
+        echoed.append((where, text if limit is None else printable(text, 1000)))
+    main.echo_problems(echoed, limit=limit)
 
 
-def _with_lines(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> list[tuple[str, str]]:
-    """Each problem with its place: FILE:LINE, as compilers print it, for editors."""
-    form = "{}:{}" if parsed.unit == "line" else "{}: entry {}"
-    return [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
+def _carry_out(
+    name: str,
+    plan: Plan,
+    changes: Iterator[dict[str, Any]],
+    report: dict[str, Any],
+    store: Store,
+    removals: str,
+    *,
+    ask: bool,
+) -> None:
+    """Show the changes, unless they are part of the report, write them, and add to the report what was written."""
+    as_json = "changes" in report
+    try:
+        if not as_json:
+            _echo_changes(plan, changes, report)
+        if removals:
+            _confirm(name, removals, ask=ask)
+        for progress in _write(plan.changes, store):
+            report["written"] += len(progress.written)
+            report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
+        if as_json:
+            click.echo(json.dumps(report))
+        else:
+            conflict = "changed in Consul since it was read; skipped (run the import again)"
+            main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
+            if plan.changes:
+                click.echo(f"{report['written']} written")
+    except FormatError:
+        raise
+    except BaseException:
+        keys = counted(len(plan.changes), "key", "keys")
+        text = f"interrupted: {report['written']} of {keys} written"
+        click.echo(f"{text}; run the same command again to finish", err=True)
+        if as_json:
+            with contextlib.suppress(OSError):  # standard output may be the reason
+                click.echo(json.dumps(report))
+        raise
 
 
 def _write(changes: Sequence[Change], store: Store) -> Iterator[Progress]:
@@ -217,43 +341,45 @@ def _write(changes: Sequence[Change], store: Store) -> Iterator[Progress]:
 
 
 def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
-    """The document that --json prints, from which the text is made as well."""
-    path = table.path(service)
-    changes = []
-    for change in plan.changes:
-        answers = {} if service.hashed else {"from": change.old_answer, "to": change.new_answer}
-        texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
-        changes.append({"change": change.kind, "key": json_text(change.key[len(path) :]), **texts})
+    """The document that --json prints, without the changes."""
+    found = {"notes": plan.notes, "problems": plan.problems, "refused": plan.refused}
     return {
         "table": table.name,
         "service": service.name,
-        "path": json_text(path),
+        "path": json_text(table.path(service)),
         "format": parsed.format,
         "dry_run": dry_run,
-        "changes": changes,
         "unchanged": plan.unchanged,
         "left_out": parsed.left_out,
         "written": 0,
         "conflicts": [],
-        **({"refused": [printable(text, 1000) for _, text in plan.refused]} if plan.refused else {}),
+        **{
+            name: [{"line": each.line, "key": json_text(each.key), "text": each.text} for each in problems]
+            for name, problems in found.items()
+        },
     }
 
 
-def _echo_changes(report: dict[str, Any]) -> None:
-    changes = report["changes"]
-    limit = None if report["dry_run"] else CHANGES_SHOWN
-    for change in changes[:limit]:
+def _described(plan: Plan, path: bytes, service: Service) -> Iterator[dict[str, Any]]:
+    """The changes, as --json prints them, from which the text is made as well."""
+    for change in plan.changes:
+        answers = {} if service.hashed else {"from": change.old_answer, "to": change.new_answer}
+        texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
+        yield {"change": change.kind, "key": json_text(change.key[len(path) :]), **texts}
+
+
+def _echo_changes(plan: Plan, changes: Iterator[dict[str, Any]], report: dict[str, Any]) -> None:
+    limit = len(plan.changes) if report["dry_run"] else CHANGES_SHOWN
+    for change in islice(changes, limit):
         sign, colour = _STYLES[change["change"]]
         click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
-    if limit is not None and len(changes) > limit:
-        click.echo(f"... and {len(changes) - limit} more (--dry-run shows all)")
+    if len(plan.changes) > limit:
+        click.echo(f"... and {len(plan.changes) - limit} more (--dry-run shows all)")
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
-    counts = Counter(change["change"] for change in changes)
-    refused = f", {len(report['refused'])} refused" if "refused" in report else ""
-    click.echo(
-        ", ".join(f"{counts[word]} to {word}" for word in _STYLES) + f", {report['unchanged']} unchanged{refused}"
-    )
+    counts = Counter(change.kind for change in plan.changes)
+    refused = f", {len(plan.refused)} refused" if plan.refused else ""
+    click.echo(", ".join(f"{counts[word]} to {word}" for word in _STYLES) + f", {plan.unchanged} unchanged{refused}")
 
 
 def _description(change: dict[str, Any]) -> str:
@@ -265,13 +391,3 @@ def _description(change: dict[str, Any]) -> str:
     if "from" not in change:
         return f"{key} (not shown)"
     return f"{key} {old} -> {new}" if old != new else f"{key} (same value for smtpd, stored differently)"
-
-
-def _echo_result(report: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(report))
-    elif not report["dry_run"]:
-        conflict = "changed in Consul since it was read; skipped (run the import again)"
-        main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
-        if report["changes"]:
-            click.echo(f"{report['written']} written")

@@ -50,8 +50,8 @@ def _tokens(data: bytes, first: int, macros: dict[bytes, bytes]) -> Iterator[_To
             yield _Token(match[0], line, match.lastgroup == "word")
 
 
-def read_conf(data: bytes, service: Service, wanted: str) -> ParsedFile:
-    """The inline table ``wanted`` of an smtpd.conf, or its only one.
+def read_conf(data: bytes, service: Service, name: str, below: str | None) -> ParsedFile:
+    """The inline table ``below`` of an smtpd.conf; if it is None, the one called ``name``, or else the only one.
 
     Raises:
         FormatError: there is no such table, or its braces do not end.
@@ -79,12 +79,13 @@ def read_conf(data: bytes, service: Service, wanted: str) -> ParsedFile:
         inside, statement = None, []
     if inside is not None:
         raise FormatError("the braces of its last table do not end")
+    wanted = name if below is None else below
     if wanted not in tables and wanted in elsewhere:
         raise FormatError(f"the table {printable(wanted)} is {elsewhere[wanted]}; import the file that it is made from")
-    if wanted not in tables and len(tables) != 1:
+    if wanted not in tables and (below is not None or len(tables) != 1):
         found = ", ".join(map(printable, tables)) or "it has none"
         raise FormatError(f"choose the inline table of this smtpd.conf ({found}): name it with --from TABLE")
-    return _inline_table(tables.get(wanted) or next(iter(tables.values())), service)
+    return _inline_table(tables[wanted] if wanted in tables else next(iter(tables.values())), service)
 
 
 def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
@@ -105,7 +106,7 @@ def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
                 entries[-1] = entries[-1]._replace(value=value.text)
         elif token.text not in (b",", b"\n"):
             problems.append(LineProblem(token.line, f"has a {printable(token.text)} where a key should be"))
-    if values and service.lists_only:
+    if entries and values and service.lists_only:
         problems, entries = [LineProblem(entries[0].line, kind_problem(service, listed=False))], []
     elif entries and not values and service.needs_value:
         problems, entries = [LineProblem(entries[0].line, kind_problem(service, listed=True))], []

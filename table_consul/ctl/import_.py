@@ -253,7 +253,7 @@ def parse(
         folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
         return files.entries_of_export([*iter_export(io.BytesIO(data))], service, table.path(service), folder)
     if form == "conf":
-        return foreign.read_conf(data, service, table.name if below is None else below)
+        return foreign.read_conf(data, service, table.name, below)
     if form == "transport" and service.name == "relayhost":
         return foreign.read_transport(data)
     if form == "aliases" and service.name == "alias":

@@ -125,7 +125,7 @@ def without_domains(parsed: ParsedFile) -> ParsedFile:
             text = "declares a domain of Postfix's virtual(5), so it is no alias; import it for the service domain"
             notes.append(LineProblem(entry.line, text, entry.key))
         elif re.fullmatch(rb"!?/.*/[a-z]*", entry.key) or (entry.key == b"if" and entry.value[:1] in b"!/"):
-            text = "is an expression of Postfix's regexp: or pcre: maps, which smtpd has not for aliases"
+            text = "is an expression of Postfix's regexp: or pcre: maps, which aliases of smtpd cannot be"
             problems.append(LineProblem(entry.line, text, entry.key))
         else:
             entries.append(entry)
@@ -145,7 +145,7 @@ def read_transport(data: bytes) -> ParsedFile:
 def _relay(text: bytes) -> tuple[bytes, bytes]:
     key, value = (*text.split(None, 1), b"")[:2]
     if key == b"*":
-        raise FormatError("is for all domains, where smtpd looks up one (write `relay host URL` in smtpd.conf)")
+        raise FormatError("is for all domains, but smtpd looks up one domain (write `relay host URL` in smtpd.conf)")
     if key.startswith(b".") or b"@" in key:
         kind = "an address" if b"@" in key else "the hosts below a domain"
         raise FormatError(f"is for {kind}, but smtpd looks up a relay host by its domain alone")

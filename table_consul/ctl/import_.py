@@ -97,17 +97,20 @@ def command(  # noqa: PLR0913 - the command line
 ) -> int:
     """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use an entry, its
-    line is printed and nothing is written. A new key that newer releases of Consul can neither show nor delete is
-    printed and left out. Keys that somebody else changes at the same time are skipped: to write them, or the rest after
-    ^C or an outage of Consul, run the same command again.
+    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use some, all of
+    them are printed, those of one kind as one with their lines, and nothing is written, or with --skip-refused the
+    others. A new key that newer releases of Consul can neither show nor delete is printed and left out. Keys that
+    somebody else changes at the same time are skipped: to write them, or the rest after ^C or an outage of Consul, run
+    the same command again.
 
-    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail), table (a file: table of smtpd), passwd
-    (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot) or export (of consul kv export). auto tells
-    them apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format.
+    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail, or virtual(5) of Postfix), table (a file:
+    table of smtpd), passwd (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot), conf (an inline table
+    of smtpd.conf), transport (transport(5) of Postfix, for relayhost) or export (of consul kv export). auto tells them
+    apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format. An export of the same
+    TABLE and SERVICE is restored as it was, whatever smtpd makes of it.
 
-    Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change; 2
-    something was not written.
+    Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change, or with
+    --skip-refused, something was left out; 2 something was not written.
 
     \b
     Examples:

@@ -136,8 +136,10 @@ class _Planner:
         """Find the entries that must be written."""
         table, service, entries = self._table, self._service, self._parsed.entries
         if not self._verbatim:
-            entries = [e._replace(value=stored_value(table, service, e.key, e.value)) for e in entries]
-        wanted = Entries(table, service, ((entry.key, entry.value) for entry in entries))
+            as_stored = ((each, stored_value(table, service, each.key, each.value)) for each in entries)
+            entries = [each if value is each.value else each._replace(value=value) for each, value in as_stored]
+        read = () if self._verbatim else entries
+        wanted = Entries(table, service, ((entry.key, entry.value) for entry in read))
         for entry in entries:
             key = self._spelled(entry.key)
             former = self._file.setdefault(key, entry)

@@ -125,6 +125,7 @@ def many(bench: Bench, table: str, count: int) -> None:
     size = table[1:]
     base = reference(bench, table)
     full = base.recurse
+    forwarded = through_agent(bench, table, base.base)
     todo = 3 if bench.quick else min(10, EDITS[size] // 2)
     try:
         with Fleet(bench, table, count, bench.mirror, pinned=False, together=True) as daemons:
@@ -145,7 +146,6 @@ def many(bench: Bench, table: str, count: int) -> None:
         time.sleep(12)  # the short wait after an edit
         still = idle(daemons, base.base, 5 if bench.quick else 15)
         rss = daemons.rss_mb()
-    forwarded = through_agent(bench, table)
     first, median, last = (statistics.median(rank(each) for each in times) for rank in (min, statistics.median, max))
     note = f"asked every {daemons.resolution:.0f} ms; the harness took {share:.0%} of one processor"
     each = spent.consul / count * 1e3

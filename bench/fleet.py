@@ -221,29 +221,36 @@ class Reference(NamedTuple):
 NOTHING = Spent(0, 0, 0, 0)
 
 
-def reference(bench: Bench, table: str, address: str | None = None) -> Reference:
-    """Measured with nobody else on this Consul; ``address`` may be that of an agent that forwards to it."""
+def reference(bench: Bench, table: str) -> Reference:
+    """Measured with nobody else on this Consul."""
+    nobody = Fleet(bench, table, 0, bench.mirror, pinned=False)
+    before = nobody.spent()
+    time.sleep(2 if bench.quick else 10)
+    spent = nobody.spent() - before
+    base = each(spent, NOTHING, spent.at)
+    return Reference(base, recurse(bench, table, bench.consul.address, base))
+
+
+def recurse(bench: Bench, table: str, address: str, base: Spent) -> Spent:
+    """What one ``?recurse`` costs the server, asked at this address."""
+    nobody = Fleet(bench, table, 0, bench.mirror, pinned=False)
     count = 3 if bench.quick else 10
-    with contextlib.closing(http.client.HTTPConnection(address or bench.consul.address, timeout=60)) as client:
-        nobody = Fleet(bench, table, 0, bench.mirror, pinned=False)
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=60)) as client:
         before = nobody.spent()
-        time.sleep(2 if bench.quick else 10)
-        spent = nobody.spent() - before
-        base, before = each(spent, NOTHING, spent.at), nobody.spent()
         for _ in range(count):
             client.request("GET", f"/v1/kv/{table}/?recurse")
             client.getresponse().read()
             time.sleep(0.2)
-        spent = nobody.spent() - before
-    return Reference(base, each(spent, base, count))
+        return each(nobody.spent() - before, base, count)
 
 
-def through_agent(bench: Bench, table: str) -> Spent:
-    """What one ``?recurse`` costs the server if it is asked by the agent of a mail host."""
+def through_agent(bench: Bench, table: str, base: Spent) -> Spent:
+    """The same, asked by the agent of a mail host."""
     server = f"{bench.consul.bind}:{bench.consul.ports['serf_lan']}"
     arguments = ("-node=client", f"-retry-join={server}")
     with ConsulAgent(bind=AGENT_ADDRESS, arguments=arguments, server=False) as agent:
-        return reference(bench, table, agent.address).recurse
+        time.sleep(2)
+        return recurse(bench, table, agent.address, base)
 
 
 def each(spent: Spent, base: Spent, count: float) -> Spent:

@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,17 +22,20 @@ from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
-from table_consul.sources.ranges import RANGE_KEYS, Cut, covers
+from table_consul.sources.ranges import RANGE_KEYS, Cut, covers, gap
 from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
-# How long a range may take to show a change that the completeness query has shown already; else it is in no range.
+# How long a range may take to show a change that the completeness query has shown already; else it is in no range, or
+# the query for its range hangs.
 LATE_SECONDS = 0.5
 # Of several changes, as in a transaction, the completeness query shows only the last: another may be where no range is.
 # All names are listed, soon after several changes and a while after one, for at most a hundredth of the time.
 LIST_SECONDS = 10.0
 LIST_SOON_SECONDS = 1.0
 LIST_SHARE = 0.01
+# Each of the rest is asked for whenever something changes.
+MOST_REST = 64
 # The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
 PAUSE_SECONDS_PER_KEY = 2e-6
 # `queue.get` takes no infinite timeout.
@@ -196,8 +199,10 @@ class Ranges:
         """The index that the completeness query showed."""
         self._explained = {index}
         """Those that ranges showed since, of their own and of the entries that changed."""
-        self._late_at: float | None = None
-        """By when a range must have shown that index."""
+        self._deletions: list[tuple[int, int]] = []
+        """The same: after the first and up to the second something was deleted; Consul shows the latest alone."""
+        self._unexplained: dict[int, float] = {}
+        """Those that the completeness query showed and no range has, and by when one must have."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
         self._list_after = 0.0
@@ -220,19 +225,16 @@ class Ranges:
                 if each.due is not None and each.due <= now:
                     each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
             if self._answers.empty():
-                if self._late_at is not None and self._late_at <= now:
-                    if self._shown > self.index:
-                        raise Unsettled("something changed that is in no range")
-                    self._list_names()  # a range has shown a later change alone
-                    publish(confirmed=True)
-                if self._list_at is not None and self._list_at <= now:
+                late = [index for index, by in self._unexplained.items() if by <= now]
+                if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
-            moments = [self._late_at, self._list_at, *(each.due for each in self._watched)]
-            left = (
-                min(self.until, *(each for each in moments if each is not None), now + STEP_SECONDS) - time.monotonic()
-            )
+                    if not self._unexplained.keys().isdisjoint(late):
+                        raise Unsettled("something changed that no range shows")
+                    publish(confirmed=not self._unexplained)
+            moments = [self.until, self._list_at, *self._unexplained.values(), *(each.due for each in self._watched)]
+            first = min((each for each in moments if each is not None), default=math.inf)
             try:
-                answer = self._answers.get(timeout=max(0.0, left))
+                answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), STEP_SECONDS))
             except queue.Empty:
                 continue
             if answer is None:
@@ -254,14 +256,10 @@ class Ranges:
             before, began = self.snapshot, time.monotonic()
             self._look(query, answer, began)
             ended = time.monotonic()
-            if self._shown in self._explained:
-                self._late_at = None
-            elif self._late_at is None:
-                self._late_at = ended + LATE_SECONDS
             if self.snapshot is not before:
                 self.load_seconds = ended - began
                 publish(confirmed=False)
-            if query is self._whole and self._late_at is None:
+            if query is self._whole and not self._unexplained:
                 publish(confirmed=True)
 
     def _look(self, query: Query, response: kv.Response, began: float) -> None:
@@ -281,8 +279,11 @@ class Ranges:
         if changed and query is self._whole:
             self._shown = response.index
             self._explained = {each for each in self._explained if each >= self._shown}
+            self._deletions = [each for each in self._deletions if each[1] >= self._shown]
             for prefix in self._rest:
                 self._read_rest(prefix)
+            if not self._is_explained(self._shown):
+                self._unexplained[self._shown] = time.monotonic() + LATE_SECONDS
         ended = time.monotonic()
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
@@ -290,6 +291,9 @@ class Ranges:
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
+
+    def _is_explained(self, index: int) -> bool:
+        return index in self._explained or any(since < index <= until for since, until in self._deletions)
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
@@ -303,7 +307,7 @@ class Ranges:
             found = {name.encode() for names in response.names() for name in names}
             for path in found & self._empty:
                 self._empty.remove(path)
-                self._rest[path], self._counts[path], self._most[path] = 0, 0, RANGE_KEYS
+                self._add_rest(path)
 
     def _read_rest(self, prefix: bytes) -> None:
         with self._client.blocking_query(prefix, timeout=self._table.deadline) as response:
@@ -336,24 +340,41 @@ class Ranges:
         self.index = max(self.index, response.index)
         several = len(changes) + lost > 1 or any(each > self._shown for each in self._explained)
         self._explained |= {response.index, *changes}
+        if lost:
+            self._deletions.append((since, response.index))
+        self._unexplained = {each: by for each, by in self._unexplained.items() if not self._is_explained(each)}
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
         self._list_at = at if self._list_at is None else min(at, self._list_at)
 
     def _list_names(self) -> None:
-        """Look for keys that are in no range."""
+        """Look for keys that are in no range, and read them."""
         began = time.monotonic()
         prefixes = sorted(self._counts)
+        folders = tuple(self._table.path(SERVICES[name]) for name in self._services)
+        uncovered: list[bytes] = []
         with self._client.all_names(self._prefix, timeout=self._table.deadline) as response:
             self._check(response, 0)
             for names in response.names():
-                if not covers(prefixes, keys := [name.encode() for name in names]):
-                    self._check_uncovered(key for key in keys if not covers(prefixes, [key]))
+                keys = [name.encode() for name in names]
+                if not covers(prefixes, keys):
+                    entries = (key for key in keys if key.startswith(folders) and not key.endswith(b"/"))
+                    uncovered += [key for key in entries if not covers(prefixes, [key])]
+        for key in uncovered:
+            if not covers(sorted(self._counts), [key]):
+                prefix = gap(key, max((each for each in folders if key.startswith(each)), key=len), self._counts)
+                if prefix is None or not can_be_listed(prefix) or len(self._rest) >= MOST_REST:
+                    raise Unsettled("a key is in no range")
+                self._add_rest(prefix)
+                self._read_rest(prefix)
         now = time.monotonic()
-        self._late_at = self._list_at = None
+        self._list_at = None
         self._list_after = now + (now - began) / LIST_SHARE
 
-    def _check_uncovered(self, keys: Iterable[bytes]) -> None:
-        paths = tuple(self._table.path(SERVICES[name]) for name in self._services)
-        if any(key.startswith(paths) and not key.endswith(b"/") for key in keys):
-            raise Unsettled("a key is in no range")
+    def _add_rest(self, prefix: bytes) -> None:
+        self._rest[prefix], self._counts[prefix], self._most[prefix] = 0, 0, 2 * RANGE_KEYS
+
+
+def can_be_listed(prefix: bytes) -> bool:
+    """Whether every Consul lists what is below this prefix."""
+    return not kv.modern_name_problem(prefix.removesuffix(b"/"))

@@ -53,6 +53,16 @@ def covers(prefixes: Sequence[bytes], names: Sequence[bytes]) -> bool:
     return all(prefix_of(name) is not None for name in names)
 
 
+def gap(key: bytes, folder: bytes, prefixes: Iterable[bytes]) -> bytes | None:
+    """The shortest prefix of this key in this folder that overlaps none of the others; None if there is none."""
+    disjoint = [*prefixes]
+    for end in range(len(folder) + 1, len(key) + 1):
+        prefix = key[:end]
+        if not _inside_character(key, end) and not any(each.startswith(prefix) for each in disjoint):
+            return prefix
+    return None
+
+
 class _Group(NamedTuple):
     prefix: bytes
     depth: int

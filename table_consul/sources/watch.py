@@ -24,7 +24,7 @@ from table_consul.services.entries import Entries, Problem
 from table_consul.sources import hold, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
-from table_consul.sources.ranged import Queries, Ranges, Unsettled
+from table_consul.sources.ranged import Queries, Ranges, Unsettled, can_be_listed
 from table_consul.sources.ranges import LEAST_KEYS, MOST_RANGES, cut
 from table_consul.sources.reading import hidden_services, read_snapshot
 from table_consul.sources.snapshot import WRITE_SECONDS, SnapshotFile
@@ -251,7 +251,7 @@ class Watch(threading.Thread):
             inside = any(path.startswith(other) and path != other for other in outer)
             if inside or (direct and not folders[path]):
                 del folders[path]
-        ranges = cut(folders, _can_be_listed, self._most_ranges)
+        ranges = cut(folders, can_be_listed, self._most_ranges)
         if ranges is None:
             self._cut_after = time.monotonic() + self._cut_pause
             return None
@@ -340,10 +340,6 @@ class Watch(threading.Thread):
             name = printable(self._table.name)
             for service, text in hold.news(former.held, snapshot.held, counts, name, time.monotonic()):
                 log.warning("%s: %s", printable(self._table.path(SERVICES[service])), text)
-
-
-def _can_be_listed(prefix: bytes) -> bool:
-    return not kv.modern_name_problem(prefix.removesuffix(b"/"))
 
 
 class MirrorSource:

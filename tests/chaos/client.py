@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import string
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.chaos.history import FRESH_SECONDS, HOT, Writer
+from tests.chaos.history import FRESH_SECONDS, HOT, NAMES, Writer
 from tests.chaos.witness import Witnesses, stalled
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ ENTRIES = {
     "userinfo/*": "5000:5000:/var/vmail",
 }
 """From which the steady questions are answered: keys below the table, and values."""
+LETTERS = [(letter, 20 if letter in "yz" else 130) for letter in string.ascii_lowercase if letter != "u"]
+FILLER = {f"alias/user{number:06}": "filler" for number in range(9_000)} | {
+    f"alias/{letter}{number:03}-filler": "filler" for letter, count in LETTERS for number in range(count)
+}
+"""What makes a table large: names that differ in the first letter, and names that differ in the last ones."""
 
 
 def number_of(key: bytes) -> int:
@@ -114,7 +120,7 @@ class Client(threading.Thread):
     def _questions(self) -> list[bytes]:
         questions = []
         for number in range(HOT + len(STEADY)):
-            what, key = (b"lookup|alias", b"hot%d" % number) if number < HOT else STEADY[number - HOT][:2]
+            what, key = (b"lookup|alias", NAMES[number].encode()) if number < HOT else STEADY[number - HOT][:2]
             parts = [b"table|0.1|0", self._table, what, b"%08x" % number]
             questions.append(b"|".join(parts if key is None else [*parts, key]) + b"\n")
         return questions

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
     from tests.rig.consul import ConsulAgent
 
-HOT = 12
+# The last key of one range of a large table and the first of the next: watched both, one of the rest, both of the rest.
+NAMES = (
+    *("bzzz", "c000", "hzzz", "i000", "user000999z", "user001", "user004999z", "user005"),
+    *("xzzz", "y000", "yzzz", "z000"),
+)
+HOT = len(NAMES)
 # An edit is answered from within milliseconds; this is for a machine whose processors are all busy with the test.
 FRESH_SECONDS = 1.0
 
 
 class Writer(threading.Thread):
-    """Writes ever new values to ``HOT`` keys below a prefix, through any member that takes them, until it is stopped.
+    """Writes ever new values to the ``NAMES`` below a prefix, through any member that takes them, until it is stopped.
 
     A write that is not acknowledged may still come true, later. So each is made on the condition that nothing else was
     written since (``cas``): what comes too late fails, and versions only ever grow.
@@ -66,7 +71,7 @@ class Writer(threading.Thread):
             version = self._version
             self.attempted[key] = version
             deadline = time.monotonic() + seconds
-            while not self._put(f"/v1/kv/{self._folder}/alias/hot{key}", f"v{version}"):
+            while not self._put(f"/v1/kv/{self._folder}/alias/{NAMES[key]}", f"v{version}"):
                 if time.monotonic() > deadline:
                     assert not seconds, "the cluster takes no write after its fault has ended"
                     return version

@@ -12,16 +12,17 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.chaos import cluster_or_skip
 from tests.chaos.asker import go_first
-from tests.chaos.client import ENTRIES, SLOW_SECONDS, STEADY, Client, Judgement, number_of
+from tests.chaos.client import ENTRIES, FILLER, SLOW_SECONDS, STEADY, Client, Judgement, number_of
 from tests.chaos.history import HOT, Writer
 from tests.dialogue import Child
-from tests.rig.proxy import Cutting, Informing, Trickling
+from tests.rig.proxy import Cutting, Informing, Refusing, Trickling
 from tests.rig.waiting import wait_for
 
 pytestmark = [pytest.mark.real, pytest.mark.alone]
@@ -37,6 +38,8 @@ CUT_SECONDS = 6.0
 LIFTED_SECONDS = 15.0
 # Until a watch waits that has seen the last edit.
 SETTLED_SECONDS = 1.0
+# Of a large table more than this: a watch of the whole has one, and what waits for a range one each.
+RANGED_CONNECTIONS = 20
 # As many as there are folders, and again when each is back; not as many as there are lookups.
 MOST_WARNINGS = 20
 
@@ -221,12 +224,27 @@ def waits_cut(scene):
         wait_for(lambda: proxy.harm, 2 * CUT_SECONDS, lambda: f"no wait of {CUT_SECONDS} s: {proxy.requests[-3:]}")
 
         def later() -> list[str]:
-            return [target for when, target in proxy.requests if when > proxy.harm[0]]
+            """What was asked after a wait for the same was cut."""
+            return [
+                target
+                for when, target in [*proxy.requests]
+                if when > proxy.cut.get(target.partition("?")[0], float("inf"))
+            ]
 
         wait_for(later, RECOVERY_SECONDS, lambda: "no wait follows the one that was cut")
         yield
     waits = [re.search(r"[?&]index=[1-9][0-9]*&wait=([0-9]+)ms", target) for target in later()]
     assert all(wait and int(wait[1]) < CUT_SECONDS * 1000 for wait in waits), f"after a wait was cut: {later()}"
+    proxy.bad.clear()
+
+
+@contextlib.contextmanager
+def range_refused(scene):
+    proxy = scene.proxy
+    proxy.path = f"/v1/kv/{scene.table}/alias/c"
+    proxy.bad.set()
+    wait_for(lambda: proxy.harm, RECOVERY_SECONDS, lambda: f"no range was refused: {proxy.requests[-40:]}")
+    yield
     proxy.bad.clear()
 
 
@@ -286,27 +304,55 @@ FAULTS = {
 }
 
 
+# The whole can still be read, so that nothing may be outdated; but that a query hangs shows only after a while.
+REFUSED = {
+    f"a range refused, {kind}": Fault(
+        range_refused,
+        functools.partial(Refusing, kind=kind),
+        is_outage=kind == "stalled",
+        warns=False,
+        seconds=BRIEF_SECONDS,
+    )
+    for kind in ("429", "stalled", *(("500", "403", "closed") if LONG else ()))
+}
+LARGE = {name: FAULTS[name] for name in ("leader killed and restarted", "snapshot restored", "waits cut")}
+if LONG:
+    LARGE = FAULTS
+LARGE = {**LARGE, **REFUSED}
+
 # Without a copy in memory there are errors, and nothing worse.
 DIRECT = ["contacted agent stopped and resumed", "token revoked and restored", "answers announced by 1xx"]
 # What the long version alone has time for: to the daemon it is much like another.
 MIRROR = [name for name in FAULTS if LONG or name != "client agent stopped and resumed"]
 if LONG:
     DIRECT = [name for name in FAULTS if name != "waits cut"]  # nothing waits there
-CASES = [*((name, "mirror") for name in MIRROR), *((name, "direct") for name in DIRECT)]
+CASES = [
+    *((name, "mirror", FAULTS[name]) for name in MIRROR),
+    *((name, "direct", FAULTS[name]) for name in DIRECT),
+    *((name, "large", fault) for name, fault in LARGE.items()),
+]
 
 
 @pytest.mark.timeout(600 if LONG else 180)
-@pytest.mark.parametrize(("name", "mode"), CASES)
-def test_no_fault_makes_an_answer_wrong_absent_or_late(cluster, report, tmp_path, name, mode):
-    row, message = suffer(cluster, report, tmp_path, name, mode)
-    assert mode == "direct" or not FAULTS[name].from_memory or row.slowest <= SLOW_SECONDS, message
+@pytest.mark.parametrize(("name", "kind", "fault"), CASES, ids=["-".join(case[:2]) for case in CASES])
+def test_no_fault_makes_an_answer_wrong_absent_or_late(cluster, report, tmp_path, name, kind, fault):
+    row, message = suffer(cluster, report, tmp_path, name, kind, fault)
+    assert kind == "direct" or not fault.from_memory or row.slowest <= SLOW_SECONDS, message
 
 
-def suffer(cluster, report, tmp_path, name, mode):
-    """The judgement on one fault, and the message of a failure: its row, examples, and the log of the table."""
-    fault = FAULTS[name]
+def sockets(folder):
+    """How many of the open files in this folder of /proc are sockets."""
+    return sum(os.path.islink(each) and os.readlink(each).startswith("socket:") for each in folder.iterdir())
+
+
+def suffer(cluster, report, tmp_path, name, kind, fault):
+    """The judgement on one fault, and the message of a failure: its row, examples, and the log of the table.
+
+    ``kind`` of table: in direct mode, or a mirror, which if it is large is watched in ranges.
+    """
     table = f"chaos{random.getrandbits(32):08x}"
-    cluster.leader.kv_txn({f"{table}/{key}": value for key, value in ENTRIES.items()})
+    entries = ENTRIES | (FILLER if kind == "large" else {})
+    cluster.leader.kv_txn({f"{table}/{key}": value for key, value in entries.items()})
     follower = next(member for member in cluster.members if member is not cluster.leader)
     scene = Scene(cluster, table, cluster.client if fault.by_client_agent else follower)
     writer = scene.writer
@@ -320,7 +366,7 @@ def suffer(cluster, report, tmp_path, name, mode):
         config = tmp_path / "table-consul.toml"
         config.write_text(
             f'[consul]\naddress = "http://{address}"\ntoken_file = "{tmp_path}/token"\n'
-            f'[defaults]\nmode = "{mode}"\n[log]\ntarget = "stderr"\n'
+            f'[defaults]\nmode = "{"direct" if kind == "direct" else "mirror"}"\n[log]\ntarget = "stderr"\n'
         )
         child = stack.enter_context(Child(str(config)))
         go_first(child.process.pid)
@@ -330,6 +376,9 @@ def suffer(cluster, report, tmp_path, name, mode):
         # From here on there are data; the first answer waits for them.
         assert child.ask(b"table|0.1|0|%b|lookup|alias|0|still" % table.encode()) == b"lookup-result|0|found|gilles"
         client = scene.client = Client(child, table.encode())
+        if kind == "large":
+            folder = Path(f"/proc/{child.process.pid}/fd")
+            wait_for(lambda: sockets(folder) > RANGED_CONNECTIONS, 10, lambda: "no ranges are watched")
         client.start()
         writer.start()
         wait_for(lambda: all(client.newest), 10, lambda: f"no answers: {client.answers[-1:]} {client.gone}")
@@ -353,7 +402,7 @@ def suffer(cluster, report, tmp_path, name, mode):
         writer.stop()
         client.stop()
         row = client.judge(
-            name if mode == "mirror" else f"{name}, {mode}", writer, (began, back if fault.is_outage else began)
+            name if kind == "mirror" else f"{name}, {kind}", writer, (began, back if fault.is_outage else began)
         )
         row.recovered = recovered
         try:
@@ -369,7 +418,7 @@ def suffer(cluster, report, tmp_path, name, mode):
     assert not failure, message
     assert (row.wrong, row.absent, row.late, row.exits) == (0, 0, 0, 0), message
     assert row.recovered <= fault.recovery_seconds, message
-    assert row.errors == 0 or (mode == "direct" and fault.is_outage), message
+    assert row.errors == 0 or (kind == "direct" and fault.is_outage), message
     assert row.answers > HOT + len(STEADY), message
     assert warnings <= (MOST_WARNINGS if fault.warns else 0), message
     return row, message

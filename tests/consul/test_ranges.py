@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from table_consul import kv
 from table_consul.sources import ranges
-from table_consul.sources.ranges import covers, cut
+from table_consul.sources.ranges import covers, cut, gap
 
 FOLDER = b"t/alias/"
 
@@ -88,6 +88,10 @@ def test_fewer_ranges_are_watched_where_fewer_may_be():
     assert found is None or len(found.watched) <= 4
 
 
+def without_nested(chosen):
+    return [each for each in chosen if not any(each != other and each.startswith(other) for other in chosen)]
+
+
 keys = st.sets(
     st.text("ab.é日 /Zz", min_size=1, max_size=6).map(str.encode)
     | st.integers(0, 300).map(lambda number: b"user%05d" % number),
@@ -117,6 +121,23 @@ def test_every_key_is_in_exactly_one_range(folders, most):
     st.lists(st.text("abc", max_size=4).map(str.encode), max_size=20),
 )
 def test_covers_is_true_where_every_name_begins_with_a_prefix(chosen, names):
-    disjoint = sorted(each for each in chosen if not any(each != other and each.startswith(other) for other in chosen))
+    disjoint = sorted(without_nested(chosen))
     expected = all(any(name.startswith(prefix) for prefix in disjoint) for name in names)
     assert covers(disjoint, sorted(names)) == expected
+
+
+@given(
+    st.sets(st.text("abé", min_size=1, max_size=3).map(str.encode), max_size=5), st.text("abcé", min_size=1, max_size=4)
+)
+def test_gap_is_the_shortest_prefix_beside_the_others(prefixes, name):
+    whole = [FOLDER + each for each in without_nested(prefixes)]
+    key = FOLDER + name.encode()
+    if covers(sorted(whole), [key]):
+        return
+    found = gap(key, FOLDER, whole)
+    if found is None:
+        assert any(each.startswith(key) for each in whole)
+    else:
+        assert key.startswith(found)
+        assert found.decode()
+        assert not any(each.startswith(found) or found.startswith(each) for each in whole)

@@ -1,4 +1,4 @@
-"""TCP proxies in front of an agent that can be made bad: one that trickles, one that cuts waits, one that says 1xx."""
+"""TCP proxies in front of an agent that can be made bad: they trickle, cut waits, say 1xx, refuse some requests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ class Proxy:
 
     def _carry(self, ours: socket.socket) -> None:
         with contextlib.suppress(OSError), ours, socket.create_connection(self._agent) as theirs:
-            latest, waiting = time.monotonic(), False
+            latest, waiting, target = time.monotonic(), False, ""
             while not self._end.is_set():
                 ready = select.select([ours, theirs], [], [], PATIENCE_SECONDS)[0]
-                if not ready and waiting and self.bad.is_set() and self.ends(time.monotonic() - latest):
+                if not ready and waiting and self.bad.is_set() and self.ends(time.monotonic() - latest, target):
                     return
                 for side in ready:
                     bad = self.bad.is_set()
@@ -62,7 +63,13 @@ class Proxy:
                         waiting = False
                         continue
                     if data.startswith(b"GET "):
-                        self.requests.append((latest, data.split(b" ", 2)[1].decode()))
+                        target = data.split(b" ", 2)[1].decode()
+                        self.requests.append((latest, target))
+                    if bad and (refusal := self.refusal(target)) is not None:
+                        if not refusal:
+                            return
+                        ours.sendall(refusal)
+                        continue
                     waiting = True
                     theirs.sendall(data)
                     if bad:
@@ -73,9 +80,13 @@ class Proxy:
     size = 65536
     """How much of an answer is passed on at a time."""
 
-    def ends(self, seconds: float) -> bool:
-        """Whether a connection ends on which an answer has been waited for that long."""
+    def ends(self, seconds: float, target: str) -> bool:
+        """Whether a connection ends on which an answer to this request has been waited for that long."""
         return False
+
+    def refusal(self, target: str) -> bytes | None:
+        """What a request is answered with instead of being passed on, if it is not; empty: its connection is closed."""
+        return None
 
     def interim(self) -> bytes:
         """What is answered as soon as a request has been passed on."""
@@ -104,11 +115,14 @@ class Cutting(Proxy):
     def __init__(self, agent: ConsulAgent, seconds: float) -> None:
         super().__init__(agent)
         self.seconds = seconds
+        self.cut: dict[str, float] = {}
+        """By path when a wait was cut first."""
 
-    def ends(self, seconds: float) -> bool:
+    def ends(self, seconds: float, target: str) -> bool:
         if seconds < self.seconds:
             return False
         self.harm.append(time.monotonic())
+        self.cut.setdefault(target.partition("?")[0], self.harm[-1])
         return True
 
 
@@ -124,3 +138,30 @@ class Informing(Proxy):
 
     def answer(self, data: bytes, *, first: bool) -> bytes:
         return (self.INTERIM + self.HINTS + data) if first else data
+
+
+class Refusing(Proxy):
+    """Refuses what lies below a path, in one of the ways of ``REFUSALS``, or ("stalled") never answers."""
+
+    REFUSALS = MappingProxyType(
+        {
+            "429": b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: text/plain\r\nContent-Length: 81\r\n\r\n"
+            b"Your IP is issuing too many concurrent connections, please rate limit your calls\n",
+            "500": b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 27\r\n\r\nrpc error making call: EOF\n",
+            "403": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 18\r\n\r\nPermission denied\n",
+            "closed": b"",
+        }
+    )
+
+    def __init__(self, agent: ConsulAgent, kind: str) -> None:
+        super().__init__(agent)
+        self.path = "/"
+        self._kind = kind
+
+    def refusal(self, target: str) -> bytes | None:
+        if not target.startswith(self.path):
+            return None
+        self.harm.append(time.monotonic())
+        if self._kind == "stalled":
+            self._end.wait()
+        return self.REFUSALS.get(self._kind, b"")

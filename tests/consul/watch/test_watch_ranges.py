@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,32 @@ def test_key_where_no_range_is_is_found(fake, source):
     before = len(lists(fake))
     fake.put(ALIAS + b"zoe", b"new")
     becomes(source, b"new", b"zoe")
+    fake.put(ALIAS + b"zoe", b"newer")
+    becomes(source, b"newer", b"zoe")
+    stays_ranged(fake, before)
+
+
+def test_key_that_begins_as_several_ranges_do_has_the_whole_table_read(fake, mirrored):
+    for number in range(6):
+        fake.put(ALIAS + b"a1%d" % number, b"old")
+        fake.put(ALIAS + b"a2%d" % number, b"old")
+        fake.delete(ALIAS + b"a%d" % number)
+    source = mirrored(fake.address)
+    for _ in eventually("ranges are watched", 10):
+        if any(request.path == b"/v1/kv/" + ALIAS + b"a2" for request in waiting(fake)):
+            break
+    before = len(lists(fake))
+    fake.put(ALIAS + b"a", b"new")
+    becomes(source, b"new", b"a")
     reads_whole(fake, before)
-    ranged_watch(fake, source)
+
+
+def test_key_of_no_service_has_the_whole_table_read(fake, source):
+    before = len(lists(fake))
+    fake.put(PREFIX + b"notes/x", b"new")
+    reads_whole(fake, before)
+    fake.put(ALIAS + b"a1", b"new")
+    becomes(source, b"new", b"a1")
 
 
 def test_first_key_of_a_folder_is_found_without_the_whole_table(fake, mirrored):
@@ -170,6 +195,46 @@ def test_key_where_no_range_is_is_found_behind_an_edit_in_a_range(fake, source):
         fake.put(ALIAS + b"a1", b"new")
     becomes(source, b"new", b"a1")
     becomes(source, b"new", b"zoe")
+
+
+def test_edit_in_a_range_whose_query_hangs_is_found_while_others_are_edited(fake, source):
+    over = threading.Event()
+
+    def handle(request):
+        answer = fake.consul(request)
+        if request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params:
+            over.wait(20)
+        return answer
+
+    def waits_for_more():
+        """Whether the completeness query has shown all there is."""
+        return any("keys" in each.params and each.params.get("index") == str(fake.index) for each in fake.requests)
+
+    fake.handle = handle
+    try:
+        for name, value in ((b"c1", b"seen"), (b"c1", b"new"), *((b"a1", b"%d" % number) for number in range(200))):
+            fake.put(ALIAS + name, value)
+            for _ in eventually("it is shown", 5):
+                if waits_for_more():
+                    break
+            if ask(source, b"c1") == b"new":
+                break
+        else:
+            pytest.fail("the edit is not seen")
+    finally:
+        over.set()
+
+
+def test_keys_deleted_one_after_the_other_leave_no_doubt(fake, source):
+    before = len(lists(fake))
+    for number in range(5):
+        for letter in b"abcdef":
+            fake.delete(ALIAS + b"%c%d" % (letter, number))
+            time.sleep(0.002)
+    for letter in b"abcdef":
+        becomes(source, None, b"%c4" % letter)
+    time.sleep(2 * LATE_SECONDS)
+    stays_ranged(fake, before)
 
 
 def test_folder_that_shrinks_at_once_is_judged_as_a_whole(fake, source):

@@ -83,9 +83,18 @@ SERVICE = click.Choice(tuple(SERVICES))
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
 
 
-def pass_config(function: Callable[..., int]) -> Callable[..., int]:
-    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help."""
+def _choose_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
+    if path is not None:
+        context.find_root().obj = path
 
+
+def pass_config(function: Callable[..., int]) -> Callable[..., int]:
+    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help.
+
+    The command takes -c as well, for those who remember it late.
+    """
+
+    @click.option("-c", "--config", hidden=True, expose_value=False, callback=_choose_config)
     @functools.wraps(function)
     def called(**arguments: Any) -> int:  # noqa: ANN401 - those of the command
         return function(config.load(click.get_current_context().find_root().obj, os.environ), **arguments)

@@ -2,9 +2,8 @@
 #
 #     docker build -t table-consul .
 #
-# Where Debian and PyPI are reached through mirrors or proxies, configurations of apt and pip may say so, which are there
-# while they run and in no layer: --secret id=apt.conf,src=FILE --secret id=pip.conf,src=FILE. What those name may be
-# secrets, too: id=apt.sources and id=ca-certificates are files of that name in /run/secrets.
+# Where Debian is reached through a mirror or a proxy, configure apt with --secret id=apt.conf,src=FILE, which is in no
+# layer. Files that it names can be secrets, too: id=apt.sources and id=ca-certificates are in /run/secrets.
 
 # Debian's stable release; its OpenSMTPD is 7.6. For 7.9: --build-arg BASE=docker.io/library/debian:forky-slim
 # --build-arg OPENSMTPD='7.9.*'
@@ -14,20 +13,12 @@ FROM ${BASE} AS build
 RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
     --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
     apt-get update -q \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends make python3-venv
-WORKDIR /build
-COPY contrib/container/requirements.txt .
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca-certificates \
-    python3 -m venv /tmp/downloader \
-    && /tmp/downloader/bin/pip --no-cache-dir --disable-pip-version-check download --quiet --only-binary=:all: --require-hashes \
-        --dest wheels --requirement requirements.txt
+    && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+        debhelper dh-python pybuild-plugin-pyproject python3-all python3-click python3-hatchling python3-msgspec
+WORKDIR /build/table-consul
 COPY . .
-# It finds all it wants in what was downloaded, and asks nobody.
-RUN PIP_NO_INDEX=1 PIP_FIND_LINKS=/build/wheels make install DESTDIR=/installed EXTRAS=metrics,regex \
-    && rm -rf /installed/usr/local/share /installed/usr/local/lib/table-consul/share \
-    && install -m 0755 -t /installed/usr/local/sbin -D contrib/container/entrypoint contrib/container/healthcheck \
-    && install -m 0644 -t /installed/etc/mail -D contrib/container/smtpd.conf contrib/container/table-consul.toml
+RUN dpkg-buildpackage --build=binary --no-sign --ignore-builtin-builddeps \
+    && mkdir /package && mv ../table-consul_*_all.deb /package/table-consul.deb
 
 FROM ${BASE}
 ARG BASE
@@ -38,6 +29,7 @@ ARG PACKAGES=
 # Volumes outlive images: the ids of those who own what is in them stay the same.
 RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
     --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
+    --mount=type=bind,from=build,source=/package,target=/run/package \
     for each in opensmtpd:525 opensmtpq:526; do \
         groupadd --system --gid "${each#*:}" "${each%:*}" \
         && useradd --system --uid "${each#*:}" --gid "${each#*:}" --no-create-home \
@@ -47,16 +39,16 @@ RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444
     && useradd --uid 5000 --gid 5000 --no-create-home --home-dir /var/vmail --shell /usr/sbin/nologin vmail \
     && apt-get update -q \
     && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
-        "opensmtpd=$OPENSMTPD" python3 ca-certificates $PACKAGES \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/lib/dpkg/*-old /var/log/apt \
-        /var/log/*.log /etc/aliases \
-    && mkdir -p /etc/mail \
+        "opensmtpd=$OPENSMTPD" /run/package/table-consul.deb python3-prometheus-client python3-re2 $PACKAGES \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/lib/dpkg/*-old /var/log/apt \
+        /var/log/*.log /etc/aliases /usr/lib/python3.*/pydoc_data /usr/lib/python3.*/test \
+        /usr/share/bash-completion /usr/share/info /usr/share/lintian \
     && ln -sf mail/smtpd.conf /etc/smtpd.conf \
     && ln -sf ../run/mailname /etc/mailname \
     && install -d -m 0711 /var/spool/smtpd \
-    && install -d -m 0750 -o vmail -g vmail /var/vmail \
-    && install -d -m 0750 -o opensmtpd -g opensmtpd /var/lib/table-consul
-COPY --from=build /installed/ /
+    && install -d -m 0750 -o vmail -g vmail /var/vmail
+COPY --chmod=0755 contrib/container/entrypoint contrib/container/healthcheck /usr/local/sbin/
+COPY --chmod=0644 contrib/container/smtpd.conf contrib/container/table-consul.toml /etc/mail/
 
 ARG VERSION=
 LABEL org.opencontainers.image.title="table-consul" \

@@ -1,6 +1,6 @@
 # Targets for whoever works on table-consul, and for `make install`; `make help` lists them.
 .POSIX:
-.PHONY: help demo test quick lint cover chaos bench dist install uninstall clean venv
+.PHONY: help demo test quick lint cover chaos bench dist deb release install install-files uninstall clean venv
 
 PYTHON = python3
 VENV = .venv
@@ -13,7 +13,13 @@ LIBEXECDIR = /usr/libexec/opensmtpd
 SBINDIR = $(PREFIX)/sbin
 MANDIR = $(PREFIX)/share/man
 APPDIR = $(PREFIX)/lib/table-consul
+EXAMPLESDIR = $(PREFIX)/share/doc/table-consul/examples
+BASHDIR = $(PREFIX)/share/bash-completion/completions
+ZSHDIR = $(PREFIX)/share/zsh/site-functions
+FISHDIR = $(PREFIX)/share/fish/vendor_completions.d
 EXTRAS = metrics
+# A folder of wheels to install from, where there is no network.
+WHEELS =
 
 # A worker for each processor, up to four; WORKERS=0 runs one test after the other and prints each result immediately.
 WORKERS = auto
@@ -24,6 +30,10 @@ APP = $(DESTDIR)$(APPDIR)
 LIBEXEC = $(DESTDIR)$(LIBEXECDIR)
 SBIN = $(DESTDIR)$(SBINDIR)
 MAN = $(DESTDIR)$(MANDIR)
+EXAMPLES = $(DESTDIR)$(EXAMPLESDIR)
+BASHCOMP = $(DESTDIR)$(BASHDIR)
+ZSHCOMP = $(DESTDIR)$(ZSHDIR)
+FISHCOMP = $(DESTDIR)$(FISHDIR)
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
@@ -66,6 +76,14 @@ bench: $(VENV)/.stamp ## speed and memory, as ratios to reference children
 	bench/build/venv/bin/python -m pip install --quiet '.[regex]'
 	$(BIN)/python -m bench.bench --program bench/build/venv/bin/table-consul $(ARGS)
 
+deb: $(VENV)/.stamp ## the Debian package in dist/, built in a clean root of Debian 13 (as root, needs mmdebstrap)
+	mkdir -p dist
+	$(BIN)/python -m tests.rig.deb dist
+
+release: dist ## sdist, wheel, Debian package and their checksums in dist/, the same bytes wherever they are built
+	$(MAKE) deb
+	cd dist && sha256sum *.tar.gz *.whl *.deb >SHA256SUMS
+
 dist: $(VENV)/.stamp ## the sdist and the wheel, the same bytes wherever they are built
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation .
@@ -73,20 +91,28 @@ dist: $(VENV)/.stamp ## the sdist and the wheel, the same bytes wherever they ar
 
 # The package is made beside the former one and takes its place when it is whole. Restart smtpd afterwards: what runs
 # imports parts of the package only when it needs them.
-install: venv ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR)
-	$(PYTHON) -m venv --clear build/installer
+install: ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
 	rm -rf '$(APP).new' '$(APP).old'
-	umask 022 && build/installer/bin/python -m pip install --quiet --target '$(APP).new' '.[$(EXTRAS)]'
-	rm -rf '$(APP).new/bin' '$(APP).new/share'
+	umask 022 && mkdir -p '$(APP).new' && \
+	    $(PYTHON) -I contrib/install/dependencies.py '$(APP).new' '$(EXTRAS)' '$(WHEELS)' && \
+	    rm -rf '$(APP).new/bin' '$(APP).new/share' && cp -R table_consul '$(APP).new' && \
+	    find '$(APP).new/table_consul' -name __pycache__ -prune -exec rm -r {} + && \
+	    $(PYTHON) -m compileall -q -s '$(APP).new' -p '$(APPDIR)' '$(APP).new/table_consul'
+	chmod -R u=rwX,go=rX '$(APP).new'
 	if [ -e '$(APP)' ]; then mv '$(APP)' '$(APP).old'; fi
 	mv '$(APP).new' '$(APP)'
 	rm -rf '$(APP).old'
+	@$(MAKE) install-files
+	@echo 'Installed. Restart smtpd if it runs table-consul already.'
+
+# All but the package. For packages of other systems: APPDIR= if Python finds table_consul without help.
+install-files:
 	umask 022 && mkdir -p '$(LIBEXEC)' '$(SBIN)' '$(MAN)/man5' '$(MAN)/man8'
-	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && umask 022 && \
+	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && umask 022 && appdir='$(APPDIR)' && \
 	install_program() { \
 	    { printf '#!%s -I\n' "$$python" && cat; } >"$$1.new" && chmod 755 "$$1.new" && mv "$$1.new" "$$1"; \
 	} && \
-	path='sys.path.insert(0, "$(APPDIR)")' && \
+	path="$${appdir:+sys.path.insert(0, \"$$appdir\")}" && \
 	for module in cli:table-consul procexec:table-procexec; do \
 	    { cat table_consul/fallback.py && printf '\n\n%s\nsys.exit(run("table_consul.%s"))\n' "$$path" "$${module%:*}"; } | \
 	        install_program '$(LIBEXEC)'/"$${module#*:}" || exit 1; \
@@ -96,12 +122,22 @@ install: venv ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEX
 	for page in man/*.[58]; do \
 	    target="$(MAN)/man$${page##*.}/$${page#man/}" && cp "$$page" "$$target" && chmod 644 "$$target" || exit 1; \
 	done
-	@echo 'Installed. Restart smtpd if it runs table-consul already.'
+	umask 022 && complete() { \
+	    mkdir -p "$$2" && PYTHONPATH='$(APP)' _TABLE_CONSULCTL_COMPLETE=$${1}_source $(PYTHON) -B -c \
+	        'import sys; from table_consul.ctl.main import main; sys.exit(main())' >"$$2/$$3"; \
+	} && \
+	complete bash '$(BASHCOMP)' table-consulctl && complete zsh '$(ZSHCOMP)' _table-consulctl && \
+	    complete fish '$(FISHCOMP)' table-consulctl.fish
+	umask 022 && rm -rf '$(EXAMPLES)' && mkdir -p '$(EXAMPLES)' && \
+	    cp -R contrib/*.example contrib/*.py contrib/grafana contrib/policies contrib/prometheus contrib/terraform \
+	        '$(EXAMPLES)' && chmod -R u=rwX,go=rX '$(EXAMPLES)'
 
 uninstall: ## remove what install installed, told the same folders; configuration and data stay
 	rm -rf '$(APP)' '$(APP).new' '$(APP).old'
 	rm -f '$(LIBEXEC)/table-consul' '$(LIBEXEC)/table-procexec' '$(SBIN)/table-consulctl'
 	for page in man/*.[58]; do rm -f "$(MAN)/man$${page##*.}/$${page#man/}"; done
+	rm -f '$(BASHCOMP)/table-consulctl' '$(ZSHCOMP)/_table-consulctl' '$(FISHCOMP)/table-consulctl.fish'
+	rm -rf '$(EXAMPLES)'
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) dist build bench/build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

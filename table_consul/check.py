@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from table_consul.errors import printable
+from table_consul.errors import SourceError, printable
 from table_consul.files import (
     TOKEN,
     current_user,
@@ -33,12 +33,13 @@ def check_files(config: Config) -> list[str]:
     Root checks as smtpd's user, if there is one; any other user as itself. For ``--check``, not for `config.load`: a
     mail server starts although a token is written only a second later.
     """
-    with _as_smtpd_user():
+    with as_smtpd_user():
         return [*_read_files(config), *_written_files(config)]
 
 
 @contextlib.contextmanager
-def _as_smtpd_user() -> Iterator[None]:
+def as_smtpd_user() -> Iterator[None]:
+    """What root does within it, it does as smtpd's user, if there is one."""
     user = smtpd_user() if os.geteuid() == 0 else None
     with contextlib.ExitStack() as undo:
         if user is not None:
@@ -60,14 +61,25 @@ def _read_files(config: Config) -> Iterator[str]:
         files["address"] = consul.addresses[0].removeprefix("file://")
     name = printable(config.path or "")
     at = {**{key: f"{name}: consul.{key}" for key in (*files, "tls_verify")}, **config.origins}
+    unusable = False
     for key, path in files.items():
         if path is None:
             continue
         problem = _unreadable(path, folder=key == "ca_path", secret=key in {"token_file", "key_file"})
         if key == "token_file" and not problem and not TOKEN.fullmatch(read_token(path)):
             problem = "empty, or not one line of printable ASCII without blanks (write the SecretID and nothing else)"
+        elif key == "address" and not problem:
+            problem = _malformed_export(path)
         if problem:
+            unusable = True
             yield f"{at[key]}: {printable(path)}: {problem}"
+    if not unusable and any(address.startswith("https://") for address in consul.addresses):
+        from table_consul.endpoint import tls_context
+
+        try:
+            tls_context(consul)
+        except SourceError as error:
+            yield f"{name or 'environment'}: {error} (PEM files, the key without a password)"
     if config.path is not None and (problem := _unreadable(config.path)):
         yield f"{name}: {problem}"
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
@@ -81,7 +93,9 @@ def _written_files(config: Config) -> Iterator[str]:
     name = printable(config.path or "")
     for table in list(config.tables.values()) or [config.table(config.defaults.name)]:
         textfile = config.metrics.textfile and config.metrics.textfile.replace("{table}", table.name)
-        for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile)):
+        listen = (config.metrics.listen or "").removeprefix("unix://").replace("{table}", table.name)
+        socket = listen if listen.startswith("/") else None
+        for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile), ("metrics.listen", socket)):
             if not path:
                 continue
             at = f"{name}: {key} of table {printable(table.name)}"
@@ -96,6 +110,18 @@ def _written_files(config: Config) -> Iterator[str]:
     for key, path in (("defaults.snapshot", config.defaults.snapshot), ("metrics.textfile", config.metrics.textfile)):
         if path and "{table}" not in path and path not in reported:
             yield f"{name}: {key}: every table would write the same file (put {{table}} into its name)"
+
+
+def _malformed_export(path: str) -> str | None:
+    from table_consul.sources.export import iter_export
+
+    try:
+        with open(path, "rb", opener=open_regular_file) as file:
+            for _ in iter_export(file):
+                pass
+    except SourceError as error:
+        return str(error)
+    return None
 
 
 def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str | None:

@@ -226,10 +226,11 @@ def _tls_files(settings: ConsulConfig) -> list[str]:
 @functools.lru_cache(maxsize=1)
 def _shared_tls_context(settings: ConsulConfig, *_versions: object) -> ssl.SSLContext:
     """One context for all connections of a process: each would hold the certificates of all authorities again."""
-    return _tls_context(settings)
+    return tls_context(settings)
 
 
-def _tls_context(settings: ConsulConfig) -> ssl.SSLContext:
+def tls_context(settings: ConsulConfig) -> ssl.SSLContext:
+    """What verifies Consul's certificate, and sends ours; raises SourceError."""
     try:
         for path in _tls_files(settings):
             os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe

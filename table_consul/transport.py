@@ -73,6 +73,8 @@ class Request(NamedTuple):
     body: bytes | None = None
     compress: bool = False
     """Whether gzip is worth its CPU, in Consul and here, where the answer crosses a network."""
+    indexed: bool = True
+    """Whether the answer comes from the servers' data, and must have their index."""
 
 
 class Transport:
@@ -168,6 +170,7 @@ class Transport:
         query = urllib.parse.urlencode([*request.params, *self._scope])
         target = urllib.parse.quote(request.path, safe="/") + ("?" + query if query else "")
         self._prepared.method, self._prepared.body = request.method, request.body
+        self._indexed = request.indexed
         self._prepared.headers = requests.structures.CaseInsensitiveDict({**_HEADERS, **request.headers})
         failures: list[SourceError] = []
         self.late = False
@@ -233,7 +236,7 @@ class Transport:
         if status not in ((200, 409) if write else (200, 404)):
             error = refusal(f"Consul at {self.address}", status, _beginning(response), token=self._has_token)
             raise WaitCut(str(error), waited) if status in _GATEWAY_TIMEOUTS and waited >= LEAST_CUT_SECONDS else error
-        if write:
+        if write or not self._indexed:
             return
         leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")
         is_index = re.fullmatch("[0-9]{1,30}", index) is not None and 0 < int(index) <= _MAX_INDEX

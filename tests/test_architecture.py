@@ -34,6 +34,7 @@ PURE = sorted(
         "ctl.files",
         "ctl.expansion",
         "ctl.records",
+        "ctl.recipients",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

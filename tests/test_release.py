@@ -30,7 +30,7 @@ STRAYS = (
     *("dist/old.whl", ".venv/bin/python", ".coverage", ".coverage.host.1", ".hypothesis/x", ".pytest_cache/x"),
     *("notes.txt", "smtpd.token", "bench/build/driver", "node_modules/x.js", ".git/config"),
 )
-FOLDERS = {".ci", "bench", "contrib", "docs", "man", "table_consul", "tests"}
+FOLDERS = {".ci", "bench", "contrib", "debian", "docs", "man", "table_consul", "tests"}
 FILES = {
     ".dockerignore",
     ".gitignore",
@@ -45,8 +45,9 @@ FILES = {
 KINDS = (
     *(".5", ".8", ".c", ".conf", ".example", ".gitignore", ".hcl", ".hex", ".json", ".jsonl", ".md", ".py", ".sh"),
     *(".tf", ".toml", ".txt", ".typed", ".yaml", ".yml"),
+    *(".lintian-overrides", ".postinst", ".postrm", ".tmpfiles", ".triggers"),
 )
-PROGRAMS = {".ci/run"}
+PROGRAMS = {".ci/run", "debian/rules", "debian/tests/story"}
 MAN = {f"share/man/man{path.suffix[1:]}/{path.name}" for path in (CHECKOUT / "man").iterdir()}
 
 
@@ -135,7 +136,7 @@ def test_dates_are_those_that_are_asked_for(tree, tmp_path):
 def test_the_sdist_holds_all_of_the_project(tree, sdist):
     wanted = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     assert wanted - {*sdist} == set()
-    assert {name.partition("/")[0] for name in sdist if "/" in name} >= {"contrib", "man", "table_consul", "tests"}
+    assert {name.partition("/")[0] for name in sdist if "/" in name} >= FOLDERS - {".ci"}
 
 
 def test_the_sdist_holds_nothing_else(tree, sdist):
@@ -177,7 +178,10 @@ def test_the_version_stands_in_one_place(tree, wheel):
     found = [
         str(path.relative_to(tree))
         for path in tree.rglob("*")
-        if path.is_file() and path.suffix != ".hex" and __version__ in path.read_text(errors="replace")
+        if path.is_file()
+        and path.suffix != ".hex"
+        and path.name != "changelog"
+        and __version__ in path.read_text(errors="replace")
     ]
     assert found == ["table_consul/__init__.py"]
     metadata = message_from_bytes(wheel.read(f"table_consul-{__version__}.dist-info/METADATA"))

@@ -51,6 +51,14 @@ class _Policy(msgspec.Struct, rename="pascal"):
     rules: str
 
 
+class _Build(msgspec.Struct, rename="pascal"):
+    version: str
+
+
+class _Agent(msgspec.Struct, rename="pascal"):
+    config: _Build
+
+
 class _Authorization(msgspec.Struct, rename="pascal"):
     segment: str
     allow: bool
@@ -73,14 +81,16 @@ class Access(NamedTuple):
     """The names of the policies whose rules could be read."""
 
 
-def check(settings: ConsulConfig, folders: Sequence[bytes]) -> Access:
+def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = True) -> Access:
     """What the configured token may not read below these folders of services.
+
+    With ``operator``, a token of the environment lists the keys and the policies.
 
     Raises:
         SourceError: Consul does not answer.
     """
-    others = as_writer(settings, None)
-    reader, other = _Client(settings), _Client(others)
+    others = as_writer(settings, None) if operator else settings
+    reader, other = Client(settings), Client(others)
     with contextlib.closing(reader), contextlib.closing(other):
         closed = [folder for folder in folders if not reader.may_read(folder + PROBE)]
         found = [Unreadable(each, CLOSED) for each in closed]
@@ -104,7 +114,7 @@ def check(settings: ConsulConfig, folders: Sequence[bytes]) -> Access:
 
 def unwritable(settings: ConsulConfig, keys: Sequence[bytes]) -> list[str]:
     """Those of the keys that this token may not write, as far as Consul reports it."""
-    with contextlib.closing(_Client(settings)) as client, contextlib.suppress(SourceError):
+    with contextlib.closing(Client(settings)) as client, contextlib.suppress(SourceError):
         return client.denied([key.decode(errors="replace") for key in keys], "write")
     return []
 
@@ -116,7 +126,7 @@ def _strings(rules: str) -> Iterator[str]:
             yield json.loads(quoted)
 
 
-class _Client(kv.Client):
+class Client(kv.Client):
     """A client that also asks for the ACLs; like `kv.Client`, it has one conversation at a time."""
 
     def may_read(self, key: bytes) -> bool:
@@ -126,33 +136,51 @@ class _Client(kv.Client):
             return False
         return True
 
+    def version(self) -> str:
+        """The version of the agent; Forbidden if the token may not read that."""
+        agent: _Agent = self._ask_for("agent/self", _Agent, indexed=False)
+        return agent.config.version
+
+    def token_problem(self) -> str | None:
+        """Why Consul does not accept the token itself, whatever it may read; None if it does, or has no ACLs."""
+        try:
+            self._ask_for("acl/token/self", _Links)
+        except Forbidden as error:
+            return None if "disabled" in str(error) else str(error)
+        return None
+
+    def exists(self, folder: bytes) -> bool:
+        """Whether the token sees any key in the folder."""
+        with self._ask(folder, READ_SECONDS, keys=True, separator="/") as response:
+            return not response.absent
+
     def denied(self, keys: Sequence[str], access: str = "read") -> list[str]:
         """Those of the keys that the token may not read, or write; raises SourceError."""
         denied = []
         for start in range(0, len(keys), AUTHORIZATIONS_MAX):
             asked = {"Resource": "key", "Access": access}
             batch = [{**asked, "Segment": key} for key in keys[start : start + AUTHORIZATIONS_MAX]]
-            answers = self._acl("internal/acl/authorize", list[_Authorization], json.dumps(batch).encode())
+            answers = self._ask_for("internal/acl/authorize", list[_Authorization], json.dumps(batch).encode())
             denied += [each.segment for each in answers if not each.allow]
         return denied
 
-    def rules(self, other: _Client) -> Iterator[tuple[str, str]]:
+    def rules(self, other: Client) -> Iterator[tuple[str, str]]:
         """Name and rules of each policy of this token, as far as the other one may read them."""
         with contextlib.suppress(SourceError):
-            own = self._acl("acl/token/self", _Links)
+            own = self._ask_for("acl/token/self", _Links)
             policies = own.policies
             for role in own.roles:
                 with contextlib.suppress(SourceError):
-                    policies += other._acl(f"acl/role/{role.id}", _Links).policies
+                    policies += other._ask_for(f"acl/role/{role.id}", _Links).policies
             for policy in policies:
                 with contextlib.suppress(SourceError):
-                    yield policy.name, other._acl(f"acl/policy/{policy.id}", _Policy).rules
+                    yield policy.name, other._ask_for(f"acl/policy/{policy.id}", _Policy).rules
 
-    def _acl(self, path: str, kind: Any, body: bytes | None = None) -> Any:  # noqa: ANN401 - of this kind
+    def _ask_for(self, path: str, kind: Any, body: bytes | None = None, *, indexed: bool = True) -> Any:  # noqa: ANN401 - of this kind
         def build() -> Request:
             headers = {"X-Consul-Token": self._library.token} if self._library.token else {}
             if body is None:
-                return Request(f"/v1/{path}", (), headers)
+                return Request(f"/v1/{path}", (), headers, indexed=indexed)
             return Request(f"/v1/{path}", (), {**headers, "Content-Length": str(len(body))}, "POST", body)
 
         with kv.Response(self, self._send(build, READ_SECONDS)) as response:

@@ -66,7 +66,7 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     not read, as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of
     the latter.
 
-    Without TABLE: all tables with a section in the configuration. table-consul --check checks the configuration itself.
+    Without TABLE: all tables with a section in the configuration. The command check checks everything else.
 
     Exit status: 0 no problems, 1 problems, 2 not all data of some table can be read.
 

@@ -40,8 +40,10 @@ COMMANDS = {
     "edit": ("edit", "Edit the entries of a table."),
     "passwd": ("passwd", "Set the password of a user."),
     "undo": ("undo", "Put back what a write replaced."),
+    "expand": ("expand", "Show who gets the mail to an address."),
     "status": ("status", "Show the state of the running tables."),
     "accept": ("accept", "Accept deletions that are held."),
+    "check": ("check", "Check everything between smtpd and Consul."),
     "policy": ("policy", "Write the ACL policy that the tables need."),
 }
 
@@ -88,18 +90,24 @@ def _choose_config(context: click.Context, _option: click.Parameter, path: str |
         context.find_root().obj = path
 
 
+# A command takes -c as well, for those who remember it late.
+late_config = click.option("-c", "--config", hidden=True, expose_value=False, callback=_choose_config)
+
+
 def pass_config(function: Callable[..., int]) -> Callable[..., int]:
-    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help.
+    """Pass the configuration to a command as its first argument. It is read when the command runs, not for help."""
 
-    The command takes -c as well, for those who remember it late.
-    """
-
-    @click.option("-c", "--config", hidden=True, expose_value=False, callback=_choose_config)
+    @late_config
     @functools.wraps(function)
     def called(**arguments: Any) -> int:  # noqa: ANN401 - those of the command
-        return function(config.load(click.get_current_context().find_root().obj, os.environ), **arguments)
+        return function(load_config(click.get_current_context().find_root().obj), **arguments)
 
     return called
+
+
+def load_config(path: str | None) -> config.Config:
+    """The configuration in the file and the environment; raises ConfigError, as `config.load`."""
+    return config.load(path, os.environ)
 
 
 def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:

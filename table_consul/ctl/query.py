@@ -93,7 +93,7 @@ def command(  # noqa: PLR0913 - the command line
     several = len(keys) > 1 or "-" in keys
     status = 0
     for key in asked if op != "fetch" else [b""] * (count or 1):
-        reply, used = _ask(named, service, op, key, loader, responder)
+        reply, used = ask(named, service, op, key, loader, responder)
         name = key.partition(b":")[0] if service == "auth" else key
         # What decides about a password is the value of its user.
         way = "lookup" if service == "auth" else op
@@ -137,7 +137,7 @@ def _questions(key: str, *, password: bool) -> Iterator[bytes]:
         yield os.fsencode(f"{key}:{typed}")
 
 
-def _ask(
+def ask(
     table: Table, service_name: str, op: str, key: bytes, loader: Loader, responder: Responder
 ) -> tuple[Reply, list[tuple[Loaded, Service, Entries | None]]]:
     """The reply to smtpd, or an error if smtpd never asks for such a key; and what it was made from."""

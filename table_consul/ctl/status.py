@@ -17,8 +17,9 @@ from typing import Any
 import click
 import msgspec
 
-from table_consul.config import Config, MetricsConfig
-from table_consul.ctl.main import FAILED, NO, as_json, duration, pass_config, terminal_columns
+from table_consul.config import VALIDATORS, Config, MetricsConfig
+from table_consul.ctl import nagios, smtpdconf
+from table_consul.ctl.main import FAILED, NO, as_json, duration, late_config, load_config, terminal_columns
 from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
@@ -94,43 +95,85 @@ class Status(msgspec.Struct):
     prefixes: list[Prefix] = []
 
 
+_ORDER = (False, None, True).index
+
+
+def _limits(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[float | None, float | None]:
+    """The thresholds, warning and critical."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?", text or "", re.ASCII)
+    if found is None or text == "":
+        raise click.BadParameter("must be a number, or two with a comma between")
+    warning, critical = (None if limit is None else float(limit) for limit in found.groups())
+    return warning, critical
+
+
 @click.command("status")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
 @click.option("--offline", is_flag=True, help="Do not ask Consul whether it has newer data.")
+@click.option("--nagios", "as_nagios", is_flag=True, help="Write one line for Nagios, with --offline.")
+@click.option(
+    "--age", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: most seconds since Consul confirmed the data."
+)
+@click.option("--keys", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: fewest keys.")
+@click.option("--metrics", "place", metavar="PLACE", help="Read these, as in [metrics], and no configuration.")
 @as_json
-@pass_config
-def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: bool) -> int:
+@late_config
+@click.pass_context
+def command(
+    context: click.Context,
+    *,
+    tables: tuple[str, ...],
+    offline: bool,
+    as_nagios: bool,
+    age: tuple[float | None, float | None],
+    keys: tuple[float | None, float | None],
+    place: str | None,
+    as_json: bool,
+) -> int:
     """Show for each TABLE whether its process runs, and how old its data is.
 
-    The processes publish this as metrics, so [metrics] textfile or listen must be configured. Consul is asked whether
-    it has newer data; if so, status waits for the next metrics, with a textfile for up to 20 seconds.
+    The processes publish this as metrics, so [metrics] must be configured. The manual page explains the states.
 
-    \b
-    following    has what Consul has
-    held         serves deleted entries
-    outage       Consul is unreachable
-    expired      for longer than max_age
-    no data      nothing was loaded yet
-    loading      has just started
-    too large    more than max_keys keys
-    direct       as configured
-    file         reads a file://
-    not running  publishes no metrics
+    Without TABLE: all that are configured, in smtpd.conf, or publish metrics.
 
-    What is held still answers until the time for it is over, or the deletion is accepted (see accept).
-    In an outage, answers come from the last data. When it is expired, and without data, all answers are errors. If a
-    table is too large or direct, each answer reads Consul. If a table that is not running should be, see its log.
-
-    Without TABLE: all tables that are configured or publish metrics.
-
-    Exit status: 0 all are following, direct or file; 1 some are not; 2 unknown.
+    Exit status: 0 healthy; 1 some are not; 2 unknown. With --nagios 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 
     \b
     Examples:
-      table-consulctl status
       table-consulctl status aliases
-      table-consulctl status --json --offline
+      table-consulctl status --nagios --age 600,3600 --keys 1000,1
     """  # noqa: D301 - the mark by which click keeps lines as they are
+    if not as_nagios:
+        if {*age, *keys} != {None}:
+            raise click.UsageError("--age and --keys are for --nagios")
+        return _print(_config(context, place), tables, offline=offline or place is not None, as_json=as_json)
+    if as_json:
+        raise click.UsageError("--nagios and --json exclude each other")
+    try:
+        config = _config(context, place)
+        if config.metrics == MetricsConfig():
+            raise ConfigError("no metrics are configured (add [metrics], see table-consulctl status)")
+        code, text = nagios.report(_worst(published_statuses(config, tables)), nagios.Limits(age, keys))
+    except (TableConsulError, OSError) as error:
+        hint = "; or name the metrics with --metrics" if isinstance(error, ConfigError) and place is None else ""
+        code, text = nagios.UNKNOWN, nagios.line(nagios.UNKNOWN, f"{error}{hint}")
+    click.echo(text)
+    return code
+
+
+def _config(context: click.Context, place: str | None) -> Config:
+    """The configuration; one with only these metrics, if they are named, so that no secret file need be readable."""
+    path = context.find_root().obj
+    if place is None:
+        return load_config(path)
+    key = "textfile" if place.startswith("/") else "listen"
+    try:
+        return Config(path, metrics=MetricsConfig(**{key: VALIDATORS[key](place)}))
+    except ValueError as error:
+        raise click.UsageError(f"--metrics: {error}") from None
+
+
+def _print(config: Config, tables: Sequence[str], *, offline: bool, as_json: bool) -> int:
     if config.metrics == MetricsConfig():
         path = printable(config.path or "a configuration file, and name it with -c")
         click.echo(f"table-consulctl: {NOT_CONFIGURED.format(path=path)}", err=True)
@@ -138,11 +181,7 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
     statuses = published_statuses(config, tables)
     if not offline and not config.consul.addresses[0].startswith("file://"):
         statuses = _compare(config, statuses)
-    order = (False, None, True).index
-    for status in statuses:
-        worst = min(status.prefixes, key=lambda prefix: order(prefix.healthy), default=status)
-        status.state, status.healthy = worst.state, worst.healthy
-    healthy = min((status.healthy for status in statuses), key=order)
+    healthy = min((status.healthy for status in _worst(statuses)), key=_ORDER)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode({"healthy": healthy, "tables": statuses})))
     else:
@@ -150,8 +189,16 @@ def command(config: Config, *, tables: tuple[str, ...], offline: bool, as_json: 
     return {True: 0, False: NO, None: FAILED}[healthy]
 
 
+def _worst(statuses: list[Status]) -> list[Status]:
+    """The statuses, each with the state of its worst folder."""
+    for status in statuses:
+        worst = min(status.prefixes, key=lambda prefix: _ORDER(prefix.healthy), default=status)
+        status.state, status.healthy = worst.state, worst.healthy
+    return statuses
+
+
 def published_statuses(config: Config, tables: Sequence[str] = ()) -> list[Status]:
-    """The published state of these tables; without any, of all that are configured or publish metrics.
+    """The published state of these tables; without any, of all that are configured, in smtpd.conf or publish metrics.
 
     Raises:
         TableConsulError: metrics cannot be read here; ConfigError: a name that no table can have.
@@ -160,7 +207,8 @@ def published_statuses(config: Config, tables: Sequence[str] = ()) -> list[Statu
         import prometheus_client.parser  # noqa: F401 - without it the daemons publish nothing either
     except ImportError:
         raise TableConsulError("to read metrics, install table-consul[metrics] or python3-prometheus-client") from None
-    wanted = tables or sorted({*config.tables, *published_tables(config)}) or (config.defaults.name,)
+    known = {*config.tables, *published_tables(config), *smtpdconf.tables_of(config.path)}
+    wanted = tables or sorted(known) or (config.defaults.name,)
     return [status_of(config, config.table(name).name) for name in dict.fromkeys(wanted)]
 
 

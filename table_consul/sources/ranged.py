@@ -38,6 +38,8 @@ LIST_SHARE = 0.01
 MOST_REST = 64
 # The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
 PAUSE_SECONDS_PER_KEY = 2e-6
+# Of a new process, which may be ended as soon as it began.
+LEAST_WAIT_SECONDS = 1.0
 # `queue.get` takes no infinite timeout.
 STEP_SECONDS = 3600.0
 # Where a range has lost so many keys, and this share of them, whether the folder is held is for the whole to say.
@@ -138,8 +140,8 @@ class Queries:
 
     @property
     def most_wait(self) -> float:
-        """In seconds: what a process that is started again and again leaves behind must not live long."""
-        return max(mirror.SHORT_WAIT_SECONDS, time.monotonic() - self._since)
+        """In seconds: what a process that is started again and again leaves behind lives no longer than it did."""
+        return max(LEAST_WAIT_SECONDS, time.monotonic() - self._since)
 
     def reload(self) -> None:
         """Have each query read token and TLS files before it asks again."""

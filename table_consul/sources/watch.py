@@ -123,7 +123,7 @@ class Watch(threading.Thread):
             log.exception("internal error; please report it")
         while not self._stopped:
             try:
-                pause = self._turn()
+                pause = self._turn() * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
                 if (ranges := self._cut()) is not None:
                     pause = self._watch_ranges(ranges)
             except SourceError as error:
@@ -290,6 +290,7 @@ class Watch(threading.Thread):
                 self._most_ranges = max(self._most_ranges // 2, 1)
             if now - began < RANGED_SECONDS:
                 self._cut_after, self._cut_pause = now + self._cut_pause, min(self._cut_pause * 2, RANGED_PAUSE_MAX)
+                self._queries.close()  # Consul counts them among the connections of this host
             else:
                 self._cut_pause, self._most_ranges = RANGED_SECONDS, min(self._most_ranges * 2, MOST_RANGES)
             return random.random() * JITTER_SECONDS  # noqa: S311 - not a secret

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from table_consul.ctl import main
+from tests.ctl.hosts import install
 from tests.ctl.queries import STORE
 from tests.dialogue import write_source
 
@@ -32,3 +35,14 @@ def run_status(capsys, monkeypatch):
         return (code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A folder of `hosts.install` that every user may enter; its smtpd is the one that is found."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        install(path)
+        monkeypatch.setenv("PATH", f"{path}/bin:/usr/bin:/bin")
+        yield path

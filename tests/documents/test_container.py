@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tomllib
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from table_consul import config
 from tests.documents.document import CONTRIB, ROOT
@@ -19,26 +15,11 @@ CONTAINER = CONTRIB / "container"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
-def test_every_dependency_is_pinned_to_a_release_that_pyproject_allows_and_to_its_bytes():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    named = re.search(r"EXTRAS=(\S+)", DOCKERFILE)
-    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    wanted += [each for extra in named[1].split(",") for each in extras[extra]]
-    entries = re.split(r"\n(?=\w)", (CONTAINER / "requirements.txt").read_text())[1:]
-    pinned = {}
-    for entry in entries:
-        name, version = re.match(r"([\w.-]+)==([^\s;]+)", entry).groups()
-        pinned[canonicalize_name(name)] = Version(version)
-        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
-    for each in map(Requirement, wanted):
-        assert pinned[canonicalize_name(each.name)] in each.specifier, f"make requirements.txt anew: {each}"
-
-
 def test_what_is_sent_to_the_builder_is_what_the_tests_take_its_image_to_be_made_of():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     kept = {line[1:] for line in lines if line.startswith("!")}
-    assert kept == set(CONTEXT) - {"Dockerfile", ".dockerignore"}
+    markdown = {each for each in CONTEXT if each.endswith(".md")}
+    assert kept == set(CONTEXT) - markdown - {"Dockerfile", ".dockerignore"} | {"*.md"}
     assert "*" in lines
 
 

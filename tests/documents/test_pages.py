@@ -91,7 +91,7 @@ def test_commands_and_options_in_the_text_exist(page):
 
 @every_page
 def test_targets_of_make_exist(page):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = [
         word
         for command in page.commands()
@@ -99,7 +99,7 @@ def test_targets_of_make_exist(page):
         for word in shlex.split(line)
         if "=" not in word
     ]
-    named += re.findall(r"`make ([a-z]+)[` ]", page.text)
+    named += re.findall(r"`make ([a-z-]+)[` ]", page.text)
     assert sorted(set(named) - targets) == []
 
 

@@ -21,6 +21,12 @@ pytestmark = pytest.mark.real
 
 DIALOGUE = "config|ready\ntable|0.1|0|aliases|lookup|alias|1|root\n"
 EXPORT = '[{"key": "aliases/alias/root", "flags": 0, "value": "Z2lsbGVz"}]'
+FILES = {
+    "share/bash-completion/completions/table-consulctl",
+    "share/zsh/site-functions/_table-consulctl",
+    "share/fish/vendor_completions.d/table-consulctl.fish",
+}
+LIST = "contrib/install/requirements.txt"
 PAGES = {"man5/table-consul.toml.5", "man8/table-consul.8", "man8/table-consulctl.8", "man8/table-procexec.8"}
 PROGRAMS = {"libexec/table-consul", "libexec/table-procexec", "sbin/table-consulctl"}
 
@@ -34,11 +40,20 @@ def make(tree, *arguments, umask=0o022):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the project, on a machine that reaches packages."""
+    """A copy of the project, and beside it the wheels of what it requires, for Pythons that have nothing of it."""
+    tree = package.copy(tmp_path_factory.mktemp("tree") / "table-consul")
     with _or_skip():
-        asked = ("--quiet", "--no-deps", "--dest", tmp_path_factory.mktemp("reached"), "msgspec")
-        cache.run(sys.executable, "-m", "pip", "download", *asked)
-    return package.copy(tmp_path_factory.mktemp("tree") / "table-consul")
+        options = ("--quiet", "--require-hashes", "--dest", tree.parent / "wheels", "--requirement", tree / LIST)
+        cache.run(sys.executable, "-m", "pip", "download", *options)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A Python without any package, pip included."""
+    place = tmp_path_factory.mktemp("python")
+    cache.run(sys.executable, "-m", "venv", "--without-pip", place)
+    return place / "bin/python"
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +66,22 @@ def variables(place):
 
 
 @pytest.fixture(scope="module")
-def installed(tree, place):
+def installed(tree, place, python):
     """An install by an operator whose files nobody else may read, into folders with a blank in their names."""
     for path in tree.rglob("*"):
         path.chmod(path.stat().st_mode & 0o700)
-    make(tree, "install", f"PYTHON={sys.executable}", *variables(place), umask=0o077)
+    said = make(tree, "install", f"PYTHON={python}", "WHEELS=../wheels", *variables(place), umask=0o077)
+    assert "missing: msgspec>=0.19,<1: not installed\n" in said
     return place
 
 
 def files_of(place):
-    """The files but for those of the package itself."""
+    """The files but for those of the package itself, and the examples."""
+    apart = (place / "lib/table-consul", place / "share/doc/table-consul/examples")
     return {
         str(path.relative_to(place))
         for path in place.rglob("*")
-        if not path.is_dir() and not path.is_relative_to(place / "lib/table-consul")
+        if not path.is_dir() and not any(map(path.is_relative_to, apart))
     }
 
 
@@ -78,7 +95,10 @@ def ask(program, folder):
 
 @pytest.mark.timeout(300)
 def test_programs_and_pages_are_installed_and_nothing_else(installed):
-    assert files_of(installed) == PROGRAMS | {f"share/man/{page}" for page in PAGES}
+    assert files_of(installed) == PROGRAMS | FILES | {f"share/man/{page}" for page in PAGES}
+    examples = {path.name for path in (installed / "share/doc/table-consul/examples").iterdir()}
+    assert {"table-consul.toml.example", "policies", "prometheus", "grafana"} <= examples
+    assert not {"container", "install"} & examples
     assert {path.name for path in (installed / "lib").iterdir()} == {"table-consul"}
     inside = {path.name for path in (installed / "lib/table-consul").iterdir()}
     assert {"table_consul", "msgspec", "click", "prometheus_client"} <= inside
@@ -163,6 +183,27 @@ def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(i
     make(tree, "uninstall", *variables(installed))
     assert files_of(installed) == set(others)
     assert not app.exists()
+
+
+@pytest.mark.timeout(300)
+def test_packages_that_python_has_are_used(tree, tmp_path):
+    # This Python has them all, or no test would run.
+    said = make(tree, "install", f"PYTHON={sys.executable}", "WHEELS=/nowhere", *variables(tmp_path))
+    assert "missing" not in said
+    assert {path.name for path in (tmp_path / "lib/table-consul").iterdir()} == {"table_consul"}
+    assert ask(tmp_path / "libexec/table-consul", tmp_path) == "lookup-result|1|found|gilles"
+
+
+@pytest.mark.timeout(300)
+def test_wheels_that_are_not_those_of_the_list_are_refused(tree, python, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    for path in (tree.parent / "wheels").iterdir():
+        (tmp_path / "wheels" / path.name).write_bytes(path.read_bytes() + b"changed" * path.name.startswith("click"))
+    command = ("make", "install", f"PYTHON={python}", f"WHEELS={tmp_path}/wheels", *variables(tmp_path / "usr"))
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert files_of(tmp_path / "usr") == set()
 
 
 STORY = """

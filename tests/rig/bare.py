@@ -67,11 +67,14 @@ class Layer:
         root: the folder of the root.
         bound: folders and files of this machine by the place that they get in the root.
         network: whether to let apt and pip in it reach what they reach here, by this machine's own settings.
+        base: the folder of a layer that exists, such as that of an smtpd that is not running, and stays.
     """
 
-    def __init__(self, root: Path, bound: Mapping[str, Path], *, network: bool = False) -> None:
-        self._base = Path(tempfile.mkdtemp(prefix="table-consul-layer-"))
-        self._base.chmod(0o755)
+    def __init__(
+        self, root: Path, bound: Mapping[str, Path], *, network: bool = False, base: Path | None = None
+    ) -> None:
+        self._stays = base is not None
+        self._base = base or Path(tempfile.mkdtemp(prefix="table-consul-layer-"))
         self._root = root
         self._bound = dict(bound)
         self._environment = {
@@ -79,12 +82,8 @@ class Layer:
             "LANG": "C.UTF-8",
             "HOME": "/root",
         }
-        (self._base / "root").mkdir()
-        if _overlays():
-            (self._base / "work").mkdir()
-            (self._base / "upper").mkdir(mode=0o755)
-        else:
-            cache.run("cp", "-a", "--reflink=auto", f"{root}/.", self._base / "root")
+        if not base:
+            self._make()
         if network:
             self._bound["/etc/resolv.conf"] = Path("/etc/resolv.conf").resolve()
             settings = pip_settings()
@@ -96,11 +95,21 @@ class Layer:
                 }
             self._environment |= settings
 
+    def _make(self) -> None:
+        self._base.chmod(0o755)
+        (self._base / "root").mkdir()
+        if _overlays():
+            (self._base / "work").mkdir()
+            (self._base / "upper").mkdir(mode=0o755)
+        else:
+            cache.run("cp", "-a", "--reflink=auto", f"{self._root}/.", self._base / "root")
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._base, ignore_errors=True)
+        if not self._stays:
+            shutil.rmtree(self._base, ignore_errors=True)
 
     def run(self, script: str, timeout: float = 300.0) -> str:
         """What a shell script wrote, both streams, as root in the layer.

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 """Put before a command, makes the kernel end it when the test run ends, however that ends."""
 
+OUTDATED_SECONDS = 3600
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -70,6 +72,18 @@ def kept(stem: str, build: Callable[[Path], str]) -> Path:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def current(kind: str, digest: str, build: Callable[[Path], str]) -> Path:
+    """The folder that `kept` has for the sources with this digest; those of the kind before the last hour are removed.
+
+    Each edit makes another, and no edit makes an earlier one again; a recent one may be in use beside us.
+    """
+    if not finished(f"{kind}-{digest}"):
+        for left in folder().glob(f"{kind}-*"):
+            if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
+                (shutil.rmtree if left.is_dir() else Path.unlink)(left)
+    return kept(f"{kind}-{digest}", build)
 
 
 def finished(stem: str) -> Path | None:

@@ -6,28 +6,25 @@ Dockerfile asks for. What reaches networks through mirrors here is handed in as 
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
 import json
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.rig import cache
-from tests.rig.package import CHECKOUT, OUTDATED_SECONDS
+from tests.rig.package import CHECKOUT, digest
 from tests.rig.root import require_root
 
 CONTEXT = (
-    *("Dockerfile", ".dockerignore", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
-    *("contrib/container", "man", "table_consul"),
+    *("Dockerfile", ".dockerignore", "LICENSE", "Makefile", "pyproject.toml"),
+    *(path.name for path in CHECKOUT.glob("*.md")),
+    *("contrib", "debian", "docs", "man", "table_consul"),
 )
 COMPOSE_SUITE = "trixie"
 # What Debian's own image of that name does: nothing is started while packages are installed, and no manuals are.
@@ -39,7 +36,6 @@ LIKE_SLIM = (
     '--customize-hook=chmod 0755 "$1/usr/sbin/policy-rc.d"',
     '--customize-hook=rm -f "$1/etc/apt/sources.list" "$1/etc/apt/apt.conf.d/99mmdebstrap" "$1/etc/resolv.conf"',
 )
-PIP_SETTINGS = {"index-url", "extra-index-url", "trusted-host", "proxy", "timeout"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +55,7 @@ def built() -> Image:
         AssertionError: the Dockerfile does not build; with the end of what was said.
     """
     require_root()
-    digest = hashlib.sha256()
-    for name in CONTEXT:
-        found = CHECKOUT / name
-        for path in sorted(found.rglob("*")) if found.is_dir() else [found]:
-            if path.is_file() and path.suffix != ".pyc":
-                digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_mode}\0".encode() + path.read_bytes())
-    stem = f"image-{digest.hexdigest()[:16]}"
-    if not cache.finished(stem):
-        for left in cache.folder().glob("image-*"):
-            if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
-                (shutil.rmtree if left.is_dir() else Path.unlink)(left)
-    kept = cache.kept(stem, _build)
+    kept = cache.current("image", digest(CHECKOUT, CONTEXT), _build)
     return Image(kept / "files", json.loads((kept / "config.json").read_text()))
 
 
@@ -149,25 +134,11 @@ def _make_base(suite: str, date: str, path: Path) -> str:
 
 
 def _secrets(suite: str, place: Path) -> list[str]:
-    """How this machine reaches Debian and PyPI, as the options that the head of the Dockerfile names."""
+    """How this machine reaches Debian, as the options that the head of the Dockerfile names."""
     apt = [*cache.transport_options(), 'Dir::Etc::SourceList "/run/secrets/apt.sources"', 'Dir::Etc::SourceParts "-"']
-    listed = cache.run(sys.executable, "-m", "pip", "config", "list").splitlines()
-    settings = {
-        name.rpartition(".")[2]: str(ast.literal_eval(value))
-        for name, _, value in (line.partition("=") for line in listed)
-    }
-    certificates = settings.get("cert")
-    # Folders of packages on this machine are none of the container's business.
-    reachable = {
-        name: " ".join(word for word in value.split() if not word.startswith("file:"))
-        for name, value in settings.items()
-        if name in PIP_SETTINGS
-    } | ({"cert": "/run/secrets/ca-certificates"} if certificates else {})
     files = {
         "apt.conf": "".join(f"{line};\n" for line in apt),
         "apt.sources": f"Types: deb\nURIs: {cache.mirror()}\nSuites: {suite}\nComponents: main\n",
-        "pip.conf": "[global]\n" + "".join(f"{name} = {value}\n" for name, value in reachable.items() if value),
-        **({"ca-certificates": Path(certificates).read_text()} if certificates else {}),
     }
     for name, text in files.items():
         (place / name).write_text(text)

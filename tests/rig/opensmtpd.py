@@ -144,7 +144,7 @@ class Smtpd:
             AssertionError: it ended, or does not answer; with its log.
         """
         assert not self._process, "it is running"
-        own, dependencies = package.unpacked(), package.dependencies(self.root.python)
+        own, dependencies = self._imported()
         namespaces = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
         places = map(str, (self.root.path, self.place, own, dependencies))
         arguments = ("-d", "-f", "/etc/smtpd.conf", *(("-T", trace) if trace else ()))
@@ -166,6 +166,10 @@ class Smtpd:
             return False
 
         wait_for(answers, START_SECONDS, lambda: f"smtpd does not answer:\n{self.log}")
+
+    def _imported(self) -> tuple[Path, Path]:
+        """The two folders that the launcher imports from: the project, and what it requires."""
+        return package.unpacked(), package.dependencies(self.root.python)
 
     def stop(self) -> None:
         """Ask smtpd to end, and wait till all of it has."""
@@ -245,7 +249,7 @@ class Smtpd:
         Raises:
             CalledProcessError: it failed; ``output`` holds what it said.
         """
-        enter = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd=/")
+        enter = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd")
         done = subprocess.run(
             (*enter, *command),
             stdin=subprocess.DEVNULL,

@@ -11,23 +11,26 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
 from tests.rig import cache
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 CHECKOUT = Path(__file__).resolve().parents[2]
-OUTDATED_SECONDS = 3600
+WHEEL_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "man", "table_consul")
 CRYPT_R_SUITES = ("forky", "trixie")
 
 
-def copy(into: Path) -> Path:
+def copy(into: Path, *without: str) -> Path:
     """A copy of the project as it is now, without what git ignores: others may be working on the checkout itself."""
     ignored = [line.rstrip("/") for line in (CHECKOUT / ".gitignore").read_text().splitlines()]
-    kept_out = shutil.ignore_patterns(".git", "*.pyc", *ignored)
+    kept_out = shutil.ignore_patterns(".git", "*.pyc", *ignored, *without)
     return Path(shutil.copytree(CHECKOUT, into, ignore=kept_out, symlinks=True))
 
 
@@ -40,22 +43,18 @@ def wheel() -> Path:
     """
     if chosen := os.environ.get("TABLE_CONSUL_WHEEL"):
         return Path(chosen)
-    stem = f"wheel-{_digest_of_sources()}"
-    if not cache.finished(stem):
-        # Each edit makes another, and no edit makes an earlier one again; one of today may be in use beside us.
-        for left in cache.folder().glob("wheel-*"):
-            if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
-                (shutil.rmtree if left.is_dir() else Path.unlink)(left)
-    return next(cache.kept(stem, _build).glob("*.whl"))
+    return next(cache.current("wheel", digest(CHECKOUT, WHEEL_SOURCES), _build).glob("*.whl"))
 
 
-def _digest_of_sources() -> str:
-    digest = hashlib.sha256()
-    files = [CHECKOUT / "pyproject.toml", CHECKOUT / "README.md", CHECKOUT / "LICENSE", *sorted(CHECKOUT.glob("man/*"))]
-    for path in [*files, *sorted((CHECKOUT / "table_consul").rglob("*"))]:
-        if path.is_file() and path.suffix != ".pyc":
-            digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def digest(folder: Path, names: Iterable[str] = (".",)) -> str:
+    """What changes when one of these files, or of the files below these folders, does."""
+    found = hashlib.sha256()
+    for name in names:
+        top = folder / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and path.suffix != ".pyc":
+                found.update(f"{path.relative_to(folder)}\0{path.stat().st_mode}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _build(into: Path) -> str:
@@ -85,7 +84,7 @@ def dependencies(python: str) -> Path:
         Unavailable: no network, or no wheel for that Python.
     """
     wanted = requirements()
-    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+    stamp = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
     wheels = [each for each in wanted if not each.startswith("crypt-r")]
 
     def install(into: Path) -> str:
@@ -96,7 +95,7 @@ def dependencies(python: str) -> Path:
         cache.run("chmod", "-R", "a+rX", into)
         return "0"
 
-    return cache.kept(f"python{python}-{digest}", install)
+    return cache.kept(f"python{python}-{stamp}", install)
 
 
 def wheels(python: str) -> Path:
@@ -106,14 +105,14 @@ def wheels(python: str) -> Path:
         Unavailable: no network, or no wheel for that Python.
     """
     wanted = [each for each in requirements() if not each.startswith("crypt-r")]
-    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+    stamp = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
 
     def download(into: Path) -> str:
         options = ("--quiet", "--dest", into, "--python-version", python, "--only-binary=:all:")
         cache.run(sys.executable, "-m", "pip", "download", *options, *wanted)
         return "0"
 
-    return cache.kept(f"wheels{python}-{digest}", download)
+    return cache.kept(f"wheels{python}-{stamp}", download)
 
 
 def _add_crypt_r(python: str, into: Path) -> None:

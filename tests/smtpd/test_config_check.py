@@ -200,3 +200,21 @@ def test_files_that_another_user_cannot_use_are_reported(run_as_nobody, open_fol
     assert f"consul.token_file: {open_folder}/token: not readable by user nobody (uid 65534); " in token
     assert f"consul.ca_path: {open_folder}/ca: folder {open_folder}/ca cannot be entered by user nobody" in folder
     assert f"consul: folder {open_folder} not found, or not writable by user nobody (uid 65534)" in snapshot
+
+
+def test_tls_file_without_a_certificate_is_reported(load_config, tmp_path, config_file):
+    (tmp_path / "ca").write_text("no PEM\n")
+    loaded = load_config(f'[consul]\naddress = "https://127.0.0.1:1"\nca_file = "{tmp_path}/ca"')
+    (line,) = check.check_files(loaded)
+    assert line.startswith(f"{config_file}: TLS files {tmp_path}/ca: ")
+
+
+def test_export_file_that_cannot_be_parsed_is_reported(load_config, tmp_path, config_file):
+    (tmp_path / "export").write_text("[{")
+    (line,) = check.check_files(load_config(f'[consul]\naddress = "file://{tmp_path}/export"'))
+    assert line.startswith(f"{config_file}: consul.address: {tmp_path}/export: ")
+
+
+def test_folder_of_the_metrics_socket_must_exist(load_config):
+    (line,) = check.check_files(load_config('[metrics]\nlisten = "unix:///no/{table}.sock"'))
+    assert "metrics.listen of table consul: folder /no not found" in line

@@ -155,7 +155,8 @@ def test_update_with_other_settings_accepts_what_is_held(filled, sources):
             break
 
 
-def test_another_empty_consul_behind_the_address_is_held_however_small_the_folder(fake, mirrored, caplog):
+def test_another_empty_consul_behind_the_address_is_held_however_small_the_folder(fake, mirrored, caplog, waits_of):
+    waits_of(0.3)  # the index is noticed at the end of a wait, if it was changed between two
     fake.put(ROOT, b"eric")
     source = mirrored(fake.address)
     settled(source)

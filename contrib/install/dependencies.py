@@ -1,0 +1,88 @@
+"""Installs what table-consul needs and this Python lacks: dependencies.py FOLDER EXTRAS WHEELS, for `make install`.
+
+Packages of the system are used as they are if their versions suffice. Where one is missing, all of its extra come into
+FOLDER, in the pinned versions of requirements.txt, from PyPI or from the folder WHEELS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Under another name the same module, for Debian and others: python3-consul.
+ALTERNATIVES = {"python-consul2": "py-consul>=1.5.5,<2"}
+
+
+def missing(requirement: str) -> str:
+    """What this Python has in place of a requirement of pyproject.toml; an empty string if it suffices."""
+    text, _, marker = requirement.partition(";")
+    if "3.13" in marker and sys.version_info < (3, 13):
+        return ""
+    name, *bounds = re.split(r"(?=[<>])|,", text.strip())
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return (
+            missing(ALTERNATIVES[name]) and f"{text}: not installed"
+            if name in ALTERNATIVES
+            else f"{text}: not installed"
+        )
+    for bound in filter(None, bounds):
+        operator, wanted = re.fullmatch(r"(>=|<)([\d.]+)", bound).groups()
+        if (_numbers(found) >= _numbers(wanted)) != (operator == ">="):
+            return f"{text}: {found} is installed"
+    return ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+
+
+def pinned(wanted: set[str]) -> str:
+    """The requirements of these extras, with hashes; the extra with an empty name is what is always needed."""
+    first, *others = (HERE / "requirements.txt").read_text().split("\n# extra: ")
+    sections = {"": first} | dict(text.split("\n", 1) for text in others)
+    return "\n".join(sections[extra] for extra in sorted(wanted))
+
+
+def pip() -> list[str]:
+    """The command that is pip here, made if Python only brings it along."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if not importlib.util.find_spec("ensurepip"):
+        sys.exit("install these packages, or pip (Debian: apt-get install python3-venv)")
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "build/installer"], check=True)
+    return ["build/installer/bin/python", "-m", "pip"]
+
+
+def main(folder: str, extras: str, wheels: str) -> None:
+    """Install into a folder the extras of which something is missing."""
+    project = tomllib.loads((HERE / "../../pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"]} | {
+        extra: project["optional-dependencies"][extra] for extra in filter(None, extras.split(","))
+    }
+    lacking = {extra: [text for each in group if (text := missing(each))] for extra, group in groups.items()}
+    wanted = {extra for extra, texts in lacking.items() if texts}
+    for text in (each for texts in lacking.values() for each in texts):
+        sys.stdout.write(f"missing: {text}\n")
+    sys.stdout.flush()
+    if not wanted:
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(pinned(wanted))
+        file.flush()
+        source = ["--no-index", f"--find-links={wheels}"] if wheels else []
+        command = [*pip(), "install", "--quiet", "--disable-pip-version-check", "--require-hashes", *source]
+        if subprocess.run([*command, f"--target={folder}", f"--requirement={file.name}"], check=False).returncode:
+            sys.exit("nothing was installed")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

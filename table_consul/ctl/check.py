@@ -1,0 +1,246 @@
+"""``table-consulctl check``: everything between smtpd and Consul, as smtpd's user finds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from table_consul import __version__, config
+from table_consul.check import as_smtpd_user, check_files
+from table_consul.ctl import smtpdconf
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, echo_problems, late_config, load_config
+from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError, TableConsulError, counted, printable
+from table_consul.files import current_user
+from table_consul.services import SERVICES, Table
+
+if TYPE_CHECKING:
+    from table_consul.ctl import access
+
+PROGRAM_SECONDS = 20.0
+TRAPS = {
+    "1.21.4": 'its UI cannot create or edit values in code mode (turn off "Code" in the form, or upgrade)',
+    "1.21.5": "it refuses URLs with the @ of mail addresses, so most cannot be read one by one (upgrade to 1.21.6)",
+    "1.22.4": "it cuts requests after 30 seconds, blocking queries among them (upgrade to 1.22.5)",
+}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """A problem; or, if ``unknown``, what keeps others from being found."""
+
+    where: str
+    problem: str
+    unknown: bool = False
+
+
+@click.command("check")
+@click.argument("tables", metavar="[TABLE]...", nargs=-1)
+@click.option("--smtpd-conf", "path", metavar="PATH", help="The smtpd.conf to read. Default: that of smtpd.")
+@as_json
+@late_config
+@click.pass_context
+def command(context: click.Context, *, tables: tuple[str, ...], path: str | None, as_json: bool) -> int:
+    """Check everything between smtpd and Consul for TABLE. Each problem is a line with a hint.
+
+    Checked are smtpd.conf and what it looks up, the program, the configuration and its files, Consul and its version,
+    the token, and the folder of each service that is looked up. Root checks as smtpd's user. lint checks the entries.
+
+    Without TABLE: all tables of smtpd.conf that table-consul serves.
+
+    Exit status: 0 no problems, 1 problems, 2 something cannot be checked.
+
+    \b
+    Examples:
+      table-consulctl check
+      table-consulctl check aliases --json
+    """  # noqa: D301 - the mark by which click keeps lines as they are
+    checker = _Checker(context.find_root().obj)
+    checker.check(tables, path)
+    if as_json:
+        click.echo(msgspec.json.encode({"problems": checker.findings, "checked": checker.checked}))
+    else:
+        echo_problems([(each.where, each.problem) for each in checker.findings], err=False)
+        for line in checker.checked:
+            click.echo(f"checked: {line}", err=True)
+    return FAILED if any(each.unknown for each in checker.findings) else NO if checker.findings else 0
+
+
+class _Checker:
+    def __init__(self, default: str | None) -> None:
+        self._default = default
+        self.findings: list[Finding] = []
+        self.checked: list[str] = []
+
+    def _report(self, where: str | bytes, problem: str, *, unknown: bool = False) -> None:
+        finding = Finding(printable(where, UNCUT), printable(problem, UNCUT), unknown)
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    def check(self, names: Sequence[str], path: str | None) -> None:
+        """Check these tables, or all of smtpd.conf."""
+        from table_consul.ctl import access  # noqa: F401 - before root becomes a user that may not read the package
+
+        declared = self._smtpd_conf(path)
+        for name in names:
+            if declared is not None and name not in declared:
+                text = f"no line `table {printable(name)} {smtpdconf.BACKEND}`, so smtpd does not use it (add the line)"
+                self._report(path or smtpdconf.locate(), text)
+        known = declared or {}
+        wanted = [*dict.fromkeys(names or known)]
+        with as_smtpd_user():
+            if declared is not None:
+                self._program()
+            by_file: dict[str | None, list[str]] = {}
+            for name in wanted:
+                own = known[name].config if name in known else None
+                by_file.setdefault(own or self._default, []).append(name)
+            for file, members in (by_file or {self._default: []}).items():
+                self._configuration(file, members, known)
+
+    def _smtpd_conf(self, path: str | None) -> dict[str, smtpdconf.Declared] | None:
+        """The tables of smtpd.conf, None if it cannot be read."""
+        try:
+            path = path or smtpdconf.locate()
+            found = smtpdconf.read(path)
+        except OSError as error:
+            self._report(path or "", f"{(error.strerror or str(error)).lower()} (run this as root)", unknown=True)
+            return None
+        except TableConsulError as error:
+            self._report("smtpd.conf", str(error), unknown=True)
+            return None
+        program = smtpdconf.program()
+        if program is not None and os.geteuid() == 0:
+            done = _run(program, "-n", "-f", path)
+            if done.returncode:
+                for line in done.stderr.splitlines() or [f"smtpd -n ends with {done.returncode}"]:
+                    self._report(path, f"smtpd -n: {line}")
+        for where, problem in found.problems:
+            self._report(where, problem)
+        if not found.tables:
+            self._report(
+                path, f"no table with the backend {smtpdconf.BACKEND} (add: table aliases {smtpdconf.BACKEND})"
+            )
+        for table in found.tables.values():
+            if not table.uses:
+                self._report(table.where, f"table {printable(table.name)} is defined and never used")
+        self.checked.append(f"{printable(path)} ({counted(len(found.tables), 'table', 'tables')})")
+        return found.tables
+
+    def _program(self) -> None:
+        """Whether smtpd can start the program: in its folder, by its user."""
+        folders = smtpdconf.built_in(rb"\0(/[\w/.-]+)/table-%s\0")
+        if not folders:
+            self._report("smtpd", "not found on this host, so its folder of tables is unknown (install OpenSMTPD)")
+            return
+        program = f"{folders[0]}/table-{smtpdconf.BACKEND}"
+        if not os.path.exists(program):
+            self._report(program, f"not found (make install LIBEXECDIR={folders[0]})")
+            return
+        try:
+            done = _run(program, "--version")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            text = (getattr(error, "strerror", None) or "no answer in time").lower()
+            self._report(program, f"{current_user()} cannot run it: {text} (make install)")
+            return
+        if done.returncode:
+            lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+            self._report(program, f"{current_user()} cannot run it: {lines[-1]} (make install)")
+        elif done.stdout.split()[-1:] != [__version__]:
+            self._report(program, f"is {done.stdout.strip()}, and table-consulctl is {__version__} (make install)")
+        self.checked.append(printable(program))
+
+    def _configuration(self, file: str | None, names: Sequence[str], known: dict[str, smtpdconf.Declared]) -> None:
+        try:
+            loaded = load_config(file)
+            tables = {name: loaded.table(name) for name in names or loaded.tables}
+        except ConfigError as error:
+            for line in (str(error), *getattr(error, "__notes__", ())):
+                where, separator, problem = line.partition(": ")
+                self._report(where if separator else printable(file or ""), problem or line)
+            return
+        for line in check_files(loaded):
+            self._report(*line.split(": ", 1))
+        self.checked.append(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
+        if used := sorted(origin.removeprefix("environment: ") for origin in loaded.origins.values()):
+            self.checked.append(f"with {', '.join(used)} of this environment, which smtpd may not have")
+        uses = {name: known[name].uses if name in known else [] for name in tables}
+        for name, table in tables.items():
+            for services, where in uses[name]:
+                if services and not set(services) & set(table.services):
+                    text = f"smtpd looks up {' or '.join(services)} in table {printable(name)} (add it to `services`)"
+                    self._report(where, text)
+        if not loaded.consul.addresses[0].startswith("file://"):
+            try:
+                self._consul(loaded, tables, uses)
+            except SourceError as error:
+                where, separator, problem = str(error).partition(": ")
+                hint = "is a majority of the servers running?" if "leader" in problem else "does Consul run there?"
+                self._report(where if separator else "Consul", f"{problem or where} ({hint})", unknown=True)
+
+    def _consul(self, loaded: config.Config, tables: dict[str, Table], uses: dict[str, list[smtpdconf.Use]]) -> None:
+        """Consul, the token, and the folders.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        from table_consul.ctl import access
+
+        with contextlib.closing(access.Client(loaded.consul)) as client:
+            version = self._version(client)
+            if (loaded.consul.token or loaded.consul.token_file) and (problem := client.token_problem()):
+                self._report(client.address, f"{problem} (create one with the rules of: table-consulctl policy)")
+                return
+            self.checked.append(f"Consul{version} at {client.address}")
+            folders = {
+                table.path(SERVICES[name]): None
+                for table in tables.values()
+                for name in _services(table, uses[table.name])
+            }
+            unreadable = access.check(loaded.consul, [*folders], operator=False).unreadable
+            for folder, text in unreadable:
+                self._report(folder, text)
+            hidden = {folder for folder, _ in unreadable}
+            for name, table in tables.items():
+                for services, where in uses[name]:
+                    paths = [table.path(SERVICES[each]) for each in services if each in table.services]
+                    if paths and not any(path in hidden or client.exists(path) for path in paths):
+                        looked_up = " or ".join(services)
+                        text = f"smtpd looks up {looked_up} here ({where}), and Consul has no key in this folder"
+                        self._report(paths[0], f"{text} (fill it, or check the table's name, `prefix` and `paths`)")
+
+    def _version(self, client: access.Client) -> str:
+        """The version after a blank, as far as the token may read it."""
+        try:
+            version = client.version()
+        except Forbidden:
+            return ", version unknown (the token may not read it)"
+        except BadResponse:  # something in between passes on only what the tables need
+            return ", version unknown"
+        number = version.partition("+")[0].partition("-")[0]
+        if number in TRAPS:
+            self._report(f"Consul {printable(version)}", TRAPS[number])
+        return f" {printable(version)}"
+
+
+def _services(table: Table, uses: Sequence[smtpdconf.Use]) -> Iterator[str]:
+    """The services that smtpd looks up, as far as the table has them; all of the table if that is unknown."""
+    named = [name for use in uses for name in use.services if name in table.services]
+    yield from named or table.readable_services
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 - no shell
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PROGRAM_SECONDS,
+        encoding="utf-8",
+        errors="backslashreplace",
+        check=False,
+        cwd="/",
+    )

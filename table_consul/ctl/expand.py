@@ -1,0 +1,171 @@
+"""``table-consulctl expand``: who gets the mail to an address, and by which lookups."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pwd
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from table_consul.config import Config
+from table_consul.counters import OUTCOMES
+from table_consul.ctl import recipients
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, json_text, pass_config
+from table_consul.ctl.query import ask
+from table_consul.errors import SourceError, printable
+from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply
+from table_consul.responder import Responder
+from table_consul.services import SERVICES, Table
+
+if TYPE_CHECKING:
+    from table_consul.ctl.loader import Loader
+
+SYSTEM = "the system"
+_WORDS = {"user": "user", "file": "file", "command": "command", "include": "the recipients in", "address": ""}
+
+
+@click.command("expand")
+@click.argument("table", metavar="TABLE")
+@click.argument("addresses", metavar="ADDRESS...", nargs=-1, required=True)
+@click.option("--virtual", metavar="TABLE", help="The table of virtual, for addresses outside this host.")
+@click.option("--userinfo", metavar="TABLE", help="The table of userbase. Default: the users of the system.")
+@click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
+@as_json
+@pass_config
+def command(
+    config: Config,
+    *,
+    table: str,
+    addresses: tuple[str, ...],
+    virtual: str | None,
+    userinfo: str | None,
+    live: bool,
+    as_json: bool,
+) -> int:
+    """Show who gets the mail to each ADDRESS: every lookup as smtpd makes it, and the recipients in the end.
+
+    TABLE is the table of "alias" in smtpd.conf. Without --virtual it expands every ADDRESS; with it, users of this
+    host. Not followed: other domains, included files, ~/.forward.
+
+    Exit status: 0 smtpd accepts all, 1 it rejects some, 2 temporarily.
+
+    \b
+    Examples:
+      table-consulctl expand aliases root
+      table-consulctl expand aliases vera@example.org --virtual domains
+    """  # noqa: D301 - the mark by which click keeps lines as they are
+    from table_consul.ctl.loader import Loader
+
+    named = {"alias": table, "virtual": virtual, "userinfo": userinfo}
+    tables = {use: config.table(name) for use, name in named.items() if name is not None}
+    loader, responder = Loader(config, live=live), Responder()
+
+    @functools.cache
+    def lookup(use: str, key: bytes) -> Reply:
+        if use not in tables:
+            return _system_user(key)
+        service = "userinfo" if use == "userinfo" else "alias"
+        return ask(tables[use], service, "lookup", key, loader, responder)[0]
+
+    def lists(use: str, domain: bytes) -> bool:
+        return domain != b"" and ask(tables[use], "domain", "check", domain, loader, responder)[0] == FOUND
+
+    here = {b"", b"localhost", os.fsencode(socket.gethostname()).lower()}
+    asked = {recipients.parse_address(os.fsencode(address)).domain.lower() for address in addresses} - here
+    inside = asked | (_domains(loader, tables["virtual"]) if virtual is not None else set())
+    rules = recipients.Tables(
+        lookup,
+        local=lambda domain: domain in here or (virtual is None and (domain in asked or lists("alias", domain))),
+        virtual=lambda domain: (
+            virtual is not None and domain not in here and (domain in inside or lists("virtual", domain))
+        ),
+        delimiter=tables["alias"].subaddress_delimiter.encode(),
+    )
+    status = 0
+    for address in addresses:
+        outcome = recipients.expand(os.fsencode(address), rules)
+        names = {use: printable(tables[use].name) if use in tables else SYSTEM for use in named}
+        if as_json:
+            click.echo(msgspec.json.encode(_json(address, outcome, names)))
+        else:
+            for line in _lines(address, outcome, names):
+                click.echo(line)
+        if outcome.rejection is not None:
+            status = max(status, NO if outcome.rejection.startswith("5") else FAILED)
+    return status
+
+
+def _system_user(name: bytes) -> Reply:
+    try:
+        user = pwd.getpwnam(os.fsdecode(name))
+    except (KeyError, ValueError):
+        return NOT_FOUND
+    return Found(os.fsencode(f"{user.pw_uid}:{user.pw_gid}:{user.pw_dir}"))
+
+
+def _domains(loader: Loader, table: Table) -> set[bytes]:
+    """The domains of the keys, as far as these are known: direct mode reads one by one."""
+    folder = table.path(SERVICES["alias"])
+    try:
+        loaded = loader.load(table, SERVICES["alias"])
+    except SourceError:  # the lookups report it
+        return set()
+    keys = (key.removeprefix(folder).lower() for key in loaded.pairs if key.startswith(folder))
+    return {key.rpartition(b"@")[2] for key in keys if b"@" in key} - {b""}
+
+
+def _json(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> dict[str, object]:
+    def answer(reply: Reply) -> str | None:
+        return json_text(reply.value or b"") if isinstance(reply, Found) else getattr(reply, "reason", None)
+
+    return {
+        "address": json_text(os.fsencode(address)),
+        "accepted": outcome.rejection is None,
+        "reply": outcome.rejection or None,
+        "cause": outcome.cause or None,
+        "recipients": [{"kind": each.kind, "name": json_text(bytes(each))} for each in outcome.recipients],
+        "lookups": [
+            {
+                "table": names[table],
+                "service": "userinfo" if table == "userinfo" else "alias",
+                "key": json_text(key),
+                "result": OUTCOMES[type(reply)],
+                "answer": answer(reply),
+                "nested": nested,
+            }
+            for table, key, reply, nested in outcome.lookups
+        ],
+    }
+
+
+def _lines(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> Iterator[str]:
+    yield printable(os.fsencode(address), UNCUT)
+    homes = {}
+    for table, key, reply, nested in outcome.lookups:
+        answer = "not found"
+        if isinstance(reply, Found):
+            answer = printable(reply.value or b"", UNCUT)
+            if table == "userinfo":
+                homes[key] = (reply.value or b"").split(b":", 2)[-1]
+        elif isinstance(reply, Failed):
+            answer = "error"
+        yield f"{'  ' * (nested + 1)}{names[table]}: {printable(key, UNCUT)}: {answer}"
+    for each in outcome.recipients:
+        yield f"  -> {' '.join(filter(None, (_WORDS[each.kind], printable(bytes(each), UNCUT))))}{_remark(each, homes)}"
+    if outcome.rejection is not None:
+        yield f"  -> rejected: {outcome.rejection}{outcome.rejection and '; '}{printable(outcome.cause, UNCUT)}"
+
+
+def _remark(element: recipients.Element, homes: dict[bytes, bytes]) -> str:
+    if element.kind == "address":
+        return " (another domain: relayed, or as smtpd.conf says)"
+    if element.kind == "user":
+        home = homes.get(element.text.lower())
+        if home and os.path.lexists(os.path.join(home, b".forward")):
+            return f" (who has {printable(home)}/.forward)"
+    return ""

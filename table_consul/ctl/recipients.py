@@ -1,0 +1,262 @@
+"""Who gets the mail to an address: the lookups that smtpd makes, in its order, and what comes of them.
+
+Pure. Written after smtpd's lka_session.c, aliases.c, expand.c and to.c, whose functions are named. It does not follow
+what tables do not decide: the rules of smtpd.conf for other domains, included files, and ~/.forward.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Literal, NamedTuple
+
+from table_consul.ctl.expansion import EXPAND_DEPTH
+from table_consul.errors import EntryError, printable
+from table_consul.protocol import Failed, Found, Reply
+from table_consul.services import compiled
+from table_consul.services.elements import COMMAND_BYTES, USER_BYTES, element_problem, split_list
+
+Kind = Literal["user", "file", "command", "include", "address", "error"]
+# In the order of smtpd.h, enum expand_type, in which smtpd keeps the elements of a value.
+_ORDER: tuple[Kind, ...] = ("user", "file", "command", "include", "address", "error")
+# An address is expanded anew below each other address, so ten levels have no other end.
+ELEMENTS_MAX = 200_000
+PERMANENT = "524 5.2.4 Mailing list expansion problem"
+TEMPORARY = "424 4.2.4 Mailing list expansion problem"
+
+_ERROR = rb"(?s):?(?i:error):([45][0-9]{2} [A-Za-z0-9].*)"
+_INCLUDE = rb"(?s):?(?i:include):(/.*)"
+_COMMAND = rb'(?s)\|(.*)|"\|(.*)"'
+_FILE = rb"(?s)(/.*)"
+_LOCAL_PART = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+"
+_DOMAIN = rb"[A-Za-z0-9.-]+"
+_USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
+
+
+class Element(NamedTuple):
+    """An element of an alias, as smtpd reads it."""
+
+    kind: Kind
+    text: bytes
+    domain: bytes = b""
+    """Of an address, whose local part the text is."""
+
+    def __bytes__(self) -> bytes:
+        return self.text + b"@" + self.domain if self.kind == "address" and self.domain else self.text
+
+
+class Lookup(NamedTuple):
+    """A lookup, and its reply; ``nested`` counts the aliases around it."""
+
+    table: str
+    """``alias``, ``virtual`` or ``userinfo``."""
+    key: bytes
+    reply: Reply
+    nested: int
+
+
+class Outcome(NamedTuple):
+    """What smtpd does with mail to an address."""
+
+    lookups: list[Lookup]
+    recipients: list[Element]
+    """In smtpd's order; none if it rejects the address."""
+    rejection: str | None = None
+    """The reply to RCPT."""
+    cause: str = ""
+
+
+class Tables(NamedTuple):
+    """What the actions of smtpd.conf use."""
+
+    lookup: Callable[[str, bytes], Reply]
+    """Takes ``alias``, ``virtual`` or ``userinfo``, and a key."""
+    local: Callable[[bytes], bool]
+    """Whether users of this domain have aliases; b"" is no domain."""
+    virtual: Callable[[bytes], bool] = lambda _domain: False
+    """Whether addresses of this domain have entries of their own."""
+    delimiter: bytes = b"+"
+
+
+class _Node(NamedTuple):
+    element: Element
+    number: int
+    parent: _Node | None = None
+    depth: int = 0
+    virtual: bool = False
+    """The table of the next lookup is that of addresses, not that of local users."""
+
+    @property
+    def same_user(self) -> bool:
+        """An alias of a user for itself is that user (smtpd: expand.c, sameuser)."""
+        return self.parent is not None and self.element.kind == "user" and self.element == self.parent.element
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What is equal in nodes that smtpd takes for one (smtpd: expand.c, expand_cmp)."""
+        by_user = self._ancestor("user") if self.element.kind in ("file", "command") else None
+        return (self.element, self.same_user, self._ancestor("address"), by_user)
+
+    def _ancestor(self, kind: Kind) -> int | None:
+        node = self.parent
+        while node is not None and node.element.kind != kind:
+            node = node.parent
+        return None if node is None else node.number
+
+
+class _RejectedError(Exception):
+    def __init__(self, reply: str, cause: str) -> None:
+        super().__init__(reply, cause)
+
+
+def parse_element(element: bytes) -> Element | None:
+    """What smtpd makes of an element; None if it rejects it (smtpd: to.c, text_to_expandnode)."""
+    special: tuple[tuple[Kind, bytes], ...] = (
+        ("error", _ERROR),
+        ("include", _INCLUDE),
+        ("command", _COMMAND),
+        ("file", _FILE),
+    )
+    for kind, expression in special:
+        if match := compiled(expression).fullmatch(element):
+            text = next(group for group in match.groups() if group is not None)
+            return Element(kind, text) if len(text) <= COMMAND_BYTES else None
+    local, at, domain = element.partition(b"@")
+    if at and local and domain:
+        if compiled(_LOCAL_PART).fullmatch(local) and compiled(_DOMAIN).fullmatch(domain):
+            return Element("address", local[:USER_BYTES], domain[:USER_BYTES])
+        element = local  # alias_is_address has cut it there
+    return Element("user", element) if compiled(_USER).fullmatch(element) else None
+
+
+def parse_address(address: bytes) -> Element:
+    """The local part and the domain of a recipient (smtpd: to.c, text_to_mailaddr)."""
+    local, at, domain = address.rpartition(b"@")
+    return Element("address", local, domain) if at else Element("address", address)
+
+
+def expand(address: bytes, tables: Tables) -> Outcome:
+    """The outcome for a recipient; in time linear in what smtpd itself expands."""
+    expansion = _Expansion(tables)
+    try:
+        expansion.run(parse_address(address))
+    except _RejectedError as rejected:
+        return Outcome(expansion.lookups, [], *rejected.args)
+    return Outcome(expansion.lookups, expansion.recipients)
+
+
+class _Expansion:
+    """A session of smtpd's lka_session.c, without the rules."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self.lookups: list[Lookup] = []
+        self.recipients: list[Element] = []
+        self._queue: deque[_Node] = deque()
+        self._known: set[tuple[object, ...]] = set()
+        self._count = 0
+
+    def run(self, address: Element) -> None:
+        """Expand breadth first, until nothing is left or something rejects the recipient."""
+        self._queue.append(_Node(address, 0))
+        while self._queue:
+            self._expand(self._queue.popleft())
+        if not self.recipients:
+            cause = "nothing is left to deliver to: the aliases lead back to each other (break the loop)"
+            raise _RejectedError(PERMANENT, cause)
+
+    def _expand(self, node: _Node) -> None:
+        element = node.element
+        if node.depth >= EXPAND_DEPTH:
+            where = printable(bytes(element))
+            cause = f"aliases are nested {EXPAND_DEPTH} deep at {where} (break the loop, or shorten the chain)"
+            raise _RejectedError(PERMANENT, cause)
+        if element.kind == "error":
+            raise _RejectedError(printable(element.text, COMMAND_BYTES), "an alias answers with this error")
+        if element.kind == "address":
+            self._expand_address(node)
+        elif element.kind == "user":
+            self._expand_user(node)
+        else:
+            self.recipients.append(element)
+
+    def _expand_address(self, node: _Node) -> None:
+        local, domain = node.element.text.lower(), node.element.domain.lower()
+        if self._tables.virtual(domain):
+            found = self._virtual(node, local, domain)
+            if not found:
+                raise _RejectedError(PERMANENT, "no entry for this address")
+            self._insert_all(found, node._replace(virtual=True))
+        elif self._tables.local(domain):
+            self._insert(Element("user", local), node._replace(virtual=False))
+        else:
+            self.recipients.append(node.element)
+
+    def _expand_user(self, node: _Node) -> None:
+        name = node.element.text
+        if not node.same_user:
+            found = self._virtual(node, name.lower(), b"") if node.virtual else self._alias(node, name.lower())
+            if found:
+                self._insert_all(found, node)
+                return
+        user = name.partition(self._tables.delimiter)[0]
+        reply = self._ask("userinfo", user.lower(), node.depth)
+        if not isinstance(reply, Found):
+            raise _RejectedError("550 Invalid recipient", f"no alias and no user {printable(user)}")
+        # smtpd no longer takes the same name for the same node, and delivers to it again.
+        self._known.discard(node.identity)
+        self.recipients.append(Element("user", user))
+
+    def _alias(self, node: _Node, name: bytes) -> list[Element]:
+        """The elements for a user, without any if there is no alias (smtpd: aliases.c, aliases_get)."""
+        return self._first(node, "alias", dict.fromkeys((name, name.partition(self._tables.delimiter)[0])))
+
+    def _virtual(self, node: _Node, local: bytes, domain: bytes) -> list[Element]:
+        """The elements for an address, or for a user without a domain (smtpd: aliases.c, aliases_virtual_get)."""
+        user, _, tag = local.partition(self._tables.delimiter)
+        tagged = [local] if tag else []
+        keys = [name + b"@" + domain for name in (*tagged, user)] + [*tagged, user]
+        return self._first(node, "virtual", keys + ([b"@" + domain, b"@"] if domain else []))
+
+    def _first(self, node: _Node, table: str, keys: Collection[bytes]) -> list[Element]:
+        for key in keys:
+            reply = self._ask(table, key, node.depth)
+            if isinstance(reply, Found):
+                return self._elements(key, reply.value or b"")
+        return []
+
+    def _elements(self, key: bytes, value: bytes) -> list[Element]:
+        """The elements in the order in which smtpd keeps them, each once (smtpd: expand.c, expand_line)."""
+        try:
+            texts = split_list(value)
+        except EntryError as error:
+            raise self._unusable(key, str(error)) from None
+        found = [parse_element(text) for text in texts]
+        if None in found:
+            raise self._unusable(key, element_problem(texts[found.index(None)]) or "an element is invalid")
+        elements = {element for element in found if element is not None}
+        return sorted(elements, key=lambda element: (_ORDER.index(element.kind), element.text, element.domain))
+
+    def _ask(self, table: str, key: bytes, nested: int) -> Reply:
+        reply = self._tables.lookup(table, key)
+        self.lookups.append(Lookup(table, key, reply, nested))
+        if isinstance(reply, Failed):
+            raise _RejectedError("451 Temporary failure" if table == "userinfo" else TEMPORARY, reply.reason)
+        return reply
+
+    def _unusable(self, key: bytes, problem: str) -> _RejectedError:
+        return _RejectedError(TEMPORARY, f"{printable(key)}: {problem}")
+
+    def _insert_all(self, elements: Collection[Element], parent: _Node) -> None:
+        for element in elements:
+            self._insert(element, parent)
+
+    def _insert(self, element: Element, parent: _Node) -> None:
+        """Queue an element, unless smtpd takes it for one that it knows (smtpd: expand.c, expand_insert)."""
+        self._count += 1
+        if self._count > ELEMENTS_MAX:
+            raise _RejectedError("", f"more than {ELEMENTS_MAX} recipients, which smtpd may not have the memory for")
+        node = _Node(element, self._count, parent, parent.depth + 1, parent.virtual)
+        if node.identity not in self._known:
+            self._known.add(node.identity)
+            self._queue.append(node)

@@ -1,0 +1,171 @@
+"""`table-consulctl check`: each thing that can be wrong between smtpd and Consul, by a stand-in for smtpd."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from table_consul import __version__
+from tests.control import control
+from tests.ctl.hosts import CONF, program
+from tests.fake_consul import Answer, FakeConsul
+
+
+def check(host, *arguments, address, more="", **environ):
+    (host / "c.toml").write_text(f'[consul]\naddress = "{address}"\n{more}')
+    return control("-c", host / "c.toml", "check", *arguments, **environ)
+
+
+@pytest.fixture
+def filled(consul):
+    consul.kv_txn({"aliases/alias/root": "gilles", "aliases/domain/example.org": ""})
+    return f"http://{consul.address}"
+
+
+def test_nothing_wrong_is_status_0_and_what_was_checked(host, filled):
+    done = check(host, address=filled)
+    assert (done.status, done.text) == (0, ""), done.text
+    for what in ("smtpd.conf (1 table)", "libexec/table-consul\n", "c.toml, as user", "Consul 1", f" at {filled}"):
+        assert what in done.said
+
+
+def test_table_without_the_folder_that_smtpd_looks_up_is_reported(host, filled, consul):
+    consul.kv_delete("aliases/domain/example.org")
+    done = check(host, address=filled)
+    assert (done.status, done.text.count("\n")) == (1, 1)
+    assert done.text.startswith(
+        f"aliases/domain/: smtpd looks up domain here ({host}/smtpd.conf:3), and Consul has no key"
+    )
+
+
+@pytest.mark.parametrize(
+    ("conf", "more", "arguments", "problem"),
+    [
+        (CONF + "table other consul\n", "", (), "smtpd.conf:4: table other is defined and never used"),
+        ("listen on lo\n", "", (), "smtpd.conf: no table with the backend consul (add: table aliases consul)"),
+        (CONF, "", ("aliases", "virtuals"), "smtpd.conf: no line `table virtuals consul`"),
+        (CONF, '[defaults]\nservices = ["alias"]\n', (), "smtpd.conf:3: smtpd looks up domain in table aliases (add"),
+        (CONF + "include /none\n", "", (), ""),
+        (CONF + 'include "/none"\n', "", (), "smtpd.conf:4: cannot include /none: no such file or directory"),
+        (CONF, 'token_file = "/none"\n', (), "c.toml: consul.token_file: /none: not found"),
+        (CONF, "[defaults]\nmode = 1\n", (), "c.toml: defaults.mode: must be one of"),
+    ],
+)
+def test_problem_of_a_file_is_a_line_with_its_place(host, filled, conf, more, arguments, problem):
+    (host / "smtpd.conf").write_text(conf)
+    done = check(host, *arguments, address=filled, more=more)
+    assert (done.status >= 1 or not problem, f"{host}/{problem}" in done.text or not problem) == (True, True), done.text
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("echo table-consul 0.0.1", f"is table-consul 0.0.1, and table-consulctl is {__version__} (make install)"),
+        ("echo no module >&2; exit 1", "cannot run it: no module (make install)"),
+    ],
+)
+def test_program_that_smtpd_cannot_start_is_reported(host, filled, text, problem):
+    program(host, text)
+    done = check(host, address=filled)
+    assert (done.status, f"{host}/libexec/table-consul: " in done.text, problem in done.text) == (1, True, True), (
+        done.text
+    )
+
+
+def test_missing_program_is_reported_with_the_folder(host, filled):
+    (host / "libexec" / "table-consul").unlink()
+    done = check(host, address=filled)
+    assert (done.status, f"not found (make install LIBEXECDIR={host}/libexec)" in done.text) == (1, True)
+
+
+def test_unreachable_consul_is_status_2_and_the_rest_is_still_checked(host):
+    (host / "smtpd.conf").write_text(CONF + "table other consul\n")
+    done = check(host, address="http://127.0.0.1:9")
+    assert (done.status, "is defined and never used" in done.text) == (2, True)
+    assert "Consul at http://127.0.0.1:9: connection refused (does Consul run there?)" in done.text
+
+
+def test_missing_smtpd_conf_is_status_2_and_named_tables_are_checked(host, filled):
+    done = check(host, "aliases", "--smtpd-conf", f"{host}/none", address=filled)
+    assert (done.status, done.text) == (2, f"{host}/none: no such file or directory (run this as root)\n")
+
+
+def test_token_that_consul_does_not_know_is_reported_once(host, consul_with_acl):
+    address = f"http://{consul_with_acl.address}"
+    token = host / "token"
+    token.write_text("11111111-2222-3333-4444-555555555555")
+    token.chmod(0o640)
+    done = check(host, address=address, more=f'token_file = "{token}"\n')
+    assert (done.status, "ACL not found" in done.text, "table-consulctl policy" in done.text) == (1, True, True), (
+        done.text
+    )
+
+
+def test_folder_that_the_token_may_not_read_is_reported_by_name(host, consul_with_acl):
+    consul_with_acl.kv_txn({"aliases/alias/root": "gilles", "aliases/domain/example.org": ""})
+    token = host / "token"
+    token.write_text(consul_with_acl.token('key_prefix "aliases/alias/" { policy = "read" }'))
+    token.chmod(0o640)
+    done = check(host, address=f"http://{consul_with_acl.address}", more=f'token_file = "{token}"\n')
+    assert "aliases/domain/: the token may not read this folder" in done.text
+    assert "aliases/alias/" not in done.text
+    assert "version unknown (the token may not read it)" in done.said
+
+
+def test_token_of_the_operator_is_not_used(host, consul_with_acl):
+    consul_with_acl.kv_txn({"aliases/alias/root": "gilles", "aliases/domain/example.org": ""})
+    token = host / "token"
+    token.write_text(consul_with_acl.token('key_prefix "aliases/" { policy = "read" }'))
+    token.chmod(0o640)
+    more, address = f'token_file = "{token}"\n', f"http://{consul_with_acl.address}"
+    done = check(host, address=address, more=more, CONSUL_HTTP_TOKEN_FILE="/none")
+    assert (done.status, done.text) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("1.21.4", "its UI cannot create or edit values"),
+        ("1.21.5+ent", "refuses URLs with the @"),
+        ("1.22.4", "cuts requests after 30 seconds"),
+        ("1.22.5", None),
+    ],
+)
+def test_version_of_consul_with_a_known_fault_is_reported(host, version, problem):
+    with FakeConsul() as fake:
+        fake.put(b"aliases/alias/root", b"gilles")
+        fake.put(b"aliases/domain/example.org", b"")
+        about = Answer(200, {"Content-Type": "application/json"}, json.dumps({"Config": {"Version": version}}).encode())
+        fake.handle = lambda request: about if request.path == b"/v1/agent/self" else fake.consul(request)
+        done = check(host, address=fake.address)
+    assert (done.status, done.text.startswith(f"Consul {version}: ")) == (int(problem is not None), problem is not None)
+    assert problem is None or problem in done.text
+
+
+def test_cluster_without_a_leader_is_status_2(host):
+    with FakeConsul() as fake:
+        fake.leader = False
+        done = check(host, address=fake.address)
+    assert (done.status, "(is a majority of the servers running?)" in done.text) == (2, True), done.text
+
+
+def test_json_has_problems_and_what_was_checked(host, filled, consul):
+    consul.kv_delete("aliases/domain/example.org")
+    done = check(host, "--json", address=filled)
+    document = json.loads(done.text)
+    assert (done.status, done.said) == (1, "")
+    assert [(each["where"], each["unknown"]) for each in document["problems"]] == [("aliases/domain/", False)]
+    assert f"{host}/smtpd.conf (1 table)" in document["checked"]
+
+
+def test_variable_of_the_environment_is_named_as_smtpd_may_not_have_it(host, filled):
+    done = check(host, address=filled, CONSUL_HTTP_TOKEN="anything")
+    assert "with CONSUL_HTTP_TOKEN of this environment, which smtpd may not have" in done.said
+
+
+def test_configuration_of_a_table_is_the_one_that_smtpd_conf_names(host, filled):
+    (host / "smtpd.conf").write_text(CONF.replace("consul\n", f"consul:{host}/other.toml\n"))
+    (host / "other.toml").write_text("[consul]\nadress = 1\n")
+    done = check(host, address=filled)
+    assert (done.status, f"{host}/other.toml: consul.adress: unknown key" in done.text) == (1, True)

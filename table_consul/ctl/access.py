@@ -112,6 +112,13 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
         return Access(sorted(found), len(folders), len(keys), sorted(rules))
 
 
+def unwritable(settings: ConsulConfig, keys: Sequence[bytes]) -> list[str]:
+    """Those of the keys that this token may not write, as far as Consul reports it."""
+    with contextlib.closing(Client(settings)) as client, contextlib.suppress(SourceError):
+        return client.denied([key.decode(errors="replace") for key in keys], "write")
+    return []
+
+
 def _strings(rules: str) -> Iterator[str]:
     """Every string in rules, be they HCL or JSON: whether one is a key, and a denied one, Consul knows."""
     for quoted in _STRING.findall(rules):
@@ -147,11 +154,12 @@ class Client(kv.Client):
         with self._ask(folder, READ_SECONDS, keys=True, separator="/") as response:
             return not response.absent
 
-    def denied(self, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that the token may not read; raises SourceError."""
+    def denied(self, keys: Sequence[str], access: str = "read") -> list[str]:
+        """Those of the keys that the token may not read, or write; raises SourceError."""
         denied = []
         for start in range(0, len(keys), AUTHORIZATIONS_MAX):
-            batch = [{"Resource": "key", "Segment": key, "Access": "read"} for key in keys[start:][:AUTHORIZATIONS_MAX]]
+            asked = {"Resource": "key", "Access": access}
+            batch = [{**asked, "Segment": key} for key in keys[start : start + AUTHORIZATIONS_MAX]]
             answers = self._ask_for("internal/acl/authorize", list[_Authorization], json.dumps(batch).encode())
             denied += [each.segment for each in answers if not each.allow]
         return denied

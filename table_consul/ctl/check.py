@@ -14,7 +14,7 @@ import msgspec
 from table_consul import __version__, config
 from table_consul.check import as_smtpd_user, check_files
 from table_consul.ctl import smtpdconf
-from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, echo_problems, load_config
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, echo_problems, late_config, load_config
 from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError, TableConsulError, counted, printable
 from table_consul.files import current_user
 from table_consul.services import SERVICES, Table
@@ -42,6 +42,7 @@ class Finding(msgspec.Struct, frozen=True):
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
 @click.option("--smtpd-conf", "path", metavar="PATH", help="The smtpd.conf to read. Default: that of smtpd.")
 @as_json
+@late_config
 @click.pass_context
 def command(context: click.Context, *, tables: tuple[str, ...], path: str | None, as_json: bool) -> int:
     """Check everything between smtpd and Consul for TABLE. Each problem is a line with a hint.

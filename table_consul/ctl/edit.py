@@ -154,12 +154,12 @@ class _Edit(NamedTuple):
         """The plan for the edited file, and what is wrong with it, by lines."""
         from table_consul.ctl import plan
 
-        none = plan.Plan([], [], 0, [])
+        none = plan.Plan([], [], 0, [], [])
         if data == self.draft.text:
             return none, []
         path, exported = self.table.path(self.service), self.form == "export"
         try:
-            parsed = import_.parse(data, self.service, self.form, path, path, record=False)
+            parsed = import_.parse(data, self.table, self.service, self.form, path.decode())
         except (files.FormatError, SourceError) as error:
             return none, [LineProblem(0, str(error))]
         if parsed.left_out:
@@ -171,8 +171,6 @@ class _Edit(NamedTuple):
             return none, [LineProblem(data.count(b"\n"), text)]
         if self.draft.keys and not parsed.entries and not parsed.problems:
             return none, [LineProblem(0, "no entries (to remove every entry, use unset)")]
-        if parsed.problems:
-            return none, sorted(parsed.problems)
         named = {entry.key if exported else fold_key(entry.key) for entry in parsed.entries}
         remove = [stored for key, stored in self.draft.keys.items() if key not in named]
         planned = plan.plan_edits(self.table, self.service, parsed, self.stored, remove)
@@ -182,15 +180,18 @@ class _Edit(NamedTuple):
 
     def _confirm(self, plan: Plan) -> str:
         target = writing.Target.of(self.table, self.service)
-        writing.echo_changes(writing.documents(plan.changes, target, hashed=self.service.hashed))
+        writing.echo_changes(plan.changes, target, hashed=self.service.hashed)
         counts = Counter(change.kind for change in plan.changes)
         what = ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES)
         return _choice(f"{what}. Write? y(es), n(o), e(dit again)", "yne", "n")
 
 
 def _ask_again(problems: Sequence[LineProblem]) -> str:
-    places = [(f"line {line}" if line else "file", printable(text, 1000)) for line, text in problems]
-    main.echo_problems(places, limit=writing.PROBLEMS_SHOWN)
+    found = []
+    for line, text, key in problems:
+        what = f"{printable(key)}: {text}" if key else text
+        found.append((f"line {line}" if line else "file", printable(what, 1000)))
+    main.echo_problems(found, limit=writing.PROBLEMS_SHOWN)
     return _choice("e(dit again), q(uit)", "eq", "e")
 
 

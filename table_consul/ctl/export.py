@@ -14,7 +14,7 @@ import click
 from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.files import FormatError
-from table_consul.ctl.main import SERVICE, UNCUT, echo_problems, pass_config
+from table_consul.ctl.main import NO, SERVICE, UNCUT, echo_problems, pass_config
 from table_consul.errors import counted, printable
 from table_consul.files import AtomicWriter
 from table_consul.services import SERVICES, Service, Table
@@ -40,19 +40,22 @@ PROBLEMS_SHOWN = 20
     metavar="FORMAT",
     help=f"What to write, one of {', '.join(FORMATS)}; default: table.",
 )
+@click.option("--skip-refused", is_flag=True, help="Write the other entries if some cannot be written.")
 @pass_config
-def command(settings: config.Config, *, wanted: str, table_name: str, service_name: str, file: str) -> int:
+def command(
+    settings: config.Config, *, wanted: str, skip_refused: bool, table_name: str, service_name: str, file: str
+) -> int:
     """Write the entries of SERVICE in TABLE, as Consul has them now, to FILE or standard output.
 
     The format table is a file for smtpd, used as table NAME file:PATH. It holds the answer that smtpd gets for each
     key, however that is stored in Consul. If smtpd could not read an entry from such a file (a key with a blank, ...),
-    or cannot use it, its key is printed and nothing is written. aliases is the same, for alias. export is the format
-    of consul kv export and holds every entry as it is stored, except folders.
+    or cannot use it, its key is printed and nothing is written, or with --skip-refused the other entries. aliases is
+    the same, for alias. export is the format of consul kv export and holds every entry as it is stored, except folders.
 
-    Importing the file into the same TABLE and SERVICE changes nothing. FILE is replaced atomically; if it may contain
-    passwords, only its owner can read it.
+    Importing the file into the same TABLE and SERVICE changes nothing, and restores what was deleted. FILE is replaced
+    atomically; if it may contain passwords, only its owner can read it.
 
-    Exit status: 0 written, 2 not written.
+    Exit status: 0 written, 1 written without the entries that were printed, 2 not written.
 
     \b
     Examples:
@@ -64,16 +67,23 @@ def command(settings: config.Config, *, wanted: str, table_name: str, service_na
     if wanted == "aliases" and service.name != "alias":
         raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
     stored = [each for each in _stored(settings, table, service) if not each.key.endswith(b"/")]
+    refused = 0
     if wanted == "export":
-        objects = [export_entry(each.key, each.value, each.flags) for each in stored]
-        text = b"[\n" + b",\n".join(objects) + b"\n]\n" if objects else b"[]\n"
+        text = _export_text(stored)
     else:
-        text = _table_text(table, service, stored)
+        text, refused = _table_text(table, service, stored, skip=skip_refused)
     if file == "-":
         click.echo(_readable(text) if sys.stdout is not None and sys.stdout.isatty() else text, nl=False)
     else:
         replace_file(file, text, private=bool(service.fields))
-    return 0
+    return NO if refused else 0
+
+
+def _export_text(stored: Sequence[Stored]) -> bytes:
+    text = bytearray(b"[")
+    for each in stored:
+        text += (b",\n" if len(text) > 1 else b"\n") + export_entry(each.key, each.value, each.flags)
+    return bytes(text + (b"\n]\n" if stored else b"]\n"))
 
 
 def _readable(text: bytes) -> str:
@@ -93,7 +103,8 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
         return store.entries(path)
 
 
-def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> bytes:
+def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, skip: bool) -> tuple[bytes, int]:
+    """The file, and how many entries it lacks."""
     path = table.path(service)
     entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
     text, left_out = files.table_text(service, sorted(entries.values.items()))
@@ -102,9 +113,10 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored]) -> byt
     problems += entries.spelling
     if problems:
         echo_problems([(printable(key), what) for key, what in problems], limit=PROBLEMS_SHOWN)
-        count = f"{len(problems)} of {counted(len(stored), 'entry', 'entries')}"
-        raise FormatError(f"{count} cannot be written in this format; use --format export")
-    return text
+        count = f"{len(problems)} of {counted(len(stored), 'entry', 'entries')} cannot be written in this format"
+        if not skip:
+            raise FormatError(f"{count}; use --format export, or --skip-refused to write the rest")
+    return text, len(problems)
 
 
 def replace_file(path: str, data: bytes, *, private: bool) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from table_consul.errors import UNDECODABLE, TableConsulError, printable
 from table_consul.services import MAX_KEY_BYTES, Service, fold_key
 
-FORMATS = ("auto", "aliases", "table", "passwd", "export")
+FORMATS = ("auto", "aliases", "table", "passwd", "export", "conf", "transport")
 
 _SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
 _BLANKS = b" \t"
@@ -26,6 +26,12 @@ _PASSWD_LINE = re.compile(
     rb"|:[^:]*:(?:\d+:\d+(?::[^:]*)?|\d*:\d*:[^:]*:(?:/[^:]*)?))"
 )
 _EITHER_LINE = re.compile(rb"[^:\s]+:[^:]*")  # such as USER:HASH, which both formats read alike
+_CONF_TABLE = re.compile(rb"^[ \t]*table[ \t]+(?:[^\s{]+[ \t]*\{|\S+[ \t]+\"?[a-z]+:/)", re.MULTILINE)
+_TRANSPORT = re.compile(
+    rb"^[^#\s]\S*[ \t]+(?:(?:smtps?|relay|lmtp|local|virtual|error|retry|discard|uucp|maildrop)?:(?!//|[0-9]+\s)"
+    rb"|[a-z0-9_-]+:\[)",
+    re.MULTILINE,
+)
 _TABLE_ENTRY = re.compile(rb"(\[[^\]]*\]|(?!\[)[^ \t:]*)(?:.[ \t]*(.*))?", re.DOTALL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Editors on Windows write it before UTF-8."""
@@ -49,6 +55,8 @@ class LineProblem(NamedTuple):
 
     line: int
     text: str
+    key: bytes = b""
+    """Empty if the line cannot be read."""
 
 
 class ParsedFile(NamedTuple):
@@ -59,6 +67,10 @@ class ParsedFile(NamedTuple):
     problems: list[LineProblem]
     left_out: int = 0
     """How many entries of an export belong to other folders."""
+    notes: Sequence[LineProblem] = ()
+    """Lines that are left out because nothing of them is lost."""
+    restores: bool = False
+    """An export of the very folder that is filled: a backup, whose entries are put back as they were."""
 
     @property
     def unit(self) -> str:
@@ -78,9 +90,13 @@ def detect_format(data: bytes, service: Service) -> str:
         with contextlib.suppress(*UNDECODABLE):
             msgspec.json.decode(data)
             raise FormatError("JSON, but not the output of `consul kv export`")
+    if _CONF_TABLE.search(data):
+        return "conf"
     if service.name == "alias":
         return "aliases"
-    significant = [line for _, line in _significant_lines(data)] if service.fields else []
+    if service.name == "relayhost" and _TRANSPORT.search(data):
+        return "transport"
+    significant = [line for _, line in significant_lines(data)] if service.fields else []
     lines = [line for line in significant if not _EITHER_LINE.fullmatch(line)]
     users = sum(bool(_PASSWD_LINE.fullmatch(line)) for line in lines)
     if 0 < users < len(lines):
@@ -91,7 +107,7 @@ def detect_format(data: bytes, service: Service) -> str:
     return "passwd" if users else "table"
 
 
-def _significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+def significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Numbers and text, without surrounding white space, of the lines that are neither empty nor comments."""
     for number, line in enumerate(data.split(b"\n"), 1):
         text = line.strip(_SPACE)
@@ -99,7 +115,7 @@ def _significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
-def _parse_lines(
+def parse_lines(
     name: str, lines: Iterable[tuple[int, bytes]], parse: Callable[[bytes], tuple[bytes, bytes]]
 ) -> ParsedFile:
     """A file of one entry a line. Keys become lower case, as smtpd asks for them."""
@@ -119,7 +135,7 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
 
     It is a list if the first entry has no value, or if the comment ``# @list`` precedes it. Lines are never continued.
     """
-    lines = list(_significant_lines(data))
+    lines = list(significant_lines(data))
     if not lines:
         return ParsedFile("table", [], [])
     first, text = lines[0]
@@ -130,14 +146,8 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
         with contextlib.suppress(FormatError):
             mapped = _split_entry(text)[1] is not None
             listed = not mapped
-    problem = ""
-    if listed and service.needs_value:
-        problem = f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
-    elif mapped and service.lists_only:
-        hint = "remove the values, or put the comment # @list before lines that are keys as a whole"
-        problem = f"has a value, so smtpd would read the file as a mapping, and refuse it for {service.name} ({hint})"
-    if problem:
-        return ParsedFile("table", [], [LineProblem(first, problem)])
+    if (listed and service.needs_value) or (mapped and service.lists_only):
+        return ParsedFile("table", [], [LineProblem(first, kind_problem(service, listed=listed))])
 
     def parse(text: bytes) -> tuple[bytes, bytes]:
         key, value = _split_entry(text)
@@ -151,7 +161,15 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
             raise FormatError("has a blank before its colon; smtpd would make the colon a part of the value")
         return key, value
 
-    return _parse_lines("table", lines, parse)
+    return parse_lines("table", lines, parse)
+
+
+def kind_problem(service: Service, *, listed: bool) -> str:
+    """Why smtpd refuses a list, or else a mapping, for a service that takes only the other."""
+    if listed:
+        return f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
+    hint = "remove the values, or put the comment # @list before lines that are keys as a whole"
+    return f"has a value, so smtpd would read the file as a mapping, and refuse it for {service.name} ({hint})"
 
 
 def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
@@ -190,6 +208,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
 
 
 _QUOTED_COMMAND = re.compile(rb'(?:(?<=,)|\A)\s*\|"((?:[^"\\]|\\.)*)"\s*(?=,|\Z)')
+_QUOTED = re.compile(rb'\\.|"((?:[^"\\]|\\.)*)"', re.DOTALL)
 # A continuation line that smtpd 7.6 and later would read as an entry of its own in a file: table.
 _OWN_ENTRY = re.compile(rb'"[^"]*"\s*:|[A-Za-z0-9_.+@*=-]+(?:[ \t]*:|[ \t]+[^ \t,])')
 _AMBIGUOUS = (
@@ -225,8 +244,22 @@ def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
             problems.append(LineProblem(number, _AMBIGUOUS))
         else:
             logical[-1][1].append(part)
-    parsed = _parse_lines("aliases", ((number, b" ".join(parts)) for number, parts in logical), _alias)
+    parsed = parse_lines("aliases", ((number, b" ".join(parts)) for number, parts in logical), _alias)
     return parsed._replace(problems=sorted(problems + parsed.problems))
+
+
+def _unquote(match: re.Match[bytes]) -> bytes:
+    """An element or a local part as smtpd reads it: without its quotes, unless it is a command (smtpd: to.c).
+
+    Quotes stay around a name with a blank, which is no user: the problem is that name.
+    """
+    text = re.sub(rb"\\(.)", rb"\1", match[1] or b"")
+    before, after = match.string[: match.start()].rstrip(), match.string[match.end() :]
+    whole = before[-1:] in (b"", b",") and (after[:1] == b"@" or after.lstrip()[:1] in (b"", b","))
+    is_text = text.startswith((b"/", b":include:", b"error:"))
+    if not whole or not text or text.lstrip().startswith(b"|") or (b" " in text and not is_text):
+        return match[0]
+    return re.sub(rb"""[\\,'"]""", rb"\\\g<0>", text)
 
 
 def _alias(text: bytes) -> tuple[bytes, bytes]:
@@ -240,7 +273,7 @@ def _alias(text: bytes) -> tuple[bytes, bytes]:
     rest = rest.lstrip(_BLANKS)
     if rest.startswith(b":") and not rest.lower().startswith((b":include:", b":error:")):
         rest = rest[1:]
-    value = _QUOTED_COMMAND.sub(rb' "|\1"', rest).strip(_SPACE + b",")
+    value = _QUOTED.sub(_unquote, _QUOTED_COMMAND.sub(rb' "|\1"', rest)).strip(_SPACE + b",")
     if not key or not value:
         raise FormatError("has no value" if key else "has no key")
     return key, value
@@ -269,7 +302,7 @@ def read_passwd(data: bytes, service: Service, *, record: bool = False) -> Parse
         user, password, uid, gid, _, home = (*fields, b"", b"", b"", b"")[:6]
         return user, value_of(password, uid, gid, home)
 
-    return _parse_lines("passwd", _significant_lines(data), parse)
+    return parse_lines("passwd", significant_lines(data), parse)
 
 
 def _password(password: bytes, *_user: bytes) -> bytes:
@@ -331,4 +364,4 @@ def entries_of_export(
     left_out = sum(not key.startswith(folder) for key in keys)
     if below is not None and not entries and left_out:
         raise FormatError(f"contains no keys below {printable(below)}")
-    return ParsedFile("export", entries, [], left_out)
+    return ParsedFile("export", entries, [], left_out, restores=folder == path)

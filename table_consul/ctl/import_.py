@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from table_consul import config
-from table_consul.ctl import files, main, writing
+from table_consul.ctl import files, foreign, main, writing
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import json_text
 from table_consul.errors import SourceError, counted, printable
@@ -22,12 +23,21 @@ from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
 
 if TYPE_CHECKING:
-    from table_consul.ctl.plan import Plan
+    from table_consul.ctl.plan import Plan, Stored
 
 # Half a million users fit; /dev/zero does not fill the memory of the mail host.
 FILE_MAX_BYTES = 1 << 30
 # As much as shows whether a file is text; an endless one is not read to the limit.
 HEAD_BYTES = 1 << 20
+# Without --max-removals; fewer are an ordinary edit of a small table.
+REMOVALS_MIN = 10
+_NUMBERS = re.compile(r"[0-9]+")
+
+
+def _check_number(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"[0-9]{1,9}%?", text):
+        raise click.BadParameter("expected a number, such as 100, or a part, such as 20%")
+    return text
 
 
 @click.command("import")
@@ -36,6 +46,13 @@ HEAD_BYTES = 1 << 20
 @click.argument("file", metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
+@click.option("--skip-refused", is_flag=True, help="Write the other entries if smtpd could not use some.")
+@click.option(
+    "--max-removals",
+    metavar="NUMBER",
+    callback=_check_number,
+    help="Ask before more entries, or a part such as 20%, are removed; default: 10%, but at least 10.",
+)
 @click.option(
     "--format",
     "wanted",
@@ -44,7 +61,9 @@ HEAD_BYTES = 1 << 20
     metavar="FORMAT",
     help=f"The format of FILE, one of {', '.join(files.FORMATS)}; default: auto.",
 )
-@click.option("--from", "below", metavar="FOLDER", help="With an export: the folder whose keys to import.")
+@click.option(
+    "--from", "below", metavar="NAME", help="The folder of an export, or the table of an smtpd.conf, to import."
+)
 @click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
 @click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
 @main.as_json
@@ -58,6 +77,8 @@ def command(  # noqa: PLR0913 - the command line
     record: bool,
     prune: bool,
     dry_run: bool,
+    skip_refused: bool,
+    max_removals: str | None,
     token_file: str | None,
     undo: writing.Undo,
     as_json: bool,
@@ -67,17 +88,20 @@ def command(  # noqa: PLR0913 - the command line
 ) -> int:
     """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use an entry, its
-    line is printed and nothing is written. A new key that newer releases of Consul can neither show nor delete is
-    printed and left out. Keys that somebody else changes at the same time are skipped: to write them, or the rest after
-    ^C or an outage of Consul, run the same command again.
+    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use some, all of
+    them are printed, those of one kind as one with their lines, and nothing is written, or with --skip-refused the
+    others. A new key that newer releases of Consul can neither show nor delete is printed and left out. Keys that
+    somebody else changes at the same time are skipped: to write them, or the rest after ^C or an outage of Consul, run
+    the same command again.
 
-    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail), table (a file: table of smtpd), passwd
-    (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot) or export (of consul kv export). auto tells
-    them apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format.
+    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail, or virtual(5) of Postfix), table (a file:
+    table of smtpd), passwd (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot), conf (an inline table
+    of smtpd.conf), transport (transport(5) of Postfix, for relayhost) or export (of consul kv export). auto tells them
+    apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format. An export of the same
+    TABLE and SERVICE is restored as it was, whatever smtpd makes of it.
 
-    Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change; 2
-    something was not written.
+    Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change, or with
+    --skip-refused, something was left out; 2 something was not written.
 
     \b
     Examples:
@@ -93,48 +117,96 @@ def command(  # noqa: PLR0913 - the command line
     path = table.path(service)
     writing.check_address(settings)
     name = "standard input" if file == "-" else printable(file)
-    folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
-    try:
-        parsed = parse(_content(file), service, wanted, path, folder, record=record)
-    except (FormatError, SourceError, OSError) as error:
-        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-        raise FormatError(f"{name}: {text}") from None
-    for option, given, form in (("--from", below is not None, "export"), ("--record", record, "passwd")):
-        if given and parsed.format != form:
-            raise click.UsageError(f"{option} is for --format {form}, but {name} is read as {parsed.format}")
+    parsed = _read(name, file, table, service, wanted, below, record=record)
     if prune and not parsed.entries and not parsed.problems:
         raise FormatError(f"{name}: no entries; with --prune every stored entry would be removed")
-    duplicates = [] if parsed.format == "export" else plan.duplicate_problems(parsed)
-    _raise_problems(name, parsed, parsed.problems + duplicates)
     folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
     others = [folder for folder in folders if folder.startswith(path) and folder != path]
     target = writing.Target.with_note(table, service)
+    # Nobody knows which entry a line means that cannot be read, and so which one to keep.
+    skip = skip_refused and not (prune and parsed.problems)
+    limit = None if dry_run else writing.PROBLEMS_SHOWN
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
-        stored = store.entries(path)
-        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, others=others)
-        _raise_problems(name, parsed, planned.problems)
-        refused = _with_lines(name, parsed, planned.refused)
-        main.echo_problems(refused, limit=None if dry_run else writing.PROBLEMS_SHOWN)
-        report = _report(table, service, planned, parsed, dry_run=dry_run)
         try:
-            if not as_json:
-                _echo_changes(report)
-            for progress in [] if dry_run else writing.write(target, planned.changes, store, undo):
-                report["written"] += len(progress.written)
-                report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
-            _echo_result(report, as_json=as_json)
-        except BaseException:
-            if not dry_run:
-                keys = counted(len(planned.changes), "key", "keys")
-                text = f"interrupted: {report['written']} of {keys} written"
-                click.echo(f"{text}; run the same command again to finish", err=True)
-                if as_json:
-                    with contextlib.suppress(OSError):  # standard output may be the reason
-                        click.echo(json.dumps(report))
+            stored = store.entries(path) if parsed.entries else []
+        except SourceError:
+            _echo_problems(name, parsed, parsed.problems, limit=limit)
             raise
-    if report["conflicts"] or "refused" in report:
+        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
+        _echo_problems(f"note: {name}", parsed, planned.notes, limit=limit)
+        _echo_problems(name, parsed, sorted(planned.problems + planned.refused), limit=limit)
+        report = _report(table, service, planned, parsed, dry_run=dry_run)
+        if as_json:
+            report["changes"] = [*writing.documents(planned.changes, target, hashed=service.hashed)]
+        removals = _excessive_removals(planned, stored, max_removals)
+        del stored
+        if dry_run:
+            if not as_json:
+                _echo_changes(planned, target, report)
+            _warn(removals, main.as_writer(settings.consul, token_file), planned)
+        elif not planned.problems:
+            ask = bool(removals) and file != "-" and not as_json
+            _carry_out(name, planned, report, writing.Writer(target, store, undo), removals, ask=ask)
+    if as_json and (dry_run or planned.problems):
+        click.echo(json.dumps(report))
+    if planned.problems:
+        count = counted(len(planned.problems), "problem", "problems")
+        hint = "--prune needs lines that can be read" if skip_refused else "--skip-refused writes the rest"
+        raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written ({hint})")
+    if report["conflicts"] or (planned.refused and not skip):
         return main.FAILED
-    return main.NO if dry_run and planned.changes else 0
+    return main.NO if planned.refused or (dry_run and planned.changes) else 0
+
+
+def _read(
+    name: str, file: str, table: Table, service: Service, wanted: str, below: str | None, *, record: bool
+) -> ParsedFile:
+    try:
+        parsed = parse(_content(file), table, service, wanted, below, record=record)
+    except (FormatError, SourceError, OSError) as error:
+        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+        raise FormatError(f"{name}: {text}") from None
+    for option, given, forms in (("--from", below is not None, ("export", "conf")), ("--record", record, ("passwd",))):
+        if given and parsed.format not in forms:
+            raise click.UsageError(f"{option} is for --format {forms[0]}, but {name} is read as {parsed.format}")
+    return parsed
+
+
+def _excessive_removals(plan: Plan, stored: Sequence[Stored], limit: str | None) -> str:
+    """How many entries go, if these are more than the limit; empty otherwise."""
+    count = sum(change.value is None for change in plan.changes)
+    total = sum(not each.key.endswith(b"/") for each in stored)
+    number = int((limit or "10%").rstrip("%"))
+    allowed = number if limit and not limit.endswith("%") else total * number // 100
+    allowed = allowed if limit else max(allowed, REMOVALS_MIN)
+    return f"removes {count} of {counted(total, 'entry', 'entries')}" if count > allowed else ""
+
+
+def _confirm(name: str, removals: str, *, ask: bool) -> None:
+    """Ask before an import that removes very much.
+
+    Raises:
+        FormatError: there is nobody to ask, or the answer is no.
+    """
+    if not (ask and all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))):
+        raise FormatError(f"{name}: {removals}; nothing was written (if that is right, set --max-removals)")
+    if not click.confirm(f"This {removals}. Continue?", err=True):
+        raise FormatError(f"{name}: nothing was written")
+
+
+def _warn(text: str, consul: config.ConsulConfig, plan: Plan) -> None:
+    """Warn of what a dry run would not meet: the text, if there is one, and a token that may not write."""
+    from table_consul.ctl import access
+
+    if text:
+        click.echo(f"warning: {text}, which needs a confirmation or --max-removals", err=True)
+    sample = plan.changes[:: len(plan.changes) // access.AUTHORIZATIONS_MAX + 1]
+    if denied := access.unwritable(consul, [change.key for change in sample]):
+        click.echo(
+            f"warning: the token may not write {printable(denied[0])} (for the policy it needs, run table-consulctl"
+            " policy --write TABLE; for another token, use --token-file)",
+            err=True,
+        )
 
 
 def _content(file: str) -> bytes:
@@ -149,10 +221,13 @@ def _content(file: str) -> bytes:
     return data
 
 
-def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes | None, *, record: bool) -> ParsedFile:
-    """The content of a file in the format ``wanted``, one of `files.FORMATS`.
+def parse(
+    data: bytes, table: Table, service: Service, wanted: str, below: str | None = None, *, record: bool = False
+) -> ParsedFile:
+    """The content of a file in the format ``wanted``, one of `files.FORMATS`, for a service of the table.
 
-    ``path`` and ``below`` are for `files.entries_of_export`, ``record`` for `files.read_passwd`.
+    ``below`` is the folder of an export, or the table of an smtpd.conf, to import; ``record`` is for
+    `files.read_passwd`.
 
     Raises:
         FormatError: it is not text, not in the format, or it is not clear in which.
@@ -165,9 +240,14 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
     data = data.removeprefix(files.BYTE_ORDER_MARK)
     form = files.detect_format(data, service) if wanted == "auto" else wanted
     if form == "export":
-        return files.entries_of_export([*iter_export(io.BytesIO(data))], service, path, below)
+        folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
+        return files.entries_of_export([*iter_export(io.BytesIO(data))], service, table.path(service), folder)
+    if form == "conf":
+        return foreign.read_conf(data, service, table.name, below)
+    if form == "transport" and service.name == "relayhost":
+        return foreign.read_transport(data)
     if form == "aliases" and service.name == "alias":
-        return files.read_aliases(data, cautious=wanted == "auto")
+        return foreign.without_domains(files.read_aliases(data, cautious=wanted == "auto"))
     if form == "passwd" and service.fields:
         return files.read_passwd(data, service, record=record)
     if form == "table":
@@ -175,58 +255,88 @@ def parse(data: bytes, service: Service, wanted: str, path: bytes, below: bytes 
     raise FormatError(f"a file of the format {form} has nothing for {service.name}")
 
 
-def _raise_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> None:
-    """Print each problem with its line; raise FormatError if there is one."""
-    if not problems:
-        return
-    main.echo_problems(_with_lines(name, parsed, problems), limit=writing.PROBLEMS_SHOWN)
-    count = counted(len(problems), "problem", "problems")
-    raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written")
+def _echo_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem], *, limit: int | None) -> None:
+    """Print the problems, those of one kind as one with the lines that have it.
+
+    Each begins with FILE:LINE, as compilers print it, for editors.
+    """
+    groups: dict[tuple[bool, str], list[LineProblem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.line > 0, _NUMBERS.sub("", problem.text)), []).append(problem)
+    form, units = ("{}:{}", "lines") if parsed.unit == "line" else ("{}: entry {}", "entries")
+    echoed = []
+    for (numbered, _), (first, *others) in groups.items():
+        where = form.format(name, first.line) if numbered else name
+        text = f"{printable(first.key)}: {first.text}" if first.key else first.text
+        if others:
+            places = [str(each.line) if numbered else printable(each.key) for each in others[:limit]]
+            more = f" and {len(others) - len(places)} more" if len(others) > len(places) else ""
+            also = "also" if not numbered else f"also in {units if len(others) > 1 else parsed.unit}"
+            text = f"{text}; {also} {', '.join(places)}{more}"
+        echoed.append((where, text if limit is None else printable(text, 1000)))
+    main.echo_problems(echoed, limit=limit)
 
 
-def _with_lines(name: str, parsed: ParsedFile, problems: Sequence[LineProblem]) -> list[tuple[str, str]]:
-    """Each problem with its place: FILE:LINE, as compilers print it, for editors."""
-    form = "{}:{}" if parsed.unit == "line" else "{}: entry {}"
-    return [(form.format(name, line) if line else name, printable(text, 1000)) for line, text in sorted(problems)]
+def _carry_out(
+    name: str, plan: Plan, report: dict[str, Any], writer: writing.Writer, removals: str, *, ask: bool
+) -> None:
+    """Show the changes, unless they are part of the report, write them, and add to the report what was written."""
+    as_json = "changes" in report
+    try:
+        if not as_json:
+            _echo_changes(plan, writer.target, report)
+        if removals:
+            _confirm(name, removals, ask=ask)
+        for progress in writing.write(writer.target, plan.changes, writer.store, writer.undo):
+            report["written"] += len(progress.written)
+            report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
+        if as_json:
+            click.echo(json.dumps(report))
+        else:
+            conflict = "changed in Consul since it was read; skipped (run the import again)"
+            main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
+            if plan.changes:
+                click.echo(f"{report['written']} written")
+    except FormatError:
+        raise
+    except BaseException:
+        keys = counted(len(plan.changes), "key", "keys")
+        text = f"interrupted: {report['written']} of {keys} written"
+        click.echo(f"{text}; run the same command again to finish", err=True)
+        if as_json:
+            with contextlib.suppress(OSError):  # standard output may be the reason
+                click.echo(json.dumps(report))
+        raise
 
 
 def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
-    """The document that --json prints, from which the text is made as well."""
-    target = writing.Target.of(table, service)
+    """The document that --json prints, without the changes."""
+    found = {"notes": plan.notes, "problems": plan.problems, "refused": plan.refused}
     return {
         "table": table.name,
         "service": service.name,
-        "path": json_text(target.path),
+        "path": json_text(table.path(service)),
         "format": parsed.format,
         "dry_run": dry_run,
-        "changes": writing.documents(plan.changes, target, hashed=service.hashed),
         "unchanged": plan.unchanged,
         "left_out": parsed.left_out,
         "written": 0,
         "conflicts": [],
-        **({"refused": [printable(text, 1000) for _, text in plan.refused]} if plan.refused else {}),
+        **{
+            name: [{"line": each.line, "key": json_text(each.key), "text": each.text} for each in problems]
+            for name, problems in found.items()
+        },
     }
 
 
-def _echo_changes(report: dict[str, Any]) -> None:
-    changes = report["changes"]
-    limit = None if report["dry_run"] else writing.CHANGES_SHOWN
-    writing.echo_changes(changes, limit=limit, more=" (--dry-run shows all)")
+def _echo_changes(plan: Plan, target: writing.Target, report: dict[str, Any]) -> None:
+    limit = len(plan.changes) if report["dry_run"] else writing.CHANGES_SHOWN
+    hashed = SERVICES[target.service].hashed
+    writing.echo_changes(plan.changes, target, hashed=hashed, limit=limit, more=" (--dry-run shows all)")
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
-    counts = Counter(change["change"] for change in changes)
-    refused = f", {len(report['refused'])} refused" if "refused" in report else ""
+    counts = Counter(change.kind for change in plan.changes)
+    refused = f", {len(plan.refused)} refused" if plan.refused else ""
     click.echo(
-        ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES)
-        + f", {report['unchanged']} unchanged{refused}"
+        ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES) + f", {plan.unchanged} unchanged{refused}"
     )
-
-
-def _echo_result(report: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(report))
-    elif not report["dry_run"]:
-        conflict = "changed in Consul since it was read; skipped (run the import again)"
-        main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
-        if report["changes"]:
-            click.echo(f"{report['written']} written")

@@ -85,9 +85,19 @@ SERVICE = click.Choice(tuple(SERVICES))
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
 
 
+def _choose_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
+    if path is not None:
+        context.find_root().obj = path
+
+
+# A command takes -c as well, for those who remember it late.
+late_config = click.option("-c", "--config", hidden=True, expose_value=False, callback=_choose_config)
+
+
 def pass_config(function: Callable[..., int]) -> Callable[..., int]:
     """Pass the configuration to a command as its first argument. It is read when the command runs, not for help."""
 
+    @late_config
     @functools.wraps(function)
     def called(**arguments: Any) -> int:  # noqa: ANN401 - those of the command
         return function(load_config(click.get_current_context().find_root().obj), **arguments)

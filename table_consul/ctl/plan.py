@@ -7,8 +7,8 @@ that is stored in Consul; an export of Consul is compared byte by byte.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Container, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import msgspec
@@ -55,29 +55,16 @@ class Change(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The changes, in the order of keys, and the problems of the file, in the order of its lines."""
+    """The changes, in the order of keys, and what was found in the file, in the order of its lines."""
 
     changes: list[Change]
     problems: list[LineProblem]
+    """For which nothing must be written."""
     unchanged: int
     refused: list[LineProblem]
-    """Entries that are left out of the changes, as no URL of a newer Consul could read or delete them."""
-
-
-def duplicate_problems(parsed: ParsedFile, changed: Container[bytes] | None = None) -> list[LineProblem]:
-    """A problem for each entry whose key is that of an earlier one or differs from it only in case.
-
-    With ``changed``, the file's keys of entries to be written, two spellings that are both stored already are accepted.
-    """
-    first: dict[bytes, FileEntry] = {}
-    problems = []
-    for entry in parsed.entries:
-        former = first.setdefault(fold_key(entry.key), entry)
-        same = former.key == entry.key
-        if former is not entry and (same or changed is None or former.key in changed or entry.key in changed):
-            text = f"{printable(entry.key)}: already in {parsed.unit} {former.line}"
-            problems.append(LineProblem(entry.line, text if same else f"{text} as {printable(former.key)}"))
-    return problems
+    """Entries that are left out of the changes."""
+    notes: list[LineProblem]
+    """Lines that repeat others, and entries of a backup that smtpd cannot use, as before."""
 
 
 def stored_value(table: Table, service: Service, key: bytes, text: bytes) -> bytes:
@@ -101,6 +88,7 @@ def plan(
     *,
     prune: bool = False,
     records: bool = False,
+    skip: bool = False,
     others: Sequence[bytes] = (),
 ) -> Plan:
     """What must be written so that Consul holds what the file holds.
@@ -108,18 +96,20 @@ def plan(
     ``prune`` removes entries that the file does not have, except folders, entries below ``others`` (folders of other
     services within this one) and records without a field of this service. With ``records`` the file's values are
     records of users, whose fields are merged into the stored records; without it, to change or remove a record that
-    another service reads as well is a problem.
+    another service reads as well is a problem. With ``skip`` entries with a problem are refused, and the others stay.
     """
-    planner = _Planner(table, service, stored, records=records, exported=parsed.format == "export")
-    planner.compare(parsed.entries)
-    if parsed.format == "export":
-        planner.problems += duplicate_problems(parsed, planner.changed)
+    planner = _Planner(table, service, stored, parsed, records=records)
+    planner.compare()
     planner.validate()
     if prune:
         planner.prune(tuple(others))
-    refused = planner.refuse()
+    problems, refused = sorted({*parsed.problems, *planner.problems}), planner.refuse()
+    if skip:
+        for key in planner.bad:
+            planner.changes.pop(key, None)
+        problems, refused = [], sorted(problems + refused)
     changes = [planner.changes[key] for key in sorted(planner.changes)]
-    return Plan(changes, sorted(set(planner.problems)), planner.unchanged, refused)
+    return Plan(changes, problems, planner.unchanged, refused, sorted([*parsed.notes, *planner.notes]))
 
 
 def plan_edits(
@@ -129,16 +119,15 @@ def plan_edits(
 
     ``remove`` are stored keys, relative to the folder. Aliases that smtpd could no longer expand are problems as well.
     """
-    planner = _Planner(table, service, stored, edits=True, exported=parsed.format == "export")
-    planner.compare(parsed.entries)
-    planner.problems += duplicate_problems(parsed, planner.changed if parsed.format == "export" else None)
+    planner = _Planner(table, service, stored, parsed._replace(restores=False), edits=True)
+    planner.compare()
     planner.validate()
     for key in remove:
         planner.remove(key)
     planner.expand()
-    refused = planner.refuse()
+    problems, refused = sorted({*parsed.problems, *planner.problems}), planner.refuse()
     changes = [planner.changes[key] for key in sorted(planner.changes)]
-    return Plan(changes, sorted(set(planner.problems)), planner.unchanged, refused)
+    return Plan(changes, problems, planner.unchanged, refused, planner.notes)
 
 
 class _Planner:
@@ -149,37 +138,41 @@ class _Planner:
         table: Table,
         service: Service,
         stored: Sequence[Stored],
+        parsed: ParsedFile,
         *,
-        exported: bool,
         records: bool = False,
         edits: bool = False,
     ) -> None:
-        self._table, self._service = table, service
-        self._edits = edits
-        self._records, self._exported, self._verbatim = records, exported, records or exported
+        self._table, self._service, self._parsed = table, service, parsed
+        self._exported = parsed.format == "export"
+        self._records, self._edits, self._verbatim = records, edits, records or self._exported
         self._path = table.path(service)
         others = (SERVICES[name] for name in table.readable_services if name != service.name)
         self._sharing = [service, *(other for other in others if table.path(other) == self._path)]
         self._stored = {each.key[len(self._path) :]: each for each in stored}
         self._now = Entries(table, service, ((key, old.value) for key, old in self._stored.items()))
-        self._lines: dict[bytes, int] = {}
+        self._file: dict[bytes, FileEntry] = {}
         self.changes: dict[bytes, Change] = {}
-        self.changed: set[bytes] = set()
-        """The keys of changed entries as the file spells them, of which several may be one stored key."""
+        self.bad: set[bytes] = set()
+        """The keys of changes with a problem."""
         self.problems: list[LineProblem] = []
+        self.notes: list[LineProblem] = []
         self.unchanged = 0
 
-    def compare(self, entries: Sequence[FileEntry]) -> None:
+    def compare(self) -> None:
         """Find the entries that must be written."""
-        table, service = self._table, self._service
+        table, service, entries = self._table, self._service, self._parsed.entries
         if not self._verbatim:
-            entries = [e._replace(value=stored_value(table, service, e.key, e.value)) for e in entries]
-        wanted = Entries(table, service, ((entry.key, entry.value) for entry in entries))
+            as_stored = ((each, stored_value(table, service, each.key, each.value)) for each in entries)
+            entries = [each if value is each.value else each._replace(value=value) for each, value in as_stored]
+        read = () if self._verbatim else entries
+        wanted = Entries(table, service, ((entry.key, entry.value) for entry in read))
         for entry in entries:
-            folded = fold_key(entry.key)
-            stored_key = self._now.original_case.get(folded, folded)
-            key = entry.key if entry.key in self._stored or stored_key not in self._stored else stored_key
-            self._lines[key] = entry.line
+            key = self._spelled(entry.key)
+            former = self._file.setdefault(key, entry)
+            if former is not entry:
+                self._repeat(entry, former)
+                continue
             old = self._stored.get(key)
             if old is None:
                 self._add(key, entry)
@@ -201,7 +194,6 @@ class _Planner:
                 self._complain(key, f"would overwrite the {owner} value stored in Consul, which the file lacks")
             else:
                 self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
-                self.changed.add(entry.key)
 
     def _add(self, key: bytes, entry: FileEntry) -> None:
         value: bytes | None = entry.value
@@ -209,37 +201,62 @@ class _Planner:
             value = self._merged(key, {}, entry.value)
         if value is not None:
             self.changes[key] = Change(self._path + key, None, value, entry.flags)
-            self.changed.add(entry.key)
+
+    def _spelled(self, key: bytes) -> bytes:
+        """The stored key that this one of the file changes, if it is one of the same letters that the file lacks."""
+        if key in self._stored:
+            return key
+        folded = fold_key(key)
+        other = self._now.original_case.get(folded, folded)
+        return other if other in self._stored and other not in self._exported_keys else key
+
+    @cached_property
+    def _exported_keys(self) -> Container[bytes]:
+        return {entry.key for entry in self._parsed.entries} if self._exported else ()
+
+    def _repeat(self, entry: FileEntry, former: FileEntry) -> None:
+        """Note an entry that is exactly an earlier one; one with another value, or another spelling, is a problem."""
+        place = f"{self._parsed.unit} {former.line}"
+        if entry.key != former.key:
+            self.problems.append(LineProblem(entry.line, f"already in {place} as {printable(former.key)}", entry.key))
+        elif entry.value != former.value:
+            self.problems.append(LineProblem(entry.line, f"already in {place} with another value", entry.key))
+        else:
+            self.notes.append(LineProblem(entry.line, f"repeats {place}", entry.key))
 
     def validate(self) -> None:
         """Find what lint would report, for each service that reads the folder, and what cannot be written at all."""
-        # Two spellings of one key are a problem already.
-        pairs = {fold_key(key): (key, change.value) for key, change in self.changes.items()}.values()
-        after = [Entries(self._table, service, pairs) for service in self._sharing]
-        for entries in after:
-            suffix = "" if entries is after[0] else f" (for {entries.service.name}, which reads the same folder)"
-            for problem in entries.problems:
-                key = problem.key[len(self._path) :]
-                if not _invalid(self._service, key, self.changes[key]):  # one cause is enough
-                    self._complain(key, problem.text + suffix)
+        after = [
+            Entries(self._table, service, ((key, change.value) for key, change in self.changes.items()))
+            for service in self._sharing
+        ]
         for key, change in self.changes.items():
             if text := _invalid(self._service, key, change):
                 self._complain(key, text)
             self.changes[key] = change._replace(new_answer=_answer(after[0], key))
+        invalid = {*self.bad}
+        for entries in after:
+            suffix = "" if entries is after[0] else f" (for {entries.service.name}, which reads the same folder)"
+            for problem in entries.problems:
+                key = problem.key[len(self._path) :]
+                if self._parsed.restores:
+                    self.notes.append(LineProblem(self._line(key), problem.text + suffix, key))
+                elif key not in invalid:  # one cause is enough
+                    self._complain(key, problem.text + suffix)
 
     def refuse(self) -> list[LineProblem]:
         """Take new keys out of the changes that could be written, but then neither be read nor deleted by a URL."""
-        new = {key: change for key, change in self.changes.items() if change.old is None}
-        texts = {key: text for key, change in new.items() if (text := modern_name_problem(change.key))}
+        new = {key: each for key, each in self.changes.items() if each.old is None and key not in self.bad}
+        texts = {key: text for key, each in new.items() if (text := modern_name_problem(each.key))}
         for key in texts:
             del self.changes[key]
-        return sorted(LineProblem(self._lines[key], f"{printable(key)}: {text}") for key, text in texts.items())
+        return sorted(LineProblem(self._line(key), text, key) for key, text in texts.items())
 
     def prune(self, others: tuple[bytes, ...]) -> None:
         """Remove what the file does not have; see `plan`."""
         for key, old in self._stored.items():
             folder = not key or key.endswith(b"/") or old.key.startswith(others)
-            if folder or key in self._lines or fold_key(key) in self._now.incomplete:
+            if folder or key in self._file or fold_key(key) in self._now.incomplete:
                 continue
             self.changes[key] = Change(old.key, old, None, old_answer=_answer(self._now, key))
             if len(self._sharing) > 1 and not self._verbatim and record_of(self._table, self._service, old.value):
@@ -266,7 +283,7 @@ class _Planner:
             for key in found.keys() - dict(expansion.failures(before, delimiter)):
                 self._complain(self._now.original_case.get(key, key), found[key])
 
-    @functools.cached_property
+    @cached_property
     def _holds_records(self) -> bool:
         """Whether a new user of this folder gets a record."""
         if self._exported or not self._service.fields or self._table.value_format == "text":
@@ -282,8 +299,12 @@ class _Planner:
             self._complain(key, str(error))
             return None
 
+    def _line(self, key: bytes) -> int:
+        return self._file[key].line if key in self._file else 0
+
     def _complain(self, key: bytes, text: str) -> None:
-        self.problems.append(LineProblem(self._lines.get(key, 0), f"{printable(key)}: {text}"))
+        self.bad.add(key)
+        self.problems.append(LineProblem(self._line(key), text, key))
 
     def _overwritten_service(self, key: bytes, old: bytes, new: bytes) -> str:
         """The name of the service whose value is lost when a record replaces this text; empty if there is none."""

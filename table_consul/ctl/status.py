@@ -19,7 +19,7 @@ import msgspec
 
 from table_consul.config import VALIDATORS, Config, MetricsConfig
 from table_consul.ctl import nagios, smtpdconf
-from table_consul.ctl.main import FAILED, NO, as_json, duration, load_config, terminal_columns
+from table_consul.ctl.main import FAILED, NO, as_json, duration, late_config, load_config, terminal_columns
 from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
@@ -117,6 +117,7 @@ def _limits(_context: click.Context, _option: click.Parameter, text: str | None)
 @click.option("--keys", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: fewest keys.")
 @click.option("--metrics", "place", metavar="PLACE", help="Read these, as in [metrics], and no configuration.")
 @as_json
+@late_config
 @click.pass_context
 def command(
     context: click.Context,

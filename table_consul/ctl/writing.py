@@ -9,7 +9,8 @@ import sys
 import syslog
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -168,22 +169,22 @@ def _log(target: Target, written: Counter[str], conflicts: int) -> None:
     syslog.syslog(syslog.LOG_NOTICE, f"{who}: {' '.join(what)}: {counts}{more}")
 
 
-def documents(changes: Sequence[Change], target: Target, *, hashed: bool) -> list[dict[str, Any]]:
+def documents(changes: Iterable[Change], target: Target, *, hashed: bool) -> Iterator[dict[str, Any]]:
     """The changes as --json prints them; ``hashed`` ones without their values."""
-    found = []
     for change in changes:
         answers = {} if hashed else {"from": change.old_answer, "to": change.new_answer}
         texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
-        found.append({"change": change.kind, "key": json_text(change.key[len(target.path) :]), **texts})
-    return found
+        yield {"change": change.kind, "key": json_text(change.key[len(target.path) :]), **texts}
 
 
-def echo_changes(changes: Sequence[dict[str, Any]], *, limit: int | None = CHANGES_SHOWN, more: str = "") -> None:
-    """Print the documents of changes, one coloured line each; beyond ``limit`` their number and ``more``."""
-    for change in changes[:limit]:
+def echo_changes(
+    changes: Sequence[Change], target: Target, *, hashed: bool, limit: int = CHANGES_SHOWN, more: str = ""
+) -> None:
+    """Print the changes, one coloured line each; beyond ``limit`` their number and ``more``."""
+    for change in documents(islice(changes, limit), target, hashed=hashed):
         sign, colour = STYLES[change["change"]]
         click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
-    if limit is not None and len(changes) > limit:
+    if len(changes) > limit:
         click.echo(f"... and {len(changes) - limit} more{more}")
 
 
@@ -223,7 +224,7 @@ class Writer(NamedTuple):
     def show(self, changes: Sequence[Change], *, hashed: bool) -> None:
         """Print the changes, unless a document is printed in the end."""
         if not self.as_json:
-            echo_changes(documents(changes, self.target, hashed=hashed))
+            echo_changes(changes, self.target, hashed=hashed)
 
     def judge_and_apply(self, plan: Plan, service: Service, *, force: bool | None = None) -> int:
         """Write a plan unless it has problems; the exit status.
@@ -232,8 +233,8 @@ class Writer(NamedTuple):
             TableConsulError: it has problems, and ``force`` is not true or helps with none of them.
         """
         problems = plan.problems
-        parts = [text.partition(": ") for _, text in (*problems, *plan.refused)]
-        main.echo_problems([(printable(self.target.path) + key, text) for key, _, text in parts], limit=PROBLEMS_SHOWN)
+        found = [(printable(self.target.path + each.key), each.text) for each in (*problems, *plan.refused)]
+        main.echo_problems(found, limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
             hint = " (--force writes it)" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
@@ -250,7 +251,7 @@ class Writer(NamedTuple):
             for progress in write(self.target, changes, self.store, self.undo):
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
-            self._report(documents(changes, self.target, hashed=hashed), written, conflicts)
+            self._report(changes, written, conflicts, hashed=hashed)
         except BaseException:
             if written:
                 keys = counted(len(changes), "key", "keys")
@@ -258,13 +259,13 @@ class Writer(NamedTuple):
             raise
         return main.FAILED if conflicts else 0
 
-    def _report(self, changes: Sequence[dict[str, Any]], written: int, conflicts: Sequence[bytes]) -> None:
+    def _report(self, changes: Sequence[Change], written: int, conflicts: Sequence[bytes], *, hashed: bool) -> None:
         if self.as_json:
             document = {
                 "table": self.target.table,
                 "service": self.target.service,
                 "path": json_text(self.target.path),
-                "changes": changes,
+                "changes": [*documents(changes, self.target, hashed=hashed)],
                 "written": written,
                 "conflicts": [json_text(key) for key in conflicts],
             }

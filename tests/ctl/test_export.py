@@ -146,6 +146,16 @@ def test_entries_a_table_cannot_hold_are_named_and_nothing_is_written(consul, tm
     assert exported(consul, "aliases", "alias", path, "--format", "export").status == 0
 
 
+def test_entries_a_table_cannot_hold_are_left_out_with_skip_refused(consul, tmp_path):
+    path = tmp_path / "aliases"
+    put(consul, {"root": b"gilles", "john doe": b"john", "bad": b"|/bin/sh", "Root": b"eric"})
+    done = exported(consul, "aliases", "alias", path, "--skip-refused")
+    assert (done.status, path.read_bytes()) == (1, b"root:\tgilles\n")
+    keys = sorted(line.partition(": ")[0] for line in done.said.splitlines())
+    assert keys == [f"aliases/alias/{key}" for key in ("Root", "bad", "john doe")]
+    assert exported(consul, "aliases", "alias", path, "--skip-refused", "--format", "export").status == 0
+
+
 def test_records_without_a_field_of_the_service_are_left_out(consul):
     put(consul, {"eric": b'{"password": "*"}', "vera": b'{"uid": 1, "gid": 2, "home": "/v"}'}, "t/userinfo/")
     assert exported(consul, "t", "userinfo") == (0, b"vera\t1:2:/v\n", b"")

@@ -206,7 +206,7 @@ def test_export_with_the_same_folder_leaves_out_other_folders():
 
 
 def test_export_from_elsewhere_uses_its_only_folder_of_that_name():
-    parsed = read(exported("old/mail/alias/a", "old/mail/alias/b/c", "old/mail/domain/d"), ALIAS, "auto", path=PATH)
+    parsed = read(exported("old/mail/alias/a", "old/mail/alias/b/c", "old/mail/domain/d"), ALIAS, "auto")
     assert (keys_of(parsed), parsed.left_out) == ([b"a", b"b/c"], 1)
 
 
@@ -214,13 +214,13 @@ def test_export_from_elsewhere_uses_its_only_folder_of_that_name():
 def test_export_with_several_folders_or_none_asks_for_one(keys):
     with pytest.raises(FormatError, match="--from"):
         read(exported(*keys), ALIAS, "auto")
-    folder = keys[0].rpartition("/")[0].encode() + b"/"
+    folder = keys[0].rpartition("/")[0]
     assert b"a" in keys_of(read(exported(*keys), ALIAS, "auto", below=folder))
 
 
 def test_export_without_the_named_folder_is_an_error():
     with pytest.raises(FormatError, match="contains no keys below none/"):
-        read(exported("a/b"), ALIAS, "export", below=b"none/")
+        read(exported("a/b"), ALIAS, "export", below="none")
 
 
 @pytest.mark.parametrize("data", [b"[{", b"{}", b'[{"key": 1}]', b'[{"key": "a", "value": "?"}]', b"root: gilles", b""])
@@ -230,7 +230,7 @@ def test_bad_export_is_an_error(data):
 
 
 def test_empty_export_has_no_entries():
-    assert read(b"[]\n", ALIAS, "auto") == ("export", [], [], 0)
+    assert read(b"[]\n", ALIAS, "auto")[:4] == ("export", [], [], 0)
 
 
 def test_export_entries_are_read_back_unchanged():

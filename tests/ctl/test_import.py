@@ -189,6 +189,9 @@ def test_json_report_has_all_changes(consul):
         "left_out": 0,
         "written": 2,
         "conflicts": [],
+        "notes": [],
+        "problems": [],
+        "refused": [],
     }
 
 

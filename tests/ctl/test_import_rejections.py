@@ -83,11 +83,47 @@ def test_too_large_file_is_rejected(tmp_path, monkeypatch):
     assert (done.status, "more than 4 MB" in done.said) == (2, True)
 
 
-def test_many_problems_are_counted_and_the_first_shown(tmp_path):
+def test_problems_of_one_kind_are_one_message_with_their_lines(tmp_path):
     conf = write_config(tmp_path, address="http://127.0.0.1:1")
     done = control("-c", conf, "import", "aliases", "alias", "-", stdin=b"root:\n" * 1000)
-    assert len(done.said.splitlines()) == writing.PROBLEMS_SHOWN + 2
-    assert "1000 problems" in done.said
+    problem, last = done.said.splitlines()
+    shown = ", ".join(str(number) for number in range(2, writing.PROBLEMS_SHOWN + 2))
+    assert problem == f"standard input:1: has no value; also in lines {shown} and {999 - writing.PROBLEMS_SHOWN} more"
+    assert "1000 problems" in last
+
+
+def test_problems_of_all_kinds_are_reported_in_one_round(consul, tmp_path):
+    lines = [
+        b"ok: x",
+        b"none:",
+        b"bad: |/bin/sh",
+        b"ok: y",
+        b"a//b: c",
+        b"two: a b",
+        b"none:",
+        b"bad2: |/bin/sh",
+        b"u%20: x",
+    ]
+    path = file(tmp_path, b"\n".join(lines))
+    done = importer(consul, "aliases", "alias", path)
+    assert (done.status, done.text, entries(consul)) == (2, "", {})
+    reported = [line.removeprefix(f"{path}:") for line in done.said.splitlines()]
+    starts = [
+        "2: has no value; also in line 7",
+        "3: bad: ",
+        "4: ok: already in line 1 with another",
+        "5: a//b: ",
+        "6: two: ",
+    ]
+    assert [line.startswith(start) for line, start in zip(reported, starts, strict=False)] == [True] * 5, reported
+    assert reported[1].endswith("; also in line 8")
+    assert "9: u%20" in done.said or len(reported) == 6
+
+
+def test_problems_found_without_consul_are_reported_while_it_is_away(tmp_path):
+    conf = write_config(tmp_path, address="http://127.0.0.1:1")
+    done = control("-c", conf, "import", "aliases", "alias", "-", stdin=b"root:\nok: x\n")
+    assert (done.status, "input:1: has no value" in done.said, "Consul" in done.said) == (2, True, True), done.said
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,19 @@ def stand_in(monkeypatch):
     return put
 
 
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_config_is_accepted_before_and_after_the_command(tmp_path, name):
+    missing = tmp_path / "none.toml"
+    command = main.program.get_command(click.Context(main.program), name)
+    needed = [each for each in command.params if isinstance(each, click.Argument) and each.required]
+    arguments = ["alias" if isinstance(each.type, click.Choice) else "t" for each in needed]
+    before = control("-c", missing, name, *arguments)
+    assert f"{missing}: " in before.said + before.text
+    for option in (["-c", missing], ["--config", missing], [f"-c{missing}"]):
+        assert control(name, *arguments, *option) == before
+        assert control("-c", "/other.toml", name, *option, *arguments) == before
+
+
 def test_help_lists_every_command():
     done = control("--help")
     assert (done.status, done.said) == (0, "")

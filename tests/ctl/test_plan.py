@@ -123,7 +123,7 @@ def test_invalid_entry_is_a_problem_with_its_line(key, value, said):
 def test_new_key_that_modern_consul_refuses_is_left_out_with_its_line():
     plan = planned(STRING, [(b"root", b"gilles"), (b"u%20x", b"eric"), (b"a..b%41", b"eric"), (b"u%zz", b"vera")])
     assert signs(plan, STRING) == [("+", b"root", b"gilles"), ("+", b"u%zz", b"vera")]
-    assert [(line, text.partition(":")[0]) for line, text in plan.refused] == [(2, "u%20x"), (3, "a..b%41")]
+    assert [(each.line, each.key) for each in plan.refused] == [(2, b"u%20x"), (3, b"a..b%41")]
 
 
 def test_stored_key_that_modern_consul_refuses_is_changed_and_pruned():
@@ -135,7 +135,7 @@ def test_stored_key_that_modern_consul_refuses_is_changed_and_pruned():
 @pytest.mark.parametrize("value", [b"", b'""', b"# nobody"])
 def test_export_entry_without_a_needed_value_is_a_problem(value):
     (problem,) = planned(ALIAS, [(b"root", value)], name="export").problems
-    assert problem == (1, "root: there is no value, and alias needs one")
+    assert problem == (1, "there is no value, and alias needs one", b"root")
 
 
 def test_list_needs_no_values():
@@ -181,16 +181,36 @@ def test_stored_problems_are_not_reported():
     assert signs(plan) == [("+", b"e", b"f")]
 
 
-def test_keys_that_differ_only_in_case_are_duplicates():
-    problems = plan.duplicate_problems(parsed([(b"a", b"x"), (b"b", b"x"), (b"A", b"y"), (b"a", b"z")]))
-    assert problems == [(3, "A: already in line 1 as a"), (4, "a: already in line 1")]
+def test_repeated_entry_is_a_note_and_one_with_another_value_a_problem():
+    made = planned(ALIAS, [(b"a", b"x"), (b"b", b"x"), (b"a", b"x"), (b"b", b"y")])
+    assert made.notes == [(3, "repeats line 1", b"a")]
+    assert made.problems == [(4, "already in line 2 with another value", b"b")]
 
 
 def test_two_spellings_in_an_export_are_a_problem_unless_stored_already():
     both = [(b"Root", b"x"), (b"root", b"y")]
     assert planned(ALIAS, both, both, name="export").changes == []
     assert planned(ALIAS, both, both, name="export").problems == []
-    assert [problem.line for problem in planned(ALIAS, both, name="export").problems] == [2]
+    assert [problem.line for problem in planned(ALIAS, both, name="export").problems] == [1]
+
+
+def test_backup_restores_each_spelling_and_notes_what_smtpd_cannot_use():
+    both = [(b"Root", b"|/bin/sh"), (b"root", b"y")]
+    backup = parsed(both, "export")._replace(restores=True)
+    for there in ([], [(b"Root", b"|/bin/sh")], [(b"root", b"z")]):
+        made = plan.plan(TABLE, ALIAS, backup, stored(ALIAS, there))
+        assert made.problems == []
+        after = {**dict(there), **{change.key[len(TABLE.path(ALIAS)) :]: change.value for change in made.changes}}
+        assert after == dict(both)
+        assert made.notes or there
+
+
+def test_skipped_entries_are_refused_and_their_stored_values_stay():
+    there = [(b"bad", b"gilles"), (b"old", b"x")]
+    entries = [(b"ok", b"x"), (b"bad", b"|/bin/sh"), (b"u%20x", b"eric"), (b"ok", b"y")]
+    made = planned(ALIAS, entries, there, skip=True, prune=True)
+    assert signs(made) == [("+", b"ok", b"x"), ("-", b"old", None)]
+    assert [problem.line for problem in made.refused] == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +225,7 @@ def test_two_spellings_in_an_export_are_a_problem_unless_stored_already():
 def test_spellings_of_an_export_that_are_all_stored_as_another_are_a_problem(exported, there, lines):
     problems = planned(ALIAS, exported, [there], name="export").problems
     assert [problem.line for problem in problems] == lines
-    assert all(problem.text.startswith("Root: already in entry 1 as ") for problem in problems)
+    assert all(problem.text.startswith("already in entry 1 as ") for problem in problems if problem.line == 2)
 
 
 def test_shared_record_is_not_overwritten_by_one_value():
@@ -274,7 +294,7 @@ def test_import_of_a_table_file_changes_nothing(entries, name):
     service = SERVICES[name]
     there = stored(service, entries.items())
     text, _ = files.table_text(service, sorted(Entries(TABLE, service, entries.items()).values.items()))
-    again = import_.parse(text, service, "auto", TABLE.path(service), None, record=False)
+    again = import_.parse(text, TABLE, service, "auto")
     assert again.problems == []
     made = plan.plan(TABLE, service, again, there)
     assert (made.changes, made.problems) == ([], [])

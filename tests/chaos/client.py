@@ -160,7 +160,10 @@ class Client(threading.Thread):
             result.slowest = max(result.slowest, ours)
             result.by_the_clock = max(result.by_the_clock, took)
             result.late += ours > DEADLINE_SECONDS + SLOW_SECONDS
-            verdict = _verdict(when, number, outcome, writer, ill)
+            verdict = _verdict(when, number, outcome, writer, ill, FRESH_SECONDS)
+            if verdict == "wrong":
+                fresh = FRESH_SECONDS + stalled(stalls, when - 2 * FRESH_SECONDS, when)
+                verdict = _verdict(when, number, outcome, writer, ill, fresh)
             if verdict:
                 seen[verdict] += 1
                 if seen[verdict] <= 3:
@@ -180,8 +183,8 @@ class Client(threading.Thread):
         )
 
 
-def _verdict(when: float, number: int, outcome: bytes, writer: Writer, ill: tuple[float, float]) -> str:
-    """What is wrong with an answer; empty if nothing is."""
+def _verdict(when: float, number: int, outcome: bytes, writer: Writer, ill: tuple[float, float], fresh: float) -> str:
+    """What is wrong with an answer; empty if nothing is. ``fresh``: for how long an edit may stay unseen."""
     is_ill = ill[0] <= when <= ill[1]
     if outcome.startswith(b"error|"):
         since, until = writer.hidden.get(number, NEVER)
@@ -191,7 +194,7 @@ def _verdict(when: float, number: int, outcome: bytes, writer: Writer, ill: tupl
     if outcome == b"not-found" and outcome not in expected:
         return "" if asked <= when else "false not-found"
     if number >= HOT:
-        return "" if outcome in expected and (is_ill or when <= gone + FRESH_SECONDS) else "wrong"
+        return "" if outcome in expected and (is_ill or when <= gone + fresh) else "wrong"
     version = int(outcome[7:]) if outcome.startswith(b"found|v") else 0
-    oldest = 1 if is_ill else max(1, writer.newest(number, when - FRESH_SECONDS))
+    oldest = 1 if is_ill else max(1, writer.newest(number, when - fresh))
     return "" if oldest <= version <= writer.attempted[number] else "wrong"

@@ -51,6 +51,16 @@ def test_an_answer_is_worth_what_stood_in_consul(writer, when, number, outcome, 
     assert judged(writer, (when, number, outcome)) == verdict
 
 
+def test_edit_may_stay_unseen_for_longer_while_the_machine_stands_still(writer):
+    client = Client(None, b"t")
+    client.answers = [(50.0 + FRESH_SECONDS + 0.2, 0.001, 0, b"found|v1")]
+    assert client.judge("none", writer, ILL).wrong == 1
+    client.witnesses.stalls = [(50.1, 50.4)]
+    assert client.judge("none", writer, ILL).wrong == 0
+    client.witnesses.stalls = [(50.1, 50.2)]
+    assert client.judge("none", writer, ILL).wrong == 1
+
+
 @pytest.mark.parametrize(
     ("when", "number", "outcome", "verdict"),
     [

@@ -36,6 +36,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ranged, "LATE_SECONDS", 0.1)
     monkeypatch.setattr(ranged, "LIST_SECONDS", 0.2)
     monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
+    monkeypatch.setattr(ranged, "LIST_SHARE", 1.0)
 
 
 KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(

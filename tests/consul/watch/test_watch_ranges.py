@@ -38,6 +38,7 @@ def small(monkeypatch):
     monkeypatch.setattr(ranged, "LATE_SECONDS", LATE_SECONDS)
     monkeypatch.setattr(ranged, "LIST_SECONDS", 0.5)
     monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
+    monkeypatch.setattr(ranged, "LIST_SHARE", 1.0)
 
 
 @pytest.fixture(autouse=True)

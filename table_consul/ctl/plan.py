@@ -103,7 +103,8 @@ def plan(
     planner.validate()
     if prune:
         planner.prune(tuple(others))
-    problems, refused = sorted({*parsed.problems, *planner.problems}), planner.refuse()
+    problems = sorted({*parsed.problems, *planner.problems})
+    refused = [each for each in planner.refuse() if each.key not in planner.bad]  # one cause is enough
     if skip:
         for key in planner.bad:
             planner.changes.pop(key, None)
@@ -246,7 +247,7 @@ class _Planner:
 
     def refuse(self) -> list[LineProblem]:
         """Take new keys out of the changes that could be written, but then neither be read nor deleted by a URL."""
-        new = {key: each for key, each in self.changes.items() if each.old is None and key not in self.bad}
+        new = {key: each for key, each in self.changes.items() if each.old is None}
         texts = {key: text for key, each in new.items() if (text := modern_name_problem(each.key))}
         for key in texts:
             del self.changes[key]

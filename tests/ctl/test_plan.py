@@ -126,6 +126,14 @@ def test_new_key_that_modern_consul_refuses_is_left_out_with_its_line():
     assert [(each.line, each.key) for each in plan.refused] == [(2, b"u%20x"), (3, b"a..b%41")]
 
 
+def test_key_that_modern_consul_refuses_is_left_out_whatever_is_wrong_with_its_value():
+    entries = parsed([(b"u%20x", b"|/bin/sh")])
+    edited = plan.plan_edits(TABLE, ALIAS, entries, [])  # whose changes --force writes
+    assert (edited.changes, [each.line for each in edited.refused]) == ([], [1])
+    made = plan.plan(TABLE, ALIAS, entries, [], skip=True)
+    assert (made.changes, [each.line for each in made.refused]) == ([], [1])
+
+
 def test_stored_key_that_modern_consul_refuses_is_changed_and_pruned():
     there = [(b"u%20x", b"gilles"), (b"u%20y", b"gilles")]
     plan = planned(ALIAS, [(b"u%20x", b"eric")], there, prune=True)

@@ -116,6 +116,10 @@ def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
     return ParsedFile("conf", entries, sorted(problems))
 
 
+# Not any text between slashes: a key may be that, and the alias `if` may be /dev/null.
+_EXPRESSION = re.compile(rb"!?/.*[\\^$(|].*/[a-z]*")
+
+
 def without_domains(parsed: ParsedFile) -> ParsedFile:
     """An aliases file without what only Postfix's virtual(5) has: lines that declare domains, and expressions."""
     domains = {key.partition(b"@")[2] for key, _, _, _ in parsed.entries if b"@" in key}
@@ -124,7 +128,7 @@ def without_domains(parsed: ParsedFile) -> ParsedFile:
         if entry.key in domains and b"." in entry.key:
             text = "declares a domain of Postfix's virtual(5), so it is no alias; import it for the service domain"
             notes.append(LineProblem(entry.line, text, entry.key))
-        elif re.fullmatch(rb"!?/.*/[a-z]*", entry.key) or (entry.key == b"if" and entry.value[:1] in b"!/"):
+        elif _EXPRESSION.fullmatch(entry.key) or (entry.key == b"if" and _EXPRESSION.fullmatch(entry.value)):
             text = "is an expression of Postfix's regexp: or pcre: maps, which aliases of smtpd cannot be"
             problems.append(LineProblem(entry.line, text, entry.key))
         else:

@@ -79,10 +79,15 @@ def test_virtual_map_is_imported_with_notes(consul):
     assert done.said.startswith("note: standard input:2: example.org: declares a domain of Postfix's virtual(5)")
 
 
-@pytest.mark.parametrize("line", [b"/^info@/ gilles", b"!/x/i gilles", b"if /example/", b"if !/example/"])
+@pytest.mark.parametrize("line", [b"/^info@/ gilles", b"!/x$/i gilles", b"if /^example/", b"if !/(a|b)/"])
 def test_expressions_of_postfix_are_a_problem(line):
     found = problems(read(b"root gilles\n" + line + b"\n", ALIAS, "auto"))
     assert "expression of Postfix's regexp: or pcre: maps" in found[2]
+
+
+@pytest.mark.parametrize("line", [b"//a: gilles", b"/a/b: gilles", b"if: /dev/null", b"if: eric"])
+def test_slashes_alone_are_no_expression(line):
+    assert len(pairs(read(line + b"\n", ALIAS, "auto"))) == 1
 
 
 # transport(5).

@@ -64,7 +64,7 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
     ("deletions_held", "Gauge", "Entries that go on answering although they are deleted in Consul.", ("prefix",)),
-    ("deletions_held_seconds", "Gauge", "Seconds until the first of them no longer answer.", ("prefix",)),
+    ("deletions_held_seconds", "Gauge", "Seconds until the first of them no longer answer; 0 if there are none.", ("prefix",)),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
     ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
     ("reloads", "Counter", "Snapshots loaded from Consul.", ("prefix",)),
@@ -125,8 +125,8 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             yield "snapshot_keys", labels, snapshot.size
             yield "entries_refused", labels, sum(entries.refused for entries in snapshot.entries.values())
             yield "deletions_held", labels, sum(len(held.keys) for held in snapshot.held.values())
-            if snapshot.held:
-                yield "deletions_held_seconds", labels, max(snapshot.held_until - now, 0.0)
+            left = max(snapshot.held_until - now, 0.0) if snapshot.held else 0.0
+            yield "deletions_held_seconds", labels, left
             yield "load_seconds", labels, watch.load_seconds
             for service in snapshot.entries:
                 yield "service_hidden", (*labels, service), int(service in snapshot.hidden)

@@ -64,7 +64,7 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
     ("deletions_held", "Gauge", "Entries that go on answering although they are deleted in Consul.", ("prefix",)),
-    ("deletions_held_seconds", "Gauge", "Seconds until the first of them no longer answer; 0 if there are none.", ("prefix",)),
+    ("deletions_held_seconds", "Gauge", "Seconds until the first of them stop; 0 if there are none.", ("prefix",)),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
     ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
     ("reloads", "Counter", "Snapshots loaded from Consul.", ("prefix",)),

@@ -31,7 +31,6 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
-    from table_consul.transport import Transport
 
 # A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
 _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
@@ -49,25 +48,37 @@ def _seconds_until(moment: float) -> float:
     return left
 
 
-# A response's header has some 400 bytes.
-NARROW_BYTES = 4 << 10
-
-
 # Of the kernel's receive buffer: the header of a response has some 400 bytes.
 NARROW_BYTES = 4 << 10
+
+
+class Exchange:
+    """What an exchange of a request and its answer, and the connection that it takes place on, know of each other."""
+
+    connect_by = answer_by = 0.0
+    """By when the current one must be over, as moments of time.monotonic()."""
+    connected = False
+    """Whether it opened a connection instead of using one that was kept."""
+    connected_at = 0.0
+    """When the latest connection was opened, a moment of time.monotonic()."""
+    latest_socket: socket.socket | None = None
+    narrow = wide = False
+    """``narrow``: the kernel shall take little of an answer that is not read. ``wide``: it takes more by now."""
+    waiting = interrupted = False
+    """Whether a wait is under way, and whether it, or the next one, shall end."""
 
 
 class _DeadlineMixin:
     """A socket none of whose calls outlives the exchange's deadline, however slowly bytes trickle in."""
 
-    transport: Transport
+    exchange: Exchange
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the signature of the socket
-        self.settimeout(_seconds_until(self.transport.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
+        self.settimeout(_seconds_until(self.exchange.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
         return super().recv_into(*args, **kwargs)  # type: ignore[misc,no-any-return]  # mixed into a socket
 
     def sendall(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the signature of the socket
-        self.settimeout(_seconds_until(self.transport.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
+        self.settimeout(_seconds_until(self.exchange.answer_by))  # type: ignore[attr-defined]  # mixed into a socket
         super().sendall(*args, **kwargs)  # type: ignore[misc]  # mixed into a socket
 
 
@@ -89,11 +100,11 @@ class _Connection(urllib3.connection.HTTPConnection):
         self._endpoint = endpoint
 
     def connect(self) -> None:
-        transport = self._endpoint.transport
-        transport.connected = True
-        self.sock = transport.latest_socket = self._endpoint.open()
-        transport.connected_at = time.monotonic()
-        if transport.waiting and transport.interrupted:  # before there was a socket to shut down
+        exchange = self._endpoint.exchange
+        exchange.connected = True
+        self.sock = exchange.latest_socket = self._endpoint.open()
+        exchange.connected_at = time.monotonic()
+        if exchange.waiting and exchange.interrupted:  # before there was a socket to shut down
             raise ConnectionAbortedError
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
@@ -108,10 +119,10 @@ class Endpoint(requests.adapters.HTTPAdapter):
     A requests.Session would add proxies and netrc from the environment, cookies and redirects.
     """
 
-    def __init__(self, address: str, settings: ConsulConfig, transport: Transport) -> None:
+    def __init__(self, address: str, settings: ConsulConfig, exchange: Exchange) -> None:
         super().__init__()
         self.address = address
-        self.transport = transport
+        self.exchange = exchange
         self._settings = settings
         self._url = urllib.parse.urlsplit(address)
         self._host = self._url.hostname or "localhost"
@@ -158,15 +169,15 @@ class Endpoint(requests.adapters.HTTPAdapter):
         if self._url.scheme == "https" and self._context is None:
             self._context = self._tls_context()
         failure = OSError("name has no address")
-        addresses, by = self._resolve(), self.transport.connect_by
+        addresses, by = self._resolve(), self.exchange.connect_by
         for others, (family, _, _, _, target) in zip(range(len(addresses))[::-1], addresses, strict=True):
             sock: _Socket | _TLSSocket = _Socket(family, socket.SOCK_STREAM)
             try:
                 for option in _SOCKET_OPTIONS if family != socket.AF_UNIX else ():
                     sock.setsockopt(*option)
-                if self.transport.narrow:
+                if self.exchange.narrow:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NARROW_BYTES)
-                self.transport.wide = False
+                self.exchange.wide = False
                 sock.settimeout(_seconds_until(by) / (1 + others))
                 sock.connect(target)
                 if self._context is not None:
@@ -177,7 +188,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
                 sock.close()
                 failure = error
             else:
-                sock.transport = self.transport
+                sock.exchange = self.exchange
                 return sock
         raise failure
 
@@ -205,7 +216,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
             threading.Thread(target=_getaddrinfo, args=arguments, name=f"resolve {self._host}", daemon=True).start()
             self._resolution = resolution
         try:
-            return resolution.result(_seconds_until(self.transport.connect_by))
+            return resolution.result(_seconds_until(self.exchange.connect_by))
         finally:
             self._resolution = None if resolution.done() else resolution
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from table_consul import __version__
-from table_consul.endpoint import Endpoint
+from table_consul.endpoint import Endpoint, Exchange
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
 from table_consul.failures import (
     BROKEN,
@@ -77,18 +77,9 @@ class Request(NamedTuple):
     """Whether the answer comes from the servers' data, and must have their index."""
 
 
-class Transport:
+class Transport(Exchange):
     """One conversation with Consul at a time, over kept-alive connections; not for use by two threads at once."""
 
-    connect_by = answer_by = 0.0
-    """By when the current exchange must be over, as moments of time.monotonic()."""
-    connected = False
-    """Whether this exchange opened a connection instead of using one that was kept."""
-    connected_at = 0.0
-    """When the latest connection was opened, a moment of time.monotonic()."""
-    latest_socket: socket.socket | None = None
-    narrow = wide = False
-    """``narrow``: the kernel shall take little of an answer that is not read. ``wide``: it takes more by now."""
     late = False
     """Whether an address took the latest request, and did not begin to answer in time."""
 
@@ -100,7 +91,7 @@ class Transport:
         self._current = 0
         self._prepared = requests.PreparedRequest()
         self._lock = threading.Lock()
-        self._warned = self.waiting = self.interrupted = False
+        self._warned = False
 
     def close(self) -> None:
         """Close all connections; later requests open others, with the TLS files as they are then."""

@@ -10,7 +10,7 @@ from table_consul.ctl.main import UNCUT, duration
 from table_consul.errors import counted, printable
 
 if TYPE_CHECKING:
-    from table_consul.ctl.status import Prefix, Status
+    from table_consul.ctl.state import Prefix, Status
 
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
 NAMES = ("OK", "WARNING", "CRITICAL", "UNKNOWN")

@@ -20,6 +20,7 @@ import msgspec
 from table_consul.config import VALIDATORS, Config, MetricsConfig
 from table_consul.ctl import nagios, smtpdconf
 from table_consul.ctl.main import FAILED, NO, as_json, duration, late_config, load_config, terminal_columns
+from table_consul.ctl.state import Prefix, Status
 from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
@@ -51,48 +52,6 @@ no metrics are configured, so there is nothing to show. Add to {path}:
     listen = "unix:///run/table-consul/{{table}}.sock"
 
 in a folder that smtpd's unprivileged user may write to. Then: smtpctl update table NAME"""
-
-
-class Prefix(msgspec.Struct):
-    """A folder of Consul that a table is read from; None where a value is unknown or does not apply."""
-
-    prefix: str
-    state: str
-    healthy: bool | None
-    index: int | None = None
-    age: float | None = None
-    """Seconds from when Consul confirmed the data until the metrics were taken."""
-    keys: int | None = None
-    refused: int | None = None
-    held: int | None = None
-    """Entries that go on answering although they are deleted in Consul."""
-    held_seconds: float | None = None
-    """For how long, from when the metrics were taken."""
-    hidden: list[str] = []
-    """Services whose folder the token may not read."""
-    last_error: str | None = None
-    last_error_at: float | None = None
-    consul_index: int | None = None
-    ahead: bool | None = None
-    """Whether Consul has changes that the table lacks."""
-    remarks: list[str] = []
-
-
-class Status(msgspec.Struct):
-    """One table; moments in seconds since the epoch. ``healthy`` is None if it is unknown."""
-
-    table: str
-    state: str
-    healthy: bool | None
-    version: str | None = None
-    started: float | None = None
-    place: str | None = None
-    taken: float | None = None
-    """When the metrics were true."""
-    live: bool = False
-    """They come from a socket, not from a file."""
-    remarks: list[str] = []
-    prefixes: list[Prefix] = []
 
 
 _ORDER = (False, None, True).index

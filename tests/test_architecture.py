@@ -49,11 +49,11 @@ NOT_FOR = {
 
 
 @functools.cache
-def imported(module):
-    """Whole names of what the module imports when it runs; what only a type checker reads does not count."""
+def imported(module, *, typed=False):
+    """Whole names of what the module imports when it runs; with ``typed`` also what only a type checker reads."""
 
     def walk(node):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if not typed and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,9 +66,9 @@ def imported(module):
     return {*walk(ast.parse(FILES[module].read_text()))}
 
 
-def modules_imported(module):
+def modules_imported(module, *, typed=False):
     """The modules of this package among them."""
-    found = {name if name in FILES else name.rpartition(".")[0] for name in imported(module)}
+    found = {name if name in FILES else name.rpartition(".")[0] for name in imported(module, typed=typed)}
     return {name for name in found if name in FILES} - {module, "table_consul"}
 
 
@@ -80,7 +80,7 @@ def test_imports_have_no_circle():
         if module in done:
             return
         path.append(module)
-        for other in sorted(modules_imported(module)):
+        for other in sorted(modules_imported(module, typed=True)):
             visit(other)
         path.pop()
         done.add(module)

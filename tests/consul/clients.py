@@ -113,3 +113,13 @@ LIES = {
         SourceError,
     ),
 }
+
+
+class query:  # noqa: N801 - reads like a call
+    """A blocking query that was read to its end."""
+
+    def __init__(self, client, prefix=b"consul/", **options):
+        with client.blocking_query(prefix, **{"timeout": 2, **options}) as response:
+            self.index, self.filtered = response.index, response.filtered
+            self.batches = list(response.pairs())
+        self.pairs = [(pair.key, pair.value) for batch in self.batches for pair in batch]

@@ -7,62 +7,14 @@ import pytest
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.failures import BadRequest
-from table_consul.kv import Pair
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries
 from table_consul.sources.direct import CACHE_SECONDS, REFUSED_KEY_SECONDS, DirectSource
 from table_consul.sources.mirror import Unlisted
+from tests.consul.scripted import ROOT, Client
 
 TABLE = Table("aliases", prefix="mail", mode="direct")
 MIRRORED = Table("aliases", prefix="mail")
-ROOT = b"mail/aliases/alias/root"
-
-
-class Client:
-    """A client whose answers are a script: a value, or an error to raise; each read takes `takes` seconds."""
-
-    address = "http://consul:8500"
-
-    def __init__(self):
-        self.now = 100.0
-        self.takes = 0.0
-        self.store: dict[bytes, bytes | None] = {ROOT: b"gilles"}
-        self.error: Exception | None = None
-        self.errors: dict[bytes, Exception] = {}
-        self.asked = []
-        self.tokens = 0
-        self.hides = False
-        self.closed = False
-
-    def clock(self):
-        return self.now
-
-    def _take(self, what, key, timeout):
-        self.asked.append((what, key, timeout))
-        self.now += min(self.takes, timeout)
-        error = self.errors.get(key, self.error)
-        if error is not None:
-            raise error
-
-    def get(self, key, *, timeout):
-        self._take("get", key, timeout)
-        return Pair(key.decode(), self.store[key], 1) if key in self.store else None
-
-    def visible(self, prefix, *, timeout):
-        self._take("list", prefix, timeout)
-        return [Pair(k.decode(), v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)], self.hides
-
-    def visible_keys(self, prefix, *, timeout):
-        self._take("keys", prefix, timeout)
-        return [key for key in sorted(self.store) if key.startswith(prefix)], self.hides
-
-    def reload(self):
-        self.tokens += 1
-        if self.error is not None:
-            raise self.error
-
-    def close(self):
-        self.closed = True
 
 
 @pytest.fixture

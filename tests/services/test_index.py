@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from copy import copy
 from itertools import product
 from pathlib import Path
@@ -23,7 +22,6 @@ from table_consul.services.index import (
     Networks,
     Regexes,
 )
-from table_consul.services.regex import regcomp
 from tests.services.matchers import MATCHERS, table_mailaddr_match
 
 VECTORS = [
@@ -316,129 +314,6 @@ def test_index_finds_the_lowest_matching_entry(service, entries, key, answer):
 
 # The answers of glibc's regcomp(3) and regexec(3) in the C locale; none of these are among the vectors.
 @pytest.mark.parametrize(
-    ("entry", "matching", "other"),
-    [
-        (b"a**b", b"aab", b"aa"),
-        (b"a+?$", b"aa", None),
-        (b"a{,2}$", b"", None),
-        (b"^a{0}$", b"", b"a"),
-        (b"a}", b"a}", b"a"),
-        (b"a.b", b"a\nb", b"ab"),
-        (b"a$", b"a", b"a\n"),
-        (b"^(|a)$", b"", b"b"),
-        (b"()*a", b"a", b"b"),
-        (b"[]a]$", b"]", b"b"),
-        (b"^[^]a]$", b"b", b"]"),
-        (b"^[a-]$", b"-", b"b"),
-        (b"^[--/]$", b".", b"0"),
-        (b"^[a---]$", b"-", b"b"),
-        (b"^[\\]$", b"\\", b"a"),
-        (b"^[[.-.]x]$", b"-", b"."),
-        (b"^[[=a=]]$", b"a", b"="),
-        (b"^[[:alpha:]-]$", b"-", b":"),
-        (b"^\\w\\W\\s\\S$", b"a-\vb", b"aa b"),
-        (b"\\bfoo\\b", b"a foo b", b"afoo"),
-        (b"o\\Bo", b"foo", b"o o"),
-        (b"\\`a\\'", b"a", b"aa"),
-        (b"\\d", b"d", b"1"),
-        (b"(?i)^[a-c]\\.x$", b"B.X", b"d.x"),
-        (b"(?i)[[:upper:]]", b"a", b"1"),
-        (b"(?i)[[:lower:]]", b"A", b"1"),
-        (b"(?i)\\a|^$", b"", b"a"),
-        (b"^[^\\W\\w]*$", b"[]", b"w"),
-        (b"\xfc", "ü".encode("latin-1"), b"\xdc"),
-        (b"(?i)\xfc", "ü".encode("latin-1"), b"\xdc"),
-    ],
-)
-def test_regex_matches_as_in_glibc(entry, matching, other):
-    assert entry == Regexes([entry]).find(matching)
-    assert other is None or Regexes([entry]).find(other) is None
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        b"(a)\\1",
-        b"\\<a",
-        b"(a",
-        b"[a",
-        b"[[:alpha:",
-        b"[[.a",
-        b"[[:nope:]]",
-        b"[[.ab.]]",
-        b"[b-a]",
-        b"[a-z-9]",
-        b"[a-[:digit:]]",
-        b"*a",
-        b"^*",
-        b"a|*b",
-        b"(?:a)",
-        b"a{",
-        b"a{}",
-        b"a{x}",
-        b"a{2,1}",
-        b"{2}",
-        b"a{1001}",
-        b"a\\",
-        b"((a{500}){500}){500}",
-        b"(" * 500 + b")" * 500 + b"(",
-        b"a" * (MAX_KEY_BYTES + 1),
-    ],
-)
-def test_regex_that_is_rejected_is_a_problem_and_affects_no_other(entry):
-    index = Regexes([entry, b"b$"])
-    assert [entry] == [problem for problem, _ in index.problems]
-    assert index.find(b"a") is None
-    assert index.find(b"b") == b"b$"
-
-
-@pytest.mark.parametrize(
-    ("entry", "hint"),
-    [
-        (b"(a)\\1", "back-reference"),
-        (b"\\<a", "write \\b"),
-        (b"(a", "write \\( for the character"),
-        (b"[a", "write \\[ for the character"),
-        (b"[[.a", "write \\[ for the character"),
-        (b"[[:nope:]]", "such as [:alpha:]"),
-        (b"[[.ab.]]", "write it out"),
-        (b"[b-a]", "write it in order"),
-        (b"[a-z-9]", "put it last, before the ]"),
-        (b"*a", "put a \\ before it"),
-        (b"a{x}", "{n}, {n,} or {n,m}; put a \\ before it"),
-        (b"a{2,1}", "exchange them"),
-        (b"a{1001}", "repeat less"),
-        (b"a\\", "write \\\\ for the character"),
-        (b"((a{500}){500}){500}", "split it into several entries"),
-    ],
-)
-def test_regex_that_is_rejected_comes_with_a_hint(entry, hint):
-    with pytest.raises(EntryError, match=re.escape(hint)):
-        regcomp(entry)
-
-
-def test_regex_escape_of_another_dialect_is_a_problem():
-    ((entry, remedy),) = Regexes([b"^\\d+$", b"\\\\d", b"\\.\\w"]).problems
-    assert entry == b"^\\d+$"
-    assert "[0-9]" in remedy
-
-
-def test_regex_without_google_re2_is_a_problem(monkeypatch):
-    monkeypatch.setitem(sys.modules, "re2", None)
-    index = Regexes([b"a", b"b"])
-    assert index.find(b"a") is None
-    assert [entry for entry, remedy in index.problems if "google-re2" in remedy] == [b"a", b"b"]
-
-
-@pytest.mark.parametrize("memory", [1, 2_000, 20_000])
-def test_regex_set_out_of_memory_is_an_error(memory):
-    index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)], set_bytes=memory)
-    for key in (b"host-1-7.bar", b"host-1-77.bar"):
-        with pytest.raises(EntryError, match="too much memory"):
-            index.find(key)
-
-
-@pytest.mark.parametrize(
     ("service", "entry"),
     [
         ("netaddr", b"example.org"),
@@ -457,11 +332,6 @@ def test_regex_set_out_of_memory_is_an_error(memory):
 def test_index_reports_an_unusable_entry_once(service, entry):
     index = INDEXES[service]([entry, b"local" if service == "netaddr" else b"192.0.2.1"])
     assert [entry] == [problem for problem, _ in index.problems]
-
-
-def test_regexes_in_several_sets_are_distinguished():
-    index = Regexes([b"^x%04d$" % n for n in range(1000)])
-    assert [b"^x%04d$" % n for n in range(1000)] == [index.find(b"x%04d" % n) for n in range(1000)]
 
 
 @pytest.mark.parametrize("service", ["domain", "netaddr", "mailaddr", "addrname"])

@@ -142,7 +142,7 @@ class Client(kv.Client):
         return agent.config.version
 
     def token_problem(self) -> str | None:
-        """Why Consul does not accept the token itself, whatever it may read; None if it does, or has no ACLs."""
+        """Why Consul does not know the token at all; None if it does, or has no ACLs."""
         try:
             self._ask_for("acl/token/self", _Links)
         except Forbidden as error:

@@ -163,7 +163,7 @@ def _lines(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> 
 
 def _remark(element: recipients.Element, homes: dict[bytes, bytes]) -> str:
     if element.kind == "address":
-        return " (another domain: relayed, or as smtpd.conf says)"
+        return " (another domain: the rules of smtpd.conf decide)"
     if element.kind == "user":
         home = homes.get(element.text.lower())
         if home and os.path.lexists(os.path.join(home, b".forward")):

@@ -251,7 +251,7 @@ def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
 def _unquote(match: re.Match[bytes]) -> bytes:
     """An element or a local part as smtpd reads it: without its quotes, unless it is a command (smtpd: to.c).
 
-    Quotes stay around a name with a blank, which is no user: the problem is that name.
+    Quotes stay around a name with a blank: smtpd knows no such user, and lint reports the name.
     """
     text = re.sub(rb"\\(.)", rb"\1", match[1] or b"")
     before, after = match.string[: match.start()].rstrip(), match.string[match.end() :]

@@ -126,7 +126,7 @@ def without_domains(parsed: ParsedFile) -> ParsedFile:
     entries, problems, notes = [], [*parsed.problems], []
     for entry in parsed.entries:
         if entry.key in domains and b"." in entry.key:
-            text = "declares a domain of Postfix's virtual(5), so it is no alias; import it for the service domain"
+            text = "declares a domain (Postfix's virtual(5)), skipped; import it for the service domain"
             notes.append(LineProblem(entry.line, text, entry.key))
         elif _EXPRESSION.fullmatch(entry.key) or (entry.key == b"if" and _EXPRESSION.fullmatch(entry.value)):
             text = "is an expression of Postfix's regexp: or pcre: maps, which aliases of smtpd cannot be"
@@ -160,7 +160,7 @@ def _relay(text: bytes) -> tuple[bytes, bytes]:
     if not colon:
         raise FormatError("has no transport")
     if transport not in _SCHEMES:
-        raise FormatError(f"has the transport {name} of Postfix, which is no relay host; write a rule in smtpd.conf")
+        raise FormatError(f"Postfix's transport {name} names no relay host; write a rule in smtpd.conf")
     if not nexthop:
         raise FormatError("is delivered by MX, which a table of relay hosts cannot express; write a rule in smtpd.conf")
     match = _NEXTHOP.fullmatch(nexthop.removeprefix(b"inet:") if transport == b"lmtp" else nexthop)

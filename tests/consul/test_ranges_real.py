@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from table_consul import kv
 from table_consul.config import ConsulConfig
 from table_consul.services import Table
-from table_consul.sources import ranged, ranges, watch
 from table_consul.sources.watch import MirrorSource
 from tests.consul.real import agent_or_skip, url
-from tests.consul.watch.watching import ask
+from tests.consul.watch.watching import ask, make_ranges_small
 from tests.dialogue import eventually
 
 pytestmark = pytest.mark.real
@@ -28,15 +27,7 @@ numbers = itertools.count()
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(watch, "LEAST_KEYS", 20)
-    monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
-    monkeypatch.setattr(ranges, "RANGE_KEYS", 8)
-    monkeypatch.setattr(ranged, "RANGE_KEYS", 8)
-    monkeypatch.setattr(ranges, "REST_KEYS", 1)
-    monkeypatch.setattr(ranged, "LATE_SECONDS", 0.1)
-    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.2)
-    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
-    monkeypatch.setattr(ranged, "LIST_SHARE", 1.0)
+    make_ranges_small(monkeypatch, 8, late=0.1, soon=0.1)
 
 
 KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(

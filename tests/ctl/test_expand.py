@@ -54,7 +54,7 @@ def test_expand_prints_lookups_as_they_nest_and_the_recipients(expand):
         "          t: vera+news: not found",
         "          t: vera: not found",
         "          u: vera: 1000:1000:/home/vera",
-        "  -> eric@example.com (another domain: relayed, or as smtpd.conf says)",
+        "  -> eric@example.com (another domain: the rules of smtpd.conf decide)",
         "  -> user vera",
         "  -> user VERA",
         "  -> the recipients in /srv/list",

@@ -76,7 +76,7 @@ def test_domains_of_a_virtual_map_are_noted_and_left_out():
 def test_virtual_map_is_imported_with_notes(consul):
     done = importer(consul, "virtuals", "alias", "-", stdin=VIRTUAL)
     assert (done.status, len(entries(consul, "virtuals/alias/"))) == (0, 3), done.said
-    assert done.said.startswith("note: standard input:2: example.org: declares a domain of Postfix's virtual(5)")
+    assert done.said.startswith("note: standard input:2: example.org: declares a domain")
 
 
 @pytest.mark.parametrize("line", [b"/^info@/ gilles", b"!/x$/i gilles", b"if /^example/", b"if !/(a|b)/"])
@@ -117,9 +117,9 @@ def test_transport_is_translated_to_a_relay_host(value, url):
         (b"example.org smtp:mx.example.org", "write [HOST]"),
         (b"example.org smtp:", "by MX"),
         (b"example.org :", "by MX"),
-        (b"example.org local:", "transport local of Postfix"),
-        (b"example.org error:5.1.1 gone", "transport error of Postfix"),
-        (b"example.org slow:[mx]", "transport slow of Postfix"),
+        (b"example.org local:", "Postfix's transport local"),
+        (b"example.org error:5.1.1 gone", "Postfix's transport error"),
+        (b"example.org slow:[mx]", "Postfix's transport slow"),
         (b"example.org lmtp:unix:/run/lmtp", "is not [HOST]"),
         (b"example.org smtp:[a], [b]", "is not [HOST]"),
         (b".example.org smtp:[mx]", "hosts below a domain"),

@@ -12,7 +12,18 @@ from msgspec.structs import replace
 
 from table_consul.errors import Forbidden
 from table_consul.sources import ranged, ranges, watch
-from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, TABLE, ask, becomes, kept, lines, logged
+from tests.consul.watch.watching import (
+    ALIAS,
+    DOMAIN,
+    PREFIX,
+    TABLE,
+    ask,
+    becomes,
+    kept,
+    lines,
+    logged,
+    make_ranges_small,
+)
 from tests.dialogue import eventually
 from tests.fake_consul import VERSIONS
 from tests.fake_consul.messages import Answer
@@ -29,16 +40,8 @@ def version(request):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(watch, "LEAST_KEYS", 20)
+    make_ranges_small(monkeypatch, 6, late=LATE_SECONDS, soon=0.1)
     monkeypatch.setattr(watch, "JITTER_SECONDS", 0.0)
-    monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
-    monkeypatch.setattr(ranges, "RANGE_KEYS", 6)
-    monkeypatch.setattr(ranges, "REST_KEYS", 1)
-    monkeypatch.setattr(ranged, "RANGE_KEYS", 6)
-    monkeypatch.setattr(ranged, "LATE_SECONDS", LATE_SECONDS)
-    monkeypatch.setattr(ranged, "LIST_SECONDS", 0.5)
-    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", 0.1)
-    monkeypatch.setattr(ranged, "LIST_SHARE", 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import time
 
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES, Table
+from table_consul.sources import ranged, ranges, watch
 from tests.dialogue import eventually
 
 TABLE = Table("aliases", prefix="mail", services=("alias", "domain"), deadline=0.5)
@@ -82,3 +83,16 @@ def keep(path, entries, mode=0o600):
 
 
 WHOLE = {"mail/aliases/alias/root": b"gilles", "mail/aliases/alias/": b"", "mail/aliases/domain/": b""}
+
+
+def make_ranges_small(monkeypatch, size, late, soon):
+    """Have tables of 20 keys watched in ranges of so many; ``late`` and ``soon``: when names are listed, in seconds."""
+    monkeypatch.setattr(watch, "LEAST_KEYS", 20)
+    monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
+    monkeypatch.setattr(ranges, "RANGE_KEYS", size)
+    monkeypatch.setattr(ranged, "RANGE_KEYS", size)
+    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranged, "LATE_SECONDS", late)
+    monkeypatch.setattr(ranged, "LIST_SECONDS", 2 * soon)
+    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", soon)
+    monkeypatch.setattr(ranged, "LIST_SHARE", 1.0)

@@ -123,9 +123,6 @@ class Queries:
         self._by_prefix: dict[bytes, Query] = {}
         self._since = time.monotonic()
 
-    def __len__(self) -> int:
-        return len(self._by_prefix)
-
     def watch(self, prefix: bytes, index: int) -> Query:
         """The query for this prefix, a new one if there is none, for what comes after the index."""
         query = self._by_prefix.get(prefix)

@@ -221,7 +221,7 @@ def waits_cut(scene):
     proxy = scene.proxy
     with scene.writer.pausing():
         proxy.bad.set()
-        wait_for(lambda: proxy.harm, 2 * CUT_SECONDS, lambda: f"no wait of {CUT_SECONDS} s: {proxy.requests[-3:]}")
+        wait_for(lambda: proxy.harm, 3 * CUT_SECONDS, lambda: f"no wait of {CUT_SECONDS} s: {proxy.requests[-3:]}")
 
         def later() -> list[str]:
             """What was asked after a wait for the same was cut."""

@@ -73,6 +73,8 @@ class Query(threading.Thread):
         self.due: float | None = 0.0
         """When to ask; None while it waits for an answer."""
         self.asked = self.wait = 0.0
+        self.answered = 0.0
+        """When the latest question was asked whose answer was taken."""
         self.outdated = False
         """It waits for an answer that proves nothing any more."""
         self.reload = False
@@ -209,7 +211,7 @@ class Ranges:
         self._deletions: list[tuple[int, int]] = []
         """The same: after the first and up to the second something was deleted; Consul shows the latest alone."""
         self._unexplained: dict[int, float] = {}
-        """Those that the completeness query showed and no range has, and by when one must have."""
+        """Those that the completeness query showed and no range has, and since when."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
         self._list_after = 0.0
@@ -232,13 +234,14 @@ class Ranges:
                 if each.due is not None and each.due <= now:
                     self._ask(each)
             if self._answers.empty():
-                late = [index for index, by in self._unexplained.items() if by <= now]
+                late = [index for index, since in self._unexplained.items() if self._late_at(since) <= now]
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
                     if not self._unexplained.keys().isdisjoint(late):
                         raise Unsettled("something changed that no range shows")
                     publish(confirmed=not self._unexplained)
-            moments = [self.until, self._list_at, *self._unexplained.values(), *(each.due for each in self._watched)]
+            late_at = map(self._late_at, self._unexplained.values())
+            moments = [self.until, self._list_at, *late_at, *(each.due for each in self._watched)]
             first = min((each for each in moments if each is not None), default=math.inf)
             try:
                 answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), STEP_SECONDS))
@@ -295,18 +298,25 @@ class Ranges:
             self._deletions = [each for each in self._deletions if each[1] >= self._shown]
             self._read_changed(self._rest)
             if not self._is_explained(self._shown):
-                self._unexplained[self._shown] = time.monotonic() + LATE_SECONDS
+                self._unexplained[self._shown] = time.monotonic()
         elif changed and (parts := self._ranges[query].parts):
             found = self._read_changed(parts)
             if not found and not self._is_explained(response.index):
                 self._find_new_keys(query.prefix)
-        ended = time.monotonic()
+        ended, query.answered = time.monotonic(), query.asked
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
         )
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
+
+    def _late_at(self, since: float) -> float:
+        """When a change that was shown then is in no range, unless one shows it before: each has answered, or hangs."""
+        asked = [each for each in self._ranges if each.answered < since]
+        return max(
+            (max(since, each.asked) + LATE_SECONDS if each.due is None else math.inf for each in asked), default=since
+        )
 
     def _is_explained(self, index: int) -> bool:
         return index in self._explained or any(since < index <= until for since, until in self._deletions)
@@ -371,7 +381,7 @@ class Ranges:
         self._explained |= {response.index, *changes}
         if lost:
             self._deletions.append((since, response.index))
-        self._unexplained = {each: by for each, by in self._unexplained.items() if not self._is_explained(each)}
+        self._unexplained = {each: at for each, at in self._unexplained.items() if not self._is_explained(each)}
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
         self._list_at = at if self._list_at is None else min(at, self._list_at)

@@ -174,18 +174,11 @@ def test_twine_finds_nothing_wrong(dist):
     assert done.stdout.count("PASSED") == 2
 
 
-def test_the_version_stands_in_one_place(tree, wheel):
-    found = [
-        str(path.relative_to(tree))
-        for path in tree.rglob("*")
-        if path.is_file()
-        and path.suffix != ".hex"
-        and path.name != "changelog"
-        and __version__ in path.read_text(errors="replace")
-    ]
-    assert found == ["table_consul/__init__.py"]
+def test_the_version_is_that_of_the_wheel_and_of_the_changelog(wheel):
     metadata = message_from_bytes(wheel.read(f"table_consul-{__version__}.dist-info/METADATA"))
     assert metadata["Version"] == __version__
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert re.search(r"^## (\S+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
 
 
 def test_every_dependency_is_bounded_and_says_why():

@@ -1,9 +1,9 @@
-# A mail server whose tables stand in Consul: OpenSMTPD with table-consul, table-procexec and table-consulctl.
+# A mail server with its tables in Consul: OpenSMTPD with table-consul, table-procexec and table-consulctl.
 #
 #     docker build -t table-consul .
 #
-# Where Debian is reached through a mirror or a proxy, configure apt with --secret id=apt.conf,src=FILE, which is in no
-# layer. Files that it names can be secrets, too: id=apt.sources and id=ca-certificates are in /run/secrets.
+# To reach Debian through a mirror or a proxy, configure apt with --secret id=apt.conf,src=FILE, which no layer contains.
+# Files that it names can be secrets too: id=apt.sources and id=ca-certificates are in /run/secrets.
 
 # Debian's stable release; its OpenSMTPD is 7.6. For 7.9: --build-arg BASE=docker.io/library/debian:forky-slim
 # --build-arg OPENSMTPD='7.9.*'
@@ -22,11 +22,11 @@ RUN dpkg-buildpackage --build=binary --no-sign --ignore-builtin-builddeps \
 
 FROM ${BASE}
 ARG BASE
-# The release is ours to choose, security updates to it are Debian's.
+# The release is pinned; Debian's security updates to it are not.
 ARG OPENSMTPD=7.6.0p1-*
-# More packages of Debian's, such as opensmtpd-filter-rspamd; python3-crypt-r and python3-argon2 for the service auth.
+# More Debian packages, such as opensmtpd-filter-rspamd; python3-crypt-r and python3-argon2 for the service auth.
 ARG PACKAGES=
-# Volumes outlive images: the ids of those who own what is in them stay the same.
+# Volumes outlive images, so the ids of the owners of their files must not change.
 RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
     --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
     --mount=type=bind,from=build,source=/package,target=/run/package \
@@ -52,14 +52,14 @@ COPY --chmod=0644 contrib/container/smtpd.conf contrib/container/table-consul.to
 
 ARG VERSION=
 LABEL org.opencontainers.image.title="table-consul" \
-    org.opencontainers.image.description="OpenSMTPD whose tables stand in Consul's key-value store" \
+    org.opencontainers.image.description="OpenSMTPD with its tables in Consul's key-value store" \
     org.opencontainers.image.licenses="ISC" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.base.name="${BASE}"
 EXPOSE 25
-# The queue, the mail that was delivered, and the copies of the tables that outlast an outage of Consul.
+# The queue, delivered mail, and the on-disk snapshots.
 VOLUME ["/var/spool/smtpd", "/var/vmail", "/var/lib/table-consul"]
-# smtpd has to start as root: it takes port 25, and becomes the users who own what it does by itself.
+# smtpd must start as root: it binds port 25 and switches to the users of its processes and deliveries.
 USER root
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15s --retries=3 CMD ["/usr/local/sbin/healthcheck"]

@@ -304,7 +304,7 @@ def test_it_says_that_it_wants_to_start_as_root(container):
     mail = container(user="vmail")
     mail.start()
     assert mail.wait() == 1
-    assert "smtpd has to start as root" in mail.log
+    assert "smtpd must start as root" in mail.log
 
 
 def test_commands_are_run_in_place_of_smtpd_and_options_are_given_to_it(container):

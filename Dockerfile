@@ -17,7 +17,9 @@ RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444
         debhelper dh-python pybuild-plugin-pyproject python3-all python3-click python3-hatchling python3-msgspec
 WORKDIR /build/table-consul
 COPY . .
-RUN dpkg-buildpackage --build=binary --no-sign --ignore-builtin-builddeps \
+# Files keep their dates in the package, and Python's compiled files contain them.
+RUN find . -exec touch --no-dereference --date="$(dpkg-parsechangelog --show-field Date)" {} + \
+    && dpkg-buildpackage --build=binary --no-sign --ignore-builtin-builddeps \
     && mkdir /package && mv ../table-consul_*_all.deb /package/table-consul.deb
 
 FROM ${BASE}
@@ -26,7 +28,8 @@ ARG BASE
 ARG OPENSMTPD=7.6.0p1-*
 # More Debian packages, such as opensmtpd-filter-rspamd; python3-crypt-r and python3-argon2 for the service auth.
 ARG PACKAGES=
-# Volumes outlive images, so the ids of the owners of their files must not change.
+# Volumes outlive images, so the ids of the owners of their files must not change. The dates of passwords in shadow(5) are
+# removed, because each day would give another image.
 RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
     --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
     --mount=type=bind,from=build,source=/package,target=/run/package \
@@ -41,8 +44,9 @@ RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444
     && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
         "opensmtpd=$OPENSMTPD" /run/package/table-consul.deb python3-prometheus-client python3-re2 $PACKAGES \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/lib/dpkg/*-old /var/log/apt \
-        /var/log/*.log /etc/aliases /usr/lib/python3.*/pydoc_data /usr/lib/python3.*/test \
-        /usr/share/bash-completion /usr/share/info /usr/share/lintian \
+        /var/log/*.log /var/cache/ldconfig/aux-cache /etc/aliases /etc/group- /etc/gshadow- /etc/passwd- \
+        /etc/shadow- /usr/lib/python3.*/pydoc_data /usr/lib/python3.*/test /usr/share/bash-completion /usr/share/info /usr/share/lintian \
+    && sed -i 's/^\([^:]*:[^:]*\):[0-9]*:/\1::/' /etc/shadow \
     && ln -sf mail/smtpd.conf /etc/smtpd.conf \
     && ln -sf ../run/mailname /etc/mailname \
     && install -d -m 0711 /var/spool/smtpd \

@@ -1,6 +1,6 @@
 # Targets for development, and `make install`; `make help` lists them.
 .POSIX:
-.PHONY: help demo test quick lint cover chaos bench dist deb release install install-files uninstall clean venv
+.PHONY: help demo test quick lint cover chaos bench dist deb image release install install-files uninstall clean venv
 
 PYTHON = python3
 VENV = .venv
@@ -81,9 +81,14 @@ deb: $(VENV)/.stamp ## build the Debian package in dist/, in a clean root of Deb
 	mkdir -p dist
 	$(BIN)/python -m tests.rig.deb dist
 
-release: dist ## sdist, wheel, Debian package and their checksums in dist/, the same bytes wherever they are built
+image: $(VENV)/.stamp ## build the container image as an OCI archive in dist/ (as root, needs buildah)
+	mkdir -p dist
+	$(BIN)/python -m tests.rig.image dist
+
+release: dist ## build sdist, wheel, Debian package, image and their checksums in dist/, reproducibly
 	$(MAKE) deb
-	cd dist && sha256sum *.tar.gz *.whl *.deb >SHA256SUMS
+	$(MAKE) image
+	cd dist && sha256sum *.tar* *.whl *.deb >SHA256SUMS
 
 dist: $(VENV)/.stamp ## build the sdist and the wheel in dist/, reproducibly
 	rm -rf dist

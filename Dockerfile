@@ -2,8 +2,8 @@
 #
 #     docker build -t table-consul .
 #
-# To reach Debian through a mirror or a proxy, configure apt with --secret id=apt.conf,src=FILE, which no layer contains.
-# Files that it names can be secrets too: id=apt.sources and id=ca-certificates are in /run/secrets.
+# To reach Debian through a mirror or a proxy, configure apt with --secret id=apt.conf,src=FILE, which no layer
+# contains. Files that it names can be secrets too: id=apt.sources and id=ca-certificates are in /run/secrets.
 
 # Debian's stable release; its OpenSMTPD is 7.6. For 7.9: --build-arg BASE=docker.io/library/debian:forky-slim
 # --build-arg OPENSMTPD='7.9.*'
@@ -28,8 +28,8 @@ ARG BASE
 ARG OPENSMTPD=7.6.0p1-*
 # More Debian packages, such as opensmtpd-filter-rspamd; python3-crypt-r and python3-argon2 for the service auth.
 ARG PACKAGES=
-# Volumes outlive images, so the ids of the owners of their files must not change. The dates of passwords in shadow(5) are
-# removed, because each day would give another image.
+# Volumes outlive images, so the ids of the owners of their files must not change. Without the dates in shadow(5) the
+# same packages give the same image on any day.
 RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444 \
     --mount=type=secret,id=apt.sources,mode=0444 --mount=type=secret,id=ca-certificates,mode=0444 \
     --mount=type=bind,from=build,source=/package,target=/run/package \
@@ -45,7 +45,8 @@ RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99build,mode=0444
         "opensmtpd=$OPENSMTPD" /run/package/table-consul.deb python3-prometheus-client python3-re2 $PACKAGES \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/lib/dpkg/*-old /var/log/apt \
         /var/log/*.log /var/cache/ldconfig/aux-cache /etc/aliases /etc/group- /etc/gshadow- /etc/passwd- \
-        /etc/shadow- /usr/lib/python3.*/pydoc_data /usr/lib/python3.*/test /usr/share/bash-completion /usr/share/info /usr/share/lintian \
+        /etc/shadow- /usr/lib/python3.*/pydoc_data /usr/lib/python3.*/test /usr/share/bash-completion \
+        /usr/share/info /usr/share/lintian \
     && sed -i 's/^\([^:]*:[^:]*\):[0-9]*:/\1::/' /etc/shadow \
     && ln -sf mail/smtpd.conf /etc/smtpd.conf \
     && ln -sf ../run/mailname /etc/mailname \

@@ -6,7 +6,7 @@ PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-# The folder where smtpd looks for its tables: /usr/libexec/opensmtpd on Debian; OpenBSD /usr/local/libexec/smtpd, FreeBSD
+# The folder where smtpd looks for its tables: Debian /usr/libexec/opensmtpd, OpenBSD /usr/local/libexec/smtpd, FreeBSD
 # /usr/local/libexec/opensmtpd, Alpine /usr/lib/opensmtpd. Manual pages of OpenBSD are in /usr/local/man.
 PREFIX = /usr/local
 LIBEXECDIR = /usr/libexec/opensmtpd
@@ -25,7 +25,7 @@ WHEELS =
 WORKERS = auto
 PARALLEL = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# DESTDIR, for packages, prefixes each path that is written to, but appears in no file. APPDIR contains the package itself.
+# DESTDIR, for packages, prefixes each path that is written to, but appears in no file. APPDIR contains the package.
 APP = $(DESTDIR)$(APPDIR)
 LIBEXEC = $(DESTDIR)$(LIBEXECDIR)
 SBIN = $(DESTDIR)$(SBINDIR)
@@ -97,7 +97,7 @@ dist: $(VENV)/.stamp ## build the sdist and the wheel in dist/, reproducibly
 
 # The new package is built beside the old one and then replaces it. Restart smtpd afterwards: a running table imports
 # parts of the package when it first needs them.
-install: ## install the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
+install: ## install the programs, pages and examples (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
 	rm -rf '$(APP).new' '$(APP).old'
 	umask 022 && mkdir -p '$(APP).new' && \
 	    $(PYTHON) -I contrib/install/dependencies.py '$(APP).new' '$(EXTRAS)' '$(WHEELS)' && \

@@ -4,8 +4,9 @@
 #   consul acl token create -description mail1 -policy-name table-consul
 #
 # One block for each table line of smtpd.conf; the table's name is the folder. With prefix = "mail" in the configuration
-# the folders are mail/aliases/ and so on, and one block for mail/ suffices. `table-consulctl policy TABLE...` prints this
-# file for your configuration. Keep the final slash: without it a token for "users" also reads "users-of-another-system/".
+# the folders are mail/aliases/ and so on, and one block for mail/ suffices. `table-consulctl policy TABLE...` prints
+# this file for your configuration. Keep the final slash: without it a token for "users" also reads
+# "users-of-another-system/".
 
 key_prefix "aliases/" {
   policy = "read"

@@ -14,8 +14,8 @@ terraform {
 provider "consul" {}
 
 # A folder that only Terraform writes: the next apply removes all other keys, and `terraform destroy` empties it, which
-# makes mail for these domains bounce (20 or more: after hold_deletions). The folder must be empty at the first apply, or
-# be imported: terraform import consul_key_prefix.domains domains/domain/
+# makes mail for these domains bounce (20 or more: after hold_deletions). The folder must be empty at the first apply,
+# or be imported: terraform import consul_key_prefix.domains domains/domain/
 resource "consul_key_prefix" "domains" {
   path_prefix = "domains/domain/"
 

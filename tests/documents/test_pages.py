@@ -199,7 +199,7 @@ def table(tmp_path_factory):
         fake.stop()
         with Child(str(path)) as child:
             child.handshake()
-            logged(child, " ago from ")
+            logged(child, f"{folder}/aliases.json")
             child.end()
     return SimpleNamespace(status=shown, textfile=textfile, log="".join(log))
 

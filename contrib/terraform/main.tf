@@ -15,9 +15,9 @@ provider "consul" {}
 
 # A whole folder that is Terraform's alone: keys put into it by hand are removed at the next apply, and `terraform
 # destroy` empties it, which makes mail for these domains bounce (of 20 or more, after hold_deletions). It must be empty when this is first applied, or be
-# imported: terraform import consul_key_prefix.domains domains/domain/
+# imported: terraform import consul_key_prefix.domains mail/domain/
 resource "consul_key_prefix" "domains" {
-  path_prefix = "domains/domain/"
+  path_prefix = "mail/domain/"
 
   subkeys = {
     "example.org"   = ""
@@ -29,19 +29,19 @@ resource "consul_key_prefix" "domains" {
 # other keys are left alone. With delete = true a key goes when it leaves this file.
 resource "consul_keys" "aliases" {
   key {
-    path   = "aliases/alias/postmaster"
+    path   = "mail/alias/postmaster"
     value  = "root"
     delete = true
   }
 
   key {
-    path   = "aliases/alias/root"
+    path   = "mail/alias/root"
     value  = "gilles, eric@example.org"
     delete = true
   }
 }
 
-# One record of a user as JSON, for `users/credentials/` and, with paths, for `userinfo` as well. The hash comes from
+# One record of a user as JSON, for `mail/credentials/` and, with paths, for `userinfo` as well. The hash comes from
 # `smtpctl encrypt`; it lies in Terraform's state, so keep that where passwords may be.
 variable "gilles_hash" {
   type      = string
@@ -50,7 +50,7 @@ variable "gilles_hash" {
 
 resource "consul_keys" "users" {
   key {
-    path   = "users/credentials/gilles"
+    path   = "mail/credentials/gilles"
     value  = jsonencode({ password = var.gilles_hash, uid = 1000, gid = 1000, home = "/home/gilles" })
     delete = true
   }

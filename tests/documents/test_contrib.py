@@ -22,9 +22,7 @@ from tests.documents.document import CONTRIB, smtpd_check
 def test_smtpd_accepts_the_example(release, through):
     text = (CONTRIB / "smtpd.conf.example").read_text()
     if through == "procexec":
-        text = text.replace("table mail     consul", "#", 1).replace(
-            "#table mail procexec:", "table mail procexec:"
-        )
+        text = text.replace("table mail     consul", "#", 1).replace("#table mail procexec:", "table mail procexec:")
         assert "\ntable mail procexec:/" in text
     assert smtpd_check(release, text) == "configuration OK\n"
 

@@ -3,7 +3,7 @@
 #   consul acl policy create -name helpdesk -rules @helpdesk.hcl
 #   consul acl token create -description "help desk" -policy-name helpdesk
 
-key_prefix "aliases/alias/" {
+key_prefix "mail/alias/" {
   policy = "write"
 }
 
@@ -12,6 +12,6 @@ key_prefix "virtuals/alias/" {
 }
 
 # Read-only, to see the domains.
-key_prefix "domains/domain/" {
+key_prefix "mail/domain/" {
   policy = "read"
 }

@@ -15,9 +15,9 @@ provider "consul" {}
 
 # A folder that only Terraform writes: the next apply removes all other keys, and `terraform destroy` empties it, which
 # makes mail for these domains bounce (20 or more: after hold_deletions). The folder must be empty at the first apply,
-# or be imported: terraform import consul_key_prefix.domains domains/domain/
+# or be imported: terraform import consul_key_prefix.domains mail/domain/
 resource "consul_key_prefix" "domains" {
-  path_prefix = "domains/domain/"
+  path_prefix = "mail/domain/"
 
   subkeys = {
     "example.org"   = ""
@@ -29,19 +29,19 @@ resource "consul_key_prefix" "domains" {
 # other keys alone. With delete = true, a key that is removed from this file is deleted.
 resource "consul_keys" "aliases" {
   key {
-    path   = "aliases/alias/postmaster"
+    path   = "mail/alias/postmaster"
     value  = "root"
     delete = true
   }
 
   key {
-    path   = "aliases/alias/root"
+    path   = "mail/alias/root"
     value  = "gilles, eric@example.org"
     delete = true
   }
 }
 
-# One record of a user as JSON, for `users/credentials/` and, with paths, also for `userinfo`. `smtpctl encrypt` prints
+# One record of a user as JSON, for `mail/credentials/` and, with paths, also for `userinfo`. `smtpctl encrypt` prints
 # the hash. Terraform's state contains it: protect the state like passwords.
 variable "gilles_hash" {
   type      = string
@@ -50,7 +50,7 @@ variable "gilles_hash" {
 
 resource "consul_keys" "users" {
   key {
-    path   = "users/credentials/gilles"
+    path   = "mail/credentials/gilles"
     value  = jsonencode({ password = var.gilles_hash, uid = 1000, gid = 1000, home = "/home/gilles" })
     delete = true
   }

@@ -226,4 +226,4 @@ if __name__ == "__main__":
     try:
         print(archive(built(), Path(sys.argv[1]), _release_date()))
     except cache.Unavailable as error:
-        print(f"no image: {error}")
+        print(f"the image is not built: {error}")

@@ -172,7 +172,7 @@ def archive(image: Image, into: Path, seconds: int) -> Path:
     created = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
-        for path in sorted(image.files.rglob("*")):
+        for path in sorted(set(image.files.rglob("*")) - {image.files / "etc/hostname"}):  # mmdebstrap's, of this host
             member = tar.gettarinfo(path, str(path.relative_to(image.files)))
             member.uname = member.gname = ""
             member.mtime = seconds if path.suffix != ".py" else int(member.mtime)

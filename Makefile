@@ -1,12 +1,12 @@
-# Targets for whoever works on table-consul, and for `make install`; `make help` lists them.
+# Targets for development, and `make install`; `make help` lists them.
 .POSIX:
-.PHONY: help demo test quick lint cover chaos bench dist deb release install install-files uninstall clean venv
+.PHONY: help demo test quick lint cover chaos bench dist deb image release install install-files uninstall clean venv
 
 PYTHON = python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-# Where smtpd looks for its tables: /usr/libexec/opensmtpd on Debian; OpenBSD /usr/local/libexec/smtpd, FreeBSD
+# The folder where smtpd looks for its tables: Debian /usr/libexec/opensmtpd, OpenBSD /usr/local/libexec/smtpd, FreeBSD
 # /usr/local/libexec/opensmtpd, Alpine /usr/lib/opensmtpd. Manual pages of OpenBSD are in /usr/local/man.
 PREFIX = /usr/local
 LIBEXECDIR = /usr/libexec/opensmtpd
@@ -18,14 +18,14 @@ BASHDIR = $(PREFIX)/share/bash-completion/completions
 ZSHDIR = $(PREFIX)/share/zsh/site-functions
 FISHDIR = $(PREFIX)/share/fish/vendor_completions.d
 EXTRAS = metrics
-# A folder of wheels to install from, where there is no network.
+# A folder of wheels to install from, without a network.
 WHEELS =
 
-# A worker for each processor, up to four; WORKERS=0 runs one test after the other and prints each result immediately.
+# One worker for each processor, up to four; WORKERS=0 runs one test after the other and prints each result immediately.
 WORKERS = auto
 PARALLEL = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# DESTDIR, for packages, goes before each path that is written to, and into no file. APPDIR holds the package itself.
+# DESTDIR, for packages, prefixes each path that is written to, but appears in no file. APPDIR contains the package.
 APP = $(DESTDIR)$(APPDIR)
 LIBEXEC = $(DESTDIR)$(LIBEXECDIR)
 SBIN = $(DESTDIR)$(SBINDIR)
@@ -35,12 +35,13 @@ BASHCOMP = $(DESTDIR)$(BASHDIR)
 ZSHCOMP = $(DESTDIR)$(ZSHDIR)
 FISHCOMP = $(DESTDIR)$(FISHDIR)
 
-help: ## what can be made
+help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 venv:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -q -y python3-venv; } || { echo 'needs python3-venv: apt-get install python3-venv'; exit 1; }
+	    DEBIAN_FRONTEND=noninteractive apt-get install -q -y python3-venv; } || \
+	    { echo 'python3-venv is missing: apt-get install python3-venv'; exit 1; }
 
 $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
 	@$(MAKE) venv
@@ -48,50 +49,55 @@ $(VENV)/.stamp: pyproject.toml table_consul/__init__.py
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[metrics,regex]' --group dev
 	@$(BIN)/python -m pip install --quiet --editable '.[auth]' >$(VENV)/auth.log 2>&1 || \
-	    echo 'without what the service auth needs, which takes a C compiler here: see $(VENV)/auth.log'
+	    echo 'the service auth is missing: crypt-r needs a C compiler (see $(VENV)/auth.log)'
 	touch $@
 
-demo: $(VENV)/.stamp ## mail to root follows a key in Consul, before your eyes
+demo: $(VENV)/.stamp ## show mail to root follow a key in Consul
 	$(BIN)/python -m tests.rig.demo
 
-test: $(VENV)/.stamp ## all tests, with a real Consul and real OpenSMTPDs where that is possible
+test: $(VENV)/.stamp ## run all tests, with a real Consul and real OpenSMTPDs if possible
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-quick: $(VENV)/.stamp ## the tests that take neither root nor network nor long: a minute
+quick: $(VENV)/.stamp ## run the tests that need neither root nor network: a minute
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not real and not slow' $(ARGS)
 
-lint: $(VENV)/.stamp ## ruff and mypy --strict
+lint: $(VENV)/.stamp ## run ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-cover: $(VENV)/.stamp ## the tests that need no root, with branch coverage
+cover: $(VENV)/.stamp ## run the tests that need no root, with branch coverage
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not real' --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-chaos: $(VENV)/.stamp ## the long version of tests/chaos: a cluster of three that loses its members
+chaos: $(VENV)/.stamp ## run the long version of tests/chaos: a cluster of three that loses its members
 	TABLE_CONSUL_CHAOS=long $(BIN)/python -m pytest -s tests/chaos $(ARGS)
 
-bench: $(VENV)/.stamp ## speed and memory, as ratios to reference children
+bench: $(VENV)/.stamp ## measure speed and memory, as ratios to reference child processes
 	$(PYTHON) -m venv --clear bench/build/venv
 	bench/build/venv/bin/python -m pip install --quiet '.[regex]'
 	$(BIN)/python -m bench.bench --program bench/build/venv/bin/table-consul $(ARGS)
 
-deb: $(VENV)/.stamp ## the Debian package in dist/, built in a clean root of Debian 13 (as root, needs mmdebstrap)
+deb: $(VENV)/.stamp ## build the Debian package in dist/, in a clean root of Debian 13 (as root, needs mmdebstrap)
 	mkdir -p dist
 	$(BIN)/python -m tests.rig.deb dist
 
-release: dist ## sdist, wheel, Debian package and their checksums in dist/, the same bytes wherever they are built
-	$(MAKE) deb
-	cd dist && sha256sum *.tar.gz *.whl *.deb >SHA256SUMS
+image: $(VENV)/.stamp ## build the container image as an OCI archive in dist/ (as root, needs buildah)
+	mkdir -p dist
+	$(BIN)/python -m tests.rig.image dist
 
-dist: $(VENV)/.stamp ## the sdist and the wheel, the same bytes wherever they are built
+release: dist ## build sdist, wheel, Debian package, image and their checksums in dist/, reproducibly
+	$(MAKE) deb
+	$(MAKE) image
+	cd dist && sha256sum *.tar* *.whl *.deb >SHA256SUMS
+
+dist: $(VENV)/.stamp ## build the sdist and the wheel in dist/, reproducibly
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation .
 	$(BIN)/twine check --strict dist/*
 
-# The package is made beside the former one and takes its place when it is whole. Restart smtpd afterwards: what runs
-# imports parts of the package only when it needs them.
-install: ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
+# The new package is built beside the old one and then replaces it. Restart smtpd afterwards: a running table imports
+# parts of the package when it first needs them.
+install: ## install the programs, pages and examples (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
 	rm -rf '$(APP).new' '$(APP).old'
 	umask 022 && mkdir -p '$(APP).new' && \
 	    $(PYTHON) -I contrib/install/dependencies.py '$(APP).new' '$(EXTRAS)' '$(WHEELS)' && \
@@ -105,7 +111,7 @@ install: ## the programs where smtpd looks for them (DESTDIR, PREFIX, LIBEXECDIR
 	@$(MAKE) install-files
 	@echo 'Installed. Restart smtpd if it runs table-consul already.'
 
-# All but the package. For packages of other systems: APPDIR= if Python finds table_consul without help.
+# Everything but the Python package. For packages of other systems: APPDIR= if Python finds table_consul without it.
 install-files:
 	umask 022 && mkdir -p '$(LIBEXEC)' '$(SBIN)' '$(MAN)/man5' '$(MAN)/man8'
 	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && umask 022 && appdir='$(APPDIR)' && \
@@ -132,12 +138,12 @@ install-files:
 	    cp -R contrib/*.example contrib/*.py contrib/grafana contrib/policies contrib/prometheus contrib/terraform \
 	        '$(EXAMPLES)' && chmod -R u=rwX,go=rX '$(EXAMPLES)'
 
-uninstall: ## remove what install installed, told the same folders; configuration and data stay
+uninstall: ## remove what install installed (with the same variables), but no configuration or data
 	rm -rf '$(APP)' '$(APP).new' '$(APP).old'
 	rm -f '$(LIBEXEC)/table-consul' '$(LIBEXEC)/table-procexec' '$(SBIN)/table-consulctl'
 	for page in man/*.[58]; do rm -f "$(MAN)/man$${page##*.}/$${page#man/}"; done
 	rm -f '$(BASHCOMP)/table-consulctl' '$(ZSHCOMP)/_table-consulctl' '$(FISHCOMP)/table-consulctl.fish'
 	rm -rf '$(EXAMPLES)'
 
-clean: ## remove what the other targets made
+clean: ## remove the files of the other targets
 	rm -rf $(VENV) dist build bench/build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Lines out of LDIF on standard input, for `table-consulctl import`.
+"""Convert LDIF on standard input into lines for `table-consulctl import`.
 
     ldapsearch -LLL ... uid userPassword | ldif-to-lines.py '{uid} {userPassword}'
 
-One line for each value of the attribute named first; of the others several values become one list. An entry that lacks
-one of them is passed over, and told.
+Each value of the first attribute gets one line; several values of another attribute become one list. An entry that
+lacks an attribute is skipped and reported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def entries(text: str) -> Iterator[dict[str, list[str]]]:
-    """Each entry: its values by the name of the attribute in lower case."""
+    """Yield each entry: its values by attribute name in lower case."""
     for block in re.split(r"(?:\r?\n){2,}", re.sub(r"\r?\n ", "", text)):
         entry: dict[str, list[str]] = {}
         for name, coded, value in re.findall(r"^([\w;-]+):(:?) *(.*?)\r?$", block, re.MULTILINE):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A table that holds one address: how to write a table of your own."""
+"""A table with one address: an example for a table of your own."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from table_consul import __version__
-from tests.rig import package
+from tests.rig import image, package
 from tests.rig.package import CHECKOUT
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
@@ -174,18 +175,29 @@ def test_twine_finds_nothing_wrong(dist):
     assert done.stdout.count("PASSED") == 2
 
 
-def test_the_version_stands_in_one_place(tree, wheel):
-    found = [
-        str(path.relative_to(tree))
-        for path in tree.rglob("*")
-        if path.is_file()
-        and path.suffix != ".hex"
-        and path.name != "changelog"
-        and __version__ in path.read_text(errors="replace")
-    ]
-    assert found == ["table_consul/__init__.py"]
+def test_the_image_archive_has_the_same_bytes_from_files_of_any_date(tmp_path):
+    config = {"User": "root", "Labels": {"org.opencontainers.image.base.name": "debian"}}
+    archives = []
+    for name, date in (("first", 981173106), ("second", 1600000000)):
+        files = tmp_path / name / "files"
+        (files / "usr").mkdir(parents=True)
+        (files / "usr/program").write_text("#!/bin/sh\n")
+        (files / "bin").symlink_to("usr")
+        os.utime(files / "usr/program", (date, date))
+        archives.append(image.archive(image.Image(files, config), tmp_path / name, 1700000000))
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    with tarfile.open(archives[0]) as archive:
+        read = {member.name: archive.extractfile(member).read() for member in archive}
+    assert {"oci-layout", "index.json"} < {*read}
+    digests = {name.rpartition("/")[2]: hashlib.sha256(content).hexdigest() for name, content in read.items()}
+    assert {name: digest for name, digest in digests.items() if len(name) == 64 and name != digest} == {}
+
+
+def test_the_version_is_that_of_the_wheel_and_of_the_changelog(wheel):
     metadata = message_from_bytes(wheel.read(f"table_consul-{__version__}.dist-info/METADATA"))
     assert metadata["Version"] == __version__
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert re.search(r"^## (\S+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
 
 
 def test_every_dependency_is_bounded_and_says_why():

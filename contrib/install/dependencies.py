@@ -1,6 +1,6 @@
-"""Installs what table-consul needs and this Python lacks: dependencies.py FOLDER EXTRAS WHEELS, for `make install`.
+"""Install the missing dependencies of table-consul: dependencies.py FOLDER EXTRAS WHEELS, for `make install`.
 
-Packages of the system are used as they are if their versions suffice. Where one is missing, all of its extra come into
+System packages are used if their versions suffice. If one is missing, all packages of its extra are installed into
 FOLDER, in the pinned versions of requirements.txt, from PyPI or from the folder WHEELS.
 """
 
@@ -16,12 +16,12 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Under another name the same module, for Debian and others: python3-consul.
+# A fork that provides the same module; Debian's python3-consul is this one.
 ALTERNATIVES = {"python-consul2": "py-consul>=1.5.5,<2"}
 
 
 def missing(requirement: str) -> str:
-    """What this Python has in place of a requirement of pyproject.toml; an empty string if it suffices."""
+    """Return why this Python does not meet a requirement of pyproject.toml; an empty string if it does."""
     text, _, marker = requirement.partition(";")
     if "3.13" in marker and sys.version_info < (3, 13):
         return ""
@@ -46,14 +46,14 @@ def _numbers(version: str) -> list[int]:
 
 
 def pinned(wanted: set[str]) -> str:
-    """The requirements of these extras, with hashes; the extra with an empty name is what is always needed."""
+    """Return the pinned requirements of these extras, with hashes; the empty name stands for the mandatory ones."""
     first, *others = (HERE / "requirements.txt").read_text().split("\n# extra: ")
     sections = {"": first} | dict(text.split("\n", 1) for text in others)
     return "\n".join(sections[extra] for extra in sorted(wanted))
 
 
 def pip() -> list[str]:
-    """The command that is pip here, made if Python only brings it along."""
+    """Return the command that runs pip, from a new virtual environment if only ensurepip is available."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if not importlib.util.find_spec("ensurepip"):
@@ -63,7 +63,7 @@ def pip() -> list[str]:
 
 
 def main(folder: str, extras: str, wheels: str) -> None:
-    """Install into a folder the extras of which something is missing."""
+    """Install into a folder every extra that lacks a package."""
     project = tomllib.loads((HERE / "../../pyproject.toml").read_text())["project"]
     groups = {"": project["dependencies"]} | {
         extra: project["optional-dependencies"][extra] for extra in filter(None, extras.split(","))

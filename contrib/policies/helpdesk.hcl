@@ -1,9 +1,9 @@
-# For whoever edits aliases in the UI: those alone. Hashes and passwords stay out of sight.
+# For people who edit aliases in the UI: write access to aliases only, and no access to hashes and passwords.
 #
 #   consul acl policy create -name helpdesk -rules @helpdesk.hcl
 #   consul acl token create -description "help desk" -policy-name helpdesk
 
-key_prefix "aliases/alias/" {
+key_prefix "mail/alias/" {
   policy = "write"
 }
 
@@ -11,7 +11,7 @@ key_prefix "virtuals/alias/" {
   policy = "write"
 }
 
-# To see which domains there are.
-key_prefix "domains/domain/" {
+# Read-only, to see the domains.
+key_prefix "mail/domain/" {
   policy = "read"
 }

@@ -1,14 +1,10 @@
-# For whoever fills the tables, with `table-consulctl import`, the UI or Terraform: all of them, to read and write.
+# For people who fill the tables with `table-consulctl import`, the UI or Terraform: read and write access to all.
 #
 #   consul acl policy create -name postmaster -rules @postmaster.hcl
 #
-# Who may write these decides where mail goes, who logs in and who relays; docs/operating.md tells what each means.
+# Anyone with write access to these folders controls where mail goes, who logs in and who relays: see docs/operating.md.
 
-key_prefix "aliases/" {
-  policy = "write"
-}
-
-key_prefix "domains/" {
+key_prefix "mail/" {
   policy = "write"
 }
 
@@ -16,26 +12,6 @@ key_prefix "virtuals/" {
   policy = "write"
 }
 
-key_prefix "users/" {
-  policy = "write"
-}
-
-key_prefix "allowed/" {
-  policy = "write"
-}
-
 key_prefix "secrets/" {
-  policy = "write"
-}
-
-key_prefix "sources/" {
-  policy = "write"
-}
-
-key_prefix "helos/" {
-  policy = "write"
-}
-
-key_prefix "blocked/" {
   policy = "write"
 }

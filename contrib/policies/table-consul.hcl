@@ -3,15 +3,13 @@
 #   consul acl policy create -name table-consul -rules @table-consul.hcl
 #   consul acl token create -description mail1 -policy-name table-consul
 #
-# One block for each table line of smtpd.conf, whose name is the folder. With prefix = "mail" in the configuration the
-# folders are mail/aliases/ and so on, and one block for mail/ will do. `table-consulctl policy TABLE...` writes this file for
-# your configuration. Keep the slash at the end: without it, a token for "users" reads "users-of-another-system/" too.
+# One block for each table line of smtpd.conf; the table's name is the folder. With prefix = "smtpd" in the configuration
+# the folders are smtpd/mail/ and so on, and one block for smtpd/ suffices. `table-consulctl policy TABLE...` prints
+# this file for your configuration. Keep the final slash: without it a token for "mail" also reads
+# "mail-of-another-system/".
 
-key_prefix "aliases/" {
-  policy = "read"
-}
-
-key_prefix "domains/" {
+# mail/credentials/ holds password hashes.
+key_prefix "mail/" {
   policy = "read"
 }
 
@@ -19,28 +17,7 @@ key_prefix "virtuals/" {
   policy = "read"
 }
 
-# Hashes of passwords.
-key_prefix "users/" {
-  policy = "read"
-}
-
-key_prefix "allowed/" {
-  policy = "read"
-}
-
 # Passwords to relay with, in clear text.
 key_prefix "secrets/" {
-  policy = "read"
-}
-
-key_prefix "sources/" {
-  policy = "read"
-}
-
-key_prefix "helos/" {
-  policy = "read"
-}
-
-key_prefix "blocked/" {
   policy = "read"
 }

@@ -1,4 +1,4 @@
-# The tables of contrib/smtpd.conf.example, kept by Terraform. Each resource shows another way to share the work.
+# The tables of contrib/smtpd.conf.example in Terraform. Each resource shows another way to share the work.
 
 terraform {
   required_providers {
@@ -9,15 +9,15 @@ terraform {
   }
 }
 
-# CONSUL_HTTP_ADDR and CONSUL_HTTP_TOKEN say where Consul is. The token needs `acl = "write"` for the policy below, and
-# what contrib/policies/postmaster.hcl grants for the keys.
+# Set CONSUL_HTTP_ADDR and CONSUL_HTTP_TOKEN. The token needs `acl = "write"` for the policy below, and
+# contrib/policies/postmaster.hcl for the keys.
 provider "consul" {}
 
-# A whole folder that is Terraform's alone: keys put into it by hand are removed at the next apply, and `terraform
-# destroy` empties it, which makes mail for these domains bounce (of 20 or more, after hold_deletions). It must be empty when this is first applied, or be
-# imported: terraform import consul_key_prefix.domains domains/domain/
+# A folder that only Terraform writes: the next apply removes all other keys, and `terraform destroy` empties it, which
+# makes mail for these domains bounce (20 or more: after hold_deletions). The folder must be empty at the first apply,
+# or be imported: terraform import consul_key_prefix.domains mail/domain/
 resource "consul_key_prefix" "domains" {
-  path_prefix = "domains/domain/"
+  path_prefix = "mail/domain/"
 
   subkeys = {
     "example.org"   = ""
@@ -25,24 +25,24 @@ resource "consul_key_prefix" "domains" {
   }
 }
 
-# Some keys of a folder that others edit too, in the UI or with table-consulctl. They are set back at each apply; all
-# other keys are left alone. With delete = true a key goes when it leaves this file.
+# Some keys of a folder that others edit too, in the UI or with table-consulctl. Each apply resets them and leaves all
+# other keys alone. With delete = true, a key that is removed from this file is deleted.
 resource "consul_keys" "aliases" {
   key {
-    path   = "aliases/alias/postmaster"
+    path   = "mail/alias/postmaster"
     value  = "root"
     delete = true
   }
 
   key {
-    path   = "aliases/alias/root"
+    path   = "mail/alias/root"
     value  = "gilles, eric@example.org"
     delete = true
   }
 }
 
-# One record of a user as JSON, for `users/credentials/` and, with paths, for `userinfo` as well. The hash comes from
-# `smtpctl encrypt`; it lies in Terraform's state, so keep that where passwords may be.
+# One record of a user as JSON, for `mail/credentials/` and, with paths, also for `userinfo`. `smtpctl encrypt` prints
+# the hash. Terraform's state contains it: protect the state like passwords.
 variable "gilles_hash" {
   type      = string
   sensitive = true
@@ -50,14 +50,14 @@ variable "gilles_hash" {
 
 resource "consul_keys" "users" {
   key {
-    path   = "users/credentials/gilles"
+    path   = "mail/credentials/gilles"
     value  = jsonencode({ password = var.gilles_hash, uid = 1000, gid = 1000, home = "/home/gilles" })
     delete = true
   }
 }
 
-# What the mail servers may read, and a token for each of them. Its secret is no part of the state:
-# consul acl token read -id ACCESSOR, then into the token_file of that server.
+# The policy of the mail servers, and a token for each. The state does not contain its secret: copy the SecretID of
+# `consul acl token read -id ACCESSOR` into the token_file of that server.
 resource "consul_acl_policy" "table_consul" {
   name        = "table-consul"
   description = "Mail servers read the tables of smtpd"

@@ -22,10 +22,8 @@ from tests.documents.document import CONTRIB, smtpd_check
 def test_smtpd_accepts_the_example(release, through):
     text = (CONTRIB / "smtpd.conf.example").read_text()
     if through == "procexec":
-        text = text.replace("table aliases  consul", "#", 1).replace(
-            "#table aliases procexec:", "table aliases procexec:"
-        )
-        assert "\ntable aliases procexec:/" in text
+        text = text.replace("table mail     consul", "#", 1).replace("#table mail procexec:", "table mail procexec:")
+        assert "\ntable mail procexec:/" in text
     assert smtpd_check(release, text) == "configuration OK\n"
 
 
@@ -79,9 +77,9 @@ def test_what_terraform_puts_is_what_tables_answer(terraform, tmp_path):
             entries |= {key["path"]: key["value"].encode() for key in body["key"] if "${" not in key["value"]}
     sources = open_tables(write_config(tmp_path, address=f"file://{write_source(tmp_path, entries)}"))
     said = [
-        "table|0.1|0|domains|check|1|domain|mail.example.org",
-        "table|0.1|0|aliases|lookup|2|alias|postmaster",
-        "table|0.1|0|aliases|lookup|3|alias|root",
+        "table|0.1|0|mail|check|1|domain|mail.example.org",
+        "table|0.1|0|mail|lookup|2|alias|postmaster",
+        "table|0.1|0|mail|lookup|3|alias|root",
     ]
     answered = converse(sources, [f"{line}\n".encode() for line in said]).decode().splitlines()
     assert answered == [

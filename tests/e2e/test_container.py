@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import table_consul
+from tests.documents.document import page
 from tests.rig import cache, image
 from tests.rig.consul import consul_binary, consul_version
 from tests.rig.container import Container
-from tests.rig.package import CHECKOUT
 from tests.rig.root import require_root
 from tests.rig.waiting import wait_for
 
@@ -146,7 +146,7 @@ def test_the_story_plays_as_compose_yaml_tells_it(container, service, tmp_path):
     assert (status, seconds < 5) == (0, True), mail.log
 
 
-# Put before the PATH, it does what the README's commands mean without an engine: $1 is compose, $2 what to do with it.
+# Put before the PATH, it runs the commands of the page without an engine: $1 is compose, $2 what to do with it.
 DOCKER = """\
 #!/bin/sh
 shift; [ "$1" = exec ] || exit 0; shift
@@ -159,8 +159,8 @@ exit 1
 """
 
 
-def test_the_commands_of_the_readme_do_what_it_says(container, service, tmp_path):
-    commands = [line[2:] for line in readme_block("docker compose up") if line.startswith("$ ")]
+def test_commands_for_compose_deliver_mail(container, service, tmp_path):
+    commands = [line[2:] for line in block_of_the_page("docker compose up") if line.startswith("$ ")]
     assert [bool(re.search(r"exec (consul|-T mail|mail) ", each)) for each in commands] == [False, *[True] * 4]
     mail = container(service=service)
     consul = Consul(mail, tmp_path / "consul")
@@ -189,10 +189,9 @@ def test_the_commands_of_the_readme_do_what_it_says(container, service, tmp_path
     assert "It works." in play(reads)
 
 
-def readme_block(containing):
-    blocks = re.findall(r"^```\w*\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (block,) = [each for each in blocks if containing in each]
-    return block.splitlines()
+def block_of_the_page(containing):
+    (block,) = [each for each in page("docs/operating.md").fenced("console") if containing in each.text]
+    return block.text.splitlines()
 
 
 def test_what_is_away_shows_in_the_health_check_when_mail_has_to_wait(container, service, tmp_path):
@@ -305,7 +304,7 @@ def test_it_says_that_it_wants_to_start_as_root(container):
     mail = container(user="vmail")
     mail.start()
     assert mail.wait() == 1
-    assert "smtpd has to start as root" in mail.log
+    assert "smtpd must start as root" in mail.log
 
 
 def test_commands_are_run_in_place_of_smtpd_and_options_are_given_to_it(container):

@@ -47,7 +47,7 @@ LISTEN = 'listen on 127.0.0.1 port $smtp_port tls-require pki "mail.example.org"
 def documented(kind):
     """Of the lines that begin with this word: the line, and what it asks, as ``(service, key)`` in order."""
     found = []
-    for lines, services, key in rows(page("docs/keys.md").section("## Which line of smtpd.conf asks which service")):
+    for lines, services, key in rows(page("docs/keys.md").section("## Services by line of smtpd.conf")):
         asked = [(service, KEYS[key.partition(";")[0]]) for service in re.findall(r"`(\w+)`", services)]
         found += [(line, asked) for line in re.findall(r"`([^`]*<table>)`", lines) if line.startswith(kind)]
     assert found

@@ -1,5 +1,7 @@
 """The project's container image, built of its Dockerfile for real, and its compose.yaml as Docker Compose reads it.
 
+``python -m tests.rig.image FOLDER`` writes the image into a folder, as an OCI archive.
+
 No container engine is needed: buildah builds in a chroot, over a base made of Debian's packages under the name that the
 Dockerfile asks for. What reaches networks through mirrors here is handed in as an operator would.
 """
@@ -7,16 +9,24 @@ Dockerfile asks for. What reaches networks through mirrors here is handed in as 
 from __future__ import annotations
 
 import functools
+import gzip
+import hashlib
+import io
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import tarfile
 import tempfile
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+from table_consul import __version__
 from tests.rig import cache
 from tests.rig.package import CHECKOUT, digest
 from tests.rig.root import require_root
@@ -27,6 +37,8 @@ CONTEXT = (
     *("contrib", "debian", "docs", "man", "table_consul"),
 )
 COMPOSE_SUITE = "trixie"
+# The fields of OCI's configuration; Docker also reads Healthcheck there.
+FIELDS = ("User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "StopSignal", "Healthcheck")
 # What Debian's own image of that name does: nothing is started while packages are installed, and no manuals are.
 LIKE_SLIM = (
     *("--skip=output/dev,output/mknod", "--dpkgopt=path-exclude=/usr/share/man/*"),
@@ -149,3 +161,69 @@ def health_command(healthcheck: dict[str, Any]) -> tuple[str, ...]:
     """The command of a health check, of an image or of a service."""
     kind, *command = healthcheck.get("Test") or healthcheck["test"]
     return tuple(command) if kind == "CMD" else ("/bin/sh", "-c", shlex.join(command))
+
+
+def archive(image: Image, into: Path, seconds: int) -> Path:
+    """Write an image into a folder as an OCI archive with one layer, and return its path.
+
+    The same files give the same bytes: ``seconds``, since the epoch, is the time of all files but Python's sources,
+    whose time is in their compiled files.
+    """
+    created = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tar:
+        for path in sorted(set(image.files.rglob("*")) - {image.files / "etc/hostname"}):  # mmdebstrap's, of this host
+            member = tar.gettarinfo(path, str(path.relative_to(image.files)))
+            member.uname = member.gname = ""
+            member.mtime = seconds if path.suffix != ".py" else int(member.mtime)
+            if member.isreg():
+                with path.open("rb") as file:
+                    tar.addfile(member, file)
+            else:
+                tar.addfile(member)
+    labels = {name: text for name, text in image.config["Labels"].items() if name.startswith("org.opencontainers")}
+    labels |= {"org.opencontainers.image.version": __version__}
+    del labels["org.opencontainers.image.base.name"]  # The base is made of Debian's packages, not pulled.
+    config = {
+        "created": created,
+        "architecture": cache.run("dpkg", "--print-architecture").strip(),
+        "os": "linux",
+        "config": {name: image.config[name] for name in FIELDS if image.config.get(name)} | {"Labels": labels},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer.getbuffer()).hexdigest()}"]},
+    }
+    blobs = {}
+
+    def blob(kind: str, content: bytes) -> dict[str, Any]:
+        digest = hashlib.sha256(content).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = content
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(content)}
+
+    manifest = {
+        "schemaVersion": 2,
+        "config": blob("config.v1+json", json.dumps(config).encode()),
+        "layers": [blob("layer.v1.tar+gzip", gzip.compress(layer.getbuffer(), 6, mtime=0))],
+    }
+    name = {"annotations": {"org.opencontainers.image.ref.name": f"table-consul:{__version__}"}}
+    index = {"schemaVersion": 2, "manifests": [blob("manifest.v1+json", json.dumps(manifest).encode()) | name]}
+    whole = into / f"table-consul-{__version__}-image.tar"
+    with tarfile.open(whole, "w") as tar:
+        parts = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": json.dumps(index).encode()} | blobs
+        for path, content in parts.items():
+            member = tarfile.TarInfo(path)
+            member.size, member.mtime = len(content), seconds
+            tar.addfile(member, io.BytesIO(content))
+    return whole
+
+
+def _release_date() -> int:
+    """The time of ``debian/changelog``, in seconds since the epoch."""
+    found = re.search(r"^ -- .*>  (.*)$", (CHECKOUT / "debian/changelog").read_text(), re.MULTILINE)
+    assert found
+    return int(parsedate_to_datetime(found[1]).timestamp())
+
+
+if __name__ == "__main__":
+    try:
+        print(archive(built(), Path(sys.argv[1]), _release_date()))
+    except cache.Unavailable as error:
+        print(f"the image is not built: {error}")

@@ -111,12 +111,12 @@ def test_another_copy_gives_the_same_bytes(tree, dist, tmp_path):
     assert theirs == {path.name: path.read_bytes() for path in dist.iterdir()}
 
 
-def test_the_wheel_is_the_same_from_the_tree_and_from_the_sdist(tree, dist, tmp_path):
+def test_wheel_is_the_same_from_the_tree_and_from_the_sdist(tree, dist, tmp_path):
     built = build(tree, tmp_path / "dist", "--wheel")
     assert built == {path.name: path.read_bytes() for path in dist.glob("*.whl")}
 
 
-def test_a_change_changes_the_bytes(tree, dist, tmp_path):
+def test_change_changes_the_bytes(tree, dist, tmp_path):
     other = tmp_path / "tree"
     shutil.copytree(tree, other)
     with (other / "man/table-consul.8").open("a") as page:
@@ -133,13 +133,13 @@ def test_dates_are_those_that_are_asked_for(tree, tmp_path):
         assert {entry.date_time for entry in archive.infolist()} == {(2020, 9, 13, 12, 26, 40)}
 
 
-def test_the_sdist_holds_all_of_the_project(tree, sdist):
+def test_sdist_holds_all_of_the_project(tree, sdist):
     wanted = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     assert wanted - {*sdist} == set()
     assert {name.partition("/")[0] for name in sdist if "/" in name} >= FOLDERS - {".ci"}
 
 
-def test_the_sdist_holds_nothing_else(tree, sdist):
+def test_sdist_holds_nothing_else(tree, sdist):
     for name in sdist:
         top, slash, _ = name.partition("/")
         assert (top in FOLDERS) if slash else (name in FILES or name.endswith(".md")), name
@@ -154,7 +154,7 @@ def test_files_may_be_read_by_all_and_written_by_their_owner(sdist, wheel):
     assert {entry.external_attr >> 16 & 0o777 for entry in wheel.infolist()} == {0o644}
 
 
-def test_the_wheel_holds_the_package_the_pages_and_what_a_wheel_needs(tree, wheel):
+def test_wheel_holds_the_package_the_pages_and_what_a_wheel_needs(tree, wheel):
     package = {str(path.relative_to(tree)) for path in (tree / "table_consul").rglob("*") if path.is_file()}
     stem = f"table_consul-{__version__}"
     pages = {f"{stem}.data/data/{name}" for name in MAN}
@@ -174,7 +174,7 @@ def test_twine_finds_nothing_wrong(dist):
     assert done.stdout.count("PASSED") == 2
 
 
-def test_the_version_stands_in_one_place(tree, wheel):
+def test_version_stands_in_one_place(tree, wheel):
     found = [
         str(path.relative_to(tree))
         for path in tree.rglob("*")

@@ -47,7 +47,7 @@ def judged(writer, *answers):
         (105.0, NOBODY, b"found|x", (1, 0, 0, 0)),
     ],
 )
-def test_an_answer_is_worth_what_stood_in_consul(writer, when, number, outcome, verdict):
+def test_answer_is_worth_what_stood_in_consul(writer, when, number, outcome, verdict):
     assert judged(writer, (when, number, outcome)) == verdict
 
 
@@ -79,7 +79,7 @@ def test_edit_may_stay_unseen_for_longer_while_the_machine_stands_still(writer):
         (105.0, LEAVING, b"found|eric", (0, 0, 0, 0)),  # the last good copy
     ],
 )
-def test_a_hidden_key_may_be_an_error_and_only_a_deleted_one_absent(writer, when, number, outcome, verdict):
+def test_hidden_key_may_be_an_error_and_only_a_deleted_one_absent(writer, when, number, outcome, verdict):
     writer.hidden[STILL] = (70.0, 80.0)
     writer.deleted[LEAVING] = (70.0, 71.0)
     assert judged(writer, (when, number, outcome)) == verdict
@@ -115,7 +115,7 @@ def test_late_is_late_and_the_end_of_the_child_an_exit(writer):
         ([(60.0, 60.1), (60.15, 60.3)], 0.05),  # 0.15 of the 0.2 seconds before 60.2 nothing ran
     ],
 )
-def test_an_answer_is_slow_by_what_the_machine_did_not_stand_still(writer, stalls, slowest):
+def test_answer_is_slow_by_what_the_machine_did_not_stand_still(writer, stalls, slowest):
     client = Client(None, b"t")
     client.witnesses.stalls = stalls
     client.answers = [(60.2, 0.2, HOT, b"found"), (61.0, 0.01, HOT, b"found")]

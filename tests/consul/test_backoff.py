@@ -22,7 +22,7 @@ def test_pauses_double_up_to_a_cap():
     assert [delay(failures, 0.0) for failures in range(1, 7)] == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0]
 
 
-def test_the_first_pause_needs_a_failure():
+def test_first_pause_needs_a_failure():
     assert delay(0, 0.0) == FIRST_PAUSE_SECONDS
 
 
@@ -32,11 +32,11 @@ def test_chance_takes_up_to_a_quarter_off_after_the_cap():
 
 @settings(deadline=None)
 @given(failures=st.integers(0, 10**9), chance=st.floats(0, 1))
-def test_a_recovery_is_noticed_within_the_last_pause_however_long_it_took(failures, chance):
+def test_recovery_is_noticed_within_the_last_pause_however_long_it_took(failures, chance):
     assert 0 < delay(failures, chance) <= LAST_PAUSE_SECONDS
 
 
-def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
+def test_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
     caplog.set_level(logging.DEBUG)
     found = outage()
     for second in range(5):
@@ -49,12 +49,12 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
     ]
 
 
-def test_a_success_without_an_outage_says_nothing(caplog):
+def test_success_without_an_outage_says_nothing(caplog):
     outage().success(1.0)
     assert lines(caplog) == []
 
 
-def test_a_second_outage_is_told_again_and_begins_with_the_first_pause(caplog):
+def test_second_outage_is_told_again_and_begins_with_the_first_pause(caplog):
     found = outage()
     for now in (0.0, 1.0, 2.0):
         found.failure(Unreachable("a"), now, 0.0)

@@ -39,11 +39,11 @@ def test_one_key_is_one_read_of_that_key(client, direct):
     assert (bucket(direct).lookup(b"root"), client.asked) == (b"gilles", [("get", ROOT, 2.0)])
 
 
-def test_a_key_that_consul_proves_absent_is_not_there(client, direct):
+def test_key_that_consul_proves_absent_is_not_there(client, direct):
     assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
 
 
-def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
+def test_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
     client.store[ROOT] = b"|sh"
     with pytest.raises(EntryError, match="mail/aliases/alias/root: "):
         bucket(direct).lookup(b"root")
@@ -77,7 +77,7 @@ def test_key_that_no_url_can_name_is_an_error_and_never_asked_for(client, direct
 
 
 @pytest.mark.parametrize("key", [b"%2e%2e/secret", b"root?raw", b"root#x", b"?keys", b"..%2f..", b"a b", b"a;b"])
-def test_a_key_that_only_looks_like_more_than_a_key_is_asked_for_as_it_is(client, direct, key):
+def test_key_that_only_looks_like_more_than_a_key_is_asked_for_as_it_is(client, direct, key):
     bucket(direct, key=key)
     assert [("get", b"mail/aliases/alias/" + key, 2.0)] == client.asked
 
@@ -91,13 +91,13 @@ def test_fetch_lists_the_bucket_with_keys_relative_to_it(client, direct):
     assert (found.next_after(None), len(found)) == ((b"192.0.2.1", b"192.0.2.1"), 1)
 
 
-def test_an_empty_list_is_proven_by_reading_one_key_with_the_time_that_is_left(client, direct):
+def test_empty_list_is_proven_by_reading_one_key_with_the_time_that_is_left(client, direct):
     client.takes = 0.5
     assert None is bucket(direct, "source", None).next_after(None)
     assert client.asked == [("list", b"mail/aliases/source/", 2.0), ("get", b"mail/aliases/source/-", 1.5)]
 
 
-def test_an_empty_list_whose_probe_is_refused_is_no_absence(client, direct):
+def test_empty_list_whose_probe_is_refused_is_no_absence(client, direct):
     client.errors[b"mail/aliases/source/-"] = Forbidden("403")
     with pytest.raises(Forbidden):
         bucket(direct, "source", None)
@@ -121,7 +121,7 @@ def test_pattern_of_which_consul_hides_keys_is_an_error_unless_a_visible_one_mat
             network()
 
 
-def test_a_fetch_never_answers_from_an_old_list(client, direct):
+def test_fetch_never_answers_from_an_old_list(client, direct):
     client.store = {b"mail/aliases/source/192.0.2.1": None}
     bucket(direct, "source", None)
     client.store = {b"mail/aliases/source/192.0.2.2": None}
@@ -138,12 +138,12 @@ def network(client, direct):
     return lambda: direct.entries(TABLE, SERVICES["netaddr"], b"192.0.2.1", client.now + 2.0)
 
 
-def test_a_pattern_service_reads_the_whole_bucket(network, client):
+def test_pattern_service_reads_the_whole_bucket(network, client):
     assert network().find(b"192.0.2.1") is not None
     assert client.asked == [("list", b"mail/aliases/netaddr/", 2.0)]
 
 
-def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
+def test_pattern_service_keeps_its_bucket_for_a_while(client, network):
     first = network()
     client.now += CACHE_SECONDS - 0.1
     kept = network()
@@ -151,7 +151,7 @@ def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
     assert (first is kept, network() is kept, len(client.asked)) == (True, False, 2)
 
 
-def test_an_update_forgets_what_was_kept(network, direct):
+def test_update_forgets_what_was_kept(network, direct):
     first = network()
     direct.update()
     assert network() is not first
@@ -198,20 +198,20 @@ def test_what_is_true_of_one_key_alone_does_not_open_the_breaker(client, direct,
     assert (bucket(direct).lookup(b"root"), len(client.asked)) == (b"gilles", 4)
 
 
-def test_a_refusal_proves_that_consul_is_back(client, direct, caplog):
+def test_refusal_proves_that_consul_is_back(client, direct, caplog):
     failing(client, direct, Unreachable("connection refused"))
     client.now += LAST_PAUSE_SECONDS
     failing(client, direct, Forbidden("403"))
     assert "Consul at http://consul:8500: recovered after 4.0 s (1 failed attempt)" in lines(caplog)
 
 
-def test_an_update_reads_the_token_and_tries_consul_again_at_once(client, direct):
+def test_update_reads_the_token_and_tries_consul_again_at_once(client, direct):
     failing(client, direct, Unreachable("connection refused"))
     direct.update()
     assert (bucket(direct).lookup(b"root"), client.tokens) == (b"gilles", 1)
 
 
-def test_an_update_says_when_the_token_cannot_be_read(client, direct):
+def test_update_says_when_the_token_cannot_be_read(client, direct):
     client.error = SourceError("token file: gone")
     with pytest.raises(SourceError, match="token file: gone"):
         direct.update()
@@ -272,33 +272,33 @@ def test_close_closes_the_connection(client, direct):
 USERS = b"mail/aliases/userinfo/"
 
 
-def test_a_user_of_its_own_is_one_read(client, direct):
+def test_user_of_its_own_is_one_read(client, direct):
     client.store[USERS + b"vera"] = b"1000:1000:/home/vera"
     assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
     assert [key for _, key, _ in client.asked] == [USERS + b"vera"]
 
 
-def test_a_user_without_entry_is_looked_up_as_the_default_within_the_same_deadline(client, direct):
+def test_user_without_entry_is_looked_up_as_the_default_within_the_same_deadline(client, direct):
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     client.takes = 0.5
     assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
     assert client.asked == [("get", USERS + b"vera", 2.0), ("get", USERS + b"*", 1.5)]
 
 
-def test_a_record_that_is_not_about_ids_leaves_them_to_the_default(client, direct):
+def test_record_that_is_not_about_ids_leaves_them_to_the_default(client, direct):
     client.store[USERS + b"vera"] = b'{"password": "x"}'
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
 
 
-def test_a_user_whose_entry_is_refused_is_not_the_default_user(client, direct):
+def test_user_whose_entry_is_refused_is_not_the_default_user(client, direct):
     client.store[USERS + b"vera"] = b"0:0:/root"
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     with pytest.raises(EntryError, match="userinfo/vera: uid or gid 0"):
         bucket(direct, "userinfo", b"vera").lookup(b"vera")
 
 
-def test_a_default_that_cannot_be_read_is_no_absence(client, direct):
+def test_default_that_cannot_be_read_is_no_absence(client, direct):
     client.errors[USERS + b"*"] = Forbidden("no")
     with pytest.raises(Forbidden):
         bucket(direct, "userinfo", b"vera")

@@ -82,16 +82,16 @@ def test_any_bytes_are_an_export_or_a_source_error(data):
         read_export(data)
 
 
-def test_a_bucket_holds_what_lies_under_its_path(folder, source):
+def test_bucket_holds_what_lies_under_its_path(folder, source):
     write_source(folder, {"aliases/alias/root": b"gilles", "aliases/aliases/root": b"no", "aliases/alias": b"no"})
     assert bucket(source).values == {b"root": b"gilles"}
 
 
-def test_an_unchanged_file_is_not_read_again(source):
+def test_unchanged_file_is_not_read_again(source):
     assert bucket(source) is bucket(source)
 
 
-def test_a_changed_file_answers_at_once(folder, source):
+def test_changed_file_answers_at_once(folder, source):
     bucket(source)
     write_source(folder, {"aliases/alias/root": b"eric, marie"})
     assert bucket(source).lookup(b"root") == b"eric, marie"
@@ -112,13 +112,13 @@ def test_another_layout_of_the_same_table_is_not_answered_from_what_was_read_for
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_a_file_that_was_never_good_is_an_error_that_names_it(folder, source, text):
+def test_file_that_was_never_good_is_an_error_that_names_it(folder, source, text):
     spoil(folder, text)
     with pytest.raises(SourceError, match=r"export\.json: not the output"):
         bucket(source)
 
 
-def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
+def test_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
     source = FileSource(str(tmp_path / "export.json"))
     with pytest.raises(SourceError, match=r"export\.json: No such file or directory"):
         bucket(source)
@@ -126,20 +126,20 @@ def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
-def test_a_folder_is_an_error(tmp_path):
+def test_folder_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="Is a directory"):
         bucket(FileSource(str(tmp_path)))
 
 
 @pytest.mark.timeout(10)
-def test_a_named_pipe_is_an_error_and_nothing_to_wait_for(tmp_path):
+def test_named_pipe_is_an_error_and_nothing_to_wait_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceError, match=r"pipe: "):
         bucket(FileSource(str(tmp_path / "pipe")))
 
 
 @pytest.mark.timeout(10)
-def test_a_device_is_an_error_and_not_read_to_its_end():
+def test_device_is_an_error_and_not_read_to_its_end():
     with pytest.raises(SourceError, match="/dev/zero: a device, not a file"):
         bucket(FileSource("/dev/zero"))
 
@@ -165,13 +165,13 @@ def test_read_bounded_reads_up_to_its_limit():
         read_bounded(io.BytesIO(b"x" * 9), 8)
 
 
-def test_a_bad_version_leaves_the_last_good_one_answering(folder, source):
+def test_bad_version_leaves_the_last_good_one_answering(folder, source):
     bucket(source)
     spoil(folder)
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
-def test_a_bad_version_is_told_once_and_again_when_it_was_mended_meanwhile(folder, source, caplog):
+def test_bad_version_is_told_once_and_again_when_it_was_mended_meanwhile(folder, source, caplog):
     caplog.set_level(logging.DEBUG)
     for _ in range(2):
         write_source(folder, {"aliases/alias/root": b"gilles"})
@@ -183,7 +183,7 @@ def test_a_bad_version_is_told_once_and_again_when_it_was_mended_meanwhile(folde
     assert len(warnings) == 2
 
 
-def test_the_end_of_a_bad_version_is_told(folder, source, caplog):
+def test_end_of_a_bad_version_is_told(folder, source, caplog):
     caplog.set_level(logging.DEBUG)
     bucket(source)
     spoil(folder)
@@ -201,13 +201,13 @@ def test_problems_of_entries_are_told_once_a_version(folder, source, caplog):
     assert [line.partition(":")[0] for line in lines(caplog)] == ["aliases/alias/bad"]
 
 
-def test_an_update_reads_again_what_looks_the_same(source):
+def test_update_reads_again_what_looks_the_same(source):
     first = bucket(source)
     source.update()
     assert first is not bucket(source)
 
 
-def test_an_update_with_a_bad_file_is_an_error_and_the_last_good_version_answers_on(folder, source):
+def test_update_with_a_bad_file_is_an_error_and_the_last_good_version_answers_on(folder, source):
     bucket(source)
     spoil(folder)
     with pytest.raises(SourceError, match="not the output"):

@@ -73,7 +73,7 @@ def test_get_of_a_key_that_is_not_there_is_none(client):
 
 
 @each_version
-def test_an_empty_value_is_none_as_in_json(client, fake):
+def test_empty_value_is_none_as_in_json(client, fake):
     fake.put(b"consul/domain/example.org", b"")
     pair = client.get(b"consul/domain/example.org", timeout=2)
     assert pair is not None
@@ -143,7 +143,7 @@ def test_keys_that_an_acl_hides_are_an_error_where_consul_says_so(client, fake):
 
 
 @each_version
-def test_a_large_page_arrives_whole(client, fake):
+def test_large_page_arrives_whole(client, fake):
     for number in range(5000):
         fake.put(b"consul/alias/%d" % number, b"x" * 100)
     assert len(client.list(b"consul/", timeout=10)) == 5001
@@ -161,7 +161,7 @@ def test_nothing_is_ever_written(client, fake):
 
 
 @pytest.mark.parametrize("key", UNADDRESSABLE)
-def test_a_key_that_no_url_can_name_is_refused_before_any_request(client, fake, key):
+def test_key_that_no_url_can_name_is_refused_before_any_request(client, fake, key):
     assert not kv.is_url_safe(key)
     with pytest.raises(ValueError, match="no URL can name"):
         client.get(key, timeout=1)
@@ -169,7 +169,7 @@ def test_a_key_that_no_url_can_name_is_refused_before_any_request(client, fake, 
 
 
 @pytest.mark.parametrize("prefix", [b"/", b"a//", b"../", b"a/../", b"a\n/", b"\xff/"])
-def test_a_prefix_that_no_url_can_name_is_refused_before_any_request(client, fake, prefix):
+def test_prefix_that_no_url_can_name_is_refused_before_any_request(client, fake, prefix):
     with pytest.raises(ValueError, match="no URL can name"):
         client.list(prefix, timeout=1)
     with pytest.raises(ValueError, match="no URL can name"):
@@ -179,7 +179,7 @@ def test_a_prefix_that_no_url_can_name_is_refused_before_any_request(client, fak
 
 @each_version
 @pytest.mark.parametrize("key", ODD)
-def test_an_odd_key_is_read_as_it_stands_and_nothing_else(client, fake, key):
+def test_odd_key_is_read_as_it_stands_and_nothing_else(client, fake, key):
     assert kv.is_url_safe(key)
     if names.fault(fake.since, key) is not None:
         with pytest.raises(BadResponse, match="refuses the name of this key"):
@@ -210,13 +210,13 @@ def test_no_key_changes_which_key_is_read(client, fake, text):
     assert b"/" + key in request.path
 
 
-def test_an_answer_for_another_key_is_refused(client, fake):
+def test_answer_for_another_key_is_refused(client, fake):
     fake.handle = lambda request: entry(b"consul/alias/eric", "Zg==")
     assert isinstance(failure(client), BadResponse)
 
 
 @pytest.mark.parametrize("body", [b"[]", b'[{"Key":"consul/alias/root","Value":null,"ModifyIndex":1}]' * 2])
-def test_an_answer_with_other_than_one_entry_is_refused(client, fake, body):
+def test_answer_with_other_than_one_entry_is_refused(client, fake, body):
     fake.handle = lambda request: Answer(200, TRUE, body)
     assert isinstance(failure(client), BadResponse)
 
@@ -231,7 +231,7 @@ def test_entries_from_outside_the_prefix_are_refused(client, fake):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
-def test_a_redirect_is_a_failure_and_never_followed(client, fake, status):
+def test_redirect_is_a_failure_and_never_followed(client, fake, status):
     fake.put(b"other/secret", b"x")
     fake.handle = lambda request: Answer(status, {"Location": "/v1/kv/other/secret", **TRUE})
     assert isinstance(failure(client), BadResponse)
@@ -243,7 +243,7 @@ def test_a_redirect_is_a_failure_and_never_followed(client, fake, status):
 
 @pytest.mark.parametrize("index", [None, "0", "-1", "x", "", "1.5", "\u00b2", "9" * 30])
 @pytest.mark.parametrize("status", [200, 404])
-def test_an_answer_without_a_valid_index_is_not_believed(client, fake, status, index):
+def test_answer_without_a_valid_index_is_not_believed(client, fake, status, index):
     answer = entry(ROOT, "Zg==", status=status)
     answer.headers = {"X-Consul-Knownleader": "true"} | ({} if index is None else {"X-Consul-Index": index})
     fake.handle = lambda request: answer
@@ -253,12 +253,12 @@ def test_an_answer_without_a_valid_index_is_not_believed(client, fake, status, i
 
 
 @pytest.mark.parametrize("consistency", ["default", "stale", "consistent"])
-def test_a_404_without_a_leader_is_not_believed(fake, connect, consistency):
+def test_404_without_a_leader_is_not_believed(fake, connect, consistency):
     fake.handle = lambda request: Answer(404, {"X-Consul-Index": "5", "X-Consul-Knownleader": "false"})
     assert isinstance(failure(connect(fake.address, consistency=consistency)), Unreachable)
 
 
-def test_a_404_that_breaks_off_within_its_headers_is_not_believed(client, fake):
+def test_404_that_breaks_off_within_its_headers_is_not_believed(client, fake):
     whole = Answer(404, TRUE).wire()
     for length in range(whole.index(b"true") + 4):
         fake.handle = cut(Answer(404, TRUE), length)
@@ -277,7 +277,7 @@ def test_old_data_are_accepted_from_a_server_without_leader_only_if_stale_is_ask
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_a_clear_error_in_time_and_the_next_good_answer_is_good(client, fake, lie):
+def test_lie_is_a_clear_error_in_time_and_the_next_good_answer_is_good(client, fake, lie):
     fake.handle, kind = LIES[lie]
     error = failure(client, timeout=0.4)
     assert isinstance(error, kind)
@@ -301,7 +301,7 @@ def test_any_bytes_for_an_answer_are_an_error_of_the_source(client, fake):
         assert pair is None or pair.key == ROOT
 
 
-def test_the_trickling_of_a_body_does_not_outlive_the_deadline(client, fake):
+def test_trickling_of_a_body_does_not_outlive_the_deadline(client, fake):
     def handle(request):
         request.send(b"HTTP/1.1 200 OK\r\nX-Consul-Index: 5\r\nContent-Length: 1000000\r\n\r\n")
         while not request.stopping.wait(0.02):
@@ -319,7 +319,7 @@ def test_body_beyond_the_limit_is_refused(fake, connect):
 
 
 @pytest.mark.parametrize("version", ["1.21.5"])
-def test_a_key_outside_the_alphabet_of_consul_1_21_5_is_no_outage(client, fake):
+def test_key_outside_the_alphabet_of_consul_1_21_5_is_no_outage(client, fake):
     assert "1.21.5" in str(failure(client, b"consul/alias/user@example.org"))
     fake.put(b"consul/alias/user@example.org", b"x")
     assert len(client.list(b"consul/alias/", timeout=1)) == 2

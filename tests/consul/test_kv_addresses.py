@@ -19,7 +19,7 @@ from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle
 
 
 @each_version
-def test_the_connection_is_kept(client, fake):
+def test_connection_is_kept(client, fake):
     for _ in range(5):
         client.get(ROOT, timeout=1)
         client.get(b"consul/alias/nobody", timeout=1)
@@ -28,26 +28,26 @@ def test_the_connection_is_kept(client, fake):
 
 
 @each_version
-def test_a_kept_connection_that_was_closed_is_replaced_silently(client, fake):
+def test_kept_connection_that_was_closed_is_replaced_silently(client, fake):
     client.get(ROOT, timeout=1)
     fake.close_connections()
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_a_kept_connection_that_closes_on_the_next_request_is_replaced_silently(client, fake):
+def test_kept_connection_that_closes_on_the_next_request_is_replaced_silently(client, fake):
     client.get(ROOT, timeout=1)
     fake.handle = lambda request: None if request.connection == 1 else fake.consul(request)
     assert client.get(ROOT, timeout=1).value == b"gilles"
     assert [request.connection for request in fake.requests] == [1, 1, 2]
 
 
-def test_a_new_connection_that_closes_is_not_tried_again(client, fake):
+def test_new_connection_that_closes_is_not_tried_again(client, fake):
     fake.handle = lambda request: None
     assert "closed without an answer" in str(failure(client))
     assert len(fake.requests) == 1
 
 
-def test_a_time_out_on_a_kept_connection_is_not_tried_again(client, fake):
+def test_time_out_on_a_kept_connection_is_not_tried_again(client, fake):
     client.get(ROOT, timeout=1)
     fake.handle = stall
     failure(client, timeout=0.3)
@@ -55,7 +55,7 @@ def test_a_time_out_on_a_kept_connection_is_not_tried_again(client, fake):
 
 
 @each_version
-def test_a_restart_between_two_reads_goes_unnoticed(client, fake):
+def test_restart_between_two_reads_goes_unnoticed(client, fake):
     client.get(ROOT, timeout=1)
     fake.stop()
     assert "connection refused" in str(failure(client))
@@ -84,7 +84,7 @@ def test_names_are_resolved(fake, connect):
     assert client.get(ROOT, timeout=2).value == b"gilles"
 
 
-def test_a_resolver_that_hangs_costs_the_deadline_and_one_thread(fake, connect, monkeypatch):
+def test_resolver_that_hangs_costs_the_deadline_and_one_thread(fake, connect, monkeypatch):
     real = socket.getaddrinfo
     release = threading.Event()
     asked = []
@@ -105,7 +105,7 @@ def test_a_resolver_that_hangs_costs_the_deadline_and_one_thread(fake, connect, 
     assert client.get(ROOT, timeout=2).value == b"gilles"
 
 
-def test_a_name_that_does_not_resolve_is_unreachable(connect, monkeypatch):
+def test_name_that_does_not_resolve_is_unreachable(connect, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -115,11 +115,11 @@ def test_a_name_that_does_not_resolve_is_unreachable(connect, monkeypatch):
     assert "name or service not known" in str(error)
 
 
-def test_a_name_that_is_no_name_is_unreachable(connect):
+def test_name_that_is_no_name_is_unreachable(connect):
     assert isinstance(failure(connect("http://" + "a" * 70 + ".example:8500")), Unreachable)
 
 
-def test_a_unix_socket_serves(tmp_path, connect):
+def test_unix_socket_serves(tmp_path, connect):
     with FakeConsul(unix=tmp_path / "consul.sock") as fake:
         fake.put(ROOT, b"gilles")
         client = connect(fake.address)
@@ -132,7 +132,7 @@ def test_a_unix_socket_serves(tmp_path, connect):
     assert isinstance(failure(client), Unreachable)
 
 
-def test_a_unix_socket_that_is_not_there_is_named(tmp_path, connect):
+def test_unix_socket_that_is_not_there_is_named(tmp_path, connect):
     error = failure(connect(f"unix://{tmp_path}/none"))
     assert str(error) == f"Consul at unix://{tmp_path}/none: no such file or directory"
 
@@ -159,7 +159,7 @@ def test_ipv6_literals_are_reached(connect):
     assert b"Host: [::1]:%d\r\n" % port in received[0]
 
 
-def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monkeypatch):
+def test_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monkeypatch):
     def broken(self):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -186,7 +186,7 @@ def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monke
         "end within the body",
     ],
 )
-def test_an_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect, lie):
+def test_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect, lie):
     with FakeConsul() as bad:
         bad.handle = LIES[lie][0]
         client = connect(bad.address, fake.address)
@@ -198,7 +198,7 @@ def test_an_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect
         assert client.address == fake.address
 
 
-def test_a_connection_is_closed_after_an_answer_that_is_not_to_the_question(client, fake):
+def test_connection_is_closed_after_an_answer_that_is_not_to_the_question(client, fake):
     fake.handle = lambda request: entry(b"consul/alias/other", "Zg==")
     assert isinstance(failure(client), BadResponse)
     fake.handle = fake.consul
@@ -206,7 +206,7 @@ def test_a_connection_is_closed_after_an_answer_that_is_not_to_the_question(clie
     assert [request.connection for request in fake.requests] == [1, 2]
 
 
-def test_an_address_is_resolved_again_after_a_thread_could_not_be_started(fake, connect, monkeypatch):
+def test_address_is_resolved_again_after_a_thread_could_not_be_started(fake, connect, monkeypatch):
     client = connect(fake.address.replace("127.0.0.1", "localhost"))
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no thread")))
@@ -215,7 +215,7 @@ def test_an_address_is_resolved_again_after_a_thread_could_not_be_started(fake, 
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_an_address_that_refuses_connections_gives_way_to_the_next(fake, connect):
+def test_address_that_refuses_connections_gives_way_to_the_next(fake, connect):
     client = connect(closed_port(), closed_port(), fake.address)
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
@@ -240,7 +240,7 @@ def test_all_addresses_together_stay_within_the_deadline_and_are_all_named(conne
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_an_address_that_answers_wrongly_makes_a_failure_no_outage(fake, connect, order):
+def test_address_that_answers_wrongly_makes_a_failure_no_outage(fake, connect, order):
     fake.handle = html
     assert isinstance(failure(connect(*[closed_port(), fake.address][::order])), BadResponse)
 

@@ -18,7 +18,7 @@ from tests.fake_consul import Answer, FakeConsul, cut, stall, trickle
 
 
 @each_version
-def test_a_blocking_query_returns_when_something_changes(client, fake):
+def test_blocking_query_returns_when_something_changes(client, fake):
     index = query(client).index
     change = threading.Timer(0.1, fake.put, (b"consul/alias/new", b"x"))
     change.start()
@@ -29,12 +29,12 @@ def test_a_blocking_query_returns_when_something_changes(client, fake):
 
 
 @each_version
-def test_a_blocking_query_returns_the_same_after_its_wait(client, fake):
+def test_blocking_query_returns_the_same_after_its_wait(client, fake):
     assert query(client, timeout=2, index=fake.index, wait=0.1).index == fake.index
 
 
 @each_version
-def test_a_blocking_query_shows_an_index_that_went_back(client, fake):
+def test_blocking_query_shows_an_index_that_went_back(client, fake):
     former = fake.index
     change = threading.Timer(0.1, fake.reset_index, (3,))
     change.start()
@@ -43,7 +43,7 @@ def test_a_blocking_query_shows_an_index_that_went_back(client, fake):
     assert query(client, timeout=2, index=former, wait=0.1).index == 3
 
 
-def test_a_blocking_query_that_is_not_answered_ends_at_its_deadline(client, fake):
+def test_blocking_query_that_is_not_answered_ends_at_its_deadline(client, fake):
     fake.handle = stall
     begun = time.monotonic()
     with pytest.raises(Unreachable):
@@ -51,13 +51,13 @@ def test_a_blocking_query_that_is_not_answered_ends_at_its_deadline(client, fake
     assert 0.5 < time.monotonic() - begun < 0.7 + SLACK
 
 
-def test_a_healthy_blocking_list_is_not_cut_short_for_a_second_address(fake, connect):
+def test_healthy_blocking_list_is_not_cut_short_for_a_second_address(fake, connect):
     client = connect(fake.address, closed_port())
     assert query(client, timeout=1.0, index=fake.index, wait=0.8).index == fake.index
     assert client.address == fake.address
 
 
-def test_a_blocking_query_passes_over_an_address_that_does_not_connect(fake, connect):
+def test_blocking_query_passes_over_an_address_that_does_not_connect(fake, connect):
     with Silent(full=True) as dead:
         client = connect(dead.address, fake.address)
         assert query(client, timeout=2, index=fake.index, wait=0.5).index == fake.index
@@ -350,7 +350,7 @@ def test_query_waits_on_its_index_and_brings_the_edit(fake, client):
     [("default", {"consistent": "1"}), ("stale", {"stale": "1"}), ("consistent", {"consistent": "1"})],
 )
 @each_version
-def test_the_first_answer_of_a_watch_comes_from_a_leader_that_has_caught_up(fake, connect, consistency, params):
+def test_first_answer_of_a_watch_comes_from_a_leader_that_has_caught_up(fake, connect, consistency, params):
     client = connect(fake.address, consistency=consistency)
     index = query(client, b"t/").index
     assert fake.requests[-1].params == {"recurse": "1", **params}

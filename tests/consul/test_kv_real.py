@@ -190,7 +190,7 @@ def test_keys_that_only_a_transaction_can_make_are_listed_but_never_asked_for(cl
     assert not any(kv.is_url_safe(key.encode()) for key in odd)
 
 
-def test_a_key_has_a_name_problem_exactly_where_consul_since_1_21_6_refuses_it(client):
+def test_key_has_a_name_problem_exactly_where_consul_since_1_21_6_refuses_it(client):
     rng = random.Random(5)
     parts = [*"ab.%/ 2eE0zé@+:*~!#?=&|", "..", "%20", "%2e", "%41", "%zz", "%25", "%2f", "\u200e", "\xa0", "\x7f"]
     keys = {("t/" + "".join(rng.choices(parts, k=rng.randint(1, 5)))).encode() for _ in range(2000)}
@@ -225,7 +225,7 @@ def test_get_list_and_keys_see_an_edit_and_a_deletion(client, filled):
     assert index_of(client, b"edit/") > before
 
 
-def test_a_blocking_list_returns_with_the_edit_it_waited_for(client, filled):
+def test_blocking_list_returns_with_the_edit_it_waited_for(client, filled):
     filled.kv_put("wait/a", "1")
     index = index_of(client, b"wait/")
     edit = threading.Timer(0.2, filled.kv_put, ("wait/a", "2"))
@@ -238,7 +238,7 @@ def test_a_blocking_list_returns_with_the_edit_it_waited_for(client, filled):
     assert time.monotonic() - begun < 5
 
 
-def test_a_blocking_list_of_what_does_not_change_returns_after_its_wait(client, filled):
+def test_blocking_list_of_what_does_not_change_returns_after_its_wait(client, filled):
     filled.kv_put("still/a", "1")
     index = index_of(client, b"still/")
     begun = time.monotonic()
@@ -255,14 +255,14 @@ def test_every_consistency_and_the_own_datacenter_answer(filled):
         client.close()
 
 
-def test_an_unknown_datacenter_is_no_absence(filled):
+def test_unknown_datacenter_is_no_absence(filled):
     client = kv.Client(settings(filled, datacenter="elsewhere"))
     with pytest.raises((BadResponse, Unreachable)):
         client.get(BUCKET + b"nobody", timeout=5)
     client.close()
 
 
-def test_a_value_at_the_limit_of_consul_arrives(client, filled):
+def test_value_at_the_limit_of_consul_arrives(client, filled):
     value = b"x" * (512 * 1024)
     filled.kv_put("large/a", value)
     assert client.get(b"large/a", timeout=5).value == value
@@ -289,7 +289,7 @@ def test_without_a_token_a_get_is_forbidden(guarded):
     client.close()
 
 
-def test_an_unknown_token_is_forbidden_for_every_kind_of_read(guarded):
+def test_unknown_token_is_forbidden_for_every_kind_of_read(guarded):
     client = kv.Client(settings(guarded, token="00000000-0000-0000-0000-000000000001"))
     for read in (client.get, client.list, client.keys):
         with pytest.raises(Forbidden):
@@ -297,7 +297,7 @@ def test_an_unknown_token_is_forbidden_for_every_kind_of_read(guarded):
     client.close()
 
 
-def test_a_token_that_is_replaced_in_its_file_is_used_at_once(guarded, tmp_path):
+def test_token_that_is_replaced_in_its_file_is_used_at_once(guarded, tmp_path):
     path = tmp_path / "token"
     first = guarded.token('key_prefix "consul/" { policy = "read" }')
     path.write_text(first + "\n")
@@ -310,7 +310,7 @@ def test_a_token_that_is_replaced_in_its_file_is_used_at_once(guarded, tmp_path)
     client.close()
 
 
-def test_a_consul_that_hangs_stops_or_restarts_is_unreachable_and_then_good(guarded):
+def test_consul_that_hangs_stops_or_restarts_is_unreachable_and_then_good(guarded):
     token = guarded.token('key_prefix "consul/" { policy = "read" }')
     client = kv.Client(settings(guarded, token=token))
 
@@ -332,7 +332,7 @@ def test_a_consul_that_hangs_stops_or_restarts_is_unreachable_and_then_good(guar
     client.close()
 
 
-def test_the_stock_way_of_building_a_url_does_escape(filled):
+def test_stock_way_of_building_a_url_does_escape(filled):
     """What all of this is for; were it to fail one day, Consul has closed the hole by itself."""
     url = f"http://{filled.address}/v1/kv/{BUCKET.decode()}../../../other/secret?raw"
     assert urllib.request.urlopen(url, timeout=5).read() == b"outside"

@@ -43,7 +43,7 @@ def test_what_consul_does_not_say_of_a_key_is_never_absence(consul, status):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_token_is_forbidden(consul, status):
+def test_refused_token_is_forbidden(consul, status):
     consul.get(URL, status=status, body="Permission denied")
     with pytest.raises(Forbidden):
         read()

@@ -62,7 +62,7 @@ def test_tls_with_a_client_certificate(secure, connect, authority):
 
 
 @pytest.mark.parametrize("option", ["ca_file", "cert_file"])
-def test_a_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, option):
+def test_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, option):
     path = tmp_path / "none.pem"
     assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
     path.write_text("no certificate")

@@ -204,19 +204,19 @@ def test_two_services_may_share_one_folder():
     }
 
 
-def test_a_path_elsewhere_is_a_prefix_of_its_own():
+def test_path_elsewhere_is_a_prefix_of_its_own():
     table = Table("t", services=("alias",), paths={"alias": "shared/people"})
     made = SnapshotBuilder(table, b"shared/people/", table.services, None)
     made.take([(b"shared/people/a", b"1")])
     assert made.finish({}).entries["alias"].lookup(b"a") == b"1"
 
 
-def test_the_same_contents_keep_the_same_snapshot():
+def test_same_contents_keep_the_same_snapshot():
     former = snapshot(BOTH)
     assert snapshot(BOTH, former) is former
 
 
-def test_a_bucket_that_has_not_changed_is_kept_when_another_has():
+def test_bucket_that_has_not_changed_is_kept_when_another_has():
     former = snapshot(BOTH)
     latter = snapshot([(ROOT[0], b"eric"), BOTH[1]], former)
     assert latter is not former
@@ -224,7 +224,7 @@ def test_a_bucket_that_has_not_changed_is_kept_when_another_has():
     assert latter.entries["alias"].lookup(b"root") == b"eric"
 
 
-def test_a_table_may_have_max_keys_entries_and_not_one_more():
+def test_table_may_have_max_keys_entries_and_not_one_more():
     table = Table("aliases", prefix="mail", services=("alias",), max_keys=2)
     pairs = [(ALIAS + b"%d" % number, b"x") for number in range(3)]
     assert snapshot(pairs[:2], table=table).size == 2
@@ -319,7 +319,7 @@ def restored(pairs):
     return loading(pairs).finish({}, restored=True)
 
 
-def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets():
+def test_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets():
     former = restored(BOTH)
     latter = snapshot(BOTH, former)
     assert latter is not former
@@ -341,7 +341,7 @@ def test_before_anything_was_read_the_last_error_says_why():
         held.entries("alias", b"root", 0.0)
 
 
-def test_the_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_when():
+def test_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_when():
     held = Mirror(10.0)
     held.state = (snapshot(BOTH), 100.0)
     held.last_error = Unreachable("connection refused")
@@ -350,7 +350,7 @@ def test_the_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_
         held.entries("alias", b"root", 112.0)
 
 
-def test_a_confirmation_makes_it_young_again():
+def test_confirmation_makes_it_young_again():
     held = Mirror(10.0)
     kept = snapshot(BOTH)
     held.state = (kept, 100.0)
@@ -358,7 +358,7 @@ def test_a_confirmation_makes_it_young_again():
     assert held.entries("alias", b"root", 205.0) is kept.entries["alias"]
 
 
-def test_a_reader_keeps_its_snapshot_while_another_takes_its_place():
+def test_reader_keeps_its_snapshot_while_another_takes_its_place():
     held = Mirror(10.0)
     held.state = (snapshot(BOTH), 0.0)
     reading = held.entries("alias", b"root", 0.0)
@@ -375,5 +375,5 @@ def test_each_confirmation_replaces_the_state():
     assert mirror.state == before
 
 
-def test_a_batch_of_nothing_is_nothing():
+def test_batch_of_nothing_is_nothing():
     assert snapshot([]).size == 0

@@ -55,15 +55,15 @@ def test_each_folder_is_a_range_before_any_is_cut():
     assert all(each.size for each in found.watched)
 
 
-def test_a_table_that_cannot_be_cut_is_left_whole():
+def test_table_that_cannot_be_cut_is_left_whole():
     assert cut({FOLDER: [b"a" * length for length in range(1, 12_000)]}, askable) is None
 
 
-def test_a_table_of_a_few_keys_is_left_whole():
+def test_table_of_a_few_keys_is_left_whole():
     assert cut({FOLDER: numbered(5_000)}, askable) is None
 
 
-def test_a_key_that_others_continue_is_in_a_range(small):
+def test_key_that_others_continue_is_in_a_range(small):
     names = [b"s", *numbered(20, "s%03d"), *numbered(20, "t%03d")]
     found = cut({FOLDER: names}, askable)
     assert covers(sorted(prefixes(found)), [FOLDER + b"s"])

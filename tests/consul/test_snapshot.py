@@ -189,7 +189,7 @@ def test_what_is_written_is_restored(file):
     assert restored.restored
 
 
-def test_a_copy_is_as_old_as_what_consul_last_confirmed(file, path):
+def test_copy_is_as_old_as_what_consul_last_confirmed(file, path):
     snapshot = write(file)
     os.utime(path, (time.time() - OLD_SECONDS,) * 2)
     assert age(file) >= OLD_SECONDS
@@ -204,7 +204,7 @@ def test_what_has_changed_and_is_not_yet_written_makes_no_copy_younger(file, pat
     assert (age(file) >= OLD_SECONDS, file.dirty) == (True, True)
 
 
-def test_a_copy_that_was_removed_is_written_again(file, path):
+def test_copy_that_was_removed_is_written_again(file, path):
     snapshot = write(file)
     path.unlink()
     file.finish(snapshot, changed=False)

@@ -40,7 +40,7 @@ def test_keys_that_only_a_transaction_can_make_are_entries_like_others(open_cons
     becomes(source, None, b"a//b")
 
 
-def test_a_table_of_many_pages_of_the_wire_arrives_whole(open_consul, mirrored):
+def test_table_of_many_pages_of_the_wire_arrives_whole(open_consul, mirrored):
     entries = {f"mail/aliases/alias/user{number}": f"box{number}" * 20 for number in range(2000)}
     open_consul.kv_txn(entries)
     source = mirrored(url(open_consul))
@@ -55,7 +55,7 @@ def test_agents_that_print_their_json_for_people_are_read_as_well(mirrored):
         assert all(ask(source, b"user%d" % number) == b"box%d" % number for number in range(300))
 
 
-def test_the_last_key_deleted_is_an_empty_table(open_consul, mirrored):
+def test_last_key_deleted_is_an_empty_table(open_consul, mirrored):
     open_consul.kv_delete("mail/aliases/domain/example.org")
     source = mirrored(url(open_consul))
     assert ask(source) == b"gilles"
@@ -65,7 +65,7 @@ def test_the_last_key_deleted_is_an_empty_table(open_consul, mirrored):
     becomes(source, b"eric")
 
 
-def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, mirrored):
+def test_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, mirrored):
     saved = _snapshot(open_consul)
     for number in range(20):
         open_consul.kv_put("mail/aliases/alias/root", f"later{number}")
@@ -207,7 +207,7 @@ def _snapshot(agent, data=None):
 # ---- ACLs ----
 
 
-def test_a_table_that_was_really_emptied_is_empty(guarded, mirrored):
+def test_table_that_was_really_emptied_is_empty(guarded, mirrored):
     source = mirrored(url(guarded), token=guarded.token(READ))
     assert ask(source) == b"gilles"
     guarded.kv_delete("mail/aliases/", recurse=True)
@@ -215,7 +215,7 @@ def test_a_table_that_was_really_emptied_is_empty(guarded, mirrored):
     becomes(source, None, b"example.org", service="domain")
 
 
-def test_a_revoked_token_leaves_the_last_good_copy(guarded, mirrored):
+def test_revoked_token_leaves_the_last_good_copy(guarded, mirrored):
     token = guarded.token(READ)
     source = mirrored(url(guarded), token=token)
     assert ask(source) == b"gilles"
@@ -229,7 +229,7 @@ def _narrow(agent, token, rules):
     agent.request("PUT", f"/v1/acl/policy/{own['ID']}", json.dumps({"Name": own["Name"], "Rules": rules}).encode())
 
 
-def test_a_policy_that_hides_the_table_without_an_error_leaves_the_last_good_copy_until_it_is_back(guarded, mirrored):
+def test_policy_that_hides_the_table_without_an_error_leaves_the_last_good_copy_until_it_is_back(guarded, mirrored):
     token = guarded.token(READ)
     source = mirrored(url(guarded), token=token)
     settled(source)
@@ -350,7 +350,7 @@ def test_without_a_token_absence_is_never_said(guarded, mirrored):
         ask(mirrored(url(guarded)), b"nobody")
 
 
-def test_a_token_replaced_in_its_file_is_used_when_the_old_one_is_revoked(guarded, mirrored, tmp_path):
+def test_token_replaced_in_its_file_is_used_when_the_old_one_is_revoked(guarded, mirrored, tmp_path):
     path = tmp_path / "token"
     first, second = guarded.token(READ), guarded.token(READ)
     path.write_text(first)

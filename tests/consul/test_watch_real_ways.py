@@ -25,7 +25,7 @@ def test_every_consistency_sees_edits(open_consul, mirrored, consistency):
     becomes(source, b"eric")
 
 
-def test_a_datacenter_that_is_not_there_is_no_absence(open_consul, mirrored):
+def test_datacenter_that_is_not_there_is_no_absence(open_consul, mirrored):
     with pytest.raises(SourceError):
         ask(mirrored(url(open_consul), datacenter="elsewhere"), b"nobody")
 
@@ -83,7 +83,7 @@ def test_certificates_replaced_on_disk_are_used_after_an_update(secure, authorit
     becomes(source, b"gilles")
 
 
-def test_a_unix_socket_of_theagent_or_skip(mirrored, tmp_path):
+def test_unix_socket_of_theagent_or_skip(mirrored, tmp_path):
     folder = Path(tempfile.mkdtemp(prefix="tc-"))  # the path of a socket has at most 107 bytes
     try:
         with agent_or_skip(hcl=f'addresses {{ http = "127.0.0.1 unix://{folder}/http.sock" }}\n') as agent:

@@ -151,7 +151,7 @@ def test_alias_is_reported_as_it_is_stored(lint):
         ("alias", b"vera", "not an entry: no service between table and key"),
     ],
 )
-def test_a_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
+def test_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
     done = lint({**GOOD, f"aliases/{key}": value})
     (line,) = done.text.splitlines()
     shown = f"aliases/{key}".replace("\n", "\\n").replace("\u200e", "\\u200e")
@@ -194,7 +194,7 @@ def test_what_paths_or_another_table_reads_is_no_stray(lint):
     assert lint(entries, own.partition("\n[tables.other]")[0]).status == 1
 
 
-def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(lint):
+def test_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(lint):
     shared = '[defaults]\npaths = { credentials = "people", userinfo = "people" }'
     assert lint({"people/vera": b'{"uid": 1, "gid": 1, "home": "/h"}'}, shared).status == 0
     done = lint({"people/vera": b'{"shell": "/bin/sh"}'}, shared)
@@ -226,7 +226,7 @@ def test_direct_mode_of_a_table_from_a_file_asks_no_consul(lint, monkeypatch):
     assert (done.status, "aliases/aliases/: 1 entry smtpd never asks for" in done.text) == (1, True)
 
 
-def test_a_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
+def test_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
     done = live(GOOD, "[defaults]\nmax_keys = 2")
     keys = [line.partition(":")[0] for line in done.text.splitlines()]
     assert (done.status, keys) == (1, ["aliases/"])  # keys in any case are found, as in memory
@@ -256,7 +256,7 @@ def test_unreadable_table_does_not_keep_others_from_being_checked(live, fake):
     assert (set(aliases), len(domains["problems"])) == ({"table", "error"}, 1)
 
 
-def test_the_copy_on_disk_is_judged_unless_consul_is_asked_for(live, fake, tmp_path):
+def test_copy_on_disk_is_judged_unless_consul_is_asked_for(live, fake, tmp_path):
     more = f'[defaults]\nsnapshot = "{tmp_path}/copy.json"'
     live(GOOD, more)
     with Child(str(tmp_path / "c.toml")) as child:
@@ -294,7 +294,7 @@ def test_json_is_one_document(lint, tmp_path):
     assert (done.status, done.said) == (1, "")
 
 
-def test_a_terminal_of_40_columns_shows_whole_words_below_each_key(lint, tmp_path):
+def test_terminal_of_40_columns_shows_whole_words_below_each_key(lint, tmp_path):
     lint({**GOOD, "aliases/alias/command": b"|/bin/sh"})
     status, shown = at_terminal("-c", tmp_path / "c.toml", "lint", "aliases", COLUMNS="40")
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()

@@ -65,7 +65,7 @@ def test_missing_command_prints_usage_and_exits_with_2(arguments):
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_the_help_of_each_command_ends_with_examples_of_itself(name):
+def test_help_of_each_command_ends_with_examples_of_itself(name):
     done = control(name, "--help")
     assert (done.status, done.said) == (0, "")
     assert f"table-consulctl {name} " in done.text.partition("Examples:")[2].partition("Options:")[0]
@@ -109,7 +109,7 @@ def test_whoever_asks_for_help_does_not_wait_for_the_http_client(arguments):
     assert done.stderr == "[]\n"
 
 
-def test_the_daemon_does_not_import_the_control_command_nor_click():
+def test_daemon_does_not_import_the_control_command_nor_click():
     script = "import sys; from table_consul import cli, metrics, procexec, server, tables\n"
     script += "from table_consul.sources import direct, export, watch\n"
     script += "print([name for name in sys.modules if name.partition('.')[0] == 'click' or '.ctl' in name])"
@@ -128,7 +128,7 @@ def test_the_daemon_does_not_import_the_control_command_nor_click():
         (["-c"], "requires an argument"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_said_and_ends_with_2(arguments, said):
+def test_mistake_on_the_command_line_is_said_and_ends_with_2(arguments, said):
     done = control(*arguments)
     assert (done.status, done.text, said in done.said) == (2, "", True), done.said
 
@@ -148,12 +148,12 @@ def test_help_is_there_whatever_the_configuration(tmp_path):
     assert (done.status, "Examples:" in done.text) == (0, True)
 
 
-def test_the_environment_of_the_consul_command_counts(tmp_path):
+def test_environment_of_the_consul_command_counts(tmp_path):
     done = control("policy", "aliases", CONSUL_HTTP_ADDR="127.0.0.1:1", CONSUL_HTTP_TOKEN="hunter2 hunter2")
     assert (done.status, "CONSUL_HTTP_TOKEN" in done.said, "hunter2" in done.said) == (2, True, False)
 
 
-def test_a_name_that_no_table_can_have_is_refused(conf):
+def test_name_that_no_table_can_have_is_refused(conf):
     done = control("-c", conf, "lint", "a/b")
     assert (done.status, done.said.startswith("table-consulctl: invalid table name 'a/b'")) == (2, True)
 
@@ -204,7 +204,7 @@ def test_what_a_command_returns_is_the_exit_status(stand_in, conf, returned, sta
     assert control("-c", conf, "lint").status == status
 
 
-def test_an_error_of_the_system_is_one_line(stand_in, conf):
+def test_error_of_the_system_is_one_line(stand_in, conf):
     def fail():
         raise PermissionError(13, "Permission denied", "/etc/mail/\x1b")
 
@@ -236,7 +236,7 @@ def test_interrupt_is_one_line_without_traceback(conf):
 
 
 @pytest.mark.parametrize("arguments", [["query", "aliases", "alias", "-"], ["--help"]])
-def test_a_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_path, arguments):
+def test_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_path, arguments):
     (tmp_path / "keys").write_bytes(b"root\n" * 1000)
     reader, writer = os.pipe()
     os.close(reader)
@@ -245,7 +245,7 @@ def test_a_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_pa
     assert (done.status, done.said) == (2, "")
 
 
-def test_a_full_disk_is_said_in_one_line(conf):
+def test_full_disk_is_said_in_one_line(conf):
     with open("/dev/full", "wb") as full:
         done = finished(start("-c", conf, "query", "aliases", "alias", "root", stdout=full))
     assert (done.status, done.said) == (2, "table-consulctl: no space left on device\n")
@@ -261,7 +261,7 @@ def test_a_full_disk_is_said_in_one_line(conf):
         ["nonsense"],
     ],
 )
-def test_a_standard_error_that_takes_nothing_makes_no_other_answer_of_an_error(conf, arguments):
+def test_standard_error_that_takes_nothing_makes_no_other_answer_of_an_error(conf, arguments):
     with open("/dev/full", "wb") as full:
         assert finished(start("-c", conf, *arguments, stdout=subprocess.DEVNULL, stderr=full)).status == 2
 
@@ -287,7 +287,7 @@ def test_closed_standard_streams_are_no_reason_for_a_traceback(conf):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_shell_that_completes_a_word_is_told_and_nothing_failed(monkeypatch, capsys):
+def test_shell_that_completes_a_word_is_told_and_nothing_failed(monkeypatch, capsys):
     for name, value in {"": "zsh_complete", "COMP_WORDS": "table-consulctl po", "COMP_CWORD": "1"}.items():
         monkeypatch.setenv(name or "_TABLE_CONSULCTL_COMPLETE", value)
     assert main.main([]) == 0

@@ -58,7 +58,7 @@ def blocks(done):
         ("[tables.a]\n[tables.aa]", ["a/", "aa/"]),
     ],
 )
-def test_a_rule_for_each_folder_that_is_read_and_none_within_another(policy, text, folders):
+def test_rule_for_each_folder_that_is_read_and_none_within_another(policy, text, folders):
     assert blocks(policy(text)) == [(folder, "read") for folder in folders]
 
 
@@ -72,7 +72,7 @@ def test_levels(policy):
     ]
 
 
-def test_a_comment_says_what_it_is_for(policy):
+def test_comment_says_what_it_is_for(policy):
     assert policy("", "a", "b").text.startswith("# Answer for the tables of table-consul: a, b\n")
 
 
@@ -92,7 +92,7 @@ def test_namespace_and_partition_stand_around_the_rules(policy):
     assert 'namespace "env" {' in policy("[tables.a]", CONSUL_NAMESPACE="env").text
 
 
-def test_a_file_needs_no_policy(policy):
+def test_file_needs_no_policy(policy):
     done = policy('[consul]\naddress = "file:///tmp/x.json"')
     assert (done.status, done.text, "needs no policy" in done.said) == (2, "", True)
 
@@ -107,7 +107,7 @@ PATHS = st.sampled_from(["people", "mail/t/people", "mail/t", "mail", "other/x",
     paths=st.dictionaries(NAMES, PATHS, max_size=2),
     mode=st.sampled_from(["mirror", "direct"]),
 )
-def test_the_rules_cover_all_that_the_daemon_reads_and_each_is_needed(tmp_path, services, paths, mode):
+def test_rules_cover_all_that_the_daemon_reads_and_each_is_needed(tmp_path, services, paths, mode):
     table = Table("t", "mail", services=tuple(name for name in SERVICES if name in services), paths=paths, mode=mode)
     folders = read_folders([table])
     path = tmp_path / "c.toml"
@@ -191,7 +191,7 @@ def consul_with_list_policy():
 
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
 @pytest.mark.parametrize("more", [[], ["--json"], ["--list"], ["--write"]])
-def test_a_token_with_this_policy_serves_every_answer_and_reads_nothing_else(guarded, policy, tmp_path, mode, more):
+def test_token_with_this_policy_serves_every_answer_and_reads_nothing_else(guarded, policy, tmp_path, mode, more):
     layout = LAYOUT + f'mode = "{mode}"\n'
     token = guarded.token(policy(layout, *more).text)
     assert daemon_says(tmp_path, guarded, token, layout) == [*QUESTIONS.values()]
@@ -279,7 +279,7 @@ def test_consul_reads_odd_names_as_they_were_meant(guarded, policy, tmp_path, mo
         assert guarded.request("GET", "/v1/kv/?keys", token=token) == [f"{odd}/root"]
 
 
-def test_the_consul_command_takes_it_from_standard_input(guarded, policy):
+def test_consul_command_takes_it_from_standard_input(guarded, policy):
     """As the help of the command shows it."""
     done = subprocess.run(
         [consul_binary(), "acl", "policy", "create", "-name", "from-help", "-rules", "-"],

@@ -113,7 +113,7 @@ def test_table_from_a_file_stays_in_state_file_after_an_error(tmp_path, run_stat
 # ---- for people ----
 
 
-def test_a_terminal_of_40_columns_stays_readable(tmp_path, run_status, monkeypatch):
+def test_terminal_of_40_columns_stays_readable(tmp_path, run_status, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     error = sample(
         "last_error_timestamp_seconds", time.time(), table="aliases", prefix="aliases/", error="no " * 60 + "leader"

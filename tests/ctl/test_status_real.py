@@ -64,7 +64,7 @@ def test_changes_in_consul_do_not_make_a_following_table_lag(consul, tmp_path, c
             assert (code, table["state"], table["prefixes"][0]["ahead"]) == (0, "following", False), table
 
 
-def test_a_daemon_that_hangs_is_behind_consul(consul, tmp_path, ctl, monkeypatch):
+def test_daemon_that_hangs_is_behind_consul(consul, tmp_path, ctl, monkeypatch):
     monkeypatch.setattr(status, "LAG_SECONDS", 0.2)
     monkeypatch.setattr(status, "WRITE_INTERVAL_SECONDS", 0.2)
     consul.kv_put("aliases/alias/root", "gilles")
@@ -112,7 +112,7 @@ def test_direct_table_is_healthy_until_consul_is_killed(consul, tmp_path, ctl):
         assert (code, table["prefixes"][0]["remarks"]) == (1, ["Consul cannot be read: every answer is an error"])
 
 
-def test_a_folder_that_the_token_may_not_read_is_named(consul_with_acl, tmp_path, ctl):
+def test_folder_that_the_token_may_not_read_is_named(consul_with_acl, tmp_path, ctl):
     agent = consul_with_acl
     agent.kv_put("aliases/alias/root", "gilles")
     token = agent.token('key_prefix "aliases/alias/" { policy = "read" }')

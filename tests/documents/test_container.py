@@ -23,13 +23,13 @@ def test_what_is_sent_to_the_builder_is_what_the_tests_take_its_image_to_be_made
     assert "*" in lines
 
 
-def test_the_base_image_and_opensmtpd_are_pinned():
+def test_base_image_and_opensmtpd_are_pinned():
     assert re.search(r"^ARG BASE=docker\.io/library/debian:trixie-\d{8}-slim$", DOCKERFILE, re.MULTILINE)
     release = re.search(r"^ARG OPENSMTPD=(\d+)\.(\d+)\S*p\d+-\*$", DOCKERFILE, re.MULTILINE)
     assert (int(release[1]), int(release[2])) >= (7, 6)
 
 
-def test_the_configuration_of_the_image_is_one():
+def test_configuration_of_the_image_is_one():
     found = config.load(str(CONTAINER / "table-consul.toml"), {"CONSUL_HTTP_ADDR": "http://consul:8500"})
     assert found.consul.addresses == ("http://consul:8500",)
     assert found.log.target == "stderr"

@@ -61,13 +61,13 @@ def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_a_page_fits_a_terminal(page):
+def test_page_fits_a_terminal(page):
     done = subprocess.run(["mandoc", "-T", "ascii", MAN / page], capture_output=True, text=True, check=True)
     assert [line for line in re.sub(".\b", "", done.stdout).splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_the_title_is_the_name_of_the_page(page):
+def test_title_is_the_name_of_the_page(page):
     name, _, section = page.rpartition(".")
     assert f".Dt {name.upper()} {section}\n.Os\n.Sh NAME\n.Nm {name}\n.Nd " in source(page)
 

@@ -74,7 +74,7 @@ def fill(consul):
 EXPECTED = {key: answer for key, (_, _, answer) in ENTRIES.items()}
 
 
-def test_the_entries_of_this_test_cover_every_table_of_the_example():
+def test_entries_of_this_test_cover_every_table_of_the_example():
     assert sorted(key.partition("/")[0] for key in ENTRIES) == sorted(TABLES)
 
 
@@ -86,7 +86,7 @@ def test_each_table_of_the_example_has_its_block(name):
 @pytest.mark.parametrize(
     ("name", "option"), [("table-consul", None), ("table-consul-list", "--list"), ("postmaster", "--write")]
 )
-def test_the_file_grants_what_the_command_would_write(name, option, tmp_path):
+def test_file_grants_what_the_command_would_write(name, option, tmp_path):
     (tmp_path / "table-consul.toml").write_text("")
     made = subprocess.run(
         [
@@ -105,7 +105,7 @@ def test_every_policy_ends_its_folders_with_a_slash():
     assert [(path.name, each) for path in FILES for each in prefixes(path.read_text()) if not each.endswith("/")] == []
 
 
-def test_the_policy_of_mail_servers_serves_every_table(consul_with_acl, tmp_path):
+def test_policy_of_mail_servers_serves_every_table(consul_with_acl, tmp_path):
     fill(consul_with_acl)
     assert answers(consul_with_acl, consul_with_acl.token(rules("table-consul")), tmp_path) == EXPECTED
 
@@ -144,14 +144,14 @@ def test_where_lists_need_a_policy_reading_alone_is_an_error_and_no_absence(cons
     assert {answer.partition("|")[0] for answer in found.values()} == {"error"}
 
 
-def test_a_postmaster_may_put_and_delete_in_every_table(consul_with_acl):
+def test_postmaster_may_put_and_delete_in_every_table(consul_with_acl):
     token = consul_with_acl.token(rules("postmaster"))
     for key in ENTRIES:
         assert consul_with_acl.request("PUT", f"/v1/kv/{key}", b"mine", token=token) is True
         assert consul_with_acl.request("DELETE", f"/v1/kv/{key}", token=token) is True
 
 
-def test_a_help_desk_edits_aliases_and_sees_no_hash(consul_with_acl):
+def test_help_desk_edits_aliases_and_sees_no_hash(consul_with_acl):
     fill(consul_with_acl)
     token = consul_with_acl.token(rules("helpdesk"))
     for key in ("aliases/alias/root", "virtuals/alias/@example.org"):

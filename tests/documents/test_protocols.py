@@ -86,13 +86,13 @@ def conversation(request, tmp_path_factory):
     return turns, lambda chunks: replayed(open_tables(config), chunks)
 
 
-def test_the_page_shows_every_dialect():
+def test_page_shows_every_dialect():
     words = {line[2:].partition("|")[0] for block in PAGE.fenced("transcript") for line in block.text.splitlines()}
     assert {"table-response", "table-result", "lookup-result", "fetch-result", "update-result", "register"} <= words
     assert len([*PAGE.fenced("imsg")]) == 1
 
 
-def test_the_page_tells_the_bit_of_every_service_that_imsg_knows():
+def test_page_tells_the_bit_of_every_service_that_imsg_knows():
     row = re.search(r"^\| (alias \|.*) \|\n\|[-|]+\n\| (.*) \|$", PAGE.text, re.MULTILINE)
     told = dict(zip(row[1].split(" | "), (int(bit, 0) for bit in row[2].split(" | ")), strict=True))
     assert told == {service.name: service.bit for service in SERVICES.values() if service.name != "auth"}

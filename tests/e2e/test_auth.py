@@ -56,17 +56,17 @@ def log_in(server, user, password, subject="hello"):
         return refused.smtp_code
 
 
-def test_the_right_password_may_send(server):
+def test_right_password_may_send(server):
     assert log_in(server, "gilles", "Correct Horse", "authorised") == 250
     server.wait_for_mail("eric", "authorised")
 
 
 @pytest.mark.parametrize(("user", "password"), [("gilles", "correct horse"), ("gilles", "wrong"), ("eric", "wrong")])
-def test_a_wrong_password_and_an_unknown_user_are_refused_alike(server, user, password):
+def test_wrong_password_and_an_unknown_user_are_refused_alike(server, user, password):
     assert log_in(server, user, password) == 535
 
 
-def test_a_changed_hash_counts_at_once(server, consul, encrypted):
+def test_changed_hash_counts_at_once(server, consul, encrypted):
     assert log_in(server, "gilles", "Battery Staple") == 535
     consul.kv_put("consul/credentials/gilles", encrypted[1])
     assert log_in(server, "gilles", "Battery Staple") == 250

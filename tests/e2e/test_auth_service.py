@@ -33,7 +33,7 @@ def server(consul, smtpd, root):
 @VERIFYING
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
 @pytest.mark.parametrize("stored", [SHA512, "{BLF-CRYPT}" + BCRYPT, json.dumps({"password": SHA512, "uid": 1000})])
-def test_the_right_password_may_send_and_others_may_not(consul, server, mode, stored):
+def test_right_password_may_send_and_others_may_not(consul, server, mode, stored):
     consul.kv_put("consul/auth/gilles", stored)
     smtpd = server(mode)
     assert log_in(smtpd, "gilles", PASSWORD, "authorised") == 250
@@ -46,7 +46,7 @@ def test_the_right_password_may_send_and_others_may_not(consul, server, mode, st
 
 
 @VERIFYING
-def test_the_case_of_a_login_does_not_count(consul, server):
+def test_case_of_a_login_does_not_count(consul, server):
     consul.kv_put("consul/auth/gilles@example.org", SHA512)
     assert log_in(server(), "Gilles@Example.ORG", PASSWORD) == 250
 
@@ -74,7 +74,7 @@ def test_what_nobody_can_verify_is_for_now_and_a_lock_is_for_good(consul, server
 
 
 @VERIFYING
-def test_a_user_that_is_locked_in_consul_is_locked_out_at_once(consul, server):
+def test_user_that_is_locked_in_consul_is_locked_out_at_once(consul, server):
     consul.kv_put("consul/auth/gilles", SHA512)
     smtpd = server()
     assert log_in(smtpd, "gilles", PASSWORD) == 250
@@ -92,7 +92,7 @@ def test_without_consul_a_login_fails_for_now_only(consul, server):
 
 
 @pytest.mark.parametrize("root", ["7.6"], indirect=True)
-def test_an_older_smtpd_verifies_passwords_itself(consul, server):
+def test_older_smtpd_verifies_passwords_itself(consul, server):
     consul.kv_put("consul/credentials/gilles", "{CRYPT}" + SHA512)
     smtpd = server(services='services = ["auth", "credentials"]')
     assert [log_in(smtpd, "gilles", password) for password in (PASSWORD, PASSWORD.lower())] == [250, 535]
@@ -119,7 +119,7 @@ def test_one_default_entry_stands_for_all_virtual_users(consul, smtpd, mode):
         wait_for(lambda home=home: server.exists(f"{home}/Maildir/new"), 10.0, lambda: server.log)
 
 
-def test_a_record_serves_logins_and_deliveries(consul, smtpd, root):
+def test_record_serves_logins_and_deliveries(consul, smtpd, root):
     record = {"password": "{SHA512-CRYPT}" + SHA512, "uid": 1000, "gid": "1000", "home": "/home/gilles"}
     consul.kv_put("people/vera", json.dumps(record))
     conf = CONF.replace('action "local" mbox', 'action "local" maildir userbase <consul>')

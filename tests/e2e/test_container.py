@@ -105,7 +105,7 @@ def refused_until_known(container, recipient):
     wait_for(lambda: container.send(recipient, "arrived") == 250, 20, lambda: f"refused:\n{container.log}")
 
 
-def test_the_story_plays_as_compose_yaml_tells_it(container, service, tmp_path):
+def test_story_plays_as_compose_yaml_tells_it(container, service, tmp_path):
     mail = container(service=service)
     consul = Consul(mail, tmp_path / "consul")
     assert service["depends_on"]["consul"]["condition"] == "service_healthy"
@@ -159,7 +159,7 @@ exit 1
 """
 
 
-def test_the_commands_of_the_readme_do_what_it_says(container, service, tmp_path):
+def test_commands_of_the_readme_do_what_it_says(container, service, tmp_path):
     commands = [line[2:] for line in readme_block("docker compose up") if line.startswith("$ ")]
     assert [bool(re.search(r"exec (consul|-T mail|mail) ", each)) for each in commands] == [False, *[True] * 4]
     mail = container(service=service)
@@ -264,7 +264,7 @@ def test_files_of_one_s_own_are_mounted_and_the_environment_counts_where_they_ar
     wait_for(lambda: list((mail.volume("/var/vmail") / "info/new").glob("*")), 20, lambda: mail.log)
 
 
-def test_a_token_that_only_root_may_read_is_good_enough(container, service, tmp_path):
+def test_token_that_only_root_may_read_is_good_enough(container, service, tmp_path):
     secret = tmp_path / "token"
     files = {"/run/secrets/consul": secret}
     secret.touch(mode=0o600)
@@ -322,7 +322,7 @@ def test_commands_are_run_in_place_of_smtpd_and_options_are_given_to_it(containe
         assert said in one.log
 
 
-def test_the_image_is_small_and_holds_nothing_that_builds(built):
+def test_image_is_small_and_holds_nothing_that_builds(built):
     found = [path for path in built.files.rglob("*") if not path.is_symlink()]
     megabytes = sum(path.lstat().st_size for path in found) / 1e6
     assert megabytes < LARGEST_MB, f"{megabytes:.0f} MB"
@@ -346,7 +346,7 @@ def test_nothing_of_the_machine_that_built_it_is_left(built):
     assert not (built.files / "etc/mailname").exists(), "a name made when it was built would be every container's"
 
 
-def test_the_image_says_what_it_is_and_how_it_is_run(built):
+def test_image_says_what_it_is_and_how_it_is_run(built):
     config = built.config
     assert config["Labels"]["org.opencontainers.image.title"] == "table-consul"
     assert config["Labels"]["org.opencontainers.image.licenses"] == "ISC"

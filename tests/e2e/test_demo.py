@@ -24,7 +24,7 @@ def play(*arguments):
     )
 
 
-def test_the_demo_plays_with_real_parts(consul, root):
+def test_demo_plays_with_real_parts(consul, root):
     done = play()
     assert (done.returncode, done.stderr) == (0, "")
     assert "Real parts:\n   Consul " in done.stdout
@@ -32,14 +32,14 @@ def test_the_demo_plays_with_real_parts(consul, root):
     assert [line for line in shown.text.splitlines() if line not in done.stdout.splitlines()] == []
 
 
-def test_the_demo_plays_over_the_program_s_own_socket():
+def test_demo_plays_over_the_program_s_own_socket():
     done = play("--socket")
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert "table-consul > lookup-result|00000002|found|gilles" in done.stdout
 
 
-def test_the_demo_fails_when_mail_goes_elsewhere(monkeypatch, capsys):
+def test_demo_fails_when_mail_goes_elsewhere(monkeypatch, capsys):
     monkeypatch.setattr(demo, "_export", lambda path, entries: path.write_text("[]"))
     with pytest.raises(demo.Unexpected):
         demo.with_a_socket()

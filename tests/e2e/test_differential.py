@@ -200,7 +200,7 @@ def unasked(outcomes: list[Outcome]) -> set[tuple[str, bool]]:
 @pytest.mark.timeout(120 + SESSIONS)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("root", ["7.9"], indirect=True)
-def test_the_same_sessions_get_the_same_replies_from_tables_in_files_and_in_consul(consul, root, seed):
+def test_same_sessions_get_the_same_replies_from_tables_in_files_and_in_consul(consul, root, seed):
     rng = Random(seed)
     # Not with smtpctl: what it makes takes a tenth of a second to check, at each login.
     encrypted = root.run("openssl", "passwd", "-6", "-salt", f"seed{seed}"[:16], PASSWORD).strip()

@@ -42,13 +42,13 @@ def greeted(server):
         return refused.smtp_code
 
 
-def test_a_filter_against_hosts_lets_everyone_in_when_the_table_cannot_tell(cut_off):
+def test_filter_against_hosts_lets_everyone_in_when_the_table_cannot_tell(cut_off):
     assert greeted(cut_off(filter_="src <hosts>")) == 250
 
 
-def test_a_filter_for_hosts_alone_shuts_everyone_out_when_the_table_cannot_tell(cut_off):
+def test_filter_for_hosts_alone_shuts_everyone_out_when_the_table_cannot_tell(cut_off):
     assert greeted(cut_off(filter_="!src <hosts>")) == 550
 
 
-def test_a_rule_puts_the_mail_off_when_the_table_cannot_tell(cut_off):
+def test_rule_puts_the_mail_off_when_the_table_cannot_tell(cut_off):
     assert 400 <= greeted(cut_off(rule="match from src <hosts> for any reject")) < 500

@@ -150,7 +150,7 @@ def test_program_whose_package_does_not_load_answers_smtpd_with_the_reason(insta
 
 
 @pytest.mark.timeout(300)
-def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(installed, tree):
+def test_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(installed, tree):
     app = installed / "lib/table-consul"
     for name in (
         "table_consul/gone.py",
@@ -272,7 +272,7 @@ table-consulctl --help
 
 
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_readme_need_a_fresh_debian_with_make_and_python_alone(tree):
+def test_commands_of_the_readme_need_a_fresh_debian_with_make_and_python_alone(tree):
     with _or_skip():
         root = bare.debian()
     with bare.Layer(root, {"/root/table-consul": tree}, network=True) as layer:
@@ -304,7 +304,7 @@ find venv/share -type f
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("release", ["6.8", "7.6", "7.9"])
-def test_the_wheel_works_under_each_python(release):
+def test_wheel_works_under_each_python(release):
     with _or_skip():
         root = Root(release)
         wheels = package.wheels(root.python)

@@ -78,7 +78,7 @@ def table(request):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, smtpd, root, name, table):
+def test_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, smtpd, root, name, table):
     cell = (root.version, root.python, name)
     table[cell] = "FAILED"
     server = smtpd(LINES[name] + LOCAL, table_files(consul), processes=processes(root, LINES[name]))
@@ -95,7 +95,7 @@ def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, 
     table[cell] = f"ok, {len(server.backends)} process{'es' * (len(server.backends) > 1)}"
 
 
-def test_the_line_without_a_file_and_no_file_reads_consul_as_the_consul_command_does(consul, smtpd, root):
+def test_line_without_a_file_and_no_file_reads_consul_as_the_consul_command_does(consul, smtpd, root):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(LINES["consul"] + LOCAL, environment={"CONSUL_HTTP_ADDR": consul.address})
     assert server.send("root@localhost", subject="hi")["root@localhost"][0] == 250
@@ -104,7 +104,7 @@ def test_the_line_without_a_file_and_no_file_reads_consul_as_the_consul_command_
 
 @only_old
 @through_both
-def test_a_password_in_consul_opens_the_door_and_another_does_not(consul, smtpd, root, line):
+def test_password_in_consul_opens_the_door_and_another_does_not(consul, smtpd, root, line):
     consul.kv_put("consul/credentials/gilles", root.encrypt("Correct Horse"))
     files = table_files(consul) | certificate(root)
     server = smtpd(line + SUBMISSION, files, processes=processes(root, line))
@@ -204,7 +204,7 @@ def test_any_program_of_lines_is_a_table(smtpd, root, name):
 
 
 @pytest.mark.parametrize(("root", "name"), SERVED, indirect=["root"])
-def test_a_child_that_is_killed_under_load_takes_nothing_with_it(smtpd, root, name):
+def test_child_that_is_killed_under_load_takes_nothing_with_it(smtpd, root, name):
     server = bridged(smtpd, root, name, may_die=True)
     before = server.pids
 

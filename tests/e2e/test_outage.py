@@ -73,7 +73,7 @@ def test_accepted_mail_stays_queued_without_consul_and_goes_out_when_it_is_back(
         assert "PermFail" not in server.log
 
 
-def test_a_mirror_goes_on_delivering_while_consul_is_stopped_and_sees_edits_when_it_is_back(consul, smtpd):
+def test_mirror_goes_on_delivering_while_consul_is_stopped_and_sees_edits_when_it_is_back(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(LOCAL, table_files(consul))
     before = server.pids
@@ -88,7 +88,7 @@ def test_a_mirror_goes_on_delivering_while_consul_is_stopped_and_sees_edits_when
     assert server.pids == before
 
 
-def test_a_mirror_that_never_saw_consul_puts_mail_off_until_it_does(consul, smtpd):
+def test_mirror_that_never_saw_consul_puts_mail_off_until_it_does(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     consul.stop()
     server = smtpd(LOCAL, table_files(consul))

@@ -231,7 +231,7 @@ def expect_alerts(watched, wanted, while_waiting=lambda: None):
     wait_for(so, PATIENCE_SECONDS, lambda: f"{seen}, not {wanted}: {watched.prometheus.alerts()}")
 
 
-def test_a_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_alerted(watched):
+def test_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_alerted(watched):
     comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
     watched.consul.pause()
     watched.children["people"].ask(b"table|0.1|0|people|lookup|nonsense|1|root")
@@ -255,7 +255,7 @@ def test_a_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_al
     assert re.search(r" it is 5m \d+\S*s old\.$", alert["annotations"]["summary"]), alert
 
 
-def test_a_table_without_consul_and_without_a_copy_is_alerted(consul, watched, tmp_path):
+def test_table_without_consul_and_without_a_copy_is_alerted(consul, watched, tmp_path):
     update(watched, "aliases")
     comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
     consul.kill()
@@ -268,7 +268,7 @@ def test_a_table_without_consul_and_without_a_copy_is_alerted(consul, watched, t
         assert child.end() == 0
 
 
-def test_the_example_configuration_and_the_rules_are_what_promtool_calls_good(tmp_path):
+def test_example_configuration_and_the_rules_are_what_promtool_calls_good(tmp_path):
     shutil.copy(PROMETHEUS / "prometheus.yml.example", tmp_path / "prometheus.yml")
     shutil.copy(RULES, tmp_path)
     for arguments in (("check", "config", "prometheus.yml"), ("check", "rules", "--lint-fatal", RULES.name)):
@@ -300,12 +300,12 @@ def spoiled(name):
         yield "at once", before + f"- alert: {name}\n" + re.sub(r" +for: .*\n", "", rule) + separator + after
 
 
-def test_the_delivered_tests_of_the_rules_pass(tmp_path):
+def test_delivered_tests_of_the_rules_pass(tmp_path):
     assert judged(RULES.read_text(), tmp_path)[0], judged(RULES.read_text(), tmp_path)[1]
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_the_delivered_tests_of_the_rules_notice_when_an_alert_is_spoilt(tmp_path, name):
+def test_delivered_tests_of_the_rules_notice_when_an_alert_is_spoilt(tmp_path, name):
     unnoticed = [what for what, rules in spoiled(name) if judged(rules, tmp_path)[0]]
     assert unnoticed == []
 

@@ -40,7 +40,7 @@ def asked(server, service):
         ("regex", "from any helo regex <consul> for local", "mx.good.org", {"helo": "mx.good.org"}, {}),
     ],
 )
-def test_a_rule_matches_what_stands_in_consul(consul, smtpd, service, option, key, matching, other):
+def test_rule_matches_what_stands_in_consul(consul, smtpd, service, option, key, matching, other):
     consul.kv_put(f"consul/{service}/{key}", "")
     server = smtpd(HEAD + f'match {option} action "local"', table_files(consul))
     assert server.send("eric@localhost", **matching)["eric@localhost"][0] == 250
@@ -81,7 +81,7 @@ def test_senders_says_who_may_use_which_address(consul, submission):
     assert [key for key, _ in asked(server, "mailaddrmap")] == ["gilles", "gilles"]
 
 
-def test_a_rule_for_some_logins_asks_for_their_names_as_strings(consul, submission):
+def test_rule_for_some_logins_asks_for_their_names_as_strings(consul, submission):
     consul.kv_put("consul/string/gilles", "")
     server = submission(rule="match auth <consul> from any for local")
     assert as_gilles(server, "gilles@example.org") == 250
@@ -117,7 +117,7 @@ def test_user_without_a_home_or_with_a_relative_one_gets_mail_as_from_a_file(con
         server.wait_for_mail("gilles", host)
 
 
-def test_a_user_with_the_ids_of_root_is_put_off(consul, smtpd):
+def test_user_with_the_ids_of_root_is_put_off(consul, smtpd):
     consul.kv_put("consul/userinfo/vera", "0:0:/root")
     conf = HEAD.replace('"local" mbox', '"local" mbox userbase <consul>')
     server = smtpd(conf + 'match from any for local action "local"', table_files(consul))
@@ -153,7 +153,7 @@ def test_helo_of_a_relay_follows_its_source_address(consul, smtpd):
         assert ("127.0.0.5", '"mx5.example.org"') in asked(server, "addrname")
 
 
-def test_a_relay_by_domain_goes_to_the_host_in_consul(consul, smtpd):
+def test_relay_by_domain_goes_to_the_host_in_consul(consul, smtpd):
     with Sink() as sink:
         consul.kv_put("consul/relayhost/example.com", f"smtp+notls://{sink.address}:{sink.port}")
         rules = 'action "out" relay domain <consul>\nmatch from any for any action "out"'

@@ -190,7 +190,7 @@ def test_folders_made_in_the_ui_on_the_way_to_a_key_are_no_entries(agent, browse
 
 
 @on_new
-def test_an_operator_logs_in_to_the_ui_with_a_token_and_without_it_changes_nothing(agent_with_acl, browse, smtpd):
+def test_operator_logs_in_to_the_ui_with_a_token_and_without_it_changes_nothing(agent_with_acl, browse, smtpd):
     agent = agent_with_acl
     operator = agent.token('key_prefix "consul/" { policy = "write" }')
     reader = agent.token('key_prefix "consul/" { policy = "read" }')

@@ -34,7 +34,7 @@ def answered(request, services=DEFAULT_SERVICES, **functions):
 
 
 @pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
-def test_the_example_answers_an_smtpd_of_imsg(command):
+def test_example_answers_an_smtpd_of_imsg(command):
     with Smtpd(*command) as smtpd:
         assert smtpd.ask(CHECK, MAILADDR, ME) == (OK, b"")
         assert smtpd.ask(CHECK, MAILADDR, b"eric@poolp.org") == (ABSENT, b"")
@@ -46,7 +46,7 @@ def test_the_example_answers_an_smtpd_of_imsg(command):
 
 
 @pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
-def test_the_example_answers_an_smtpd_of_lines(command):
+def test_example_answers_an_smtpd_of_lines(command):
     with Child(command=command) as child:
         assert child.handshake() == [name.encode() for name in DEFAULT_SERVICES]
         assert child.ask(b"table|0.1|0|t|check|mailaddr|1|" + ME) == b"check-result|1|found"
@@ -58,7 +58,7 @@ def test_the_example_answers_an_smtpd_of_lines(command):
 
 
 @pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
-def test_the_example_answers_the_dialects_of_2020(command):
+def test_example_answers_the_dialects_of_2020(command):
     with Child(command=command) as child:
         for name, word in ((b"t|", b"table-response"), (b"", b"table-result")):
             assert child.ask(b"table|0.1|0|%bcheck|1|mailaddr|%b" % (name, ME)) == word + b"|1|found"
@@ -130,7 +130,7 @@ def said(lines, caplog, **functions):
 LOOKUPS = b"config|ready\n" + b"".join(b"table|0.1|0|t|lookup|alias|%d|k\n" % number for number in (1, 2))
 
 
-def test_an_exception_is_an_error_and_is_told_once(caplog):
+def test_exception_is_an_error_and_is_told_once(caplog):
     answers = said(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
     assert [answer.rpartition(b"|error|internal error (KeyError)")[0] for answer in answers] == [
         b"lookup-result|1",
@@ -140,7 +140,7 @@ def test_an_exception_is_an_error_and_is_told_once(caplog):
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])
-def test_a_value_that_smtpd_cannot_take_is_an_error(value, caplog):
+def test_value_that_smtpd_cannot_take_is_an_error(value, caplog):
     answers = said(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
     assert [b"|error|" in answer for answer in answers] == [True, True]
 
@@ -157,7 +157,7 @@ def test_serve_takes_the_wire_and_answers(tmp_path):
         assert child.rest() == b""
 
 
-def test_the_example_in_the_documentation_runs(monkeypatch):
+def test_example_in_the_documentation_runs(monkeypatch):
     served = {}
     monkeypatch.setattr(callbacks, "serve", lambda **functions: served.update(functions))
     lines = callbacks.__doc__.splitlines()

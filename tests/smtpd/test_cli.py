@@ -49,7 +49,7 @@ def test_version_is_that_of_the_package():
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--check", "a", "b"]])
-def test_a_wrong_command_line_is_said_and_ends_with_2(arguments):
+def test_wrong_command_line_is_said_and_ends_with_2(arguments):
     shown = run(*arguments)
     assert (shown.returncode, shown.stdout, "usage: table-consul" in shown.stderr) == (2, "", True)
 
@@ -100,7 +100,7 @@ def test_check_of_a_good_configuration_within_the_process(open_folder, capsys):
     assert (0, f"{path}: ok\n") == (cli.main(["--check", str(path)]), capsys.readouterr().out)
 
 
-def test_a_secret_in_the_environment_is_not_shown_by_check(tmp_path):
+def test_secret_in_the_environment_is_not_shown_by_check(tmp_path):
     shown = run("--check", str(write_config(tmp_path)), CONSUL_HTTP_TOKEN="hunter2 hunter2")
     assert (
         shown.returncode,
@@ -109,7 +109,7 @@ def test_a_secret_in_the_environment_is_not_shown_by_check(tmp_path):
     ) == (2, False, True)
 
 
-def test_a_person_at_a_terminal_is_told_what_this_is(monkeypatch, capsys):
+def test_person_at_a_terminal_is_told_what_this_is(monkeypatch, capsys):
     monkeypatch.setattr(os, "isatty", lambda _: True)
     assert (cli.main([]), "is started by OpenSMTPD's smtpd" in capsys.readouterr().err) == (2, True)
 
@@ -143,7 +143,7 @@ def test_nobody_there_and_no_standard_error(wire, tmp_path, monkeypatch):
     assert cli.main([path]) == 2
 
 
-def test_a_bad_configuration_is_logged_when_it_starts(wire, tmp_path, monkeypatch, caplog):
+def test_bad_configuration_is_logged_when_it_starts(wire, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cli.log, "start", lambda *_: None)
     (tmp_path / "bad.toml").write_text("x = 1\n")
     wire.shutdown(socket.SHUT_WR)
@@ -152,7 +152,7 @@ def test_a_bad_configuration_is_logged_when_it_starts(wire, tmp_path, monkeypatc
     assert (line.startswith(f"{tmp_path}/bad.toml: x: unknown key"), "smtpctl update table" in line) == (True, True)
 
 
-def test_the_log_takes_the_name_of_the_table_from_smtpd(wire, tmp_path, monkeypatch):
+def test_log_takes_the_name_of_the_table_from_smtpd(wire, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(cli.log, "start", lambda *arguments: started.append(arguments))
     wire.sendall(b"config|tablename|aliases\nconfig|ready\n")
@@ -161,7 +161,7 @@ def test_the_log_takes_the_name_of_the_table_from_smtpd(wire, tmp_path, monkeypa
     assert started == [("debug", "syslog", ""), ("debug", "syslog", "aliases")]
 
 
-def test_the_environment_of_the_consul_command_counts_and_no_library_sees_it(wire, tmp_path, monkeypatch):
+def test_environment_of_the_consul_command_counts_and_no_library_sees_it(wire, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "192.0.2.1:8500")
     monkeypatch.setenv("CONSUL_HTTP_SSL", "")

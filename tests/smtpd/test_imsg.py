@@ -56,7 +56,7 @@ def recorded(request, tmp_path_factory):
     return said, answered, chunks, tmp_path_factory.mktemp("recorded")
 
 
-def test_a_recorded_conversation_asks_all_that_smtpd_asks_tables(recorded):
+def test_recorded_conversation_asks_all_that_smtpd_asks_tables(recorded):
     said, _, _, _ = recorded
     ops = {(event.op, event.service) for event in events(said) if isinstance(event, Request)}
     assert {
@@ -71,24 +71,24 @@ def test_a_recorded_conversation_asks_all_that_smtpd_asks_tables(recorded):
     } <= ops
 
 
-def test_a_recorded_conversation_is_answered_as_it_was(recorded):
+def test_recorded_conversation_is_answered_as_it_was(recorded):
     _, answered, chunks, folder = recorded
     assert replayed(folder, chunks) == answered
 
 
-def test_a_recorded_conversation_in_one_piece_is_answered_the_same(recorded):
+def test_recorded_conversation_in_one_piece_is_answered_the_same(recorded):
     said, answered, _, folder = recorded
     assert replayed(folder, [said]) == answered
 
 
-def test_a_recorded_conversation_byte_by_byte_is_answered_the_same(recorded):
+def test_recorded_conversation_byte_by_byte_is_answered_the_same(recorded):
     said, answered, _, folder = recorded
     assert replayed(folder, (bytes([each]) for each in said)) == answered
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 4000)))
-def test_a_recorded_conversation_in_random_cuts_is_answered_the_same(recorded, cuts):
+def test_recorded_conversation_in_random_cuts_is_answered_the_same(recorded, cuts):
     said, answered, _, folder = recorded
     places = sorted({0, *cuts, len(said)})
     assert replayed(folder, (said[a:b] for a, b in itertools.pairwise(places))) == answered
@@ -98,7 +98,7 @@ def test_a_recorded_conversation_in_random_cuts_is_answered_the_same(recorded, c
 
 
 @pytest.mark.parametrize("data", [opening(), message(CHECK), b"\0\0\0\2"])
-def test_a_small_number_comes_first(data):
+def test_small_number_comes_first(data):
     assert speaks(data)
 
 
@@ -112,11 +112,11 @@ def test_open_tells_the_table_and_the_version():
 
 
 @pytest.mark.parametrize("body", [b"", b"\2", struct.pack("=I", 3) + b"t", struct.pack("=I", 2)])
-def test_an_open_of_any_kind_is_answered(body):
+def test_open_of_any_kind_is_answered(body):
     assert [Ready] == [type(event) for event in events(message(OPEN, body))]
 
 
-def test_a_name_that_fills_its_field_has_no_nul():
+def test_name_that_fills_its_field_has_no_nul():
     (event,) = events(message(OPEN, struct.pack("=I", 2) + b"n" * 2048))
     assert event.config["tablename"] == "n" * 2048
 
@@ -137,12 +137,12 @@ def test_services_are_bits(name):
 
 
 @pytest.mark.parametrize("bit", [0, 3, 0x2000, -1, -(2**31), 2**31 - 1])
-def test_an_unknown_service_is_a_request_that_nobody_answers_with_data(bit):
+def test_unknown_service_is_a_request_that_nobody_answers_with_data(bit):
     (event,) = asked(question(LOOKUP, bit, b"k\0"))
     assert (isinstance(event, Request), event.service in SERVICES) == (True, False)
 
 
-def test_an_empty_key_is_a_key():
+def test_empty_key_is_a_key():
     assert [event.key for event in asked(question(LOOKUP, ALIAS, b"\0"))] == [b""]
 
 
@@ -168,7 +168,7 @@ def test_parameters_before_the_key_are_passed_over():
         (FETCH, b"a\0", 1),
     ],
 )
-def test_a_question_with_something_wrong_in_it_is_answered_with_an_error_and_those_after_it_as_ever(kind, rest, count):
+def test_question_with_something_wrong_in_it_is_answered_with_an_error_and_those_after_it_as_ever(kind, rest, count):
     first, second = asked(question(kind, ALIAS, rest, count), question(LOOKUP, ALIAS, b"root\0"))
     assert (Malformed, OPS[kind], LOOKED_UP) == (type(first), first.request.op, second)
 
@@ -181,13 +181,13 @@ def test_parameters_that_do_not_fit_are_counted(count, noun):
 
 @pytest.mark.parametrize("body", [b"", b"\1", struct.pack("=i", 1), struct.pack("=i", 1) + b"\0" * 7])
 @pytest.mark.parametrize("kind", [CHECK, LOOKUP, FETCH])
-def test_a_question_that_is_too_short_is_answered_with_an_error(kind, body):
+def test_question_that_is_too_short_is_answered_with_an_error(kind, body):
     (event,) = asked(message(kind, body))
     assert (Malformed, OPS[kind]) == (type(event), event.request.op)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 8, 255, 2**32 - 1])
-def test_an_unknown_type_is_told_and_not_answered(kind):
+def test_unknown_type_is_told_and_not_answered(kind):
     first, second = asked(message(kind, b"x" * 99), question(LOOKUP, ALIAS, b"root\0"))
     assert (Malformed(f"unknown message of type {kind}", None), LOOKED_UP) == (first, second)
 
@@ -208,7 +208,7 @@ def test_what_is_no_longer_understood_takes_no_memory():
     assert (len(events), grown < 3 * 65536) == (1, True)
 
 
-def test_the_longest_message_is_understood():
+def test_longest_message_is_understood():
     (event,) = asked(question(LOOKUP, ALIAS, b"k" * (MAX_MESSAGE - 16 - 12 - 1) + b"\0"))
     assert len(event.key) == MAX_MESSAGE - 29
 
@@ -220,7 +220,7 @@ def test_close_ends_the_conversation():
     assert session.receive_data(question(LOOKUP, ALIAS, b"root\0")) == []
 
 
-def test_a_conversation_is_open_until_then():
+def test_conversation_is_open_until_then():
     session = Session()
     assert [Ready, Request] == [type(event) for event in session.receive_data(opening() + message(UPDATE))]
     assert not session.closed
@@ -236,7 +236,7 @@ def told(data, value=b""):
     return struct.unpack_from("=i", data, 16)[0], data[20:]
 
 
-def test_the_answer_to_open_is_empty():
+def test_answer_to_open_is_empty():
     assert message(0)[:12] + b"\0\0\0\0" == Session().register(DEFAULT_SERVICES)
 
 
@@ -261,11 +261,11 @@ def test_replies(request_, reply, expected):
     assert expected == told(Session().send(request_, reply))
 
 
-def test_the_longest_reply_is_the_longest_message():
+def test_longest_reply_is_the_longest_message():
     assert len(Session().send(LOOKED_UP, Found(b"v" * MAX_VALUE))) == MAX_MESSAGE
 
 
-def test_a_longer_value_cannot_be_sent():
+def test_longer_value_cannot_be_sent():
     with pytest.raises(ReplyError, match="16364 bytes; this smtpd takes at most 16363"):
         Session().send(LOOKED_UP, Found(b"v" * (MAX_VALUE + 1)))
 
@@ -285,7 +285,7 @@ def test_a_longer_value_cannot_be_sent():
         (Request("dump", b"", "t", "alias", b""), Found(b"secret")),
     ],
 )
-def test_a_reply_that_does_not_answer_the_request_cannot_be_sent(request_, reply):
+def test_reply_that_does_not_answer_the_request_cannot_be_sent(request_, reply):
     with pytest.raises(ReplyError) as raised:
         Session().send(request_, reply)
     assert "secret" not in str(raised.value)
@@ -347,7 +347,7 @@ def test_pipelined_questions_are_read_in_order_with_their_keys(questions, name):
 
 
 @given(st.binary(max_size=200))
-def test_a_value_that_can_be_found_arrives_whole(value):
+def test_value_that_can_be_found_arrives_whole(value):
     try:
         reply = Found(value)
     except ReplyError:

@@ -20,13 +20,13 @@ LONG = {**ENTRIES, "aliases/string/long": b"x" * 100_000}
 # ---- started by smtpd ----
 
 
-def test_the_end_of_the_file_is_the_end_with_status_0(entries_config):
+def test_end_of_the_file_is_the_end_with_status_0(entries_config):
     with Child(entries_config) as child:
         child.handshake()
         assert child.end() == 0
 
 
-def test_the_end_in_the_middle_of_a_line_is_the_end_with_status_0(entries_config):
+def test_end_in_the_middle_of_a_line_is_the_end_with_status_0(entries_config):
     with Child(entries_config) as child:
         child.handshake()
         child.say(ROOT % 1)

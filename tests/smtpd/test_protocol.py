@@ -63,19 +63,19 @@ def test_each_turn_of_a_transcript_is_answered_as_it_says(dialogue):
         assert b"".join(answer for _, answer in so_far) == answered([said for said, _ in so_far])
 
 
-def test_a_transcript_in_one_piece_is_answered_the_same(dialogue):
+def test_transcript_in_one_piece_is_answered_the_same(dialogue):
     transcript, answered = dialogue
     assert transcript.answered == answered([transcript.said])
 
 
-def test_a_transcript_byte_by_byte_is_answered_the_same(dialogue):
+def test_transcript_byte_by_byte_is_answered_the_same(dialogue):
     transcript, answered = dialogue
     assert transcript.answered == answered(bytes([c]) for c in transcript.said)
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 4000)))
-def test_a_transcript_in_random_cuts_is_answered_the_same(dialogue, cuts):
+def test_transcript_in_random_cuts_is_answered_the_same(dialogue, cuts):
     transcript, answered = dialogue
     places = sorted({0, *cuts, 5000})
     assert transcript.answered == answered(transcript.said[a:b] for a, b in itertools.pairwise(places))
@@ -84,7 +84,7 @@ def test_a_transcript_in_random_cuts_is_answered_the_same(dialogue, cuts):
 # ---- dialects ----
 
 
-def test_the_first_line_decides_the_dialect():
+def test_first_line_decides_the_dialect():
     dialects = []
     for line in (b"config|protocol|0.1\n", b"table|0.1\n", b"hello\n", b""):
         made = Session()
@@ -101,17 +101,17 @@ def test_after_a_handshake_the_service_comes_before_the_id():
     assert Request("lookup", b"x", "n", "alias", b"k") == events(HELLO + b"table|0.1|0|n|lookup|alias|x|k\n")[1]
 
 
-def test_the_handshake_tells_what_smtpd_said_of_itself():
+def test_handshake_tells_what_smtpd_said_of_itself():
     said = b"config|smtpd-version|7.9.0-portable\nconfig|protocol|0.1\nconfig|tablename|a|b\nconfig|ready\n"
     assert [Ready({"smtpd-version": "7.9.0-portable", "protocol": "0.1", "tablename": "a|b"})] == events(said)
 
 
-def test_a_handshake_without_end_takes_bounded_memory():
+def test_handshake_without_end_takes_bounded_memory():
     (ready,) = events(b"".join(b"config|%d|x\n" % n for n in range(1000)) + HELLO)
     assert len(ready.config) == 64
 
 
-def test_a_handshake_after_requests_of_2020_is_refused_without_an_answer():
+def test_handshake_after_requests_of_2020_is_refused_without_an_answer():
     assert [event.request for event in events(b"table|0.1|0|t|update|1\n", HELLO)[1:]] == [None]
 
 
@@ -124,7 +124,7 @@ def test_lines_end_at_the_newline_alone():
     assert "a\u2028b\x85c\x0bd\re".encode() == request.key
 
 
-def test_a_line_without_its_end_is_waited_for():
+def test_line_without_its_end_is_waited_for():
     assert events(b"table|0.1|0|t|lookup|1|alias|root") == []
 
 
@@ -144,31 +144,31 @@ def in_both_framings(line):
     return whole[1:-1]
 
 
-def test_the_longest_line_is_a_request():
+def test_longest_line_is_a_request():
     head = b"table|0.1|0|t|lookup|alias|1|"
     (event,) = in_both_framings(head + b"a" * (MAX_LINE - len(head)))
     assert isinstance(event, Request)
 
 
 @pytest.mark.parametrize("size", [MAX_LINE + 1, 2 * MAX_LINE, 3 * MAX_LINE + 7])
-def test_a_longer_line_is_refused_once_with_its_id_and_what_follows_is_read(size):
+def test_longer_line_is_refused_once_with_its_id_and_what_follows_is_read(size):
     head = b"table|0.1|0|t|lookup|alias|1|"
     (event,) = in_both_framings(head + b"a" * (size - len(head)))
     assert (event.request.id, "more than 65536 bytes" in event.reason) == (b"1", True)
 
 
 @pytest.mark.parametrize("line", [b"x", b"config|x|", b"table|0.1|0|t|", b"table|0.1|0|t|lookup|alias|" + b"9" * 3000])
-def test_a_longer_line_without_an_id_is_refused_without_an_answer(line):
+def test_longer_line_without_an_id_is_refused_without_an_answer(line):
     (event,) = in_both_framings(line.ljust(MAX_LINE + 1, b"x"))
     assert event.request is None
 
 
-def test_a_longer_line_before_any_dialect_is_refused_without_an_answer():
+def test_longer_line_before_any_dialect_is_refused_without_an_answer():
     (event,) = events(b"table|".ljust(MAX_LINE + 1, b"x") + b"\n")
     assert event.request is None
 
 
-def test_a_line_without_end_takes_bounded_memory():
+def test_line_without_end_takes_bounded_memory():
     made = Session()
     tracemalloc.start()
     rejected = [event for _ in range(200) for event in made.receive_data(b"x" * MAX_LINE)]
@@ -233,7 +233,7 @@ def test_replies_of_2020(asked, line):
     assert line == session("procexec").send(*asked)
 
 
-def test_the_first_word_of_2020_is_asked_for_by_table():
+def test_first_word_of_2020_is_asked_for_by_table():
     made = Session({"t": "table-result", "": "table-response"}.__getitem__)
     assert [made.send(request, Found()) for request in (CHECK, replace(CHECK, table=""))] == [
         b"table-result|1|found\n",
@@ -256,7 +256,7 @@ def test_the_first_word_of_2020_is_asked_for_by_table():
         (FETCH, Updated()),
     ],
 )
-def test_a_reply_that_does_not_answer_the_request_cannot_be_sent(dialect, request_, reply):
+def test_reply_that_does_not_answer_the_request_cannot_be_sent(dialect, request_, reply):
     with pytest.raises(ReplyError):
         session(dialect).send(request_, reply)
 

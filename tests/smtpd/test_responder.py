@@ -45,17 +45,17 @@ def answered(responder, source, request, table):
         return Failed(str(error), error)
 
 
-def test_a_key_that_is_there_is_found_with_its_value():
+def test_key_that_is_there_is_found_with_its_value():
     assert Found(b"gilles") == ask(Scripted(alias={b"root": b"gilles"}), "lookup")
 
 
-def test_a_check_is_answered_without_a_value():
+def test_check_is_answered_without_a_value():
     assert Found() == ask(Scripted(alias={b"root": b"gilles"}), "check")
 
 
 @pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
 @pytest.mark.parametrize("service", DEFAULT_SERVICES)
-def test_a_key_that_is_proven_absent_is_not_found(op, service):
+def test_key_that_is_proven_absent_is_not_found(op, service):
     assert NotFound() == ask(Scripted(), op, service)
 
 
@@ -67,28 +67,28 @@ def test_no_failure_is_ever_taken_for_absence(op, error):
     assert Failed("no data", source.error) == ask(source, op, "source")
 
 
-def test_an_unknown_service_is_an_error_that_shows_it_printably():
+def test_unknown_service_is_an_error_that_shows_it_printably():
     assert ask(Scripted(), "lookup", "a\x1bb").reason == "unknown service 'a\\\\x1bb'"
 
 
-def test_a_service_that_is_not_configured_is_an_error_and_asks_nobody():
+def test_service_that_is_not_configured_is_an_error_and_asks_nobody():
     source = Scripted(alias={b"root": b"gilles"})
     reply = ask(source, "lookup", services=("domain",))
     assert (reply.reason, source.asked) == ("service alias is not among the services of table 'aliases'", [])
 
 
-def test_a_value_that_is_no_good_is_an_error_on_lookup_and_there_on_check():
+def test_value_that_is_no_good_is_an_error_on_lookup_and_there_on_check():
     source = Scripted(alias={b"root": b"|sh"})
     assert (True, Found()) == (isinstance(ask(source, "lookup"), Failed), ask(source, "check"))
 
 
-def test_the_source_has_the_deadline_of_the_table_from_arrival():
+def test_source_has_the_deadline_of_the_table_from_arrival():
     source = Scripted()
     ask(source, "lookup", deadline=0.5)
     assert source.asked == [("aliases", "alias", b"root", ARRIVED + 0.5)]
 
 
-def test_a_fetch_asks_for_the_whole_bucket():
+def test_fetch_asks_for_the_whole_bucket():
     source = Scripted()
     ask(source, "fetch", "source", key=b"")
     assert source.asked == [("aliases", "source", None, ARRIVED + 2.0)]
@@ -129,7 +129,7 @@ def test_each_table_and_service_has_its_own_place():
     ]
 
 
-def test_a_failure_between_two_fetches_loses_no_place():
+def test_failure_between_two_fetches_loses_no_place():
     source = Scripted(source=[b"a", b"b"])
     fetch = Rounds(source)
     first = fetch()
@@ -139,7 +139,7 @@ def test_a_failure_between_two_fetches_loses_no_place():
     assert (b"a", Failed("away"), b"b") == (first, replace(failed, cause=None), fetch())
 
 
-def test_an_emptied_bucket_is_not_found_and_goes_on_where_it_was():
+def test_emptied_bucket_is_not_found_and_goes_on_where_it_was():
     source = Scripted(source=[b"a", b"b"])
     fetch = Rounds(source)
     first, source.services = fetch(), {}

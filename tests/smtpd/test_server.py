@@ -105,7 +105,7 @@ def test_it_says_whether_anyone_spoke_a_dialect(tables):
         (b"table|0.1|0|update|1\n", "", "procexec"),
     ],
 )
-def test_the_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_first_answer(
+def test_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_first_answer(
     tables, caplog, said, table, dialect
 ):
     names = []
@@ -117,7 +117,7 @@ def test_the_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_
     )
 
 
-def test_the_handshake_is_written_before_the_source_is_made_ready(tables):
+def test_handshake_is_written_before_the_source_is_made_ready(tables):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         tables.warm_up = lambda _: seen.append(ours.recv(65536, socket.MSG_DONTWAIT))
@@ -128,14 +128,14 @@ def test_the_handshake_is_written_before_the_source_is_made_ready(tables):
     assert seen == [b"register|alias\nregister|ready\n"]
 
 
-def test_a_source_that_cannot_be_made_ready_harms_no_answer(tables, caplog):
+def test_source_that_cannot_be_made_ready_harms_no_answer(tables, caplog):
     tables.cold = RuntimeError("a bug")
     assert replies(tables, ROOT % 1) == [b"lookup-result|1|found|gilles"]
     assert logged(caplog) == ["internal error; please report it"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), RecursionError(), MemoryError(), ValueError("x\n\x1b")])
-def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(tables, error):
+def test_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(tables, error):
     tables.errors[b"bug"] = error
     ask = b"table|0.1|0|aliases|lookup|alias|1|bug\n"
     name = type(error).__name__.encode()
@@ -145,19 +145,19 @@ def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(ta
     ] == replies(tables, ask, ROOT % 2)
 
 
-def test_an_exception_is_logged_with_its_traceback_once_a_place(tables, caplog):
+def test_exception_is_logged_with_its_traceback_once_a_place(tables, caplog):
     tables.errors[b"root"] = RuntimeError("bug")
     replies(tables, *(ROOT % n for n in range(9)))
     assert [record.exc_info is not None for record in caplog.records if record.levelno >= logging.WARNING] == [True]
 
 
-def test_a_reply_that_cannot_be_sent_is_an_error_reply(tables, monkeypatch, caplog):
+def test_reply_that_cannot_be_sent_is_an_error_reply(tables, monkeypatch, caplog):
     monkeypatch.setattr(tables, "answer", lambda *_: Found(None))
     assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found does not answer lookup"]
     assert logged(caplog) == ["lookup alias: Found does not answer lookup"]
 
 
-def test_an_entry_that_is_no_good_is_logged_once(tables, caplog):
+def test_entry_that_is_no_good_is_logged_once(tables, caplog):
     tables.errors[b"root"] = EntryError("aliases/alias/root: the value holds a |command")
     replies(tables, *(ROOT % n for n in range(9)))
     assert [line.startswith("aliases/alias/root: ") for line in logged(caplog)] == [True]
@@ -170,12 +170,12 @@ def test_outages_are_left_to_the_source_to_tell(tables, caplog):
 
 
 @pytest.mark.parametrize("error", [ConfigError("FILE: key: no"), SourceError("token file: gone")])
-def test_an_update_that_fails_says_why(tables, error):
+def test_update_that_fails_says_why(tables, error):
     tables.errors[None] = error
     assert [b"update-result|1|error|" + str(error).encode()] == replies(tables, b"table|0.1|0|aliases|update|1\n")
 
 
-def test_a_line_that_cannot_be_answered_is_logged_once_and_printably(tables, caplog):
+def test_line_that_cannot_be_answered_is_logged_once_and_printably(tables, caplog):
     assert replies(tables, b"\x1b[31mhello\n" * 3) == []
     assert logged(caplog) == [r"not a protocol line: '\\x1b[31mhello'"]
 
@@ -219,7 +219,7 @@ class TestWrites:
         assert [each for each in answers if each] == [2, *[1] * 10]
 
     @pytest.mark.parametrize("step", [0.0, 0.01])
-    def test_the_loop_ends_when_smtpd_is_gone(self, tables, step):
+    def test_loop_ends_when_smtpd_is_gone(self, tables, step):
         self.run(tables, HELLO + ROOT % 1, step, gone=True)
         assert tables.warmed_up == []
 
@@ -232,7 +232,7 @@ def test_reading_from_what_is_no_longer_there_is_the_end(tables):
     assert Server(tables, lambda _: None).serve(descriptor, descriptor) is False
 
 
-def test_a_peer_that_is_gone_before_it_is_answered_is_the_end(tables):
+def test_peer_that_is_gone_before_it_is_answered_is_the_end(tables):
     ours, theirs = socket.socketpair()
     ours.sendall(HELLO)
     ours.close()
@@ -359,7 +359,7 @@ def test_what_was_answered_is_counted_with_its_outcome(tables):
     assert (counters.failures, counters.malformed) == ([("aliases", "away")], 2)
 
 
-def test_a_bug_in_counting_harms_no_answer(tables, caplog):
+def test_bug_in_counting_harms_no_answer(tables, caplog):
     counters = Counting()
     counters.error = RuntimeError("bug")
     tables.errors[b"away"] = Unreachable("away")
@@ -376,7 +376,7 @@ def test_bug_in_counting_invalid_requests_harms_no_reply(tables, caplog):
     assert answered.endswith(b"check-result|3|error|fields are missing\nlookup-result|1|found|gilles\n")
 
 
-def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):
+def test_log_that_cannot_be_started_harms_no_answer(tables, caplog):
     def broken(_name):
         raise RuntimeError("bug")
 
@@ -388,7 +388,7 @@ def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):
 
 
 @pytest.mark.parametrize("cut", [1, 15, 16, 17, 10_000])
-def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_it_was_asked(tables, cut):
+def test_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_it_was_asked(tables, cut):
     """smtpd: smtpd.c, fork_proc_backend of 7.5 and before: standard output is not the socket."""
     body = struct.pack("=I", 2) + b"aliases".ljust(2048, b"\0")
     opened = struct.pack("=IHHII", 2, 16 + len(body), 0, 0, 1) + body

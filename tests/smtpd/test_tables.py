@@ -69,7 +69,7 @@ def test_each_table_is_laid_out_as_its_section_says(opened):
     assert (found.table("aliases").root, found.table("people").root) == (b"mail/aliases/", b"hr/people/")
 
 
-def test_the_configured_default_stands_in_for_an_empty_name(opened):
+def test_configured_default_stands_in_for_an_empty_name(opened):
     assert (opened().table("").name, opened('table = "people"').table("").name) == ("consul", "people")
 
 
@@ -87,16 +87,16 @@ def test_names_without_end_take_bounded_memory(opened):
     assert remembered == [True, False]
 
 
-def test_a_table_registers_the_services_of_its_section(opened):
+def test_table_registers_the_services_of_its_section(opened):
     found = opened('services = ["alias", "domain"]', more='[tables.people]\nservices = ["credentials"]')
     assert (found.services("aliases"), found.services("people")) == (["alias", "domain"], ["credentials"])
 
 
-def test_a_table_that_cannot_be_registers_services_all_the_same(opened):
+def test_table_that_cannot_be_registers_services_all_the_same(opened):
     assert [*DEFAULT_SERVICES] == opened().services("..")
 
 
-def test_the_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
+def test_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
     found = opened('procexec_reply = "table-result"', more='[tables.old]\nprocexec_reply = "table-response"')
     words = [found.procexec_reply(name) for name in ("any", "old", "..")]
     assert words == ["table-result", "table-response", "table-result"]
@@ -137,7 +137,7 @@ def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hi
     assert depth < 10
 
 
-def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
+def test_update_recovers_when_the_configuration_is_mended(tmp_path):
     loader = Loader(ConfigError("FILE: key: no"))
     found = Tables(loader)
     loader.config = Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",)))
@@ -145,7 +145,7 @@ def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
     assert (found.broken, lookup(found, "aliases")) == (None, b"gilles")
 
 
-def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
+def test_update_with_a_bad_configuration_changes_nothing(tmp_path):
     loader = Loader(Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))))
     found = Tables(loader)
     before = lookup(found, "aliases")
@@ -155,7 +155,7 @@ def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
     assert (before, lookup(found, "aliases")) == (b"gilles", b"gilles")
 
 
-def test_an_update_brings_other_permissions_into_force(tmp_path):
+def test_update_brings_other_permissions_into_force(tmp_path):
     file = ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))
     loader = Loader(Config(path=None, consul=file, defaults=Table("consul", allow_commands=True)))
     found = Tables(loader)
@@ -190,7 +190,7 @@ def test_update_during_a_call_of_table_is_not_undone_by_its_end(tmp_path):
         lookup(found, "aliases", b"command")
 
 
-def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
+def test_update_says_what_the_source_cannot_do(opened, tmp_path):
     found = opened()
     lookup(found, "aliases")
     (tmp_path / "export.json").write_text("{")
@@ -216,7 +216,7 @@ def test_expressions_get_what_is_left_of_the_deadline_and_exact_keys_are_always_
 # ---- which source ----
 
 
-def test_a_file_address_answers_from_that_file(opened):
+def test_file_address_answers_from_that_file(opened):
     assert lookup(opened(), "aliases") == b"gilles"
 
 
@@ -226,7 +226,7 @@ def test_direct_mode_reads_consul_and_mirror_mode_mirrors_it(opened, unused):
     assert [watch.MirrorSource, direct.DirectSource] == kinds
 
 
-def test_a_source_is_made_once(opened, unused):
+def test_source_is_made_once(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     assert all(
         found.source(found.table(name), ALIAS) is found.source(found.table(name), ALIAS) for name in ("a", "large")
@@ -239,7 +239,7 @@ def test_what_is_made_ready_is_what_answers(opened, unused):
     assert {"aliases"} == {name for name, _ in found.watches()}
 
 
-def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
+def test_table_too_large_to_mirror_is_read_directly(opened, unused):
     found = opened(address=unused)
     mirrored = found.source(found.table("aliases"), ALIAS)
     mirrored.by_service["alias"] = SimpleNamespace(too_large=True)
@@ -255,7 +255,7 @@ def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused
     assert 0 < MAX_MIRRORED_TABLES < 200
 
 
-def test_an_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
+def test_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
     closed = []
     monkeypatch.setattr(direct.DirectSource, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
     found = opened('mode = "direct"', address=unused)
@@ -273,14 +273,14 @@ def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_
     assert [name for name, _ in found.watches()] == ["t"]
 
 
-def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
+def test_update_of_what_has_not_changed_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     made = [found.source(found.table(name), ALIAS) for name in ("a", "large")]
     found.update()
     assert made == [found.source(found.table(name), ALIAS) for name in ("a", "large")]
 
 
-def test_an_update_of_what_has_changed_makes_every_source_anew(opened, unused, tmp_path):
+def test_update_of_what_has_changed_makes_every_source_anew(opened, unused, tmp_path):
     found = opened(address=unused)
     made = found.source(found.table("a"), ALIAS)
     opened("deadline = 1", address=unused)

@@ -29,13 +29,13 @@ def version(request):
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_the_first_answer_waits_for_the_first_load(fake, mirrored):
+def test_first_answer_waits_for_the_first_load(fake, mirrored):
     fake.handle = lambda request: time.sleep(0.1) or fake.consul(request)
     assert ask(mirrored(fake.address)) == b"gilles"
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_the_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_all(fake, mirrored):
+def test_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_all(fake, mirrored):
     fake.handle = stall
     source = mirrored(fake.address)
     for least, most in ((0.0, 0.5 + SLACK), (0.0, SLACK), (0.0, SLACK)):
@@ -83,7 +83,7 @@ def test_what_is_no_answer_of_consul_is_no_absence(fake, mirrored, lie):
     becomes(source, None, b"nobody")
 
 
-def test_an_edit_an_addition_and_a_deletion_are_seen(fake, mirrored):
+def test_edit_an_addition_and_a_deletion_are_seen(fake, mirrored):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.put(ROOT, b"eric")
@@ -94,7 +94,7 @@ def test_an_edit_an_addition_and_a_deletion_are_seen(fake, mirrored):
     becomes(source, None)
 
 
-def test_an_index_that_went_back_is_seen(fake, mirrored):
+def test_index_that_went_back_is_seen(fake, mirrored):
     # In the pause between two queries it is seen when the next has waited in vain.
     source = mirrored(fake.address, replace(TABLE, max_age=1.0))
     settled(source)
@@ -108,7 +108,7 @@ def test_an_index_that_went_back_is_seen(fake, mirrored):
     becomes(source, b"after it")
 
 
-def test_the_same_index_is_not_read_again(fake, mirrored):
+def test_same_index_is_not_read_again(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, max_age=0.3))
     (one,) = source.watches
     settled(source)
@@ -120,7 +120,7 @@ def test_the_same_index_is_not_read_again(fake, mirrored):
     assert ask(source) == b"gilles"
 
 
-def test_the_first_read_makes_sure_of_the_leader_and_the_wait_does_not(fake, mirrored):
+def test_first_read_makes_sure_of_the_leader_and_the_wait_does_not(fake, mirrored):
     settled(mirrored(fake.address))
     for _ in eventually("the wait began", 10):
         lists = [request.params for request in fake.requests if "recurse" in request.params]
@@ -144,7 +144,7 @@ def test_what_is_wrong_with_an_entry_is_said_once_and_again_when_it_changes(fake
     assert len([line for line in lines(caplog) if "alias/bad" in line]) == 1
 
 
-def test_the_last_good_copy_answers_through_an_outage_and_nothing_is_restarted(fake, mirrored):
+def test_last_good_copy_answers_through_an_outage_and_nothing_is_restarted(fake, mirrored):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.stop()
@@ -168,7 +168,7 @@ def test_after_max_age_the_last_good_copy_is_an_error_and_recovers(fake, mirrore
     becomes(source, b"gilles")
 
 
-def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrored, caplog):
+def test_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrored, caplog):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.stop()
@@ -187,7 +187,7 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrore
     assert end.startswith("mail/aliases/ from Consul: recovered after ")
 
 
-def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrored, monkeypatch, caplog):
+def test_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrored, monkeypatch, caplog):
     settled(source := mirrored(fake.address))
 
     def broken(*_arguments, **_options):
@@ -204,7 +204,7 @@ def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrore
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_the_first_answer_fails_over_inside_the_deadline(fake, mirrored):
+def test_first_answer_fails_over_inside_the_deadline(fake, mirrored):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hangs = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
@@ -212,7 +212,7 @@ def test_the_first_answer_fails_over_inside_the_deadline(fake, mirrored):
         assert time.monotonic() - began < 2.0
 
 
-def test_the_address_that_works_is_kept_and_another_taken_when_it_fails(fake, mirrored):
+def test_address_that_works_is_kept_and_another_taken_when_it_fails(fake, mirrored):
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         other.index = 500

@@ -83,7 +83,7 @@ def test_smaller_index_is_not_believed_before_it_was_read_consistently(fake, mir
 
 
 @pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])  # which reports no hidden keys
-def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
+def test_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)
     fake.denied = (b"mail/aliases/zz",)
@@ -99,7 +99,7 @@ def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
 
 
 @pytest.mark.parametrize("version", ["1.21.5"])
-def test_a_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, mirrored):
+def test_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, mirrored):
     fake.put(ALIAS + b"user@example.org", b"x")
     source = mirrored(fake.address)
     assert ask(source, b"user@example.org") == b"x"
@@ -120,7 +120,7 @@ def test_absence_of_a_key_is_not_proven_by_a_refusal_to_read_it(fake, mirrored, 
     assert ask(source, b"hidden") == b"x"
 
 
-def test_a_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
+def test_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)
     honest = fake.consul

@@ -30,7 +30,7 @@ from tests.dialogue import eventually
 from tests.fake_consul import html
 
 
-def test_the_copy_is_an_export_for_its_owner_alone(fake, mirrored, copied, tmp_path):
+def test_copy_is_an_export_for_its_owner_alone(fake, mirrored, copied, tmp_path):
     source = mirrored(fake.address, copied)
     path = tmp_path / "copy.json"
     written(path, {"mail/aliases/alias/root": b"gilles", "mail/aliases/domain/example.org": b""})
@@ -71,7 +71,7 @@ def test_with_consul_down_and_no_copy_a_start_answers_errors_and_recovers(fake, 
 
 
 @pytest.mark.parametrize("text", ["", "[", "no JSON", '[{"key": "a", "value": "!"}]', '{"key": "a"}', "[" * 5000])
-def test_a_damaged_copy_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, text):
+def test_damaged_copy_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, text):
     (tmp_path / "copy.json").write_text(text)
     (tmp_path / "copy.json").chmod(0o600)
     becomes(mirrored(closed(), copied), Unreachable)
@@ -79,19 +79,19 @@ def test_a_damaged_copy_is_refused_with_a_line(mirrored, copied, tmp_path, caplo
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
-def test_a_copy_that_others_may_read_or_write_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, mode):
+def test_copy_that_others_may_read_or_write_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, mode):
     keep(tmp_path / "copy.json", WHOLE, mode)
     becomes(mirrored(closed(), copied), Unreachable)
     logged(caplog, "others may read it")
 
 
-def test_a_copy_of_another_table_is_no_absence(mirrored, copied, tmp_path, caplog):
+def test_copy_of_another_table_is_no_absence(mirrored, copied, tmp_path, caplog):
     keep(tmp_path / "copy.json", {key.replace("aliases", "other"): value for key, value in WHOLE.items()})
     becomes(mirrored(closed(), copied), Unreachable)
     logged(caplog, f"{tmp_path}/copy.json: ignored: contains no keys under mail/aliases/")
 
 
-def test_a_copy_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
+def test_copy_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
     keep(tmp_path / "copy.json", WHOLE)
     os.utime(tmp_path / "copy.json", (time.time() - 90_000,) * 2)
     source = mirrored(closed(), copied)
@@ -100,7 +100,7 @@ def test_a_copy_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
         ask(source)
 
 
-def test_an_export_made_by_hand_answers_for_what_it_holds_and_proves_no_empty_bucket(mirrored, copied, tmp_path):
+def test_export_made_by_hand_answers_for_what_it_holds_and_proves_no_empty_bucket(mirrored, copied, tmp_path):
     keep(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source = mirrored(closed(), copied)
     becomes(source, b"gilles")
@@ -140,7 +140,7 @@ def test_snapshot_file_is_not_replaced_while_the_token_may_read_nothing(fake, mi
     assert (path.read_text(), os.listdir(tmp_path)) == (good, ["copy.json"])
 
 
-def test_a_copy_that_cannot_be_written_is_one_line_and_no_outage(fake, mirrored, tmp_path, caplog):
+def test_copy_that_cannot_be_written_is_one_line_and_no_outage(fake, mirrored, tmp_path, caplog):
     table = replace(TABLE, snapshot=str(tmp_path / "none" / "copy.json"), max_age=0.3)
     source = mirrored(fake.address, table)
     settled(source)
@@ -154,7 +154,7 @@ def test_a_copy_that_cannot_be_written_is_one_line_and_no_outage(fake, mirrored,
     written(tmp_path / "none" / "copy.json", {"mail/aliases/alias/root": b"gilles"})
 
 
-def test_a_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
+def test_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     path = tmp_path / "copy.json"
     source = mirrored(fake.address, copied)
     written(path, {"mail/aliases/alias/root": b"gilles"})
@@ -172,7 +172,7 @@ def test_a_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored,
     assert lines(caplog) == [f"{path}: not written: No space left on device"]
 
 
-def test_a_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
+def test_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
@@ -187,7 +187,7 @@ def test_a_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_pa
     assert lines(caplog) == [f"{tmp_path}/copy.json: not written: No space left on device"]
 
 
-def test_a_disk_without_any_room_is_one_line_and_no_outage(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
+def test_disk_without_any_room_is_one_line_and_no_outage(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     honest = os.open
 
     def full(path, flags, *mode):
@@ -224,7 +224,7 @@ def test_snapshot_file_marks_a_folder_of_which_keys_are_hidden_and_proves_no_abs
     assert ask(again, b"example.net", "domain") is None
 
 
-def test_a_watch_that_was_stopped_writes_no_copy(fake, mirrored, copied, tmp_path):
+def test_watch_that_was_stopped_writes_no_copy(fake, mirrored, copied, tmp_path):
     held = threading.Event()
 
     def slow(request):
@@ -239,7 +239,7 @@ def test_a_watch_that_was_stopped_writes_no_copy(fake, mirrored, copied, tmp_pat
     assert (source.watches[0].is_alive(), os.listdir(tmp_path)) == (False, [])
 
 
-def test_a_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monkeypatch, caplog):
+def test_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monkeypatch, caplog):
     def broken(*_arguments):
         raise ZeroDivisionError
 

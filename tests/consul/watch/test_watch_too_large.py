@@ -23,7 +23,7 @@ from tests.consul.watch.watching import (
 from tests.dialogue import eventually
 
 
-def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
+def test_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, max_keys=1))
     for _ in range(3):
         asked = len(fake.requests)
@@ -37,7 +37,7 @@ def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
     assert source.by_service["alias"].mirror.state is None
 
 
-def test_a_table_above_max_keys_is_read_directly_from_the_first_answer_on_and_says_so_once(fake, sources, caplog):
+def test_table_above_max_keys_is_read_directly_from_the_first_answer_on_and_says_so_once(fake, sources, caplog):
     source = sources(fake.address, replace(TABLE, max_keys=1))
     assert [told(source), told(source, b"nobody"), told(source)] == [b"gilles", None, b"gilles"]
     assert [line for line in lines(caplog) if "max_keys" in line] == [
@@ -45,7 +45,7 @@ def test_a_table_above_max_keys_is_read_directly_from_the_first_answer_on_and_sa
     ]
 
 
-def test_a_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it_shrank(fake, sources, caplog):
+def test_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it_shrank(fake, sources, caplog):
     source = sources(fake.address, replace(TABLE, max_keys=2))
     assert told(source) == b"gilles"
     fake.put(ALIAS + b"one too many", b"x")
@@ -108,7 +108,7 @@ def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
     source.close()
 
 
-def test_a_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
+def test_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
     fake.put(b"shared/people/root", b"robert")
     source = mirrored(fake.address, replace(TABLE, paths={"alias": "shared/people"}))
     assert sorted(each.name for each in source.watches) == ["watch mail/aliases/", "watch shared/people/"]
@@ -117,7 +117,7 @@ def test_a_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
     becomes(source, b"eric")
 
 
-def test_a_bounded_number_of_tables_is_mirrored_and_the_others_are_read_directly(fake, sources):
+def test_bounded_number_of_tables_is_mirrored_and_the_others_are_read_directly(fake, sources):
     source = sources(fake.address)
     for number in range(MAX_MIRRORED_TABLES + 3):
         fake.put(b"mail/table%d/alias/root" % number, b"%d" % number)

@@ -22,7 +22,7 @@ from tests.dialogue import eventually
 from tests.fake_consul import FakeConsul
 
 
-def test_an_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
+def test_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 60.0)
     monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 60.0)
     fake.stop()
@@ -37,7 +37,7 @@ def test_an_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
             return
 
 
-def test_an_update_reads_the_token_file_again_and_says_when_it_cannot(fake, sources, tmp_path):
+def test_update_reads_the_token_file_again_and_says_when_it_cannot(fake, sources, tmp_path):
     path = tmp_path / "token"
     path.write_text("first")
     fake.token = "first"
@@ -56,7 +56,7 @@ def test_an_update_reads_the_token_file_again_and_says_when_it_cannot(fake, sour
             break
 
 
-def test_a_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
+def test_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
     path = tmp_path / "token"
     path.write_text("first")
     fake.token = "first"
@@ -68,7 +68,7 @@ def test_a_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
     becomes(source, b"eric")
 
 
-def test_an_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
+def test_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
     source = sources(fake.address)
     assert told(source) == b"gilles"
     source.box[0] = ConfigError("no TOML")
@@ -80,7 +80,7 @@ def test_an_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
             break
 
 
-def test_an_update_with_another_address_answers_from_there(fake, sources):
+def test_update_with_another_address_answers_from_there(fake, sources):
     source = sources(fake.address)
     assert told(source) == b"gilles"
     with FakeConsul() as other:
@@ -90,7 +90,7 @@ def test_an_update_with_another_address_answers_from_there(fake, sources):
         assert told(source) == b"eric"
 
 
-def test_an_update_from_an_address_where_nothing_was_ever_read(fake, sources):
+def test_update_from_an_address_where_nothing_was_ever_read(fake, sources):
     source = sources(closed())
     with pytest.raises(Unreachable):
         told(source)
@@ -99,7 +99,7 @@ def test_an_update_from_an_address_where_nothing_was_ever_read(fake, sources):
     assert told(source) == b"gilles"
 
 
-def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(fake, sources):
+def test_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(fake, sources):
     source = sources(fake.address)
     assert told(source) == b"gilles"
     fake.stop()
@@ -155,7 +155,7 @@ def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, 
     assert ask(latter) == b"gilles"
 
 
-def test_an_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, caplog):
+def test_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, caplog):
     caplog.set_level("INFO")
     source = sources(fake.address)
     assert told(source) == b"gilles"

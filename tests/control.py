@@ -10,7 +10,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from table_consul.ctl import main
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 
 START = "import sys; from table_consul.ctl.main import main; sys.exit(main())"
 
@@ -58,7 +58,7 @@ def start(*arguments: object, **options) -> subprocess.Popen[bytes]:
 
 def finished(process: subprocess.Popen[bytes]) -> Done:
     """What became of a program that was started."""
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    out, err = process.communicate(timeout=TIMEOUT_SECONDS)
     return Done(process.returncode, out or b"", err or b"")
 
 
@@ -93,4 +93,4 @@ def at_terminal(*arguments, typed=b"", wanted=b"", turns=(), **environ):
         pass
     finally:
         os.close(ours)
-    return process.wait(PATIENCE_SECONDS), shown.replace(b"\r\n", b"\n").decode()
+    return process.wait(TIMEOUT_SECONDS), shown.replace(b"\r\n", b"\n").decode()

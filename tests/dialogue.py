@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
-PATIENCE_SECONDS = 30
+TIMEOUT_SECONDS = 30
 
 ENTRIES: dict[str, bytes] = {
     **{
@@ -130,7 +130,7 @@ class Child:
 
     def __init__(self, *arguments: str, environ: dict[str, str] | None = None, command: Iterable[str] = ()) -> None:
         self.wire, theirs = socket.socketpair()
-        self.wire.settimeout(PATIENCE_SECONDS)
+        self.wire.settimeout(TIMEOUT_SECONDS)
         self._said, self._log = b"", b""
         with theirs:
             self.process = subprocess.Popen(
@@ -150,7 +150,7 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.wire.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE_SECONDS)
+            self.process.wait(TIMEOUT_SECONDS)
         self.process.kill()
         self.process.wait()
         assert self.process.stderr is not None
@@ -197,7 +197,7 @@ class Child:
     def end(self) -> int:
         """The exit status after end of file, to which alone it listens."""
         self.rest()
-        return self.process.wait(PATIENCE_SECONDS)
+        return self.process.wait(TIMEOUT_SECONDS)
 
     def log(self) -> str:
         """All of standard error; the child must be about to end."""
@@ -213,10 +213,10 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def eventually(what: object, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
+def eventually(what: object, timeout: float = TIMEOUT_SECONDS) -> Iterator[None]:
     """Turns of a loop that ends with a failure when the deadline passes first."""
-    by = time.monotonic() + patience
+    by = time.monotonic() + timeout
     while time.monotonic() < by:
         yield
         time.sleep(0.01)
-    raise AssertionError(f"not within {patience} s: {what}")
+    raise AssertionError(f"not within {timeout} s: {what}")

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 
-PATIENCE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 TELL_SECONDS = 0.02
 # Three Consul servers that start or elect want more than two processors; what is measured here is not who gets them.
 # Only root may go first; for others the witnesses (witness.py) see more of what the machine does meanwhile.
@@ -35,7 +35,7 @@ def main() -> None:
     wire = socket.socket(fileno=int(sys.argv[1]))
     go_first(0)
     gc.disable()
-    wire.settimeout(PATIENCE_SECONDS)
+    wire.settimeout(TIMEOUT_SECONDS)
     wrong = None
     number = 0
     while wrong is None and not select.select([sys.stdin], [], [], 0)[0]:

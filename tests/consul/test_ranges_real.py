@@ -1,4 +1,4 @@
-"""Ranges against a real Consul: whatever is written, in the end what is answered is what is there."""
+"""Ranges against a real Consul: answers agree with its keys after any writes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WRITES = st.tuples(KEYS, VALUES | st.none())
 
 
 def write(agent, table, pairs):
-    """Write all of these in one transaction."""
+    """Write all entries in one transaction."""
     operations = []
     for key, value in pairs.items():
         kind = {"Verb": "delete"} if value is None else {"Verb": "set", "Value": b64encode(value.encode()).decode()}
@@ -49,7 +49,7 @@ def write(agent, table, pairs):
 
 
 def folded(written):
-    """The answers after these writes, by folded key: of two spellings the lower-case one answers, else the first."""
+    """The answers after these writes, by folded key: the lower-case key takes precedence, then the first."""
     answers = {}
     for key, value in sorted(written.items()):
         if value is not None and (key == key.lower() or answers.get(key.lower()) is None):
@@ -59,8 +59,8 @@ def folded(written):
 
 
 @pytest.fixture(scope="module")
-def patient_consul():
-    """Each example leaves waits behind, which count among the connections of a client for 10 seconds."""
+def roomy_consul():
+    """A Consul without a low connection limit: each example leaves waits behind that count for 10 seconds."""
     with agent_or_skip(hcl="limits { http_max_conns_per_client = 5000 }") as agent:
         yield agent
 
@@ -68,14 +68,14 @@ def patient_consul():
 @pytest.mark.usefixtures("small")
 @settings(max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
-def test_random_writes_end_in_what_consul_holds(patient_consul, transactions):
+def test_answers_after_random_writes_agree_with_consul(roomy_consul, transactions):
     table = Table(f"model{next(numbers)}", services=("alias", "domain"))
-    write(patient_consul, table.name, dict.fromkeys(STEADY, "steady"))
-    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(patient_consul),))))
+    write(roomy_consul, table.name, dict.fromkeys(STEADY, "steady"))
+    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(roomy_consul),))))
     try:
         written = {}
         for pairs in transactions:
-            write(patient_consul, table.name, pairs)
+            write(roomy_consul, table.name, pairs)
             written |= pairs
             assert all(ask(source, name.encode()) == b"steady" for name in STEADY if name not in written)
         wanted = folded(written)

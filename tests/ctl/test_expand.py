@@ -10,7 +10,7 @@ import pytest
 from table_consul.ctl import recipients
 from table_consul.protocol import NOT_FOUND, Found
 from tests.control import control, start
-from tests.dialogue import PATIENCE_SECONDS, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, write_config, write_source
 
 STORE = {
     "t/alias/root": "staff, eric@example.com",
@@ -159,4 +159,4 @@ def test_closed_pipe_ends_expand_without_a_message(tmp_path):
     with start("-c", path, "expand", "t", *["daemon"] * 20_000, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"daemon\n"
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(PATIENCE_SECONDS)) == (b"", 2)
+        assert (process.stderr.read(), process.wait(TIMEOUT_SECONDS)) == (b"", 2)

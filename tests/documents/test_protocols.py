@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from table_consul.server import Server
 from table_consul.services import SERVICES
-from tests.dialogue import PATIENCE_SECONDS, open_tables, read_transcript, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, open_tables, read_transcript, write_config, write_source
 from tests.documents.document import page
 
 PAGE = page("docs/protocols.md")
@@ -63,12 +63,12 @@ def say(wire, chunks):
 def replayed(sources, chunks):
     """All that the program's loop answers when smtpd's words come in these reads: such a socket keeps them apart."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.settimeout(PATIENCE_SECONDS)
+    ours.settimeout(TIMEOUT_SECONDS)
     with ours, ThreadPoolExecutor() as threads:
         done = [threads.submit(serve, sources, theirs), threads.submit(say, ours, chunks)]
         answered = b"".join(iter(lambda: ours.recv(1 << 20), b""))
         for each in done:
-            each.result(PATIENCE_SECONDS)
+            each.result(TIMEOUT_SECONDS)
     return answered
 
 

@@ -32,7 +32,7 @@ PROMETHEUS = CONTRIB / "prometheus"
 RULES = PROMETHEUS / "table-consul.rules.yml"
 DASHBOARD = json.loads((CONTRIB / "grafana" / "table-consul.json").read_text())
 ALERTS = re.findall(r"- alert: (\w+)", RULES.read_text())
-PATIENCE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 LOOKUP = b"table|0.1|0|%b|lookup|alias|1|%b"
 
@@ -113,7 +113,7 @@ def comes_to(watched, expression, expected, while_waiting=lambda: None):
         said.update({labels.get("table"): value for labels, value in watched.prometheus.query(expression)})
         return said == expected
 
-    wait_for(so, PATIENCE_SECONDS, lambda: f"{expression} is {said}, not {expected}")
+    wait_for(so, TIMEOUT_SECONDS, lambda: f"{expression} is {said}, not {expected}")
 
 
 def test_prometheus_fetches_the_same_numbers_from_a_text_file_and_from_a_process_and_sees_an_edit(watched):
@@ -139,7 +139,7 @@ def test_prometheus_fetches_the_same_numbers_from_a_text_file_and_from_a_process
     index = watched.consul.request("GET", "/v1/kv/people/alias/command")[0]["ModifyIndex"]
     comes_to(watched, 'table_consul_snapshot_index{table="people"}', {"people": index})
     wait_for(
-        lambda: "TableConsulEntriesRefused" in watched.prometheus.alerts(), PATIENCE_SECONDS, lambda: "no alert at all"
+        lambda: "TableConsulEntriesRefused" in watched.prometheus.alerts(), TIMEOUT_SECONDS, lambda: "no alert at all"
     )
 
 
@@ -180,7 +180,7 @@ def test_every_query_of_the_dashboard_returns_numbers_of_what_its_variables_offe
                 del empty[expression]
         return not empty
 
-    wait_for(all_have_come, PATIENCE_SECONDS, lambda: f"without a number: {empty}")
+    wait_for(all_have_come, TIMEOUT_SECONDS, lambda: f"without a number: {empty}")
     nobody = {"table": "nobody", "instance": "nowhere"}
     for param in queries():
         expression = substituted(param.values[0], **nobody)
@@ -206,7 +206,7 @@ def test_prometheus_takes_all_rules_and_a_system_that_is_well_alerts_nobody(watc
         health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
         return health == dict.fromkeys(ALERTS, "ok")
 
-    wait_for(evaluated, PATIENCE_SECONDS, lambda: str(watched.prometheus.ask("rules")))
+    wait_for(evaluated, TIMEOUT_SECONDS, lambda: str(watched.prometheus.ask("rules")))
     settled = time.monotonic() + 2
     wait_for(
         lambda: time.monotonic() > settled and not watched.prometheus.alerts(),
@@ -228,7 +228,7 @@ def expect_alerts(watched, wanted, while_waiting=lambda: None):
         )
         return seen == wanted
 
-    wait_for(so, PATIENCE_SECONDS, lambda: f"{seen}, not {wanted}: {watched.prometheus.alerts()}")
+    wait_for(so, TIMEOUT_SECONDS, lambda: f"{seen}, not {wanted}: {watched.prometheus.alerts()}")
 
 
 def test_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_alerted(watched):
@@ -329,7 +329,7 @@ def test_node_exporter_may_read_what_a_table_under_smtpd_writes(consul, smtpd):
     )
     assert server.send("root@localhost")["root@localhost"][0] == 250
     path = server._running_tree / "tmp" / "table-consul-consul.prom"
-    wait_for(lambda: path.exists() and "snapshot_keys{" in path.read_text(), PATIENCE_SECONDS, lambda: server.log)
+    wait_for(lambda: path.exists() and "snapshot_keys{" in path.read_text(), TIMEOUT_SECONDS, lambda: server.log)
     assert path.stat().st_mode & 0o777 == 0o644
     with NodeExporter(path.parent) as exporter:
         text = exporter.read("/metrics").decode()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from selenium.webdriver.remote.webelement import WebElement
 
-PATIENCE_SECONDS = 20.0
+TIMEOUT_SECONDS = 20.0
 # Nothing but the page itself is loaded: no updates, no proxies, no wish to be the user's browser.
 FLAGS = (
     "--headless",
@@ -123,7 +123,7 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         try:
             self.driver = webdriver.Chrome(options, self._service)
-            self.driver.set_page_load_timeout(PATIENCE_SECONDS)
+            self.driver.set_page_load_timeout(TIMEOUT_SECONDS)
         except BaseException:
             self._end()
             raise
@@ -173,15 +173,13 @@ class Browser:
         """What the attempt returns, as soon as that is true of anything.
 
         Raises:
-            AssertionError: it is not within ``PATIENCE_SECONDS``; with what is missing.
+            AssertionError: it is not within ``TIMEOUT_SECONDS``; with what is missing.
         """
-        waiting = WebDriverWait(self.driver, PATIENCE_SECONDS, poll_frequency=0.02, ignored_exceptions=PASSING)
+        waiting = WebDriverWait(self.driver, TIMEOUT_SECONDS, poll_frequency=0.02, ignored_exceptions=PASSING)
         try:
             return waiting.until(lambda _: attempt())
         except TimeoutException as error:
-            raise AssertionError(
-                f"{missing}: not within {PATIENCE_SECONDS:g} s at {self.driver.current_url}"
-            ) from error
+            raise AssertionError(f"{missing}: not within {TIMEOUT_SECONDS:g} s at {self.driver.current_url}") from error
 
     def see(self, css: str, text: str = "") -> WebElement:
         """The one element that is shown and has this text, as soon as there is one.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from tests.rig.consul import ConsulAgent
 
-PATIENCE_SECONDS = 0.1
+TIMEOUT_SECONDS = 0.1
 
 
 class Proxy:
@@ -49,7 +49,7 @@ class Proxy:
         with contextlib.suppress(OSError), ours, socket.create_connection(self._agent) as theirs:
             latest, waiting, target = time.monotonic(), False, ""
             while not self._end.is_set():
-                ready = select.select([ours, theirs], [], [], PATIENCE_SECONDS)[0]
+                ready = select.select([ours, theirs], [], [], TIMEOUT_SECONDS)[0]
                 if not ready and waiting and self.bad.is_set() and self.ends(time.monotonic() - latest, target):
                     return
                 for side in ready:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-PATIENCE_SECONDS = 15.0
+TIMEOUT_SECONDS = 15.0
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Sink:
         Raises:
             AssertionError: they do not; with the text that ``failure`` makes then.
         """
-        wait_for(lambda: len(self.received) >= count, PATIENCE_SECONDS, failure)
+        wait_for(lambda: len(self.received) >= count, TIMEOUT_SECONDS, failure)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -13,7 +13,7 @@ import pytest
 from table_consul import config
 from table_consul.child import Bridge
 from table_consul.errors import ConfigError
-from tests.dialogue import PATIENCE_SECONDS, write_config
+from tests.dialogue import TIMEOUT_SECONDS, write_config
 from tests.smtpd.procexec import Clock
 
 
@@ -102,7 +102,7 @@ def clock():
 def make_bridge(clock):
     made = []
 
-    def make(path, dialect=None, deadline=PATIENCE_SECONDS):
+    def make(path, dialect=None, deadline=TIMEOUT_SECONDS):
         made.append(Bridge("table-x", lambda: [path], dialect, deadline, clock, lambda: 0.0))
         return made[-1]
 

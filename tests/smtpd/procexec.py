@@ -13,7 +13,7 @@ import time
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.imsg import MAX_VALUE
 from table_consul.protocol import Failed, Request
-from tests.dialogue import PATIENCE_SECONDS, eventually
+from tests.dialogue import TIMEOUT_SECONDS, eventually
 from tests.smtpd.imsg import ALIAS, LOOKUP, UPDATE, message, opening, question
 
 RUN = (sys.executable, "-c", "import sys; from table_consul.procexec import main; sys.exit(main())")
@@ -67,7 +67,7 @@ class Smtpd:
 
     def __init__(self, *command, environ=None, begin=True):
         self.wire, theirs = socket.socketpair()
-        self.wire.settimeout(PATIENCE_SECONDS)
+        self.wire.settimeout(TIMEOUT_SECONDS)
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -103,7 +103,7 @@ class Smtpd:
     def end(self):
         """The exit status after end of file, what was written to standard output, and to standard error."""
         self.wire.close()
-        output, log = self.process.communicate(timeout=PATIENCE_SECONDS)
+        output, log = self.process.communicate(timeout=TIMEOUT_SECONDS)
         return self.process.returncode, output, log.decode()
 
     def __enter__(self):
@@ -112,7 +112,7 @@ class Smtpd:
     def __exit__(self, *_):
         self.wire.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE_SECONDS)
+            self.process.wait(TIMEOUT_SECONDS)
         self.process.kill()
         self.process.communicate()
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from table_consul import __version__, cli, config
-from tests.dialogue import PATIENCE_SECONDS, write_config
+from tests.dialogue import TIMEOUT_SECONDS, write_config
 
 
 def run(*arguments, **environ):
@@ -19,7 +19,7 @@ def run(*arguments, **environ):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=TIMEOUT_SECONDS,
         env={**{k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")}, **environ},
         check=False,
     )

@@ -15,7 +15,7 @@ import pytest
 import table_consul
 from table_consul import fallback
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config
+from tests.dialogue import TIMEOUT_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config
 from tests.smtpd.imsg import ALIAS, CHECK, FETCH, LOOKUP, UPDATE, message, opening, question
 from tests.smtpd.process import ROOT
 from tests.smtpd.procexec import Smtpd
@@ -103,7 +103,7 @@ def test_imsg_is_answered_with_errors_on_its_socket(broken, code, arguments):
 def test_imsg_close_ends_it(broken):
     with Smtpd(sys.executable, "-m", "table_consul", environ=broken) as smtpd:
         smtpd.wire.sendall(message(3))
-        assert (smtpd.wire.recv(1), smtpd.process.wait(PATIENCE_SECONDS)) == (b"", 0)
+        assert (smtpd.wire.recv(1), smtpd.process.wait(TIMEOUT_SECONDS)) == (b"", 0)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--check", "/etc/mail/table-consul.toml"]])

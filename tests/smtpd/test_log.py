@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from table_consul import log
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def test_syslog_that_fails_is_ignored(syslog_lines, monkeypatch, capsys):
 def stuck(monkeypatch, syslog_lines):
     """An event that lets syslog(3) go on, which until then waits as for a socket that nobody reads."""
     go_on, take = threading.Event(), syslog.syslog
-    monkeypatch.setattr(syslog, "syslog", lambda *line: (go_on.wait(PATIENCE_SECONDS), take(*line)))
+    monkeypatch.setattr(syslog, "syslog", lambda *line: (go_on.wait(TIMEOUT_SECONDS), take(*line)))
     yield go_on
     go_on.set()
     flush()

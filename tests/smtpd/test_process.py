@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.dialogue import PATIENCE_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config, write_source
 from tests.smtpd.process import ROOT, start_child
 
 HANDSHAKE = b"config|tablename|aliases\nconfig|ready\n"
@@ -88,7 +88,7 @@ def test_random_lines_are_survived_and_draw_only_replies_to_requests(entries_con
             while (reply := child.line()) != b"lookup-result|%08x|found|gilles" % (0xF0000000 + at):
                 replies.append(reply)
         assert (child.rest(), child.end()) == (b"", 0)
-        drain.wait(PATIENCE_SECONDS)
+        drain.wait(TIMEOUT_SECONDS)
     asked = iter(lines)
     for reply in replies:
         word, ident, outcome = reply.split(b"|", 2)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.dialogue import ENTRIES, PATIENCE_SECONDS, Child, write_config, write_source
+from tests.dialogue import ENTRIES, TIMEOUT_SECONDS, Child, write_config, write_source
 from tests.smtpd.process import ROOT
 from tests.smtpd.procexec import OF_TODAY, RUN, Smtpd, bridged, table_program, wait_for_answer
 
@@ -45,7 +45,7 @@ def test_peer_that_vanishes_during_replies_ends_with_status_0(tmp_path):
         ask_for_long(child, 100)
         child.line()
         child.wire.close()
-        assert (child.process.wait(PATIENCE_SECONDS), problems(child)) == (0, "")
+        assert (child.process.wait(TIMEOUT_SECONDS), problems(child)) == (0, "")
 
 
 ENDING = ("INT", "TERM", "HUP", "PIPE", "USR1", "USR2", "ALRM", "QUIT")
@@ -75,7 +75,7 @@ def test_person_can_interrupt_it():
         program.stdin.flush()
         program.stdout.readline()
         program.send_signal(signal.SIGINT)
-        program.communicate(timeout=PATIENCE_SECONDS)
+        program.communicate(timeout=TIMEOUT_SECONDS)
     assert program.returncode != 0
 
 
@@ -100,7 +100,7 @@ def problems(child):
 
 
 def run_to_the_end(*command, **options):
-    return subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS, check=False, **options)
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False, **options)
 
 
 def test_terminal_as_standard_input_prints_a_hint_and_ends_with_status_2():

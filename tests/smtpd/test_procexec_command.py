@@ -11,7 +11,7 @@ import pytest
 
 from table_consul import procexec
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 from tests.e2e.programs import OF_2020
 from tests.smtpd.imsg import opening
 from tests.smtpd.procexec import OF_TODAY, RUN, Smtpd
@@ -30,18 +30,18 @@ def test_line_protocol_execs_the_child_without_losing_input(make_program):
             assert registered == [b"register|alias\n", b"register|source\n", b"register|ready\n"]
             assert lines.readline() == b"lookup-result|1|found|%d\n" % process.pid
             wire.shutdown(socket.SHUT_WR)
-            assert (lines.read(), process.wait(PATIENCE_SECONDS)) == (b"", 0)
+            assert (lines.read(), process.wait(TIMEOUT_SECONDS)) == (b"", 0)
 
 
 @pytest.mark.parametrize(
     ("text", "deadline", "services"),
     [
-        (OF_TODAY, PATIENCE_SECONDS, {"alias", "source"}),
-        (OF_2020, PATIENCE_SECONDS, set(DEFAULT_SERVICES)),
+        (OF_TODAY, TIMEOUT_SECONDS, {"alias", "source"}),
+        (OF_2020, TIMEOUT_SECONDS, set(DEFAULT_SERVICES)),
         ("#!/bin/sh\nexec sleep 99", 0.1, set(DEFAULT_SERVICES)),
         (
             "#!/bin/sh\necho 'register|nonsense'; echo 'register|ready'; exec cat",
-            PATIENCE_SECONDS,
+            TIMEOUT_SECONDS,
             set(DEFAULT_SERVICES),
         ),
     ],
@@ -70,11 +70,11 @@ def test_descriptor_that_does_not_block_is_waited_for(make_program):
         subprocess.Popen([*RUN, make_program("#!/bin/sh\nexec cat")], stdin=theirs, stdout=subprocess.PIPE) as process,
     ):
         theirs.close()
-        wire.settimeout(PATIENCE_SECONDS)
+        wire.settimeout(TIMEOUT_SECONDS)
         wire.sendall(opening())
         assert wire.recv(16, socket.MSG_WAITALL)[:2] == b"\0\0"
         wire.shutdown(socket.SHUT_WR)
-        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.wait(TIMEOUT_SECONDS) == 0
 
 
 def test_missing_command_ends_with_status_127():

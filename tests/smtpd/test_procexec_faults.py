@@ -12,7 +12,7 @@ import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.protocol import Failed, Found
-from tests.dialogue import PATIENCE_SECONDS, eventually
+from tests.dialogue import TIMEOUT_SECONDS, eventually
 from tests.smtpd.procexec import OF_TODAY, OK, ROOT, bridged, first_answer, table_program, wait_for_answer
 
 
@@ -122,6 +122,6 @@ def test_child_may_be_killed_under_load(make_program):
             killer.start()
             started = time.monotonic()
             while smtpd.ask()[0] == OK:
-                assert time.monotonic() - started < PATIENCE_SECONDS
+                assert time.monotonic() - started < TIMEOUT_SECONDS
             killer.join()
             wait_for_answer(smtpd)

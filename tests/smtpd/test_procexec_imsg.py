@@ -9,7 +9,7 @@ import pytest
 
 from table_consul.imsg import MAX_VALUE
 from table_consul.protocol import Failed, Found
-from tests.dialogue import PATIENCE_SECONDS, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, write_config, write_source
 from tests.e2e.programs import OF_2020
 from tests.smtpd.imsg import CHECK, CLOSE, FETCH, LOOKUP, SOURCE, UPDATE, message, opening
 from tests.smtpd.procexec import ABSENT, ERROR, OF_TODAY, OK, ROOT, Smtpd, bridged, first_answer, wait_for_answer
@@ -132,7 +132,7 @@ def test_child_that_ignores_end_of_file_is_killed(make_program, make_bridge, clo
 def test_imsg_close_ends_the_process_like_end_of_file(make_program):
     with bridged(make_program("#!/bin/sh\nexec cat")) as smtpd:
         smtpd.wire.sendall(message(CLOSE))
-        assert (smtpd.wire.recv(1), smtpd.process.wait(PATIENCE_SECONDS)) == (b"", 0)
+        assert (smtpd.wire.recv(1), smtpd.process.wait(TIMEOUT_SECONDS)) == (b"", 0)
 
 
 def test_table_consul_answers_imsg_itself_and_writes_nothing_to_standard_output(tmp_path):

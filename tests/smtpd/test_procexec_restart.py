@@ -15,14 +15,14 @@ from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.child import START_SECONDS, Child, ChildError
 from table_consul.protocol import Failed, Found, Request
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS, eventually
+from tests.dialogue import TIMEOUT_SECONDS, eventually
 from tests.rig.waiting import wait_for
 from tests.smtpd.procexec import OF_TODAY, ROOT, RUN, table_program
 
 
 def test_restart_option_restarts_a_killed_child(make_program):
     wire, theirs = socket.socketpair()
-    wire.settimeout(PATIENCE_SECONDS)
+    wire.settimeout(TIMEOUT_SECONDS)
     wire.sendall(b"config|smtpd-version|7.9.0\nconfig|tablename|users\nconfig|ready\n")
     command = [*RUN, "--restart", "--deadline", "20", make_program(OF_TODAY)]
     with wire, subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
@@ -39,9 +39,9 @@ def test_restart_option_restarts_a_killed_child(make_program):
             first = pid()
             assert first not in {None, process.pid}
             os.kill(first, signal.SIGKILL)
-            wait_for(lambda: pid() not in {None, first}, PATIENCE_SECONDS, lambda: "it was not started again")
+            wait_for(lambda: pid() not in {None, first}, TIMEOUT_SECONDS, lambda: "it was not started again")
             wire.shutdown(socket.SHUT_WR)
-            assert process.wait(PATIENCE_SECONDS) == 0
+            assert process.wait(TIMEOUT_SECONDS) == 0
 
 
 def test_failed_child_is_restarted_after_a_pause_that_doubles_up_to_a_limit(make_program, make_bridge, clock, tmp_path):
@@ -178,6 +178,6 @@ def test_table_name_that_lines_cannot_carry_is_an_error(make_program, make_child
     made = make_child(make_program(OF_TODAY), "a\nconfig|ready", None)
     for name in ("a|b", "a\nb"):
         request = Request("lookup", b"", name, "alias", b"root")
-        assert isinstance(made.ask(request, clock() + PATIENCE_SECONDS), Failed)
+        assert isinstance(made.ask(request, clock() + TIMEOUT_SECONDS), Failed)
     percent = Request("lookup", b"", "100%b", "alias", b"root")
-    assert made.ask(percent, clock() + PATIENCE_SECONDS) == Found(b"gilles")
+    assert made.ask(percent, clock() + TIMEOUT_SECONDS) == Found(b"gilles")

@@ -1,4 +1,4 @@
-"""Fixtures of more than one module of table-consulctl."""
+"""Fixtures for several test modules of table-consulctl."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_status(capsys, monkeypatch):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A folder of `hosts.install` that every user may enter; its smtpd is the one that is found."""
+    """A folder of `hosts.install` that every user may enter; PATH finds its smtpd."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         path.chmod(0o755)

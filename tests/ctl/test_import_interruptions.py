@@ -1,4 +1,4 @@
-"""`table-consulctl import` beside other writers, through outages and interruptions, and run again afterwards."""
+"""`table-consulctl import` with concurrent writers, outages, interruptions, and repeated runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.rig.waiting import wait_for
 
 @pytest.fixture
 def between(monkeypatch):
-    """Has something happen before the transaction of this number."""
+    """Call a function before transaction ``number``."""
 
     def put(number, happen):
         transact = txn.Store.transact
@@ -175,7 +175,7 @@ def test_progress_bar_fits_a_terminal_of_40_columns(consul, tmp_path):
         while chunk := os.read(master, 65536):
             seen += chunk
     except OSError:
-        pass  # the end of a terminal
+        pass  # end of file on a terminal
     os.close(master)
     assert process.wait(TIMEOUT_SECONDS) == 0
     assert b"100%" in seen

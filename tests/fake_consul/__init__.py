@@ -1,7 +1,7 @@
-"""A Consul for tests that lies on request: the key-value part of its HTTP interface, over http, https or unix.
+"""A fake Consul for tests: the key-value part of its HTTP interface, over http, https or a Unix socket.
 
-By itself it answers as Consul of a given version does; the recorded answers of real ones (tests/consul/answers) hold it
-to that. A test that wants it to misbehave sets `handle`:
+It answers as a given version of Consul does, which recorded answers of real ones (tests/consul/answers) verify. A test
+of misbehaviour sets `handle`:
 
     with FakeConsul(version="1.8.7") as fake:
         fake.put(b"consul/alias/root", b"gilles")

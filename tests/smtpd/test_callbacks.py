@@ -67,10 +67,10 @@ def test_example_answers_the_dialects_of_2020(command):
         assert child.end() == 0
 
 
-# ---- what functions say ----
+# ---- return values of functions ----
 
 
-def test_functions_are_given_the_table_the_service_and_the_key_as_text():
+def test_functions_get_the_table_the_service_and_the_key_as_text():
     seen = []
 
     def told(*arguments):
@@ -102,11 +102,11 @@ def test_functions_are_given_the_table_the_service_and_the_key_as_text():
         (asked("update"), {}, Updated()),
     ],
 )
-def test_what_functions_say_becomes_a_reply(request_, functions, reply):
+def test_return_value_becomes_a_reply(request_, functions, reply):
     assert answered(request_, **functions) == reply
 
 
-def test_only_chosen_services_are_registered_and_asked():
+def test_only_chosen_services_are_registered_and_answered():
     chosen = Callbacks(None, lambda *_: "gilles", None, None, ("alias",))
     assert chosen.services("users") == ["alias"]
     reply = chosen.answer(asked("lookup", service="domain"), 0.0)
@@ -114,7 +114,7 @@ def test_only_chosen_services_are_registered_and_asked():
 
 
 def said(lines, caplog, **functions):
-    """What a loop over these functions answers to these lines."""
+    """The replies of a server over these functions to these lines."""
     given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
     answerer = Callbacks(*given.values(), DEFAULT_SERVICES)
     ours, theirs = socket.socketpair()
@@ -130,7 +130,7 @@ def said(lines, caplog, **functions):
 LOOKUPS = b"config|ready\n" + b"".join(b"table|0.1|0|t|lookup|alias|%d|k\n" % number for number in (1, 2))
 
 
-def test_exception_is_an_error_and_is_told_once(caplog):
+def test_exception_is_an_error_and_is_logged_once(caplog):
     answers = said(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
     assert [answer.rpartition(b"|error|internal error (KeyError)")[0] for answer in answers] == [
         b"lookup-result|1",
@@ -140,12 +140,12 @@ def test_exception_is_an_error_and_is_told_once(caplog):
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])
-def test_value_that_smtpd_cannot_take_is_an_error(value, caplog):
+def test_invalid_reply_value_is_an_error(value, caplog):
     answers = said(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
     assert [b"|error|" in answer for answer in answers] == [True, True]
 
 
-def test_serve_takes_the_wire_and_answers(tmp_path):
+def test_serve_answers_on_standard_input(tmp_path):
     program = tmp_path / "table-x"
     program.write_text(
         "from table_consul import callbacks\n"

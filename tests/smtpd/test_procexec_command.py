@@ -47,7 +47,7 @@ def test_line_protocol_execs_the_child_without_losing_input(make_program):
     ],
     ids=["today", "2020", "silent", "none that smtpd knows"],
 )
-def test_services_are_those_registered_in_time_or_the_default(make_program, make_bridge, text, deadline, services):
+def test_services_are_those_registered_in_time_or_the_defaults(make_program, make_bridge, text, deadline, services):
     assert set(make_bridge(make_program(text), deadline=deadline).services("users")) == services
 
 
@@ -57,12 +57,12 @@ def test_line_protocol_of_2020_over_a_pipe_execs_the_child(make_program):
     assert (done.returncode, done.stdout) == (0, b"table-response|1|found|gilles@poolp.org\n")
 
 
-def test_end_of_file_at_once_starts_no_child():
+def test_immediate_end_of_file_starts_no_child():
     with Smtpd(*RUN, "/nowhere/table-x", begin=False) as smtpd:
         assert smtpd.end() == (0, b"", "")
 
 
-def test_descriptor_that_does_not_block_is_waited_for(make_program):
+def test_non_blocking_descriptor_is_waited_for(make_program):
     wire, theirs = socket.socketpair()
     theirs.setblocking(False)
     with (
@@ -77,7 +77,7 @@ def test_descriptor_that_does_not_block_is_waited_for(make_program):
         assert process.wait(TIMEOUT_SECONDS) == 0
 
 
-def test_missing_command_ends_with_status_127():
+def test_missing_command_exits_with_127():
     done = subprocess.run([*RUN, "table-nowhere"], input=b"config|ready\n", capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (
         127,

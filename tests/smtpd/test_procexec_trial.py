@@ -21,7 +21,7 @@ IGNORES_HANDSHAKE = OF_2020.replace("    atoms =", '    if line.startswith("conf
 
 @contextlib.contextmanager
 def started(*command):
-    """table-procexec under an smtpd of today: what ``command`` registers, a function that asks, and the process."""
+    """table-procexec under a current smtpd: the services that ``command`` registers, a function to ask, the process."""
     wire, theirs = socket.socketpair()
     wire.settimeout(TIMEOUT_SECONDS)
     wire.sendall(b"config|smtpd-version|7.9.0\nconfig|protocol|0.1\nconfig|tablename|users\nconfig|ready\n")
@@ -116,7 +116,7 @@ def test_command_of_2020_is_translated(make_program, text):
         "2020, silent",
     ],
 )
-def test_smtpd_is_not_left_alone_with_a_command_that_it_could_not_run(make_program, make_bridge, text):
+def test_command_that_fails_its_trial_does_not_replace_table_procexec(make_program, make_bridge, text):
     begun = time.monotonic()
     bridge = make_bridge(make_program(text), deadline=0.2)
     assert not bridge.suits_smtpd("users")
@@ -124,7 +124,7 @@ def test_smtpd_is_not_left_alone_with_a_command_that_it_could_not_run(make_progr
     assert time.monotonic() - begun < TIMEOUT_SECONDS / 2
 
 
-def test_command_that_is_silent_on_trial_is_kept_as_the_child(make_program, make_bridge, clock, tmp_path):
+def test_command_that_is_silent_in_its_trial_becomes_the_child(make_program, make_bridge, clock, tmp_path):
     count = f"open({str(tmp_path / 'starts')!r}, 'a').write('.')\n"
     bridge = make_bridge(make_program(count + IGNORES_HANDSHAKE.partition("\n")[2]))
     assert not bridge.suits_smtpd("users")

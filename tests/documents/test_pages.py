@@ -1,4 +1,4 @@
-"""README.md and docs/ are correct: links, examples and commands of every page, and what the programs write."""
+"""README.md and docs/ are correct: links, examples and commands of every page, and output of the programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def every_block(*languages):
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     broken = []
     for link in page.links():
         name, _, anchor = link.partition("#")
@@ -62,12 +62,12 @@ def test_configurations_are_accepted(page, block, tmp_path):
 
 
 @every_block("json")
-def test_json_is_json(page, block):
+def test_json_is_valid(page, block):
     json.loads(block.text)
 
 
 @every_page
-def test_commands_of_table_consulctl_are_understood(page):
+def test_commands_of_table_consulctl_are_valid(page):
     for command in page.commands():
         for part in re.split(r"\s[|;&]+\s", command.text):
             words = shlex.split(re.sub(r"[<>]\S+", "", part.replace("$(", "( ")))
@@ -112,10 +112,10 @@ def test_smtpd_accepts_every_example(page, block, release):
     )
 
 
-# ---- README.md, keys.md: services, and what can be run ----
+# ---- README.md, keys.md: services, and programs that can be run ----
 
 
-def test_every_service_is_in_the_tables():
+def test_every_service_is_documented():
     assert sorted({name for row in rows(README.section("## Keys")) for name in re.findall(r"`(\w+)`", row[0])}) == (
         sorted(SERVICES)
     )
@@ -138,7 +138,7 @@ def test_dialogue_of_the_readme_is_answered(tmp_path):
     assert answer.endswith("register|ready\nlookup-result|1|found|gilles\n")
 
 
-def test_program_of_the_readme_is_a_table(tmp_path):
+def test_program_of_the_readme_works_as_a_table(tmp_path):
     (block,) = README.fenced("python")
     table = tmp_path / "table.py"
     table.write_text(block.text)
@@ -153,7 +153,7 @@ def test_program_of_the_readme_is_a_table(tmp_path):
 
 
 def smtpd_takes(pattern):
-    """Whether regcomp(3) of this system takes the expression, called as smtpd calls it."""
+    """Whether regcomp(3) of this system accepts the expression with the flags of smtpd."""
     extended, no_sub = 1, 8
     room = ctypes.create_string_buffer(1024)
     return ctypes.CDLL(None).regcomp(room, pattern, extended | no_sub) == 0
@@ -177,12 +177,12 @@ def test_refused_expressions_are_those_of_the_table():
             assert table_consul_takes(instead.strip("`").encode())
 
 
-# ---- operating.md: what the programs write ----
+# ---- operating.md: output of the programs ----
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A table with one bad entry: the output of ``status``, its text file, and its log over an outage and a restart."""
+    """A table with one bad entry: output of ``status``, text file, and log through an outage and a restart."""
     folder = tmp_path_factory.mktemp("operating")
     metrics = f'[metrics]\ntextfile = "{folder}/table-consul-{{table}}.prom"'
     settings = ('prefix = "mail"', f'snapshot = "{folder}/{{table}}.json"', "deadline = 0.5")
@@ -222,11 +222,11 @@ def table(tmp_path_factory):
 
 
 def without_variable_parts(text):
-    """The text without numbers and versions, without the folders of this machine, and on one line."""
+    """The text on one line, without numbers, versions and local folders."""
     return re.sub(r"\d+(?:\.(?:dev)?\d+)*", "N", re.sub(r"(?<= )/\S*/", "/", " ".join(text.split())))
 
 
-def test_status_writes_what_the_page_shows(table):
+def test_status_output_is_that_of_the_page(table):
     (shown,) = [each for each in OPERATING.commands() if each.text == "table-consulctl status" and each.output]
     assert without_variable_parts(table.status) == without_variable_parts(shown.output)
 
@@ -236,12 +236,12 @@ def test_metrics_are_those_of_the_table(table):
     assert sorted(row[0].strip("`") for row in rows(OPERATING.section("### Metrics"))) == sorted(published)
 
 
-# Causes, addresses, paths, versions, and numbers with what they count, which may be one.
+# Causes, addresses, paths, versions, and numbers with their nouns, which may be singular.
 VARIABLE = r"/var/\S+|\.\.\.(?: connection refused)?|https?://\S+|aliases/\S*|\d[\d.]*(?:-portable| [a-z ]+?s\b)?"
 
 
 def test_log_lines_are_those_of_the_table(table):
-    """Lines that need an ACL, a full disk, half a million keys or a bug are left out."""
+    """Every line except those that need an ACL, a full disk, half a million keys or a bug."""
     described = [row[0].strip("`") for row in rows(OPERATING.section("## Logs"))]
     here = [line for line in described if re.search(r"speaks|entries (?:from|of)|from Consul:", line)]
     assert len(here) == 5

@@ -1,4 +1,4 @@
-"""The policies of contrib/policies grant what they say and no more: real Consul, real ACLs, the program itself."""
+"""The policies of contrib/policies grant exactly the documented permissions, with a real Consul and the program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.rig.consul import ConsulAgent, ConsulError
 
 FILES = sorted((CONTRIB / "policies").glob("*.hcl"))
 TABLES = re.findall(r"^table (\S+) ", (CONTRIB / "smtpd.conf.example").read_text(), re.MULTILINE)
-# One entry in each of those tables, and a question that it answers.
+# One entry in each of these tables, and a question that it answers.
 ENTRIES = {
     "aliases/alias/root": ("gilles", "lookup|alias|1|root", "found|gilles"),
     "domains/domain/example.org": ("", "check|domain|1|example.org", "found"),
@@ -48,7 +48,7 @@ def consul_with_list_policy():
 
 
 def answers(consul, token, folder):
-    """What the program answers to each question with this token, of which it reads one table after the other."""
+    """The answers of the program to each question with this token."""
     path = folder / "token"
     path.write_text(token)
     more = f'[log]\ntarget = "stderr"\n[consul]\naddress = "http://{consul.address}"\ntoken_file = "{path}"\n'
@@ -74,7 +74,7 @@ def fill(consul):
 EXPECTED = {key: answer for key, (_, _, answer) in ENTRIES.items()}
 
 
-def test_entries_of_this_test_cover_every_table_of_the_example():
+def test_entries_here_cover_every_table_of_the_example():
     assert sorted(key.partition("/")[0] for key in ENTRIES) == sorted(TABLES)
 
 
@@ -130,14 +130,14 @@ def test_mail_servers_may_write_nothing(consul_with_acl, name):
 
 
 @pytest.mark.real
-def test_where_lists_need_a_policy_the_other_file_serves_every_table(consul_with_list_policy, tmp_path):
+def test_policy_with_list_serves_every_table_where_lists_need_it(consul_with_list_policy, tmp_path):
     fill(consul_with_list_policy)
     token = consul_with_list_policy.token(rules("table-consul-list"))
     assert answers(consul_with_list_policy, token, tmp_path) == EXPECTED
 
 
 @pytest.mark.real
-def test_where_lists_need_a_policy_reading_alone_is_an_error_and_no_absence(consul_with_list_policy, tmp_path):
+def test_policy_without_list_is_an_error_where_lists_need_it(consul_with_list_policy, tmp_path):
     fill(consul_with_list_policy)
     token = consul_with_list_policy.token(rules("table-consul"))
     found = answers(consul_with_list_policy, token, tmp_path)
@@ -165,7 +165,7 @@ def test_help_desk_edits_aliases_and_sees_no_hash(consul_with_acl):
         assert refused.value.status == 403
 
 
-def test_what_the_help_desk_changed_is_what_mail_servers_answer(consul_with_acl, tmp_path):
+def test_mail_servers_answer_with_the_edit_of_the_help_desk(consul_with_acl, tmp_path):
     fill(consul_with_acl)
     desk, server = (consul_with_acl.token(rules(name)) for name in ("helpdesk", "table-consul"))
     (tmp_path / "token").write_text(server)
@@ -175,6 +175,6 @@ def test_what_the_help_desk_changed_is_what_mail_servers_answer(consul_with_acl,
         question = b"table|0.1|0|aliases|lookup|alias|1|root"
         assert child.ask(question) == b"lookup-result|1|found|gilles"
         consul_with_acl.request("PUT", "/v1/kv/aliases/alias/root", b"eric", token=desk)
-        for _ in eventually("the edit is answered from"):
+        for _ in eventually("the edit is in the answer"):
             if child.ask(question) == b"lookup-result|1|found|eric":
                 break

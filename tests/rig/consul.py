@@ -295,7 +295,7 @@ class ConsulAgent:
         self.request("DELETE", "/v1/kv/" + urllib.parse.quote(key) + ("?recurse" if recurse else ""))
 
     def kv_txn(self, entries: Mapping[str, str | bytes]) -> None:
-        """Store many keys by transaction, also those that no URL can name (``a//b``) or Consul refuses in one (``a ``)."""
+        """Store many keys by transaction, also keys that no URL can name (``a//b``) or Consul refuses (``a ``)."""
         items = list(entries.items())
         for start in range(0, len(items), 64):
             operations = [

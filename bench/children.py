@@ -51,7 +51,7 @@ class Child:
 
     name: str
     command: Callable[[str], list[str]]
-    """By the table it serves."""
+    """The command line for a table."""
     dialect: str = "lines"
     """The driver's -p."""
 

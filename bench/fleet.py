@@ -100,7 +100,7 @@ class Fleet:
         self.bench = bench
         self.table = table
         self.resolution = max(1.0, count / 5)
-        """Milliseconds between the answer of a daemon and the next question to it."""
+        """Milliseconds between the answer of a daemon and its next lookup."""
         self.load_seconds = 0.0
         self._daemons: list[Daemon] = []
         self._command = child.command(table)

@@ -20,7 +20,7 @@ from tests.rig.opensmtpd import CONFIG, LIBEXEC, Smtpd
 from tests.rig.root import File, Root
 
 RELEASES = {"7.9": ("opensmtpd-table-sqlite", "forky"), "6.8": ("opensmtpd-extras", "bookworm")}
-"""By release, the package of Debian with the table-sqlite that goes with it."""
+"""Debian's package of table-sqlite, by release of OpenSMTPD."""
 SIZES = {"1k": 1_000, "10k": 10_000, "100k": 100_000}
 OURS, FILE, SQLITE = "consul", "file:", "table-sqlite"
 GOALS = {FILE: 1.0, SQLITE: 1.1}

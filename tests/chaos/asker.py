@@ -24,7 +24,7 @@ TELL_SECONDS = 0.02
 NICE = -15
 
 
-def go_first(process: int) -> None:
+def raise_priority(process: int) -> None:
     """Give this process and its future children a higher priority."""
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, process, NICE)
@@ -33,7 +33,7 @@ def go_first(process: int) -> None:
 def main() -> None:
     questions = pickle.load(sys.stdin.buffer)
     wire = socket.socket(fileno=int(sys.argv[1]))
-    go_first(0)
+    raise_priority(0)
     gc.disable()
     wire.settimeout(TIMEOUT_SECONDS)
     wrong = None

@@ -43,12 +43,12 @@ ENTRIES = {
     "userinfo/boss": "5001:5001:/var/vmail/boss",
     "userinfo/*": "5000:5000:/var/vmail",
 }
-"""From which the steady questions are answered: keys below the table, and values."""
+"""Keys and values that answer the steady questions."""
 LETTERS = [(letter, 20 if letter in "yz" else 130) for letter in string.ascii_lowercase if letter != "u"]
 FILLER = {f"alias/user{number:06}": "filler" for number in range(9_000)} | {
     f"alias/{letter}{number:03}-filler": "filler" for letter, count in LETTERS for number in range(count)
 }
-"""What makes a table large: names that differ in the first letter, and names that differ in the last ones."""
+"""Entries that make a table large: names that differ in the first letter, and in the last ones."""
 
 
 def number_of(key: bytes) -> int:

@@ -42,9 +42,9 @@ class Writer(threading.Thread):
         self.attempted = [0] * HOT
         self.acknowledged: list[list[tuple[float, int]]] = [[] for _ in range(HOT)]
         self.hidden: dict[int, tuple[float, float]] = {}
-        """Question by number whose key the token may not read: the moments between which it may be an error."""
+        """The periods in which a question may be an error because its key is hidden, by number of the question."""
         self.deleted: dict[int, tuple[float, float]] = {}
-        """Question by number whose key was deleted: the moments at which that was asked for, and acknowledged."""
+        """The times when the deletion of a key was requested and acknowledged, by number of its question."""
 
     def run(self) -> None:
         number = 0

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.chaos import cluster_or_skip
-from tests.chaos.asker import go_first
+from tests.chaos.asker import raise_priority
 from tests.chaos.client import ENTRIES, FILLER, SLOW_SECONDS, STEADY, Client, Judgement, number_of
 from tests.chaos.history import HOT, Writer
 from tests.dialogue import Child
@@ -69,7 +69,7 @@ class Scene:
     proxy: Any = None
     client: Client
     healed: float | None = None
-    """Since when all could be well again, where that is not at the end of the fault."""
+    """The earliest time of recovery, if other than the end of the fault."""
 
     def __init__(self, cluster, table, contacted):
         self.cluster = cluster
@@ -263,15 +263,15 @@ def rules_narrowed(scene):
 class Fault(NamedTuple):
     inflict: Callable[[Scene], contextlib.AbstractContextManager[None]]
     proxy: Callable[..., Any] | None = None
-    """In front of the contacted agent."""
+    """The proxy in front of the contacted agent."""
     by_client_agent: bool = False
-    """The contacted agent is a client agent; else a server that does not lead."""
+    """The contacted agent is a client agent; otherwise a server that is not the leader."""
     is_outage: bool = True
-    """Consul may be unreadable: outdated answers are right, and in direct mode errors."""
+    """Consul may be unreadable, which allows outdated answers, and errors in direct mode."""
     from_memory: bool = True
-    """No answer of a mirror reads Consul."""
+    """A mirror never reads Consul for an answer."""
     warns: bool = True
-    """There may be warnings in the log."""
+    """The log may contain warnings."""
     seconds: float = ILL_SECONDS
     recovery_seconds: float = RECOVERY_SECONDS
 
@@ -336,7 +336,7 @@ CASES = [
 @pytest.mark.timeout(600 if LONG else 180)
 @pytest.mark.parametrize(("name", "kind", "fault"), CASES, ids=["-".join(case[:2]) for case in CASES])
 def test_fault_causes_no_wrong_absent_or_late_answer(cluster, report, tmp_path, name, kind, fault):
-    row, message = suffer(cluster, report, tmp_path, name, kind, fault)
+    row, message = run_fault(cluster, report, tmp_path, name, kind, fault)
     assert kind == "direct" or not fault.from_memory or row.slowest <= SLOW_SECONDS, message
 
 
@@ -345,7 +345,7 @@ def sockets(folder):
     return sum(os.path.islink(each) and os.readlink(each).startswith("socket:") for each in folder.iterdir())
 
 
-def suffer(cluster, report, tmp_path, name, kind, fault):
+def run_fault(cluster, report, tmp_path, name, kind, fault):
     """Run one fault; the judgement, and the message of a failure: its row, examples, and the log of the table.
 
     ``kind`` of table: in direct mode, or a mirror, which if it is large is watched in ranges.
@@ -369,7 +369,7 @@ def suffer(cluster, report, tmp_path, name, kind, fault):
             f'[defaults]\nmode = "{"direct" if kind == "direct" else "mirror"}"\n[log]\ntarget = "stderr"\n'
         )
         child = stack.enter_context(Child(str(config)))
-        go_first(child.process.pid)
+        raise_priority(child.process.pid)
         reader = threading.Thread(target=child.log)  # a full pipe would stop the child
         reader.start()
         child.handshake(table.encode())

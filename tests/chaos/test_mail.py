@@ -78,7 +78,7 @@ def test_every_mail_is_delivered_queued_or_deferred_during_restarts_of_consul(sm
         for member in cluster.members:
             member.wait_for_leader()
         back = sender.replies[250]
-        wait_for(lambda: sender.replies[250] > back, 10, lambda: f"no mail is taken:\n{server.log}")
+        wait_for(lambda: sender.replies[250] > back, 10, lambda: f"no mail is accepted:\n{server.log}")
         sender.stop()
         with contextlib.suppress(Exception):
             server.smtpctl("schedule", "all")

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.chaos.asker import go_first
+from tests.chaos.asker import raise_priority
 
 if TYPE_CHECKING:
     from typing import Self
@@ -78,7 +78,7 @@ def stalled(stalls: list[Stall], begin: float, end: float) -> float:
 
 def main() -> None:
     os.sched_setaffinity(0, {int(sys.argv[1])})
-    go_first(0)
+    raise_priority(0)
     stalls: list[Stall] = []
     sys.stdout.buffer.write(b"!")
     sys.stdout.flush()

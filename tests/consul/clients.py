@@ -70,7 +70,7 @@ def body(text, **headers):
 
 
 GOOD = entry(ROOT, "Zg==")
-LIES = {
+INVALID = {
     "html": (html, BadResponse),
     "html with an index": (body(b"<html>"), BadResponse),
     "no body": (body(b""), BadResponse),

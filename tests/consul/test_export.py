@@ -55,7 +55,7 @@ def lines(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def spoil(folder, text="{"):
+def damage(folder, text="{"):
     (folder / "export.json").write_text(text, "latin-1")
 
 
@@ -113,7 +113,7 @@ def test_changed_layout_of_a_table_is_read_anew(source):
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_invalid_file_is_an_error_with_its_name(folder, source, text):
-    spoil(folder, text)
+    damage(folder, text)
     with pytest.raises(SourceError, match=r"export\.json: not the output"):
         bucket(source)
 
@@ -167,7 +167,7 @@ def test_read_bounded_reads_up_to_its_limit():
 
 def test_bad_version_leaves_the_last_good_one_in_use(folder, source):
     bucket(source)
-    spoil(folder)
+    damage(folder)
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
@@ -176,7 +176,7 @@ def test_bad_version_is_logged_once_and_again_after_a_good_one(folder, source, c
     for _ in range(2):
         write_source(folder, {"aliases/alias/root": b"gilles"})
         bucket(source)
-        spoil(folder)
+        damage(folder)
         for _ in range(3):
             bucket(source)
     warnings = [line for line in lines(caplog) if "serving its last good version" in line]
@@ -186,7 +186,7 @@ def test_bad_version_is_logged_once_and_again_after_a_good_one(folder, source, c
 def test_return_to_a_good_version_is_logged(folder, source, caplog):
     caplog.set_level(logging.DEBUG)
     bucket(source)
-    spoil(folder)
+    damage(folder)
     bucket(source)
     write_source(folder, {"aliases/alias/root": b"gilles"})
     bucket(source)
@@ -209,14 +209,14 @@ def test_update_reads_an_unchanged_file_again(source):
 
 def test_update_with_a_bad_file_fails_and_keeps_the_last_good_version(folder, source):
     bucket(source)
-    spoil(folder)
+    damage(folder)
     with pytest.raises(SourceError, match="not the output"):
         source.update()
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
 def test_repeated_reads_of_a_broken_file_leak_no_memory(folder, source):
-    spoil(folder)
+    damage(folder)
     depth = 0
     for _ in range(50):
         with pytest.raises(SourceError) as caught:
@@ -228,12 +228,12 @@ def test_repeated_reads_of_a_broken_file_leak_no_memory(folder, source):
 def test_broken_file_is_parsed_once_a_version(folder, source, monkeypatch):
     parsed = []
     monkeypatch.setattr(export, "iter_export", lambda file: (parsed.append(file), iter_export(file))[1])
-    spoil(folder)
+    damage(folder)
     for _ in range(20):
         with pytest.raises(SourceError):
             bucket(source)
     assert len(parsed) == 1
-    spoil(folder, "{}")
+    damage(folder, "{}")
     with pytest.raises(SourceError):
         bucket(source)
     assert len(parsed) == 2

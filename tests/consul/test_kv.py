@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from table_consul import kv
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable
 from tests import fake_consul
-from tests.consul.clients import GOOD, LIES, ROOT, TRUE, each_version, failure
+from tests.consul.clients import GOOD, INVALID, ROOT, TRUE, each_version, failure
 from tests.fake_consul import Answer, cut, entry, names
 
 UNADDRESSABLE = [
@@ -276,9 +276,9 @@ def test_stale_data_without_a_leader_are_accepted_only_with_consistency_stale(fa
     assert isinstance(failure(connect(fake.address)), Unreachable)
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_invalid_response_is_an_error_in_time_and_the_next_request_succeeds(client, fake, lie):
-    fake.handle, kind = LIES[lie]
+@pytest.mark.parametrize("invalid", INVALID)
+def test_invalid_response_is_an_error_in_time_and_the_next_request_succeeds(client, fake, invalid):
+    fake.handle, kind = INVALID[invalid]
     error = failure(client, timeout=0.4)
     assert isinstance(error, kind)
     assert client.address in str(error)

@@ -12,7 +12,7 @@ from table_consul.config import ConsulConfig
 from table_consul.errors import BadResponse, Unreachable
 from table_consul.failures import TooManyConnections
 from table_consul.transport import Endpoint
-from tests.consul.clients import GOOD, LIES, ROOT, SLACK, Silent, closed_port, each_version, failure
+from tests.consul.clients import GOOD, INVALID, ROOT, SLACK, Silent, closed_port, each_version, failure
 from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle
 
 # Connections.
@@ -172,7 +172,7 @@ def test_connection_reset_while_connecting_is_an_outage(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "invalid",
     [
         "html",
         "301",
@@ -186,9 +186,9 @@ def test_connection_reset_while_connecting_is_an_outage(monkeypatch):
         "end within the body",
     ],
 )
-def test_client_fails_over_to_the_next_address_and_stays_there(fake, connect, lie):
+def test_client_fails_over_to_the_next_address_and_stays_there(fake, connect, invalid):
     with FakeConsul() as bad:
-        bad.handle = LIES[lie][0]
+        bad.handle = INVALID[invalid][0]
         client = connect(bad.address, fake.address)
         begun = time.monotonic()
         for _ in range(3):
@@ -245,10 +245,10 @@ def test_invalid_response_from_one_address_is_not_an_outage(fake, connect, order
     assert isinstance(failure(connect(*[closed_port(), fake.address][::order])), BadResponse)
 
 
-@pytest.mark.parametrize("lie", ["403", "400", "invalid key name"])
-def test_refusal_by_consul_does_not_fail_over(fake, connect, lie):
+@pytest.mark.parametrize("invalid", ["403", "400", "invalid key name"])
+def test_refusal_by_consul_does_not_fail_over(fake, connect, invalid):
     with FakeConsul() as first:
-        first.handle = LIES[lie][0]
+        first.handle = INVALID[invalid][0]
         failure(connect(first.address, fake.address))
         assert fake.requests == []
 

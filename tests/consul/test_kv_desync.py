@@ -11,7 +11,7 @@ import pytest
 
 from table_consul.errors import BadResponse, SourceError, Unreachable
 from table_consul.http_response import MAX_INTERIM
-from tests.consul.clients import LIES, ROOT, TRUE, failure
+from tests.consul.clients import INVALID, ROOT, TRUE, failure
 from tests.fake_consul import Answer, entry
 
 ABSENT = Answer(404, TRUE)
@@ -63,10 +63,10 @@ def test_interim_response_that_switches_protocols_is_an_error(client, fake):
     assert isinstance(failure(client), BadResponse)
 
 
-@pytest.mark.parametrize("lie", [name for name in LIES if name != "stall"])
-def test_connection_is_closed_after_an_invalid_response(client, fake, lie):
+@pytest.mark.parametrize("invalid", [name for name in INVALID if name != "stall"])
+def test_connection_is_closed_after_an_invalid_response(client, fake, invalid):
     assert client.get(ROOT, timeout=1).value == b"gilles"
-    fake.handle, _ = LIES[lie]
+    fake.handle, _ = INVALID[invalid]
     failure(client, timeout=0.3)
     tried = max(request.connection for request in fake.requests)
     fake.handle = fake.consul

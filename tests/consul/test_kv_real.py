@@ -159,7 +159,7 @@ def refusal(key):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_key_reads_nothing_outside_its_bucket(client, hostile):
+def test_hostile_key_reads_no_key_outside_its_folder(client, hostile):
     key = BUCKET + hostile
     if not kv.is_url_safe(key):
         with pytest.raises(ValueError, match="no URL can name"):

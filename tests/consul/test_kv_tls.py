@@ -95,8 +95,8 @@ def test_tls_handshake_and_answer_end_at_the_deadline(secure, connect):
         client = connect(dead.address.replace("http:", "https:"), tls_verify=False)
         assert isinstance(failure(client, timeout=0.3), Unreachable)
     client = connect(secure.address, tls_verify=False)
-    for lie in (stall, trickle(GOOD)):
-        secure.handle = lie
+    for handler in (stall, trickle(GOOD)):
+        secure.handle = handler
         assert isinstance(failure(client, timeout=0.4), Unreachable)
 
 

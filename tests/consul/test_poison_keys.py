@@ -131,10 +131,10 @@ def test_undecodable_keys_of_a_real_consul_stop_no_table(consul, tmp_path):
         child.handshake(b"poison")
         assert ask(b"root") == b"found|gilles"
         put("root", b"eric")
-        wait_for(lambda: ask(b"root") == b"found|eric", 10, lambda: "the edit is not answered")
+        wait_for(lambda: ask(b"root") == b"found|eric", 10, lambda: "the edit is not in the answer")
         put("%82", b"x")
         put("zz", b"last")
-        wait_for(lambda: ask(b"zz") == b"found|last", 10, lambda: "the edit is not answered")
+        wait_for(lambda: ask(b"zz") == b"found|last", 10, lambda: "the edit is not in the answer")
         assert ask("\u00e9".encode()) == b"found|x"
         assert ask(b"nobody") == b"not-found"
         child.wire.shutdown(1)

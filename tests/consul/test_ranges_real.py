@@ -35,7 +35,7 @@ KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(
 )
 VALUES = st.sampled_from(["eric", "gilles", "root, eric", "x" * 20])
 WRITES = st.tuples(KEYS, VALUES | st.none())
-"""A key, and its value; None: it is deleted."""
+"""A key and its value; None deletes it."""
 
 
 def write(agent, table, pairs):
@@ -59,7 +59,7 @@ def folded(written):
 
 
 @pytest.fixture(scope="module")
-def roomy_consul():
+def unlimited_consul():
     """A Consul without a low connection limit: each example leaves waits behind that count for 10 seconds."""
     with agent_or_skip(hcl="limits { http_max_conns_per_client = 5000 }") as agent:
         yield agent
@@ -68,14 +68,14 @@ def roomy_consul():
 @pytest.mark.usefixtures("small")
 @settings(max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
-def test_answers_after_random_writes_agree_with_consul(roomy_consul, transactions):
+def test_answers_after_random_writes_agree_with_consul(unlimited_consul, transactions):
     table = Table(f"model{next(numbers)}", services=("alias", "domain"))
-    write(roomy_consul, table.name, dict.fromkeys(STEADY, "steady"))
-    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(roomy_consul),))))
+    write(unlimited_consul, table.name, dict.fromkeys(STEADY, "steady"))
+    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(unlimited_consul),))))
     try:
         written = {}
         for pairs in transactions:
-            write(roomy_consul, table.name, pairs)
+            write(unlimited_consul, table.name, pairs)
             written |= pairs
             assert all(ask(source, name.encode()) == b"steady" for name in STEADY if name not in written)
         wanted = folded(written)

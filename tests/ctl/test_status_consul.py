@@ -21,7 +21,7 @@ def fake(request):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_lag(monkeypatch):
     """Shorten the time that a daemon may lag behind Consul."""
     monkeypatch.setattr(status, "LAG_SECONDS", 0.3)
     monkeypatch.setattr(status, "WRITE_INTERVAL_SECONDS", 0.3)
@@ -31,7 +31,7 @@ def impatient(monkeypatch):
 # ---- published metrics ----
 
 
-def test_table_that_lags_behind_consul_is_not_healthy(tmp_path, run_status, fake, impatient):
+def test_table_that_lags_behind_consul_is_not_healthy(tmp_path, run_status, fake, short_lag):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
     outcome = run_status(configured(tmp_path, address=fake.address), "--json")
     (prefix,) = only_table(outcome)["prefixes"]
@@ -56,7 +56,7 @@ def test_metrics_older_than_an_edit_are_read_again(tmp_path, run_status, fake):
     assert (outcome[0], only_table(outcome)["prefixes"][0]["ahead"]) == (0, False)
 
 
-def test_process_that_ends_while_status_waits_is_not_running(tmp_path, run_status, fake, impatient):
+def test_process_that_ends_while_status_waits_is_not_running(tmp_path, run_status, fake, short_lag):
     path = publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
     end = threading.Timer(0.2, path.unlink)
     end.start()

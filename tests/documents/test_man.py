@@ -32,10 +32,10 @@ def linted(page):
     """The findings of mandoc at its strictest level, except missing pages of other packages."""
     done = subprocess.run(["mandoc", "-T", "lint", MAN / page], capture_output=True, text=True, check=False)
     told = done.stdout.splitlines()
-    return [line for line in told if not any(f"not found: Xr {name}" in line for name in known_elsewhere())]
+    return [line for line in told if not any(f"not found: Xr {name}" in line for name in foreign_pages())]
 
 
-def known_elsewhere():
+def foreign_pages():
     return FOREIGN | {" ".join(page.rsplit(".", 1)) for page in NAMES}
 
 
@@ -74,7 +74,7 @@ def test_title_is_the_name_of_the_page(page):
 
 @pytest.mark.parametrize("page", NAMES)
 def test_referenced_pages_exist(page):
-    assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= known_elsewhere()
+    assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= foreign_pages()
 
 
 @pytest.mark.parametrize("page", PROGRAMS)

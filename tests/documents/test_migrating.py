@@ -44,7 +44,7 @@ def sqlite():
         return found
     system = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     suite = system.get("VERSION_CODENAME", "")
-    return cache.kept(f"sqlite3-{suite}", lambda path: cache.download("sqlite3", suite, path)) / "usr/bin/sqlite3"
+    return cache.cached(f"sqlite3-{suite}", lambda path: cache.download("sqlite3", suite, path)) / "usr/bin/sqlite3"
 
 
 def shell(consul, folder):

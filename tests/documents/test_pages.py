@@ -152,14 +152,14 @@ def test_program_of_the_readme_works_as_a_table(tmp_path):
     assert answer.endswith("check-result|1|found\n")
 
 
-def smtpd_takes(pattern):
+def smtpd_accepts(pattern):
     """Whether regcomp(3) of this system accepts the expression with the flags of smtpd."""
     extended, no_sub = 1, 8
     room = ctypes.create_string_buffer(1024)
     return ctypes.CDLL(None).regcomp(room, pattern, extended | no_sub) == 0
 
 
-def table_consul_takes(pattern):
+def table_consul_accepts(pattern):
     with contextlib.suppress(EntryError):
         return regcomp(pattern) is not None
     return False
@@ -171,10 +171,10 @@ def test_refused_expressions_are_those_of_the_table():
     assert len(table) >= 5
     for expression, file_table, here, instead in table:
         pattern = expression.strip("`").encode()
-        assert smtpd_takes(pattern) is file_table.startswith("takes"), expression
-        assert table_consul_takes(pattern) is not here.startswith("refused"), expression
+        assert smtpd_accepts(pattern) is file_table.startswith("takes"), expression
+        assert table_consul_accepts(pattern) is not here.startswith("refused"), expression
         if instead.startswith("`"):
-            assert table_consul_takes(instead.strip("`").encode())
+            assert table_consul_accepts(instead.strip("`").encode())
 
 
 # ---- operating.md: output of the programs ----

@@ -37,7 +37,7 @@ class Transaction:
     sender: str
     recipients: tuple[str, ...]
     subject: str
-    """Empty: it is given up before DATA."""
+    """Empty if the session ends before DATA."""
 
 
 @dataclass(frozen=True)

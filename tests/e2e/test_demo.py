@@ -39,7 +39,7 @@ def test_demo_succeeds_over_the_socket_of_the_program():
     assert "table-consul > lookup-result|00000002|found|gilles" in done.stdout
 
 
-def test_demo_fails_when_mail_goes_elsewhere(monkeypatch, capsys):
+def test_demo_fails_when_mail_reaches_another_user(monkeypatch, capsys):
     monkeypatch.setattr(demo, "_export", lambda path, entries: path.write_text("[]"))
     with pytest.raises(demo.Unexpected):
         demo.with_a_socket()

@@ -29,13 +29,13 @@ from tests.rig.waiting import wait_for
 SEED = int(os.environ.get("TABLE_CONSUL_SEED", "8"))
 SESSIONS = int(os.environ.get("TABLE_CONSUL_SESSIONS", "400"))
 SEEDS = range(SEED, SEED + 2)
-"""Each makes tables of its own and plays its part of the sessions."""
+"""Each seed generates its own tables, and runs its share of the sessions."""
 DELIMITERS = dict(zip(SEEDS, "_+", strict=True))
-"""What precedes a tag; the names of `entries` have tags of both kinds."""
-AS_EVER = not os.environ.keys() & {"TABLE_CONSUL_SEED", "TABLE_CONSUL_SESSIONS"}
-"""Then each service has to be asked for what is there and for what is not; by other seeds it may by chance not be."""
+"""Delimiters of tags; the names of `entries` have tags of both kinds."""
+DEFAULTS = not os.environ.keys() & {"TABLE_CONSUL_SEED", "TABLE_CONSUL_SESSIONS"}
+"""With these settings each service must have lookups that succeed and lookups that fail; other seeds may lack some."""
 SHOWN = 3
-"""So many of the sessions that differ, as one cause makes many of them differ."""
+"""The number of different sessions to report, because one cause makes many sessions differ."""
 
 FILTERS = {
     "early": (
@@ -169,7 +169,7 @@ def names() -> dict[str, str]:
     return {"/etc/hosts": hosts, "/etc/resolv.conf": "lookup file\n"}
 
 
-def shown(number: int, session: Session, in_file: Outcome, in_consul: Outcome, listed: list[Table]) -> str:
+def describe(number: int, session: Session, in_file: Outcome, in_consul: Outcome, listed: list[Table]) -> str:
     """A session that differs: up to the first different reply, the first different lookup, and its tables."""
     lines = [f"session {number} from {session.source} to {session.listener}, logged in as {session.login}:"]
     at = first_other(in_file.replies, in_consul.replies)
@@ -190,7 +190,7 @@ def first_other(these: Sequence[object], those: Sequence[object]) -> int:
     return next((at for at, (this, that) in pairs if this != that), len(these))
 
 
-def unasked(outcomes: list[Outcome]) -> set[tuple[str, bool]]:
+def incomplete_services(outcomes: list[Outcome]) -> set[tuple[str, bool]]:
     """The services without a successful lookup or without a failed one, and which of the two is missing."""
     answers = {(found.service, found.answer not in ("false", "none")) for each in outcomes for found in each.lookups}
     services = {*LISTS, "alias", "credentials", "userinfo"}
@@ -221,12 +221,12 @@ def test_tables_in_files_and_in_consul_give_the_same_replies(consul, root, seed)
         ]
         theirs, ours = pool.map(lambda twin: twin.outcomes(sessions), twins)
         differing = [number for number in range(len(sessions)) if theirs[number] != ours[number]]
-        report = [shown(n, sessions[n], theirs[n], ours[n], listed) for n in differing[:SHOWN]]
+        report = [describe(n, sessions[n], theirs[n], ours[n], listed) for n in differing[:SHOWN]]
         assert not differing, f"seed {seed}: {len(differing)} sessions differ\n" + "\n".join(report)
         delivered = list(pool.map(Twin.deliveries, twins))
         assert delivered[0] == delivered[1], f"seed {seed}"
         assert all(twin.alive for twin in twins)
     # A lookup that was never made was not compared.
-    if AS_EVER:
-        assert unasked(theirs) == set()
+    if DEFAULTS:
+        assert incomplete_services(theirs) == set()
         assert len(delivered[0][1]) > len(sessions) // 10

@@ -103,7 +103,7 @@ def update(watched, table):
     watched.children[table].ask(b"table|0.1|0|%b|update|1" % table.encode())
 
 
-def comes_to(watched, expression, expected, while_waiting=lambda: None):
+def wait_for_value(watched, expression, expected, while_waiting=lambda: None):
     """Return when the value of an expression is ``expected``: a number for each table."""
     said = {}
 
@@ -117,27 +117,27 @@ def comes_to(watched, expression, expected, while_waiting=lambda: None):
 
 
 def test_prometheus_gets_the_same_numbers_from_a_text_file_and_a_listener(watched):
-    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_up", {"aliases": 1, "people": 1})
     for table in watched.children:
         assert ask(watched, table, times=5) == b"lookup-result|1|found|gilles"
         assert ask(watched, table, b"nobody", times=3) == b"lookup-result|1|not-found"
     update(watched, "aliases")
     for outcome, count in (("found", 5), ("not-found", 3)):
         expression = f'table_consul_requests_total{{service="alias", op="lookup", outcome="{outcome}"}}'
-        comes_to(watched, expression, {"aliases": count, "people": count})
-    comes_to(
+        wait_for_value(watched, expression, {"aliases": count, "people": count})
+    wait_for_value(
         watched, 'sum by (table) (table_consul_request_seconds_count{service="alias"})', {"aliases": 8, "people": 8}
     )
-    comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
     jobs = {labels["table"]: labels["job"] for labels, _ in watched.prometheus.query("table_consul_build_info")}
     assert jobs == {"aliases": "node", "people": "table-consul"}
     assert [value for _, value in watched.prometheus.query("node_textfile_scrape_error")] == [0]
     targets = watched.prometheus.ask("targets")["activeTargets"]
     assert [(target["health"], target["lastError"]) for target in targets] == [("up", ""), ("up", "")]
     watched.consul.kv_put("people/alias/command", "|/bin/sh")
-    comes_to(watched, 'table_consul_entries_refused{table="people"}', {"people": 1})
+    wait_for_value(watched, 'table_consul_entries_refused{table="people"}', {"people": 1})
     index = watched.consul.request("GET", "/v1/kv/people/alias/command")[0]["ModifyIndex"]
-    comes_to(watched, 'table_consul_snapshot_index{table="people"}', {"people": index})
+    wait_for_value(watched, 'table_consul_snapshot_index{table="people"}', {"people": index})
     wait_for(
         lambda: "TableConsulEntriesRefused" in watched.prometheus.alerts(), TIMEOUT_SECONDS, lambda: "no alert at all"
     )
@@ -165,9 +165,9 @@ def test_every_query_of_the_dashboard_returns_numbers_for_its_variables(watched)
     def talk():
         ask(watched, "people", times=20)
 
-    comes_to(watched, 'table_consul_up{table="people"}', {"people": 0}, talk)
+    wait_for_value(watched, 'table_consul_up{table="people"}', {"people": 0}, talk)
     watched.consul.start()
-    comes_to(watched, 'table_consul_up{table="people"}', {"people": 1}, talk)
+    wait_for_value(watched, 'table_consul_up{table="people"}', {"people": 1}, talk)
     update(watched, "aliases")
     empty = {param.values[0]: param.id for param in queries()}
     assert len(empty) > 20
@@ -199,7 +199,7 @@ def test_every_query_of_the_dashboard_returns_numbers_for_its_variables(watched)
 
 
 def test_prometheus_loads_all_rules_and_a_healthy_system_has_no_alert(watched):
-    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_up", {"aliases": 1, "people": 1})
 
     def evaluated():
         groups = watched.prometheus.ask("rules")["groups"]
@@ -232,13 +232,13 @@ def expect_alerts(watched, wanted, while_waiting=lambda: None):
 
 
 def test_outages_errors_late_answers_and_ended_processes_raise_alerts(watched):
-    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_up", {"aliases": 1, "people": 1})
     watched.consul.pause()
     watched.children["people"].ask(b"table|0.1|0|people|lookup|nonsense|1|root")
 
     expect_alerts(watched, {"TableConsulErrors": {"people"}})
     watched.consul.kill()
-    comes_to(watched, 'table_consul_up{table="people"}', {"people": 0})
+    wait_for_value(watched, 'table_consul_up{table="people"}', {"people": 0})
     update(watched, "aliases")
     expect_alerts(watched, {"TableConsulLostConsul": {"aliases", "people"}}, lambda: update(watched, "aliases"))
     (alert,) = [a for a in watched.prometheus.alerts()["TableConsulLostConsul"] if a["labels"]["table"] == "people"]
@@ -257,7 +257,7 @@ def test_outages_errors_late_answers_and_ended_processes_raise_alerts(watched):
 
 def test_table_without_consul_and_without_a_snapshot_raises_an_alert(consul, watched, tmp_path):
     update(watched, "aliases")
-    comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
     consul.kill()
     (tmp_path / "new").mkdir()
     more = f'[metrics]\ntextfile = "{watched.file.parent}/table-consul-{{table}}.prom"'
@@ -284,7 +284,7 @@ def judged(rules, folder):
     return done.returncode == 0, done.stdout + done.stderr
 
 
-def spoiled(name):
+def broken_rules(name):
     """The rules with this alert broken in several ways, each with its description."""
     before, rest = RULES.read_text().split(f"- alert: {name}\n")
     rule, separator, after = rest.partition("\n      - alert: ")
@@ -306,7 +306,7 @@ def test_delivered_tests_of_the_rules_pass(tmp_path):
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_delivered_tests_of_the_rules_detect_a_broken_alert(tmp_path, name):
-    unnoticed = [what for what, rules in spoiled(name) if judged(rules, tmp_path)[0]]
+    unnoticed = [what for what, rules in broken_rules(name) if judged(rules, tmp_path)[0]]
     assert unnoticed == []
 
 

@@ -23,7 +23,7 @@ from tests.rig.waiting import wait_for
 pytestmark = pytest.mark.real
 
 ALIAS = "consul/alias/root"
-OBEYED_SECONDS = 5.0
+EDIT_SECONDS = 5.0
 TOKEN = "/etc/mail/table-consul.token"
 
 through_both_lines = pytest.mark.parametrize("line", LINES.values(), ids=LINES)
@@ -121,7 +121,7 @@ def mail_goes_to(server, *people, subject):
         heard.append(users_of_root(server))
         return heard[-1] == set(people)
 
-    wait_for(has_arrived, OBEYED_SECONDS, lambda: f"{heard[-1]}, asked {len(heard)} times:\n{server.log}")
+    wait_for(has_arrived, EDIT_SECONDS, lambda: f"{heard[-1]}, asked {len(heard)} times:\n{server.log}")
     arrived = time.monotonic()
     reply = server.send("root@localhost", subject=subject)["root@localhost"]
     assert reply[0] == 250, f"{reply}\n{server.log}"

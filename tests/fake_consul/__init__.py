@@ -6,14 +6,14 @@ of misbehaviour sets `handle`:
     with FakeConsul(version="1.8.7") as fake:
         fake.put(b"consul/alias/root", b"gilles")
         fake.tokens["s3cret"] = 'key_prefix "consul/" { policy = "read" }'
-        fake.handle = html                      # one of the lies
+        fake.handle = html                      # an invalid response
         fake.handle = lambda request: Answer(403, body=b"Permission denied")
-        fake.handle = fake.consul               # the truth again
+        fake.handle = fake.consul               # valid responses again
 """
 
 from __future__ import annotations
 
-from tests.fake_consul.lies import cut, entry, html, stall, trickle
+from tests.fake_consul.invalid import cut, entry, html, stall, trickle
 from tests.fake_consul.messages import Answer, Request
 from tests.fake_consul.server import VERSIONS, FakeConsul
 

@@ -65,7 +65,7 @@ def accessor(secret: str | None) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, secret)) if secret not in {None, ANONYMOUS} else ANONYMOUS_ACCESSOR
 
 
-def shown(secret: str, tokens: dict[str, str], policies: dict[str, str]) -> dict[str, object]:
+def token_info(secret: str, tokens: dict[str, str], policies: dict[str, str]) -> dict[str, object]:
     """The response to a token that reads itself: its policies by name and identifier, without rules."""
     rules = tokens.get(secret)
     special = {None: "Anonymous Token", MANAGEMENT: "Bootstrap Token (Global Management)"}

@@ -197,7 +197,7 @@ def _single(fake: FakeConsul, request: Request, identity: Identity, key: bytes) 
         plain = "text/plain" if fake.since < (1, 20) else "text/plain; charset=utf-8"
         safe = {"Content-Security-Policy": "sandbox", "X-Content-Type-Options": "nosniff"}
         return Answer(200, headers | safe | {"Content-Type": plain}, entry.value or b"")
-    return Answer(200, JSON | headers, to_json([entry.shown(key)]))
+    return Answer(200, JSON | headers, to_json([entry.to_dict(key)]))
 
 
 def _listed(fake: FakeConsul, request: Request, identity: Identity, prefix: bytes, after: int, wait: float) -> Answer:
@@ -218,7 +218,7 @@ def _listed(fake: FakeConsul, request: Request, identity: Identity, prefix: byte
         keys = _rolled_up(shown, prefix, request.params.get("separator", "").encode())
         found: list[object] = [text(key) for key in keys]
     else:
-        found = [entry.shown(key) for key, entry in shown.items()]
+        found = [entry.to_dict(key) for key, entry in shown.items()]
     if not found and (prefix or "keys" not in request.params):
         return Answer(404, headers)
     return Answer(200, JSON | headers, to_json(found))
@@ -275,7 +275,7 @@ def _self(fake: FakeConsul, request: Request) -> Answer:
         known = {} if fake.since < (1, 20) else {"X-Consul-Index": "1", "X-Consul-Knownleader": "false"}
         error.answer.headers |= headers | known
         raise error
-    return Answer(200, JSON | headers, to_json(acl.shown(secret, fake.tokens, fake.policies)))
+    return Answer(200, JSON | headers, to_json(acl.token_info(secret, fake.tokens, fake.policies)))
 
 
 def _authorize(fake: FakeConsul, request: Request) -> Answer:

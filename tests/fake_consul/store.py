@@ -17,7 +17,7 @@ class Entry:
     created: int
     modified: int
 
-    def shown(self, key: bytes, *, with_value: bool = True) -> dict[str, object]:
+    def to_dict(self, key: bytes, *, with_value: bool = True) -> dict[str, object]:
         """The entry in JSON; an empty value is null."""
         value = base64.b64encode(self.value).decode() if self.value and with_value else None
         indexes = {"CreateIndex": self.created, "ModifyIndex": self.modified}

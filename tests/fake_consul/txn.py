@@ -43,7 +43,7 @@ def run(fake: FakeConsul, identity: Identity, body: bytes) -> Answer:
                 fake.store.replace(entries)
     shown = [(key, entry, whole) for key, entry, whole in results if identity.allows(key)]
     outcome = {
-        "Results": None if errors else [{"KV": entry.shown(key, with_value=whole)} for key, entry, whole in shown],
+        "Results": None if errors else [{"KV": entry.to_dict(key, with_value=whole)} for key, entry, whole in shown],
         "Errors": [{"OpIndex": at, "What": what} for at, what in errors] or None,
     }
     headers = {"Content-Type": "application/json"}

@@ -57,7 +57,7 @@ def debian() -> Path:
         path.chmod(0o755)
         return (path / "etc/debian_version").read_text().strip()
 
-    return cache.kept(f"bare-{SUITE}", make)
+    return cache.cached(f"bare-{SUITE}", make)
 
 
 class Layer:

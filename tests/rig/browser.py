@@ -246,7 +246,7 @@ class ConsulUI:
             code: type the value into the editor for JSON, not into the plain field.
 
         Raises:
-            Refused: the UI told an error.
+            Refused: the UI reported an error.
         """
         self._browser.open(f"{self._keys}/{folder}")
         self._browser.click("a.hds-button" if self._modern else "a.type-create", "Create")
@@ -271,7 +271,7 @@ class ConsulUI:
         """Log in with the secret of a token; no token may be logged in.
 
         Raises:
-            Refused: the UI told an error.
+            Refused: the UI reported an error.
         """
         self._browser.open(self._keys)
         if self._modern:
@@ -309,13 +309,13 @@ class ConsulUI:
         return str(self._browser.driver.execute_script(CONTENT, EDITOR, PLAIN))
 
     def _act(self, button: str, css: str = "button") -> float:
-        def told() -> tuple[str, str] | None:
+        def outcome() -> tuple[str, str] | None:
             # The page replaces it at every change: read all of it in one step, or again.
             element = self._browser.find("[data-notification]")
             return element and (str(element.get_attribute("class")), " ".join(element.text.split()))
 
         clicked = self._browser.click(css, button)
-        kind, text = self._browser.wait(told, f"what came of {button}")
+        kind, text = self._browser.wait(outcome, f"the result of {button}")
         if not {"success", "hds-alert--color-success"}.intersection(kind.split()):
             raise Refused(text)
         return clicked

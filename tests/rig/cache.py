@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
-"""Put before a command, makes the kernel end it when the test run ends, however that ends."""
+"""A prefix for commands: the kernel ends the command with the test run."""
 
 OUTDATED_SECONDS = 3600
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -50,7 +50,7 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def kept(stem: str, build: Callable[[Path], str]) -> Path:
+def cached(stem: str, build: Callable[[Path], str]) -> Path:
     """The newest folder ``<stem>-<version>`` in the cache, built if there is none.
 
     ``build`` fills an empty folder and returns the version, which starts with a digit. The folder gets its name
@@ -75,7 +75,7 @@ def kept(stem: str, build: Callable[[Path], str]) -> Path:
 
 
 def current(kind: str, digest: str, build: Callable[[Path], str]) -> Path:
-    """The folder of `kept` for the sources with this digest; others of this kind are removed after an hour.
+    """The folder of `cached` for the sources with this digest; others of this kind are removed after an hour.
 
     Every edit of the sources makes a new one; a recent one may be in use by another run.
     """
@@ -83,7 +83,7 @@ def current(kind: str, digest: str, build: Callable[[Path], str]) -> Path:
         for left in folder().glob(f"{kind}-*"):
             if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
                 (shutil.rmtree if left.is_dir() else Path.unlink)(left)
-    return kept(f"{kind}-{digest}", build)
+    return cached(f"{kind}-{digest}", build)
 
 
 def finished(stem: str) -> Path | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 SUITE = "bullseye"
-"""The last Debian that has a Consul, and one with its web pages."""
+"""The last Debian release with a Consul that includes its UI."""
 
 PORTS = ("http", "server", "serf_lan", "serf_wan")
 # Below the range of ephemeral ports, so that the ports of a stopped agent stay free.
@@ -53,7 +53,7 @@ def consul_binary() -> Path:
     if found := shutil.which("consul"):
         return Path(found)
     try:
-        kept = cache.kept(f"consul-{SUITE}", lambda path: cache.download("consul", SUITE, path))
+        kept = cache.cached(f"consul-{SUITE}", lambda path: cache.download("consul", SUITE, path))
     except cache.Unavailable as error:
         remedy = "put a consul command on PATH, or its path into TABLE_CONSUL_CONSUL"
         raise cache.Unavailable(f"no Consul: {error}: {remedy}") from error
@@ -374,7 +374,7 @@ class ConsulCluster:
             server=False,
         )
         self.agents = [*self.members, self.client] if client_agent else self.members
-        """Those that are started."""
+        """The started agents."""
 
     @property
     def leader(self) -> ConsulAgent:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SUITE = "trixie"
 PLACE = "/build/table-consul"
-"""Where the source lies in the root: the same place gives the same bytes."""
+"""The path of the source in the root, fixed because the built bytes depend on it."""
 # Files that neither belong to the package nor affect its build.
 APART = ("tests", "bench", ".ci", "Dockerfile", "compose.yaml", ".dockerignore")
 BUILD = f"""
@@ -74,7 +74,7 @@ def build_root() -> Path:
         path.chmod(0o755)
         return (path / "etc/debian_version").read_text().strip()
 
-    return cache.kept(stem, make)
+    return cache.cached(stem, make)
 
 
 def build(source: Path, into: Path) -> Path:
@@ -141,7 +141,7 @@ def parts(root: Root, of: Path) -> Path:
                 raise cache.Unavailable(str(error)) from error
         return "0"
 
-    return cache.kept(f"parts-{SUITES[root.release]}-{stamp}", download)
+    return cache.cached(f"parts-{SUITES[root.release]}-{stamp}", download)
 
 
 class Host(Smtpd):

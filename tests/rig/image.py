@@ -67,7 +67,7 @@ def compose(service: str = "") -> dict[str, Any]:
         Unavailable: Debian's Docker Compose cannot be downloaded.
         AssertionError: it refuses the file; with the reason.
     """
-    kept = cache.kept(
+    kept = cache.cached(
         f"docker-compose-{COMPOSE_SUITE}", lambda into: cache.download("docker-compose", COMPOSE_SUITE, into)
     )
     command = (kept / "usr/libexec/docker/cli-plugins/docker-compose", "--file", CHECKOUT / "compose.yaml")
@@ -90,7 +90,7 @@ def _build(into: Path) -> str:
         cache.run("apt-get", "install", "-qq", "--no-install-recommends", "buildah")
     tag = base_name().rpartition(":")[2]
     suite, date, _ = tag.split("-")
-    base = cache.kept(f"container-base-{suite}", lambda path: _make_base(suite, date, path))
+    base = cache.cached(f"container-base-{suite}", lambda path: _make_base(suite, date, path))
     with tempfile.TemporaryDirectory(prefix="table-consul-image-") as name:
         place = Path(name)
         # The namespace ends with its mounts. vfs, because some kernels do not support the faster drivers.

@@ -95,7 +95,7 @@ def dependencies(python: str) -> Path:
         cache.run("chmod", "-R", "a+rX", into)
         return "0"
 
-    return cache.kept(f"python{python}-{stamp}", install)
+    return cache.cached(f"python{python}-{stamp}", install)
 
 
 def wheels(python: str) -> Path:
@@ -112,7 +112,7 @@ def wheels(python: str) -> Path:
         cache.run(sys.executable, "-m", "pip", "download", *options, *wanted)
         return "0"
 
-    return cache.kept(f"wheels{python}-{stamp}", download)
+    return cache.cached(f"wheels{python}-{stamp}", download)
 
 
 def _add_crypt_r(python: str, into: Path) -> None:

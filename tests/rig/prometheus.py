@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 SUITE = "bookworm"
-"""Its programs need the C library alone, of this release or a later one."""
+"""Its programs need only the C library, of this release or later."""
 
 START_SECONDS = 30.0
 
@@ -39,7 +39,7 @@ def program(name: str) -> Path:
         return Path(found)
     package = "prometheus" if name == "promtool" else name
     try:
-        kept = cache.kept(f"{package}-{SUITE}", lambda path: cache.download(package, SUITE, path))
+        kept = cache.cached(f"{package}-{SUITE}", lambda path: cache.download(package, SUITE, path))
     except cache.Unavailable as error:
         raise cache.Unavailable(f"no {name}: {error}: put one on PATH (apt-get install {package})") from error
     return kept / "usr/bin" / name

@@ -26,7 +26,7 @@ class Root:
         require_root()
         self.release = release
         suite = SUITES[release]
-        self.path = cache.kept(f"opensmtpd-{suite}", lambda path: _make_root(suite, path))
+        self.path = cache.cached(f"opensmtpd-{suite}", lambda path: _make_root(suite, path))
         self.version = self.path.name.removeprefix(f"opensmtpd-{suite}-")
         if not self.version.startswith(release):
             raise cache.Unavailable(f"Debian's {suite} holds OpenSMTPD {self.version} by now, not {release}")

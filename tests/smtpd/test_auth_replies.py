@@ -196,13 +196,13 @@ def test_mirror_of_auth_includes_credentials(services, read):
 def test_file_source_reads_credentials_when_only_auth_is_registered(tmp_path):
     path = write_config(tmp_path, 'services = ["auth"]')
     write_source(tmp_path, {"users/credentials/vera": SHA512})
-    assert said(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
+    assert replies(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
 
 
 # ---- secrecy ----
 
 
-def said(path, keys, caplog=None, version="7.9.0"):
+def replies(path, keys, caplog=None, version="7.9.0"):
     """The replies of the process to these keys, with the configuration at ``path``."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -216,7 +216,7 @@ def said(path, keys, caplog=None, version="7.9.0"):
         Server(sources, lambda _: None, counters=sources.counters).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
-    said.cells = sources.counters.cells()
+    replies.cells = sources.counters.cells()
     return answers.splitlines()
 
 
@@ -234,10 +234,12 @@ def test_log_replies_and_counters_contain_no_password_or_hash(tmp_path, caplog):
     path = write_config(tmp_path, 'services = ["auth"]')
     write_source(tmp_path, entries)
     users = [*(key.rpartition("/")[2] for key in entries), "absent", "", ".."]
-    answers = said(path, [f"{user}:hunter2{end}" for user in users for end in ("", "\udcff", "x" * 600)] + ["hunter2"])
-    told = b"\n".join(answers).decode() + caplog.text + repr(said.cells)
+    answers = replies(
+        path, [f"{user}:hunter2{end}" for user in users for end in ("", "\udcff", "x" * 600)] + ["hunter2"]
+    )
+    seen = b"\n".join(answers).decode() + caplog.text + repr(replies.cells)
     assert len(answers) == 2 + 3 * len(users) + 1
-    assert not {word for word in ("hunter2", "SECRETHASH", SHA512.decode()[-20:]) if word in told}
+    assert not {word for word in ("hunter2", "SECRETHASH", SHA512.decode()[-20:]) if word in seen}
     assert "users/auth/eric: not a hash that can be verified" in caplog.text
 
 
@@ -251,7 +253,7 @@ def test_request_repr_contains_no_password():
 )
 def test_auth_is_registered_only_with_smtpd_that_keeps_the_case_of_passwords(tmp_path, version, registered):
     path = write_config(tmp_path, 'services = ["auth", "credentials"]')
-    assert (b"register|auth" in said(path, [], version=version)) is registered
+    assert (b"register|auth" in replies(path, [], version=version)) is registered
 
 
 def test_auth_is_the_only_service_with_secret_keys():
@@ -263,7 +265,7 @@ def test_logins_in_one_write_are_each_answered_within_the_deadline_from_arrival(
     path = write_config(tmp_path, 'services = ["auth"]', "deadline = 0.5")
     write_source(tmp_path, {"users/auth/vera": crypt("$2b$12$abcdefghijklmnopqrstuu")})
     began = time.monotonic()
-    answers = said(path, [f"vera:{PASSWORD}", *["vera:wrong", "walter:wrong"] * 6])[2:]
+    answers = replies(path, [f"vera:{PASSWORD}", *["vera:wrong", "walter:wrong"] * 6])[2:]
     assert time.monotonic() - began < 2.0  # all 13 would take 3 s and more on any machine
     assert answers[0] == b"check-result|1|found"
     late = b"error|too little left of the deadline of 0.5 s to verify a password"

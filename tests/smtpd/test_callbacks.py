@@ -73,14 +73,14 @@ def test_example_answers_the_dialects_of_2020(command):
 def test_functions_get_the_table_the_service_and_the_key_as_text():
     seen = []
 
-    def told(*arguments):
+    def record(*arguments):
         seen.append(arguments)
         return "v"
 
-    answered(asked("check", "ß".encode()), check=told)
-    answered(asked("lookup", b"\xff"), lookup=told)
-    answered(asked("fetch", b""), fetch=told)
-    answered(asked("update", b"", ""), update=told)
+    answered(asked("check", "ß".encode()), check=record)
+    answered(asked("lookup", b"\xff"), lookup=record)
+    answered(asked("fetch", b""), fetch=record)
+    answered(asked("update", b"", ""), update=record)
     assert seen == [("users", "alias", "ß"), ("users", "alias", "\udcff"), ("users", "alias"), ("users",)]
 
 
@@ -113,7 +113,7 @@ def test_only_chosen_services_are_registered_and_answered():
     assert reply == Failed("service domain is not among the services of this table")
 
 
-def said(lines, caplog, **functions):
+def replies_to(lines, caplog, **functions):
     """The replies of a server over these functions to these lines."""
     given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
     answerer = Callbacks(*given.values(), DEFAULT_SERVICES)
@@ -131,7 +131,7 @@ LOOKUPS = b"config|ready\n" + b"".join(b"table|0.1|0|t|lookup|alias|%d|k\n" % nu
 
 
 def test_exception_is_an_error_and_is_logged_once(caplog):
-    answers = said(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
+    answers = replies_to(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
     assert [answer.rpartition(b"|error|internal error (KeyError)")[0] for answer in answers] == [
         b"lookup-result|1",
         b"lookup-result|2",
@@ -141,7 +141,7 @@ def test_exception_is_an_error_and_is_logged_once(caplog):
 
 @pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])
 def test_invalid_reply_value_is_an_error(value, caplog):
-    answers = said(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
+    answers = replies_to(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
     assert [b"|error|" in answer for answer in answers] == [True, True]
 
 

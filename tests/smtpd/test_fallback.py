@@ -152,7 +152,7 @@ def test_services_are_the_default_ones():
     assert fallback.SERVICES == DEFAULT_SERVICES
 
 
-def test_fallback_imports_the_standard_library_alone():
+def test_fallback_imports_only_the_standard_library():
     nodes = ast.walk(ast.parse((PACKAGE / "fallback.py").read_text()))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     nodes = ast.walk(ast.parse((PACKAGE / "fallback.py").read_text()))

@@ -130,7 +130,7 @@ def test_folder_that_is_removed_while_writing_is_an_error(tmp_path):
         writer.commit()
 
 
-def test_folder_that_may_be_written_but_not_read_takes_the_file(open_folder):
+def test_file_is_replaced_in_a_writable_unreadable_folder(open_folder):
     if os.geteuid() != 0:
         pytest.skip("files that another user cannot read need root: sudo make test")
     open_folder.chmod(0o733)

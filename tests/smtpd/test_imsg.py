@@ -71,24 +71,24 @@ def test_recorded_conversation_has_every_kind_of_request(recorded):
     } <= ops
 
 
-def test_recorded_conversation_is_answered_as_it_was(recorded):
+def test_recorded_conversation_gets_the_recorded_answers(recorded):
     _, answered, chunks, folder = recorded
     assert replayed(folder, chunks) == answered
 
 
-def test_recorded_conversation_in_one_piece_is_answered_the_same(recorded):
+def test_recorded_conversation_in_one_piece_gets_the_same_answers(recorded):
     said, answered, _, folder = recorded
     assert replayed(folder, [said]) == answered
 
 
-def test_recorded_conversation_byte_by_byte_is_answered_the_same(recorded):
+def test_recorded_conversation_byte_by_byte_gets_the_same_answers(recorded):
     said, answered, _, folder = recorded
     assert replayed(folder, (bytes([each]) for each in said)) == answered
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 4000)))
-def test_recorded_conversation_in_random_cuts_is_answered_the_same(recorded, cuts):
+def test_recorded_conversation_in_random_cuts_gets_the_same_answers(recorded, cuts):
     said, answered, _, folder = recorded
     places = sorted({0, *cuts, len(said)})
     assert replayed(folder, (said[a:b] for a, b in itertools.pairwise(places))) == answered

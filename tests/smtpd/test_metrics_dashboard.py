@@ -63,7 +63,7 @@ def test_alert_has_summary_runbook_and_severity():
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operating.md"
 
 
-def test_every_metric_is_documented_and_nothing_else():
+def test_documented_metrics_are_the_published_ones():
     documented = {*re.findall(r"^\| `(table_consul_\w+)`", DOCUMENT.read_text(), re.MULTILINE)}
     names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in published()}
     assert documented == names

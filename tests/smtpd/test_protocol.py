@@ -63,19 +63,19 @@ def test_each_turn_of_a_transcript_gets_its_replies(dialogue):
         assert b"".join(answer for _, answer in so_far) == answered([said for said, _ in so_far])
 
 
-def test_transcript_in_one_piece_is_answered_the_same(dialogue):
+def test_transcript_in_one_piece_gets_the_same_replies(dialogue):
     transcript, answered = dialogue
     assert transcript.answered == answered([transcript.said])
 
 
-def test_transcript_byte_by_byte_is_answered_the_same(dialogue):
+def test_transcript_byte_by_byte_gets_the_same_replies(dialogue):
     transcript, answered = dialogue
     assert transcript.answered == answered(bytes([c]) for c in transcript.said)
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 4000)))
-def test_transcript_in_random_cuts_is_answered_the_same(dialogue, cuts):
+def test_transcript_in_random_cuts_gets_the_same_replies(dialogue, cuts):
     transcript, answered = dialogue
     places = sorted({0, *cuts, 5000})
     assert transcript.answered == answered(transcript.said[a:b] for a, b in itertools.pairwise(places))

@@ -14,13 +14,13 @@ from tests.consul.watch.watching import (
     ROOT,
     TABLE,
 )
-from tests.fake_consul import FakeConsul
+from tests.fake_consul import VERSIONS, FakeConsul
 
 
-@pytest.fixture
-def version():
-    """The version of the fake; modules that test all versions override it."""
-    return "1.22"
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    """The version of the fake; modules and tests parametrize it if they need fewer."""
+    return request.param
 
 
 @pytest.fixture

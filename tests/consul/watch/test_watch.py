@@ -20,12 +20,7 @@ from tests.consul.watch.watching import (
     settled,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS, Answer, FakeConsul, cut, html, stall
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
+from tests.fake_consul import Answer, FakeConsul, cut, html, stall
 
 
 @pytest.mark.parametrize("version", ["1.22"])
@@ -64,7 +59,7 @@ LIST = Answer(200, {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}, b'[{
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "invalid",
     [
         html,
         cut(LIST, 130),
@@ -74,8 +69,8 @@ LIST = Answer(200, {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}, b'[{
         lambda request: Answer(403, {}, b"ACL not found"),
     ],
 )
-def test_invalid_response_is_never_absence(fake, mirrored, lie):
-    fake.handle = lie
+def test_invalid_response_is_never_absence(fake, mirrored, invalid):
+    fake.handle = invalid
     source = mirrored(fake.address)
     with pytest.raises(SourceError):
         ask(source, b"nobody")

@@ -30,6 +30,11 @@ from tests.dialogue import eventually
 from tests.fake_consul import html
 
 
+@pytest.fixture
+def version():
+    return "1.22"
+
+
 def test_snapshot_is_an_export_that_only_its_owner_can_read(fake, mirrored, copied, tmp_path):
     source = mirrored(fake.address, copied)
     path = tmp_path / "copy.json"

@@ -19,22 +19,13 @@ from tests.consul.watch.watching import (
     becomes,
     lines,
     logged,
+    reports_hidden_keys,
     settled,
     written,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 
 READ = 'key_prefix "mail/" { policy = "read" } '
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
-
-
-# Consul before 1.11 reports no hidden keys.
-reported = pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])
 
 
 def deny(key, kind="key"):
@@ -72,10 +63,6 @@ def narrow(fake, source, *rules):
     fake.put(ROOT, b"narrowed")
     becomes(source, b"narrowed")
     fake.put(ROOT, b"gilles")
-
-
-def lists(fake):
-    return [request for request in fake.requests if "recurse" in request.params]
 
 
 def test_table_that_the_token_may_no_longer_read_keeps_the_last_good_copy(fake, mirrored, caplog):
@@ -133,7 +120,7 @@ def test_forbidden_folder_is_an_error_until_the_permission_is_granted(fake, rule
     logged(caplog, "mail/aliases/: all services readable again")
 
 
-@reported
+@reports_hidden_keys
 def test_hidden_key_affects_no_other_key(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"))
@@ -148,7 +135,7 @@ def test_hidden_key_affects_no_other_key(fake, ruled):
     assert source.entries(source.table, SERVICES["alias"], None, time.monotonic() + 2).next_after(None) is not None
 
 
-@reported
+@reports_hidden_keys
 def test_lookups_of_hidden_and_other_keys_log_one_more_line(fake, ruled, caplog):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"))
@@ -168,7 +155,7 @@ def test_key_hidden_from_the_start_looks_absent_before_consul_1_11(fake, ruled):
     assert (ask(source), ask(source, b"vip"), hidden(source)) == (b"gilles", None, set())
 
 
-@reported
+@reports_hidden_keys
 def test_hidden_key_that_is_created_later_is_an_error(fake, ruled):
     source = ruled(deny(ALIAS + b"vip"))
     assert ask(source, b"nobody") is None
@@ -187,7 +174,7 @@ def test_hidden_user_does_not_get_the_ids_of_the_default(fake, ruled):
         ask(source, b"boss", "userinfo")
 
 
-@reported
+@reports_hidden_keys
 def test_lookup_of_a_hidden_pattern_is_an_error_and_a_visible_one_matches(fake, ruled):
     networks = PREFIX + b"netaddr/"
     fake.put(networks + b"192.0.2.0/24", b"")
@@ -245,7 +232,7 @@ def test_removed_deny_rule_takes_effect_without_an_edit(fake, ruled, caplog):
     logged(caplog, "all services readable again")
 
 
-@reported
+@reports_hidden_keys
 def test_rule_that_is_added_and_removed_at_one_index_is_noticed(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(wait=0.2)
@@ -257,7 +244,7 @@ def test_rule_that_is_added_and_removed_at_one_index_is_noticed(fake, ruled):
         becomes(source, b"x", b"vip")
 
 
-@reported
+@reports_hidden_keys
 def test_rule_that_moves_to_another_folder_at_one_index_is_noticed(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"), wait=0.2)
@@ -280,7 +267,7 @@ def test_list_policy_without_the_rule_list_is_an_error_with_the_reason_of_consul
     becomes(source, b"gilles")
 
 
-@reported
+@reports_hidden_keys
 def test_empty_folder_that_is_hidden_before_it_fills_is_an_error(fake, ruled, caplog):
     fake.delete(DOMAIN + b"example.org")
     source = ruled()
@@ -324,7 +311,7 @@ def test_listed_default_user_answers_where_a_hidden_user_has_a_refused_name(fake
         ask(source, b"boss", "userinfo")
 
 
-@reported
+@reports_hidden_keys
 def test_snapshot_of_a_single_service_is_written_while_a_key_is_hidden(fake, ruled, tmp_path):
     fake.put(ALIAS + b"vip", b"x")
     path = tmp_path / "copy.json"

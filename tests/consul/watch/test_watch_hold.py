@@ -19,21 +19,16 @@ from tests.consul.watch.watching import (
     closed_address,
     lines,
     logged,
+    reports_hidden_keys,
     settled,
     snapshot_entries,
     written,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 from tests.fake_consul.store import Store
 
 NAMES = [b"user%d" % number for number in range(30)]
 LAST = NAMES[-1]
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
 
 
 @pytest.fixture
@@ -236,7 +231,7 @@ def test_hidden_keys_are_not_held(filled, mirrored):
     assert held(source) == 0
 
 
-@pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])  # which reports no hidden keys
+@reports_hidden_keys
 def test_proven_deletions_are_held_where_another_key_is_hidden(filled, mirrored, monkeypatch):
     monkeypatch.setattr(mirror, "MAX_ABSENCE_CHECKS", 10)
     filled.put(ALIAS + b"vip", b"x")

@@ -25,7 +25,6 @@ from tests.consul.watch.watching import (
     snapshot_entries,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 from tests.fake_consul.messages import Answer
 from tests.fake_consul.store import Entry
 
@@ -33,11 +32,6 @@ NAMES = [bytes([letter]) + b"%d" % number for letter in b"abcdef" for number in 
 LATE_SECONDS = 0.2
 # For tests in which no query may count as late, even on a busy machine.
 LONG_LATE_SECONDS = 1.0
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -6,22 +6,12 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import Forbidden
-from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, ROOT, TABLE, ask, becomes, lines, settled
+from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, ROOT, TABLE, ask, becomes, lines, lists, settled
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 
 ELSEWHERE = replace(
     TABLE, services=("alias", "domain", "string"), paths={"domain": "shared/all", "string": "shared/all"}
 )
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
-
-
-def lists(fake):
-    return [request for request in fake.requests if "recurse" in request.params]
 
 
 def reads_again(fake, source):
@@ -91,7 +81,7 @@ def test_index_that_goes_backwards_while_a_key_is_hidden_is_seen(fake, mirrored,
     assert source.watches[0].index < 10
 
 
-def test_new_folder_is_seen(fake, mirrored):
+def test_new_folder_is_read(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, services=(*TABLE.services, "string")))
     assert ask(source, b"a", "string") is None
     fake.put(PREFIX + b"string/a", b"x")

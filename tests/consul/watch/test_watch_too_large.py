@@ -22,6 +22,8 @@ from tests.consul.watch.watching import (
 )
 from tests.dialogue import eventually
 
+pytestmark = pytest.mark.parametrize("version", ["1.22"])
+
 
 def test_table_that_stays_too_large_is_logged_once(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, max_keys=1))

@@ -21,6 +21,8 @@ from tests.consul.watch.watching import (
 from tests.dialogue import eventually
 from tests.fake_consul import FakeConsul
 
+pytestmark = pytest.mark.parametrize("version", ["1.22"])
+
 
 def test_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 60.0)

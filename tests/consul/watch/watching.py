@@ -8,10 +8,13 @@ import logging
 import socket
 import time
 
+import pytest
+
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES, Table
 from table_consul.sources import ranged, ranges, watch
 from tests.dialogue import eventually
+from tests.fake_consul import VERSIONS
 
 TABLE = Table("aliases", prefix="mail", services=("alias", "domain"), deadline=0.5)
 PREFIX = b"mail/aliases/"
@@ -19,6 +22,8 @@ ALIAS, DOMAIN = PREFIX + b"alias/", PREFIX + b"domain/"
 ROOT = ALIAS + b"root"
 # How far beyond its deadline an answer may come on a busy machine.
 SLACK = 0.3
+# Consul before 1.11 reports no hidden keys.
+reports_hidden_keys = pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])
 
 
 def ask(source, key=b"root", service="alias", left=None, table=None):
@@ -44,6 +49,11 @@ def settled(source):
     for _ in eventually("the first load", 10):
         if all(each.index for each in source.watches):
             return
+
+
+def lists(fake):
+    """The list requests so far, with and without a wait."""
+    return [request for request in fake.requests if "recurse" in request.params]
 
 
 def lines(caplog, level=logging.WARNING):

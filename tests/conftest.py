@@ -22,7 +22,7 @@ from tests.rig.consul import ConsulAgent, ConsulCluster, consul_binary
 from tests.rig.opensmtpd import Smtpd
 from tests.rig.root import Root
 
-REAL_PARTS = {"consul", "consul_with_acl", "consul_cluster", "root", "smtpd"}
+REAL_PARTS = {"consul", "consul_with_acl", "consul_with_list_policy", "consul_cluster", "root", "smtpd"}
 RELEASES = ("7.9", "7.6")
 # Files in which most tests start processes or build something; `make quick` skips them.
 SLOW = {
@@ -93,6 +93,21 @@ def _consul_agent_with_acl() -> Iterator[ConsulAgent]:
 def consul_with_acl(_consul_agent_with_acl: ConsulAgent) -> ConsulAgent:
     """A running Consul server without keys whose ACLs deny by default."""
     return _emptied(_consul_agent_with_acl)
+
+
+@pytest.fixture(scope="session")
+def _consul_agent_with_list_policy() -> Iterator[ConsulAgent]:
+    with _or_skip():
+        more = ("-bootstrap-expect=1", "-hcl", "acl { enable_key_list_policy = true }")
+        agent = ConsulAgent(acl=True, arguments=more)
+    with agent:
+        yield agent
+
+
+@pytest.fixture
+def consul_with_list_policy(_consul_agent_with_list_policy: ConsulAgent) -> ConsulAgent:
+    """A running Consul server without keys whose ACLs also require the rule ``list`` for lists."""
+    return _emptied(_consul_agent_with_list_policy)
 
 
 def _emptied(agent: ConsulAgent) -> ConsulAgent:

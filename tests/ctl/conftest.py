@@ -12,6 +12,14 @@ from table_consul.ctl import main
 from tests.ctl.hosts import install
 from tests.ctl.queries import STORE
 from tests.dialogue import write_source
+from tests.fake_consul import FakeConsul
+
+
+@pytest.fixture
+def fake():
+    """A fake Consul without keys."""
+    with FakeConsul() as fake:
+        yield fake
 
 
 @pytest.fixture

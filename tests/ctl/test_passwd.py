@@ -10,17 +10,10 @@ from table_consul.services import passwords
 from tests.control import at_terminal, control
 from tests.ctl.importing import HASH, entries
 from tests.dialogue import write_config
-from tests.fake_consul import FakeConsul
 
 AUTH = '[tables.users]\nservices = ["auth", "userinfo"]'
 SHARED = '[tables.users]\npaths = { credentials = "people", userinfo = "people" }'
 RECORD = {"password": HASH, "uid": 1000, "gid": 100, "home": "/home/vera", "quota": 5}
-
-
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
-        yield fake
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from table_consul.services import SERVICES, Table
 from tests.control import control
 from tests.dialogue import Child, open_tables
 from tests.fake_consul import FakeConsul
-from tests.rig import cache
-from tests.rig.consul import ConsulAgent, ConsulError, consul_binary
+from tests.rig.consul import ConsulError, consul_binary
 
 BLOCK = re.compile(r'key_prefix "(.*)" \{\n\s*policy = "(\w+)"\n\s*\}')
 
@@ -177,18 +176,6 @@ def guarded(consul_with_acl):
     return consul_with_acl
 
 
-@pytest.fixture(scope="module")
-def consul_with_list_policy():
-    try:
-        more = ("-bootstrap-expect=1", "-hcl", "acl { enable_key_list_policy = true }")
-        agent = ConsulAgent(acl=True, arguments=more)
-    except cache.Unavailable as error:
-        pytest.skip(str(error))
-    with agent:
-        agent.kv_txn(STORE)
-        yield agent
-
-
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
 @pytest.mark.parametrize("more", [[], ["--json"], ["--list"], ["--write"]])
 def test_token_with_this_policy_answers_every_request_and_reads_no_other_key(guarded, policy, tmp_path, mode, more):
@@ -221,6 +208,7 @@ def test_missing_rule_causes_an_error(guarded, policy, tmp_path, mode):
 
 def test_list_policy_needs_list_instead_of_read(consul_with_list_policy, policy, tmp_path):
     agent = consul_with_list_policy
+    agent.kv_txn(STORE)
     said = {}
     for name, more in (("read", []), ("list", ["--list"]), ("write", ["--write"])):
         said[name] = daemon_replies(tmp_path, agent, agent.token(policy(LAYOUT, *more).text), LAYOUT)

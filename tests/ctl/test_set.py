@@ -11,17 +11,10 @@ from table_consul.ctl import main, txn
 from tests.control import control, finished, start
 from tests.ctl.importing import HASH, entries
 from tests.dialogue import write_config
-from tests.fake_consul import FakeConsul
 
 RECORD = {"password": HASH, "uid": 1000, "gid": 100, "home": "/home/vera", "quota": 5}
 SHARED = '[tables.t]\npaths = { credentials = "people", userinfo = "people" }'
 OTHER = "$2b$10$7DQeNMdHVL.XsZMVTlCTJOBQBBKSyYCxPyV8iXFBPBjzq5PAb9tqu"
-
-
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
-        yield fake
 
 
 @pytest.fixture

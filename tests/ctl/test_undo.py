@@ -14,7 +14,6 @@ from table_consul.ctl import saves, txn
 from table_consul.errors import TableConsulError, Unreachable
 from tests.control import control
 from tests.ctl.importing import alias_lines, entries, importer
-from tests.fake_consul import FakeConsul
 from tests.rig.consul import consul_binary
 
 
@@ -24,12 +23,6 @@ def folder(tmp_path, monkeypatch):
     path = tmp_path / "undo"
     monkeypatch.setenv("TABLE_CONSUL_UNDO_DIR", str(path))
     return path
-
-
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
-        yield fake
 
 
 def undo(agent, *arguments):

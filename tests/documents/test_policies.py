@@ -9,8 +9,7 @@ import pytest
 
 from tests.dialogue import Child, eventually, write_config
 from tests.documents.document import CONTRIB, CONTROL
-from tests.rig import cache
-from tests.rig.consul import ConsulAgent, ConsulError
+from tests.rig.consul import ConsulError
 
 FILES = sorted((CONTRIB / "policies").glob("*.hcl"))
 TABLES = re.findall(r"^table (\S+) ", (CONTRIB / "smtpd.conf.example").read_text(), re.MULTILINE)
@@ -34,17 +33,6 @@ def rules(name):
 
 def prefixes(text):
     return re.findall(r'^key_prefix "(.*)" \{$', text, re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def consul_with_list_policy():
-    try:
-        more = ("-bootstrap-expect=1", "-hcl", "acl { enable_key_list_policy = true }")
-        agent = ConsulAgent(acl=True, arguments=more)
-    except cache.Unavailable as error:
-        pytest.skip(str(error))
-    with agent:
-        yield agent
 
 
 def answers(consul, token, folder):
@@ -129,14 +117,12 @@ def test_mail_servers_may_write_nothing(consul_with_acl, name):
         assert refused.value.status == 403
 
 
-@pytest.mark.real
 def test_policy_with_list_serves_every_table_where_lists_need_it(consul_with_list_policy, tmp_path):
     fill(consul_with_list_policy)
     token = consul_with_list_policy.token(rules("table-consul-list"))
     assert answers(consul_with_list_policy, token, tmp_path) == EXPECTED
 
 
-@pytest.mark.real
 def test_policy_without_list_is_an_error_where_lists_need_it(consul_with_list_policy, tmp_path):
     fill(consul_with_list_policy)
     token = consul_with_list_policy.token(rules("table-consul"))

@@ -12,13 +12,9 @@ from msgspec.structs import replace
 from table_consul.ctl import files, import_, plan
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.ctl.plan import Change, Stored
-from table_consul.services import SERVICES, Table
+from table_consul.services import SERVICES
 from table_consul.services.entries import Entries
-
-TABLE = Table("aliases")
-ALIAS, DOMAIN, USERINFO, STRING = (SERVICES[name] for name in ("alias", "domain", "userinfo", "string"))
-CREDENTIALS = SERVICES["credentials"]
-HASH = b"$2b$10$hIJ4QfMcp.90nJwKqGbKM.MybArjHOTpEtoTV.DgLYAiThuoYmTSe"
+from tests.ctl.parsed import ALIAS, CREDENTIALS, DOMAIN, HASH, STRING, TABLE, USERINFO
 
 
 def parsed(entries, name="table"):

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.errors import SourceError, Unreachable
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ALIAS,
     ROOT,
@@ -15,7 +16,6 @@ from tests.consul.watch.watching import (
     TABLE,
     ask,
     becomes,
-    closed_address,
     lines,
     settled,
 )
@@ -41,7 +41,7 @@ def test_only_the_first_answer_waits_and_no_longer_than_the_deadline(fake, mirro
 
 
 def test_failed_first_load_returns_errors_immediately(mirrored):
-    source = mirrored(closed_address())
+    source = mirrored(closed_port())
     becomes(source, Unreachable)
     assert source.by_service["alias"].mirror.state is None
     began = time.monotonic()
@@ -211,7 +211,7 @@ def test_working_address_is_kept_until_it_fails(fake, mirrored):
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         other.index = 500
-        source = mirrored([closed_address(), fake.address, other.address])
+        source = mirrored([closed_port(), fake.address, other.address])
         assert ask(source) == b"gilles"
         fake.put(ROOT, b"robert")
         becomes(source, b"robert")

@@ -82,7 +82,7 @@ def test_failed_proof_of_absence_leaves_the_last_good_copy(fake, mirrored):
     fake.denied = (b"mail/aliases/zz",)
     fake.handle = lambda request: fake.consul(request) if "recurse" in request.params else html(request)
     fake.put(b"mail/aliases/zz", b"makes Consul say that it hides something")
-    for _ in eventually("it is noticed", 10):
+    for _ in eventually("the failure is noticed", 10):
         if source.watches[0].backoff.since is not None:
             break
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
@@ -127,7 +127,7 @@ def test_unlisted_key_that_can_be_read_is_not_absent(fake, mirrored):
 
     fake.handle = shortened
     # A query that already waits still returns the whole list for the first edit.
-    for number, _ in enumerate(eventually("it is noticed", 10)):
+    for number, _ in enumerate(eventually("the missing entry is noticed", 10)):
         fake.put(ALIAS + b"new", b"%d" % number)
         if "does not list it" in str(source.watches[0].mirror.last_error):
             break
@@ -163,7 +163,7 @@ def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
     assert ask_table(source) == b"gilles"
     fake.denied = (ROOT,)
     fake.start()
-    for _ in eventually("it is noticed", 10):
+    for _ in eventually("the hidden key is noticed", 10):
         try:
             ask_table(source)
         except Forbidden:

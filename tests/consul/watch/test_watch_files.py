@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import SourceError, Unreachable
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,
@@ -19,7 +20,6 @@ from tests.consul.watch.watching import (
     WHOLE,
     ask,
     becomes,
-    closed_address,
     lines,
     logged,
     settled,
@@ -51,7 +51,7 @@ def test_start_without_consul_answers_from_the_snapshot(fake, mirrored, copied, 
     source = mirrored(fake.address, copied)
     written(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source.close()
-    again = mirrored(closed_address(), copied)
+    again = mirrored(closed_port(), copied)
     becomes(again, b"gilles")
     assert (ask(again, b"nobody"), ask(again, b"example.org", "domain")) == (None, b"example.org")
     assert any("entries of 0 s ago from" in line for line in lines(caplog, logging.INFO))
@@ -79,27 +79,27 @@ def test_start_without_consul_and_snapshot_returns_errors_until_recovery(fake, m
 def test_damaged_snapshot_is_ignored_and_logged(mirrored, copied, tmp_path, caplog, text):
     (tmp_path / "copy.json").write_text(text)
     (tmp_path / "copy.json").chmod(0o600)
-    becomes(mirrored(closed_address(), copied), Unreachable)
+    becomes(mirrored(closed_port(), copied), Unreachable)
     logged(caplog, f"{tmp_path}/copy.json: not used: not the output of `consul kv export`")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
 def test_snapshot_that_others_may_read_or_write_is_ignored_and_logged(mirrored, copied, tmp_path, caplog, mode):
     write_snapshot(tmp_path / "copy.json", WHOLE, mode)
-    becomes(mirrored(closed_address(), copied), Unreachable)
+    becomes(mirrored(closed_port(), copied), Unreachable)
     logged(caplog, "others may read it")
 
 
 def test_snapshot_of_another_table_proves_no_absence(mirrored, copied, tmp_path, caplog):
     write_snapshot(tmp_path / "copy.json", {key.replace("aliases", "other"): value for key, value in WHOLE.items()})
-    becomes(mirrored(closed_address(), copied), Unreachable)
+    becomes(mirrored(closed_port(), copied), Unreachable)
     logged(caplog, f"{tmp_path}/copy.json: ignored: contains no keys under mail/aliases/")
 
 
 def test_snapshot_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
     write_snapshot(tmp_path / "copy.json", WHOLE)
     os.utime(tmp_path / "copy.json", (time.time() - 90_000,) * 2)
-    source = mirrored(closed_address(), copied)
+    source = mirrored(closed_port(), copied)
     becomes(source, Unreachable)
     with pytest.raises(Unreachable, match=r"no data from Consul for 9\d{4} s"):
         ask(source)
@@ -107,7 +107,7 @@ def test_snapshot_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
 
 def test_export_as_snapshot_answers_for_its_keys_and_proves_no_empty_folder(mirrored, copied, tmp_path):
     write_snapshot(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
-    source = mirrored(closed_address(), copied)
+    source = mirrored(closed_port(), copied)
     becomes(source, b"gilles")
     with pytest.raises(SourceError, match="mail/aliases/domain/ is not in the copy"):
         ask(source, b"example.org", "domain")
@@ -118,7 +118,7 @@ def test_hidden_key_is_not_absent_after_a_start_from_the_snapshot(fake, mirrored
     source = mirrored(fake.address, copied)
     written(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source.close()
-    down = mirrored(closed_address(), copied)
+    down = mirrored(closed_port(), copied)
     becomes(down, b"gilles")
     with pytest.raises(SourceError):
         ask(down, b"example.org", "domain")
@@ -220,7 +220,7 @@ def test_snapshot_file_marks_folders_with_hidden_keys_and_proves_no_absence_ther
     source = mirrored(fake.address, copied)
     written(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles", "mail/aliases/alias/": b"incomplete"})
     source.close()
-    again = mirrored(closed_address(), copied)
+    again = mirrored(closed_port(), copied)
     becomes(again, b"gilles")
     for key in (b"vip", b"nobody"):
         with pytest.raises(Unreachable):

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from table_consul.config import Config, ConsulConfig
 from table_consul.sources import mirror
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,
@@ -16,7 +17,6 @@ from tests.consul.watch.watching import (
     ask,
     ask_table,
     becomes,
-    closed_address,
     lines,
     logged,
     reports_hidden_keys,
@@ -212,7 +212,7 @@ def test_accepted_deletions_are_gone_from_the_snapshot_file(filled, mirrored, co
         if path.exists() and "mail/aliases/alias/user29" not in snapshot_entries(path):
             break
     source.close()
-    again = mirrored(closed_address(), copied)
+    again = mirrored(closed_port(), copied)
     becomes(again, b"gilles")
     assert ask(again, LAST) is None
 

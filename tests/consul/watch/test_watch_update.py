@@ -8,13 +8,13 @@ from msgspec.structs import replace
 
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, SourceError, Unreachable
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ROOT,
     TABLE,
     ask,
     ask_table,
     becomes,
-    closed_address,
     lines,
     settled,
 )
@@ -33,7 +33,7 @@ def test_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
         ask_table(source)
     fake.start()
     source.update()
-    for _ in eventually("it is back", 10):
+    for _ in eventually("Consul is back", 10):
         with contextlib.suppress(SourceError):
             assert ask_table(source) == b"gilles"
             return
@@ -93,7 +93,7 @@ def test_update_with_another_address_reads_from_it(fake, sources):
 
 
 def test_update_to_a_working_address_recovers_from_a_failed_first_load(fake, sources):
-    source = sources(closed_address())
+    source = sources(closed_port())
     with pytest.raises(Unreachable):
         ask_table(source)
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
@@ -105,13 +105,13 @@ def test_update_during_an_outage_keeps_the_last_good_copy(fake, sources):
     source = sources(fake.address)
     assert ask_table(source) == b"gilles"
     fake.stop()
-    settings = ConsulConfig(addresses=(fake.address, closed_address()))
+    settings = ConsulConfig(addresses=(fake.address, closed_port()))
     source.box[0] = Config(None, consul=settings, defaults=TABLE)
     source.update()
     assert (ask_table(source), ask_table(source, b"nobody")) == (b"gilles", None)
     fake.start()
     fake.put(ROOT, b"eric")
-    for _ in eventually("it is back", 10):
+    for _ in eventually("Consul is back", 10):
         if ask_table(source) == b"eric":
             break
 
@@ -145,7 +145,7 @@ def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, 
     source.update()
     former = source.watches[0]
     source.close()
-    latter = mirrored(closed_address(), former=source)
+    latter = mirrored(closed_port(), former=source)
     for _ in eventually("the watch fails", 10):
         if latter.watches[0].backoff.failures > 1:
             break
@@ -166,7 +166,7 @@ def test_update_that_ends_an_outage_logs_its_end(fake, sources, caplog):
         if any("serving the last good copy" in line for line in caplog.messages):
             break
     fake.start()
-    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed_address())), defaults=TABLE)
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed_port())), defaults=TABLE)
     source.update()
     assert ask_table(source) == b"gilles"
     for _ in eventually("the end of the outage is logged", 10):
@@ -198,7 +198,7 @@ def test_service_added_by_an_update_during_an_outage_is_an_error(fake, sources):
         with pytest.raises(SourceError):
             ask_table(source, key, "string")
     fake.start()
-    for _ in eventually("it is back", 10):
+    for _ in eventually("Consul is back", 10):
         with contextlib.suppress(SourceError):
             if ask_table(source, b"vera", "string") == b"x":
                 break

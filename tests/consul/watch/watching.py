@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import socket
 import time
 
 import pytest
@@ -64,11 +63,6 @@ def logged(caplog, text):
     for _ in eventually(f"{text!r} is logged", 10):
         if any(text in line for line in lines(caplog)):
             return
-
-
-def closed_address():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def ask_table(source, key=b"root", service="alias", name="aliases"):

@@ -129,7 +129,7 @@ class Response:
             transport = self._client.transport
             transport.answer_by = min(transport.answer_by, time.monotonic() + self._client.discard_seconds)
             with contextlib.suppress(*BROKEN):
-                self._raw.raw.read(self._client.chunk_bytes)
+                self._raw.raw.read(self._client.discard_bytes)
         self.close()
 
     def close(self) -> None:
@@ -258,8 +258,10 @@ class Client:
     """
 
     chunk_bytes = 16 << 10
-    """Read at a time, and discarded to keep a connection. Decoding that much holds Python's lock for some 50
-    microseconds, in which no reply leaves; the read before the next chunk releases it."""
+    """Read at a time. Decoding that much holds Python's lock for some 50 microseconds, in which no reply leaves; the
+    read before the next chunk releases it."""
+    discard_bytes = 64 << 10
+    """Of an answer that is not needed; to read that much costs less than a new connection."""
     body_bytes = 128 << 20
     entry_bytes = 4 << 10
     """A body may have ``body_bytes``, and ``entry_bytes`` for each entry: in JSON the longest key that smtpd asks for
@@ -303,11 +305,18 @@ class Client:
         return self._read(read, key, timeout)
 
     def blocking_query(
-        self, prefix: bytes, *, timeout: float, index: int = 0, wait: float = 0.0, folders_only: bool = False
+        self,
+        prefix: bytes,
+        *,
+        timeout: float,
+        index: int = 0,
+        wait: float = 0.0,
+        keys: bool = False,
+        separator: str | None = None,
     ) -> Response:
         """The entries below the prefix, still to be read; a context manager.
 
-        ``folders_only``: just the names directly below it, for the index alone, which is that of all that lies deeper.
+        ``keys``: their names alone, up to the next ``separator`` if there is one; the index is that of all entries.
 
         With the ``index`` of a former response Consul answers when something changed since, or after ``wait`` seconds
         plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin,
@@ -317,7 +326,7 @@ class Client:
         was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
         #3285, #10989). Waiting on an index needs no such proof.
         """
-        options: dict[str, Any] = {"keys": True, "separator": "/"} if folders_only else {"recurse": True}
+        options: dict[str, Any] = {"keys": True, "separator": separator} if keys else {"recurse": True}
         consistency, held = self._library.consistency, self._late
         if index:
             held += wait * (1 + 1 / 16)

@@ -1,4 +1,4 @@
-"""The ranges of a large table, watched at the same time: an edit brings the entries of one range instead of all.
+"""The ranges of a large table, watched at the same time: an edit brings the entries of a part of one instead of all.
 
 Ranges are a faster way for what is usual. Whatever is not (a key where no range is, a lower index, a hidden key, many
 keys lost, any error) ends them, and the whole table is read again, by the rules for one prefix.
@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
-from table_consul.sources.ranges import RANGE_KEYS, Cut, covers, gap
+from table_consul.sources.ranges import RANGE_KEYS, Cut, Range, covers, gap
 from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
@@ -40,6 +40,8 @@ MOST_REST = 64
 PAUSE_SECONDS_PER_KEY = 2e-6
 # Of a new process, which may be ended as soon as it began.
 LEAST_WAIT_SECONDS = 1.0
+# Read of an answer that brings nothing new, to keep the connection: enough for the completeness query.
+DISCARD_BYTES = 1 << 10
 # `queue.get` takes no infinite timeout.
 STEP_SECONDS = 3600.0
 # Where a range has lost so many keys, and this share of them, whether the folder is held is for the whole to say.
@@ -66,10 +68,13 @@ class Query(threading.Thread):
         self.prefix = prefix
         self.client = client
         client.transport.narrow = True
+        client.discard_bytes = DISCARD_BYTES
         self.state = QueryState()
         self.due: float | None = 0.0
         """When to ask; None while it waits for an answer."""
         self.asked = self.wait = 0.0
+        self.answered = 0.0
+        """When the latest question was asked whose answer was taken."""
         self.outdated = False
         """It waits for an answer that proves nothing any more."""
         self.reload = False
@@ -80,14 +85,14 @@ class Query(threading.Thread):
         self._questions: queue.SimpleQueue[Callable[[], kv.Response] | None] = queue.SimpleQueue()
         self.start()
 
-    def ask(self, table: Table, most_wait: float, **options: bool) -> None:
-        """Ask what comes after the index that is known."""
+    def ask(self, table: Table, most_wait: float, *, keys: bool, separator: str | None) -> None:
+        """Ask what comes after the index that is known; ``keys`` and ``separator`` as in `kv.Client.blocking_query`."""
         self.due, self.asked = None, time.monotonic()
         # While this one does not wait the others do: a snapshot that is restored then ends theirs.
         state = replace(self.state, gap=False)
         self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
-        ask, index = self.client.blocking_query, self.state.index
-        self._questions.put(partial(ask, self.prefix, index=index, wait=self.wait, timeout=table.deadline, **options))
+        ask = partial(self.client.blocking_query, self.prefix, keys=keys, separator=separator)
+        self._questions.put(partial(ask, index=self.state.index, wait=self.wait, timeout=table.deadline))
 
     def run(self) -> None:
         answer: kv.Response | Exception | None = None
@@ -182,7 +187,8 @@ class Ranges:
         self._table = table
         self._prefix = prefix
         self._services = services
-        self._counts = {each.prefix: each.size for each in (*ranges.watched, *ranges.rest)}
+        self._counts = {leaf.prefix: leaf.size for each in (*ranges.watched, *ranges.rest) for leaf in each.leaves()}
+        """By prefix of a range without parts."""
         self._most = {key: 2 * max(count, RANGE_KEYS) for key, count in self._counts.items()}
         paths = {table.path(SERVICES[name]) for name in services}
         self._empty = {path for path in paths if not any(key.startswith(path) for key in self._counts)}
@@ -192,8 +198,12 @@ class Ranges:
         # The names in the folder of one service are all its keys; its own name is shorter.
         whole = prefix.removesuffix(b"/") if prefix in paths else prefix
         self._whole = queries.watch(whole, index)
-        self._watched = [self._whole, *(queries.watch(each.prefix, index) for each in ranges.watched)]
-        self._rest = {each.prefix: index for each in ranges.rest}
+        self._ranges = {queries.watch(each.prefix, index): each for each in ranges.watched}
+        self._watched = [self._whole, *self._ranges]
+        self._rest = [*ranges.rest]
+        self._since = index
+        self._seen: dict[bytes, int] = {}
+        """The index of each range that was asked for outside of its query; of all others it is at most `_since`."""
         self._shown = index
         """The index that the completeness query showed."""
         self._explained = {index}
@@ -201,7 +211,7 @@ class Ranges:
         self._deletions: list[tuple[int, int]] = []
         """The same: after the first and up to the second something was deleted; Consul shows the latest alone."""
         self._unexplained: dict[int, float] = {}
-        """Those that the completeness query showed and no range has, and by when one must have."""
+        """Those that the completeness query showed and no range has, and since when."""
         self._list_at: float | None = None
         """When to list all names, as something has changed."""
         self._list_after = 0.0
@@ -222,15 +232,16 @@ class Ranges:
         while (now := time.monotonic()) < self.until:
             for each in self._watched:
                 if each.due is not None and each.due <= now:
-                    each.ask(self._table, self._queries.most_wait, folders_only=each is self._whole)
+                    self._ask(each)
             if self._answers.empty():
-                late = [index for index, by in self._unexplained.items() if by <= now]
+                late = [index for index, since in self._unexplained.items() if self._late_at(since) <= now]
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
                     if not self._unexplained.keys().isdisjoint(late):
                         raise Unsettled("something changed that no range shows")
                     publish(confirmed=not self._unexplained)
-            moments = [self.until, self._list_at, *self._unexplained.values(), *(each.due for each in self._watched)]
+            late_at = map(self._late_at, self._unexplained.values())
+            moments = [self.until, self._list_at, *late_at, *(each.due for each in self._watched)]
             first = min((each for each in moments if each is not None), default=math.inf)
             try:
                 answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), STEP_SECONDS))
@@ -239,6 +250,12 @@ class Ranges:
             if answer is None:
                 return
             self._take(*answer, publish)
+
+    def _ask(self, query: Query) -> None:
+        """Ask for entries, or where only the index of the answer is read, for keys."""
+        whole = query is self._whole
+        keys = whole or self._ranges[query].parts != ()
+        query.ask(self._table, self._queries.most_wait, keys=keys, separator="/" if whole else None)
 
     def _take(self, query: Query, answer: kv.Response | Exception, publish: Publish) -> None:
         if query.outdated or query not in self._watched:
@@ -273,23 +290,33 @@ class Ranges:
             changed = response.index != state.seen
             if changed and query is self._whole:
                 self._find_new_folders(response)
-            elif changed:
+            elif changed and not self._ranges[query].parts:
                 self._read(query.prefix, response, query.client, state.seen)
         if changed and query is self._whole:
             self._shown = response.index
             self._explained = {each for each in self._explained if each >= self._shown}
             self._deletions = [each for each in self._deletions if each[1] >= self._shown]
-            for prefix in self._rest:
-                self._read_rest(prefix)
+            self._read_changed(self._rest)
             if not self._is_explained(self._shown):
-                self._unexplained[self._shown] = time.monotonic() + LATE_SECONDS
-        ended = time.monotonic()
+                self._unexplained[self._shown] = time.monotonic()
+        elif changed and (parts := self._ranges[query].parts):
+            found = self._read_changed(parts)
+            if not found and not self._is_explained(response.index):
+                self._find_new_keys(query.prefix)
+        ended, query.answered = time.monotonic(), query.asked
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
         )
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
+
+    def _late_at(self, since: float) -> float:
+        """When a change that was shown then is in no range, unless one shows it before: each has answered, or hangs."""
+        asked = [each for each in self._ranges if each.answered < since]
+        return max(
+            (max(since, each.asked) + LATE_SECONDS if each.due is None else math.inf for each in asked), default=since
+        )
 
     def _is_explained(self, index: int) -> bool:
         return index in self._explained or any(since < index <= until for since, until in self._deletions)
@@ -308,12 +335,25 @@ class Ranges:
                 self._empty.remove(path)
                 self._add_rest(path)
 
-    def _read_rest(self, prefix: bytes) -> None:
-        with self._client.blocking_query(prefix, timeout=self._table.deadline) as response:
-            self._check(response, 0)
-            if response.index != self._rest[prefix]:
-                self._read(prefix, response, self._client, self._rest[prefix])
-            self._rest[prefix] = response.index
+    def _read_changed(self, ranges: Iterable[Range]) -> bool:
+        """Read those of the ranges that have changed; whether any has."""
+        changed = False
+        for each in ranges:
+            known = self._seen.get(each.prefix, self._since)
+            with self._client.all_names(each.prefix, timeout=self._table.deadline) as response:
+                self._check(response, 0)
+            self._seen[each.prefix] = response.index
+            if response.index == known or response.index < known == self._since:
+                continue
+            if each.parts:
+                changed |= self._read_changed(each.parts)
+            elif not response.absent or self._counts[each.prefix]:
+                changed = True
+                with self._client.blocking_query(each.prefix, timeout=self._table.deadline) as response:
+                    self._check(response, 0)
+                    self._read(each.prefix, response, self._client, known)
+                self._seen[each.prefix] = response.index
+        return changed
 
     def _read(self, prefix: bytes, response: kv.Response, client: kv.Client, since: int) -> None:
         """Replace what lies below the prefix, and is known as of an index."""
@@ -341,18 +381,25 @@ class Ranges:
         self._explained |= {response.index, *changes}
         if lost:
             self._deletions.append((since, response.index))
-        self._unexplained = {each: by for each, by in self._unexplained.items() if not self._is_explained(each)}
+        self._unexplained = {each: at for each, at in self._unexplained.items() if not self._is_explained(each)}
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
         self._list_at = at if self._list_at is None else min(at, self._list_at)
 
     def _list_names(self) -> None:
-        """Look for keys that are in no range, and read them."""
+        """Look for keys that are in no range, anywhere, and read them."""
         began = time.monotonic()
+        self._find_new_keys(self._prefix)
+        now = time.monotonic()
+        self._list_at = None
+        self._list_after = now + (now - began) / LIST_SHARE
+
+    def _find_new_keys(self, below: bytes) -> None:
+        """Read the keys below this prefix that are in no range."""
         prefixes = sorted(self._counts)
         folders = tuple(self._table.path(SERVICES[name]) for name in self._services)
         uncovered: list[bytes] = []
-        with self._client.all_names(self._prefix, timeout=self._table.deadline) as response:
+        with self._client.all_names(below, timeout=self._table.deadline) as response:
             self._check(response, 0)
             for names in response.names():
                 keys = [name.encode() for name in names]
@@ -364,14 +411,12 @@ class Ranges:
                 prefix = gap(key, max((each for each in folders if key.startswith(each)), key=len), self._counts)
                 if prefix is None or not can_be_listed(prefix) or len(self._rest) >= MOST_REST:
                     raise Unsettled("a key is in no range")
-                self._add_rest(prefix)
-                self._read_rest(prefix)
-        now = time.monotonic()
-        self._list_at = None
-        self._list_after = now + (now - began) / LIST_SHARE
+                self._read_changed([self._add_rest(prefix)])
 
-    def _add_rest(self, prefix: bytes) -> None:
-        self._rest[prefix], self._counts[prefix], self._most[prefix] = 0, 0, 2 * RANGE_KEYS
+    def _add_rest(self, prefix: bytes) -> Range:
+        self._rest.append(Range(prefix, 0))
+        self._seen[prefix], self._counts[prefix], self._most[prefix] = 0, 0, 2 * RANGE_KEYS
+        return self._rest[-1]
 
 
 def can_be_listed(prefix: bytes) -> bool:

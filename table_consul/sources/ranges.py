@@ -6,17 +6,17 @@ Pure. What is cut are the keys themselves: names differ in their first letter, `
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 # Below this the whole table costs an edit no more than several watches would.
 LEAST_KEYS = 10_000
-# A range of this many keys is small enough: Consul lists it in some 5 ms, in 1.2 MB.
-RANGE_KEYS = 8_000
+# A range of this many keys is small enough: Consul lists their names in some 5 ms.
+RANGE_KEYS = 16_000
 # Consul grants a client address 200 connections (limits.http_max_conns_per_client), and a mail host has several tables.
 MOST_RANGES = 31
-# What it costs to ask about one of the rest, as that many entries to read.
-REST_KEYS = 300
+# What it costs to ask whether a range has changed, as that many entries to read.
+ASK_KEYS = 300
 # A step of a pass over all keys, which another thread may interrupt only at its end.
 _STEP = 8192
 
@@ -26,6 +26,15 @@ class Range(NamedTuple):
 
     prefix: bytes
     size: int
+    parts: tuple[Range, ...] = ()
+    """Disjoint ranges in which all of these keys lie; empty where one read of all costs less than to ask for each."""
+
+    def leaves(self) -> Iterator[Range]:
+        """The ranges within this one, or itself, that have no parts."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
 
 
 class Cut(NamedTuple):
@@ -74,7 +83,7 @@ class _Group(NamedTuple):
 def cut(
     folders: Mapping[bytes, Iterable[bytes]], askable: Callable[[bytes], bool], most: int = MOST_RANGES
 ) -> Cut | None:
-    """The ranges for these keys, by folder and relative to it; None if several would be no better than one.
+    """The ranges for these keys, by folder and relative to it; None if an edit would bring half of them.
 
     ``askable``: whether Consul can be asked for all keys that begin with this. ``most``: how many to watch.
     """
@@ -90,17 +99,25 @@ def cut(
             groups += parts
         else:
             whole.append(largest)
-    if _cost(whole, most) > total * total // 2:
-        return None
-    ranges = sorted((Range(group.prefix, len(group.keys)) for group in whole), key=lambda each: -each.size)
+    ranges = sorted((_range(group, askable) for group in whole), key=lambda each: -each.size)
     watched = [each for each in ranges[:most] if each.size]
+    if sum(leaf.size**2 for each in ranges for leaf in each.leaves()) > total * total // 2:
+        return None
     return Cut(watched, ranges[len(watched) :])
+
+
+def _range(group: _Group, askable: Callable[[bytes], bool]) -> Range:
+    parts = _split(group, askable) if len(group.keys) > ASK_KEYS else []
+    average = sum(len(part.keys) ** 2 for part in parts) / (len(group.keys) or 1)
+    if ASK_KEYS * len(parts) + average > len(group.keys):
+        parts = []
+    return Range(group.prefix, len(group.keys), tuple(_range(part, askable) for part in parts))
 
 
 def _cost(groups: Iterable[_Group], most: int) -> int:
     """What an edit costs on average, as a number of entries to read times all of them."""
     counts = sorted((len(group.keys) for group in groups), reverse=True)
-    return sum(count * count for count in counts[:most]) + sum(counts) * sum(REST_KEYS + n for n in counts[most:])
+    return sum(count * count for count in counts[:most]) + sum(counts) * sum(ASK_KEYS + n for n in counts[most:])
 
 
 def _split(group: _Group, askable: Callable[[bytes], bool]) -> list[_Group]:

@@ -44,7 +44,7 @@ ENTRIES = {
     "userinfo/*": "5000:5000:/var/vmail",
 }
 """Keys and values that answer the steady questions."""
-LETTERS = [(letter, 20 if letter in "yz" else 130) for letter in string.ascii_lowercase if letter != "u"]
+LETTERS = [(letter, 20 if letter in "yz" else 400) for letter in string.ascii_lowercase if letter != "u"]
 FILLER = {f"alias/user{number:06}": "filler" for number in range(9_000)} | {
     f"alias/{letter}{number:03}-filler": "filler" for letter, count in LETTERS for number in range(count)
 }

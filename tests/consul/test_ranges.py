@@ -24,7 +24,7 @@ def prefixes(found):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(ranges, "RANGE_KEYS", 4)
-    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranges, "ASK_KEYS", 1)
 
 
 def numbered(count, form="user%07d"):
@@ -47,6 +47,20 @@ def test_names_are_cut_by_their_first_letter():
     assert found.rest == []
 
 
+def test_range_of_ten_thousand_keys_has_parts_of_a_thousand():
+    found = cut({FOLDER: numbered(30_000)}, askable)
+    assert [len(each.parts) for each in found.watched] == [10, 10, 10]
+    assert {leaf.size for each in found.watched for leaf in each.leaves()} == {1_000}
+
+
+def test_range_with_too_many_parts_has_none():
+    names = [
+        b"%c%c%03d" % (first, second, number) for first in b"ab" for second in range(48, 123) for number in range(120)
+    ]
+    found = cut({FOLDER: names}, askable)
+    assert [each.parts for each in found.watched] == [(), ()]
+
+
 def test_each_folder_is_a_range_before_any_is_cut():
     names = numbered(20_000, "%05d")
     found = cut({FOLDER: names, b"t/domain/": [b"example.org"], b"t/userinfo/": []}, askable)
@@ -59,8 +73,10 @@ def test_table_without_a_cut_is_one_range():
     assert cut({FOLDER: [b"a" * length for length in range(1, 12_000)]}, askable) is None
 
 
-def test_small_table_is_one_range():
-    assert cut({FOLDER: numbered(5_000)}, askable) is None
+def test_table_of_one_range_has_parts():
+    found = cut({FOLDER: numbered(12_000)}, askable)
+    assert [each.prefix for each in found.watched] == [FOLDER]
+    assert max(leaf.size for leaf in found.watched[0].leaves()) <= 1_000
 
 
 def test_key_that_is_a_prefix_of_others_is_in_a_range(small):
@@ -88,6 +104,13 @@ def test_limit_reduces_the_number_of_ranges():
     assert found is None or len(found.watched) <= 4
 
 
+def flat(found):
+    """The ranges and all that are within them."""
+    for each in found:
+        yield each
+        yield from flat(each.parts)
+
+
 def without_nested(chosen):
     return [each for each in chosen if not any(each != other and each.startswith(other) for other in chosen)]
 
@@ -103,17 +126,20 @@ keys = st.sets(
 def test_every_key_is_in_exactly_one_range(folders, most):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ranges, "RANGE_KEYS", 4)
-        patched.setattr(ranges, "REST_KEYS", 1)
+        patched.setattr(ranges, "ASK_KEYS", 1)
         found = cut(folders, askable, most)
     if found is None:
         return
     assert len(found.watched) <= most
     names = sorted(path + key for path, each in folders.items() for key in each)
-    for each in (*found.watched, *found.rest):
+    for each in flat((*found.watched, *found.rest)):
+        assert each.size == sum(part.size for part in each.parts) or not each.parts
         assert each.size == sum(name.startswith(each.prefix) for name in names)
         assert each.prefix in folders or askable(each.prefix)
-    assert all(sum(name.startswith(prefix) for prefix in prefixes(found)) == 1 for name in names)
-    assert covers(sorted(prefixes(found)), names)
+    leaves = [leaf.prefix for each in (*found.watched, *found.rest) for leaf in each.leaves()]
+    for chosen in (prefixes(found), leaves):
+        assert all(sum(name.startswith(prefix) for prefix in chosen) == 1 for name in names)
+        assert covers(sorted(chosen), names)
 
 
 @given(

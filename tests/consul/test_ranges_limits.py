@@ -30,7 +30,7 @@ RESTART_SECONDS = 0.5
 def small(monkeypatch):
     monkeypatch.setattr(watch, "LEAST_KEYS", 20)
     monkeypatch.setattr(ranges, "RANGE_KEYS", 8)
-    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranges, "ASK_KEYS", 1)
     monkeypatch.setattr(ranged, "RANGE_KEYS", 8)
 
 

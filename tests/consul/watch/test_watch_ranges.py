@@ -190,7 +190,7 @@ def test_edit_in_a_small_folder_is_found(fake, source):
 @pytest.mark.usefixtures("no_late_query")
 def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
     monkeypatch.setattr(watch, "MOST_RANGES", 5)
-    monkeypatch.setattr(ranges, "REST_KEYS", 0)
+    monkeypatch.setattr(ranges, "ASK_KEYS", 0)
     source = mirrored(fake.address)
     for _ in eventually("ranges are watched", 10):
         if len(waiting(fake)) > 4:

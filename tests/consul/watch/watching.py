@@ -95,7 +95,7 @@ def make_ranges_small(monkeypatch, size, late, soon):
     monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
     monkeypatch.setattr(ranges, "RANGE_KEYS", size)
     monkeypatch.setattr(ranged, "RANGE_KEYS", size)
-    monkeypatch.setattr(ranges, "REST_KEYS", 1)
+    monkeypatch.setattr(ranges, "ASK_KEYS", 1)
     monkeypatch.setattr(ranged, "LATE_SECONDS", late)
     monkeypatch.setattr(ranged, "LIST_SECONDS", 2 * soon)
     monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", soon)

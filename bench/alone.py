@@ -1,4 +1,4 @@
-"""Consul alone: what an edit takes to arrive with a client that does nothing with it."""
+"""Consul alone: the time until an edit reaches a client that ignores it."""
 
 from __future__ import annotations
 

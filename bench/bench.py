@@ -29,20 +29,20 @@ SOURCES = ("driver", "floor", "get", "walk")
 
 
 def busy_seconds() -> float:
-    """Seconds that all processors have worked since boot, including time stolen by the host."""
+    """Busy seconds of all processors since boot, including time stolen by the host."""
     with Path("/proc/stat").open() as stat:
         user, nice, system, _idle, _waiting, irq, softirq, stolen = map(int, stat.readline().split()[1:9])
     return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def own_seconds() -> float:
-    """Seconds that this process and its ended children have worked."""
+    """CPU seconds of this process and its ended children."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def build() -> None:
-    """The C programs, compiled where their sources are newer."""
+    """Compile the C programs whose sources are newer."""
     BUILD.mkdir(exist_ok=True)
     for name in SOURCES:
         source, program = HERE / f"{name}.c", BUILD / name
@@ -51,10 +51,10 @@ def build() -> None:
 
 
 def enter_network(arguments: list[str]) -> None:
-    """Run again in a network namespace of its own, where one may be made: its loopback counts our bytes alone."""
+    """Run again in a new network namespace if possible, whose loopback counts only our bytes."""
     if os.environ.get("BENCH_OWN_NETWORK"):
         return
-    consul_binary()  # the last moment to download one
+    consul_binary()  # a download must happen before
     for namespace in (("unshare", "--net"), ("unshare", "--net", "--map-root-user")):
         up = (*namespace, "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
         try:
@@ -68,13 +68,13 @@ def enter_network(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def prepared(*, quick: bool, program: Path) -> Iterator[Bench]:
-    """A bench with a Consul of its own, which keeps its data as one in production does."""
+    """A bench with its own Consul, which stores data as in production."""
     for name in [name for name in os.environ if name.startswith("CONSUL_")]:
         del os.environ[name]
     build()
     folder = Path(tempfile.mkdtemp(dir=BUILD))
     try:
-        # All daemons of a fleet come from one address here, and from one each in life.
+        # All daemons of the fleet share one address here; in production each has its own.
         with ConsulAgent(hcl="limits { http_max_conns_per_client = 4000 }\n") as consul:
             yield Bench(consul, folder, quick, str(program.absolute()))
     finally:
@@ -82,7 +82,7 @@ def prepared(*, quick: bool, program: Path) -> Iterator[Bench]:
 
 
 def main() -> int:
-    """0; 1 if something could not be measured. A missed target is printed, and is not a failure."""
+    """The exit status: 0, or 1 if a measurement failed. A missed target is printed and is not a failure."""
     parser = argparse.ArgumentParser("bench.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="about a minute, and rougher")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything that was measured")

@@ -22,10 +22,10 @@ from tests.rig.consul import ConsulAgent
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
 
-# Both processes on one processor: the wake-up of another costs more than all that is to be measured. Consul has the
-# other, so that its work is not taken for ours.
+# Both processes share one processor, because waking another costs more than the measured work. Consul has the other,
+# so that its work is not counted as ours.
 OURS_CPU, CONSUL_CPU = 1, 0
-# Keys of 100 bytes, which share a prefix, and keys as people name them.
+# Keys of 100 bytes with a common prefix, and keys that look like real names.
 SMALL, LARGE, MILLION = "t1k", "t100k", "t1M"
 PEOPLE = ("p1k", "p10k", "p100k", "p1M")
 SIZES = {SMALL: 1_000, LARGE: 100_000, MILLION: 1_000_000}
@@ -33,7 +33,7 @@ ALIASES: dict[str, Callable[[], dict[str, str]]] = {
     **{table: partial(aliases, count) for table, count in SIZES.items()},
     **{table: partial(people, 10**power) for power, table in enumerate(PEOPLE, 3)},
 }
-# The keys of the lookups: found, not found, and both; at least half of smtpd's lookups find nothing.
+# The keys of the lookups: found, not found, and both. At least half of smtpd's lookups are not found.
 HITS, MISSES, HALVES = "", ".misses", ".halves"
 DRIVER_SECONDS = 600
 
@@ -42,16 +42,16 @@ PATTERNS = {"netaddr": networks, "domain": domains, "mailaddr": addresses, "rege
 
 
 class Failure(Exception):
-    """A child answered wrongly or not at all; the text is the driver's."""
+    """A wrong or missing answer of a child; with the text of the driver."""
 
 
 @dataclass
 class Child:
-    """A program that is started as smtpd starts a table."""
+    """A program started as smtpd starts a table."""
 
     name: str
     command: Callable[[str], list[str]]
-    """By the table it serves."""
+    """The command line for a table."""
     dialect: str = "lines"
     """The driver's -p."""
 
@@ -94,7 +94,7 @@ class Bench:
         return self.folder / f"{table}.entries"
 
     def script(self, name: str, interpreter: str) -> str:
-        """A copy to run as a program: with the table's name as argv[0], Python itself does not find its library."""
+        """A script to start as a program: with the name of the table as argv[0], Python would not find its library."""
         path = self.folder / name
         if not path.exists():
             path.write_text(f"#!{interpreter}\n" + (HERE / f"{name}.py").read_text())
@@ -115,7 +115,7 @@ class Bench:
         return [str(Path(self.program).with_name("table-procexec")), shlex.join(self.mirror.command(table))]
 
     def load(self, *tables: str) -> None:
-        """Have these tables in Consul, and their keys in a file."""
+        """Store these tables in Consul, and write their keys to a file."""
         for table in tables:
             if table in self.loaded:
                 continue
@@ -134,7 +134,7 @@ class Bench:
             self.loaded.add(table)
 
     def first_path(self, table: str) -> str:
-        """The path in Consul of the key that the driver edits."""
+        """The Consul key that the driver edits."""
         with self.keys(table).open() as keys:
             return f"{table}/alias/{next(keys).partition(chr(9))[0]}"
 
@@ -148,7 +148,7 @@ class Bench:
         service: str = "alias",
         asked: str = HITS,
     ) -> dict[str, Any]:
-        """The driver's measurements by step name; of two steps of one name, the last."""
+        """The measurements of the driver by step name; the last of steps with the same name."""
         pins = ["-d", str(OURS_CPU), "-c", str(OURS_CPU)] if one_cpu else []
         errors = self.folder / "stderr"
         command = [str(BUILD / "driver"), *pins, "-p", child.dialect, "-o", op, "-s", service, "-t", table]
@@ -174,7 +174,7 @@ class Bench:
                 os.sched_setaffinity(int(thread), {CONSUL_CPU} if one_cpu else set(range(os.cpu_count() or 1)))
 
     def compare(self, children: list[Child], rounds: int, table: str, *steps: str, **how: Any) -> dict[str, Times]:
-        """By child, the median over the rounds of everything measured. The children take turns: A B A B."""
+        """The median over the rounds of every measurement, by child. The children take turns: A B A B."""
         results: dict[str, list[dict[str, Any]]] = {child.name: [] for child in children}
         for _ in range(rounds):
             for child in children:
@@ -183,7 +183,7 @@ class Bench:
 
 
 def median(results: list[Any]) -> Any:
-    """The median of numbers, and of each number in dictionaries alike."""
+    """The median of numbers, or of each number in dictionaries of the same form."""
     first = results[0]
     if isinstance(first, dict):
         return {key: median([result[key] for result in results]) for key in first}

@@ -1,4 +1,4 @@
-"""The rows of edits: how soon daemons answer from one, and what it and the time between edits cost."""
+"""The rows of edits: the time until daemons use an edit, and the cost of edits and of idle time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from bench.report import Row
 from bench.rows import RSS_MB, reload
 
 EDITS = {"1k": 60, "10k": 30, "100k": 8, "1M": 3}
-# DESIGN.md, section 7: by size, the milliseconds until an edit is answered from.
+# Targets by number of keys: milliseconds until an edit takes effect.
 P50_MS, P99_MS = {"1k": 10, "100k": 25, "1M": 100}, {"1k": 30}
 
 
 def one(bench: Bench, table: str) -> None:
-    """One daemon, pinned: edits of three kinds, then nothing."""
+    """One pinned daemon: edits of three kinds, then idle time."""
     bench.load(table)
     size = table[1:]
     where = f"{size}{', people' if table.startswith('p') else ''}"
@@ -86,32 +86,32 @@ def one(bench: Bench, table: str) -> None:
 
 
 def received(name: str, count: float | None, per: float, unit: str, full: float | None, limit: float | None) -> Row:
-    """A row of bytes, beside those of a ``?recurse``; without numbers where the loopback is not ours alone."""
+    """A row of bytes beside those of a ``?recurse``, without numbers if other programs share the loopback."""
     other = None if full is None else full / per
     return Row(name, None if count is None else count / per, unit, "?recurse" if full else "", other, limit)
 
 
 def pause(times: list[float]) -> None:
-    """A random time, at least until the daemon takes the next edit: it pauses for as long as the last one took."""
+    """Wait a random time, at least until the daemon reads again: it pauses for as long as the last read took."""
     last = times[-1] / 1e3 if times else 1.0
     time.sleep(0.05 + last * random.uniform(1.5, 2.5))
 
 
 def edit(bench: Bench) -> None:
-    """What an edit costs one daemon and Consul."""
+    """The cost of an edit for one daemon and for Consul."""
     for table in (SMALL, LARGE) if bench.quick else (SMALL, PEOPLE[0], LARGE, PEOPLE[2]):
         one(bench, table)
 
 
 def million(bench: Bench) -> None:
-    """The same of 1,000,000 keys, and lookups meanwhile."""
+    """The cost of an edit among 1,000,000 keys, and lookups during edits."""
     one(bench, MILLION)
     reload(bench, MILLION)
     one(bench, PEOPLE[3])
 
 
 def fleet(count: int) -> Callable[[Bench], None]:
-    """Rows of that many daemons of one table."""
+    """Rows for ``count`` daemons of one table."""
 
     def measure(bench: Bench) -> None:
         for table in PEOPLE[:2] if bench.quick else PEOPLE[:3]:

@@ -1,24 +1,24 @@
 /*
- * Starts a table backend as smtpd does, asks it, verifies every answer, and prints one line of JSON.
+ * Starts a table backend as smtpd does, sends requests, verifies every answer, and prints one line of JSON.
  *
  *   driver [-p lines|imsg] [-o lookup|check] [-s SERVICE] [-t TABLE] [-d CPU] [-c CPU] [-e FILE] -k KEYS -x STEP...
  *       -- PROGRAM [ARG...]
  *
- * -p is what the child is spoken to in: the lines of smtpd 7.6 and later, or imsg(3) as smtpd 6.8 to 7.5 writes it. KEYS
- * holds lines "key<TAB>value"; a line without a tab is a key that is not in the table. -d and -c pin the driver and the
- * child to a processor, -e takes the child's standard error. Steps, in order:
+ * -p selects the dialect: the lines of smtpd 7.6 and later, or imsg(3) of smtpd 6.8 to 7.5. KEYS has lines
+ * "key<TAB>value"; a line without a tab is a key that is absent from the table. -d and -c pin the driver and the child
+ * to a processor, -e names a file for the child's standard error. Steps, in order:
  *
- *   warm SECONDS          ask until the first key is answered as expected: errors are allowed so long
+ *   warm SECONDS          repeat the first key until its answer is right; errors are allowed until then
  *   lookup N              one request outstanding
- *   pipe N W              W requests outstanding, written as many at once as answers came in; not in imsg
- *   soak SECONDS [RATE]   one outstanding, without pause or RATE a second (due_: counted from when it was due)
- *   edited SECONDS RATE HOST PORT PATH   the same, while another process puts a new value into Consul each second
- *   edit HOST PORT PATH N THINK   put a new value for the first key into Consul, ask without pause until it is answered;
- *                         N times (2 or more; the last puts back what was), each after a random pause of up to THINK ms
- *   sleep SECONDS         ask nothing
- *   memory                the child's resident memory, and its peak
+ *   pipe N W              W requests outstanding, a new one for each answer; not in imsg
+ *   soak SECONDS [RATE]   one outstanding, without a pause or RATE a second (due_: counted from the due time)
+ *   edited SECONDS RATE HOST PORT PATH   the same, while another process stores a new value in Consul each second
+ *   edit HOST PORT PATH N THINK   store a new value of the first key in Consul, repeat the lookup until it is returned;
+ *                         N times (2 or more; the last restores the value), each after a random pause of up to THINK ms
+ *   sleep SECONDS         send no request
+ *   memory                the resident memory of the child, and its peak
  *
- * Latencies are in microseconds. Exit status: 0, 1 for bad arguments, 3 for a wrong answer, 4 for none.
+ * Latencies are in microseconds. Exit status: 0, 1 for bad arguments, 3 for a wrong answer, 4 for a missing one.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -46,9 +46,9 @@
 #define MAX_WINDOW 256
 #define MAX_LINE 4096
 #define LATE_US 25000
-/* A child that says nothing for so long will not say anything. */
+/* A child without an answer for this long has failed. */
 #define SILENCE_SECONDS 30
-/* More answers a second than any child gives with one request outstanding. */
+/* More answers per second than any child gives with one request outstanding. */
 #define MOST_A_SECOND 300000
 
 /* openbsd-compat/imsg.h, struct imsg_hdr, and smtpd-api.h: the types of messages. */
@@ -62,7 +62,7 @@ enum { OK = 0, OPEN = 2, CHECK = 5, LOOKUP = 6 };
 #define MAX_NAME 2048
 
 struct line {
-	char *request, *reply; /* whole lines, in which only the id is still to be written; or whole messages, without one */
+	char *request, *reply; /* whole lines, complete but for the id; or whole messages, which have none */
 	uint32_t request_len, reply_len;
 };
 
@@ -77,7 +77,7 @@ static const char *op = "lookup", *service = "alias", *table = "bench";
 static uint64_t seed = 88172645463325252ULL;
 static uint32_t next_id;
 
-/* What was read from the child and is not yet verified. */
+/* Input from the child that is not yet verified. */
 static char in[MAX_LINE * MAX_WINDOW];
 static size_t in_len;
 
@@ -119,7 +119,7 @@ put_hex(char *at, uint32_t number)
 		at[i] = digits[number & 15];
 }
 
-/* In imsg an answer belongs to the only question that was asked. */
+/* In imsg the answer belongs to the only outstanding request. */
 static void
 put_id(char *at, uint32_t id)
 {
@@ -183,7 +183,7 @@ is_whole(void)
 	return in_len >= head.length;
 }
 
-/* One request that is answered by exactly one line, which stays in the buffer. Microseconds from write to whole line. */
+/* One request with exactly one line as its answer, which stays in the buffer. Microseconds from write to whole line. */
 static double
 ask(const struct line *l)
 {
@@ -199,7 +199,7 @@ ask(const struct line *l)
 	return now() - begin;
 }
 
-/* smtpd looks neither at the peer id nor at the process id of a message: every child may write its own. */
+/* smtpd ignores the peer id and the process id of a message, so children may differ in them. */
 static void
 forget_sender(void)
 {
@@ -234,7 +234,7 @@ any_line(void)
 
 /* ---- numbers ---- */
 
-static uint32_t *times; /* nanoseconds; all pages touched before they are needed */
+static uint32_t *times; /* nanoseconds; all pages are touched in advance */
 static size_t ntimes, times_size;
 
 static void
@@ -347,7 +347,7 @@ pipelined(size_t n, size_t window)
 			struct line *l = asked[answered % window];
 			size_t have = in_len - verified;
 
-			/* Compared as far as it is there, so that a line that is cut is waited for and a wrong one is not. */
+			/* Compare what has arrived: wait for the rest of a right line, but not for that of a wrong one. */
 			put_id(l->reply + reply_id_at, first + (uint32_t)answered);
 			if (memcmp(in + verified, l->reply, have < l->reply_len ? have : l->reply_len) != 0)
 				wrong(l->reply, l->reply_len, in + verified, have);
@@ -434,7 +434,7 @@ put_request(char *out, size_t size, const char *host, const char *path, const ch
 	return n;
 }
 
-/* An edit each second, by a process of its own, so that nothing of it is on the path of what is measured. */
+/* An edit each second by another process, which keeps it out of the measured path. */
 static void
 edited(double seconds, double rate, const char *host, const char *port, const char *path)
 {
@@ -553,7 +553,7 @@ status_kb(pid_t pid, const char *field)
 	return kb;
 }
 
-/* A child that has others do its work pays for them too. */
+/* A child's own children count as part of it. */
 static void
 memory(void)
 {
@@ -606,9 +606,9 @@ run_step(char *step, double started)
 	printf("}");
 }
 
-/* ---- the beginning and the end ---- */
+/* ---- start and end ---- */
 
-/* The length of a message of these parts, and the message itself. */
+/* Write a message of these parts; its length. */
 static uint32_t
 write_message(char **message, uint32_t type, uint32_t pid, const struct iovec *parts, int count)
 {
@@ -712,8 +712,8 @@ pin(int cpu)
 }
 
 /*
- * smtpd: fork_proc_backend: one socket as stdin and stdout, the table's name as argv[0], and these signals ignored. Where
- * it speaks imsg, the socket is stdin alone.
+ * smtpd: fork_proc_backend: one socket as stdin and stdout, the table's name as argv[0], and these signals ignored.
+ * With imsg, only stdin is the socket.
  */
 static void
 spawn(char **argv, const char *errors)
@@ -856,7 +856,7 @@ main(int argc, char **argv)
 	spawn(argv, errors);
 	(imsg ? open_table : shake_hands)();
 	printf("{\"ready_ms\": %.3f, \"steps\": [", (now() - started) / 1e3);
-	/* Only now: forking a large process takes longer, and smtpd is small. */
+	/* Only after the fork: forking a large process takes longer, and smtpd is small. */
 	read_keys(keys);
 	for (int i = 0; i < nsteps; i++)
 		run_step(steps[i], i == 0 ? -started : started);

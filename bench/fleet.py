@@ -1,4 +1,4 @@
-"""Daemons of one table, started and asked as smtpd does, and what an edit costs them and Consul."""
+"""Daemons of one table, started and queried as by smtpd, and the cost of an edit for them and for Consul."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.rig.consul import ConsulAgent
 
 AGENT_ADDRESS = "127.0.0.5"
 LOAD_SECONDS, SEEN_SECONDS = 60.0, 60.0
-# A table that nobody edits is asked for anew every 5 minutes; with this max_age, every 2 seconds.
+# The wait for an unedited table lasts 5 minutes; with this max_age, 2 seconds.
 IDLE_MAX_AGE, IDLE_WAIT, LONG_WAIT = 6, 2, 300
 
 
 class Spent(NamedTuple):
-    """Seconds of CPU and bytes, either since the start or between two moments."""
+    """CPU seconds and bytes, since the start or between two times."""
 
     consul: float
     daemons: float
@@ -46,7 +46,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def loopback_bytes() -> float | None:
-    """What went over the loopback of our network namespace, None where it is not ours alone."""
+    """Bytes over the loopback of our network namespace; None if other programs share it."""
     if not os.environ.get("BENCH_OWN_NETWORK"):
         return None
     lines = (line.split() for line in Path("/proc/net/dev").read_text().splitlines())
@@ -68,7 +68,7 @@ class Daemon:
         self._unread = b""
 
     def lines(self) -> Iterator[bytes]:
-        """What has arrived.
+        """The lines that have arrived.
 
         Raises:
             Failure: end of file.
@@ -88,10 +88,10 @@ class Daemon:
 
 
 class Fleet:
-    """``count`` daemons of a table, as a context manager; they answer from Consul when the block is entered.
+    """``count`` daemons of a table, as a context manager that waits until all have loaded.
 
-    ``pinned``: they and we share one processor and Consul has the other. ``together``: all are started in the same
-    moment, else each when the one before it has loaded.
+    ``pinned``: they and we share one processor, and Consul has the other. ``together``: all start at the same time;
+    otherwise each after the last has loaded.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Fleet:
         self.bench = bench
         self.table = table
         self.resolution = max(1.0, count / 5)
-        """Milliseconds between the answer of a daemon and the next question to it."""
+        """Milliseconds between the answer of a daemon and its next lookup."""
         self.load_seconds = 0.0
         self._daemons: list[Daemon] = []
         self._command = child.command(table)
@@ -166,18 +166,18 @@ class Fleet:
             raise Failure(f"Consul refuses an edit of {path}")
 
     def edit(self, key: str, value: bytes | None) -> None:
-        """As `put`; what was there before comes back at the end."""
+        """Like `put`, but the former value is restored at the end."""
         if self.path(key) not in self._former:
             self._former[self.path(key)] = self.bench.consul.kv_get(self.path(key))
         self.put(self.path(key), value)
 
     def seen(self, key: str, value: bytes | None) -> list[float]:
-        """Edit; the milliseconds from Consul's answer to that until each daemon's, the first one first."""
+        """Edit; the milliseconds from Consul's response until each daemon uses the edit, in ascending order."""
         self.edit(key, value)
         return self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=self.resolution / 1e3)
 
     def wait_for(self, key: str, value: bytes | None) -> None:
-        """Return when all daemons have this value, for the price of a lookup if they have it by now."""
+        """Return once all daemons have this value; takes one lookup each if they already do."""
         self._until_answered(self._daemons, key, value, SEEN_SECONDS, pause=0.1)
 
     def _until_answered(
@@ -212,7 +212,7 @@ class Fleet:
 
 
 class Reference(NamedTuple):
-    """What Consul spends in a second in which nobody asks, and on one ``?recurse`` of the table."""
+    """The cost of an idle second for Consul, and of one ``?recurse`` of the table."""
 
     base: Spent
     recurse: Spent
@@ -222,7 +222,7 @@ NOTHING = Spent(0, 0, 0, 0)
 
 
 def reference(bench: Bench, table: str) -> Reference:
-    """Measured with nobody else on this Consul."""
+    """Measure the costs of Consul without other clients."""
     nobody = Fleet(bench, table, 0, bench.mirror, pinned=False)
     before = nobody.spent()
     time.sleep(2 if bench.quick else 10)
@@ -232,7 +232,7 @@ def reference(bench: Bench, table: str) -> Reference:
 
 
 def recurse(bench: Bench, table: str, address: str, base: Spent) -> Spent:
-    """What one ``?recurse`` costs the server, asked at this address."""
+    """The cost of one ``?recurse`` for the server, requested at this address."""
     nobody = Fleet(bench, table, 0, bench.mirror, pinned=False)
     count = 3 if bench.quick else 10
     with contextlib.closing(http.client.HTTPConnection(address, timeout=60)) as client:
@@ -245,7 +245,7 @@ def recurse(bench: Bench, table: str, address: str, base: Spent) -> Spent:
 
 
 def through_agent(bench: Bench, table: str, base: Spent) -> Spent:
-    """The same, asked by the agent of a mail host."""
+    """The cost of one ``?recurse`` through the agent of a mail host."""
     server = f"{bench.consul.bind}:{bench.consul.ports['serf_lan']}"
     arguments = ("-node=client", f"-retry-join={server}")
     with ConsulAgent(bind=AGENT_ADDRESS, arguments=arguments, server=False) as agent:
@@ -254,7 +254,7 @@ def through_agent(bench: Bench, table: str, base: Spent) -> Spent:
 
 
 def each(spent: Spent, base: Spent, count: float) -> Spent:
-    """A share of what was spent, without what is spent every second anyway."""
+    """The cost of each of ``count`` operations, without that of idle time."""
     consul = max(0.0, spent.consul - base.consul * spent.at)
     received = None
     if spent.received is not None:
@@ -271,14 +271,14 @@ def edits(keys: list[str], kind: str, count: int) -> list[Edit]:
     chance = random.Random(count)
     chosen = [chance.choice(keys) for _ in range(count)]
     if kind == "changed":
-        # Never the value that is there: that is no edit to Consul.
+        # Never the stored value, which would not be an edit to Consul.
         return [(key, f"edited-{random.getrandbits(64):016x}@example.net".encode()) for key in chosen]
     beside = [f"{key[:12]}-{number}{key[12:]}" for number, key in enumerate(chosen)]
     return [(key, b"added@example.net" if kind == "added" else None) for key in beside]
 
 
 def quietly(fleet: Fleet, base: Spent, todo: list[Edit], pause: float) -> Spent:
-    """What one edit costs while nobody asks anything: each is followed by a pause in which all have taken it."""
+    """The cost of one edit without lookups; after each, a pause until all daemons have read it."""
     before = fleet.spent()
     for key, value in todo:
         fleet.edit(key, value)
@@ -288,7 +288,7 @@ def quietly(fleet: Fleet, base: Spent, todo: list[Edit], pause: float) -> Spent:
 
 
 def idle(fleet: Fleet, base: Spent, seconds: float) -> Spent:
-    """What a second costs in which nobody asks or edits."""
+    """The cost of a second without lookups and edits."""
     before = fleet.spent()
     time.sleep(seconds)
     return each(fleet.spent() - before, base, seconds)

@@ -1,6 +1,6 @@
 /*
- * The least a table backend can be: a hash table of a file, in the dialect of smtpd-tables(7). Reads all requests that
- * wait, answers them with one write. Verifies nothing and fears nobody.
+ * A minimal table backend: a hash table of a file, in the dialect of smtpd-tables(7). Reads all waiting requests,
+ * answers them with one write, and verifies nothing.
  *
  *   floor KEYS
  */

@@ -1,4 +1,4 @@
-"""The least a table backend in Python can be: a dict of a file. ``python3 -I -S floor.py KEYS``."""
+"""A minimal table backend in Python: a dict of a file. ``python3 -I -S floor.py KEYS``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 /*
- * The least a backend can be that asks Consul each time: one GET over one kept connection for each request. Trusts that
- * keys need no escaping and that Consul answers well.
+ * A minimal backend that reads Consul for each request: one GET over one kept connection. Assumes that keys need no
+ * escaping and that every response is valid.
  *
  *   get HOST PORT PREFIX      the key is read from PREFIX/KEY
  */

@@ -1,4 +1,4 @@
-"""The least table of one's own: `table_consul.callbacks` over a dict of a file. ``own.py KEYS``."""
+"""A minimal custom table: `table_consul.callbacks` over a dict of a file. ``own.py KEYS``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof of concept of 2020 as described: one GET for each query, no session, no time-out, the key pasted in."""
+"""The proof of concept of 2020: one GET for each query, without session, timeout, or escaping of the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the bench has found, as a table with what is wanted beside it."""
+"""The results of the bench as a table, beside their targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Row:
-    """One line of the result: what was measured, beside what, and what is wanted."""
+    """A row of the result: the measurement, its reference, and the target."""
 
     name: str
     ours: float | None
@@ -25,7 +25,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """None where nothing is wanted, or nothing could be measured."""
+        """Whether the target is met; None without a target or a measurement."""
         measured = self.ratio if self.as_ratio else self.ours
         if self.limit is None or measured is None:
             return None

@@ -1,4 +1,4 @@
-"""Which children are compared, by what, and the rows with their targets: a function for each group of rows."""
+"""The compared children and the rows with their targets, with a function for each group of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RSS_MB = {"1k": 28, "100k": 60, "1M": 450}
 
 
 def start(bench: Bench) -> None:
-    """Start to register|ready."""
+    """The time from start to register|ready."""
     bench.load(SMALL)
     rounds = 3 if bench.quick else 21
     times = bench.compare([bench.floor, bench.python, bench.mirror], rounds, SMALL, "warm 10")
@@ -38,7 +38,7 @@ def start(bench: Bench) -> None:
 
 
 def lookup(bench: Bench) -> None:
-    """Lookups and checks that find something, nothing, or both by turns; one request outstanding, and 64."""
+    """Lookups and checks: found, not found, or both alternately; with 1 and with 64 outstanding requests."""
     bench.load(SMALL, LARGE)
     rounds, many = (1, 40_000) if bench.quick else (7, 100_000)
     children = [bench.floor, bench.python, bench.minimal, bench.mirror]
@@ -120,7 +120,7 @@ def lookup(bench: Bench) -> None:
 
 
 def reload(bench: Bench, table: str = LARGE) -> None:
-    """Lookups while a large table is edited once a second."""
+    """Lookups during one edit of a large table each second."""
     bench.load(table)
     size = table[1:]
     seconds = 4 if bench.quick else 20
@@ -223,7 +223,7 @@ def patterns(bench: Bench) -> None:
 
 
 def imsg(bench: Bench) -> None:
-    """The dialect of OpenSMTPD up to 7.5, and the bridge that lets a child of lines serve it."""
+    """The dialect of OpenSMTPD up to 7.5, and the bridge to a child that speaks lines."""
     bench.load(SMALL)
     rounds, many = (1, 20_000) if bench.quick else (7, 60_000)
     children = [bench.mirror, bench.imsg, bench.bridge]

@@ -1,4 +1,4 @@
-"""RCPT commands a second through a real smtpd, with the same virtual addresses in a file, in SQLite and in Consul."""
+"""RCPT commands per second through a real smtpd, with the same virtual addresses in a file, SQLite and Consul."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.rig.opensmtpd import CONFIG, LIBEXEC, Smtpd
 from tests.rig.root import File, Root
 
 RELEASES = {"7.9": ("opensmtpd-table-sqlite", "forky"), "6.8": ("opensmtpd-extras", "bookworm")}
-"""By release, the package of Debian with the table-sqlite that goes with it."""
+"""Debian's package of table-sqlite, by release of OpenSMTPD."""
 SIZES = {"1k": 1_000, "10k": 10_000, "100k": 100_000}
 OURS, FILE, SQLITE = "consul", "file:", "table-sqlite"
 GOALS = {FILE: 1.0, SQLITE: 1.1}
@@ -46,7 +46,7 @@ class Session:
             raise Failure(f"{line}: {reply.strip()}, expected {expected}")
 
     def rcpts(self, addresses: list[str], expected: str) -> float:
-        """The seconds that the RCPT commands took."""
+        """The duration of the RCPT commands in seconds."""
         self.command("MAIL FROM:<>", "250")
         begun = time.monotonic()
         for address in addresses:
@@ -70,7 +70,7 @@ def database(entries: dict[str, str]) -> bytes:
 
 
 def table_sqlite(release: str) -> bytes | None:
-    """Debian's program; None, and a line that says why, if it cannot be had."""
+    """Debian's table-sqlite; None if unavailable, with the reason printed."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             cache.download(*RELEASES[release], Path(folder))
@@ -81,7 +81,7 @@ def table_sqlite(release: str) -> bytes | None:
 
 
 def rcpts(bench: Bench) -> None:
-    """Rows of each release and size."""
+    """Rows for each release and size."""
     for release in ("7.9",) if bench.quick else RELEASES:
         root, program = Root(release), table_sqlite(release)
         for size, count in SIZES.items():
@@ -98,7 +98,7 @@ def rcpts(bench: Bench) -> None:
 def compare(
     bench: Bench, root: Root, program: bytes | None, table: str, entries: dict[str, str]
 ) -> dict[tuple[str, str], float]:
-    """RCPT commands a second, by hits or misses and by table; listeners take turns."""
+    """RCPT commands per second, by hits or misses and by table; listeners take turns."""
     tables = {
         FILE: "table listed file:/etc/mail/addresses",
         SQLITE: "table stored sqlite:/etc/mail/sqlite.conf",
@@ -139,6 +139,6 @@ def compare(
                                 asked = [f"absent-{address}" for address in asked]
                             seconds += session.rcpts(asked, expected)
                             count += RECIPIENTS
-                    if number:  # the first round warms
+                    if number:  # the first round warms up
                         rates.setdefault((found, each), []).append(count / seconds)
     return {where: statistics.median(several) for where, several in rates.items()}

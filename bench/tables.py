@@ -1,4 +1,4 @@
-"""What is in Consul while the bench runs, and what the driver asks and expects."""
+"""The tables in Consul for the bench, and the keys and expected answers of the driver."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SYLLABLES = re.findall(
 
 
 def people(count: int) -> dict[str, str]:
-    """Keys as people name them: all first letters, some capitals, users alone and whole addresses, all lengths."""
+    """Realistic keys: all first letters, some upper case, users and whole addresses, of any length."""
     chance = random.Random(count)
     table: dict[str, str] = {}
     folded: set[str] = set()
@@ -46,7 +46,7 @@ def people(count: int) -> dict[str, str]:
 
 
 def absent(count: int) -> dict[str, str | None]:
-    """As many keys of the length of those of `aliases` that are in no table."""
+    """``count`` keys as long as those of `aliases` that are in no table."""
     chance = random.Random(-count)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     names = (f"absent{number}." for number in range(count))
@@ -54,7 +54,7 @@ def absent(count: int) -> dict[str, str | None]:
 
 
 def networks(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
-    """Networks and single addresses of both families, and addresses with the answer of smtpd's own matcher."""
+    """Networks and single addresses of both families, and addresses with the answers of smtpd's matcher."""
     chance = random.Random(count)
     entries: dict[str, str] = {}
     asked: dict[str, str | None] = {f"192.168.{number % 256}.{number // 256}": None for number in range(5_000)}
@@ -78,7 +78,7 @@ def networks(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
 
 
 def domains(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
-    """Domains, a fifth of them with a star, and host names with the answer of smtpd's own matcher."""
+    """Domains, a fifth of them with a star, and host names with the answers of smtpd's matcher."""
     entries: dict[str, str] = {}
     asked: dict[str, str | None] = {f"absent{number}.example.com": None for number in range(5_000)}
     for number in range(count):
@@ -93,7 +93,7 @@ def domains(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
 
 
 def addresses(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
-    """Users, hosts and users at hosts, and mail addresses, some with a tag, with the answer of smtpd's own matcher."""
+    """Users, hosts and users at hosts, and mail addresses, some tagged, with the answers of smtpd's matcher."""
     entries: dict[str, str] = {}
     asked: dict[str, str | None] = {f"absent{number}@nowhere.example.com": None for number in range(5_000)}
     for number in range(count):
@@ -110,7 +110,7 @@ def addresses(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
 
 
 def expressions(count: int) -> tuple[dict[str, str], dict[str, str | None]]:
-    """A hundredth as many expressions, and texts with the answer of regexec(3)."""
+    """A hundredth as many expressions, and texts with the answers of regexec(3)."""
     entries: dict[str, str] = {}
     asked: dict[str, str | None] = {f"host-absent-{number}.example.org": None for number in range(1_000)}
     for number in range(count // 100):

@@ -1,7 +1,7 @@
 /*
- * What smtpd does with a table from a file (table_static.c, table_static_lookup): for each question all entries in
- * turn, each of them parsed anew (table.c, *_match). In the dialect of smtpd-tables(7), so that it can be asked as
- * table-consul is; in smtpd itself the walk costs as much and the wire nothing.
+ * smtpd's lookup in a table from a file (table_static.c, table_static_lookup): all entries in turn for each request,
+ * each parsed anew (table.c, *_match). It speaks the dialect of smtpd-tables(7), so that it can be measured like
+ * table-consul; in smtpd itself the walk costs the same, without the socket.
  *
  *   walk SERVICE ENTRIES
  */

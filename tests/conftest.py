@@ -1,4 +1,4 @@
-"""Fixtures with real parts, the markers of tests, and the rule that a skipped test names what it needs.
+"""Fixtures with real programs, markers, and the rule that a skipped test names its requirement.
 
 A test that uses ``consul``, ``root`` or ``smtpd`` is marked ``real``. If such a part cannot be had, the test is skipped
 with the reason and how to fix it; with ``CI=true`` in the environment every skip is a failure.
@@ -22,9 +22,9 @@ from tests.rig.consul import ConsulAgent, ConsulCluster, consul_binary
 from tests.rig.opensmtpd import Smtpd
 from tests.rig.root import Root
 
-REAL_PARTS = {"consul", "consul_with_acl", "consul_cluster", "root", "smtpd"}
+REAL_PARTS = {"consul", "consul_with_acl", "consul_with_list_policy", "consul_cluster", "root", "smtpd"}
 RELEASES = ("7.9", "7.6")
-# Files in which most tests start processes or build something; `make quick` leaves them out.
+# Files in which most tests start processes or build something; `make quick` skips them.
 SLOW = {
     f"tests/{name}.py"
     for name in (
@@ -48,14 +48,14 @@ SLOW = {
     )
 }
 
-# The time of an example depends on the load of the machine.
+# How long an example takes depends on the load of the machine.
 hypothesis.settings.register_profile("table-consul", deadline=None)
 hypothesis.settings.load_profile("table-consul")
 
 
 @pytest.fixture(autouse=True)
 def _undo_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What tests write is not saved on this machine; only those that ask for more have a folder of their own."""
+    """Disable the undo folder, so that tests save nothing outside their own folders."""
     monkeypatch.setenv("TABLE_CONSUL_UNDO_DIR", str(tmp_path_factory.getbasetemp() / "undo"))
 
 
@@ -77,7 +77,7 @@ def _consul_agent() -> Iterator[ConsulAgent]:
 
 @pytest.fixture
 def consul(_consul_agent: ConsulAgent) -> ConsulAgent:
-    """A running Consul server without any key; a test may stop, pause and restart it."""
+    """A running Consul server without keys; a test may stop, pause and restart it."""
     return _emptied(_consul_agent)
 
 
@@ -91,8 +91,23 @@ def _consul_agent_with_acl() -> Iterator[ConsulAgent]:
 
 @pytest.fixture
 def consul_with_acl(_consul_agent_with_acl: ConsulAgent) -> ConsulAgent:
-    """A running Consul server without any key that denies whatever no policy allows."""
+    """A running Consul server without keys whose ACLs deny by default."""
     return _emptied(_consul_agent_with_acl)
+
+
+@pytest.fixture(scope="session")
+def _consul_agent_with_list_policy() -> Iterator[ConsulAgent]:
+    with _or_skip():
+        more = ("-bootstrap-expect=1", "-hcl", "acl { enable_key_list_policy = true }")
+        agent = ConsulAgent(acl=True, arguments=more)
+    with agent:
+        yield agent
+
+
+@pytest.fixture
+def consul_with_list_policy(_consul_agent_with_list_policy: ConsulAgent) -> ConsulAgent:
+    """A running Consul server without keys whose ACLs also require the rule ``list`` for lists."""
+    return _emptied(_consul_agent_with_list_policy)
 
 
 def _emptied(agent: ConsulAgent) -> ConsulAgent:
@@ -103,7 +118,7 @@ def _emptied(agent: ConsulAgent) -> ConsulAgent:
 
 @pytest.fixture
 def consul_cluster() -> Iterator[ConsulCluster]:
-    """Three Consul servers of the test's own."""
+    """A new cluster of three Consul servers."""
     with _or_skip():
         cluster = ConsulCluster()
     with cluster:
@@ -124,7 +139,7 @@ def smtpd(root: Root) -> Iterator[Callable[..., Smtpd]]:
         yield lambda *arguments, **options: running.enter_context(Smtpd(root, *arguments, **options))
 
 
-@pytest.hookimpl(tryfirst=True)  # before what -m deselects
+@pytest.hookimpl(tryfirst=True)  # before -m deselects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if REAL_PARTS & set(getattr(item, "fixturenames", ())):
@@ -132,14 +147,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.relative_to(package.CHECKOUT).as_posix() in SLOW:
             item.add_marker("slow")
     real = {item.path for item in items if _has(item, "real")}
-    items.sort(key=lambda item: (_has(item, "alone"), item.path not in real))  # keeps the order within a file
+    items.sort(key=lambda item: (_has(item, "alone"), item.path not in real))  # stable: the order within a file remains
 
 
 def _has(item: pytest.Item, marker: str) -> bool:
     return item.get_closest_marker(marker) is not None
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the clock of pytest-timeout
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside the timeout of pytest-timeout
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A test marked ``alone`` runs while no other worker runs any."""
     with open(__file__) as lock:
@@ -148,12 +163,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Make what takes long at the first run, before the clock of any test runs."""
+    """Build slow requirements before the timeout of the first test starts."""
     if session.config.option.collectonly:
         return
     used = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     called = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
-    with contextlib.suppress(cache.Unavailable):  # the fixtures say so, test by test
+    with contextlib.suppress(cache.Unavailable):  # each fixture skips its test with this reason
         if used & REAL_PARTS:
             consul_binary()
         for release in sorted({params["root"] for params in called if "root" in params}):

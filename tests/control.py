@@ -1,4 +1,4 @@
-"""table-consulctl in tests: within this process, where that shows all there is to see, or as a program of its own."""
+"""Run table-consulctl in tests: within this process where that suffices, or as a child process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from table_consul.ctl import main
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 
 START = "import sys; from table_consul.ctl.main import main; sys.exit(main())"
 
@@ -31,7 +31,7 @@ class Done(NamedTuple):
 
 
 def control(*arguments: object, stdin: bytes = b"", **environ: str) -> Done:
-    """Run it within this process, its output into pipes; of Consul's variables it sees these alone."""
+    """Run the command within this process, its output captured; ``CONSUL_`` variables come only from ``environ``."""
     streams = [io.TextIOWrapper(io.BytesIO(data), encoding="utf-8") for data in (stdin, b"", b"")]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CONSUL_")}
     with (
@@ -48,7 +48,7 @@ def control(*arguments: object, stdin: bytes = b"", **environ: str) -> Done:
 
 
 def start(*arguments: object, **options) -> subprocess.Popen[bytes]:
-    """The program itself, not waited for; standard error into a pipe."""
+    """Start the program with standard error in a pipe."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CONSUL_")}
     return subprocess.Popen(
         [sys.executable, "-c", START, *map(str, arguments)],
@@ -57,20 +57,20 @@ def start(*arguments: object, **options) -> subprocess.Popen[bytes]:
 
 
 def finished(process: subprocess.Popen[bytes]) -> Done:
-    """What became of a program that was started."""
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    """Wait for a started program; its status and output."""
+    out, err = process.communicate(timeout=TIMEOUT_SECONDS)
     return Done(process.returncode, out or b"", err or b"")
 
 
 def _take_the_terminal():
-    """Whatever terminal the first process of a session opens becomes the terminal of that session."""
+    """Make the terminal that of a new session: the first terminal a session leader opens becomes its own."""
     os.close(os.open(os.ttyname(0), os.O_RDWR))
 
 
 def at_terminal(*arguments, typed=b"", wanted=b"", turns=(), **environ):
-    """All that appears on a terminal; what is typed is typed when the wanted text has appeared.
+    """The exit status, and everything that appears on a terminal.
 
-    ``turns`` are pairs of a wanted text and what is typed then, one after the other.
+    ``turns`` are pairs: a text to wait for, and the input to type after it.
     """
     left = [*turns, *([(wanted, typed)] if typed else [])]
     ours, theirs = os.openpty()
@@ -89,8 +89,8 @@ def at_terminal(*arguments, typed=b"", wanted=b"", turns=(), **environ):
             while left and (at := shown.find(left[0][0], seen)) >= 0:
                 seen = at + len(left[0][0])
                 os.write(ours, left.pop(0)[1])
-    except OSError:  # how a terminal says that nobody is left
+    except OSError:  # a terminal without any process left reports this
         pass
     finally:
         os.close(ours)
-    return process.wait(PATIENCE_SECONDS), shown.replace(b"\r\n", b"\n").decode()
+    return process.wait(TIMEOUT_SECONDS), shown.replace(b"\r\n", b"\n").decode()

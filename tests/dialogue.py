@@ -1,7 +1,7 @@
 """Dialogues between smtpd and its table as text files, and the parties that replay them.
 
-A transcript holds what smtpd says (`> `), what is answered (`< `), comments (`# `), and lines of the configuration's
-`[defaults]` (`#: `). `\\xNN` stands for a byte, `\\\\` for a backslash. Each is answered from `ENTRIES`.
+A transcript holds requests of smtpd (`> `), replies (`< `), comments (`# `), and lines of the configuration's
+`[defaults]` (`#: `). `\\xNN` stands for a byte, `\\\\` for a backslash. The table answers from `ENTRIES`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
-PATIENCE_SECONDS = 30
+TIMEOUT_SECONDS = 30
 
 ENTRIES: dict[str, bytes] = {
     **{
@@ -54,7 +54,7 @@ ENTRIES: dict[str, bytes] = {
 
 
 def write_source(folder: Path, entries: dict[str, bytes] = ENTRIES) -> Path:
-    """The entries as `consul kv export` writes them, in a file of this folder."""
+    """The path of a new file with these entries in the format of `consul kv export`."""
     path = folder / "export.json"
     fields = ({"key": key, "flags": 0, "value": base64.b64encode(value).decode()} for key, value in entries.items())
     path.write_text(json.dumps([*fields]))
@@ -62,7 +62,7 @@ def write_source(folder: Path, entries: dict[str, bytes] = ENTRIES) -> Path:
 
 
 def write_config(folder: Path, *defaults: str, more: str = "", address: str | None = None) -> Path:
-    """A configuration in this folder that answers from `ENTRIES`, with these lines in its `[defaults]`."""
+    """The path of a new configuration that answers from `ENTRIES`, with these lines in `[defaults]`."""
     address = address or f"file://{write_source(folder)}"
     path = folder / "table-consul.toml"
     lines = ["[consul]", f'address = "{address}"', "[defaults]", *defaults, more]
@@ -75,7 +75,7 @@ class Dialogue:
     name: str
     defaults: tuple[str, ...]
     turns: tuple[tuple[bytes, bytes], ...]
-    """What smtpd says, and what is answered before it says the next thing."""
+    """Requests of smtpd, each with the replies that precede the next request."""
 
     @property
     def said(self) -> bytes:
@@ -111,7 +111,7 @@ def read_transcript(path: Path) -> Dialogue:
 
 
 def converse(tables: Tables, chunks: Iterable[bytes]) -> bytes:
-    """All that the server answers when it reads these chunks, one at a time."""
+    """All bytes that the server writes when it reads these chunks one at a time."""
     written: list[bytes] = []
     arriving = iter(chunks)
     server = Server(
@@ -130,7 +130,7 @@ class Child:
 
     def __init__(self, *arguments: str, environ: dict[str, str] | None = None, command: Iterable[str] = ()) -> None:
         self.wire, theirs = socket.socketpair()
-        self.wire.settimeout(PATIENCE_SECONDS)
+        self.wire.settimeout(TIMEOUT_SECONDS)
         self._said, self._log = b"", b""
         with theirs:
             self.process = subprocess.Popen(
@@ -150,7 +150,7 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.wire.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE_SECONDS)
+            self.process.wait(TIMEOUT_SECONDS)
         self.process.kill()
         self.process.wait()
         assert self.process.stderr is not None
@@ -160,7 +160,7 @@ class Child:
         self.wire.sendall(data)
 
     def line(self) -> bytes:
-        """The next line that it answers, without its end."""
+        """The next reply line, without its line end."""
         while b"\n" not in self._said:
             data = self.wire.recv(65536)
             assert data, f"the child is gone after {self._said!r}: {self.log()}"
@@ -173,7 +173,7 @@ class Child:
         return self.line()
 
     def handshake(self, table: bytes = b"aliases", version: bytes = b"7.9.0-portable") -> list[bytes]:
-        """The names that it registers."""
+        """The names of the registered services."""
         self.say(
             b"config|smtpd-version|%b\nconfig|protocol|0.1\nconfig|tablename|%b\nconfig|ready\n" % (version, table)
         )
@@ -183,11 +183,11 @@ class Child:
         return names
 
     def quiet(self) -> bool:
-        """Whether nothing was answered that nobody has read."""
+        """Whether no unread reply is pending."""
         return not self._said and not select.select([self.wire], [], [], 0)[0]
 
     def rest(self) -> bytes:
-        """All that it still answers after smtpd has said its last word."""
+        """All remaining replies after end of file."""
         with contextlib.suppress(OSError):
             self.wire.shutdown(socket.SHUT_WR)
         while data := self.wire.recv(65536):
@@ -195,9 +195,9 @@ class Child:
         return self._said
 
     def end(self) -> int:
-        """The exit status after end of file, to which alone it listens."""
+        """The exit status after end of file."""
         self.rest()
-        return self.process.wait(PATIENCE_SECONDS)
+        return self.process.wait(TIMEOUT_SECONDS)
 
     def log(self) -> str:
         """All of standard error; the child must be about to end."""
@@ -208,15 +208,19 @@ class Child:
 
 
 def _ignore_signals() -> None:
-    """Smtpd ignores these before it forks (smtpd: lka.c, lka), and ignored signals outlive exec."""
+    """Ignore the signals that smtpd ignores before it forks (smtpd: lka.c, lka); exec keeps them ignored."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
 
 
-def eventually(what: object, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Turns of a loop that ends with a failure when the deadline passes first."""
-    by = time.monotonic() + patience
+def eventually(what: object, timeout: float = TIMEOUT_SECONDS) -> Iterator[None]:
+    """Yield until the caller leaves the loop.
+
+    Raises:
+        AssertionError: the caller is still waiting for ``what`` after ``timeout`` seconds.
+    """
+    by = time.monotonic() + timeout
     while time.monotonic() < by:
         yield
         time.sleep(0.01)
-    raise AssertionError(f"not within {patience} s: {what}")
+    raise AssertionError(f"not within {timeout} s: {what}")

@@ -1,4 +1,4 @@
-"""The shape of the package, read from its imports: they point one way, and pure modules stay pure."""
+"""The imports of the package point one way, and pure modules import only pure ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NOT_FOR = {
 
 @functools.cache
 def imported(module, *, typed=False):
-    """Whole names of what the module imports when it runs; with ``typed`` also what only a type checker reads."""
+    """Full names of the imports at run time; with ``typed``, also those for type checkers."""
 
     def walk(node):
         if not typed and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -67,7 +67,7 @@ def imported(module, *, typed=False):
 
 
 def modules_imported(module, *, typed=False):
-    """The modules of this package among them."""
+    """The imports that are modules of this package."""
     found = {name if name in FILES else name.rpartition(".")[0] for name in imported(module, typed=typed)}
     return {name for name in found if name in FILES} - {module, "table_consul"}
 
@@ -90,13 +90,13 @@ def test_imports_have_no_circle():
 
 
 @pytest.mark.parametrize("module", PURE)
-def test_pure_module_imports_no_world(module):
+def test_pure_module_has_no_side_effects(module):
     assert sorted({name.split(".")[0] for name in imported(module)} & WORLD) == []
     assert sorted(modules_imported(module) - {*PURE}) == []
 
 
 @pytest.mark.parametrize("part", NOT_FOR)
-def test_part_imports_nothing_that_is_not_for_it(part):
+def test_part_imports_no_forbidden_module(part):
     forbidden = {f"table_consul.{name}" for name in NOT_FOR[part]}
     found = {
         (module, other)

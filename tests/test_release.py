@@ -1,4 +1,4 @@
-"""What is released: the same bytes from any copy of the tree, whole, and with nothing in it that belongs elsewhere."""
+"""The released files: reproducible, complete, and without other files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FILES = {
     "compose.yaml",
     "pyproject.toml",
 }
-# A file of another kind in one of the folders is likely to have been left there by accident.
+# A file of another kind in one of these folders is probably there by accident.
 KINDS = (
     *(".5", ".8", ".c", ".conf", ".example", ".gitignore", ".hcl", ".hex", ".json", ".jsonl", ".md", ".py", ".sh"),
     *(".tf", ".toml", ".txt", ".typed", ".yaml", ".yml"),
@@ -53,7 +53,7 @@ MAN = {f"share/man/man{path.suffix[1:]}/{path.name}" for path in (CHECKOUT / "ma
 
 
 def build(tree, into, *arguments, umask=0o022, **environment):
-    """Build into a folder with an environment that says little; the bytes of what came, by name."""
+    """Build into a folder with a minimal environment; the built files by name, as bytes."""
     told = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment}
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(into), *arguments, str(tree)]
     done = subprocess.run(command, env=told, capture_output=True, text=True, check=False, umask=umask, cwd="/")
@@ -63,13 +63,13 @@ def build(tree, into, *arguments, umask=0o022, **environment):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the project as it is at this moment, for others may be working on it."""
+    """A copy of the project, because it may change while tests run."""
     return package.copy(tmp_path_factory.mktemp("tree") / "table-consul")
 
 
 @pytest.fixture(scope="module")
 def dist(tree, tmp_path_factory):
-    """The folder with the sdist and the wheel, built of the copy."""
+    """The folder with the sdist and the wheel built from the copy."""
     folder = tmp_path_factory.mktemp("dist")
     build(tree, folder)
     return folder
@@ -77,7 +77,7 @@ def dist(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdist(dist):
-    """Names and permissions of the files of the sdist, below its one folder."""
+    """Names and permissions of the files in the sdist, relative to its folder."""
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         members = archive.getmembers()
@@ -96,7 +96,7 @@ def wheel(dist):
 def test_another_copy_gives_the_same_bytes(tree, dist, tmp_path):
     other = tmp_path / "another place" / "x"
     other.mkdir(parents=True)
-    for path in sorted(tree.rglob("*"), reverse=True):  # as folders list files in the order in which they came
+    for path in sorted(tree.rglob("*"), reverse=True):  # a folder lists files in the order of their creation
         target = other / path.relative_to(tree)
         if path.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,12 +112,12 @@ def test_another_copy_gives_the_same_bytes(tree, dist, tmp_path):
     assert theirs == {path.name: path.read_bytes() for path in dist.iterdir()}
 
 
-def test_the_wheel_is_the_same_from_the_tree_and_from_the_sdist(tree, dist, tmp_path):
+def test_wheel_is_the_same_from_the_tree_and_from_the_sdist(tree, dist, tmp_path):
     built = build(tree, tmp_path / "dist", "--wheel")
     assert built == {path.name: path.read_bytes() for path in dist.glob("*.whl")}
 
 
-def test_a_change_changes_the_bytes(tree, dist, tmp_path):
+def test_changed_tree_gives_other_bytes(tree, dist, tmp_path):
     other = tmp_path / "tree"
     shutil.copytree(tree, other)
     with (other / "man/table-consul.8").open("a") as page:
@@ -127,20 +127,20 @@ def test_a_change_changes_the_bytes(tree, dist, tmp_path):
     assert sorted(name for name in ours if ours[name] != theirs[name]) == sorted(ours)
 
 
-def test_dates_are_those_that_are_asked_for(tree, tmp_path):
+def test_dates_are_those_of_source_date_epoch(tree, tmp_path):
     build(tree, tmp_path / "dist", "--wheel", SOURCE_DATE_EPOCH="1600000000")
     (path,) = (tmp_path / "dist").iterdir()
     with zipfile.ZipFile(path) as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(2020, 9, 13, 12, 26, 40)}
 
 
-def test_the_sdist_holds_all_of_the_project(tree, sdist):
+def test_sdist_holds_every_file_of_the_project(tree, sdist):
     wanted = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     assert wanted - {*sdist} == set()
     assert {name.partition("/")[0] for name in sdist if "/" in name} >= FOLDERS - {".ci"}
 
 
-def test_the_sdist_holds_nothing_else(tree, sdist):
+def test_sdist_holds_no_other_files(tree, sdist):
     for name in sdist:
         top, slash, _ = name.partition("/")
         assert (top in FOLDERS) if slash else (name in FILES or name.endswith(".md")), name
@@ -148,14 +148,14 @@ def test_the_sdist_holds_nothing_else(tree, sdist):
         assert name == "PKG-INFO" or (tree / name).is_file(), name
 
 
-def test_files_may_be_read_by_all_and_written_by_their_owner(sdist, wheel):
+def test_files_are_readable_by_all_and_writable_by_their_owner(sdist, wheel):
     odd = {name: oct(member.mode) for name, member in sdist.items() if member.mode not in {0o644, 0o755}}
     assert odd == {}
     assert {(member.uid, member.gid, member.uname, member.gname) for member in sdist.values()} == {(0, 0, "", "")}
     assert {entry.external_attr >> 16 & 0o777 for entry in wheel.infolist()} == {0o644}
 
 
-def test_the_wheel_holds_the_package_the_pages_and_what_a_wheel_needs(tree, wheel):
+def test_wheel_holds_the_package_the_pages_and_its_metadata(tree, wheel):
     package = {str(path.relative_to(tree)) for path in (tree / "table_consul").rglob("*") if path.is_file()}
     stem = f"table_consul-{__version__}"
     pages = {f"{stem}.data/data/{name}" for name in MAN}
@@ -164,7 +164,7 @@ def test_the_wheel_holds_the_package_the_pages_and_what_a_wheel_needs(tree, whee
     assert [name for name in package if not name.endswith((".py", "/py.typed"))] == []
 
 
-def test_twine_finds_nothing_wrong(dist):
+def test_twine_check_passes(dist):
     done = subprocess.run(
         [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *dist.iterdir()],
         capture_output=True,
@@ -175,7 +175,7 @@ def test_twine_finds_nothing_wrong(dist):
     assert done.stdout.count("PASSED") == 2
 
 
-def test_the_image_archive_has_the_same_bytes_from_files_of_any_date(tmp_path):
+def test_image_archive_has_the_same_bytes_from_files_of_any_date(tmp_path):
     config = {"User": "root", "Labels": {"org.opencontainers.image.base.name": "debian"}}
     archives = []
     for name, date in (("first", 981173106), ("second", 1600000000)):
@@ -193,14 +193,14 @@ def test_the_image_archive_has_the_same_bytes_from_files_of_any_date(tmp_path):
     assert {name: digest for name, digest in digests.items() if len(name) == 64 and name != digest} == {}
 
 
-def test_the_version_is_that_of_the_wheel_and_of_the_changelog(wheel):
+def test_version_is_that_of_the_wheel_and_of_the_changelog(wheel):
     metadata = message_from_bytes(wheel.read(f"table_consul-{__version__}.dist-info/METADATA"))
     assert metadata["Version"] == __version__
     assert "version" in PROJECT["project"]["dynamic"]
     assert re.search(r"^## (\S+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
 
 
-def test_every_dependency_is_bounded_and_says_why():
+def test_every_dependency_is_bounded_with_a_reason():
     lines = (CHECKOUT / "pyproject.toml").read_text().splitlines()
     extras = PROJECT["project"]["optional-dependencies"]
     for wanted in [*PROJECT["project"]["dependencies"], *(each for group in extras.values() for each in group)]:
@@ -212,7 +212,7 @@ def test_every_dependency_is_bounded_and_says_why():
         assert "<" in {bound.operator for bound in Requirement(wanted).specifier}, wanted
 
 
-def test_what_develops_and_builds_is_pinned():
+def test_development_and_build_tools_are_pinned():
     groups = PROJECT["dependency-groups"]
     wanted = [each for group in groups.values() for each in group if isinstance(each, str)]
     assert [each for each in wanted if not re.fullmatch(r"[\w.-]+==[\w.]+", each)] == []

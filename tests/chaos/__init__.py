@@ -1,4 +1,4 @@
-"""Our child between a client that asks without pause and a cluster of three that falls ill: every answer is judged."""
+"""A table under constant requests on a cluster of three with faults; every answer is judged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.rig.consul import ConsulCluster
 
 
 def cluster_or_skip(*, acl: bool = False, client_agent: bool = False) -> ConsulCluster:
-    """Three Consul servers to be entered, where there can be any."""
+    """A cluster of three Consul servers; skips the test if there is none."""
     try:
         return ConsulCluster(acl=acl, client_agent=client_agent)
     except cache.Unavailable as error:

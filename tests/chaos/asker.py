@@ -1,9 +1,9 @@
-"""smtpd's part, in a process of its own that waits for no lock of the test: asks without pause until its input ends.
+"""The part of smtpd in a separate process, free of the locks of the test: sends requests until its input ends.
 
     python -m tests.chaos.asker DESCRIPTOR
 
-Standard input: the questions, pickled. Standard output: from time to time what was answered since, pickled: a list of
-(moment, seconds, number of the question, reply), and what went wrong, if anything.
+Standard input: the questions, pickled. Standard output: from time to time the new answers, pickled: a list of
+(time, seconds, number of the question, reply), and an error, if any.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import socket
 import sys
 import time
 
-PATIENCE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 TELL_SECONDS = 0.02
-# Three Consul servers that start or elect want more than two processors; what is measured here is not who gets them.
-# Only root may go first; for others the witnesses (witness.py) see more of what the machine does meanwhile.
+# Three Consul servers that start or elect need more than two processors, and this does not measure scheduling. Only
+# root may raise its priority; for other users the witnesses (witness.py) record more stalls.
 NICE = -15
 
 
-def go_first(process: int) -> None:
-    """Have this process, and what it starts from now on, run before what else is ready to."""
+def raise_priority(process: int) -> None:
+    """Give this process and its future children a higher priority."""
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, process, NICE)
 
@@ -33,9 +33,9 @@ def go_first(process: int) -> None:
 def main() -> None:
     questions = pickle.load(sys.stdin.buffer)
     wire = socket.socket(fileno=int(sys.argv[1]))
-    go_first(0)
+    raise_priority(0)
     gc.disable()
-    wire.settimeout(PATIENCE_SECONDS)
+    wire.settimeout(TIMEOUT_SECONDS)
     wrong = None
     number = 0
     while wrong is None and not select.select([sys.stdin], [], [], 0)[0]:

@@ -1,4 +1,4 @@
-"""Keeps each answer with its time, and judges it."""
+"""Records every answer with its time, and judges it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.dialogue import Child
 
 DEADLINE_SECONDS = 2.0
-# With data in memory; what the machine as a whole stood still meanwhile does not count.
+# With data in memory, and without stalls of the whole machine.
 SLOW_SECONDS = 0.05
 
 NEVER = (float("inf"), float("inf"))
@@ -43,12 +43,12 @@ ENTRIES = {
     "userinfo/boss": "5001:5001:/var/vmail/boss",
     "userinfo/*": "5000:5000:/var/vmail",
 }
-"""From which the steady questions are answered: keys below the table, and values."""
+"""Keys and values that answer the steady questions."""
 LETTERS = [(letter, 20 if letter in "yz" else 400) for letter in string.ascii_lowercase if letter != "u"]
 FILLER = {f"alias/user{number:06}": "filler" for number in range(9_000)} | {
     f"alias/{letter}{number:03}-filler": "filler" for letter, count in LETTERS for number in range(count)
 }
-"""What makes a table large: names that differ in the first letter, and names that differ in the last ones."""
+"""Entries that make a table large: names that differ in the first letter, and in the last ones."""
 
 
 def number_of(key: bytes) -> int:
@@ -58,7 +58,7 @@ def number_of(key: bytes) -> int:
 
 @dataclass
 class Judgement:
-    """A line of the table."""
+    """A row of the report."""
 
     fault: str
     answers: int = 0
@@ -68,7 +68,7 @@ class Judgement:
     late: int = 0
     slowest: float = 0.0
     by_the_clock: float = 0.0
-    """The slowest, with what the machine stood still."""
+    """The slowest answer, stalls of the machine included."""
     stalled: float = 0.0
     exits: int = 0
     recovered: float = float("inf")
@@ -88,7 +88,7 @@ class Judgement:
 
 
 class Client(threading.Thread):
-    """Has a child asked one thing after the other until it is stopped. ``answers`` may be read at any time."""
+    """Sends requests to a child one after the other until it is stopped. ``answers`` may be read at any time."""
 
     def __init__(self, child: Child | None, table: bytes) -> None:
         super().__init__(name="client", daemon=True)
@@ -150,7 +150,7 @@ class Client(threading.Thread):
         self._asker.stdout.close()
 
     def judge(self, fault: str, writer: Writer, ill: tuple[float, float]) -> Judgement:
-        """What the answers are worth: while ill (from, to) any value ever written is right, else the latest."""
+        """Judge the answers: during the fault (from, to) any value ever written is right, otherwise only the latest."""
         stalls = self.witnesses.stalls
         longest = max((end - begin for begin, end in stalls), default=0.0)
         result = Judgement(fault, len(self.answers), stalled=longest, exits=int(self.gone is not None))
@@ -176,7 +176,7 @@ class Client(threading.Thread):
         return result
 
     def is_well(self, writer: Writer, wanted: list[int]) -> bool:
-        """Whether the latest answers are at least of these versions, and all others as if there had been no fault."""
+        """Whether the latest answers have at least these versions, and all others are as without a fault."""
         return all(have >= want for have, want in zip(self.newest, wanted, strict=True)) and all(
             self.latest[number] in ((b"not-found",) if number in writer.deleted else expected)
             for number, (_, _, expected) in enumerate(STEADY, HOT)
@@ -184,7 +184,7 @@ class Client(threading.Thread):
 
 
 def _verdict(when: float, number: int, outcome: bytes, writer: Writer, ill: tuple[float, float], fresh: float) -> str:
-    """What is wrong with an answer; empty if nothing is. ``fresh``: for how long an edit may stay unseen."""
+    """The fault of an answer, empty if it is right. ``fresh``: how many seconds an edit may stay unseen."""
     is_ill = ill[0] <= when <= ill[1]
     if outcome.startswith(b"error|"):
         since, until = writer.hidden.get(number, NEVER)

@@ -1,4 +1,4 @@
-"""What was stored in Consul when, written, deleted, hidden; and what therefore may be answered at a moment."""
+"""The history of keys in Consul (written, deleted, hidden), and the answers allowed at a given time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
     from tests.rig.consul import ConsulAgent
 
-# The last key of one range of a large table and the first of the next: watched both, one of the rest, both of the rest.
+# The last key of one range of a large table and the first of the next: both watched, one in the rest, both in the rest.
 NAMES = (
     *("bzzz", "c000", "hzzz", "i000", "user000999z", "user001", "user004999z", "user005"),
     *("xzzz", "y000", "yzzz", "z000"),
 )
 HOT = len(NAMES)
-# An edit is answered from within milliseconds; this is for a machine whose processors are all busy with the test.
+# An edit takes effect within milliseconds; this allows for processors that are busy with the test.
 FRESH_SECONDS = 1.0
 
 
 class Writer(threading.Thread):
-    """Writes ever new values to the ``NAMES`` below a prefix, through any member that takes them, until it is stopped.
+    """Writes new values to the ``NAMES`` below a prefix, through any member that accepts them, until it is stopped.
 
-    A write that is not acknowledged may still come true, later. So each is made on the condition that nothing else was
-    written since (``cas``): what comes too late fails, and versions only ever grow.
+    An unacknowledged write may still take effect later. Every write depends on the last index (``cas``): a late one
+    fails, and versions only grow.
     """
 
     def __init__(self, members: list[ConsulAgent], folder: str) -> None:
@@ -42,9 +42,9 @@ class Writer(threading.Thread):
         self.attempted = [0] * HOT
         self.acknowledged: list[list[tuple[float, int]]] = [[] for _ in range(HOT)]
         self.hidden: dict[int, tuple[float, float]] = {}
-        """Question by number whose key the token may not read: the moments between which it may be an error."""
+        """The periods in which a question may be an error because its key is hidden, by number of the question."""
         self.deleted: dict[int, tuple[float, float]] = {}
-        """Question by number whose key was deleted: the moments at which that was asked for, and acknowledged."""
+        """The times when the deletion of a key was requested and acknowledged, by number of its question."""
 
     def run(self) -> None:
         number = 0
@@ -60,12 +60,12 @@ class Writer(threading.Thread):
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Nothing is written within the block: nothing wakes a watch."""
+        """Write nothing within the block, so that no edit ends a wait."""
         with self._turn:
             yield
 
     def write(self, key: int, seconds: float) -> int:
-        """The version that stands there now; tried again for ``seconds``, or once."""
+        """Write a new version, with retries for ``seconds``; its number. With 0, one failed attempt is ignored."""
         with self._lock:
             self._version += 1
             version = self._version
@@ -73,14 +73,14 @@ class Writer(threading.Thread):
             deadline = time.monotonic() + seconds
             while not self._put(f"/v1/kv/{self._folder}/alias/{NAMES[key]}", f"v{version}"):
                 if time.monotonic() > deadline:
-                    assert not seconds, "the cluster takes no write after its fault has ended"
+                    assert not seconds, "the cluster accepts no write after the end of the fault"
                     return version
                 time.sleep(0.02)
             self.acknowledged[key].append((time.monotonic(), version))
             return version
 
     def write_all(self, seconds: float = 30.0) -> list[int]:
-        """Versions by key, all acknowledged."""
+        """Write a new version of every key, all acknowledged; versions by key."""
         return [self.write(key, seconds) for key in range(HOT)]
 
     def _put(self, path: str, value: str) -> bool:
@@ -102,7 +102,7 @@ class Writer(threading.Thread):
             raise
 
     def newest(self, key: int, before: float) -> int:
-        """The version that was acknowledged last before this moment; 0 for none."""
+        """The last version acknowledged before this time; 0 for none."""
         with self._lock:
             known = self.acknowledged[key]
         return max((version for when, version in known if when <= before), default=0)

@@ -1,4 +1,4 @@
-"""One fault after the other, under load: 0 wrong, 0 falsely absent, 0 late, 0 exits."""
+"""Every fault under load gives 0 wrong answers, 0 falsely absent, 0 late, 0 exits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.chaos import cluster_or_skip
-from tests.chaos.asker import go_first
+from tests.chaos.asker import raise_priority
 from tests.chaos.client import ENTRIES, FILLER, SLOW_SECONDS, STEADY, Client, Judgement, number_of
 from tests.chaos.history import HOT, Writer
 from tests.dialogue import Child
@@ -30,17 +30,17 @@ pytestmark = [pytest.mark.real, pytest.mark.alone]
 LONG = os.environ.get("TABLE_CONSUL_CHAOS") == "long"
 HEALTHY_SECONDS = 5.0 if LONG else 1.0
 ILL_SECONDS = 30.0 if LONG else 4.0
-# For what shows its harm soon.
+# For faults with an early effect.
 BRIEF_SECONDS = 30.0 if LONG else 2.0
 RECOVERY_SECONDS = 5.0
 CUT_SECONDS = 6.0
-# A change of ACLs wakes no watch; no edit does either while this counts.
+# A change of ACLs ends no wait, and the test makes no edit during this time.
 LIFTED_SECONDS = 15.0
-# Until a watch waits that has seen the last edit.
+# Until a watch has seen the last edit and waits again.
 SETTLED_SECONDS = 1.0
-# Of a large table more than this: a watch of the whole has one, and what waits for a range one each.
+# A table watched in ranges has more connections than this: one for each range. A whole table has one.
 RANGED_CONNECTIONS = 20
-# As many as there are folders, and again when each is back; not as many as there are lookups.
+# One for each folder, and another when it recovers; not one for each lookup.
 MOST_WARNINGS = 20
 
 
@@ -64,12 +64,12 @@ def report(request):
 
 
 class Scene:
-    """What a fault may be done to."""
+    """The parts of the setup that a fault can affect."""
 
     proxy: Any = None
     client: Client
     healed: float | None = None
-    """Since when all could be well again, where that is not at the end of the fault."""
+    """The earliest time of recovery, if other than the end of the fault."""
 
     def __init__(self, cluster, table, contacted):
         self.cluster = cluster
@@ -80,7 +80,7 @@ class Scene:
         self.writer = Writer(cluster.members, table)
 
     def rules(self, *denied):
-        """Every key of the table may be read, but not these; one that ends in / is a folder."""
+        """Rules that allow reading every key of the table except these; one that ends in / is a folder."""
         rules = [f'key_prefix "{self.table}/" {{ policy = "read" }}']
         for key in denied:
             kind = "key_prefix" if key.endswith("/") else "key"
@@ -88,7 +88,7 @@ class Scene:
         return "\n".join(rules)
 
     def narrow(self, *denied, questions):
-        """Hide these keys; returns when each of the questions, which need them, is answered with an error."""
+        """Hide these keys; returns once each of the questions about them is answered with an error."""
         numbers = [number_of(key) for key in questions]
         self.writer.hidden = dict.fromkeys(numbers, (time.monotonic(), float("inf"))) | self.writer.hidden
         self.leader.set_rules(self.token, self.rules(*denied))
@@ -101,7 +101,7 @@ class Scene:
         )
 
     def lift(self):
-        """Hide nothing any more; returns when that is noticed, or is not in time."""
+        """Stop hiding keys; returns once that is noticed, or after a timeout."""
         self.leader.set_rules(self.token, self.rules())
         lifted = self.healed = time.monotonic()
         for number, (since, _) in self.writer.hidden.items():
@@ -204,7 +204,7 @@ def table_rewritten(scene):
 def network_trickles(scene):
     scene.proxy.bad.set()
     yield
-    assert scene.proxy.harm, "nothing went through the bad network"
+    assert scene.proxy.harm, "no byte passed through the bad network"
     scene.proxy.bad.clear()
 
 
@@ -224,7 +224,7 @@ def waits_cut(scene):
         wait_for(lambda: proxy.harm, 3 * CUT_SECONDS, lambda: f"no wait of {CUT_SECONDS} s: {proxy.requests[-3:]}")
 
         def later() -> list[str]:
-            """What was asked after a wait for the same was cut."""
+            """The requests that followed a cut wait for the same path."""
             return [
                 target
                 for when, target in [*proxy.requests]
@@ -263,15 +263,15 @@ def rules_narrowed(scene):
 class Fault(NamedTuple):
     inflict: Callable[[Scene], contextlib.AbstractContextManager[None]]
     proxy: Callable[..., Any] | None = None
-    """In front of the contacted agent."""
+    """The proxy in front of the contacted agent."""
     by_client_agent: bool = False
-    """The contacted agent is a client agent; else a server that does not lead."""
+    """The contacted agent is a client agent; otherwise a server that is not the leader."""
     is_outage: bool = True
-    """Consul may be unreadable: outdated answers are right, and in direct mode errors."""
+    """Consul may be unreadable, which allows outdated answers, and errors in direct mode."""
     from_memory: bool = True
-    """No answer of a mirror reads Consul."""
+    """A mirror never reads Consul for an answer."""
     warns: bool = True
-    """There may be warnings in the log."""
+    """The log may contain warnings."""
     seconds: float = ILL_SECONDS
     recovery_seconds: float = RECOVERY_SECONDS
 
@@ -304,7 +304,7 @@ FAULTS = {
 }
 
 
-# The whole can still be read, so that nothing may be outdated; but that a query hangs shows only after a while.
+# The whole table can still be read, so no answer may be outdated; a hanging query shows only after some time.
 REFUSED = {
     f"a range refused, {kind}": Fault(
         range_refused,
@@ -320,12 +320,12 @@ if LONG:
     LARGE = FAULTS
 LARGE = {**LARGE, **REFUSED}
 
-# Without a copy in memory there are errors, and nothing worse.
+# Without data in memory, errors are right.
 DIRECT = ["contacted agent stopped and resumed", "token revoked and restored", "answers announced by 1xx"]
-# What the long version alone has time for: to the daemon it is much like another.
+# Only in the long version: much like another fault to the daemon.
 MIRROR = [name for name in FAULTS if LONG or name != "client agent stopped and resumed"]
 if LONG:
-    DIRECT = [name for name in FAULTS if name != "waits cut"]  # nothing waits there
+    DIRECT = [name for name in FAULTS if name != "waits cut"]  # there are no waits
 CASES = [
     *((name, "mirror", FAULTS[name]) for name in MIRROR),
     *((name, "direct", FAULTS[name]) for name in DIRECT),
@@ -335,18 +335,18 @@ CASES = [
 
 @pytest.mark.timeout(600 if LONG else 180)
 @pytest.mark.parametrize(("name", "kind", "fault"), CASES, ids=["-".join(case[:2]) for case in CASES])
-def test_no_fault_makes_an_answer_wrong_absent_or_late(cluster, report, tmp_path, name, kind, fault):
-    row, message = suffer(cluster, report, tmp_path, name, kind, fault)
+def test_fault_causes_no_wrong_absent_or_late_answer(cluster, report, tmp_path, name, kind, fault):
+    row, message = run_fault(cluster, report, tmp_path, name, kind, fault)
     assert kind == "direct" or not fault.from_memory or row.slowest <= SLOW_SECONDS, message
 
 
 def sockets(folder):
-    """How many of the open files in this folder of /proc are sockets."""
+    """The number of sockets among the open files in this folder of /proc."""
     return sum(os.path.islink(each) and os.readlink(each).startswith("socket:") for each in folder.iterdir())
 
 
-def suffer(cluster, report, tmp_path, name, kind, fault):
-    """The judgement on one fault, and the message of a failure: its row, examples, and the log of the table.
+def run_fault(cluster, report, tmp_path, name, kind, fault):
+    """Run one fault; the judgement, and the message of a failure: its row, examples, and the log of the table.
 
     ``kind`` of table: in direct mode, or a mirror, which if it is large is watched in ranges.
     """
@@ -369,11 +369,11 @@ def suffer(cluster, report, tmp_path, name, kind, fault):
             f'[defaults]\nmode = "{"direct" if kind == "direct" else "mirror"}"\n[log]\ntarget = "stderr"\n'
         )
         child = stack.enter_context(Child(str(config)))
-        go_first(child.process.pid)
+        raise_priority(child.process.pid)
         reader = threading.Thread(target=child.log)  # a full pipe would stop the child
         reader.start()
         child.handshake(table.encode())
-        # From here on there are data; the first answer waits for them.
+        # The first answer waits for the data, which are loaded from here on.
         assert child.ask(b"table|0.1|0|%b|lookup|alias|0|still" % table.encode()) == b"lookup-result|0|found|gilles"
         client = scene.client = Client(child, table.encode())
         if kind == "large":

@@ -1,4 +1,4 @@
-"""The same with a real smtpd in front: whatever happens to Consul, no mail bounces."""
+"""With a real smtpd, no fault of Consul bounces a mail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ match from any for local action "local"
 
 
 class Sender(threading.Thread):
-    """Sends mail after mail; ``accepted`` are the subjects that smtpd has taken charge of."""
+    """Sends mails in sequence; ``accepted`` are the subjects that smtpd has accepted."""
 
     def __init__(self, server):
         super().__init__(daemon=True)
@@ -54,11 +54,11 @@ class Sender(threading.Thread):
         self.join(60)
 
 
-# One OpenSMTPD will do: what differs between them is not how they take an answer.
+# One OpenSMTPD suffices: all releases handle an answer alike.
 @pytest.mark.parametrize("root", ["7.9"], indirect=True)
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mode", ["mirror", "direct"] if LONG else ["mirror"])
-def test_every_mail_is_delivered_or_queued_or_put_off_while_all_of_consul_is_killed_and_restarted(smtpd, mode):
+def test_every_mail_is_delivered_queued_or_deferred_during_restarts_of_consul(smtpd, mode):
     with cluster_or_skip() as cluster:
         contacted = cluster.members[0]
         contacted.kv_put("consul/alias/root", "gilles")
@@ -78,7 +78,7 @@ def test_every_mail_is_delivered_or_queued_or_put_off_while_all_of_consul_is_kil
         for member in cluster.members:
             member.wait_for_leader()
         back = sender.replies[250]
-        wait_for(lambda: sender.replies[250] > back, 10, lambda: f"no mail is taken:\n{server.log}")
+        wait_for(lambda: sender.replies[250] > back, 10, lambda: f"no mail is accepted:\n{server.log}")
         sender.stop()
         with contextlib.suppress(Exception):
             server.smtpctl("schedule", "all")
@@ -94,4 +94,4 @@ def test_every_mail_is_delivered_or_queued_or_put_off_while_all_of_consul_is_kil
         assert "PermFail" not in server.log
         assert server.pids == before
         if mode == "mirror":
-            assert set(sender.replies) == {250}, "from memory there is nothing to put off"
+            assert set(sender.replies) == {250}, "a table in memory never defers mail"

@@ -1,11 +1,11 @@
-"""Tells when the machine itself stood still: on each processor a process that wants to run every millisecond.
+"""Records stalls of the machine: a process on each processor tries to run every millisecond.
 
     python -m tests.chaos.witness PROCESSOR
 
-It goes first as the asker and the child do. What holds it up for longer than a turn among its equals is the host, or
-the kernel, and holds up the others as well: an answer is not late for as long as no process could have given it.
+It has the priority of the asker and of the child. A delay longer than their turns comes from the host or the kernel and
+delays them too: the time in which no process could have answered does not make an answer late.
 
-Standard output, at the end of standard input: the moments from and to which nothing ran, pickled.
+Standard output, at the end of standard input: start and end of each stall, pickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.chaos.asker import go_first
+from tests.chaos.asker import raise_priority
 
 if TYPE_CHECKING:
     from typing import Self
@@ -31,7 +31,7 @@ Stall = tuple[float, float]
 
 
 class Witnesses:
-    """One on each processor that the tests may use, as a context manager; ``stalls`` are what all of them saw."""
+    """A witness on each processor of the tests, as a context manager; ``stalls`` are those seen by any of them."""
 
     def __init__(self) -> None:
         self.stalls: list[Stall] = []
@@ -61,7 +61,7 @@ class Witnesses:
 
 
 def merged(stalls: list[Stall]) -> list[Stall]:
-    """The same moments, none of them twice, in their order."""
+    """The stalls in order, with overlaps merged."""
     result: list[Stall] = []
     for begin, end in sorted(stalls):
         if result and begin <= result[-1][1]:
@@ -72,13 +72,13 @@ def merged(stalls: list[Stall]) -> list[Stall]:
 
 
 def stalled(stalls: list[Stall], begin: float, end: float) -> float:
-    """For how many seconds between these moments the machine stood still."""
+    """The seconds of stalls between these times."""
     return sum(max(0.0, min(end, to) - max(begin, since)) for since, to in stalls)
 
 
 def main() -> None:
     os.sched_setaffinity(0, {int(sys.argv[1])})
-    go_first(0)
+    raise_priority(0)
     stalls: list[Stall] = []
     sys.stdout.buffer.write(b"!")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Clients of fakes, and answers that Consul would not give."""
+"""Clients of fakes, and invalid responses to feed them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fake_consul import VERSIONS, Answer, cut, entry, html, stall, trickle
 ROOT = b"consul/alias/root"
 # For tests in which the fake answers as Consul does.
 each_version = pytest.mark.parametrize("version", VERSIONS)
-# What a call may take beyond its deadline on a busy machine, before a test calls it late.
+# How far beyond its deadline a call may return on a busy machine before a test fails.
 SLACK = 0.5
 TRUE = {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}
 
@@ -24,7 +24,7 @@ def config(*addresses, **options):
 
 
 class Silent:
-    """A port that accepts connections and sends nothing; with `full`, one that does not accept them either."""
+    """A port that accepts connections and sends nothing; with `full`, its queue is full and connecting hangs."""
 
     def __init__(self, *, full=False):
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=0)
@@ -54,7 +54,7 @@ def closed_port():
 
 
 def failure(client, key=ROOT, *, timeout=1.0):
-    """The error of a read, which must come within the time-out."""
+    """The error of a read, which must fail within the timeout."""
     begun = time.monotonic()
     with pytest.raises(SourceError) as caught:
         client.get(key, timeout=timeout)
@@ -70,7 +70,7 @@ def body(text, **headers):
 
 
 GOOD = entry(ROOT, "Zg==")
-LIES = {
+INVALID = {
     "html": (html, BadResponse),
     "html with an index": (body(b"<html>"), BadResponse),
     "no body": (body(b""), BadResponse),

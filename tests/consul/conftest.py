@@ -15,7 +15,7 @@ from tests.fake_consul import FakeConsul
 
 @pytest.fixture
 def version():
-    """Of the fake; a test that holds for all versions is parametrized with them."""
+    """The version of the fake; tests of several versions parametrize it."""
     return "1.22"
 
 
@@ -42,12 +42,12 @@ def connect():
 
 @pytest.fixture
 def client(fake, connect):
-    return connect(fake.address, token="any")  # Consul says only to a token that it hides something.
+    return connect(fake.address, token="any")  # Consul reports hidden keys only to requests with a token.
 
 
 @pytest.fixture
 def named(monkeypatch):
-    """Replaces 127.0.0.1 in an address by a name that leads there, as one on a network does."""
+    """Replaces 127.0.0.1 in an address by a host name that resolves to it."""
     real = socket.getaddrinfo
 
     def resolved(host, port, *args, flags=0, **kwargs):
@@ -63,10 +63,9 @@ def named(monkeypatch):
 
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory):
-    """A folder with a private authority, and certificates of a server and a client.
+    """A folder with ca.pem, server.pem, client.pem and their keys.
 
-    ca.pem, server.pem and client.pem, with their keys beside them. The server is consul.example, and server.dc1.consul
-    as Consul's agents call themselves.
+    The server is consul.example, and server.dc1.consul as Consul's agents call themselves.
     """
     folder = tmp_path_factory.mktemp("tls")
     key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"

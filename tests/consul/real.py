@@ -1,4 +1,4 @@
-"""A table in a real Consul, and what its watches make of it."""
+"""A table in a real Consul, and the failures of its watch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def url(agent):
 
 
 def noticed(source, kind, agent=None):
-    """Poll until the watch has failed like this; with edits, as a query goes by the ACLs of its beginning."""
+    """Poll until the watch has failed with ``kind``.
+
+    With ``agent``, keep editing: a waiting query keeps the ACLs of its start until an edit ends it.
+    """
     (one,) = source.watches
     for _ in eventually(f"{kind.__name__} is noticed", 20):
         if agent is not None:

@@ -1,4 +1,4 @@
-"""Asks a fake what two real Consuls were once asked (tests/consul/answers), in the same order and the same state."""
+"""Repeats recorded requests to two real Consuls (tests/consul/answers) on a fake, in the same order and state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.fake_consul.store import Entry
 
 VERSIONS = ("1.8.7", "1.22")
 ANSWERS = Path(__file__).parent / "answers"
-HASTE = 10  # How much shorter waits are than those of the recording.
+HASTE = 10  # Waits are this many times shorter than the recorded ones.
 
 RULES = {
     "reader": 'key_prefix "aliases/" { policy = "read" }',
@@ -78,7 +78,7 @@ DURING = {
 
 @dataclass
 class Exchange:
-    """A recorded request with its answer, and the answer of the fake."""
+    """A recorded request with its response, and the response of the fake."""
 
     version: str
     row: dict[str, Any]
@@ -102,7 +102,7 @@ def rows(version: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def exchanges(version: str) -> list[Exchange]:
-    """All requests, and what a fake of that version answers."""
+    """Every recorded request of a version, with the response of the fake."""
     found = [Exchange(version, row) for row in rows(version)]
     for agent in ("plain", "acl", "hardened", "validation-off"):
         with FakeConsul(version=version) as fake:
@@ -137,7 +137,7 @@ def _transact(fake: FakeConsul, entries: dict[bytes, bytes]) -> None:
 
 
 def _before(fake: FakeConsul, name: str) -> None:
-    """What the recording changed without a line of its own."""
+    """Make the changes that the recording made without a line for them."""
     if name == "size/plain":
         for first in range(0, 300, 64):
             numbers = range(first, min(first + 64, 300))
@@ -147,7 +147,7 @@ def _before(fake: FakeConsul, name: str) -> None:
 
 
 def _exchange(fake: FakeConsul, exchange: Exchange, indexes: dict[str, str]) -> None:
-    """Ask the fake; `indexes` has what became of the recorded indexes."""
+    """Ask the fake; `indexes` maps recorded indexes to those of the fake."""
     row, name = exchange.row, exchange.row["name"]
     _before(fake, name)
     path = re.sub(r"\bindex=(\d+)", lambda index: f"index={indexes.get(index[1], index[1])}", row["path"])

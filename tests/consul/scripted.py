@@ -1,4 +1,4 @@
-"""A client whose answers are a script, for what a source does with them."""
+"""A client that returns scripted answers to a source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ROOT = b"mail/aliases/alias/root"
 
 
 class Client:
-    """A client whose answers are a script: a value, or an error to raise; each read takes `takes` seconds."""
+    """Returns values or raises errors; each read takes `takes` seconds of its own clock."""
 
     address = "http://consul:8500"
 

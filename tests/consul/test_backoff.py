@@ -22,21 +22,21 @@ def test_pauses_double_up_to_a_cap():
     assert [delay(failures, 0.0) for failures in range(1, 7)] == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0]
 
 
-def test_the_first_pause_needs_a_failure():
+def test_delay_without_a_failure_is_the_first_pause():
     assert delay(0, 0.0) == FIRST_PAUSE_SECONDS
 
 
-def test_chance_takes_up_to_a_quarter_off_after_the_cap():
+def test_jitter_shortens_a_pause_by_up_to_a_quarter():
     assert (delay(99, 1.0), delay(99, 0.0)) == (LAST_PAUSE_SECONDS * 0.75, LAST_PAUSE_SECONDS)
 
 
 @settings(deadline=None)
 @given(failures=st.integers(0, 10**9), chance=st.floats(0, 1))
-def test_a_recovery_is_noticed_within_the_last_pause_however_long_it_took(failures, chance):
+def test_delay_never_exceeds_the_longest_pause(failures, chance):
     assert 0 < delay(failures, chance) <= LAST_PAUSE_SECONDS
 
 
-def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
+def test_outage_logs_one_line_at_its_start_and_one_at_its_end(caplog):
     caplog.set_level(logging.DEBUG)
     found = outage()
     for second in range(5):
@@ -49,12 +49,12 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(caplog):
     ]
 
 
-def test_a_success_without_an_outage_says_nothing(caplog):
+def test_success_without_an_outage_logs_nothing(caplog):
     outage().success(1.0)
     assert lines(caplog) == []
 
 
-def test_a_second_outage_is_told_again_and_begins_with_the_first_pause(caplog):
+def test_second_outage_is_logged_and_starts_with_the_first_pause(caplog):
     found = outage()
     for now in (0.0, 1.0, 2.0):
         found.failure(Unreachable("a"), now, 0.0)
@@ -64,13 +64,13 @@ def test_a_second_outage_is_told_again_and_begins_with_the_first_pause(caplog):
 
 
 @pytest.mark.parametrize("now", [0.0, 1e9])
-def test_nothing_is_tried_before_the_pause_is_over(now):
+def test_no_attempt_is_made_during_a_pause(now):
     found = outage()
     wait = found.failure(Unreachable("a"), now, 0.5)
     assert (now + wait, now, "a") == (found.not_before, found.since, found.last_error)
 
 
-def test_one_failed_attempt_is_not_plural(caplog):
+def test_one_failed_attempt_is_logged_in_the_singular(caplog):
     found = outage()
     found.failure(Unreachable("a"), 1.0, 0.0)
     found.success(2.0)

@@ -35,15 +35,15 @@ def lines(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def test_one_key_is_one_read_of_that_key(client, direct):
+def test_lookup_reads_one_key_once(client, direct):
     assert (bucket(direct).lookup(b"root"), client.asked) == (b"gilles", [("get", ROOT, 2.0)])
 
 
-def test_a_key_that_consul_proves_absent_is_not_there(client, direct):
+def test_key_proven_absent_is_none(client, direct):
     assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
 
 
-def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
+def test_bad_value_is_an_entry_error(client, direct):
     client.store[ROOT] = b"|sh"
     with pytest.raises(EntryError, match="mail/aliases/alias/root: "):
         bucket(direct).lookup(b"root")
@@ -70,14 +70,14 @@ def test_an_entry_that_is_no_good_is_an_error_of_the_entry(client, direct):
         "a\x85b".encode(),
     ],
 )
-def test_key_that_no_url_can_name_is_an_error_and_never_asked_for(client, direct, key):
+def test_key_that_no_url_can_name_is_an_error_without_a_request(client, direct, key):
     with pytest.raises(SourceError, match="no URL can name it"):
         bucket(direct, key=key)
     assert client.asked == []
 
 
 @pytest.mark.parametrize("key", [b"%2e%2e/secret", b"root?raw", b"root#x", b"?keys", b"..%2f..", b"a b", b"a;b"])
-def test_a_key_that_only_looks_like_more_than_a_key_is_asked_for_as_it_is(client, direct, key):
+def test_key_with_url_syntax_is_read_unchanged(client, direct, key):
     bucket(direct, key=key)
     assert [("get", b"mail/aliases/alias/" + key, 2.0)] == client.asked
 
@@ -85,25 +85,25 @@ def test_a_key_that_only_looks_like_more_than_a_key_is_asked_for_as_it_is(client
 # ---- fetch ----
 
 
-def test_fetch_lists_the_bucket_with_keys_relative_to_it(client, direct):
+def test_fetch_returns_keys_relative_to_the_folder(client, direct):
     client.store = {b"mail/aliases/source/192.0.2.1": None, b"mail/aliases/source/": None, b"other/192.0.2.9": b""}
     found = bucket(direct, "source", None)
     assert (found.next_after(None), len(found)) == ((b"192.0.2.1", b"192.0.2.1"), 1)
 
 
-def test_an_empty_list_is_proven_by_reading_one_key_with_the_time_that_is_left(client, direct):
+def test_empty_list_is_verified_by_one_read_in_the_remaining_time(client, direct):
     client.takes = 0.5
     assert None is bucket(direct, "source", None).next_after(None)
     assert client.asked == [("list", b"mail/aliases/source/", 2.0), ("get", b"mail/aliases/source/-", 1.5)]
 
 
-def test_an_empty_list_whose_probe_is_refused_is_no_absence(client, direct):
+def test_empty_list_with_a_refused_probe_is_an_error(client, direct):
     client.errors[b"mail/aliases/source/-"] = Forbidden("403")
     with pytest.raises(Forbidden):
         bucket(direct, "source", None)
 
 
-def test_list_of_which_consul_hides_keys_answers_with_the_visible_ones(client, direct):
+def test_list_with_hidden_keys_returns_the_visible_ones(client, direct):
     client.hides = True
     with pytest.raises(Forbidden, match="Consul hides keys under mail/aliases/source/"):
         bucket(direct, "source", None)
@@ -111,7 +111,7 @@ def test_list_of_which_consul_hides_keys_answers_with_the_visible_ones(client, d
     assert bucket(direct, "source", None).next_after(None) == (b"192.0.2.1", b"192.0.2.1")
 
 
-def test_pattern_of_which_consul_hides_keys_is_an_error_unless_a_visible_one_matches(client, network):
+def test_pattern_lookup_with_hidden_keys_is_an_error_unless_a_visible_key_matches(client, network):
     client.hides = True
     assert network().find(b"192.0.2.1") is not None
     client.store.clear()
@@ -121,29 +121,29 @@ def test_pattern_of_which_consul_hides_keys_is_an_error_unless_a_visible_one_mat
             network()
 
 
-def test_a_fetch_never_answers_from_an_old_list(client, direct):
+def test_fetch_never_uses_a_cached_list(client, direct):
     client.store = {b"mail/aliases/source/192.0.2.1": None}
     bucket(direct, "source", None)
     client.store = {b"mail/aliases/source/192.0.2.2": None}
     assert bucket(direct, "source", None).next_after(None) == (b"192.0.2.2", b"192.0.2.2")
 
 
-# ---- pattern services: the whole bucket, for a while ----
+# ---- pattern services read the whole folder and cache it ----
 
 
 @pytest.fixture
 def network(client, direct):
-    """Asks in which entry an address lies."""
+    """Look up the network that contains an address."""
     client.store = {b"mail/aliases/netaddr/192.0.2.0/24": None}
     return lambda: direct.entries(TABLE, SERVICES["netaddr"], b"192.0.2.1", client.now + 2.0)
 
 
-def test_a_pattern_service_reads_the_whole_bucket(network, client):
+def test_pattern_service_reads_the_whole_folder(network, client):
     assert network().find(b"192.0.2.1") is not None
     assert client.asked == [("list", b"mail/aliases/netaddr/", 2.0)]
 
 
-def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
+def test_pattern_service_caches_its_folder(client, network):
     first = network()
     client.now += CACHE_SECONDS - 0.1
     kept = network()
@@ -151,7 +151,7 @@ def test_a_pattern_service_keeps_its_bucket_for_a_while(client, network):
     assert (first is kept, network() is kept, len(client.asked)) == (True, False, 2)
 
 
-def test_an_update_forgets_what_was_kept(network, direct):
+def test_update_clears_the_cache(network, direct):
     first = network()
     direct.update()
     assert network() is not first
@@ -168,7 +168,7 @@ def failing(client, direct, error, times=1):
     client.error = None
 
 
-def test_while_consul_is_known_to_be_down_nothing_is_asked_and_the_error_says_since_when(client, direct):
+def test_open_breaker_sends_no_request_and_reports_the_start_of_the_outage(client, direct):
     failing(client, direct, Unreachable("connection refused"))
     client.now += 0.1
     with pytest.raises(Unreachable, match=r"Consul has been unreachable for 0 s: connection refused"):
@@ -182,7 +182,7 @@ def test_six_lookups_of_one_recipient_cost_one_deadline(client, direct):
     assert (len(client.asked), client.now - began) == (1, 2.0)
 
 
-def test_after_the_pause_it_is_tried_again_and_a_success_closes_the_breaker(client, direct):
+def test_breaker_retries_after_its_pause_and_a_success_closes_it(client, direct):
     failing(client, direct, Unreachable("connection refused"))
     client.now += LAST_PAUSE_SECONDS
     assert (bucket(direct).lookup(b"root"), bucket(direct).lookup(b"root"), len(client.asked)) == (
@@ -193,38 +193,38 @@ def test_after_the_pause_it_is_tried_again_and_a_success_closes_the_breaker(clie
 
 
 @pytest.mark.parametrize("error", [Forbidden("403"), BadResponse("not JSON"), SourceError("token file: gone")])
-def test_what_is_true_of_one_key_alone_does_not_open_the_breaker(client, direct, error):
+def test_error_of_a_single_key_does_not_open_the_breaker(client, direct, error):
     failing(client, direct, error, 3)
     assert (bucket(direct).lookup(b"root"), len(client.asked)) == (b"gilles", 4)
 
 
-def test_a_refusal_proves_that_consul_is_back(client, direct, caplog):
+def test_refusal_closes_the_breaker(client, direct, caplog):
     failing(client, direct, Unreachable("connection refused"))
     client.now += LAST_PAUSE_SECONDS
     failing(client, direct, Forbidden("403"))
     assert "Consul at http://consul:8500: recovered after 4.0 s (1 failed attempt)" in lines(caplog)
 
 
-def test_an_update_reads_the_token_and_tries_consul_again_at_once(client, direct):
+def test_update_reads_the_token_and_retries_immediately(client, direct):
     failing(client, direct, Unreachable("connection refused"))
     direct.update()
     assert (bucket(direct).lookup(b"root"), client.tokens) == (b"gilles", 1)
 
 
-def test_an_update_says_when_the_token_cannot_be_read(client, direct):
+def test_update_reports_an_unreadable_token(client, direct):
     client.error = SourceError("token file: gone")
     with pytest.raises(SourceError, match="token file: gone"):
         direct.update()
 
 
 @pytest.mark.parametrize("left", [0.0, -1.0])
-def test_when_no_time_is_left_nobody_is_asked(client, direct, left):
+def test_expired_deadline_sends_no_request(client, direct, left):
     with pytest.raises(Unreachable, match="deadline expired"):
         bucket(direct, left=left)
     assert client.asked == []
 
 
-def test_each_outage_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
+def test_each_outage_logs_one_line_at_its_start_and_one_at_its_end(client, direct, caplog):
     caplog.set_level(logging.INFO)
     for _ in range(5):
         failing(client, direct, Unreachable("connection refused"), 2)
@@ -237,7 +237,7 @@ def test_each_outage_is_one_line_when_it_begins_and_one_when_it_ends(client, dir
     ]
 
 
-def test_each_refusal_to_list_a_folder_is_one_line_when_it_begins_and_one_when_it_ends(client, direct, caplog):
+def test_refused_list_of_a_folder_logs_one_line_at_its_start_and_one_at_its_end(client, direct, caplog):
     client.error = Forbidden("403: the token may not read this")
     for _ in range(4):
         with pytest.raises(Forbidden):
@@ -251,7 +251,7 @@ def test_each_refusal_to_list_a_folder_is_one_line_when_it_begins_and_one_when_i
     ]
 
 
-def test_refused_keys_beside_readable_ones_are_one_line_in_five_minutes(client, direct, caplog):
+def test_refused_keys_beside_readable_ones_log_one_line_in_five_minutes(client, direct, caplog):
     client.errors[b"mail/aliases/alias/vip"] = Forbidden("403")
     for _ in range(2):
         for _ in range(5):
@@ -272,45 +272,45 @@ def test_close_closes_the_connection(client, direct):
 USERS = b"mail/aliases/userinfo/"
 
 
-def test_a_user_of_its_own_is_one_read(client, direct):
+def test_user_with_an_entry_takes_one_read(client, direct):
     client.store[USERS + b"vera"] = b"1000:1000:/home/vera"
     assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
     assert [key for _, key, _ in client.asked] == [USERS + b"vera"]
 
 
-def test_a_user_without_entry_is_looked_up_as_the_default_within_the_same_deadline(client, direct):
+def test_default_entry_is_read_within_the_same_deadline(client, direct):
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     client.takes = 0.5
     assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
     assert client.asked == [("get", USERS + b"vera", 2.0), ("get", USERS + b"*", 1.5)]
 
 
-def test_a_record_that_is_not_about_ids_leaves_them_to_the_default(client, direct):
+def test_record_without_ids_falls_back_to_the_default_entry(client, direct):
     client.store[USERS + b"vera"] = b'{"password": "x"}'
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     assert bucket(direct, "userinfo", b"vera").lookup(b"vera") == b"1000:1000:/home/vera"
 
 
-def test_a_user_whose_entry_is_refused_is_not_the_default_user(client, direct):
+def test_user_with_a_refused_entry_does_not_get_the_default(client, direct):
     client.store[USERS + b"vera"] = b"0:0:/root"
     client.store[USERS + b"*"] = b"1000:1000:/home/%u"
     with pytest.raises(EntryError, match="userinfo/vera: uid or gid 0"):
         bucket(direct, "userinfo", b"vera").lookup(b"vera")
 
 
-def test_a_default_that_cannot_be_read_is_no_absence(client, direct):
+def test_unreadable_default_entry_is_an_error(client, direct):
     client.errors[USERS + b"*"] = Forbidden("no")
     with pytest.raises(Forbidden):
         bucket(direct, "userinfo", b"vera")
 
 
-def test_other_services_have_no_default(client, direct):
+def test_other_services_have_no_default_entry(client, direct):
     client.store[b"mail/aliases/alias/*"] = b"gilles"
     assert bucket(direct, key=b"nobody").lookup(b"nobody") is None
     assert len(client.asked) == 1
 
 
-def test_problems_of_a_listed_bucket_are_told_once(client, direct, caplog):
+def test_problems_of_a_listed_folder_are_logged_once(client, direct, caplog):
     client.store[b"mail/aliases/netaddr/nonsense"] = b""
     for _ in range(3):
         bucket(direct, "netaddr", b"192.0.2.1")
@@ -318,7 +318,7 @@ def test_problems_of_a_listed_bucket_are_told_once(client, direct, caplog):
     assert [line for line in lines(caplog) if "nonsense" in line] == [lines(caplog)[0]]
 
 
-def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, direct, caplog):
+def test_refused_key_names_log_one_line_for_many_lookups(client, direct, caplog):
     for number in range(5):
         client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest(f"refuses the name of key {number}")
         with pytest.raises(BadRequest):
@@ -327,7 +327,7 @@ def test_refused_names_of_keys_are_one_line_however_many_lookups_come(client, di
     assert lines(caplog) == ["mail/aliases/alias/: refuses the name of key 0; returning errors for such keys"]
 
 
-def test_refused_names_are_logged_again_after_some_minutes_and_are_no_outage(client, direct, caplog):
+def test_refused_key_names_are_logged_again_after_minutes_without_an_outage(client, direct, caplog):
     for number in range(30):
         client.now += REFUSED_KEY_SECONDS / 10
         client.errors[b"mail/aliases/alias/%d@x" % number] = BadRequest("refuses the name")
@@ -337,10 +337,10 @@ def test_refused_names_are_logged_again_after_some_minutes_and_are_no_outage(cli
     assert lines(caplog) == ["mail/aliases/alias/: refuses the name; returning errors for such keys"] * 3
 
 
-# ---- for a table that should be in memory ----
+# ---- tables too large for a mirror ----
 
 
-def test_key_in_capitals_is_found_by_listing_the_keys_which_is_remembered_for_a_while(client, direct):
+def test_upper_case_key_is_found_in_a_cached_list_of_keys(client, direct):
     client.store[b"mail/aliases/alias/Eric"] = b"x"
     for _ in range(2):
         assert bucket(direct, key=b"eric", table=MIRRORED).lookup(b"eric") == b"x"
@@ -351,7 +351,7 @@ def test_key_in_capitals_is_found_by_listing_the_keys_which_is_remembered_for_a_
     assert [what for what, _, _ in client.asked].count("keys") == 2
 
 
-def test_list_of_the_keys_that_takes_long_is_remembered_for_longer(client, direct):
+def test_slow_list_of_keys_is_cached_for_longer(client, direct):
     client.takes = 0.5
     for _ in range(2):
         bucket(direct, key=b"nobody", table=MIRRORED)
@@ -359,7 +359,7 @@ def test_list_of_the_keys_that_takes_long_is_remembered_for_longer(client, direc
     assert [what for what, _, _ in client.asked].count("keys") == 1
 
 
-def test_lower_case_key_takes_precedence_and_of_others_the_first(client, direct):
+def test_lower_case_key_takes_precedence_then_the_first_variant(client, direct):
     client.store |= {
         b"mail/aliases/alias/ROOT": b"x",
         b"mail/aliases/alias/Eric": b"2",
@@ -369,7 +369,7 @@ def test_lower_case_key_takes_precedence_and_of_others_the_first(client, direct)
     assert bucket(direct, key=b"eric", table=MIRRORED).lookup(b"eric") == b"1"
 
 
-def test_key_without_letters_needs_no_list(client, direct):
+def test_key_without_letters_is_not_searched_in_a_list(client, direct):
     bucket(direct, key=b"4711", table=MIRRORED)
     assert [what for what, _, _ in client.asked] == ["get"]
 
@@ -381,9 +381,7 @@ def test_key_is_an_error_while_the_keys_cannot_be_listed(client, direct):
 
 
 @pytest.mark.parametrize(("service", "key"), [("alias", b"nobody"), ("netaddr", b"192.0.2.1"), ("source", None)])
-def test_folder_too_large_to_list_is_an_error_and_neither_an_outage_nor_listed_again_soon(
-    client, direct, caplog, service, key
-):
+def test_folder_too_large_to_list_is_an_error_without_an_outage_or_a_second_list(client, direct, caplog, service, key):
     path = b"mail/aliases/%s/" % service.encode()
     client.errors[path], client.takes = TooLarge("9 MiB arrived"), 0.9
     for _ in range(2):
@@ -401,7 +399,7 @@ def test_folder_too_large_to_list_is_an_error_and_neither_an_outage_nor_listed_a
         bucket(direct, service, key, table=MIRRORED)
 
 
-def test_hidden_key_is_read_as_it_is_stored_and_not_searched_for(client, direct):
+def test_hidden_key_is_read_in_its_stored_case_without_a_list(client, direct):
     client.store[b"mail/aliases/alias/Eric"] = b"x"
     listed = Entries(MIRRORED, SERVICES["alias"])
     unlisted = Unlisted(Forbidden("hidden"), listed, b"Eric")

@@ -1,4 +1,4 @@
-"""Direct mode against each version of Consul: what a read of one key proves, and what becomes of odd names."""
+"""Direct mode against each version of Consul: absence, permissions and unusual key names."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_denied_user_does_not_get_the_ids_of_the_default(direct, fake):
 @pytest.mark.parametrize(
     "name", ["../../other/secret", "..%2f..%2fother%2fsecret", "%2e%2e/%2e%2e/other/secret", "./root", "x/../root"]
 )
-def test_name_that_a_version_cleans_finds_no_other_key(direct, fake, name):
+def test_name_that_consul_normalizes_finds_no_other_key(direct, fake, name):
     with contextlib.suppress(SourceError):
         assert lookup(direct, name.encode()) is None
     assert all(request.key.startswith(ALIAS) for request in fake.requests)

@@ -55,22 +55,22 @@ def lines(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def spoil(folder, text="{"):
+def damage(folder, text="{"):
     (folder / "export.json").write_text(text, "latin-1")
 
 
-def test_keys_and_values_of_an_export_are_read_in_its_order():
+def test_export_is_read_in_its_order():
     data = b'[{"key":"b/","flags":0,"value":""},{"key":"a","flags":18446744073709551615,"value":"Z2lsbGVz"}]'
     assert read_export(data) == [(b"b/", b"", 0), (b"a", b"gilles", 18446744073709551615)]
 
 
-def test_null_and_what_later_versions_of_consul_add_are_read():
+def test_null_values_and_unknown_fields_are_read():
     data = b'[{"key":"a","flags":0,"value":null,"namespace":"default","partition":"default"}]'
     assert read_export(data) == [(b"a", b"", 0)]
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_what_is_no_export_is_refused(text):
+def test_invalid_export_is_refused(text):
     with pytest.raises(SourceError, match="not the output of `consul kv export`"):
         read_export(text.encode("latin-1"))
 
@@ -82,22 +82,22 @@ def test_any_bytes_are_an_export_or_a_source_error(data):
         read_export(data)
 
 
-def test_a_bucket_holds_what_lies_under_its_path(folder, source):
+def test_folder_holds_the_keys_below_its_path(folder, source):
     write_source(folder, {"aliases/alias/root": b"gilles", "aliases/aliases/root": b"no", "aliases/alias": b"no"})
     assert bucket(source).values == {b"root": b"gilles"}
 
 
-def test_an_unchanged_file_is_not_read_again(source):
+def test_unchanged_file_is_not_read_again(source):
     assert bucket(source) is bucket(source)
 
 
-def test_a_changed_file_answers_at_once(folder, source):
+def test_changed_file_is_used_immediately(folder, source):
     bucket(source)
     write_source(folder, {"aliases/alias/root": b"eric, marie"})
     assert bucket(source).lookup(b"root") == b"eric, marie"
 
 
-def test_tables_and_services_have_buckets_of_their_own(folder, source):
+def test_tables_and_services_have_separate_folders(folder, source):
     write_source(
         folder, {"aliases/alias/root": b"gilles", "others/alias/root": b"eric", "aliases/string/root": b"marie"}
     )
@@ -106,19 +106,19 @@ def test_tables_and_services_have_buckets_of_their_own(folder, source):
     ] == [b"gilles", b"eric", b"marie"]
 
 
-def test_another_layout_of_the_same_table_is_not_answered_from_what_was_read_for_the_former(source):
+def test_changed_layout_of_a_table_is_read_anew(source):
     allowed = replace(TABLE, paths={"alias": "elsewhere"})
     assert (bucket(source).lookup(b"root"), bucket(source, table=allowed).lookup(b"root")) == (b"gilles", None)
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_a_file_that_was_never_good_is_an_error_that_names_it(folder, source, text):
-    spoil(folder, text)
+def test_invalid_file_is_an_error_with_its_name(folder, source, text):
+    damage(folder, text)
     with pytest.raises(SourceError, match=r"export\.json: not the output"):
         bucket(source)
 
 
-def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
+def test_missing_file_is_an_error_until_it_exists(tmp_path):
     source = FileSource(str(tmp_path / "export.json"))
     with pytest.raises(SourceError, match=r"export\.json: No such file or directory"):
         bucket(source)
@@ -126,31 +126,31 @@ def test_a_file_that_is_not_there_is_an_error_until_it_is(tmp_path):
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
-def test_a_folder_is_an_error(tmp_path):
+def test_folder_is_an_error(tmp_path):
     with pytest.raises(SourceError, match="Is a directory"):
         bucket(FileSource(str(tmp_path)))
 
 
 @pytest.mark.timeout(10)
-def test_a_named_pipe_is_an_error_and_nothing_to_wait_for(tmp_path):
+def test_named_pipe_is_an_error_and_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SourceError, match=r"pipe: "):
         bucket(FileSource(str(tmp_path / "pipe")))
 
 
 @pytest.mark.timeout(10)
-def test_a_device_is_an_error_and_not_read_to_its_end():
+def test_device_is_an_error_and_is_not_read():
     with pytest.raises(SourceError, match="/dev/zero: a device, not a file"):
         bucket(FileSource("/dev/zero"))
 
 
-def test_file_of_any_size_is_an_error_and_does_not_fill_the_memory(folder, source):
+def test_oversized_file_is_an_error_in_bounded_memory(folder, source):
     os.truncate(folder / "export.json", 1 << 33)
     with pytest.raises(SourceError, match=r"export.json: not the output of .*: an entry of more than 8 MiB"):
         bucket(source)
 
 
-def test_file_is_read_whole_however_it_is_cut(monkeypatch):
+def test_file_is_read_whole_in_pieces_of_any_size(monkeypatch):
     monkeypatch.setattr(export, "STEP_BYTES", 7)
     entries = [Exported(b'aliases/alias/},{"key%d' % number, b"x" * number, number) for number in range(50)]
     data = b"[\n" + b",\n".join(export_entry(*each) for each in entries) + b"\n]\n"
@@ -165,28 +165,28 @@ def test_read_bounded_reads_up_to_its_limit():
         read_bounded(io.BytesIO(b"x" * 9), 8)
 
 
-def test_a_bad_version_leaves_the_last_good_one_answering(folder, source):
+def test_bad_version_leaves_the_last_good_one_in_use(folder, source):
     bucket(source)
-    spoil(folder)
+    damage(folder)
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
-def test_a_bad_version_is_told_once_and_again_when_it_was_mended_meanwhile(folder, source, caplog):
+def test_bad_version_is_logged_once_and_again_after_a_good_one(folder, source, caplog):
     caplog.set_level(logging.DEBUG)
     for _ in range(2):
         write_source(folder, {"aliases/alias/root": b"gilles"})
         bucket(source)
-        spoil(folder)
+        damage(folder)
         for _ in range(3):
             bucket(source)
     warnings = [line for line in lines(caplog) if "serving its last good version" in line]
     assert len(warnings) == 2
 
 
-def test_the_end_of_a_bad_version_is_told(folder, source, caplog):
+def test_return_to_a_good_version_is_logged(folder, source, caplog):
     caplog.set_level(logging.DEBUG)
     bucket(source)
-    spoil(folder)
+    damage(folder)
     bucket(source)
     write_source(folder, {"aliases/alias/root": b"gilles"})
     bucket(source)
@@ -194,29 +194,29 @@ def test_the_end_of_a_bad_version_is_told(folder, source, caplog):
     assert [f"{folder}/export.json: readable again"] == lines(caplog)[1:]
 
 
-def test_problems_of_entries_are_told_once_a_version(folder, source, caplog):
+def test_problems_of_entries_are_logged_once_a_version(folder, source, caplog):
     write_source(folder, {"aliases/alias/bad": b"|sh"})
     bucket(source)
     bucket(source)
     assert [line.partition(":")[0] for line in lines(caplog)] == ["aliases/alias/bad"]
 
 
-def test_an_update_reads_again_what_looks_the_same(source):
+def test_update_reads_an_unchanged_file_again(source):
     first = bucket(source)
     source.update()
     assert first is not bucket(source)
 
 
-def test_an_update_with_a_bad_file_is_an_error_and_the_last_good_version_answers_on(folder, source):
+def test_update_with_a_bad_file_fails_and_keeps_the_last_good_version(folder, source):
     bucket(source)
-    spoil(folder)
+    damage(folder)
     with pytest.raises(SourceError, match="not the output"):
         source.update()
     assert bucket(source).lookup(b"root") == b"gilles"
 
 
-def test_asking_a_broken_file_again_and_again_holds_on_to_nothing(folder, source):
-    spoil(folder)
+def test_repeated_reads_of_a_broken_file_leak_no_memory(folder, source):
+    damage(folder)
     depth = 0
     for _ in range(50):
         with pytest.raises(SourceError) as caught:
@@ -228,12 +228,12 @@ def test_asking_a_broken_file_again_and_again_holds_on_to_nothing(folder, source
 def test_broken_file_is_parsed_once_a_version(folder, source, monkeypatch):
     parsed = []
     monkeypatch.setattr(export, "iter_export", lambda file: (parsed.append(file), iter_export(file))[1])
-    spoil(folder)
+    damage(folder)
     for _ in range(20):
         with pytest.raises(SourceError):
             bucket(source)
     assert len(parsed) == 1
-    spoil(folder, "{}")
+    damage(folder, "{}")
     with pytest.raises(SourceError):
         bucket(source)
     assert len(parsed) == 2
@@ -243,12 +243,12 @@ def test_broken_file_is_parsed_once_a_version(folder, source, monkeypatch):
 
 
 @given(st.lists(st.tuples(st.text(min_size=1), st.binary(), st.integers(0, 2**64 - 1))))
-def test_what_is_written_entry_by_entry_is_read_again(entries):
+def test_written_entries_are_read_back(entries):
     entries = [(key.encode(), value, flags) for key, value, flags in entries]
     assert read_export(b"[" + b",".join(export_entry(*entry) for entry in entries) + b"]") == entries
 
 
-def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+def test_two_writers_of_one_file_do_not_conflict(tmp_path):
     path = tmp_path / "file"
     first, second = AtomicWriter(str(path)), AtomicWriter(str(path))
     first.write(b"first")
@@ -260,14 +260,14 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_writer_sets_the_mode_that_was_asked_for(tmp_path):
+def test_writer_sets_the_requested_mode(tmp_path):
     for mode in (0o600, 0o644):
         writer = AtomicWriter(str(tmp_path / "file"), mode=mode, owner=(os.geteuid(), os.getegid()))
         writer.commit()
         assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
-def test_writer_that_is_discarded_leaves_the_old_file(tmp_path):
+def test_discarded_writer_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     writer = AtomicWriter(str(tmp_path / "file"))
     writer.write(b"new")
@@ -287,7 +287,7 @@ def test_writer_that_may_not_set_the_mode_leaves_no_descriptor_and_no_file(tmp_p
     assert (len(os.listdir("/proc/self/fd")), os.listdir(tmp_path)) == (len(before), [])
 
 
-def test_writer_in_a_folder_that_is_not_there_names_the_file(tmp_path):
+def test_writer_in_a_missing_folder_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         AtomicWriter(str(tmp_path / "none" / "file"))
     assert caught.value.filename == str(tmp_path / "none" / "file")

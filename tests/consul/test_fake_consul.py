@@ -1,4 +1,4 @@
-"""The fake does what Consul does where no recorded answer says so: other versions, waits, time-outs, settings."""
+"""Behaviour of the fake that the recorded responses do not cover: other versions, waits, timeouts, settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def versions(*chosen):
 
 
 def ask(fake, path, method="GET", *, body=b"", token=None):
-    """Status, headers and body of one request on a connection of its own."""
+    """Status, headers and body of one request on a new connection."""
     headers = {} if token is None else {"X-Consul-Token": token}
     with contextlib.closing(http.client.HTTPConnection(fake.address.removeprefix("http://"), timeout=5)) as connection:
         connection.request(method, path, body or None, headers)
@@ -77,7 +77,7 @@ def test_consul_1_21_5_refuses_names_outside_its_alphabet(fake, name):
 
 
 @versions("1.21.5")
-def test_consul_1_21_5_takes_any_name_without_its_filter_of_paths(fake):
+def test_consul_1_21_5_accepts_any_name_without_its_path_filter(fake):
     fake.disable_kv_key_validation = True
     assert text(fake, "/v1/kv/t/u@example.org") == (500, CHARSET)
     fake.disable_http_unprintable_char_filter = True
@@ -105,7 +105,7 @@ def test_consul_1_22_refuses_names_with_blanks_or_traversal(fake, name, fault):
 
 
 @versions("1.22", "1.22.4")
-def test_consul_1_22_lets_any_name_through_without_validation_and_warns(fake):
+def test_consul_1_22_accepts_any_name_without_validation_and_warns(fake):
     fake.disable_http_unprintable_char_filter = True
     assert text(fake, "/v1/kv/t/a%20") == (500, BLANKS)
     fake.disable_kv_key_validation = True
@@ -115,7 +115,7 @@ def test_consul_1_22_lets_any_name_through_without_validation_and_warns(fake):
 
 
 @versions("1.21.5", "1.22", "1.22.4")
-def test_escaped_dots_are_cleaned_and_answer_for_another_key(fake):
+def test_escaped_dots_are_normalized_to_another_key(fake):
     status, _, body = ask(fake, "/v1/kv/u/%2e%2e/t/a")
     assert (status, json.loads(body)[0]["Key"]) == (200, "t/a")
     assert keys(fake, "/v1/kv/u/..%2ft/?keys")[0] == ["t/a"]
@@ -128,7 +128,7 @@ def test_no_version_reads_a_path_with_plain_dots(fake):
 
 
 @versions()
-def test_transaction_takes_names_that_no_url_can_name(fake):
+def test_transaction_accepts_keys_that_no_url_can_name(fake):
     names = [" a", "b//c", "d/../e", "u%20x"]
     operations = [{"KV": {"Verb": "set", "Key": f"t/{name}", "Value": "eA=="}} for name in names]
     assert ask(fake, "/v1/txn", "PUT", body=json.dumps(operations).encode())[0] == 200
@@ -139,7 +139,7 @@ def test_transaction_takes_names_that_no_url_can_name(fake):
 
 
 @versions()
-def test_hidden_keys_are_reported_only_to_a_token_and_since_1_11(fake):
+def test_hidden_keys_are_reported_since_1_11_to_requests_with_a_token(fake):
     fake.tokens = dict.fromkeys(("anonymous", "s3cret"), READ_ALL + '\nkey "t/vip" { policy = "deny" }')
     fake.put(b"t/vip", b"x")
     for query in ("recurse", "keys", "keys&separator=/"):
@@ -159,7 +159,7 @@ def test_rule_of_the_key_wins_over_the_longest_prefix(fake):
 
 
 @versions()
-def test_rules_that_change_move_no_index_and_wake_nobody(fake):
+def test_changed_rules_move_no_index_and_end_no_wait(fake):
     fake.tokens["s3cret"] = READ_ALL + '\nkey "t/a" { policy = "deny" }'
     fake.put(b"t/b", b"x")
     before = index(fake)
@@ -171,7 +171,7 @@ def test_rules_that_change_move_no_index_and_wake_nobody(fake):
 
 
 @versions()
-def test_list_policy_refuses_a_list_to_a_rule_that_only_reads(fake):
+def test_list_policy_refuses_a_list_without_the_list_permission(fake):
     fake.key_list_policy = True
     fake.tokens["s3cret"] = READ_ALL
     status, _, body = ask(fake, "/v1/kv/t/?keys", token="s3cret")
@@ -190,7 +190,7 @@ def test_refusals_name_the_key_since_1_12(fake):
 
 
 @versions()
-def test_wait_ends_with_a_change_below_its_prefix_only(fake):
+def test_wait_ends_only_with_a_change_below_its_prefix(fake):
     fake.put(b"u/a", b"x")
     before = index(fake)
     with later(fake.put, b"u/a", b"y"):
@@ -234,7 +234,7 @@ def test_wait_without_news_may_end_with_an_error(fake):
     assert ask(fake, "/v1/kv/t/?keys")[0] == 200
 
 
-# Time-outs of the HTTP server.
+# Timeouts of the HTTP server.
 
 
 def test_only_consul_1_22_4_limits_the_time_of_an_answer_by_default():

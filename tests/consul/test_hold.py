@@ -1,4 +1,4 @@
-"""The rule of held deletions, on snapshots and moments; no Consul."""
+"""Held deletions, as pure functions of snapshots and times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pairs(count, service="alias", start=0, value=b"gilles"):
 
 
 def read(listed, former=None, now=NOW, *, table=TABLE, seconds=SECONDS, restored=False, hidden=(), **terms):
-    """The snapshot after a read that listed these pairs and proved the absence of all others."""
+    """The snapshot after a read that lists these pairs and proves that all others are absent."""
     builder = SnapshotBuilder(table, PREFIX, table.services, former, Terms(now, seconds, **terms))
     builder.take(sorted(listed))
     missing = builder.missing_keys()
@@ -72,7 +72,7 @@ def test_first_load_holds_nothing():
     assert held(read(pairs(30))) == {}
 
 
-def test_snapshot_file_counts_as_what_was_there_before_however_small():
+def test_restored_snapshot_of_any_size_can_start_a_hold():
     small = pairs(2) + pairs(1, "domain")
     assert held(read([], read(pairs(30), restored=True))) == {"alias": 30}
     assert held(read([], read(small, restored=True))) == {"alias": 2, "domain": 1}
@@ -83,7 +83,7 @@ def test_hold_deletions_of_0_holds_nothing():
     assert held(read([], read(pairs(30)), seconds=0.0)) == {}
 
 
-def test_folders_are_judged_one_by_one():
+def test_each_folder_is_held_separately():
     everything = pairs(30) + pairs(1000, "domain")
     assert held(read(pairs(1000, "domain"), read(everything))) == {"alias": 30}
 
@@ -97,7 +97,7 @@ def test_deleted_credentials_are_never_held(service):
     assert (held(after), len(after.entries[service])) == ({}, 0)
 
 
-def test_records_shared_with_credentials_are_held_for_the_other_service_alone():
+def test_records_shared_with_credentials_are_held_only_for_the_other_service():
     table = Table("mail", services=("credentials", "userinfo"), paths={"userinfo": "mail/credentials"})
     record = b'{"password": "$2b$10$abc", "uid": 1000, "gid": 1000, "home": "/home/u"}'
     after = read([], read(pairs(30, "credentials", value=record), table=table), table=table)
@@ -105,13 +105,13 @@ def test_records_shared_with_credentials_are_held_for_the_other_service_alone():
     assert (answers(after, service="userinfo"), answers(after, service="credentials")) == (b"1000:1000:/home/u", None)
 
 
-def test_keys_whose_absence_is_not_proven_are_hidden_and_not_held():
+def test_keys_without_proven_absence_are_hidden_and_not_held():
     former = read(pairs(30))
     after = read([], former, hidden=("alias",))
     assert (held(after), len(after.hidden["alias"].missing)) == ({}, 30)
 
 
-# ---- what a held folder answers ----
+# ---- answers during a hold ----
 
 
 def test_held_entries_answer_exactly_as_before():
@@ -146,7 +146,7 @@ def test_absence_of_other_keys_is_proven_during_a_hold():
     assert mirror.entries("alias", b"nobody", NOW).lookup(b"nobody") is None
 
 
-def test_edit_during_a_hold_is_answered_and_leaves_the_hold_as_it_is():
+def test_edit_during_a_hold_is_used_and_does_not_change_the_hold():
     first = read([], read(pairs(30)))
     second = read([(b"mail/alias/new", b"eric")], first, NOW + 10)
     assert (answers(second, b"new"), answers(second), second.held) == (b"eric", b"gilles", first.held)
@@ -163,7 +163,7 @@ def test_held_keys_are_not_missing_again():
     assert builder.missing_keys()["alias"] == {}
 
 
-def test_hold_goes_on_while_its_folder_is_hidden():
+def test_hold_continues_while_its_folder_is_hidden():
     first = read([], read(pairs(30)))
     assert answers(read([], first, NOW + 10, hidden=("alias",))) == b"gilles"
 
@@ -176,7 +176,7 @@ def test_further_deletions_join_a_hold_and_end_with_it():
     assert answers(second, b"user0") == b"gilles"
 
 
-# ---- when it ends ----
+# ---- when a hold ends ----
 
 
 def test_hold_ends_after_its_time():
@@ -186,7 +186,7 @@ def test_hold_ends_after_its_time():
     assert (answers(last), held(last), len(last.entries["alias"])) == (None, {}, 0)
 
 
-def test_deletion_in_the_read_that_ends_a_hold_is_judged_by_what_was_stored():
+def test_deletion_in_the_read_that_ends_a_hold_is_compared_with_the_stored_keys():
     first = read(pairs(25, start=30), read(pairs(55)))
     assert held(first) == {"alias": 30}
     few = read(pairs(24, start=30), first, NOW + SECONDS)
@@ -195,14 +195,14 @@ def test_deletion_in_the_read_that_ends_a_hold_is_judged_by_what_was_stored():
     assert (answers(most), answers(most, b"user31")) == (None, b"gilles")
 
 
-def test_keys_that_come_back_leave_the_hold_and_the_last_one_ends_it():
+def test_restored_keys_leave_the_hold_and_the_last_one_ends_it():
     first = read([], read(pairs(30)))
     some = read(pairs(10, value=b"eric"), first, NOW + 10)
     assert (held(some), answers(some), answers(some, b"user20")) == ({"alias": 20}, b"eric", b"gilles")
     assert held(read(pairs(30), some, NOW + 20)) == {}
 
 
-def test_accepted_deletions_go_at_the_next_read_and_others_are_still_held():
+def test_accepted_deletions_end_at_the_next_read_and_others_are_still_held():
     first = read(pairs(30, "domain"), read(pairs(30) + pairs(30, "domain")))
     accepted = first.accepted()
     assert answers(accepted) == b"gilles"
@@ -210,12 +210,12 @@ def test_accepted_deletions_go_at_the_next_read_and_others_are_still_held():
     assert (answers(last), held(last)) == (None, {"domain": 30})
 
 
-def test_snapshot_without_a_hold_is_accepted_as_it_is():
+def test_accepting_without_a_hold_changes_nothing():
     before = read(pairs(30))
     assert before.accepted() is before
 
 
-def test_update_that_changes_settings_accepts_what_is_held():
+def test_update_that_changes_settings_accepts_held_deletions():
     table = replace(TABLE, hold_deletions=60.0)
     taken = adopted(read([], read(pairs(30))), table, table.services)
     assert answers(taken) == b"gilles"
@@ -232,7 +232,7 @@ def test_wait_ends_with_the_hold():
 @hypothesis.given(
     st.lists(st.tuples(st.sets(st.integers(0, 59)), st.booleans(), st.sampled_from([1.0, 400.0, 1000.0])), max_size=8)
 )
-def test_listed_and_held_entries_answer_and_no_others(reads):
+def test_only_listed_and_held_entries_are_found(reads):
     before, now = read(pairs(60)), NOW
     for number, (listed, accepted, seconds) in enumerate(reads):
         now += seconds

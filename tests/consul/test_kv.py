@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from table_consul import kv
 from table_consul.errors import BadResponse, Forbidden, SourceError, TooLarge, Unreachable
 from tests import fake_consul
-from tests.consul.clients import GOOD, LIES, ROOT, TRUE, each_version, failure
+from tests.consul.clients import GOOD, INVALID, ROOT, TRUE, each_version, failure
 from tests.fake_consul import Answer, cut, entry, names
 
 UNADDRESSABLE = [
@@ -68,12 +68,12 @@ def test_get_returns_the_entry_of_a_key(client, fake):
 
 
 @each_version
-def test_get_of_a_key_that_is_not_there_is_none(client):
+def test_get_of_an_absent_key_is_none(client):
     assert client.get(b"consul/alias/nobody", timeout=2) is None
 
 
 @each_version
-def test_an_empty_value_is_none_as_in_json(client, fake):
+def test_empty_value_is_none_as_in_json(client, fake):
     fake.put(b"consul/domain/example.org", b"")
     pair = client.get(b"consul/domain/example.org", timeout=2)
     assert pair is not None
@@ -87,7 +87,7 @@ def test_values_are_bytes_of_any_kind(client, fake):
 
 
 @each_version
-def test_list_returns_what_is_below_a_prefix(client, fake):
+def test_list_returns_the_keys_below_a_prefix(client, fake):
     fake.put(b"consul/alias/a", None)
     fake.put(b"consul/domain/x", b"1")
     found = client.list(b"consul/alias/", timeout=2)
@@ -95,18 +95,18 @@ def test_list_returns_what_is_below_a_prefix(client, fake):
 
 
 @each_version
-def test_list_of_nothing_is_empty(client, fake):
+def test_list_of_an_empty_prefix_is_empty(client, fake):
     assert client.list(b"consul/domain/", timeout=2) == []
 
 
 @each_version
-def test_list_takes_the_empty_prefix_and_one_without_slash(client):
+def test_list_accepts_an_empty_prefix_and_one_without_a_slash(client):
     assert [pair.key for pair in client.list(b"", timeout=2)] == [ROOT]
     assert [pair.key for pair in client.list(b"consul/al", timeout=2)] == [ROOT]
 
 
 @each_version
-def test_list_of_entries_that_an_acl_hides_is_an_error_where_consul_says_so(client, fake):
+def test_list_with_hidden_entries_is_an_error_where_consul_reports_them(client, fake):
     fake.denied = (b"consul/alias/root",)
     if fake.since < (1, 11):
         assert client.list(b"consul/alias/", timeout=2) == []
@@ -128,12 +128,12 @@ def test_keys_are_listed_in_order(client, fake):
 
 
 @each_version
-def test_keys_of_nothing_are_none(client):
+def test_keys_of_an_empty_prefix_are_none(client):
     assert client.keys(b"consul/domain/", timeout=2) == []
 
 
 @each_version
-def test_keys_that_an_acl_hides_are_an_error_where_consul_says_so(client, fake):
+def test_hidden_keys_are_an_error_where_consul_reports_them(client, fake):
     fake.denied = (ROOT,)
     if fake.since < (1, 11):
         assert client.keys(b"consul/alias/", timeout=2) == []
@@ -143,13 +143,13 @@ def test_keys_that_an_acl_hides_are_an_error_where_consul_says_so(client, fake):
 
 
 @each_version
-def test_a_large_page_arrives_whole(client, fake):
+def test_large_page_arrives_whole(client, fake):
     for number in range(5000):
         fake.put(b"consul/alias/%d" % number, b"x" * 100)
     assert len(client.list(b"consul/", timeout=10)) == 5001
 
 
-def test_nothing_is_ever_written(client, fake):
+def test_client_never_writes(client, fake):
     with pytest.raises(NotImplementedError):
         client._library.kv.put("a", "b")
     with pytest.raises(NotImplementedError):
@@ -157,11 +157,11 @@ def test_nothing_is_ever_written(client, fake):
     assert fake.requests == []
 
 
-# Keys stay data.
+# Keys remain data.
 
 
 @pytest.mark.parametrize("key", UNADDRESSABLE)
-def test_a_key_that_no_url_can_name_is_refused_before_any_request(client, fake, key):
+def test_key_that_no_url_can_name_is_refused_before_any_request(client, fake, key):
     assert not kv.is_url_safe(key)
     with pytest.raises(ValueError, match="no URL can name"):
         client.get(key, timeout=1)
@@ -169,7 +169,7 @@ def test_a_key_that_no_url_can_name_is_refused_before_any_request(client, fake, 
 
 
 @pytest.mark.parametrize("prefix", [b"/", b"a//", b"../", b"a/../", b"a\n/", b"\xff/"])
-def test_a_prefix_that_no_url_can_name_is_refused_before_any_request(client, fake, prefix):
+def test_prefix_that_no_url_can_name_is_refused_before_any_request(client, fake, prefix):
     with pytest.raises(ValueError, match="no URL can name"):
         client.list(prefix, timeout=1)
     with pytest.raises(ValueError, match="no URL can name"):
@@ -179,7 +179,7 @@ def test_a_prefix_that_no_url_can_name_is_refused_before_any_request(client, fak
 
 @each_version
 @pytest.mark.parametrize("key", ODD)
-def test_an_odd_key_is_read_as_it_stands_and_nothing_else(client, fake, key):
+def test_unusual_key_is_read_unchanged(client, fake, key):
     assert kv.is_url_safe(key)
     if names.fault(fake.since, key) is not None:
         with pytest.raises(BadResponse, match="refuses the name of this key"):
@@ -210,13 +210,13 @@ def test_no_key_changes_which_key_is_read(client, fake, text):
     assert b"/" + key in request.path
 
 
-def test_an_answer_for_another_key_is_refused(client, fake):
+def test_answer_for_another_key_is_refused(client, fake):
     fake.handle = lambda request: entry(b"consul/alias/eric", "Zg==")
     assert isinstance(failure(client), BadResponse)
 
 
 @pytest.mark.parametrize("body", [b"[]", b'[{"Key":"consul/alias/root","Value":null,"ModifyIndex":1}]' * 2])
-def test_an_answer_with_other_than_one_entry_is_refused(client, fake, body):
+def test_answer_without_exactly_one_entry_is_refused(client, fake, body):
     fake.handle = lambda request: Answer(200, TRUE, body)
     assert isinstance(failure(client), BadResponse)
 
@@ -231,19 +231,19 @@ def test_entries_from_outside_the_prefix_are_refused(client, fake):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])
-def test_a_redirect_is_a_failure_and_never_followed(client, fake, status):
+def test_redirect_is_an_error_and_is_not_followed(client, fake, status):
     fake.put(b"other/secret", b"x")
     fake.handle = lambda request: Answer(status, {"Location": "/v1/kv/other/secret", **TRUE})
     assert isinstance(failure(client), BadResponse)
     assert len(fake.requests) == 1
 
 
-# Absence is proven.
+# Absence must be proven.
 
 
 @pytest.mark.parametrize("index", [None, "0", "-1", "x", "", "1.5", "\u00b2", "9" * 30])
 @pytest.mark.parametrize("status", [200, 404])
-def test_an_answer_without_a_valid_index_is_not_believed(client, fake, status, index):
+def test_answer_without_a_valid_index_is_an_error(client, fake, status, index):
     answer = entry(ROOT, "Zg==", status=status)
     answer.headers = {"X-Consul-Knownleader": "true"} | ({} if index is None else {"X-Consul-Index": index})
     fake.handle = lambda request: answer
@@ -253,12 +253,12 @@ def test_an_answer_without_a_valid_index_is_not_believed(client, fake, status, i
 
 
 @pytest.mark.parametrize("consistency", ["default", "stale", "consistent"])
-def test_a_404_without_a_leader_is_not_believed(fake, connect, consistency):
+def test_404_without_a_leader_is_an_error(fake, connect, consistency):
     fake.handle = lambda request: Answer(404, {"X-Consul-Index": "5", "X-Consul-Knownleader": "false"})
     assert isinstance(failure(connect(fake.address, consistency=consistency)), Unreachable)
 
 
-def test_a_404_that_breaks_off_within_its_headers_is_not_believed(client, fake):
+def test_404_with_cut_headers_is_an_error(client, fake):
     whole = Answer(404, TRUE).wire()
     for length in range(whole.index(b"true") + 4):
         fake.handle = cut(Answer(404, TRUE), length)
@@ -267,7 +267,7 @@ def test_a_404_that_breaks_off_within_its_headers_is_not_believed(client, fake):
 
 
 @each_version
-def test_old_data_are_accepted_from_a_server_without_leader_only_if_stale_is_asked_for(fake, connect):
+def test_stale_data_without_a_leader_are_accepted_only_with_consistency_stale(fake, connect):
     fake.leader = False
     assert isinstance(failure(connect(fake.address)), Unreachable)
     assert connect(fake.address, consistency="stale").get(ROOT, timeout=1).value == b"gilles"
@@ -276,9 +276,9 @@ def test_old_data_are_accepted_from_a_server_without_leader_only_if_stale_is_ask
     assert isinstance(failure(connect(fake.address)), Unreachable)
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_a_clear_error_in_time_and_the_next_good_answer_is_good(client, fake, lie):
-    fake.handle, kind = LIES[lie]
+@pytest.mark.parametrize("invalid", INVALID)
+def test_invalid_response_is_an_error_in_time_and_the_next_request_succeeds(client, fake, invalid):
+    fake.handle, kind = INVALID[invalid]
     error = failure(client, timeout=0.4)
     assert isinstance(error, kind)
     assert client.address in str(error)
@@ -286,7 +286,7 @@ def test_a_lie_is_a_clear_error_in_time_and_the_next_good_answer_is_good(client,
     assert client.get(ROOT, timeout=2).value == b"gilles"
 
 
-def test_any_bytes_for_an_answer_are_an_error_of_the_source(client, fake):
+def test_any_bytes_as_a_response_are_a_source_error(client, fake):
     choose = random.Random(7)
     whole = GOOD.wire()
     for _ in range(300):
@@ -301,7 +301,7 @@ def test_any_bytes_for_an_answer_are_an_error_of_the_source(client, fake):
         assert pair is None or pair.key == ROOT
 
 
-def test_the_trickling_of_a_body_does_not_outlive_the_deadline(client, fake):
+def test_trickling_body_ends_at_the_deadline(client, fake):
     def handle(request):
         request.send(b"HTTP/1.1 200 OK\r\nX-Consul-Index: 5\r\nContent-Length: 1000000\r\n\r\n")
         while not request.stopping.wait(0.02):
@@ -319,29 +319,29 @@ def test_body_beyond_the_limit_is_refused(fake, connect):
 
 
 @pytest.mark.parametrize("version", ["1.21.5"])
-def test_a_key_outside_the_alphabet_of_consul_1_21_5_is_no_outage(client, fake):
+def test_key_outside_the_alphabet_of_consul_1_21_5_causes_no_outage(client, fake):
     assert "1.21.5" in str(failure(client, b"consul/alias/user@example.org"))
     fake.put(b"consul/alias/user@example.org", b"x")
     assert len(client.list(b"consul/alias/", timeout=1)) == 2
 
 
-def test_messages_show_control_characters_and_bound_what_they_quote(fake, connect):
+def test_messages_escape_control_characters_and_bound_quotations(fake, connect):
     fake.handle = lambda request: Answer(403, {}, b"\x1b[2Jno\r\nway \xff" + b"x" * 5000)
     assert "\\x1b[2Jno way" in str(failure(connect(fake.address)))
 
 
-def test_messages_never_hold_values(client, fake):
+def test_messages_contain_no_values(client, fake):
     secret = base64.b64encode(b"$6$salt$hash").decode()
     for answer in (Answer(200, {}, entry(ROOT, secret).body), Answer(200, TRUE, entry(ROOT, secret).body[:-1])):
         fake.handle = lambda request, answer=answer: answer
         assert secret[:8] not in str(failure(client))
 
 
-# The other library.
+# The client py-consul.
 
 
 @pytest.mark.real
-def test_all_of_this_holds_under_py_consul(tmp_path):
+def test_tests_of_the_client_pass_under_py_consul(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
     subprocess.run([*pip, "--target", tmp_path, "py-consul"], check=True)
     root = Path(__file__).parents[2]

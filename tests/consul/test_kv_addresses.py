@@ -12,14 +12,14 @@ from table_consul.config import ConsulConfig
 from table_consul.errors import BadResponse, Unreachable
 from table_consul.failures import TooManyConnections
 from table_consul.transport import Endpoint
-from tests.consul.clients import GOOD, LIES, ROOT, SLACK, Silent, closed_port, each_version, failure
+from tests.consul.clients import GOOD, INVALID, ROOT, SLACK, Silent, closed_port, each_version, failure
 from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle
 
 # Connections.
 
 
 @each_version
-def test_the_connection_is_kept(client, fake):
+def test_connection_is_reused(client, fake):
     for _ in range(5):
         client.get(ROOT, timeout=1)
         client.get(b"consul/alias/nobody", timeout=1)
@@ -28,26 +28,26 @@ def test_the_connection_is_kept(client, fake):
 
 
 @each_version
-def test_a_kept_connection_that_was_closed_is_replaced_silently(client, fake):
+def test_closed_kept_connection_is_replaced_silently(client, fake):
     client.get(ROOT, timeout=1)
     fake.close_connections()
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_a_kept_connection_that_closes_on_the_next_request_is_replaced_silently(client, fake):
+def test_kept_connection_that_closes_on_a_request_is_replaced_silently(client, fake):
     client.get(ROOT, timeout=1)
     fake.handle = lambda request: None if request.connection == 1 else fake.consul(request)
     assert client.get(ROOT, timeout=1).value == b"gilles"
     assert [request.connection for request in fake.requests] == [1, 1, 2]
 
 
-def test_a_new_connection_that_closes_is_not_tried_again(client, fake):
+def test_new_connection_that_closes_is_not_retried(client, fake):
     fake.handle = lambda request: None
     assert "closed without an answer" in str(failure(client))
     assert len(fake.requests) == 1
 
 
-def test_a_time_out_on_a_kept_connection_is_not_tried_again(client, fake):
+def test_timeout_on_a_kept_connection_is_not_retried(client, fake):
     client.get(ROOT, timeout=1)
     fake.handle = stall
     failure(client, timeout=0.3)
@@ -55,7 +55,7 @@ def test_a_time_out_on_a_kept_connection_is_not_tried_again(client, fake):
 
 
 @each_version
-def test_a_restart_between_two_reads_goes_unnoticed(client, fake):
+def test_restart_between_two_reads_goes_unnoticed(client, fake):
     client.get(ROOT, timeout=1)
     fake.stop()
     assert "connection refused" in str(failure(client))
@@ -70,11 +70,11 @@ def test_closed_client_opens_a_connection_for_the_next_read(client, fake):
     assert [request.connection for request in fake.requests] == [1, 2]
 
 
-def test_no_time_is_no_answer(client):
+def test_request_without_remaining_time_fails(client):
     assert isinstance(failure(client, timeout=0), Unreachable)
 
 
-def test_connecting_does_not_outlive_the_deadline(connect):
+def test_connecting_ends_at_the_deadline(connect):
     with Silent(full=True) as dead:
         assert isinstance(failure(connect(dead.address), timeout=0.3), Unreachable)
 
@@ -84,7 +84,7 @@ def test_names_are_resolved(fake, connect):
     assert client.get(ROOT, timeout=2).value == b"gilles"
 
 
-def test_a_resolver_that_hangs_costs_the_deadline_and_one_thread(fake, connect, monkeypatch):
+def test_hanging_resolver_ends_at_the_deadline_and_uses_one_thread(fake, connect, monkeypatch):
     real = socket.getaddrinfo
     release = threading.Event()
     asked = []
@@ -105,7 +105,7 @@ def test_a_resolver_that_hangs_costs_the_deadline_and_one_thread(fake, connect, 
     assert client.get(ROOT, timeout=2).value == b"gilles"
 
 
-def test_a_name_that_does_not_resolve_is_unreachable(connect, monkeypatch):
+def test_unresolvable_name_is_unreachable(connect, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -115,11 +115,11 @@ def test_a_name_that_does_not_resolve_is_unreachable(connect, monkeypatch):
     assert "name or service not known" in str(error)
 
 
-def test_a_name_that_is_no_name_is_unreachable(connect):
+def test_invalid_host_name_is_unreachable(connect):
     assert isinstance(failure(connect("http://" + "a" * 70 + ".example:8500")), Unreachable)
 
 
-def test_a_unix_socket_serves(tmp_path, connect):
+def test_unix_socket_is_supported(tmp_path, connect):
     with FakeConsul(unix=tmp_path / "consul.sock") as fake:
         fake.put(ROOT, b"gilles")
         client = connect(fake.address)
@@ -132,12 +132,12 @@ def test_a_unix_socket_serves(tmp_path, connect):
     assert isinstance(failure(client), Unreachable)
 
 
-def test_a_unix_socket_that_is_not_there_is_named(tmp_path, connect):
+def test_missing_unix_socket_is_named(tmp_path, connect):
     error = failure(connect(f"unix://{tmp_path}/none"))
     assert str(error) == f"Consul at unix://{tmp_path}/none: no such file or directory"
 
 
-def test_ipv6_literals_are_reached(connect):
+def test_ipv6_literals_are_supported(connect):
     try:
         listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
@@ -159,7 +159,7 @@ def test_ipv6_literals_are_reached(connect):
     assert b"Host: [::1]:%d\r\n" % port in received[0]
 
 
-def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monkeypatch):
+def test_connection_reset_while_connecting_is_an_outage(monkeypatch):
     def broken(self):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -172,7 +172,7 @@ def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monke
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "invalid",
     [
         "html",
         "301",
@@ -186,9 +186,9 @@ def test_a_connection_that_breaks_before_it_stands_is_an_outage_and_no_bug(monke
         "end within the body",
     ],
 )
-def test_an_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect, lie):
+def test_client_fails_over_to_the_next_address_and_stays_there(fake, connect, invalid):
     with FakeConsul() as bad:
-        bad.handle = LIES[lie][0]
+        bad.handle = INVALID[invalid][0]
         client = connect(bad.address, fake.address)
         begun = time.monotonic()
         for _ in range(3):
@@ -198,7 +198,7 @@ def test_an_address_that_fails_gives_way_to_the_next_which_is_kept(fake, connect
         assert client.address == fake.address
 
 
-def test_a_connection_is_closed_after_an_answer_that_is_not_to_the_question(client, fake):
+def test_connection_is_closed_after_an_answer_for_another_key(client, fake):
     fake.handle = lambda request: entry(b"consul/alias/other", "Zg==")
     assert isinstance(failure(client), BadResponse)
     fake.handle = fake.consul
@@ -206,7 +206,7 @@ def test_a_connection_is_closed_after_an_answer_that_is_not_to_the_question(clie
     assert [request.connection for request in fake.requests] == [1, 2]
 
 
-def test_an_address_is_resolved_again_after_a_thread_could_not_be_started(fake, connect, monkeypatch):
+def test_address_is_resolved_again_after_a_thread_could_not_be_started(fake, connect, monkeypatch):
     client = connect(fake.address.replace("127.0.0.1", "localhost"))
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no thread")))
@@ -215,12 +215,12 @@ def test_an_address_is_resolved_again_after_a_thread_could_not_be_started(fake, 
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_an_address_that_refuses_connections_gives_way_to_the_next(fake, connect):
+def test_client_fails_over_when_an_address_refuses_connections(fake, connect):
     client = connect(closed_port(), closed_port(), fake.address)
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_when_the_kept_address_fails_the_first_is_asked_again(fake, connect):
+def test_client_returns_to_the_first_address_when_the_current_one_fails(fake, connect):
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         client = connect(other.address, fake.address)
@@ -231,7 +231,7 @@ def test_when_the_kept_address_fails_the_first_is_asked_again(fake, connect):
         assert client.get(ROOT, timeout=1).value == b"eric"
 
 
-def test_all_addresses_together_stay_within_the_deadline_and_are_all_named(connect):
+def test_all_addresses_share_the_deadline_and_are_named(connect):
     with Silent() as one, Silent() as two:
         error = failure(connect(one.address, two.address), timeout=0.4)
         assert isinstance(error, Unreachable)
@@ -240,15 +240,15 @@ def test_all_addresses_together_stay_within_the_deadline_and_are_all_named(conne
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_an_address_that_answers_wrongly_makes_a_failure_no_outage(fake, connect, order):
+def test_invalid_response_from_one_address_is_not_an_outage(fake, connect, order):
     fake.handle = html
     assert isinstance(failure(connect(*[closed_port(), fake.address][::order])), BadResponse)
 
 
-@pytest.mark.parametrize("lie", ["403", "400", "invalid key name"])
-def test_what_consul_itself_refuses_is_not_asked_of_another_address(fake, connect, lie):
+@pytest.mark.parametrize("invalid", ["403", "400", "invalid key name"])
+def test_refusal_by_consul_does_not_fail_over(fake, connect, invalid):
     with FakeConsul() as first:
-        first.handle = LIES[lie][0]
+        first.handle = INVALID[invalid][0]
         failure(connect(first.address, fake.address))
         assert fake.requests == []
 
@@ -257,7 +257,7 @@ def test_what_consul_itself_refuses_is_not_asked_of_another_address(fake, connec
 
 
 @each_version
-def test_connection_beyond_the_limit_of_consul_is_told_from_an_outage(fake, connect):
+def test_connection_limit_of_consul_is_distinguished_from_an_outage(fake, connect):
     first, second = connect(fake.address), connect(fake.address)
     assert first.get(ROOT, timeout=1).value == b"gilles"
     fake.max_connections = 1
@@ -270,20 +270,20 @@ def test_connection_beyond_the_limit_of_consul_is_told_from_an_outage(fake, conn
     assert second.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_next_address_is_asked_when_one_takes_no_more_connections(fake, connect):
+def test_client_fails_over_when_an_address_has_too_many_connections(fake, connect):
     fake.max_connections = 0
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         assert connect(fake.address, other.address).get(ROOT, timeout=1).value == b"eric"
 
 
-def test_too_many_connections_at_one_of_several_addresses_is_no_outage(fake, connect):
+def test_connection_limit_at_one_of_several_addresses_is_not_an_outage(fake, connect):
     fake.max_connections = 0
     assert isinstance(failure(connect(closed_port(), fake.address)), TooManyConnections)
 
 
 @pytest.mark.parametrize(("version", "status"), [("1.8.7", 429), ("1.22", 429)])
-def test_rate_limit_is_unreachable_and_not_a_matter_of_connections(fake, connect, status):
+def test_rate_limit_is_unreachable_and_not_a_connection_limit(fake, connect, status):
     fake.rate_limited = True
     error = failure(connect(fake.address))
     assert isinstance(error, Unreachable)
@@ -291,5 +291,5 @@ def test_rate_limit_is_unreachable_and_not_a_matter_of_connections(fake, connect
     assert f"{status} " in str(error)
 
 
-def test_refused_connection_is_unreachable_and_not_a_matter_of_connections(connect):
+def test_refused_connection_is_unreachable_and_not_a_connection_limit(connect):
     assert not isinstance(failure(connect(closed_port())), TooManyConnections)

@@ -1,4 +1,4 @@
-"""Responses that do not end where they seem to: none may answer the next request of the connection."""
+"""Responses with a wrong end: none may become the answer to the next request on the connection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from table_consul.errors import BadResponse, SourceError, Unreachable
 from table_consul.http_response import MAX_INTERIM
-from tests.consul.clients import LIES, ROOT, TRUE, failure
+from tests.consul.clients import INVALID, ROOT, TRUE, failure
 from tests.fake_consul import Answer, entry
 
 ABSENT = Answer(404, TRUE)
@@ -20,7 +20,7 @@ NOBODY = b"consul/alias/nobody"
 
 
 def interim(fake, *heads, pause=0.0):
-    """Put these before each true answer, a pause after them."""
+    """Send these bytes and a pause before each answer of Consul."""
 
     def handle(request):
         for head in heads:
@@ -39,7 +39,7 @@ def test_interim_response_is_not_the_answer(client, fake, status, count):
     assert client.get(NOBODY, timeout=1) is None
 
 
-def test_interim_response_long_before_the_answer_shifts_no_answer_to_the_next_request(client, fake):
+def test_early_interim_response_does_not_shift_answers(client, fake):
     interim(fake, EARLY_HINTS, pause=0.1)
     for _ in range(3):
         assert client.get(NOBODY, timeout=1) is None
@@ -49,7 +49,7 @@ def test_interim_response_long_before_the_answer_shifts_no_answer_to_the_next_re
 
 
 @pytest.mark.parametrize("head", [EARLY_HINTS, b"HTTP/1.1 100 Continue\r\n\r\n"])
-def test_interim_responses_without_end_are_an_error_soon(client, fake, head):
+def test_endless_interim_responses_are_an_early_error(client, fake, head):
     interim(fake, *[head] * 1000)
     began = time.monotonic()
     assert isinstance(failure(client, timeout=5), BadResponse)
@@ -63,10 +63,10 @@ def test_interim_response_that_switches_protocols_is_an_error(client, fake):
     assert isinstance(failure(client), BadResponse)
 
 
-@pytest.mark.parametrize("lie", [name for name in LIES if name != "stall"])
-def test_connection_is_closed_after_a_response_that_is_not_good(client, fake, lie):
+@pytest.mark.parametrize("invalid", [name for name in INVALID if name != "stall"])
+def test_connection_is_closed_after_an_invalid_response(client, fake, invalid):
     assert client.get(ROOT, timeout=1).value == b"gilles"
-    fake.handle, _ = LIES[lie]
+    fake.handle, _ = INVALID[invalid]
     failure(client, timeout=0.3)
     tried = max(request.connection for request in fake.requests)
     fake.handle = fake.consul
@@ -76,7 +76,7 @@ def test_connection_is_closed_after_a_response_that_is_not_good(client, fake, li
 
 @pytest.mark.parametrize("first", [Answer(500, {}, b"No cluster leader"), Answer(403, {}, b"Permission denied")])
 @pytest.mark.parametrize("pause", [0.0, 0.05])
-def test_second_response_to_one_request_answers_no_other(client, fake, first, pause):
+def test_second_response_to_a_request_is_not_used_for_the_next(client, fake, first, pause):
     sent = threading.Event()
 
     def twice(request):
@@ -95,7 +95,7 @@ def test_second_response_to_one_request_answers_no_other(client, fake, first, pa
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05])
-def test_second_404_to_one_request_answers_no_other(client, fake, pause):
+def test_second_404_to_a_request_is_not_used_for_the_next(client, fake, pause):
     sent = threading.Event()
 
     def twice(request):
@@ -111,7 +111,7 @@ def test_second_404_to_one_request_answers_no_other(client, fake, pause):
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 
-def test_late_answer_to_a_request_that_timed_out_answers_no_other(client, fake):
+def test_late_response_after_a_timeout_is_not_used_for_the_next(client, fake):
     def late(request):
         fake.handle = fake.consul
         request.stopping.wait(0.3)
@@ -126,7 +126,7 @@ def test_late_answer_to_a_request_that_timed_out_answers_no_other(client, fake):
 
 
 @pytest.mark.parametrize("answer", [ABSENT, entry(ROOT, "Zg==")])
-def test_response_that_is_cut_within_its_headers_is_not_believed(client, fake, answer):
+def test_response_with_cut_headers_is_an_error(client, fake, answer):
     headers = {"Vary": "Accept-Encoding", **TRUE, "X-Consul-Results-Filtered-By-Acls": "true"}
     whole = Answer(answer.status, headers, answer.body).wire()
     for length in range(whole.index(b"\r\n\r\n") + 4):
@@ -138,12 +138,12 @@ def test_response_that_is_cut_within_its_headers_is_not_believed(client, fake, a
 
 
 @pytest.mark.parametrize("index", ["9223372036854775808", "18446744073709551615", "9" * 30])
-def test_index_beyond_63_bits_is_not_believed(client, fake, index):
+def test_index_beyond_63_bits_is_an_error(client, fake, index):
     fake.handle = lambda request: entry(ROOT, "Zg==", index=index)
     assert isinstance(failure(client), BadResponse)
 
 
-def test_index_of_63_bits_is_believed(client, fake):
+def test_index_of_63_bits_is_accepted(client, fake):
     fake.handle = lambda request: entry(ROOT, "Zg==", index=str(2**63 - 1))
     with client.blocking_query(b"consul/", timeout=1) as response:
         assert response.index == 2**63 - 1
@@ -152,7 +152,7 @@ def test_index_of_63_bits_is_believed(client, fake):
 @pytest.mark.parametrize("leader", [None, "", "TRUE?", "1"])
 @pytest.mark.parametrize("status", [200, 404])
 @pytest.mark.parametrize("consistency", ["default", "stale", "consistent"])
-def test_answer_without_a_leader_header_is_not_believed(fake, connect, leader, status, consistency):
+def test_answer_without_a_leader_header_is_an_error(fake, connect, leader, status, consistency):
     headers = {"X-Consul-Index": "5"} | ({} if leader is None else {"X-Consul-Knownleader": leader})
     fake.handle = lambda request: Answer(status, headers, b"[]")
     client = connect(fake.address, consistency=consistency)
@@ -166,7 +166,7 @@ def test_answer_without_a_leader_header_is_not_believed(fake, connect, leader, s
 
 @pytest.mark.parametrize("depth", [5_000, 100_000])
 @pytest.mark.parametrize("body", [b"%b%b", b'[{"Key":"consul/alias/root","Value":null,"ModifyIndex":1,"X":%b%b}]'])
-def test_body_of_many_levels_is_unusable(client, fake, depth, body):
+def test_deeply_nested_body_is_an_error(client, fake, depth, body):
     fake.handle = lambda request: Answer(200, TRUE, body % (b"[" * depth, b"]" * depth))
     for read in (client.get, client.list, client.keys):
         with pytest.raises(BadResponse, match="unusable answer"):
@@ -180,7 +180,7 @@ def entries(client, prefix=b"t/"):
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("step", [1 << 10, 16 << 10])
-def test_keys_full_of_boundaries_cost_no_more_than_others(fake, connect, step):
+def test_keys_full_of_separators_take_no_longer_than_others(fake, connect, step):
     keys = [f"t/{number}" + "}," * (1 << 18) for number in range(14)]
     body = msgspec.json.encode([{"Key": key, "Value": "", "ModifyIndex": 1} for key in keys])
     fake.handle = lambda request: Answer(200, TRUE, body)

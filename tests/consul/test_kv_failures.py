@@ -1,4 +1,4 @@
-"""What an operator reads when Consul refuses a request, and what of its answer is quoted."""
+"""Messages for requests that Consul refuses, and how much of its response they quote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKEN = "8a4c19f2-77b0-4d3e-9b61-0c5d2e7fa835"
 
 @pytest.fixture
 def answered(fake, connect):
-    """The error of a read that is answered so, with a token or without."""
+    """The error of a read that gets this response, with or without a token."""
 
     def make(status, text, token=TOKEN):
         fake.handle = lambda request: Answer(status, {}, text.encode())
@@ -41,7 +41,7 @@ LATER = "rename the key, or set disable_kv_key_validation in Consul's configurat
         ("1.22", b"x%2e%2ey", "path traversal is not allowed", LATER),
     ],
 )
-def test_refused_name_is_reported_in_the_words_of_consul(connect, version, name, words, hint):
+def test_refused_name_is_reported_with_the_reason_of_consul(connect, version, name, words, hint):
     with FakeConsul(version=version) as fake:
         error = failure(connect(fake.address), b"consul/alias/" + name)
     assert isinstance(error, BadName)
@@ -71,7 +71,7 @@ RECORDED = [
 
 
 @pytest.mark.parametrize(("path", "recorded"), RECORDED)
-def test_name_that_consul_cleans_is_never_sent_and_its_answer_not_believed(fake, connect, path, recorded):
+def test_name_that_consul_normalizes_is_not_sent_and_its_answer_is_an_error(fake, connect, path, recorded):
     client = connect(fake.address)
     fake.handle = lambda request: Answer(*recorded)
     for name in (path, urllib.parse.unquote(path)):
@@ -91,7 +91,7 @@ def test_name_that_consul_cleans_is_never_sent_and_its_answer_not_believed(fake,
 # Statuses.
 
 
-def test_403_of_a_token_is_reported_as_such(answered):
+def test_403_with_a_token_is_forbidden(answered):
     text = "Permission denied: token with AccessorID '5c1b' lacks permission 'key:read' on \"aliases/alias/vera@x\""
     error = answered(403, text)
     assert isinstance(error, Forbidden)
@@ -99,7 +99,7 @@ def test_403_of_a_token_is_reported_as_such(answered):
 
 
 @pytest.mark.parametrize("text", ["Permission denied", "ACL not found", ""])
-def test_403_without_a_token_says_that_none_is_configured(answered, text):
+def test_403_without_a_token_reports_the_missing_token(answered, text):
     error = answered(403, text, token=None)
     assert isinstance(error, Forbidden)
     assert f"403 {text}".strip() in str(error)
@@ -115,7 +115,7 @@ def test_403_without_a_token_says_that_none_is_configured(answered, text):
         ("Endpoint is blocked by agent configuration", "http_config.block_endpoints"),
     ],
 )
-def test_403_of_an_agents_settings_names_the_setting_and_no_token(answered, text, setting, token):
+def test_403_due_to_an_agent_setting_names_the_setting_and_no_token(answered, text, setting, token):
     error = answered(403, text, token)
     assert isinstance(error, Forbidden)
     assert f"403 {text}" in str(error)
@@ -134,7 +134,7 @@ def test_403_of_an_agents_settings_names_the_setting_and_no_token(answered, text
         (500, "rpc error making call ... i/o deadline reached"),
     ],
 )
-def test_limits_and_outages_are_quoted_and_another_address_is_asked(answered, fake, connect, status, text):
+def test_limits_and_outages_are_quoted_and_fail_over(answered, fake, connect, status, text):
     error = answered(status, text.replace(" ... ", ": "))
     assert isinstance(error, Unreachable)
     assert f": {status} {text}" in str(error)
@@ -150,13 +150,13 @@ def test_limits_and_outages_are_quoted_and_another_address_is_asked(answered, fa
         ("partition", 'Invalid query parameter: "partition" - Partitions are a Consul Enterprise feature'),
     ],
 )
-def test_setting_that_only_enterprise_has_is_named(answered, setting, text):
+def test_enterprise_setting_is_named(answered, setting, text):
     error = answered(400, text)
     assert not isinstance(error, BadRequest | Unreachable)  # neither about one key nor an outage
     assert f"400 {text.removeprefix('Bad request: ')} (remove {setting} from the configuration)" in str(error)
 
 
-def test_partition_that_an_old_consul_ignores_is_logged_once(connect, caplog):
+def test_partition_ignored_by_an_old_consul_is_logged_once(connect, caplog):
     with FakeConsul(version="1.8.7") as fake:
         fake.put(ROOT, b"gilles")
         client = connect(fake.address, partition="mail")
@@ -203,7 +203,7 @@ AROUND = [
 
 
 def shared(text, spelling, length=6):
-    """Parts of the spelling that are in the text."""
+    """Parts of the encoded token that occur in the text."""
     return [
         spelling[at : at + length] for at in range(len(spelling) - length + 1) if spelling[at : at + length] in text
     ]
@@ -221,12 +221,12 @@ def test_no_part_of_an_echoed_token_is_quoted(fake, connect, status, around):
         assert shared(str(caught.value).replace("\\n", "\n"), spelling) == []
 
 
-def test_page_of_a_proxy_is_quoted_if_no_token_was_sent(answered):
+def test_proxy_page_is_quoted_if_no_token_was_sent(answered):
     assert "502 <html><title>Bad Gateway" in str(answered(502, "<html><title>Bad Gateway</title>", token=None))
     assert "502 (text not quoted" in str(answered(502, "<html><title>Bad Gateway</title>"))
 
 
-def test_values_of_an_answer_that_is_not_consuls_are_not_quoted(fake, connect):
+def test_values_in_an_unexpected_response_are_not_quoted(fake, connect):
     secret = base64.b64encode(b"$6$salt$hash").decode()
     fake.handle = lambda request: Answer(200, {}, entry(ROOT, secret).body)
     for token in (None, TOKEN):

@@ -1,4 +1,4 @@
-"""Lists with gzip: where they are asked for, and that no compressed body takes more memory than any other."""
+"""Lists with gzip: when they are requested, and that decompression is bounded in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GZIP = {**TRUE, "Content-Encoding": "gzip"}
 
 @pytest.fixture
 def remote(fake, connect, named):
-    """Makes a client that reaches the fake, or other servers, as over a network."""
+    """Makes a client that connects to the fake, or to other servers, by host name."""
     return lambda *servers, **options: connect(
         *(named(each.address) for each in servers or (fake,)), token="any", **options
     )
@@ -38,7 +38,7 @@ def asked(fake):
 
 
 @each_version
-def test_list_over_a_network_is_asked_for_with_gzip_and_a_key_is_not(remote, fake):
+def test_list_over_a_network_is_requested_with_gzip_and_a_key_is_not(remote, fake):
     for number in range(2000):
         fake.put(b"t/user%d" % number, b"x" * 100)
     client = remote()
@@ -53,7 +53,7 @@ def test_list_over_a_network_is_asked_for_with_gzip_and_a_key_is_not(remote, fak
     ("host", "coding"),
     [("127.0.0.1", "identity"), ("localhost", "identity"), ("consul.localhost", "identity"), ("consul.test", "gzip")],
 )
-def test_coding_depends_on_the_address_as_it_is_configured(fake, connect, monkeypatch, host, coding):
+def test_coding_depends_on_the_configured_address(fake, connect, monkeypatch, host, coding):
     real = socket.getaddrinfo
     aliases = {"localhost": "127.0.0.1", "consul.localhost": "127.0.0.1"}
     monkeypatch.setattr(
@@ -70,7 +70,7 @@ def test_list_over_a_unix_socket_is_not_compressed(tmp_path, connect):
         assert asked(fake) == ["identity"]
 
 
-def test_each_address_is_asked_in_its_own_coding(named, fake, connect):
+def test_each_address_has_its_own_coding(named, fake, connect):
     fake.handle = lambda request: Answer(500)
     with FakeConsul() as near:
         connect(named(fake.address), near.address).list(b"t/", timeout=1)
@@ -120,7 +120,7 @@ BROKEN = {
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("step", [7, 16 << 10])
-def test_invalid_gzip_is_a_failure_and_the_next_good_answer_is_good(remote, fake, fault, chunked, step):
+def test_invalid_gzip_is_a_failure_and_the_next_request_succeeds(remote, fake, fault, chunked, step):
     client = remote(limits={"chunk_bytes": step})
     compressed(fake, BROKEN[fault], chunked=chunked)
     with pytest.raises(BadResponse, match="invalid gzip"):
@@ -129,7 +129,7 @@ def test_invalid_gzip_is_a_failure_and_the_next_good_answer_is_good(remote, fake
     assert len(query(client, b"t/").pairs) == 50
 
 
-def test_gzip_that_is_cut_off_anywhere_is_a_failure(remote, fake):
+def test_truncated_gzip_is_a_failure(remote, fake):
     client = remote()
     for length in range(len(WHOLE)):
         compressed(fake, WHOLE[:length])
@@ -155,13 +155,13 @@ def test_garbled_gzip_is_a_failure_or_the_same_list(remote, fake):
 
 
 @pytest.mark.parametrize("coding", ["deflate", "br", "gzip, gzip", "x-gzip", ""])
-def test_coding_that_was_not_asked_for_is_a_failure(remote, fake, coding):
+def test_unrequested_coding_is_a_failure(remote, fake, coding):
     compressed(fake, WHOLE, {**TRUE, "Content-Encoding": coding})
     with pytest.raises(BadResponse, match="not asked for"):
         query(remote(), b"t/")
 
 
-def test_gzip_that_was_not_asked_for_is_a_failure(remote, fake, client):
+def test_unrequested_gzip_is_a_failure(remote, fake, client):
     compressed(fake, WHOLE)
     with pytest.raises(BadResponse, match="not asked for"):
         query(client, b"t/")
@@ -169,12 +169,12 @@ def test_gzip_that_was_not_asked_for_is_a_failure(remote, fake, client):
         remote().get(ROOT, timeout=1)
 
 
-def test_server_that_does_not_compress_is_read(remote, fake):
+def test_uncompressed_response_is_read(remote, fake):
     compressed(fake, BODY, TRUE)
     assert len(query(remote(), b"t/").pairs) == 50
 
 
-def test_compressed_refusal_is_understood(remote, fake):
+def test_compressed_error_response_is_read(remote, fake):
     refusal = gzip.compress(b"Permission denied")
     fake.handle = lambda request: Answer(403, {"Content-Encoding": "gzip"}, refusal)
     with pytest.raises(Forbidden, match="403 Permission denied"):
@@ -185,12 +185,12 @@ def test_compressed_refusal_is_understood(remote, fake):
 
 
 def bomb(piece, times, start=b"", end=b""):
-    """A gzip body of so many equal pieces."""
+    """A gzip body of ``count`` equal pieces."""
     writer = zlib.compressobj(9, wbits=31)
     return b"".join(map(writer.compress, (start, *[piece] * times, end))) + writer.flush()
 
 
-def test_decompression_bomb_is_a_failure_in_bounded_memory_and_the_next_address_is_asked(remote, fake):
+def test_decompression_bomb_fails_over_in_bounded_memory(remote, fake):
     with FakeConsul() as other:
         compressed(fake, bomb(b" " * (1 << 20), 256, b"[", b"]"))
         compressed(other, WHOLE)
@@ -211,14 +211,14 @@ def test_decompression_bomb_of_large_values_is_too_large(remote, fake):
         query(remote(limits={"body_bytes": 4 << 20}), b"t/")
 
 
-def test_decompression_bomb_instead_of_one_key_or_of_keys_is_bounded(remote, fake):
+def test_decompression_bomb_in_place_of_a_key_or_keys_is_bounded(remote, fake):
     compressed(fake, bomb(b" " * (1 << 20), 64, b"[", b"]"))
     with pytest.raises(TooLarge):
         remote(limits={"body_bytes": 4 << 20}).keys(b"t/", timeout=5)
 
 
 @pytest.mark.parametrize(("entries", "kept"), [(50, True), (2000, True), (200_000, False)])
-def test_unread_compressed_response_keeps_its_connection_if_it_is_small(remote, fake, entries, kept):
+def test_small_unread_compressed_response_keeps_its_connection(remote, fake, entries, kept):
     body = listing(*((f"t/{number}", b"x") for number in range(entries)))
     compressed(fake, gzip.compress(body))
     client = remote()

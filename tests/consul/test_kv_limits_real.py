@@ -1,4 +1,4 @@
-"""Limits of a real agent: on connections from one address, and lists compressed on their way over a network."""
+"""A real agent: its limit on connections from one address, and compressed lists over a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_connection_beyond_the_limit_of_a_real_consul_is_told_from_an_outage(authority, scheme):
+def test_connection_limit_of_a_real_consul_is_distinguished_from_an_outage(authority, scheme):
     (port,), options = free_ports(1), {}
     hcl = "limits { http_max_conns_per_client = 5 }"
     if scheme == "https":
@@ -32,7 +32,7 @@ def test_connection_beyond_the_limit_of_a_real_consul_is_told_from_an_outage(aut
         clients = [kv.Client(config(address, **options)) for _ in range(8)]
         for client in clients:
             stack.callback(client.close)
-        for _ in eventually("five are served, and three are refused", 20):
+        for _ in eventually("five connections are served and three refused", 20):
             refused = [error for error in map(refusal, clients) if error is not None]
             if len(refused) == 3:
                 break
@@ -49,7 +49,7 @@ class Counting(Proxy):
         return data
 
 
-def test_list_of_a_real_consul_crosses_a_network_compressed(consul, named):
+def test_list_of_a_real_consul_is_compressed_over_a_network(consul, named):
     consul.kv_txn({f"mail/aliases/alias/user{number:05}": f"someone{number}@example.org" for number in range(5_000)})
     took = {}
     with Counting(consul) as proxy:

@@ -18,7 +18,7 @@ from tests.fake_consul import Answer, FakeConsul, cut, stall, trickle
 
 
 @each_version
-def test_a_blocking_query_returns_when_something_changes(client, fake):
+def test_blocking_query_returns_on_a_change(client, fake):
     index = query(client).index
     change = threading.Timer(0.1, fake.put, (b"consul/alias/new", b"x"))
     change.start()
@@ -29,12 +29,12 @@ def test_a_blocking_query_returns_when_something_changes(client, fake):
 
 
 @each_version
-def test_a_blocking_query_returns_the_same_after_its_wait(client, fake):
+def test_blocking_query_returns_the_same_after_its_wait(client, fake):
     assert query(client, timeout=2, index=fake.index, wait=0.1).index == fake.index
 
 
 @each_version
-def test_a_blocking_query_shows_an_index_that_went_back(client, fake):
+def test_blocking_query_shows_an_index_that_went_back(client, fake):
     former = fake.index
     change = threading.Timer(0.1, fake.reset_index, (3,))
     change.start()
@@ -43,7 +43,7 @@ def test_a_blocking_query_shows_an_index_that_went_back(client, fake):
     assert query(client, timeout=2, index=former, wait=0.1).index == 3
 
 
-def test_a_blocking_query_that_is_not_answered_ends_at_its_deadline(client, fake):
+def test_unanswered_blocking_query_ends_at_its_deadline(client, fake):
     fake.handle = stall
     begun = time.monotonic()
     with pytest.raises(Unreachable):
@@ -51,20 +51,20 @@ def test_a_blocking_query_that_is_not_answered_ends_at_its_deadline(client, fake
     assert 0.5 < time.monotonic() - begun < 0.7 + SLACK
 
 
-def test_a_healthy_blocking_list_is_not_cut_short_for_a_second_address(fake, connect):
+def test_waiting_blocking_query_does_not_fail_over(fake, connect):
     client = connect(fake.address, closed_port())
     assert query(client, timeout=1.0, index=fake.index, wait=0.8).index == fake.index
     assert client.address == fake.address
 
 
-def test_a_blocking_query_passes_over_an_address_that_does_not_connect(fake, connect):
+def test_blocking_query_fails_over_when_an_address_does_not_connect(fake, connect):
     with Silent(full=True) as dead:
         client = connect(dead.address, fake.address)
         assert query(client, timeout=2, index=fake.index, wait=0.5).index == fake.index
         assert client.address == fake.address
 
 
-def test_after_a_blocking_query_that_was_not_answered_the_next_address_is_asked(fake, connect):
+def test_query_after_an_unanswered_blocking_query_uses_the_next_address(fake, connect):
     with Silent() as dead:
         client = connect(dead.address, fake.address)
         with pytest.raises(Unreachable):
@@ -76,7 +76,7 @@ def test_after_a_blocking_query_that_was_not_answered_the_next_address_is_asked(
 
 
 def listing(*pairs, indent=None):
-    """The body of a list as Consul spells it."""
+    """The body of a list as Consul writes it."""
     entries = [
         {
             "LockIndex": 0,
@@ -112,7 +112,7 @@ TRAPS = [
 
 @pytest.mark.parametrize("indent", [None, 4])
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 64, 1 << 20])
-def test_query_yields_whole_entries_however_the_body_is_cut(fake, connect, step, indent):
+def test_query_yields_whole_entries_from_pieces_of_any_size(fake, connect, step, indent):
     pairs = sorted((key, b"x" * (number * 7)) for number, key in enumerate(TRAPS))
     whole(fake, listing(*pairs, indent=indent))
     read = query(connect(fake.address, limits={"chunk_bytes": step}), b"t/")
@@ -136,7 +136,7 @@ def test_any_list_in_any_pieces_gives_the_same_pairs(fake, connect, entries, ste
     assert query(connect(fake.address, limits={"chunk_bytes": step}), b"t/").pairs == pairs
 
 
-def test_query_hands_on_a_long_list_piece_by_piece(fake, client):
+def test_query_yields_a_long_list_in_batches(fake, client):
     pairs = [(f"t/{number:05}", b"x" * 50) for number in range(2000)]
     whole(fake, listing(*pairs))
     sizes = [len(batch) for batch in query(client, b"t/").batches]
@@ -144,7 +144,7 @@ def test_query_hands_on_a_long_list_piece_by_piece(fake, client):
     assert max(sizes) < 400
 
 
-def test_query_reads_the_largest_value_of_consul(fake, client):
+def test_query_reads_the_largest_value_that_consul_stores(fake, client):
     whole(fake, listing(("t/a", b"1"), ("t/b", b"x" * (512 << 10)), ("t/c", b"2")))
     assert [(key, len(value)) for key, value in query(client, b"t/").pairs] == [
         (b"t/a", 1),
@@ -178,14 +178,14 @@ NOT_LISTS = [
 
 @pytest.mark.parametrize("body", NOT_LISTS)
 @pytest.mark.parametrize("step", [1, 1 << 20])
-def test_query_refuses_a_body_that_is_no_list_of_entries(fake, connect, body, step):
+def test_query_refuses_a_body_other_than_a_list_of_entries(fake, connect, body, step):
     whole(fake, body)
     with pytest.raises(BadResponse):
         query(connect(fake.address, limits={"chunk_bytes": step}), b"t/")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_query_whose_body_breaks_off_anywhere_fails(fake, client, chunked):
+def test_query_with_a_truncated_body_fails(fake, client, chunked):
     answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y"), ("t/c", b"z")), chunked=chunked)
     for length in range(answer.wire().rindex(b"]") + 1):
         fake.handle = cut(answer, length)
@@ -193,7 +193,7 @@ def test_query_whose_body_breaks_off_anywhere_fails(fake, client, chunked):
             query(client, b"t/", timeout=1)
 
 
-def test_query_that_breaks_off_is_an_error_and_the_next_one_starts_over(fake, client):
+def test_query_after_a_truncated_one_starts_over(fake, client):
     answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y")))
     fake.handle = lambda request: answer
     query(client, b"t/")
@@ -204,7 +204,7 @@ def test_query_that_breaks_off_is_an_error_and_the_next_one_starts_over(fake, cl
     assert query(client, b"t/").pairs == [(b"t/a", b"x"), (b"t/b", b"y")]
 
 
-def test_query_that_breaks_off_is_asked_of_the_next_address(fake, connect):
+def test_query_after_a_truncated_one_uses_the_next_address(fake, connect):
     with FakeConsul() as other:
         other.put(b"t/a", b"x")
         answer = Answer(200, TRUE, listing(("t/a", b"x"), ("t/b", b"y")))
@@ -216,14 +216,14 @@ def test_query_that_breaks_off_is_asked_of_the_next_address(fake, connect):
 
 
 @each_version
-def test_query_of_nothing_is_an_answer_with_an_index_and_no_entries(fake, client):
+def test_query_of_an_empty_prefix_has_an_index_and_no_entries(fake, client):
     read = query(client, b"t/")
     assert (read.pairs, read.index, read.filtered) == ([], fake.index, False)
     whole(fake, b"[]")
     assert query(client, b"t/").pairs == []
 
 
-def test_query_takes_no_404_but_consuls_for_emptiness(fake, client):
+def test_query_accepts_only_a_404_of_consul_as_empty(fake, client):
     for headers in ({}, {"X-Consul-Index": "5"}, {"X-Consul-Index": "5", "X-Consul-Knownleader": "false"}):
         fake.handle = lambda request, headers=headers: Answer(404, headers)
         with pytest.raises((Unreachable, BadResponse)):
@@ -237,7 +237,7 @@ def unread(client):
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("size", "kept"), [(0, True), (5_000, True), (5_000_000, False)])
-def test_unread_response_keeps_its_connection_if_it_is_small(fake, client, size, kept, chunked):
+def test_small_unread_response_keeps_its_connection(fake, client, size, kept, chunked):
     whole(fake, b"x" * size, chunked=chunked)
     assert unread(client) == 5
     whole(fake, listing(("t/a", b"x")))
@@ -259,14 +259,14 @@ def test_unread_response_is_not_read(fake, client):
     assert len(sent) < 512  # what the sockets' buffers hold
 
 
-def test_query_that_is_left_early_does_not_disturb_the_next(fake, client):
+def test_query_left_early_does_not_affect_the_next(fake, client):
     whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))))
     with client.blocking_query(b"t/", timeout=2) as response:
         assert next(response.pairs())[0] == kv.Pair("t/00000", b"x" * 50, 5)
     assert len(query(client, b"t/").pairs) == 2000
 
 
-def test_query_has_a_limit_on_the_body(fake, connect):
+def test_query_limits_the_size_of_the_body(fake, connect):
     whole(fake, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), chunked=True)
     with pytest.raises(TooLarge, match=r"0 MiB in \d+ entries is more than smtpd can use"):
         query(connect(fake.address, limits={"body_bytes": 100_000, "entry_bytes": 10}), b"t/")
@@ -277,12 +277,12 @@ def test_body_limit_grows_with_the_number_of_entries(fake, connect):
     assert len(query(connect(fake.address, limits={"body_bytes": 20_000, "entry_bytes": 400}), b"t/").pairs) == 2000
 
 
-def test_largest_entry_that_smtpd_can_use_is_within_its_share_of_the_body():
+def test_largest_usable_entry_fits_its_share_of_the_body_limit():
     largest = listing(("t/" + "k" * 1023, b"x" * 2047))
     assert len(largest) < kv.Client.entry_bytes
 
 
-def test_query_refuses_a_list_that_never_begins(fake, connect):
+def test_query_refuses_a_body_of_endless_white_space(fake, connect):
     with FakeConsul() as other:
         whole(fake, b"[" + b" " * (9 << 20) + b"]")
         whole(other, listing(("t/a", b"x")))
@@ -298,7 +298,7 @@ def test_query_with_an_entry_larger_than_consul_stores_by_default_is_too_large(f
         query(client, b"t/")
 
 
-def test_list_that_does_not_arrive_within_the_deadline_is_too_large(fake, connect):
+def test_list_that_misses_the_deadline_is_too_large(fake, connect):
     client = connect(fake.address, limits={"flowing_bytes": 100_000})
     answer = Answer(200, TRUE, listing(*((f"t/{number:05}", b"x" * 50) for number in range(2000))), length=1 << 30)
 
@@ -312,7 +312,7 @@ def test_list_that_does_not_arrive_within_the_deadline_is_too_large(fake, connec
             read(b"t/", timeout=0.3)
 
 
-def test_blocking_query_that_stops_arriving_is_never_too_large(fake, connect):
+def test_stalled_blocking_query_is_not_too_large(fake, connect):
     client = connect(fake.address, limits={"flowing_bytes": 0, "read_seconds": 0.1})
 
     def stops(request):
@@ -325,7 +325,7 @@ def test_blocking_query_that_stops_arriving_is_never_too_large(fake, connect):
 
 
 @each_version
-def test_query_tells_when_an_acl_hides_some(fake, client):
+def test_query_reports_entries_hidden_by_an_acl(fake, client):
     fake.put(b"t/a", b"x")
     fake.put(b"t/secret", b"y")
     fake.denied = (b"t/secret",)
@@ -334,7 +334,7 @@ def test_query_tells_when_an_acl_hides_some(fake, client):
 
 
 @each_version
-def test_query_waits_on_its_index_and_brings_the_edit(fake, client):
+def test_query_waits_on_its_index_and_returns_the_edit(fake, client):
     fake.put(b"t/a", b"x")
     index = query(client, b"t/").index
     timer = threading.Timer(0.1, fake.put, (b"t/a", b"y"))
@@ -350,7 +350,7 @@ def test_query_waits_on_its_index_and_brings_the_edit(fake, client):
     [("default", {"consistent": "1"}), ("stale", {"stale": "1"}), ("consistent", {"consistent": "1"})],
 )
 @each_version
-def test_the_first_answer_of_a_watch_comes_from_a_leader_that_has_caught_up(fake, connect, consistency, params):
+def test_first_query_of_a_watch_is_consistent(fake, connect, consistency, params):
     client = connect(fake.address, consistency=consistency)
     index = query(client, b"t/").index
     assert fake.requests[-1].params == {"recurse": "1", **params}
@@ -359,7 +359,7 @@ def test_the_first_answer_of_a_watch_comes_from_a_leader_that_has_caught_up(fake
     assert fake.requests[-1].params == {**waiting, **({consistency: "1"} if consistency != "default" else {})}
 
 
-def test_query_that_is_held_longer_than_agreed_is_unreachable(fake, client):
+def test_query_held_beyond_its_wait_is_unreachable(fake, client):
     fake.handle = stall
     began = time.monotonic()
     with pytest.raises(Unreachable):
@@ -367,7 +367,7 @@ def test_query_that_is_held_longer_than_agreed_is_unreachable(fake, client):
     assert 0.5 <= time.monotonic() - began < 0.5 + SLACK
 
 
-def test_body_of_a_query_may_take_longer_than_the_deadline_as_long_as_it_arrives(fake, connect):
+def test_steady_body_of_a_query_may_exceed_the_deadline(fake, connect):
     client = connect(fake.address, limits={"chunk_bytes": 64, "read_seconds": 3.0})
     pairs = [(f"t/{number}", b"x") for number in range(9)]
     slow = trickle(Answer(200, TRUE, listing(*pairs)), pause=0.002)
@@ -377,7 +377,7 @@ def test_body_of_a_query_may_take_longer_than_the_deadline_as_long_as_it_arrives
     assert time.monotonic() - began > 1.2
 
 
-def test_body_of_a_query_that_stops_arriving_is_unreachable(fake, connect):
+def test_stalled_body_of_a_query_is_unreachable(fake, connect):
     client = connect(fake.address, limits={"read_seconds": 0.2})
     answer = Answer(200, TRUE, listing(("t/a", b"x")), length=1000)
 
@@ -393,7 +393,7 @@ def test_body_of_a_query_that_stops_arriving_is_unreachable(fake, connect):
         assert time.monotonic() - began < 1.2 + SLACK
 
 
-def test_list_has_its_deadline_for_the_whole_body(fake, client):
+def test_deadline_of_a_list_covers_the_whole_body(fake, client):
     answer = Answer(200, TRUE, listing(("t/a", b"x" * 5000)))
 
     def slow(request):

@@ -1,4 +1,4 @@
-"""Queries that are interrupted, and lists that Consul takes long to begin."""
+"""Queries that are interrupted, and lists whose first byte is late."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.consul.clients import ROOT, SLACK, Silent, query
 from tests.fake_consul import stall
 
 
-def test_interrupt_that_comes_while_a_wait_is_still_connecting_ends_it(fake, client, monkeypatch):
+def test_interrupt_ends_a_query_that_is_still_connecting(fake, client, monkeypatch):
     connect = Endpoint.open
 
     def interrupted(endpoint):
@@ -30,7 +30,7 @@ def test_interrupt_that_comes_while_a_wait_is_still_connecting_ends_it(fake, cli
 
 
 def after(seconds, fake):
-    """Consul, but each list takes so long to begin."""
+    """Consul, except that the first byte of each list comes after these seconds."""
 
     def handle(request):
         if "recurse" in request.params and request.stopping.wait(seconds):
@@ -41,7 +41,7 @@ def after(seconds, fake):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_list_that_begins_later_each_time_than_its_timeout_arrives_in_the_end(fake, client, index):
+def test_timeout_grows_until_a_late_list_arrives(fake, client, index):
     fake.put(b"t/a", b"x")
     after(0.4, fake)
     failures = 0
@@ -57,7 +57,7 @@ def test_list_that_begins_later_each_time_than_its_timeout_arrives_in_the_end(fa
     assert query(client, b"t/", timeout=0.1, index=index, wait=0.01).pairs == read.pairs
 
 
-def test_list_that_began_soon_has_its_own_timeout_again(fake, client):
+def test_prompt_list_restores_the_timeout(fake, client):
     after(0.15, fake)
     with pytest.raises(Unreachable):
         query(client, timeout=0.1)
@@ -71,7 +71,7 @@ def test_list_that_began_soon_has_its_own_timeout_again(fake, client):
     assert time.monotonic() - began < 0.1 + SLACK
 
 
-def test_list_whose_connection_closes_before_it_begins_is_unreachable_and_no_cut_wait(fake, client, monkeypatch):
+def test_list_closed_before_its_first_byte_is_unreachable_and_not_a_cut_wait(fake, client, monkeypatch):
     monkeypatch.setattr("table_consul.transport.LEAST_CUT_SECONDS", 0.05)
     fake.handle = stall
     with pytest.raises(Unreachable):
@@ -82,7 +82,7 @@ def test_list_whose_connection_closes_before_it_begins_is_unreachable_and_no_cut
     assert not isinstance(caught.value, WaitCut)
 
 
-def test_address_that_does_not_connect_gets_no_longer_timeout(connect):
+def test_address_that_does_not_connect_keeps_its_timeout(connect):
     with Silent(full=True) as dead:
         client = connect(dead.address)
         for _ in range(3):

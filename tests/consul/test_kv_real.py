@@ -1,4 +1,4 @@
-"""The Consul client against a real Consul: what a fake would only repeat of our own beliefs."""
+"""The Consul client against a real Consul, without the assumptions of a fake."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def refusal(key):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_key_reads_nothing_outside_its_bucket(client, hostile):
+def test_hostile_key_reads_no_key_outside_its_folder(client, hostile):
     key = BUCKET + hostile
     if not kv.is_url_safe(key):
         with pytest.raises(ValueError, match="no URL can name"):
@@ -173,7 +173,7 @@ def test_hostile_key_reads_nothing_outside_its_bucket(client, hostile):
 
 
 @pytest.mark.parametrize("fine", FINE)
-def test_keys_with_all_sorts_of_characters_are_read_as_they_stand(client, filled, fine):
+def test_keys_with_unusual_characters_are_read_unchanged(client, filled, fine):
     key = BUCKET + fine
     filled.kv_put(key.decode(), "odd")
     assert client.get(key, timeout=5).value == b"odd"
@@ -183,14 +183,14 @@ def test_keys_with_all_sorts_of_characters_are_read_as_they_stand(client, filled
     assert client.get(key, timeout=5) is None
 
 
-def test_keys_that_only_a_transaction_can_make_are_listed_but_never_asked_for(client, filled):
+def test_keys_that_only_a_transaction_can_write_are_listed_but_never_read(client, filled):
     odd = ["made/a//b", "made/a/../b", "made/a\nb"]
     filled.kv_txn(dict.fromkeys(odd, "x"))
     assert sorted(pair.key.decode() for pair in client.list(b"made/", timeout=5)) == sorted(odd)
     assert not any(kv.is_url_safe(key.encode()) for key in odd)
 
 
-def test_a_key_has_a_name_problem_exactly_where_consul_since_1_21_6_refuses_it(client):
+def test_name_problem_agrees_with_refusals_of_consul_since_1_21_6(client):
     rng = random.Random(5)
     parts = [*"ab.%/ 2eE0zé@+:*~!#?=&|", "..", "%20", "%2e", "%41", "%zz", "%25", "%2f", "\u200e", "\xa0", "\x7f"]
     keys = {("t/" + "".join(rng.choices(parts, k=rng.randint(1, 5)))).encode() for _ in range(2000)}
@@ -225,7 +225,7 @@ def test_get_list_and_keys_see_an_edit_and_a_deletion(client, filled):
     assert index_of(client, b"edit/") > before
 
 
-def test_a_blocking_list_returns_with_the_edit_it_waited_for(client, filled):
+def test_blocking_list_returns_the_edit(client, filled):
     filled.kv_put("wait/a", "1")
     index = index_of(client, b"wait/")
     edit = threading.Timer(0.2, filled.kv_put, ("wait/a", "2"))
@@ -238,7 +238,7 @@ def test_a_blocking_list_returns_with_the_edit_it_waited_for(client, filled):
     assert time.monotonic() - begun < 5
 
 
-def test_a_blocking_list_of_what_does_not_change_returns_after_its_wait(client, filled):
+def test_blocking_list_without_a_change_returns_after_its_wait(client, filled):
     filled.kv_put("still/a", "1")
     index = index_of(client, b"still/")
     begun = time.monotonic()
@@ -247,7 +247,7 @@ def test_a_blocking_list_of_what_does_not_change_returns_after_its_wait(client, 
     assert 0.3 < time.monotonic() - begun < 3
 
 
-def test_every_consistency_and_the_own_datacenter_answer(filled):
+def test_every_consistency_and_the_local_datacenter_answer(filled):
     for options in ({"consistency": "stale"}, {"consistency": "consistent"}, {"datacenter": "dc1"}):
         client = kv.Client(settings(filled, **options))
         assert client.get(BUCKET + b"root", timeout=5).value == b"gilles"
@@ -255,20 +255,20 @@ def test_every_consistency_and_the_own_datacenter_answer(filled):
         client.close()
 
 
-def test_an_unknown_datacenter_is_no_absence(filled):
+def test_unknown_datacenter_is_an_error(filled):
     client = kv.Client(settings(filled, datacenter="elsewhere"))
     with pytest.raises((BadResponse, Unreachable)):
         client.get(BUCKET + b"nobody", timeout=5)
     client.close()
 
 
-def test_a_value_at_the_limit_of_consul_arrives(client, filled):
+def test_value_at_the_limit_of_consul_is_read(client, filled):
     value = b"x" * (512 * 1024)
     filled.kv_put("large/a", value)
     assert client.get(b"large/a", timeout=5).value == value
 
 
-def test_with_acls_a_hidden_key_is_forbidden_and_a_readable_one_absent_or_there(guarded):
+def test_hidden_key_is_forbidden_and_a_readable_key_is_found_or_absent(guarded):
     token = guarded.token('key_prefix "consul/" { policy = "read" }')
     client = kv.Client(settings(guarded, token=token))
     assert client.get(b"consul/alias/root", timeout=5).value == b"gilles"
@@ -280,16 +280,16 @@ def test_with_acls_a_hidden_key_is_forbidden_and_a_readable_one_absent_or_there(
     client.close()
 
 
-def test_without_a_token_a_get_is_forbidden(guarded):
+def test_get_without_a_token_is_forbidden(guarded):
     client = kv.Client(settings(guarded))
     with pytest.raises(Forbidden):
         client.get(b"consul/alias/root", timeout=5)
-    # Consul shows nothing and does not say so: whoever lists must prove emptiness by reading one key.
+    # Consul hides every key without reporting it: only a read of one key shows whether the list is empty.
     assert client.list(b"consul/", timeout=5) == []
     client.close()
 
 
-def test_an_unknown_token_is_forbidden_for_every_kind_of_read(guarded):
+def test_unknown_token_is_forbidden_for_every_kind_of_read(guarded):
     client = kv.Client(settings(guarded, token="00000000-0000-0000-0000-000000000001"))
     for read in (client.get, client.list, client.keys):
         with pytest.raises(Forbidden):
@@ -297,7 +297,7 @@ def test_an_unknown_token_is_forbidden_for_every_kind_of_read(guarded):
     client.close()
 
 
-def test_a_token_that_is_replaced_in_its_file_is_used_at_once(guarded, tmp_path):
+def test_token_replaced_in_its_file_is_used_immediately(guarded, tmp_path):
     path = tmp_path / "token"
     first = guarded.token('key_prefix "consul/" { policy = "read" }')
     path.write_text(first + "\n")
@@ -310,7 +310,7 @@ def test_a_token_that_is_replaced_in_its_file_is_used_at_once(guarded, tmp_path)
     client.close()
 
 
-def test_a_consul_that_hangs_stops_or_restarts_is_unreachable_and_then_good(guarded):
+def test_consul_that_hangs_stops_or_restarts_is_unreachable_until_it_is_back(guarded):
     token = guarded.token('key_prefix "consul/" { policy = "read" }')
     client = kv.Client(settings(guarded, token=token))
 
@@ -332,13 +332,13 @@ def test_a_consul_that_hangs_stops_or_restarts_is_unreachable_and_then_good(guar
     client.close()
 
 
-def test_the_stock_way_of_building_a_url_does_escape(filled):
-    """What all of this is for; were it to fail one day, Consul has closed the hole by itself."""
+def test_plain_url_building_reads_another_key(filled):
+    """The reason for escaping keys; if this fails, Consul has closed the hole."""
     url = f"http://{filled.address}/v1/kv/{BUCKET.decode()}../../../other/secret?raw"
     assert urllib.request.urlopen(url, timeout=5).read() == b"outside"
 
 
-def test_response_that_nobody_reads_costs_little_and_the_next_read_is_good(client, filled):
+def test_unread_response_is_cheap_and_the_next_read_succeeds(client, filled):
     filled.kv_txn({f"unread/{number:04}": "x" * 4000 for number in range(2000)})
     index = index_of(client, b"unread/")
     for _ in range(3):

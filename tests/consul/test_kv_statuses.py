@@ -1,4 +1,4 @@
-"""What each status that Consul, or whatever stands before it, may answer means to a mail."""
+"""How each HTTP status of Consul, or of a proxy before it, affects a message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read():
     return kv.Client(ConsulConfig(addresses=(ADDRESS,))).get(b"consul/alias/root", timeout=1.0)
 
 
-def test_200_is_the_value(consul):
+def test_200_returns_the_value(consul):
     consul.get(URL, json=ENTRY, headers=GOOD)
     assert read() == kv.Pair("consul/alias/root", b"gilles", 7)
 
@@ -36,21 +36,21 @@ def test_404_with_an_index_is_absence(consul):
 
 
 @pytest.mark.parametrize("status", [201, 204, 206, 300, 301, 302, 307, 308, 400, 402, 404, 405, 410, 418, 451])
-def test_what_consul_does_not_say_of_a_key_is_never_absence(consul, status):
+def test_other_responses_are_never_absence(consul, status):
     consul.get(URL, status=status, headers={"Location": f"{ADDRESS}/v1/kv/other/secret"})
     with pytest.raises(BadResponse):
         read()
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_token_is_forbidden(consul, status):
+def test_403_is_forbidden(consul, status):
     consul.get(URL, status=status, body="Permission denied")
     with pytest.raises(Forbidden):
         read()
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_what_passes_is_unreachable(consul, status):
+def test_temporary_error_is_unreachable(consul, status):
     consul.get(URL, status=status, body="No cluster leader")
     with pytest.raises(Unreachable):
         read()

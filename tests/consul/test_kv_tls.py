@@ -32,7 +32,7 @@ def test_tls_with_a_private_authority_and_a_server_name(secure, connect, authori
         assert len({request.connection for request in secure.requests}) == 1
 
 
-def test_tls_sends_the_server_name_it_checks(secure, connect, authority):
+def test_tls_sends_the_server_name_it_verifies(secure, connect, authority):
     seen = []
     secure.context.sni_callback = lambda sock, name, context: seen.append(name)
     client = connect(secure.address, tls_server_name="consul.example", ca_file=str(authority / "ca.pem"))
@@ -40,7 +40,7 @@ def test_tls_sends_the_server_name_it_checks(secure, connect, authority):
     assert seen == ["consul.example"]
 
 
-def test_tls_refuses_an_unknown_authority_and_another_name(secure, connect, authority):
+def test_tls_rejects_an_unknown_authority_and_a_wrong_name(secure, connect, authority):
     for options in ({"tls_server_name": "consul.example"}, {"ca_file": str(authority / "ca.pem")}):
         error = failure(connect(secure.address, **options), timeout=2)
         assert isinstance(error, Unreachable)
@@ -48,7 +48,7 @@ def test_tls_refuses_an_unknown_authority_and_another_name(secure, connect, auth
     assert secure.requests == []
 
 
-def test_tls_without_verification_takes_anything(secure, connect):
+def test_tls_without_verification_accepts_any_certificate(secure, connect):
     assert connect(secure.address, tls_verify=False).get(ROOT, timeout=2).value == b"gilles"
 
 
@@ -62,7 +62,7 @@ def test_tls_with_a_client_certificate(secure, connect, authority):
 
 
 @pytest.mark.parametrize("option", ["ca_file", "cert_file"])
-def test_a_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, option):
+def test_unusable_tls_file_is_named(secure, connect, tmp_path, option):
     path = tmp_path / "none.pem"
     assert str(path) in str(failure(connect(secure.address, **{option: str(path)})))
     path.write_text("no certificate")
@@ -70,14 +70,14 @@ def test_a_tls_file_that_cannot_be_used_is_named(secure, connect, tmp_path, opti
 
 
 @pytest.mark.parametrize("option", ["ca_file", "cert_file", "key_file"])
-def test_tls_file_that_is_a_named_pipe_is_not_waited_for(secure, connect, authority, tmp_path, option):
+def test_named_pipe_as_tls_file_does_not_block(secure, connect, authority, tmp_path, option):
     files = {name: str(authority / f"client.{end}") for name, end in (("cert_file", "pem"), ("key_file", "key"))}
     os.mkfifo(tmp_path / "pipe")
     error = failure(connect(secure.address, **{**files, option: str(tmp_path / "pipe")}))
     assert str(error).endswith(": a named pipe, not a file")
 
 
-def test_tls_file_that_cannot_be_used_is_parsed_once_a_version(secure, connect, authority, tmp_path, monkeypatch):
+def test_unusable_tls_file_is_parsed_once_a_version(secure, connect, authority, tmp_path, monkeypatch):
     parsed, honest = [], ssl.create_default_context
     monkeypatch.setattr(ssl, "create_default_context", lambda **files: (parsed.append(files), honest(**files))[1])
     path = tmp_path / "ca.pem"
@@ -90,13 +90,13 @@ def test_tls_file_that_cannot_be_used_is_parsed_once_a_version(secure, connect, 
     assert client.get(ROOT, timeout=2).value == b"gilles"
 
 
-def test_tls_handshake_and_answer_do_not_outlive_the_deadline(secure, connect):
+def test_tls_handshake_and_answer_end_at_the_deadline(secure, connect):
     with Silent() as dead:
         client = connect(dead.address.replace("http:", "https:"), tls_verify=False)
         assert isinstance(failure(client, timeout=0.3), Unreachable)
     client = connect(secure.address, tls_verify=False)
-    for lie in (stall, trickle(GOOD)):
-        secure.handle = lie
+    for handler in (stall, trickle(GOOD)):
+        secure.handle = handler
         assert isinstance(failure(client, timeout=0.4), Unreachable)
 
 

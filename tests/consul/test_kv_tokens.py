@@ -12,7 +12,7 @@ from tests.fake_consul import Answer
 
 
 @each_version
-def test_the_configured_token_is_sent_in_its_header_only(fake, connect):
+def test_configured_token_is_sent_in_its_header_only(fake, connect):
     fake.token = "s3cret"
     assert connect(fake.address, token="s3cret").get(ROOT, timeout=1).value == b"gilles"
     assert fake.requests[-1].headers["x-consul-token"] == "s3cret"
@@ -24,7 +24,7 @@ def test_without_a_token_none_is_sent(connect, fake):
     assert "x-consul-token" not in fake.requests[-1].headers
 
 
-def test_a_token_that_is_echoed_does_not_show_in_the_message(fake, connect):
+def test_echoed_token_is_not_in_the_message(fake, connect):
     fake.handle = lambda request: Answer(403, {}, b"no such token: s3cret")
     assert "s3cret" not in str(failure(connect(fake.address, token="s3cret")))
 
@@ -36,7 +36,7 @@ def write(path, text):
 
 
 @each_version
-def test_the_token_file_wins_and_is_read_again_when_it_changes(fake, connect, tmp_path):
+def test_token_file_takes_precedence_and_is_read_again_when_it_changes(fake, connect, tmp_path):
     path = tmp_path / "token"
     path.write_text("first \r\n\n")
     fake.token = "first"
@@ -49,7 +49,7 @@ def test_the_token_file_wins_and_is_read_again_when_it_changes(fake, connect, tm
 
 
 @each_version
-def test_after_a_403_the_token_file_is_read_again_and_the_read_repeated(fake, connect, tmp_path):
+def test_403_reads_the_token_file_again_and_repeats_the_read(fake, connect, tmp_path):
     path = tmp_path / "token"
     path.write_text("first")
     stamp = path.stat()
@@ -63,7 +63,7 @@ def test_after_a_403_the_token_file_is_read_again_and_the_read_repeated(fake, co
 
 
 @each_version
-def test_a_403_with_an_unchanged_token_file_is_not_repeated(fake, connect, tmp_path):
+def test_403_with_an_unchanged_token_file_does_not_repeat_the_read(fake, connect, tmp_path):
     path = tmp_path / "token"
     path.write_text("wrong")
     fake.token = "right"
@@ -71,7 +71,7 @@ def test_a_403_with_an_unchanged_token_file_is_not_repeated(fake, connect, tmp_p
     assert len(fake.requests) == 1
 
 
-def test_a_token_file_that_cannot_be_read_is_an_error_until_it_can(fake, connect, tmp_path):
+def test_unreadable_token_file_is_an_error_until_it_is_readable(fake, connect, tmp_path):
     path = tmp_path / "token"
     client = connect(fake.address, token_file=str(path))
     assert str(path) in str(failure(client))
@@ -86,7 +86,7 @@ def test_a_token_file_that_cannot_be_read_is_an_error_until_it_can(fake, connect
 
 
 @pytest.mark.parametrize("text", ["two\nlines", "sp ace", "t\u00f6ken", "nul\0"])
-def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(fake, connect, tmp_path, text):
+def test_token_invalid_in_a_header_is_refused_and_not_shown(fake, connect, tmp_path, text):
     path = tmp_path / "token"
     path.write_text(text)
     assert text[:3] not in str(failure(connect(fake.address, token_file=str(path)))).replace(str(path), "")
@@ -107,7 +107,7 @@ def test_datacenter_namespace_partition_and_consistency_are_parameters(fake, con
 
 
 @pytest.mark.parametrize("address", ["http://[::1]:1", "unix:///none", "127.0.0.1:1", "a:b:c:d", "https://x:1"])
-def test_the_environment_does_not_count(fake, connect, monkeypatch, tmp_path, address):
+def test_environment_is_ignored(fake, connect, monkeypatch, tmp_path, address):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login a password b\n")
     for name, value in {

@@ -46,7 +46,7 @@ def loading(pairs=(), former=None, table=TABLE):
 
 
 def snapshot(pairs=(), former=None, table=TABLE, hidden=()):
-    """A snapshot; ``hidden`` are services of which keys are hidden, with the keys that are missing."""
+    """A snapshot; ``hidden`` maps services with hidden keys to their missing keys."""
     return loading(pairs, former, table).finish({name: Hidden(Forbidden("no"), keys) for name, keys in hidden})
 
 
@@ -54,11 +54,11 @@ def snapshot(pairs=(), former=None, table=TABLE, hidden=()):
 
 
 def waiting(index, **more):
-    """A state that waits on what it has seen."""
+    """The state that waits on this index."""
     return QueryState(index, index, **more)
 
 
-def test_higher_index_is_the_one_to_wait_on_next():
+def test_next_query_waits_on_a_higher_index():
     assert next_query(waiting(5), **result(7, changed=True))[0] == waiting(7)
 
 
@@ -71,11 +71,11 @@ def test_index_is_at_least_one():
     assert next_query(waiting(1), **result(1, timed_out=True))[0] == waiting(1, gap=False)
 
 
-def test_same_index_is_kept():
+def test_next_query_waits_on_the_same_index():
     assert next_query(waiting(7), **result(7, timed_out=True)) == (waiting(7, gap=False), 0.0)
 
 
-def test_wait_that_ends_early_with_its_own_index_is_followed_by_a_read_without_one():
+def test_early_answer_with_the_same_index_is_followed_by_a_read_without_an_index():
     state, pause = next_query(waiting(7), **result(7))
     assert (state.index, state.seen, pause > 0) == (0, 7, True)
     assert next_query(state, **result(7))[0] == waiting(7, idle=1)
@@ -85,23 +85,23 @@ def test_wait_that_ends_early_with_its_own_index_is_followed_by_a_read_without_o
 # ---- the pause ----
 
 
-def test_after_the_first_load_the_wait_for_changes_begins_at_once():
+def test_first_load_is_followed_by_a_wait_without_a_pause():
     assert next_query(QueryState(), **result(changed=True)) == (waiting(7), 0.0)
 
 
-def test_after_a_wait_without_news_the_next_begins_at_once_and_churn_is_forgotten():
+def test_wait_without_news_is_followed_by_another_without_a_pause():
     assert next_query(waiting(7, idle=4), **result(7, timed_out=True)) == (waiting(7, gap=False), 0.0)
 
 
-def test_under_churn_there_is_a_least_pause():
+def test_churn_has_a_minimum_pause():
     assert next_query(waiting(5, idle=3), **result(7, changed=True)) == (waiting(7), LEAST_PAUSE_SECONDS)
 
 
-def test_reading_takes_at_most_half_of_the_time():
+def test_reads_take_at_most_half_of_the_time():
     assert next_query(waiting(5), **result(7, changed=True, load_seconds=0.9))[1] == 0.9
 
 
-def test_queries_that_return_with_nothing_new_are_asked_ever_more_rarely_up_to_a_limit():
+def test_pause_doubles_up_to_a_limit_while_queries_return_no_news():
     state, pauses = waiting(7), []
     for index in range(8, 16):
         state, pause = next_query(state, **result(index))
@@ -110,7 +110,7 @@ def test_queries_that_return_with_nothing_new_are_asked_ever_more_rarely_up_to_a
     assert next_query(waiting(7, idle=10_000), **result(8))[1] == MOST_PAUSE_SECONDS
 
 
-def test_index_that_goes_to_and_fro_without_news_is_no_busy_loop():
+def test_alternating_index_without_news_causes_no_busy_loop():
     state, waited = QueryState(), 0.0
     for number in range(20):
         state, pause = next_query(state, **result(7 - number % 2))
@@ -125,13 +125,13 @@ def wait(max_age=86400.0, *, gap=False, hidden=False):
     return wait_seconds(waiting(7, gap=gap), max_age, hidden=hidden)
 
 
-def test_wait_is_long_where_nothing_is_hidden_and_short_where_a_permission_may_be_granted():
+def test_wait_is_long_without_hidden_keys_and_short_with_them():
     assert (wait(), wait(hidden=True)) == (MOST_WAIT_SECONDS, SHORT_WAIT_SECONDS)
     assert MOST_WAIT_SECONDS == 300.0  # Consul's default
     assert SHORT_WAIT_SECONDS * (1 + 1 / 16) < 15.0
 
 
-def test_first_wait_after_an_answer_is_short_as_a_snapshot_may_have_been_restored_before_it():
+def test_first_wait_after_an_answer_is_short():
     state, _ = next_query(QueryState(), **result(7, changed=True))
     assert wait_seconds(state, 86400.0, hidden=False) == SHORT_WAIT_SECONDS
     state, _ = next_query(state, **result(7, timed_out=True))
@@ -146,7 +146,7 @@ def test_wait_stays_below_a_third_of_max_age(max_age, seconds):
 
 
 @pytest.mark.parametrize("limit", [5.0, 30.0, 50.0, 60.0])
-def test_wait_after_a_cut_is_below_it_and_probes_the_limit_ever_again(limit):
+def test_wait_after_a_cut_is_shorter_and_grows_again(limit):
     state, waits = after_cut(waiting(7, gap=False), limit), []
     for _ in range(100):
         waits.append(wait_seconds(state, 86400.0, hidden=False))
@@ -170,7 +170,7 @@ def test_wait_recovers_after_a_single_cut():
 # ---- a snapshot ----
 
 
-def test_entries_go_to_the_bucket_of_their_service_across_borders_in_one_batch():
+def test_batch_with_entries_of_several_services_is_split():
     table = Table("aliases", prefix="mail", services=("alias", "domain", "string"))
     pairs = [
         (b"mail/aliases/", b""),
@@ -204,19 +204,19 @@ def test_two_services_may_share_one_folder():
     }
 
 
-def test_a_path_elsewhere_is_a_prefix_of_its_own():
+def test_path_elsewhere_is_a_separate_prefix():
     table = Table("t", services=("alias",), paths={"alias": "shared/people"})
     made = SnapshotBuilder(table, b"shared/people/", table.services, None)
     made.take([(b"shared/people/a", b"1")])
     assert made.finish({}).entries["alias"].lookup(b"a") == b"1"
 
 
-def test_the_same_contents_keep_the_same_snapshot():
+def test_same_contents_keep_the_same_snapshot():
     former = snapshot(BOTH)
     assert snapshot(BOTH, former) is former
 
 
-def test_a_bucket_that_has_not_changed_is_kept_when_another_has():
+def test_unchanged_folder_is_kept_when_another_changes():
     former = snapshot(BOTH)
     latter = snapshot([(ROOT[0], b"eric"), BOTH[1]], former)
     assert latter is not former
@@ -224,7 +224,7 @@ def test_a_bucket_that_has_not_changed_is_kept_when_another_has():
     assert latter.entries["alias"].lookup(b"root") == b"eric"
 
 
-def test_a_table_may_have_max_keys_entries_and_not_one_more():
+def test_table_may_have_at_most_max_keys_entries():
     table = Table("aliases", prefix="mail", services=("alias",), max_keys=2)
     pairs = [(ALIAS + b"%d" % number, b"x") for number in range(3)]
     assert snapshot(pairs[:2], table=table).size == 2
@@ -233,19 +233,19 @@ def test_a_table_may_have_max_keys_entries_and_not_one_more():
         made.take(pairs[2:])
 
 
-# ---- absence is proven ----
+# ---- absence must be proven ----
 
 
 def missing(pairs, former):
     return loading(pairs, former).missing_keys()
 
 
-def test_nothing_is_missing_where_nothing_was_lost():
+def test_no_key_is_missing_without_a_deletion():
     assert missing([*BOTH, (DOMAIN + b"new", b"")], snapshot(BOTH)) == {"alias": {}, "domain": {}}
     assert missing(BOTH, None) == {"alias": {}, "domain": {}}
 
 
-def test_missing_keys_are_as_they_were_stored():
+def test_missing_keys_have_their_stored_case():
     former = snapshot([(ALIAS + b"Root", b"x"), (ALIAS + b"bad", b"|sh"), BOTH[1]])
     assert missing([BOTH[1]], former) == {"alias": {b"root": b"Root", b"bad": b"bad"}, "domain": {}}
 
@@ -255,12 +255,12 @@ def test_keys_are_missing_from_entries_built_with_another_max_age():
     assert missing([BOTH[1]], former)["alias"] == {b"root": b"root"}
 
 
-def test_keys_that_were_missing_and_may_be_hidden_still_are_until_they_are_listed():
+def test_missing_keys_that_may_be_hidden_stay_missing_until_they_are_listed():
     former = snapshot([BOTH[1]], hidden=[("alias", {b"root": b"Root", b"eric": b"eric"})])
     assert missing([(ALIAS + b"eric", b"x"), BOTH[1]], former)["alias"] == {b"root": b"Root"}
 
 
-def test_lost_everything_is_a_table_without_entries_that_had_some():
+def test_lost_everything_is_true_for_an_emptied_table_only():
     assert loading([], snapshot(BOTH)).lost_everything
     assert not loading(BOTH[:1], snapshot(BOTH)).lost_everything
     assert not loading([], snapshot([])).lost_everything
@@ -275,7 +275,7 @@ def test_sample_is_everything_or_spread_over_the_list():
     assert found[-1] > b"0980"
 
 
-def test_services_are_verified_at_the_start_after_a_restart_while_hidden_and_while_consul_filters():
+def test_services_are_verified_at_start_after_a_restart_and_while_keys_are_hidden():
     def unverified(former, *, filtered=False):
         return unverified_services(TABLE.services, former, filtered=filtered)
 
@@ -312,14 +312,14 @@ def test_list_of_a_folder_without_a_visible_entry_is_an_error():
         held.entries("alias", None, 1.0)
 
 
-# ---- a copy from disk proves nothing ----
+# ---- the on-disk snapshot proves nothing ----
 
 
 def restored(pairs):
     return loading(pairs).finish({}, restored=True)
 
 
-def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets():
+def test_unchanged_restored_contents_are_a_new_snapshot_with_the_same_folders():
     former = restored(BOTH)
     latter = snapshot(BOTH, former)
     assert latter is not former
@@ -330,7 +330,7 @@ def test_the_same_contents_as_on_disk_are_a_new_snapshot_with_the_same_buckets()
 # ---- the mirror ----
 
 
-def test_before_anything_was_read_the_last_error_says_why():
+def test_error_before_the_first_load_has_the_reason():
     held = Mirror(10.0)
     for _ in range(3):
         with pytest.raises(Unreachable, match="no data received from Consul yet") as caught:
@@ -341,7 +341,7 @@ def test_before_anything_was_read_the_last_error_says_why():
         held.entries("alias", b"root", 0.0)
 
 
-def test_the_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_when():
+def test_last_good_copy_is_served_up_to_max_age_and_then_the_error_has_its_age():
     held = Mirror(10.0)
     held.state = (snapshot(BOTH), 100.0)
     held.last_error = Unreachable("connection refused")
@@ -350,7 +350,7 @@ def test_the_last_good_copy_answers_up_to_max_age_and_then_the_error_says_since_
         held.entries("alias", b"root", 112.0)
 
 
-def test_a_confirmation_makes_it_young_again():
+def test_confirmation_resets_the_age():
     held = Mirror(10.0)
     kept = snapshot(BOTH)
     held.state = (kept, 100.0)
@@ -358,7 +358,7 @@ def test_a_confirmation_makes_it_young_again():
     assert held.entries("alias", b"root", 205.0) is kept.entries["alias"]
 
 
-def test_a_reader_keeps_its_snapshot_while_another_takes_its_place():
+def test_reader_keeps_its_snapshot_when_it_is_replaced():
     held = Mirror(10.0)
     held.state = (snapshot(BOTH), 0.0)
     reading = held.entries("alias", b"root", 0.0)
@@ -375,5 +375,5 @@ def test_each_confirmation_replaces_the_state():
     assert mirror.state == before
 
 
-def test_a_batch_of_nothing_is_nothing():
+def test_empty_batch_changes_nothing():
     assert snapshot([]).size == 0

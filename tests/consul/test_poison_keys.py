@@ -1,7 +1,7 @@
-"""Keys that anyone with write access to one folder can make, and that must harm nothing but themselves.
+"""Keys that anyone with write access to one folder can store, and that must affect no other key.
 
-Consul lists every byte that is not UTF-8 as U+FFFD, at the place where the byte belongs: such keys look out of order,
-and several of them alike.
+Consul lists every byte that is not UTF-8 as U+FFFD and sorts by the stored bytes: such keys look out of order,
+and several may look the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_key_that_is_not_utf8_is_an_error_and_the_others_answer():
 
 
 @pytest.mark.parametrize("service", ["alias", "domain", "string", "netaddr", "regex"])
-def test_asked_key_that_is_not_utf8_is_an_error_where_consul_lists_such_a_key(service):
+def test_lookup_of_a_key_that_is_not_utf8_is_an_error_where_consul_lists_one(service):
     found = entries(service, LISTED)
     for ask in (found.lookup, found.contains):
         with pytest.raises(EntryError, match="not UTF-8"):
@@ -61,14 +61,14 @@ def test_asked_key_that_is_not_utf8_is_an_error_where_consul_lists_such_a_key(se
     assert (found.lookup(b"\x82"), found.contains(b"\x82")) == (None, False)
 
 
-def test_keys_that_are_not_utf8_are_one_problem_where_they_look_alike():
+def test_keys_that_are_not_utf8_and_look_the_same_are_one_problem():
     (problem,) = entries("string", LISTED).problems
     assert problem.key == b"t/string/" + MARK
     assert "DELETE /v1/kv/FOLDER/%80" in problem.text
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_key_that_is_not_utf8_changes_no_answer_about_others(service):
+def test_key_that_is_not_utf8_changes_no_other_answer(service):
     good = [(b"192.0.2.1", b"1:1:/a" if service == "userinfo" else b"x"), (b"a@example.org", b"1:1:/b")]
     bad = [(b"a" + MARK + b"*", b"2"), (b"*" + MARK, b"3"), (MARK + b"|.", b"4")]
     with_bad, without = entries(service, [*good, *bad]), entries(service, good)
@@ -86,7 +86,7 @@ def test_key_that_is_listed_twice_is_an_error_and_the_others_answer():
         assert len(found.problems) == 1
 
 
-def test_entries_may_come_in_any_order():
+def test_entries_are_accepted_in_any_order():
     pairs = [(b"t/string/a", b"1"), (b"t/alias/b", b"2"), (b"t/x", b"no"), (b"t/domain/c", b"3"), (b"t/alias/a", b"4")]
     for turn in range(len(pairs)):
         found = snapshot([*pairs[turn:], *pairs[:turn]])
@@ -97,13 +97,13 @@ def test_entries_may_come_in_any_order():
         }
 
 
-def test_another_order_of_the_same_entries_is_no_change():
+def test_another_order_of_the_same_entries_changes_nothing():
     pairs = [(b"t/alias/%d" % number, b"x") for number in range(9)]
     former = snapshot(pairs)
     assert snapshot(pairs[::-1], former).entries["alias"] is former.entries["alias"]
 
 
-def test_lists_may_be_in_any_order_and_name_a_key_twice():
+def test_lists_are_accepted_in_any_order_and_with_repeated_keys():
     with FakeConsul() as fake:
         for key in (b"zz", b"\x80", b"\x81", "\u00e9".encode(), MARK):
             fake.put(b"t/alias/" + key, b"x")
@@ -115,7 +115,7 @@ def test_lists_may_be_in_any_order_and_name_a_key_twice():
 
 
 @pytest.mark.real
-def test_undecodable_keys_of_a_real_consul_freeze_no_table(consul, tmp_path):
+def test_undecodable_keys_of_a_real_consul_stop_no_table(consul, tmp_path):
     def put(name, value):
         url = f"http://{consul.address}/v1/kv/poison/alias/{name}"
         urllib.request.urlopen(urllib.request.Request(url, value, method="PUT"), timeout=5).close()
@@ -131,10 +131,10 @@ def test_undecodable_keys_of_a_real_consul_freeze_no_table(consul, tmp_path):
         child.handshake(b"poison")
         assert ask(b"root") == b"found|gilles"
         put("root", b"eric")
-        wait_for(lambda: ask(b"root") == b"found|eric", 10, lambda: "the edit is not answered")
+        wait_for(lambda: ask(b"root") == b"found|eric", 10, lambda: "the edit is not in the answer")
         put("%82", b"x")
         put("zz", b"last")
-        wait_for(lambda: ask(b"zz") == b"found|last", 10, lambda: "the edit is not answered")
+        wait_for(lambda: ask(b"zz") == b"found|last", 10, lambda: "the edit is not in the answer")
         assert ask("\u00e9".encode()) == b"found|x"
         assert ask(b"nobody") == b"not-found"
         child.wire.shutdown(1)

@@ -1,4 +1,4 @@
-"""How a large table is cut into ranges: pure, from its keys."""
+"""How a large table is cut into ranges, as a pure function of its keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def numbered(count, form="user%07d"):
     return [(form % number).encode() for number in range(count)]
 
 
-def test_keys_with_a_long_common_prefix_are_cut_where_they_differ():
+def test_keys_with_a_long_common_prefix_are_cut_behind_it():
     found = cut({FOLDER: numbered(30_000)}, askable)
     assert {prefix[: len(FOLDER) + 7] for prefix in prefixes(found)} == {
         FOLDER + b"user00" + each for each in (b"0", b"1", b"2")
@@ -53,7 +53,7 @@ def test_range_of_ten_thousand_keys_has_parts_of_a_thousand():
     assert {leaf.size for each in found.watched for leaf in each.leaves()} == {1_000}
 
 
-def test_range_whose_parts_are_too_many_to_ask_for_has_none():
+def test_range_with_too_many_parts_has_none():
     names = [
         b"%c%c%03d" % (first, second, number) for first in b"ab" for second in range(48, 123) for number in range(120)
     ]
@@ -69,36 +69,36 @@ def test_each_folder_is_a_range_before_any_is_cut():
     assert all(each.size for each in found.watched)
 
 
-def test_a_table_that_cannot_be_cut_is_left_whole():
+def test_table_without_a_cut_is_one_range():
     assert cut({FOLDER: [b"a" * length for length in range(1, 12_000)]}, askable) is None
 
 
-def test_table_that_one_query_watches_has_parts():
+def test_table_of_one_range_has_parts():
     found = cut({FOLDER: numbered(12_000)}, askable)
     assert [each.prefix for each in found.watched] == [FOLDER]
     assert max(leaf.size for leaf in found.watched[0].leaves()) <= 1_000
 
 
-def test_a_key_that_others_continue_is_in_a_range(small):
+def test_key_that_is_a_prefix_of_others_is_in_a_range(small):
     names = [b"s", *numbered(20, "s%03d"), *numbered(20, "t%03d")]
     found = cut({FOLDER: names}, askable)
     assert covers(sorted(prefixes(found)), [FOLDER + b"s"])
 
 
 @pytest.mark.parametrize("first", [b".", b"..", b" ", b"./"])
-def test_no_range_begins_with_what_consul_cannot_be_asked_for(small, first):
+def test_no_range_has_a_prefix_that_no_url_can_name(small, first):
     names = [b"a%d" % number for number in range(20)] + [first + b"x%d" % number for number in range(20)]
     found = cut({FOLDER: names}, askable)
     assert found is None or all(map(askable, prefixes(found)))
 
 
-def test_characters_are_not_cut_into_bytes(small):
+def test_multibyte_characters_are_not_cut(small):
     names = [f"{letter}{number}".encode() for letter in "äöüéß日本語" for number in range(10)]
     found = cut({FOLDER: names}, askable)
     assert {prefix.decode().removeprefix("t/alias/")[0] for prefix in prefixes(found)} == set("äöüéß日本語")
 
 
-def test_fewer_ranges_are_watched_where_fewer_may_be():
+def test_limit_reduces_the_number_of_ranges():
     names = [bytes([letter]) + b"%d" % number for letter in b"abcdefghijklmnopqrst" for number in range(1000)]
     found = cut({FOLDER: names}, askable, 4)
     assert found is None or len(found.watched) <= 4
@@ -146,7 +146,7 @@ def test_every_key_is_in_exactly_one_range(folders, most):
     st.sets(st.text("ab", min_size=1, max_size=3).map(str.encode), max_size=5),
     st.lists(st.text("abc", max_size=4).map(str.encode), max_size=20),
 )
-def test_covers_is_true_where_every_name_begins_with_a_prefix(chosen, names):
+def test_covers_is_true_if_every_name_begins_with_a_prefix(chosen, names):
     disjoint = sorted(without_nested(chosen))
     expected = all(any(name.startswith(prefix) for prefix in disjoint) for name in names)
     assert covers(disjoint, sorted(names)) == expected
@@ -155,7 +155,7 @@ def test_covers_is_true_where_every_name_begins_with_a_prefix(chosen, names):
 @given(
     st.sets(st.text("abé", min_size=1, max_size=3).map(str.encode), max_size=5), st.text("abcé", min_size=1, max_size=4)
 )
-def test_gap_is_the_shortest_prefix_beside_the_others(prefixes, name):
+def test_gap_is_the_shortest_prefix_outside_the_others(prefixes, name):
     whole = [FOLDER + each for each in without_nested(prefixes)]
     key = FOLDER + name.encode()
     if covers(sorted(whole), [key]):

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.real
 
 TABLE = Table("large", services=("alias", "domain"))
 PREFIXES = string.ascii_lowercase[:25]
-# Each of them, the folder of domains, the completeness query, and the connection of the watch itself.
+# One connection for each range, the folder of domains, the completeness query, and the watch.
 CONNECTIONS = len(PREFIXES) + 3
-# smtpd needs that long to start its tables, and an operator longer.
+# smtpd takes this long to start its tables; an operator takes longer.
 RESTART_SECONDS = 0.5
 
 
@@ -40,7 +40,7 @@ def filled(agent):
 
 
 def put(agent, name, value):
-    """Edit from another address than that of the table."""
+    """Edit from another source address than that of the table."""
     connection = http.client.HTTPConnection(agent.bind, agent.ports["http"], source_address=("127.0.0.99", 0))
     connection.request("PUT", f"/v1/kv/large/alias/{name}", value)
     assert connection.getresponse().read() == b"true"
@@ -63,7 +63,7 @@ def queries():
     return sum(thread.name.startswith("query ") for thread in threading.enumerate())
 
 
-def test_table_that_wants_more_connections_than_are_granted_has_no_outage(mirrored, caplog):
+def test_table_with_too_few_connections_has_no_outage(mirrored, caplog):
     caplog.set_level(logging.INFO)
     with agent_or_skip(hcl=f"limits {{ http_max_conns_per_client = {CONNECTIONS - 6} }}") as agent:
         filled(agent)
@@ -80,7 +80,7 @@ def test_table_that_wants_more_connections_than_are_granted_has_no_outage(mirror
         assert lines(caplog) == []
 
 
-def test_ten_restarts_in_a_row_lock_no_table_out(mirrored, caplog):
+def test_ten_consecutive_restarts_leave_connections_for_every_table(mirrored, caplog):
     with agent_or_skip() as agent:
         filled(agent)
         for _ in range(10):
@@ -91,7 +91,7 @@ def test_ten_restarts_in_a_row_lock_no_table_out(mirrored, caplog):
                     break
             assert ask(source, b"a1") == b"old"
             source.close()
-            for _ in eventually("its threads have ended", 10):
+            for _ in eventually("the threads of the watch have ended", 10):
                 if not queries():
                     break
         assert accepts(agent)

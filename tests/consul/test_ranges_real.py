@@ -1,4 +1,4 @@
-"""Ranges against a real Consul: whatever is written, in the end what is answered is what is there."""
+"""Ranges against a real Consul: answers agree with its keys after any writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real
 numbers = itertools.count()
 
 
-# As many keys for each letter: so many are a range without parts, or one of three parts.
+# Keys for each letter, which make a range without parts or with three.
 SIZES = {"whole": 8, "in parts": 25}
 
 
@@ -39,11 +39,11 @@ KEYS = st.text("abfgz", min_size=1, max_size=3) | st.sampled_from(
 )
 VALUES = st.sampled_from(["eric", "gilles", "root, eric", "x" * 20])
 WRITES = st.tuples(KEYS, VALUES | st.none())
-"""A key, and its value; None: it is deleted."""
+"""A key and its value; None deletes it."""
 
 
 def write(agent, table, pairs):
-    """Write all of these in one transaction."""
+    """Write all entries in one transaction."""
     operations = []
     for key, value in pairs.items():
         kind = {"Verb": "delete"} if value is None else {"Verb": "set", "Value": b64encode(value.encode()).decode()}
@@ -53,7 +53,7 @@ def write(agent, table, pairs):
 
 
 def folded(written):
-    """The answers after these writes, by folded key: of two spellings the lower-case one answers, else the first."""
+    """The answers after these writes, by folded key: the lower-case key takes precedence, then the first."""
     answers = {}
     for key, value in sorted(written.items()):
         if value is not None and (key == key.lower() or answers.get(key.lower()) is None):
@@ -63,23 +63,23 @@ def folded(written):
 
 
 @pytest.fixture(scope="module")
-def patient_consul():
-    """Each example leaves waits behind, which count among the connections of a client for 10 seconds."""
+def unlimited_consul():
+    """A Consul with a high connection limit, because the waits that each example leaves behind count for 10 seconds."""
     with agent_or_skip(hcl="limits { http_max_conns_per_client = 5000 }") as agent:
         yield agent
 
 
 @settings(max_examples=40, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
-def test_random_writes_end_in_what_consul_holds(patient_consul, steady, transactions):
+def test_answers_after_random_writes_agree_with_consul(unlimited_consul, steady, transactions):
     table = Table(f"model{next(numbers)}", services=("alias", "domain"))
     written = dict.fromkeys(steady, "steady")
-    write(patient_consul, table.name, written)
+    write(unlimited_consul, table.name, written)
     untouched = steady
-    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(patient_consul),))))
+    source = MirrorSource(table, lambda: kv.Client(ConsulConfig(addresses=(url(unlimited_consul),))))
     try:
         for pairs in transactions:
-            write(patient_consul, table.name, pairs)
+            write(unlimited_consul, table.name, pairs)
             written |= pairs
             untouched = untouched - {key.lower() for key in pairs}
             assert all(ask(source, name.encode()) == b"steady" for name in untouched)

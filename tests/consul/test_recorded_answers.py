@@ -1,4 +1,4 @@
-"""The fake answers what real Consuls answered, request by request."""
+"""The fake answers every recorded request as the real Consuls did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.consul.recorded import HASTE, VERSIONS, Exchange, exchanges, rows
 
-# What the fake cannot be asked, with the reason.
+# Requests that the fake does not support, with the reason.
 NOT_IMITATED = {
     "path/root": "the web pages, which are no part of the API",
 }
@@ -23,7 +23,7 @@ RECORDED = [
 
 
 def difference(exchange: Exchange) -> list[tuple[object, object]]:
-    """What is not as recorded."""
+    """The differences from the recording."""
     row = exchange.row
     pairs = [
         (exchange.status, row["status"]),
@@ -37,12 +37,12 @@ def difference(exchange: Exchange) -> list[tuple[object, object]]:
 
 
 def headers(given: dict[str, str]) -> dict[str, str]:
-    """All of them but for what differs from run to run."""
+    """All headers, without the values that differ from run to run."""
     return {name: "any" if name in {"X-Consul-Index", "Content-Length"} else value for name, value in given.items()}
 
 
 def body(given: str, answer: str) -> str:
-    """The body without identifiers and indexes; of one that the recording cuts, the beginning."""
+    """The body without identifiers and indexes, as far as the recording holds it."""
     if answer.endswith(" bytes)"):
         given = given[:300]
     given = re.sub(r'"(CreateIndex|ModifyIndex)":\d+', r'"\1":0', given)
@@ -57,7 +57,7 @@ def test_fake_answers_as_recorded(version, at):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_requests_that_are_not_imitated_are_answered_otherwise(version):
+def test_unsupported_requests_get_another_answer(version):
     differing = {each.row["name"] for each in exchanges(version) if difference(each)}
     assert differing == set(NOT_IMITATED)
 
@@ -79,7 +79,7 @@ def test_indexes_rise_where_the_recorded_ones_rise(version, agent):
 
 
 def indexes(headers: dict[str, str], body: str) -> tuple[int, ...]:
-    """Of the header, and of the entries in the beginning of the body."""
+    """The indexes of the header and of the entries at the beginning of the body."""
     found = [headers["X-Consul-Index"]] if "X-Consul-Index" in headers else []
     found += re.findall(r'"(?:Create|Modify)Index":(\d+)[,}]', body[:390])
     return tuple(map(int, found))

@@ -1,4 +1,4 @@
-"""The file of a snapshot: what is restored, its age, and one that is another table's or cannot be written."""
+"""The on-disk snapshot: what is restored, its age, files of other tables, and write failures."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def warnings(caplog):
     [
         (Table("other", services=("alias",)), [(b"other/alias/root", b"eric")]),
         (Table("other", services=("alias",)), []),
-        # Its folder lies below that of the table.
+        # A folder below that of the table.
         (Table("o", prefix="t", services=("alias",)), [(b"t/o/alias/root", b"eric")]),
-        # Both are read from one folder.
+        # Two tables with one folder.
         (Table("other", services=("alias",), paths={"alias": "t/alias"}), [(b"t/alias/root", b"eric")]),
     ],
 )
-def test_copy_of_another_table_is_neither_replaced_nor_made_younger(file, path, caplog, other, pairs):
+def test_snapshot_of_another_table_is_not_changed(file, path, caplog, other, pairs):
     snapshot = write(file)
     path.unlink()
     write(file_of(path, other), pairs, other)
@@ -87,26 +87,26 @@ def test_export_of_other_keys_is_not_replaced(file, path, caplog):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[", '[{"key": "z", "value": ""}, {"key": "t/alias/root", "value": ""}]'])
-def test_damaged_or_empty_copy_and_a_whole_export_are_replaced(file, path, text):
+def test_damaged_or_empty_snapshot_and_a_whole_export_are_replaced(file, path, text):
     path.write_text(text)
     write(file)
     assert file.load()[0].size == 1
 
 
-def test_copy_of_a_table_with_another_prefix_is_replaced(file, path):
+def test_snapshot_of_a_table_with_another_prefix_is_replaced(file, path):
     former = replace(TABLE, prefix="former")
     write(file_of(path, former), [(b"former/t/alias/root", b"gilles")], former)
     write(file)
     assert file.load()[0].size == 1
 
 
-def test_copy_names_its_table_where_consul_ignores_it(file, path):
+def test_snapshot_names_its_table_in_a_field_that_consul_ignores(file, path):
     write(file)
     entries = json.loads(path.read_text())
     assert [entry.get("table") for entry in entries] == [None] * (len(entries) - 1) + ["t"]
 
 
-def test_copy_dated_in_the_future_is_not_used(file, path, caplog):
+def test_snapshot_dated_in_the_future_is_ignored(file, path, caplog):
     write(file)
     os.utime(path, (time.time() + 3600,) * 2)
     assert file.load() is None
@@ -115,7 +115,7 @@ def test_copy_dated_in_the_future_is_not_used(file, path, caplog):
     assert re.fullmatch(f"{path}: {text}", line)
 
 
-def test_copy_of_this_moment_is_used_though_its_file_system_rounds(file, path):
+def test_new_snapshot_is_used_although_the_file_system_rounds_its_time(file, path):
     write(file)
     os.utime(path, (time.time() + 1,) * 2)
     assert file.load()[1] == 0.0
@@ -129,7 +129,7 @@ def test_restored_entries_are_counted(file, caplog, pairs, count):
     assert f"t/: {count} of 0 s ago from " in caplog.text
 
 
-def test_copy_that_cannot_be_written_is_tried_ever_less_often(path, monkeypatch, caplog):
+def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog):
     now = 1000.0
     clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
     monkeypatch.setattr("table_consul.sources.snapshot.time", clock)
@@ -150,7 +150,7 @@ def test_copy_that_cannot_be_written_is_tried_ever_less_often(path, monkeypatch,
 
 
 @pytest.mark.parametrize(("took", "pause"), [(0.5, 10.0), (12.0, 120.0)])
-def test_copy_that_takes_long_to_write_is_written_less_often(path, monkeypatch, took, pause):
+def test_slow_write_is_repeated_less_often(path, monkeypatch, took, pause):
     now = 1000.0
     monkeypatch.setattr("table_consul.sources.snapshot.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
     file = file_of(path, write_seconds=10.0)
@@ -167,7 +167,7 @@ def test_copy_that_takes_long_to_write_is_written_less_often(path, monkeypatch, 
     ("mode", "owner", "why"),
     [(0o640, 0, "others may read it (set mode 0600)"), (0o600, 1, "it belongs to another user")],
 )
-def test_copy_that_is_not_private_is_not_used_and_the_line_says_why(file, path, caplog, mode, owner, why, monkeypatch):
+def test_snapshot_that_is_not_private_is_ignored_with_a_reason(file, path, caplog, mode, owner, why, monkeypatch):
     write(file)
     path.chmod(mode)
     user = os.geteuid()
@@ -180,7 +180,7 @@ def age(file):
     return file.load()[1]
 
 
-def test_what_is_written_is_restored(file):
+def test_written_snapshot_is_restored(file):
     snapshot = write(file)
     restored, _ = file.load()
     assert {name: bucket.values for name, bucket in restored.entries.items()} == {
@@ -189,7 +189,7 @@ def test_what_is_written_is_restored(file):
     assert restored.restored
 
 
-def test_a_copy_is_as_old_as_what_consul_last_confirmed(file, path):
+def test_age_of_a_snapshot_is_that_of_its_last_confirmation(file, path):
     snapshot = write(file)
     os.utime(path, (time.time() - OLD_SECONDS,) * 2)
     assert age(file) >= OLD_SECONDS
@@ -197,14 +197,14 @@ def test_a_copy_is_as_old_as_what_consul_last_confirmed(file, path):
     assert age(file) < OLD_SECONDS
 
 
-def test_what_has_changed_and_is_not_yet_written_makes_no_copy_younger(file, path):
+def test_unwritten_change_does_not_refresh_the_age_of_the_file(file, path):
     snapshot = write(file)
     os.utime(path, (time.time() - OLD_SECONDS,) * 2)
     file.finish(snapshot, changed=True)
     assert (age(file) >= OLD_SECONDS, file.dirty) == (True, True)
 
 
-def test_a_copy_that_was_removed_is_written_again(file, path):
+def test_removed_snapshot_is_written_again(file, path):
     snapshot = write(file)
     path.unlink()
     file.finish(snapshot, changed=False)
@@ -217,7 +217,7 @@ def test_a_copy_that_was_removed_is_written_again(file, path):
 
 
 def hold(file, keys, service="alias", table=TABLE):
-    """Write a version in which these keys are held, and nothing else is listed."""
+    """Write a snapshot in which these keys are held and no others are listed."""
     builder = SnapshotBuilder(table, table.root, table.services, None)
     file.begin()
     held = {service: Held({key: key for key in keys}, 1.0)}
@@ -228,7 +228,7 @@ def aliases(file):
     return sorted(file.load()[0].entries["alias"].values)
 
 
-def test_held_entries_stay_in_the_copy_and_others_leave_it(file):
+def test_held_entries_stay_in_the_snapshot_and_others_leave_it(file):
     write(file, [(b"t/alias/%s" % name, b"gilles") for name in (b"eric", b"robert", b"root")])
     hold(file, [b"eric", b"root", b"never-written"])
     assert aliases(file) == [b"eric", b"root"]
@@ -236,7 +236,7 @@ def test_held_entries_stay_in_the_copy_and_others_leave_it(file):
     assert aliases(file) == [b"root"]
 
 
-def test_held_records_that_also_hold_a_password_leave_the_copy(path):
+def test_held_records_with_a_password_leave_the_snapshot(path):
     table = Table("t", services=("credentials", "userinfo"), paths={"userinfo": "t/credentials"})
     file = file_of(path, table)
     write(file, [(b"t/credentials/gilles", b'{"password": "x", "uid": 1, "gid": 1, "home": "/"}')], table)
@@ -244,14 +244,14 @@ def test_held_records_that_also_hold_a_password_leave_the_copy(path):
     assert {name: len(entries) for name, entries in file.load()[0].entries.items()} == {"credentials": 0, "userinfo": 0}
 
 
-def test_held_entries_are_not_taken_from_a_copy_that_others_may_write(file, path):
+def test_held_entries_are_not_restored_from_a_writable_snapshot(file, path):
     write(file, [(b"t/alias/root", b"gilles")])
     path.chmod(0o666)
     hold(file, [b"root"])
     assert aliases(file) == []
 
 
-def test_held_entries_of_a_copy_that_is_gone_or_damaged_are_not_written(file, path):
+def test_held_entries_of_a_missing_or_damaged_snapshot_are_not_written(file, path):
     hold(file, [b"root"])
     assert aliases(file) == []
     path.write_text("[\nnonsense\n")

@@ -1,4 +1,4 @@
-"""What strangers put into a recipient, a HELO name or an AUTH user stays data: against the real Consul, end to end."""
+"""Recipients, HELO names and AUTH users sent by strangers remain data: end to end against a real Consul."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.dialogue import Child
 pytestmark = pytest.mark.real
 
 SECRET = "hunter2"
-# Answers that would show that another key than the one asked for has been read.
+# Values of other keys: an answer with one of them shows that the wrong key was read.
 OUTSIDE = {
     "other/secret": SECRET,
     "secret": SECRET,
@@ -48,9 +48,9 @@ def child(request, consul, tmp_path):
 
 
 @pytest.mark.parametrize("service", DEFAULT_SERVICES)
-def test_no_key_of_a_stranger_is_answered_with_what_stands_elsewhere(child, service):
+def test_no_key_from_a_stranger_reads_another_key(child, service):
     name = service.encode()
-    # Patterns find "root" where smtpd's own would: in ROOT, or in the middle of a text.
+    # Patterns match "root" as smtpd's do: in ROOT, or in the middle of a text.
     allowed = {b"not-found", b"error"} | ({b"found"} if SERVICES[service].patterns else set())
     wrong = []
     for number, key in enumerate(KEYS):

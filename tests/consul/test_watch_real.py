@@ -1,4 +1,4 @@
-"""The watch against a real Consul: ACLs that change, indexes that go back, and every way to reach an agent."""
+"""The watch against a real Consul: edits, ACLs that change, and indexes that go backwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_edits_are_seen(open_consul, mirrored):
     becomes(source, None)
 
 
-def test_keys_that_only_a_transaction_can_make_are_entries_like_others(open_consul, mirrored):
+def test_keys_that_only_a_transaction_can_write_are_ordinary_entries(open_consul, mirrored):
     open_consul.kv_txn({"mail/aliases/alias/a//b": "x", "mail/aliases/alias/a/../b": "y"})
     source = mirrored(url(open_consul))
     assert (ask(source, b"a//b"), ask(source, b"a/../b")) == (b"x", b"y")
@@ -40,14 +40,14 @@ def test_keys_that_only_a_transaction_can_make_are_entries_like_others(open_cons
     becomes(source, None, b"a//b")
 
 
-def test_a_table_of_many_pages_of_the_wire_arrives_whole(open_consul, mirrored):
+def test_large_table_arrives_whole(open_consul, mirrored):
     entries = {f"mail/aliases/alias/user{number}": f"box{number}" * 20 for number in range(2000)}
     open_consul.kv_txn(entries)
     source = mirrored(url(open_consul))
     assert all(ask(source, key[19:].encode()) == value.encode() for key, value in entries.items())
 
 
-def test_agents_that_print_their_json_for_people_are_read_as_well(mirrored):
+def test_pretty_printed_json_of_an_agent_is_read(mirrored):
     with agent_or_skip(dev=True) as agent:
         fill(agent)
         agent.kv_txn({f"mail/aliases/alias/user{number}": f"box{number}" for number in range(300)})
@@ -55,7 +55,7 @@ def test_agents_that_print_their_json_for_people_are_read_as_well(mirrored):
         assert all(ask(source, b"user%d" % number) == b"box%d" % number for number in range(300))
 
 
-def test_the_last_key_deleted_is_an_empty_table(open_consul, mirrored):
+def test_table_is_empty_after_its_last_key_is_deleted(open_consul, mirrored):
     open_consul.kv_delete("mail/aliases/domain/example.org")
     source = mirrored(url(open_consul))
     assert ask(source) == b"gilles"
@@ -65,7 +65,7 @@ def test_the_last_key_deleted_is_an_empty_table(open_consul, mirrored):
     becomes(source, b"eric")
 
 
-def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, mirrored):
+def test_restored_snapshot_with_a_lower_index_is_seen(open_consul, mirrored):
     saved = _snapshot(open_consul)
     for number in range(20):
         open_consul.kv_put("mail/aliases/alias/root", f"later{number}")
@@ -80,7 +80,7 @@ def test_a_restored_snapshot_is_seen_although_the_index_goes_back(open_consul, m
     becomes(source, b"after it")
 
 
-def test_consul_that_has_lost_its_data_is_held_and_what_is_put_back_ends_it(mirrored):
+def test_lost_data_are_held_until_they_are_restored(mirrored):
     with agent_or_skip(dev=True) as agent:  # which keeps nothing over a restart
         fill(agent)
         source = mirrored(url(agent))
@@ -112,7 +112,7 @@ def test_folder_deleted_by_mistake_still_answers_until_an_update(open_consul, mi
     assert ask(source, b"later") == b"eric"
 
 
-def test_snapshot_that_is_restored_while_nothing_waits_is_seen_after_a_short_wait(open_consul, mirrored, monkeypatch):
+def test_snapshot_restored_between_queries_is_seen_after_a_short_wait(open_consul, mirrored, monkeypatch):
     monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     saved = [_snapshot(open_consul)]
     for number in range(20):
@@ -130,7 +130,7 @@ def test_snapshot_that_is_restored_while_nothing_waits_is_seen_after_a_short_wai
     becomes(source, b"after it")
 
 
-def test_restored_snapshot_of_the_present_is_no_change_and_hides_no_edit(open_consul, mirrored):
+def test_restored_snapshot_of_the_current_state_hides_no_edit(open_consul, mirrored):
     source = mirrored(url(open_consul))
     settled(source)
     _snapshot(open_consul, _snapshot(open_consul))
@@ -138,7 +138,7 @@ def test_restored_snapshot_of_the_present_is_no_change_and_hides_no_edit(open_co
     becomes(source, b"after it")
 
 
-def test_consul_that_never_held_a_key_has_an_index_to_wait_on_and_its_first_key_is_seen(mirrored):
+def test_first_key_of_a_fresh_consul_is_seen(mirrored):
     with agent_or_skip() as agent:
         source = mirrored(url(agent))
         settled(source)
@@ -147,7 +147,7 @@ def test_consul_that_never_held_a_key_has_an_index_to_wait_on_and_its_first_key_
         becomes(source, b"gilles")
 
 
-def test_edits_elsewhere_wake_a_watch_of_an_empty_table_now_and_then_and_its_first_key_is_seen(consul, mirrored):
+def test_edits_elsewhere_cause_few_queries_for_an_empty_table(consul, mirrored):
     with Proxy(consul) as proxy:
         source = mirrored(f"http://{proxy.address}")
         settled(source)
@@ -158,7 +158,7 @@ def test_edits_elsewhere_wake_a_watch_of_an_empty_table_now_and_then_and_its_fir
         becomes(source, b"gilles")
 
 
-def test_folder_that_appears_is_seen_and_one_that_empties_leaves_the_other(open_consul, mirrored):
+def test_new_folder_is_seen_and_an_emptied_folder_leaves_the_other(open_consul, mirrored):
     source = mirrored(url(open_consul), replace(TABLE, services=(*TABLE.services, "string")))
     assert ask(source, b"a", "string") is None
     open_consul.kv_put("mail/aliases/string/a", "x")
@@ -168,7 +168,7 @@ def test_folder_that_appears_is_seen_and_one_that_empties_leaves_the_other(open_
     assert (ask(source), ask(source, b"a", "string")) == (b"gilles", b"x")
 
 
-def test_each_path_is_watched_and_services_that_share_one_see_the_same_edit(open_consul, mirrored):
+def test_each_path_is_watched_and_services_with_one_path_see_the_same_edit(open_consul, mirrored):
     open_consul.kv_put("shared/all/example.net", "x")
     paths = {"domain": "shared/all", "string": "shared/all"}
     source = mirrored(url(open_consul), replace(TABLE, services=(*TABLE.services, "string"), paths=paths))
@@ -183,13 +183,13 @@ def test_each_path_is_watched_and_services_that_share_one_see_the_same_edit(open
         becomes(source, None, b"example.net", service=service)
 
 
-def test_waits_that_a_proxy_cuts_are_no_outage_and_hide_no_edit(open_consul, mirrored, monkeypatch, caplog):
+def test_waits_cut_by_a_proxy_cause_no_outage_and_hide_no_edit(open_consul, mirrored, monkeypatch, caplog):
     monkeypatch.setattr(transport, "LEAST_CUT_SECONDS", 0.2)
     with Cutting(open_consul, 0.4) as proxy:
         proxy.bad.set()
         source = mirrored(f"http://{proxy.address}")
         settled(source)
-        for _ in eventually("waits of less than what is cut", 20):
+        for _ in eventually("waits are shorter than the cut", 20):
             if len(proxy.harm) > 1 and len(proxy.requests) > 8:
                 break
         open_consul.kv_put("mail/aliases/alias/root", "eric")
@@ -207,7 +207,7 @@ def _snapshot(agent, data=None):
 # ---- ACLs ----
 
 
-def test_a_table_that_was_really_emptied_is_empty(guarded, mirrored):
+def test_emptied_table_is_empty(guarded, mirrored):
     source = mirrored(url(guarded), token=guarded.token(READ))
     assert ask(source) == b"gilles"
     guarded.kv_delete("mail/aliases/", recurse=True)
@@ -215,7 +215,7 @@ def test_a_table_that_was_really_emptied_is_empty(guarded, mirrored):
     becomes(source, None, b"example.org", service="domain")
 
 
-def test_a_revoked_token_leaves_the_last_good_copy(guarded, mirrored):
+def test_revoked_token_leaves_the_last_good_copy(guarded, mirrored):
     token = guarded.token(READ)
     source = mirrored(url(guarded), token=token)
     assert ask(source) == b"gilles"
@@ -229,7 +229,7 @@ def _narrow(agent, token, rules):
     agent.request("PUT", f"/v1/acl/policy/{own['ID']}", json.dumps({"Name": own["Name"], "Rules": rules}).encode())
 
 
-def test_a_policy_that_hides_the_table_without_an_error_leaves_the_last_good_copy_until_it_is_back(guarded, mirrored):
+def test_policy_that_hides_the_whole_table_leaves_the_last_good_copy(guarded, mirrored):
     token = guarded.token(READ)
     source = mirrored(url(guarded), token=token)
     settled(source)
@@ -241,7 +241,7 @@ def test_a_policy_that_hides_the_table_without_an_error_leaves_the_last_good_cop
     becomes(source, b"eric")
 
 
-def test_policy_that_hides_one_folder_is_an_error_there_and_the_rest_follows_edits(guarded, mirrored):
+def test_policy_that_hides_one_folder_is_an_error_for_that_folder_only(guarded, mirrored):
     token = guarded.token(READ)
     source = mirrored(url(guarded), token=token)
     settled(source)
@@ -253,7 +253,7 @@ def test_policy_that_hides_one_folder_is_an_error_there_and_the_rest_follows_edi
 
 
 @pytest.mark.parametrize("stored", ["vip", "Vip"])
-def test_policy_that_hides_one_key_costs_one_key_until_it_is_lifted(guarded, mirrored, monkeypatch, stored):
+def test_policy_that_hides_one_key_is_an_error_for_that_key_only(guarded, mirrored, monkeypatch, stored):
     monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     guarded.kv_put(f"mail/aliases/alias/{stored}", "x")
     token = guarded.token(READ)
@@ -269,7 +269,7 @@ def test_policy_that_hides_one_key_costs_one_key_until_it_is_lifted(guarded, mir
     becomes(source, b"x", b"vip")
 
 
-def test_deleted_key_beside_hidden_ones_proves_nothing_about_these(guarded, mirrored):
+def test_deleted_key_proves_nothing_about_hidden_keys(guarded, mirrored):
     for number in range(12):
         guarded.kv_put(f"mail/aliases/alias/user{number:02}", "x")
     token = guarded.token(READ)
@@ -289,7 +289,7 @@ def test_deleted_key_beside_hidden_ones_proves_nothing_about_these(guarded, mirr
     assert ask(source, b"user09") == b"x"
 
 
-def test_rule_that_comes_and_goes_without_an_edit_is_noticed_where_consul_reports_it(guarded, mirrored, monkeypatch):
+def test_changed_rule_without_an_edit_is_noticed_where_consul_reports_it(guarded, mirrored, monkeypatch):
     for name in ("SHORT_WAIT_SECONDS", "MOST_WAIT_SECONDS"):
         monkeypatch.setattr(mirror, name, 0.3)
     guarded.kv_put("mail/aliases/alias/vip", "x")
@@ -305,7 +305,7 @@ def test_rule_that_comes_and_goes_without_an_edit_is_noticed_where_consul_report
         becomes(source, b"x", b"vip")
 
 
-def test_start_where_a_policy_hides_one_key_answers_for_the_others(guarded, mirrored):
+def test_start_with_one_hidden_key_answers_for_the_others(guarded, mirrored):
     guarded.kv_put("mail/aliases/alias/vip", "x")
     token = guarded.token(READ + ' key "mail/aliases/alias/vip" { policy = "deny" }')
     source = mirrored(url(guarded), token=token)
@@ -315,9 +315,7 @@ def test_start_where_a_policy_hides_one_key_answers_for_the_others(guarded, mirr
             ask(source, b"vip")
 
 
-def test_start_with_a_token_that_may_read_nothing_is_an_error_and_recovers_without_an_edit(
-    guarded, mirrored, monkeypatch
-):
+def test_start_with_a_token_without_permissions_recovers_without_an_edit(guarded, mirrored, monkeypatch):
     monkeypatch.setattr(mirror, "SHORT_WAIT_SECONDS", 0.5)
     token = guarded.token('key_prefix "other/" { policy = "read" }')
     source = mirrored(url(guarded), token=token)
@@ -345,12 +343,12 @@ def test_list_policy_is_an_error_without_the_rule_list_and_answers_with_it(mirro
         becomes(source, None, b"example.org", service="domain")
 
 
-def test_without_a_token_absence_is_never_said(guarded, mirrored):
+def test_no_key_is_absent_without_a_token(guarded, mirrored):
     with pytest.raises(SourceError):
         ask(mirrored(url(guarded)), b"nobody")
 
 
-def test_a_token_replaced_in_its_file_is_used_when_the_old_one_is_revoked(guarded, mirrored, tmp_path):
+def test_token_replaced_in_its_file_is_used_when_the_old_one_is_revoked(guarded, mirrored, tmp_path):
     path = tmp_path / "token"
     first, second = guarded.token(READ), guarded.token(READ)
     path.write_text(first)

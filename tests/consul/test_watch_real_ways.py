@@ -1,4 +1,4 @@
-"""Every way to a real Consul: consistency, datacenters, TLS, unix sockets."""
+"""Every way to connect to a real Consul: consistency, datacenters, TLS, Unix sockets."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_every_consistency_sees_edits(open_consul, mirrored, consistency):
     becomes(source, b"eric")
 
 
-def test_a_datacenter_that_is_not_there_is_no_absence(open_consul, mirrored):
+def test_unknown_datacenter_is_an_error(open_consul, mirrored):
     with pytest.raises(SourceError):
         ask(mirrored(url(open_consul), datacenter="elsewhere"), b"nobody")
 
 
 @pytest.fixture(scope="module")
 def secure(authority):
-    """An agent that speaks HTTPS, and only with clients whose certificate the private authority signed."""
+    """An HTTPS agent that requires a client certificate of the private authority."""
     (port,) = free_ports(1)
     hcl = (
         f'ports {{ https = {port} }}\nca_file = "{authority}/ca.pem"\ncert_file = "{authority}/server.pem"\n'
@@ -54,7 +54,7 @@ def tls_options(folder):
     }
 
 
-def test_https_with_a_private_authority_a_client_certificate_and_a_server_name(secure, authority, mirrored):
+def test_https_works_with_a_private_authority_a_client_certificate_and_a_server_name(secure, authority, mirrored):
     source = mirrored(secure.https, **tls_options(authority))
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
     secure.kv_put("mail/aliases/alias/new", "x")
@@ -62,7 +62,7 @@ def test_https_with_a_private_authority_a_client_certificate_and_a_server_name(s
 
 
 @pytest.mark.parametrize("missing", ["ca_file", "cert_file", "tls_server_name"])
-def test_https_with_one_of_them_missing_is_an_error_that_says_so(secure, authority, mirrored, missing):
+def test_https_without_one_of_them_is_an_error_with_the_reason(secure, authority, mirrored, missing):
     options = tls_options(authority)
     del options[missing]
     if missing == "cert_file":
@@ -83,7 +83,7 @@ def test_certificates_replaced_on_disk_are_used_after_an_update(secure, authorit
     becomes(source, b"gilles")
 
 
-def test_a_unix_socket_of_theagent_or_skip(mirrored, tmp_path):
+def test_unix_socket_of_the_agent_works(mirrored, tmp_path):
     folder = Path(tempfile.mkdtemp(prefix="tc-"))  # the path of a socket has at most 107 bytes
     try:
         with agent_or_skip(hcl=f'addresses {{ http = "127.0.0.1 unix://{folder}/http.sock" }}\n') as agent:

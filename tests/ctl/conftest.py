@@ -1,4 +1,4 @@
-"""Fixtures of more than one module of table-consulctl."""
+"""Fixtures for several test modules of table-consulctl."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from table_consul.ctl import main
 from tests.ctl.hosts import install
 from tests.ctl.queries import STORE
 from tests.dialogue import write_source
+from tests.fake_consul import FakeConsul
+
+
+@pytest.fixture
+def fake():
+    """A fake Consul without keys."""
+    with FakeConsul() as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def run_status(capsys, monkeypatch):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A folder of `hosts.install` that every user may enter; its smtpd is the one that is found."""
+    """A folder of `hosts.install` that every user may enter; PATH finds its smtpd."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""An editor that does what a test has written down, once for each time it is opened."""
+"""An editor that runs the next step of a script each time it is opened."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class Editor:
 
     @property
     def opened(self):
-        """What it was opened with, each time."""
+        """The text of the file at each opening."""
         return [json.loads(line) for line in (self._folder / "opened.jsonl").read_text().splitlines()]

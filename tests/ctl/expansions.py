@@ -1,4 +1,4 @@
-"""Aliases that smtpd expands or rejects, as it does itself; for lint, and for a real smtpd."""
+"""Aliases that smtpd expands or rejects, for tests of lint and of a real smtpd."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Expansions(NamedTuple):
-    """A table whose aliases end at the users gilles and eric, or do not."""
+    """Aliases that lead to the users gilles and eric, except for the rejected ones."""
 
     aliases: dict[str, str]
     rejected: set[str]
 
 
 def chain(name: str, count: int, last: str = "gilles", domain: str = "") -> dict[str, str]:
-    """So many aliases in a row."""
+    """A chain of ``count`` aliases."""
     keys = [f"{name}{number}{domain}" for number in range(1, count + 1)]
     return dict(zip(keys, [*keys[1:], last], strict=True))
 

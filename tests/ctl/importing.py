@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tests.control import control
+from tests.ctl import parsed
 
-HASH = "$2b$10$hIJ4QfMcp.90nJwKqGbKM.MybArjHOTpEtoTV.DgLYAiThuoYmTSe"
+HASH = parsed.HASH.decode()
 
 
 def importer(agent, *arguments, stdin=b"", token=None):

@@ -28,7 +28,7 @@ def sample(name, value, **labels):
 
 
 def numbers(table="aliases", more="", **metrics):
-    """What a daemon publishes about a table of one prefix."""
+    """The metrics of a table with one prefix."""
     text = sample("build_info", 1, table=table, version=__version__)
     text += sample("start_time_seconds", time.time() - 7200, table=table)
     return text + "".join(sample(n, v, table=table, prefix=f"{table}/") for n, v in metrics.items()) + more

@@ -32,6 +32,6 @@ def query(conf, *arguments, **options):
 
 
 def traced(conf, *arguments):
-    """The trace as ``what text`` lines, of one key."""
+    """The trace of one key, as ``what text`` lines."""
     (line,) = query(conf, *arguments, "--trace", "--json").text.splitlines()
     return [f"{step['what']} {step['text']}" for step in json.loads(line)["trace"]]

@@ -1,4 +1,4 @@
-"""`table-consulctl accept`: which tables smtpctl updates, and what is printed."""
+"""`table-consulctl accept`: the tables that smtpctl updates, and the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HELD = {**FOLLOWING, "deletions_held": 30, "deletions_held_seconds": 600}
 
 @pytest.fixture
 def smtpctl(tmp_path, monkeypatch):
-    """A stand-in that notes its arguments, a line each time; the file of notes. Its status is in the environment."""
+    """The file in which a stand-in for smtpctl logs its arguments; its exit status comes from the environment."""
     program, notes = tmp_path / "bin" / "smtpctl", tmp_path / "notes"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >>{notes}\necho "$SAYS"\nexit ${{STATUS:-0}}\n')
@@ -37,7 +37,7 @@ def test_named_table_is_updated_without_metrics(tmp_path, smtpctl, accept):
     assert smtpctl.read_text() == "update table aliases\nupdate table domains\n"
 
 
-def test_without_names_only_tables_that_hold_deletions_are_updated(tmp_path, smtpctl, accept):
+def test_accept_without_names_updates_only_tables_with_held_deletions(tmp_path, smtpctl, accept):
     publish(tmp_path, "aliases", **HELD)
     publish(tmp_path, "domains", **FOLLOWING, deletions_held=0)
     out = "aliases: accepted 30 deletions\ndomains: holds no deletions\n"
@@ -52,7 +52,7 @@ def test_table_whose_metrics_are_missing_is_named(tmp_path, smtpctl, accept):
     assert err == "domains: no metrics, so it is unknown what it holds (name it)\n"
 
 
-def test_without_names_and_metrics_a_name_is_asked_for(tmp_path, smtpctl, accept):
+def test_accept_without_names_and_metrics_is_an_error(tmp_path, smtpctl, accept):
     code, _, err = accept(configured(tmp_path, metrics=""))
     assert (code, "missing TABLE: without [metrics]" in err, smtpctl.read_text()) == (2, True, "")
 
@@ -74,6 +74,6 @@ def test_missing_smtpctl_is_one_line_with_the_command(tmp_path, accept, monkeypa
     assert accept(configured(tmp_path), "my aliases") == (2, "", error)
 
 
-def test_name_that_no_table_can_have_reaches_no_smtpctl(tmp_path, smtpctl, accept):
+def test_invalid_table_name_is_not_passed_to_smtpctl(tmp_path, smtpctl, accept):
     code, _, err = accept(configured(tmp_path), "a/b")
     assert (code, "invalid table name" in err, smtpctl.read_text()) == (2, True, "")

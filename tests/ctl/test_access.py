@@ -1,4 +1,4 @@
-"""What the token may not read, as `lint` and `policy --check` report it: by a real Consul with ACLs, and by fakes."""
+"""Keys that the token may not read, in `lint` and `policy --check`, with a real Consul and with fakes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def guarded(consul_with_acl):
 
 @pytest.fixture
 def run(guarded, tmp_path):
-    """Runs a command with a token of these rules in the configuration, and perhaps another in the environment."""
+    """Runs a command with a token of these rules in the configuration and an optional one in the environment."""
 
     def run(rules, *command, operator=None, more=""):
         path = config(tmp_path, f"http://{guarded.address}", guarded.token(rules), more)
@@ -53,14 +53,14 @@ def places(done):
     return [line.partition(": ")[0] for line in done.text.splitlines()]
 
 
-def test_token_that_may_read_everything_is_no_problem(guarded, run):
+def test_token_with_all_permissions_has_no_problem(guarded, run):
     for operator in (None, guarded.token(LISTER), guarded.management_token):
         done = run(READ, "policy", "--check", operator=operator)
         assert (done.status, done.text) == (0, ""), done.said
         assert done.said.startswith("checked: 3 folders, 5 keys, " if operator else "checked: 3 folders, 0 keys, ")
 
 
-def test_denied_key_is_found_by_a_token_that_lists_keys_or_reads_policies(guarded, run):
+def test_denied_key_is_found_with_a_token_that_lists_keys_or_reads_policies(guarded, run):
     for rules, keys in ((LISTER, ["t/alias/vip"]), (AUDITOR, ["t/alias/later", "t/alias/vip"])):
         done = run(DENY, "policy", "--check", operator=guarded.token(rules))
         assert (done.status, places(done)) == (1, keys), done.said
@@ -87,20 +87,20 @@ def test_denied_key_is_found_in_the_policies_of_a_role_and_in_json(guarded, run,
         guarded.request("DELETE", f"/v1/acl/policy/{policy['ID']}")
 
 
-def test_own_token_finds_the_folder_of_a_denied_key_where_consul_reports_it(run):
+def test_token_of_the_daemon_finds_the_folder_of_a_denied_key_where_consul_reports_it(run):
     done = run(DENY, "policy", "--check")
     reported = consul_version() >= (1, 11)
     assert (done.status, places(done)) == ((1, ["t/alias/"]) if reported else (0, [])), done.said
     assert ("Consul hides keys of this folder" in done.text) is reported
 
 
-def test_folder_that_may_not_be_read_is_found_with_any_token(run):
+def test_forbidden_folder_is_found_with_any_token(run):
     done = run(READ + 'key_prefix "t/domain/" { policy = "deny" }', "policy", "--check")
     assert (done.status, places(done), "may not read this folder" in done.text) == (1, ["t/domain/"], True)
 
 
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
-def test_lint_names_the_denied_key_and_checks_the_rest(guarded, run, mode):
+def test_lint_names_a_denied_key_and_checks_the_others(guarded, run, mode):
     done = run(DENY, "lint", operator=guarded.token(LISTER), more=f'mode = "{mode}"\n')
     assert (done.status, places(done)) == (2, ["t/alias/vip", "t/alias/u%20x"]), done.said
     assert "4 entries, 2 problems (Consul at" in done.said
@@ -113,7 +113,7 @@ def test_lint_names_the_denied_key_and_checks_the_rest(guarded, run, mode):
     assert table["error"] == "not all checked: t/alias/later, t/alias/vip may not be read in full"
 
 
-def test_lint_checks_the_services_beside_a_folder_that_may_not_be_read(run):
+def test_lint_checks_the_services_beside_a_forbidden_folder(run):
     for mode in ("mirror", "direct"):
         rules = READ + 'key_prefix "t/domain/" { policy = "deny" }'
         done = run(rules, "lint", more=f'mode = "{mode}"\n')
@@ -121,7 +121,7 @@ def test_lint_checks_the_services_beside_a_folder_that_may_not_be_read(run):
         assert "t/domain/ may not be read" in done.said
 
 
-def test_many_keys_are_asked_about_in_several_requests(guarded, run):
+def test_many_keys_are_checked_in_several_requests(guarded, run):
     guarded.kv_txn({f"t/string/{number:03}": "x" for number in range(200)})
     denied = [f"t/string/{number:03}" for number in (0, 63, 64, 199)]
     rules = READ + "\n".join(f'key "{key}" {{ policy = "deny" }}' for key in denied)
@@ -132,7 +132,7 @@ def test_many_keys_are_asked_about_in_several_requests(guarded, run):
     assert "t/string/000, t/string/063, t/string/064, 1 more may not be read in full" in done.said
 
 
-def test_consul_without_acls_has_nothing_to_report(consul, tmp_path):
+def test_consul_without_acls_has_no_problem(consul, tmp_path):
     consul.kv_txn(STORE)
     path = tmp_path / "c.toml"
     path.write_text(f'[consul]\naddress = "http://{consul.address}"\n{LAYOUT}')
@@ -140,7 +140,7 @@ def test_consul_without_acls_has_nothing_to_report(consul, tmp_path):
     assert (done.status, done.text) == (0, ""), done.said
 
 
-# A fake, which knows nothing of tokens and policies: the flag alone.
+# A fake, which reports hidden keys but has no endpoints for tokens and policies.
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_export_and_import_refuse_a_folder_where_consul_hides_keys(flagged, tmp_
     assert flagged(version, "export", "t", "string") == (0, b"a\tb\n", b"")
 
 
-def test_import_does_not_overwrite_a_key_that_consul_before_1_11_hides_without_a_word(flagged, tmp_path):
+def test_import_does_not_overwrite_a_key_that_consul_before_1_11_hides(flagged, tmp_path):
     lines = tmp_path / "lines"
     lines.write_text("vip: robert\n")
     assert flagged("1.8.7", "export", "t", "alias").text == "root:\tgilles\nu%20x:\tjoerg\n"
@@ -192,7 +192,7 @@ def test_import_does_not_overwrite_a_key_that_consul_before_1_11_hides_without_a
     assert "0 of 1 key written" in done.said
 
 
-def test_policy_check_takes_no_other_option(tmp_path):
+def test_policy_check_accepts_no_other_option(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(LAYOUT)
     for option in ("--write", "--list", "--json"):

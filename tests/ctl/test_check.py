@@ -1,4 +1,4 @@
-"""`table-consulctl check`: each thing that can be wrong between smtpd and Consul, by a stand-in for smtpd."""
+"""`table-consulctl check`: every fault between smtpd and Consul, with a stand-in for smtpd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def filled(consul):
     return f"http://{consul.address}"
 
 
-def test_nothing_wrong_is_status_0_and_what_was_checked(host, filled):
+def test_host_without_problems_is_status_0_with_a_summary(host, filled):
     done = check(host, address=filled)
     assert (done.status, done.text) == (0, ""), done.text
     for what in ("smtpd.conf (1 table)", "libexec/table-consul\n", "c.toml, as user", "Consul 1", f" at {filled}"):
@@ -91,7 +91,7 @@ def test_missing_smtpd_conf_is_status_2_and_named_tables_are_checked(host, fille
     assert (done.status, done.text) == (2, f"{host}/none: no such file or directory (run this as root)\n")
 
 
-def test_token_that_consul_does_not_know_is_reported_once(host, consul_with_acl):
+def test_unknown_token_is_reported_once(host, consul_with_acl):
     address = f"http://{consul_with_acl.address}"
     token = host / "token"
     token.write_text("11111111-2222-3333-4444-555555555555")
@@ -150,7 +150,7 @@ def test_cluster_without_a_leader_is_status_2(host):
     assert (done.status, "(is a majority of the servers running?)" in done.text) == (2, True), done.text
 
 
-def test_json_has_problems_and_what_was_checked(host, filled, consul):
+def test_json_has_problems_and_a_summary(host, filled, consul):
     consul.kv_delete("aliases/domain/example.org")
     done = check(host, "--json", address=filled)
     document = json.loads(done.text)
@@ -159,12 +159,12 @@ def test_json_has_problems_and_what_was_checked(host, filled, consul):
     assert f"{host}/smtpd.conf (1 table)" in document["checked"]
 
 
-def test_variable_of_the_environment_is_named_as_smtpd_may_not_have_it(host, filled):
+def test_environment_variable_is_named_because_smtpd_may_lack_it(host, filled):
     done = check(host, address=filled, CONSUL_HTTP_TOKEN="anything")
     assert "with CONSUL_HTTP_TOKEN of this environment, which smtpd may not have" in done.said
 
 
-def test_configuration_of_a_table_is_the_one_that_smtpd_conf_names(host, filled):
+def test_configuration_named_in_smtpd_conf_is_used_for_its_table(host, filled):
     (host / "smtpd.conf").write_text(CONF.replace("consul\n", f"consul:{host}/other.toml\n"))
     (host / "other.toml").write_text("[consul]\nadress = 1\n")
     done = check(host, address=filled)

@@ -1,4 +1,4 @@
-"""`table-consulctl edit`: what the editor gets, what is refused, and that nobody else's edit is overwritten."""
+"""`table-consulctl edit`: the text in the editor, refused entries, and concurrent edits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fake():
 
 @pytest.fixture
 def edit(fake, tmp_path):
-    """Runs `edit` with an editor of these steps and these answers; what is done, and the editor."""
+    """Runs `edit` with an editor of these steps and these answers; the outcome and the editor."""
 
     def run(*steps, arguments=("aliases", "alias"), answers=b"", before=()):
         editor = Editor(tmp_path, *steps)
@@ -86,7 +86,7 @@ def test_refused_entry_opens_the_editor_again_at_its_line(consul, tmp_path):
     assert "allow_commands" in shown
 
 
-def test_two_edits_at_once_keep_each_other_key_by_key(consul, tmp_path):
+def test_concurrent_edits_of_different_keys_are_both_kept(consul, tmp_path):
     consul.kv_txn({f"aliases/alias/{key}": "x" for key in "abc"})
     (tmp_path / "other").mkdir()
     change = "text = text.replace('a:\\tx', 'a: other').replace('c:\\tx\\n', '') + 'd: other\\n'"
@@ -105,7 +105,7 @@ def test_two_edits_at_once_keep_each_other_key_by_key(consul, tmp_path):
     assert "changed in Consul since the editor opened" in done.said
 
 
-# What the editor gets.
+# The text in the editor.
 
 
 def test_editor_gets_the_file_that_export_writes(edit, fake):
@@ -168,7 +168,7 @@ def test_edit_of_records_changes_fields(edit, fake, tmp_path):
     assert found == {b"vera": record | {"uid": 1001}, b"eric": {"password": HASH, "quota": 5}}
 
 
-# What is refused.
+# Refused entries.
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_edit_of_records_changes_fields(edit, fake, tmp_path):
         ("text += '\\0'", "NUL"),
     ],
 )
-def test_refused_file_writes_nothing_if_the_operator_quits(edit, fake, step, said):
+def test_quitting_after_a_refused_file_writes_nothing(edit, fake, step, said):
     done, _ = edit(step, answers=["q"])
     assert (done.status, said in done.said, values(fake)) == (2, True, BEFORE), done.said
     assert done.text.endswith("nothing was written\n")
@@ -210,7 +210,7 @@ def test_answer_other_than_yes_writes_nothing(edit, fake, answers, status):
     assert (done.status, values(fake), os.path.exists(editor.opened[0]["path"])) == (status, BEFORE, False)
 
 
-def test_editor_opens_again_on_demand(edit, fake):
+def test_editor_opens_again_on_request(edit, fake):
     done, editor = edit("text = text.replace('gilles', 'vera')", "text = text.replace('vera', 'zoe')", answers="ey")
     assert (done.status, values(fake)[b"root"], len(editor.opened)) == (0, b"zoe", 2)
 
@@ -227,7 +227,7 @@ def test_missing_editor_is_one_line(fake):
     assert (done.status, done.said) == (2, "table-consulctl: /nonexistent -w: no such file or directory (set EDITOR)\n")
 
 
-def test_terminal_that_goes_away_leaves_no_file(fake, tmp_path):
+def test_closed_terminal_leaves_no_file(fake, tmp_path):
     editor = Editor(tmp_path, f"os.kill(os.getppid(), signal.{signal.SIGHUP.name}); import time; time.sleep(30)")
     environ = {**os.environ, "CONSUL_HTTP_ADDR": fake.address, "EDITOR": editor.command, "VISUAL": ""}
     done = finished(start("edit", "aliases", "alias", env=environ))
@@ -236,7 +236,7 @@ def test_terminal_that_goes_away_leaves_no_file(fake, tmp_path):
 
 
 @pytest.mark.slow
-def test_edit_of_100_000_entries_writes_only_what_changed(edit, fake):
+def test_edit_of_100_000_entries_writes_only_changes(edit, fake):
     for line in alias_lines(100_000).splitlines():
         key, _, value = line.partition(b": ")
         fake.put(PATH + key, value)

@@ -1,4 +1,4 @@
-"""`table-consulctl expand`: what it prints. tests/e2e/test_expand.py compares its lookups with those of smtpd."""
+"""The output of `table-consulctl expand`; tests/e2e/test_expand.py compares its lookups with those of smtpd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from table_consul.ctl import recipients
 from table_consul.protocol import NOT_FOUND, Found
 from tests.control import control, start
-from tests.dialogue import PATIENCE_SECONDS, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, write_config, write_source
 
 STORE = {
     "t/alias/root": "staff, eric@example.com",
@@ -102,7 +102,7 @@ def test_without_userinfo_users_are_those_of_the_system(expand):
         ("root", ["root", "staff", "again", "vera", "vera"], ["eric@example.com"]),
     ],
 )
-def test_virtual_addresses_are_those_asked_for_listed_as_domains_or_in_keys(expand, address, asked, relayed):
+def test_virtual_addresses_come_from_options_domains_or_keys(expand, address, asked, relayed):
     answer = json.loads(expand("t", address, "--virtual", "v", "--userinfo", "u", "--json").text)
     assert [each["key"] for each in answer["lookups"]][: len(asked)] == asked
     assert [each["name"] for each in answer["recipients"] if each["kind"] == "address"] == relayed
@@ -124,7 +124,7 @@ def test_json_has_a_line_for_each_address(expand):
     assert second["lookups"][-1] == {**lookup, "answer": "1000:1000:/home/vera"}
 
 
-def test_consul_that_cannot_be_reached_is_a_temporary_error(tmp_path):
+def test_unreachable_consul_is_a_temporary_error(tmp_path):
     done = control("-c", write_config(tmp_path, address="http://127.0.0.1:9"), "expand", "t", "root", "--virtual", "v")
     assert (done.status, "  -> rejected: 424 " in done.text) == (2, True)
 
@@ -143,7 +143,7 @@ def test_expand_of_100000_entries_takes_one_pass(expand):
     assert (len(first["lookups"]), len(second["lookups"])) == (101 + 300, 4)
 
 
-def test_expansion_that_grows_without_end_is_cut():
+def test_endless_expansion_is_cut():
     everyone = ",".join(f"a{number}@d" for number in range(100)).encode()
 
     def lookup(_table, key):
@@ -159,4 +159,4 @@ def test_closed_pipe_ends_expand_without_a_message(tmp_path):
     with start("-c", path, "expand", "t", *["daemon"] * 20_000, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"daemon\n"
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(PATIENCE_SECONDS)) == (b"", 2)
+        assert (process.stderr.read(), process.wait(TIMEOUT_SECONDS)) == (b"", 2)

@@ -1,4 +1,4 @@
-"""`table-consulctl export`: smtpd and Consul read the files back as the entries stored in Consul."""
+"""`table-consulctl export`: smtpd and Consul read the files as the entries that Consul stores."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_table_holds_the_answers_of_smtpd(consul):
     assert exported(consul, "aliases", "alias", "--format", "aliases").out == TABLE
 
 
-def test_export_equals_that_of_consul(consul):
+def test_export_equals_consul_kv_export(consul):
     put(consul, {**ALIASES, "folder/": b"", "bytes": b"\xff\0", "empty": b"", "a<b>&c": b"x"})
     consul.request("PUT", "/v1/kv/aliases/alias/flagged?flags=7", b"x")
     command = [consul_binary(), "kv", "export", f"-http-addr={consul.address}", "aliases/alias/"]
@@ -114,7 +114,7 @@ def test_any_entries_survive_export_and_import(consul, entries, service):
         ("userinfo", b"vera\t1000:100:/home/vera\n"),
     ],
 )
-def test_each_service_has_its_kind_of_table(consul, service, text):
+def test_each_service_is_exported_as_a_list_or_a_mapping(consul, service, text):
     imported = control("import", "t", service, "-", stdin=text, CONSUL_HTTP_ADDR=consul.address)
     assert (imported.status, imported.said) == (0, "")
     assert exported(consul, "t", service).out == text
@@ -251,7 +251,7 @@ def test_file_keeps_its_owner(tmp_path):
     assert (path.stat().st_uid, mode(path)) == (0, 0o600)
 
 
-def test_link_and_pipe_are_written_through(tmp_path):
+def test_export_writes_through_links_and_pipes(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     export.replace_file(str(tmp_path / "link"), b"new", private=False)
@@ -304,7 +304,7 @@ ODD = {
 }
 
 
-def test_smtpd_reads_the_file_as_it_is_answered_from_consul(consul, smtpd, tmp_path):
+def test_smtpd_reads_the_same_entries_from_the_file_and_from_consul(consul, smtpd, tmp_path):
     conf = write_config(tmp_path, "allow_commands = true", address=f"http://{consul.address}")
     put(consul, ODD)
     done = control("-c", conf, "export", "aliases", "alias")

@@ -108,7 +108,7 @@ def test_mapping_for_a_service_of_lists_is_one_problem(line, service):
 
 
 @pytest.mark.parametrize("service", ["mailaddr", "source", "relayhost", "string"])
-def test_mapping_for_a_service_that_smtpd_asks_in_both_ways_is_read(service):
+def test_mapping_for_a_service_with_lists_and_mappings_is_read(service):
     assert pairs(read(b"a b\n", SERVICES[service], "auto")) == [(b"a", b"b")]
 
 
@@ -138,7 +138,7 @@ def test_mapping_for_a_service_that_smtpd_asks_in_both_ways_is_read(service):
         (b"a:\\gilles\r", b"a", b"\\gilles"),
     ],
 )
-def test_alias_line_is_read_as_aliases_5_means_it(line, key, value):
+def test_alias_line_is_read_as_in_aliases_5(line, key, value):
     assert pairs(read_aliases(line)) == [(key, value)]
 
 
@@ -177,7 +177,7 @@ def test_bad_alias_line_is_a_problem_with_its_number(text, line, expected):
     assert expected in problems(read_aliases(text))[line]
 
 
-def test_ambiguous_indented_line_asks_for_a_format():
+def test_ambiguous_indented_line_requires_a_format():
     text = b"root: gilles\n  eric: joerg\n"
     assert "--format" in problems(read(text, ALIAS, "auto"))[2]
     assert pairs(read(text, ALIAS, "table")) == [(b"root", b"gilles"), (b"eric", b"joerg")]
@@ -205,13 +205,13 @@ def test_export_with_the_same_folder_leaves_out_other_folders():
     assert parsed.entries[0] == (b"Root", b"v", 3, 7)
 
 
-def test_export_from_elsewhere_uses_its_only_folder_of_that_name():
+def test_export_of_another_table_uses_its_only_folder_of_that_name():
     parsed = read(exported("old/mail/alias/a", "old/mail/alias/b/c", "old/mail/domain/d"), ALIAS, "auto")
     assert (keys_of(parsed), parsed.left_out) == ([b"a", b"b/c"], 1)
 
 
 @pytest.mark.parametrize("keys", [("one/alias/a", "two/alias/b"), ("people/a", "people/b")])
-def test_export_with_several_folders_or_none_asks_for_one(keys):
+def test_export_with_several_folders_or_none_requires_a_name(keys):
     with pytest.raises(FormatError, match="--from"):
         read(exported(*keys), ALIAS, "auto")
     folder = keys[0].rpartition("/")[0]
@@ -261,7 +261,7 @@ def test_export_entries_are_read_back_unchanged():
         (b"", "domain", "table"),
     ],
 )
-def test_detect_format_knows_each_format(text, service, name):
+def test_detect_format_recognizes_each_format(text, service, name):
     assert files.detect_format(text, SERVICES[service]) == name
 
 
@@ -306,7 +306,7 @@ def test_detect_format_rejects_other_json(data, service):
         files.detect_format(data, SERVICES[service])
 
 
-def test_detect_format_asks_when_lines_look_like_two_formats():
+def test_detect_format_rejects_lines_that_fit_two_formats():
     with pytest.raises(FormatError, match="1 of 2 lines look like passwd entries"):
         files.detect_format(b"vera:*:1:1::/home/vera:/bin/sh\neric 1:1:/home/eric\n", USERINFO)
 
@@ -357,7 +357,7 @@ def test_any_file_gives_entries_and_problems_with_existing_lines(data, service):
         assert all(1 <= problem.line <= lines and problem.text for problem in parsed.problems)
 
 
-# What is written for smtpd.
+# Files for smtpd.
 
 texts = st.lists(
     st.sampled_from(
@@ -366,7 +366,7 @@ texts = st.lists(
     max_size=8,
 ).map(b"".join) | st.binary(max_size=8)
 
-# Consul says them in JSON.
+# Consul writes them in JSON.
 consul_keys = texts.map(lambda key: key.decode(errors="ignore").encode().lower()).filter(bool)
 
 

@@ -1,4 +1,4 @@
-"""Reading inline tables of smtpd.conf, Postfix's virtual and transport maps, and what aliases(5) has beside names."""
+"""Reading inline tables of smtpd.conf, virtual and transport maps of Postfix, and special lines of aliases(5)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_expressions_of_postfix_are_a_problem(line):
 
 
 @pytest.mark.parametrize("line", [b"//a: gilles", b"/a/b: gilles", b"if: /dev/null", b"if: eric"])
-def test_slashes_alone_are_no_expression(line):
+def test_slashes_alone_are_not_an_expression(line):
     assert len(pairs(read(line + b"\n", ALIAS, "auto"))) == 1
 
 
@@ -106,7 +106,7 @@ def test_slashes_alone_are_no_expression(line):
         (b"smtp+tls://mx.example.org", b"smtp+tls://mx.example.org"),
     ],
 )
-def test_transport_is_translated_to_a_relay_host(value, url):
+def test_transport_becomes_a_relay_host(value, url):
     parsed = read(b"# x\nexample.net smtp:[mx]\nExample.org\t" + value + b"\n", RELAYHOST, "auto")
     assert (parsed.format, pairs(parsed)[1]) == ("transport", (b"example.org", url))
 
@@ -128,7 +128,7 @@ def test_transport_is_translated_to_a_relay_host(value, url):
         (b"example.org", "no transport"),
     ],
 )
-def test_transport_without_an_equivalent_is_a_problem_that_names_it(line, expected):
+def test_transport_without_an_equivalent_is_a_problem_with_its_name(line, expected):
     parsed = read(b"example.net smtp:[mx]\n" + line + b"\n", RELAYHOST, "auto")
     assert expected in problems(parsed)[2]
     assert len(parsed.entries) == 1
@@ -137,11 +137,11 @@ def test_transport_without_an_equivalent_is_a_problem_that_names_it(line, expect
 @pytest.mark.parametrize(
     "text", [b"example.org smtp://mx.example.org\n", b"example.org mx:25\n", b"smtp://mx.example.org\n", b"mx\n"]
 )
-def test_relay_hosts_of_smtpd_are_no_transport_map(text):
+def test_relay_hosts_of_smtpd_are_not_a_transport_map(text):
     assert read(text, RELAYHOST, "auto").format == "table"
 
 
-def test_imported_transports_are_relay_hosts_that_smtpd_takes(consul):
+def test_imported_transports_are_valid_relay_hosts(consul):
     text = b"a.example smtp:[mx]:587\nb.example lmtp:[2001:db8::1]\nc.example smtps:[192.0.2.1]\n"
     done = importer(consul, "t", "relayhost", "-", stdin=text)
     assert (done.status, done.said) == (0, "")

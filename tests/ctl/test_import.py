@@ -1,4 +1,4 @@
-"""`table-consulctl import` against a real Consul: what it shows, writes and removes, and which token it needs."""
+"""`table-consulctl import` against a real Consul: output, writes, removals, and permissions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_each_kind_of_file_is_stored_as_the_daemon_reads_it(consul, service, tex
     assert entries(consul, f"t/{service}/") == stored
 
 
-def test_key_that_modern_consul_refuses_is_left_out_and_the_rest_is_written(consul, tmp_path):
+def test_key_that_modern_consul_refuses_is_skipped_and_the_others_are_written(consul, tmp_path):
     path = file(tmp_path, b"root: gilles\nu%20y: eric\nzoe: eric\n")
     for more, last in (
         (["--dry-run"], "2 to add, 0 to change, 0 to remove, 0 unchanged, 1 refused"),
@@ -149,7 +149,7 @@ def test_prune_keeps_a_record_that_another_service_reads(consul, tmp_path):
     assert entries(consul, "people/").keys() == {"bob"}
 
 
-def test_prune_works_within_the_folder_of_another_service(consul, tmp_path):
+def test_prune_removes_keys_in_the_folder_of_another_service(consul, tmp_path):
     paths = '[tables.t]\npaths = { domain = "shared", alias = "shared/alias" }'
     conf = write_config(tmp_path, more=paths, address=f"http://{consul.address}")
     consul.kv_put("shared/alias/old", "x")
@@ -200,7 +200,7 @@ def test_unregistered_service_is_noted(consul):
     assert (done.status, "does not ask t for auth" in done.said) == (0, True)
 
 
-def test_long_list_of_changes_is_whole_only_in_a_dry_run(consul):
+def test_long_list_of_changes_is_complete_only_in_a_dry_run(consul):
     count = writing.CHANGES_SHOWN + 5
     dry = importer(consul, "aliases", "alias", "-", "--dry-run", stdin=alias_lines(count))
     assert len(dry.text.splitlines()) == count + 1
@@ -217,7 +217,7 @@ def consul_kv_export(agent, prefix):
     return subprocess.run(command, capture_output=True, check=True).stdout
 
 
-def test_export_from_elsewhere_is_written_below_the_table(consul, tmp_path):
+def test_export_of_another_table_is_written_below_the_table(consul, tmp_path):
     consul.kv_txn({"old/mail/alias/root": "gilles\n", "old/mail/domain/example.org": "", "old/mail/alias/": ""})
     text = consul_kv_export(consul, "old/")
     done = importer(consul, "aliases", "alias", "-", stdin=text)
@@ -225,7 +225,7 @@ def test_export_from_elsewhere_is_written_below_the_table(consul, tmp_path):
     assert entries(consul) == {"root": b"gilles\n"}
 
 
-def test_from_names_any_folder_of_an_export(consul):
+def test_from_selects_any_folder_of_an_export(consul):
     consul.kv_txn({"people/root": "gilles", "top": "eric"})
     text = consul_kv_export(consul, "")
     assert "--from" in importer(consul, "aliases", "alias", "-", stdin=text).said

@@ -1,4 +1,4 @@
-"""`table-consulctl import` beside other writers, through outages and interruptions, and run again afterwards."""
+"""`table-consulctl import` with concurrent writers, outages, interruptions, and repeated runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 from table_consul.ctl import txn, writing
 from tests.control import START, control, finished, start
 from tests.ctl.importing import alias_lines, entries, file, importer
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 from tests.rig.waiting import wait_for
 
 
 @pytest.fixture
 def between(monkeypatch):
-    """Has something happen before the transaction of this number."""
+    """Call a function before transaction ``number``."""
 
     def put(number, happen):
         transact = txn.Store.transact
@@ -141,7 +141,7 @@ def test_killed_import_leaves_whole_transactions_and_can_be_repeated(consul, tmp
         return consul.kv_get("aliases/alias/user00000") is not None
 
     try:
-        wait_for(begun, PATIENCE_SECONDS, lambda: "nothing is written")
+        wait_for(begun, TIMEOUT_SECONDS, lambda: "nothing is written")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -175,9 +175,9 @@ def test_progress_bar_fits_a_terminal_of_40_columns(consul, tmp_path):
         while chunk := os.read(master, 65536):
             seen += chunk
     except OSError:
-        pass  # the end of a terminal
+        pass  # end of file on a terminal
     os.close(master)
-    assert process.wait(PATIENCE_SECONDS) == 0
+    assert process.wait(TIMEOUT_SECONDS) == 0
     assert b"100%" in seen
     lines = seen.replace(b"\x1b[?25l", b"").replace(b"\x1b[?25h", b"").replace(b"\n", b"\r").split(b"\r")
     assert [line for line in lines if len(line.decode()) > 40] == []

@@ -36,7 +36,7 @@ def test_refused_entries_are_reported_and_the_others_written(consul, tmp_path):
     assert [(each["line"], each["key"]) for each in report["refused"]] == [(2, "bad"), (3, ""), (4, "u%20x")]
 
 
-def test_file_without_problems_needs_no_skipping(consul):
+def test_skip_refused_changes_nothing_for_a_good_file(consul):
     done = importer(consul, "aliases", "alias", "-", "--skip-refused", stdin=b"root: gilles\n")
     assert (done.status, done.said, entries(consul)) == (0, "", {"root": b"gilles"})
 
@@ -49,13 +49,13 @@ def test_prune_keeps_the_stored_entry_of_a_refused_one(consul):
     assert (done.status, entries(consul)) == (1, {"root": b"gilles", "bad": b"x"})
 
 
-def test_prune_needs_lines_that_can_be_read(consul):
+def test_prune_rejects_a_file_with_unreadable_lines(consul):
     consul.kv_put("aliases/alias/none", "x")
     done = importer(consul, "aliases", "alias", "-", "--prune", "--skip-refused", stdin=b"root: x\nnone:\n")
     assert (done.status, entries(consul), "--prune needs lines" in done.said) == (2, {"none": b"x"}, True)
 
 
-def test_conflicts_exit_with_2_also_while_skipping(consul, monkeypatch):
+def test_conflict_exits_with_2_with_skip_refused(consul, monkeypatch):
     from table_consul.ctl import txn
 
     transact = txn.Store.transact
@@ -72,7 +72,7 @@ def test_conflicts_exit_with_2_also_while_skipping(consul, monkeypatch):
 # Duplicates.
 
 
-def test_exact_duplicates_are_a_note(consul):
+def test_exact_duplicates_are_noted(consul):
     text = b"root: gilles\nRoot: gilles\nvera: eric\nroot: gilles\n"
     done = importer(consul, "aliases", "alias", "-", stdin=text)
     assert (done.status, entries(consul)) == (0, {"root": b"gilles", "vera": b"eric"})
@@ -117,7 +117,7 @@ def test_dry_run_warns_of_too_many_removals(consul):
 
 
 @pytest.mark.parametrize(("answer", "left"), [(b"y\n", 2), (b"n\n", 30), (b"\n", 30)])
-def test_terminal_is_asked_before_many_entries_are_removed(consul, tmp_path, answer, left):
+def test_import_asks_before_it_removes_many_entries(consul, tmp_path, answer, left):
     fill(consul, 30)
     path = file(tmp_path, alias_lines(2))
     status, shown = at_terminal(
@@ -132,7 +132,7 @@ def test_terminal_is_asked_before_many_entries_are_removed(consul, tmp_path, ans
 
 
 @pytest.mark.parametrize("number", ["-1", "x", "10 %", "1.5", "%"])
-def test_limit_of_removals_is_a_number_or_a_part(number):
+def test_invalid_limit_of_removals_is_a_usage_error(number):
     done = control("import", "t", "alias", "-", f"--max-removals={number}")
     assert (done.status, "expected a number, such as 100" in done.said) == (2, True)
 
@@ -163,7 +163,7 @@ def test_dry_run_warns_if_the_token_may_not_write(consul_with_acl):
         assert (done.status, warning, done.text.count("+ ")) == (1, warned, 2), done.said
 
 
-def test_dry_run_finds_a_token_that_may_write_only_some_keys(consul_with_acl):
+def test_dry_run_reports_a_token_that_may_write_only_some_keys(consul_with_acl):
     rules = 'key_prefix "aliases/" { policy = "write" } key_prefix "aliases/alias/user002" { policy = "read" }'
     token = consul_with_acl.token(rules)
     done = importer(consul_with_acl, "aliases", "alias", "-", "--dry-run", stdin=alias_lines(1000), token=token)

@@ -77,7 +77,7 @@ def test_file_that_is_not_text_is_rejected_without_reading_it_all(tmp_path, path
 def test_too_large_file_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(import_, "FILE_MAX_BYTES", 4 << 20)
     done = control("-c", write_config(tmp_path), "import", "aliases", "alias", file(tmp_path, b"# x\n" * (2 << 20)))
-    assert done.status == 2  # of file:// first: nothing is read that nobody could write
+    assert done.status == 2  # file:// first: no input file is read when no Consul can be written
     conf = write_config(tmp_path, address="http://127.0.0.1:1")
     done = control("-c", conf, "import", "aliases", "alias", file(tmp_path, b"# x\n" * (2 << 20)))
     assert (done.status, "more than 4 MB" in done.said) == (2, True)

@@ -1,4 +1,4 @@
-"""`table-consulctl lint`: every problem with its key and the remedy, and no problem that is none."""
+"""`table-consulctl lint`: every problem with its key and a hint, and no false alarms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOOD = {
 
 @pytest.fixture
 def lint(tmp_path):
-    """Runs lint over these entries in a file, with these lines of configuration."""
+    """Runs lint on a file with these entries and these lines of configuration."""
 
     def run(entries, more="", *arguments):
         path = tmp_path / "c.toml"
@@ -57,7 +57,7 @@ def live(fake, tmp_path):
     return run
 
 
-def test_good_data_are_no_problem(lint, tmp_path):
+def test_good_entries_have_no_problem(lint, tmp_path):
     done = lint(GOOD)
     assert done == (0, b"", f"aliases: 5 entries, no problems ({tmp_path}/export.json)\n".encode())
 
@@ -65,7 +65,7 @@ def test_good_data_are_no_problem(lint, tmp_path):
 MISSING = "this folder does not exist: Consul has no key below it (check the name of the table, `prefix` and `paths`)"
 
 
-def test_table_without_a_key_is_reported_as_a_missing_folder(lint):
+def test_table_without_keys_is_reported_as_a_missing_folder(lint):
     done = lint({"alias/alias/root": b"gilles", "aliases2/alias/root": b"gilles"})
     assert (done.status, done.text) == (1, f"aliases/: {MISSING}\n")
     assert "0 entries, 1 problem (" in done.said
@@ -104,7 +104,7 @@ def test_alias_loop_by_a_tag_depends_on_the_delimiter_of_the_table(live):
     assert live({}).text == ""
 
 
-def test_alias_is_reported_as_it_is_stored(lint):
+def test_alias_is_reported_in_its_stored_case(lint):
     assert lint({"aliases/alias/Loop@d.org": b"loop@d.org"}).text.startswith(
         "aliases/alias/Loop@d.org: an alias loop ("
     )
@@ -151,7 +151,7 @@ def test_alias_is_reported_as_it_is_stored(lint):
         ("alias", b"vera", "not an entry: no service between table and key"),
     ],
 )
-def test_a_problem_comes_with_its_key_and_the_remedy(lint, key, value, problem):
+def test_problem_has_its_key_and_a_hint(lint, key, value, problem):
     done = lint({**GOOD, f"aliases/{key}": value})
     (line,) = done.text.splitlines()
     shown = f"aliases/{key}".replace("\n", "\\n").replace("\u200e", "\\u200e")
@@ -180,21 +180,21 @@ def test_unused_folder_is_one_problem_with_the_likely_name(lint, folder, hint):
     assert hint in line
 
 
-def test_entries_of_a_service_that_is_read_elsewhere_are_told(lint):
+def test_entries_of_a_service_with_another_path_are_reported(lint):
     done = lint({**GOOD, "people/vera": b"vera"}, '[defaults]\npaths = { alias = "people" }')
     assert done.text.splitlines() == [
         "aliases/alias/: 2 entries smtpd never asks for: the entries of alias are read from people/, as `paths` says"
     ]
 
 
-def test_what_paths_or_another_table_reads_is_no_stray(lint):
+def test_entries_read_through_paths_or_another_table_are_not_reported(lint):
     own = '[tables.aliases]\npaths = { alias = "aliases/people" }\n[tables.other]\npaths = { string = "aliases/words" }'
     entries = {"aliases/people/vera": b"vera", "aliases/words/a": b"b"}
     assert lint(entries, own)[:2] == (0, b"")
     assert lint(entries, own.partition("\n[tables.other]")[0]).status == 1
 
 
-def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(lint):
+def test_record_usable_by_one_service_of_its_folder_has_no_problem(lint):
     shared = '[defaults]\npaths = { credentials = "people", userinfo = "people" }'
     assert lint({"people/vera": b'{"uid": 1, "gid": 1, "home": "/h"}'}, shared).status == 0
     done = lint({"people/vera": b'{"shell": "/bin/sh"}'}, shared)
@@ -203,37 +203,37 @@ def test_a_record_that_one_of_the_services_of_its_folder_can_use_is_no_problem(l
     )
 
 
-def test_two_spellings_of_one_key_are_told(lint):
+def test_case_variants_of_a_key_are_reported(lint):
     done = lint({"aliases/alias/Root": b"a", "aliases/alias/root": b"b"})
     assert (done.status, done.text.startswith("aliases/alias/Root: ")) == (1, True)
     assert "aliases/alias/root, which takes precedence; delete one of the two" in done.text
 
 
-def test_capitals_are_a_problem_where_keys_are_read_directly(live):
+def test_upper_case_key_is_a_problem_in_direct_mode(live):
     done = live(GOOD, '[defaults]\nmode = "direct"')
     assert (done.status, [line.partition(":")[0] for line in done.text.splitlines()]) == (1, ["aliases/alias/Staff"])
     assert "rename it" in done.text
 
 
-def test_strays_are_seen_in_direct_mode_too(live):
+def test_unused_entries_are_reported_in_direct_mode(live):
     done = live({**GOOD, "aliases/aliases/x": b"y"}, '[defaults]\nmode = "direct"')
     assert "aliases/aliases/: 1 entry smtpd never asks for" in done.text
 
 
-def test_direct_mode_of_a_table_from_a_file_asks_no_consul(lint, monkeypatch):
-    monkeypatch.setattr("table_consul.kv.Client.keys", lambda *_, **__: pytest.fail("Consul was asked"))
+def test_direct_mode_with_a_file_address_does_not_contact_consul(lint, monkeypatch):
+    monkeypatch.setattr("table_consul.kv.Client.keys", lambda *_, **__: pytest.fail("Consul was contacted"))
     done = lint({**GOOD, "aliases/aliases/x": b"y"}, '[defaults]\nmode = "direct"')
     assert (done.status, "aliases/aliases/: 1 entry smtpd never asks for" in done.text) == (1, True)
 
 
-def test_a_table_that_is_too_large_to_mirror_is_told_and_judged_as_one_read_directly(live):
+def test_table_too_large_to_mirror_is_reported_and_checked_as_in_direct_mode(live):
     done = live(GOOD, "[defaults]\nmax_keys = 2")
     keys = [line.partition(":")[0] for line in done.text.splitlines()]
-    assert (done.status, keys) == (1, ["aliases/"])  # keys in any case are found, as in memory
+    assert (done.status, keys) == (1, ["aliases/"])  # keys in any case are found, as in a mirror
     assert "more than max_keys = 2 keys" in done.text
 
 
-def test_what_acls_hide_cannot_be_judged(live, fake):
+def test_entries_hidden_by_acls_are_an_error(live, fake):
     fake.denied = (b"aliases/alias/",)
     done = live(GOOD)
     assert (done.status, "aliases/alias/ may not be read" in done.said) == (2, True)
@@ -246,7 +246,7 @@ def test_unreachable_consul_is_an_error(live, fake):
     assert done.said.startswith("aliases: not checked: Consul at http://127.0.0.1:")
 
 
-def test_unreadable_table_does_not_keep_others_from_being_checked(live, fake):
+def test_unreadable_table_does_not_stop_the_check_of_others(live, fake):
     fake.denied = (b"aliases/",)
     entries = {**GOOD, "domains/oops": b"x"}
     done = live(entries, "", "aliases", "domains")
@@ -256,7 +256,7 @@ def test_unreadable_table_does_not_keep_others_from_being_checked(live, fake):
     assert (set(aliases), len(domains["problems"])) == ({"table", "error"}, 1)
 
 
-def test_the_copy_on_disk_is_judged_unless_consul_is_asked_for(live, fake, tmp_path):
+def test_snapshot_is_checked_unless_live_is_given(live, fake, tmp_path):
     more = f'[defaults]\nsnapshot = "{tmp_path}/copy.json"'
     live(GOOD, more)
     with Child(str(tmp_path / "c.toml")) as child:
@@ -269,7 +269,7 @@ def test_the_copy_on_disk_is_judged_unless_consul_is_asked_for(live, fake, tmp_p
     assert (done.status, done.text.startswith("aliases/oops/: 1 entry")) == (1, True)
 
 
-def test_strays_stand_in_the_copy_as_well(live, tmp_path):
+def test_unused_entries_are_reported_from_the_snapshot(live, tmp_path):
     more = f'[defaults]\nsnapshot = "{tmp_path}/copy.json"'
     live({**GOOD, "aliases/oops/a": b"x", "aliases/alias/folder/": b"x"}, more)
     with Child(str(tmp_path / "c.toml")) as child:
@@ -294,7 +294,7 @@ def test_json_is_one_document(lint, tmp_path):
     assert (done.status, done.said) == (1, "")
 
 
-def test_a_terminal_of_40_columns_shows_whole_words_below_each_key(lint, tmp_path):
+def test_terminal_of_40_columns_wraps_at_words_below_each_key(lint, tmp_path):
     lint({**GOOD, "aliases/alias/command": b"|/bin/sh"})
     status, shown = at_terminal("-c", tmp_path / "c.toml", "lint", "aliases", COLUMNS="40")
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
@@ -336,7 +336,7 @@ def test_lint_prints_every_problem_the_daemon_logs(lint, tmp_path):
 # ---- a real Consul ----
 
 
-def test_keys_beyond_any_url_are_told_and_the_remedy_works(consul, tmp_path):
+def test_keys_that_no_url_can_name_are_reported_with_a_hint_that_works(consul, tmp_path):
     consul.kv_txn({"aliases/alias/a//b": "x", "aliases/alias/c\nd": "x", "aliases/alias/root": "x"})
     path = tmp_path / "c.toml"
     path.write_text(f'[consul]\naddress = "http://{consul.address}"\n')

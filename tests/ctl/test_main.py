@@ -1,4 +1,4 @@
-"""The command line of table-consulctl as such: help, exit statuses, and that no error comes as a traceback."""
+"""The command line of table-consulctl: help, exit statuses, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def conf(tmp_path):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Puts a function in the place of the command `lint`."""
+    """Replaces the command `lint` by a function."""
 
     def put(function):
         module = type(sys)("table_consul.ctl.lint")
@@ -65,7 +65,7 @@ def test_missing_command_prints_usage_and_exits_with_2(arguments):
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_the_help_of_each_command_ends_with_examples_of_itself(name):
+def test_help_of_each_command_has_examples(name):
     done = control(name, "--help")
     assert (done.status, done.said) == (0, "")
     assert f"table-consulctl {name} " in done.text.partition("Examples:")[2].partition("Options:")[0]
@@ -73,7 +73,7 @@ def test_the_help_of_each_command_ends_with_examples_of_itself(name):
 
 @pytest.mark.parametrize("name", ["", *main.COMMANDS])
 def test_help_fits_a_terminal_of_40_columns(name):
-    """But for examples, which are to be copied as they are."""
+    """Except for examples, which users copy whole."""
     done = control(*([name] if name else []), "--help", COLUMNS="40")
     text = done.text
     if name:
@@ -82,7 +82,7 @@ def test_help_fits_a_terminal_of_40_columns(name):
     assert [line for line in text.splitlines() if len(line) > 40] == []
 
 
-def test_help_of_a_wide_terminal_keeps_to_lines_that_can_be_read():
+def test_help_on_a_wide_terminal_has_lines_of_at_most_100_columns():
     assert max(len(line) for line in control("--help", COLUMNS="300").text.splitlines()) <= 100
 
 
@@ -102,14 +102,14 @@ def test_version():
         ["export", "-h"],
     ],
 )
-def test_whoever_asks_for_help_does_not_wait_for_the_http_client(arguments):
+def test_help_does_not_import_the_http_client(arguments):
     script = f"import sys; from table_consul.ctl.main import main; main({arguments!r})\n"
     script += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
 
 
-def test_the_daemon_does_not_import_the_control_command_nor_click():
+def test_daemon_imports_neither_the_control_command_nor_click():
     script = "import sys; from table_consul import cli, metrics, procexec, server, tables\n"
     script += "from table_consul.sources import direct, export, watch\n"
     script += "print([name for name in sys.modules if name.partition('.')[0] == 'click' or '.ctl' in name])"
@@ -128,12 +128,12 @@ def test_the_daemon_does_not_import_the_control_command_nor_click():
         (["-c"], "requires an argument"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_said_and_ends_with_2(arguments, said):
+def test_usage_error_is_reported_and_exits_with_2(arguments, said):
     done = control(*arguments)
     assert (done.status, done.text, said in done.said) == (2, "", True), done.said
 
 
-def test_every_mistake_of_the_configuration_is_said_a_line_each(tmp_path):
+def test_every_error_of_the_configuration_is_one_line(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("[consul]\naddres = 1\n[log]\nlevl = 2\n")
     done = control("-c", path, "lint")
@@ -142,23 +142,23 @@ def test_every_mistake_of_the_configuration_is_said_a_line_each(tmp_path):
     assert all(line.startswith(f"table-consulctl: {path}: ") for line in lines)
 
 
-def test_help_is_there_whatever_the_configuration(tmp_path):
+def test_help_works_with_a_bad_configuration(tmp_path):
     (tmp_path / "bad.toml").write_text("[consul")
     done = control("-c", tmp_path / "bad.toml", "query", "--help")
     assert (done.status, "Examples:" in done.text) == (0, True)
 
 
-def test_the_environment_of_the_consul_command_counts(tmp_path):
+def test_environment_of_the_consul_command_is_used(tmp_path):
     done = control("policy", "aliases", CONSUL_HTTP_ADDR="127.0.0.1:1", CONSUL_HTTP_TOKEN="hunter2 hunter2")
     assert (done.status, "CONSUL_HTTP_TOKEN" in done.said, "hunter2" in done.said) == (2, True, False)
 
 
-def test_a_name_that_no_table_can_have_is_refused(conf):
+def test_invalid_table_name_is_rejected(conf):
     done = control("-c", conf, "lint", "a/b")
     assert (done.status, done.said.startswith("table-consulctl: invalid table name 'a/b'")) == (2, True)
 
 
-def test_lint_without_table_takes_tables_with_a_section_or_is_a_usage_error(tmp_path):
+def test_lint_without_table_checks_tables_with_a_section_or_is_a_usage_error(tmp_path):
     def linted(more):
         return control("-c", write_config(tmp_path, more=more), "lint", "--json")
 
@@ -178,7 +178,7 @@ def test_lint_without_table_takes_tables_with_a_section_or_is_a_usage_error(tmp_
         (None, {"CONSUL_HTTP_TOKEN": "", "CONSUL_HTTP_TOKEN_FILE": ""}, ("mine", None)),
     ],
 )
-def test_who_writes_does_so_by_a_token_of_their_own(monkeypatch, token_file, environ, expected):
+def test_writing_commands_use_the_token_of_the_operator(monkeypatch, token_file, environ, expected):
     for name in ("CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -199,12 +199,12 @@ def test_internal_error_is_one_line_and_debug_prints_traceback(stand_in, conf):
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (main.NO, 1), (main.FAILED, 2)])
-def test_what_a_command_returns_is_the_exit_status(stand_in, conf, returned, status):
+def test_return_value_of_a_command_is_the_exit_status(stand_in, conf, returned, status):
     stand_in(lambda: returned)
     assert control("-c", conf, "lint").status == status
 
 
-def test_an_error_of_the_system_is_one_line(stand_in, conf):
+def test_system_error_is_one_line(stand_in, conf):
     def fail():
         raise PermissionError(13, "Permission denied", "/etc/mail/\x1b")
 
@@ -218,7 +218,7 @@ def test_an_error_of_the_system_is_one_line(stand_in, conf):
 
 @pytest.fixture
 def interruptible():
-    """A shell ignores SIGINT in its background jobs, and a child process inherits an ignored signal."""
+    """Enable SIGINT: a shell ignores it in background jobs, and child processes inherit that."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, former)
@@ -229,14 +229,14 @@ def test_interrupt_is_one_line_without_traceback(conf):
     process = start("-c", conf, "query", "aliases", "alias", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.write(b"root\n")
     process.stdin.flush()
-    assert process.stdout.readline() == b"root\tgilles\n"  # it answers line by line, so that it is in its loop now
+    assert process.stdout.readline() == b"root\tgilles\n"  # the command now waits for the next line
     process.send_signal(signal.SIGINT)
     done = finished(process)
     assert (done.status, done.said.strip()) == (2, "table-consulctl: interrupted")
 
 
 @pytest.mark.parametrize("arguments", [["query", "aliases", "alias", "-"], ["--help"]])
-def test_a_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_path, arguments):
+def test_closed_pipe_is_not_a_traceback(conf, tmp_path, arguments):
     (tmp_path / "keys").write_bytes(b"root\n" * 1000)
     reader, writer = os.pipe()
     os.close(reader)
@@ -245,7 +245,7 @@ def test_a_reader_that_has_seen_enough_is_no_reason_for_a_traceback(conf, tmp_pa
     assert (done.status, done.said) == (2, "")
 
 
-def test_a_full_disk_is_said_in_one_line(conf):
+def test_full_disk_is_one_line(conf):
     with open("/dev/full", "wb") as full:
         done = finished(start("-c", conf, "query", "aliases", "alias", "root", stdout=full))
     assert (done.status, done.said) == (2, "table-consulctl: no space left on device\n")
@@ -261,13 +261,13 @@ def test_a_full_disk_is_said_in_one_line(conf):
         ["nonsense"],
     ],
 )
-def test_a_standard_error_that_takes_nothing_makes_no_other_answer_of_an_error(conf, arguments):
+def test_unwritable_standard_error_keeps_the_exit_status(conf, arguments):
     with open("/dev/full", "wb") as full:
         assert finished(start("-c", conf, *arguments, stdout=subprocess.DEVNULL, stderr=full)).status == 2
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_what_a_terminal_has_no_letters_for_is_escaped(tmp_path, encoding):
+def test_characters_outside_the_encoding_are_escaped(tmp_path, encoding):
     source = write_source(tmp_path, {"t/alias/\u2603": b"vera", "t/oops/\u2603": b""})
     (tmp_path / "c.toml").write_text(f'[consul]\naddress = "file://{source}"\n')
     environ = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -281,13 +281,13 @@ def test_what_a_terminal_has_no_letters_for_is_escaped(tmp_path, encoding):
     assert (done.status, done.said) == (0, "")
 
 
-def test_closed_standard_streams_are_no_reason_for_a_traceback(conf):
+def test_closed_standard_streams_are_not_a_traceback(conf):
     command = [sys.executable, "-c", START, "-c", str(conf), "query", "aliases", "alias", "root"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- <&-', "sh", *command], stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_shell_that_completes_a_word_is_told_and_nothing_failed(monkeypatch, capsys):
+def test_shell_completion_exits_with_0(monkeypatch, capsys):
     for name, value in {"": "zsh_complete", "COMP_WORDS": "table-consulctl po", "COMP_CWORD": "1"}.items():
         monkeypatch.setenv(name or "_TABLE_CONSULCTL_COMPLETE", value)
     assert main.main([]) == 0

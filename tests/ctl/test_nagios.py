@@ -17,7 +17,7 @@ NO_DATA = {"up": 0, "too_large": 0, "reloads_total": 0, "failures_total": 3}
 
 @pytest.fixture
 def nagios(run_status):
-    """Runs it; the exit status and the line."""
+    """Runs `status --nagios`; the exit status and the line."""
 
     def run(path, *arguments):
         code, out, err = run_status(path, "--nagios", *arguments)
@@ -92,7 +92,7 @@ def test_worst_table_comes_first(tmp_path, nagios):
     )
 
 
-def test_after_a_reboot_tables_without_a_section_are_those_of_smtpd_conf(host, nagios):
+def test_tables_of_smtpd_conf_are_checked_after_a_reboot(host, nagios):
     (host / "smtpd.conf").write_text(
         f"table aliases consul:{host}/table-consul.toml\n"
         f"table domains consul:{host}/table-consul.toml\ntable other consul:/etc/other.toml\n"
@@ -103,7 +103,7 @@ def test_after_a_reboot_tables_without_a_section_are_those_of_smtpd_conf(host, n
     assert re.findall(r"(\w+): not running", nagios(configured(host))[1]) == ["aliases"]
 
 
-def test_metrics_that_are_named_need_no_configuration(tmp_path):
+def test_named_metrics_need_no_configuration(tmp_path):
     publish(tmp_path, **FOLLOWING)
     done = control("-c", "/none", "status", "--nagios", "--metrics", f"{tmp_path}/{{table}}.prom", "aliases")
     assert (done.status, done.text.startswith("TABLE-CONSUL OK: 1 table ok")) == (0, True)
@@ -111,14 +111,14 @@ def test_metrics_that_are_named_need_no_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("metrics", ["", 'textfile = "relative"'])
-def test_what_keeps_from_an_answer_is_unknown(tmp_path, nagios, metrics):
+def test_error_is_unknown(tmp_path, nagios, metrics):
     code, line = nagios(configured(tmp_path, metrics=metrics))
     assert (code, line.startswith("TABLE-CONSUL UNKNOWN: ")) == (3, True)
 
 
-def test_configuration_that_this_user_may_not_read_is_unknown(tmp_path):
+def test_unreadable_configuration_is_unknown(tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("what another user cannot read is tried as root (sudo make test)")
+        pytest.skip("files that another user cannot read need root: sudo make test")
     path = configured(tmp_path)
     os.chmod(path, 0o600)
     code = "import difflib, grp, os, pwd, sys\nfrom table_consul.ctl import main, status\n"
@@ -136,12 +136,12 @@ def test_file_without_metrics_is_unknown(tmp_path, nagios):
     assert (code, line.startswith("TABLE-CONSUL UNKNOWN: aliases: unknown; ")) == (3, True)
 
 
-def test_text_has_no_bar_which_begins_performance_data(tmp_path, nagios):
+def test_text_contains_no_vertical_bar(tmp_path, nagios):
     code, line = nagios(configured(tmp_path, metrics=f'textfile = "{tmp_path}/{{table}}.pr|m"'), "aliases")
     assert (code, "|" in line) == (2, False)
 
 
-def test_performance_data_of_very_many_tables_do_not_cut_the_line(tmp_path, nagios):
+def test_performance_data_are_left_out_when_the_line_would_be_too_long(tmp_path, nagios):
     for number in range(60):
         publish(tmp_path, f"table-with-a-long-name-{number}", **FOLLOWING)
     code, line = nagios(configured(tmp_path))
@@ -158,6 +158,6 @@ def test_performance_data_of_very_many_tables_do_not_cut_the_line(tmp_path, nagi
         ("--metrics", "x"),
     ],
 )
-def test_option_that_makes_no_sense_is_a_usage_error(tmp_path, run_status, arguments):
+def test_meaningless_option_is_a_usage_error(tmp_path, run_status, arguments):
     code, out, err = run_status(configured(tmp_path), *arguments)
     assert (code, out, err.startswith("Usage: ")) == (2, "", True)

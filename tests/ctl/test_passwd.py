@@ -1,4 +1,4 @@
-"""`table-consulctl passwd`: where the hash goes, what is kept, and what is refused."""
+"""`table-consulctl passwd`: where the hash is stored, which fields are kept, and which passwords are refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ from table_consul.services import passwords
 from tests.control import at_terminal, control
 from tests.ctl.importing import HASH, entries
 from tests.dialogue import write_config
-from tests.fake_consul import FakeConsul
 
 AUTH = '[tables.users]\nservices = ["auth", "userinfo"]'
 SHARED = '[tables.users]\npaths = { credentials = "people", userinfo = "people" }'
 RECORD = {"password": HASH, "uid": 1000, "gid": 100, "home": "/home/vera", "quota": 5}
-
-
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -85,7 +78,7 @@ def test_argon2_needs_the_service_auth(passwd, fake):
 @pytest.mark.parametrize(
     ("there", "goes_to"), [((), "auth"), (("credentials",), "credentials"), (("auth", "credentials"), "auth")]
 )
-def test_hash_goes_where_the_user_has_one(passwd, fake, there, goes_to):
+def test_hash_replaces_that_of_the_user(passwd, fake, there, goes_to):
     for service in there:
         fake.put(f"users/{service}/vera".encode(), HASH.encode())
     assert passwd("vera", more=AUTH).status == 0
@@ -109,7 +102,7 @@ def test_user_before_the_hash_is_kept(passwd, fake):
     assert (user, verifies(hashed)) == (b"vera", True)
 
 
-def test_password_to_relay_with_is_not_replaced(passwd, fake):
+def test_relay_password_is_not_replaced(passwd, fake):
     fake.put(b"users/credentials/label", b"vera:relay")
     done = passwd("label")
     assert (done.status, "to relay with" in done.said, "vera:relay" in done.said) == (2, True, False)
@@ -135,12 +128,12 @@ def test_locked_account_is_unlocked_with_a_note(passwd, fake, lock):
         (b"x" * 100_000, "longer than 511 bytes"),
     ],
 )
-def test_password_that_nobody_could_use_is_refused(passwd, fake, typed, said):
+def test_unusable_password_is_refused(passwd, fake, typed, said):
     done = passwd("vera", stdin=typed)
     assert (done.status, said in done.said, fake.store.entries) == (2, True, {})
 
 
-def test_password_that_bcrypt_would_cut_off_is_refused(passwd, fake):
+def test_password_that_bcrypt_would_truncate_is_refused(passwd, fake):
     done = passwd("vera", "--scheme", "bcrypt", stdin=b"x" * 73)
     assert (done.status, "bcrypt ignores the rest" in done.said, fake.store.entries) == (2, True, {})
 
@@ -152,7 +145,7 @@ def test_hash_that_takes_longer_than_the_deadline_is_refused(passwd, fake):
 
 
 @pytest.mark.parametrize("scheme", ["yescrypt", "bcrypt"])
-def test_salt_is_in_the_hash(scheme):
+def test_hash_depends_on_the_salt(scheme):
     first, second, again = (
         passwords.make_hash(scheme, "secret", salt) for salt in (b"\0" * 16, b"\xff" * 16, b"\0" * 16)
     )

@@ -1,4 +1,4 @@
-"""What an import would change, as arithmetic over entries of a file and entries of Consul."""
+"""The changes of an import, computed from entries of a file and entries of Consul."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from msgspec.structs import replace
 from table_consul.ctl import files, import_, plan
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.ctl.plan import Change, Stored
-from table_consul.services import SERVICES, Table
+from table_consul.services import SERVICES
 from table_consul.services.entries import Entries
-
-TABLE = Table("aliases")
-ALIAS, DOMAIN, USERINFO, STRING = (SERVICES[name] for name in ("alias", "domain", "userinfo", "string"))
-CREDENTIALS = SERVICES["credentials"]
-HASH = b"$2b$10$hIJ4QfMcp.90nJwKqGbKM.MybArjHOTpEtoTV.DgLYAiThuoYmTSe"
+from tests.ctl.parsed import ALIAS, CREDENTIALS, DOMAIN, HASH, STRING, TABLE, USERINFO
 
 
 def parsed(entries, name="table"):
@@ -78,12 +74,12 @@ def test_export_is_compared_byte_by_byte():
     assert signs(plan) == [("~", b"a", b"gilles")]
 
 
-def test_entry_with_capitals_is_changed_under_its_stored_key():
+def test_upper_case_entry_is_changed_under_its_stored_key():
     plan = planned(ALIAS, [(b"root", b"eric")], [(b"Root", b"gilles")], prune=True)
     assert signs(plan) == [("~", b"Root", b"eric")]
 
 
-def test_two_spellings_change_the_one_that_answers_and_prune_the_other():
+def test_case_variant_that_answers_is_changed_and_the_other_pruned():
     there = [(b"Root", b"gilles"), (b"root", b"gilles")]
     assert signs(planned(ALIAS, [(b"root", b"eric")], there)) == [("~", b"root", b"eric")]
     assert signs(planned(ALIAS, [(b"root", b"eric")], there, prune=True)) == [
@@ -120,13 +116,13 @@ def test_invalid_entry_is_a_problem_with_its_line(key, value, said):
     assert said in plan.problems[0].text
 
 
-def test_new_key_that_modern_consul_refuses_is_left_out_with_its_line():
+def test_new_key_that_modern_consul_refuses_is_skipped_with_its_line():
     plan = planned(STRING, [(b"root", b"gilles"), (b"u%20x", b"eric"), (b"a..b%41", b"eric"), (b"u%zz", b"vera")])
     assert signs(plan, STRING) == [("+", b"root", b"gilles"), ("+", b"u%zz", b"vera")]
     assert [(each.line, each.key) for each in plan.refused] == [(2, b"u%20x"), (3, b"a..b%41")]
 
 
-def test_key_that_modern_consul_refuses_is_left_out_whatever_is_wrong_with_its_value():
+def test_key_that_modern_consul_refuses_is_skipped_with_any_value():
     entries = parsed([(b"u%20x", b"|/bin/sh")])
     edited = plan.plan_edits(TABLE, ALIAS, entries, [])  # whose changes --force writes
     assert (edited.changes, [each.line for each in edited.refused]) == ([], [1])
@@ -195,14 +191,14 @@ def test_repeated_entry_is_a_note_and_one_with_another_value_a_problem():
     assert made.problems == [(4, "already in line 2 with another value", b"b")]
 
 
-def test_two_spellings_in_an_export_are_a_problem_unless_stored_already():
+def test_case_variants_in_an_export_are_a_problem_unless_stored():
     both = [(b"Root", b"x"), (b"root", b"y")]
     assert planned(ALIAS, both, both, name="export").changes == []
     assert planned(ALIAS, both, both, name="export").problems == []
     assert [problem.line for problem in planned(ALIAS, both, name="export").problems] == [1]
 
 
-def test_backup_restores_each_spelling_and_notes_what_smtpd_cannot_use():
+def test_backup_restores_each_case_variant_and_notes_unusable_entries():
     both = [(b"Root", b"|/bin/sh"), (b"root", b"y")]
     backup = parsed(both, "export")._replace(restores=True)
     for there in ([], [(b"Root", b"|/bin/sh")], [(b"root", b"z")]):
@@ -230,7 +226,7 @@ def test_skipped_entries_are_refused_and_their_stored_values_stay():
         ([(b"ROOT", b"x"), (b"Root", b"y"), (b"Root", b"z")], (b"root", b"old"), [2, 3]),
     ],
 )
-def test_spellings_of_an_export_that_are_all_stored_as_another_are_a_problem(exported, there, lines):
+def test_case_variants_that_differ_from_the_stored_key_are_a_problem(exported, there, lines):
     problems = planned(ALIAS, exported, [there], name="export").problems
     assert [problem.line for problem in problems] == lines
     assert all(problem.text.startswith("already in entry 1 as ") for problem in problems if problem.line == 2)

@@ -1,4 +1,4 @@
-"""`table-consulctl policy`: with these rules the daemon answers, and without any one of them it does not."""
+"""`table-consulctl policy`: the daemon needs every rule and no more."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from table_consul.services import SERVICES, Table
 from tests.control import control
 from tests.dialogue import Child, open_tables
 from tests.fake_consul import FakeConsul
-from tests.rig import cache
-from tests.rig.consul import ConsulAgent, ConsulError, consul_binary
+from tests.rig.consul import ConsulError, consul_binary
 
 BLOCK = re.compile(r'key_prefix "(.*)" \{\n\s*policy = "(\w+)"\n\s*\}')
 
@@ -58,7 +57,7 @@ def blocks(done):
         ("[tables.a]\n[tables.aa]", ["a/", "aa/"]),
     ],
 )
-def test_a_rule_for_each_folder_that_is_read_and_none_within_another(policy, text, folders):
+def test_each_folder_has_one_rule_and_nested_folders_have_none(policy, text, folders):
     assert blocks(policy(text)) == [(folder, "read") for folder in folders]
 
 
@@ -66,17 +65,17 @@ def test_tables_without_a_section_are_named(policy):
     assert blocks(policy("[tables.a]", "c", "b", "c")) == [("b/", "read"), ("c/", "read")]
 
 
-def test_levels(policy):
+def test_options_select_the_policy_level(policy):
     assert [blocks(policy("", "consul", *more)) for more in ([], ["--list"], ["--write"], ["--list", "--write"])] == [
         [("consul/", level)] for level in ("read", "list", "write", "write")
     ]
 
 
-def test_a_comment_says_what_it_is_for(policy):
+def test_comment_names_the_purpose(policy):
     assert policy("", "a", "b").text.startswith("# Answer for the tables of table-consul: a, b\n")
 
 
-def test_namespace_and_partition_stand_around_the_rules(policy):
+def test_namespace_and_partition_enclose_the_rules(policy):
     text = '[consul]\nnamespace = "team"\npartition = "part"\n[tables.a]'
     assert policy(text).text.splitlines()[1:] == [
         'partition "part" {',
@@ -92,7 +91,7 @@ def test_namespace_and_partition_stand_around_the_rules(policy):
     assert 'namespace "env" {' in policy("[tables.a]", CONSUL_NAMESPACE="env").text
 
 
-def test_a_file_needs_no_policy(policy):
+def test_file_address_needs_no_policy(policy):
     done = policy('[consul]\naddress = "file:///tmp/x.json"')
     assert (done.status, done.text, "needs no policy" in done.said) == (2, "", True)
 
@@ -107,7 +106,7 @@ PATHS = st.sampled_from(["people", "mail/t/people", "mail/t", "mail", "other/x",
     paths=st.dictionaries(NAMES, PATHS, max_size=2),
     mode=st.sampled_from(["mirror", "direct"]),
 )
-def test_the_rules_cover_all_that_the_daemon_reads_and_each_is_needed(tmp_path, services, paths, mode):
+def test_rules_cover_every_read_of_the_daemon_and_each_is_needed(tmp_path, services, paths, mode):
     table = Table("t", "mail", services=tuple(name for name in SERVICES if name in services), paths=paths, mode=mode)
     folders = read_folders([table])
     path = tmp_path / "c.toml"
@@ -163,7 +162,7 @@ def conf_of(folder, agent, token, layout):
     return path
 
 
-def daemon_says(folder, agent, token, layout, questions=QUESTIONS):
+def daemon_replies(folder, agent, token, layout, questions=QUESTIONS):
     with Child(str(conf_of(folder, agent, token, layout))) as child:
         child.handshake(b"t")
         said = [child.ask(b"table|0.1|0|t|" + question).split(b"|", 2)[2] for question in questions]
@@ -177,24 +176,12 @@ def guarded(consul_with_acl):
     return consul_with_acl
 
 
-@pytest.fixture(scope="module")
-def consul_with_list_policy():
-    try:
-        more = ("-bootstrap-expect=1", "-hcl", "acl { enable_key_list_policy = true }")
-        agent = ConsulAgent(acl=True, arguments=more)
-    except cache.Unavailable as error:
-        pytest.skip(str(error))
-    with agent:
-        agent.kv_txn(STORE)
-        yield agent
-
-
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
 @pytest.mark.parametrize("more", [[], ["--json"], ["--list"], ["--write"]])
-def test_a_token_with_this_policy_serves_every_answer_and_reads_nothing_else(guarded, policy, tmp_path, mode, more):
+def test_token_with_this_policy_answers_every_request_and_reads_no_other_key(guarded, policy, tmp_path, mode, more):
     layout = LAYOUT + f'mode = "{mode}"\n'
     token = guarded.token(policy(layout, *more).text)
-    assert daemon_says(tmp_path, guarded, token, layout) == [*QUESTIONS.values()]
+    assert daemon_replies(tmp_path, guarded, token, layout) == [*QUESTIONS.values()]
     for outside in ("mail/other/alias/root", "mail/tt/alias/root", "people2/vera", "mail/t", "x"):
         with pytest.raises(ConsulError) as refused:
             guarded.request("GET", f"/v1/kv/{outside}", token=token)
@@ -204,7 +191,7 @@ def test_a_token_with_this_policy_serves_every_answer_and_reads_nothing_else(gua
 
 
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
-def test_without_any_one_rule_some_answer_is_an_error(guarded, policy, tmp_path, mode):
+def test_missing_rule_causes_an_error(guarded, policy, tmp_path, mode):
     layout = LAYOUT + f'mode = "{mode}"\n'
     rules = BLOCK.findall(policy(layout).text)
     assert len(rules) == (2 if mode == "mirror" else 4)
@@ -212,20 +199,19 @@ def test_without_any_one_rule_some_answer_is_an_error(guarded, policy, tmp_path,
         token = guarded.token(
             "\n".join(f'key_prefix "{at}" {{ policy = "{how}" }}' for at, how in rules if at != left_out[0])
         )
-        said = daemon_says(tmp_path, guarded, token, layout)
+        said = daemon_replies(tmp_path, guarded, token, layout)
         assert any(answer.startswith(b"error") for answer in said), left_out
         assert not any(
             answer == b"not-found" != wanted for answer, wanted in zip(said, QUESTIONS.values(), strict=True)
         )
 
 
-def test_where_lists_need_a_policy_of_their_own_list_serves_and_read_does_not(
-    consul_with_list_policy, policy, tmp_path
-):
+def test_list_policy_needs_list_instead_of_read(consul_with_list_policy, policy, tmp_path):
     agent = consul_with_list_policy
+    agent.kv_txn(STORE)
     said = {}
     for name, more in (("read", []), ("list", ["--list"]), ("write", ["--write"])):
-        said[name] = daemon_says(tmp_path, agent, agent.token(policy(LAYOUT, *more).text), LAYOUT)
+        said[name] = daemon_replies(tmp_path, agent, agent.token(policy(LAYOUT, *more).text), LAYOUT)
     assert said["list"] == said["write"] == [*QUESTIONS.values()]
     assert all(answer.startswith(b"error") for answer in said["read"])
 
@@ -235,7 +221,7 @@ def put(agent, token, key):
     return agent.request("PUT", "/v1/txn", json.dumps([operation]).encode(), token=token)
 
 
-def test_write_is_what_import_needs_and_read_is_not(guarded, policy):
+def test_import_needs_write_and_not_read(guarded, policy):
     reader = guarded.token(policy(LAYOUT).text)
     writer = guarded.token(policy(LAYOUT, "--write").text)
     assert put(guarded, writer, "mail/t/alias/new")["Errors"] is None
@@ -247,7 +233,7 @@ def test_write_is_what_import_needs_and_read_is_not(guarded, policy):
 
 
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
-def test_import_works_with_write_and_is_refused_without(guarded, policy, tmp_path, mode):
+def test_import_is_refused_without_write(guarded, policy, tmp_path, mode):
     layout = LAYOUT + f'mode = "{mode}"\n'
     aliases = tmp_path / "aliases"
     aliases.write_text("root: vera\npostmaster: root\n")
@@ -269,7 +255,7 @@ def test_query_and_lint_need_no_more_than_the_daemon(guarded, policy, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_consul_reads_odd_names_as_they_were_meant(guarded, policy, tmp_path, more):
+def test_consul_reads_unusual_names_unchanged(guarded, policy, tmp_path, more):
     for number, odd in enumerate(['x"y', "a\\\\nb", "$y${z}", "${", "gr\u00fc\u00dfe", "%{a}", "#'"]):
         layout = f"[tables.t]\nservices = ['alias']\npaths = {{ alias = {json.dumps(odd)} }}\n"
         guarded.kv_txn({f"{odd}/root": "vera", f"{odd}{number}/root": "outside"})
@@ -279,8 +265,8 @@ def test_consul_reads_odd_names_as_they_were_meant(guarded, policy, tmp_path, mo
         assert guarded.request("GET", "/v1/kv/?keys", token=token) == [f"{odd}/root"]
 
 
-def test_the_consul_command_takes_it_from_standard_input(guarded, policy):
-    """As the help of the command shows it."""
+def test_consul_command_reads_the_policy_from_standard_input(guarded, policy):
+    """The pipeline in the help text."""
     done = subprocess.run(
         [consul_binary(), "acl", "policy", "create", "-name", "from-help", "-rules", "-"],
         input=policy(LAYOUT).out,

@@ -1,4 +1,4 @@
-"""`table-consulctl query`: the answers that smtpd would get, on standard output and as an exit status."""
+"""`table-consulctl query`: replies on standard output, and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_one_key_prints_its_value_alone(conf):
     assert query(conf, "alias", "root") == (0, b"gilles\n", b"")
 
 
-def test_several_keys_print_key_and_value_one_a_line(conf):
+def test_several_keys_print_a_line_each_with_key_and_value(conf):
     assert query(conf, "alias", "root", "listed") == (0, b"root\tgilles\nlisted\tgilles, eric\n", b"")
 
 
@@ -88,7 +88,7 @@ def test_conflicting_arguments_are_a_usage_error(conf, arguments, message):
     assert (done.status, done.text, message in done.said) == (2, "", True), done.said
 
 
-def test_service_that_the_table_does_not_have_is_an_error(tmp_path):
+def test_service_missing_from_the_table_is_an_error(tmp_path):
     path = write_config(tmp_path, 'services = ["alias"]')
     done = query(path, "domain", "example.org")
     assert (done.status, "domain is not among the services of table 'aliases'" in done.said) == (2, True)
@@ -113,7 +113,7 @@ def test_control_characters_are_escaped_on_a_terminal_only(conf):
     assert control(*arguments).out == b"odd\tok, \x1b[2J@example.org\nlatin\tgr\xfc\xdfe\n"
     status, shown = at_terminal(*arguments)
     assert (status, shown.replace("\t", "\\t").splitlines()[::2]) == (
-        2,  # smtpd could not use either
+        2,  # smtpd can use neither
         ["odd\\tok, \\x1b[2J@example.org", "latin\\tgr\\xfc\\xdfe"],
     )
 

@@ -1,4 +1,4 @@
-"""`table-consulctl query` answers every question as the daemon does."""
+"""`table-consulctl query` returns the same answers as the daemon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fake_consul import FakeConsul
 
 
 def daemon_answers(conf, questions):
-    """The daemon's answers to questions of op, service and key."""
+    """The answers of the daemon to questions (operation, service, key)."""
     answers = []
     with Child(str(conf)) as child:
         child.handshake()
@@ -28,7 +28,7 @@ def daemon_answers(conf, questions):
 
 
 def control_answers(conf, questions):
-    """The objects that `query --json` prints for them."""
+    """The objects that `query --json` prints for the questions."""
     answers = []
     for op, service in dict.fromkeys((op, service) for op, service, _ in questions):
         keys = [key for each, name, key in questions if (each, name) == (op, service)]
@@ -41,7 +41,7 @@ def control_answers(conf, questions):
 
 
 def as_on_the_wire(answer):
-    """An object of `query --json` as a reply to smtpd, which has a shortened reason."""
+    """An object of `query --json` as a reply to smtpd, with the reason shortened."""
     if answer["result"] == "found":
         return "found" + (f"|{answer['value']}" if "value" in answer else "")
     return "not-found" if answer["result"] == "not-found" else f"error|{printable(answer['reason'], 400)}"
@@ -49,7 +49,7 @@ def as_on_the_wire(answer):
 
 def differing(conf, questions):
     """The questions that the daemon and query answer differently, with both answers."""
-    questions = sorted(questions)  # as control_answers asks them
+    questions = sorted(questions)  # the order of control_answers
     theirs = [line.decode("utf-8", "backslashreplace") for line in daemon_answers(conf, questions)]
     ours = [as_on_the_wire(answer) for answer in control_answers(conf, questions)]
     both = [*zip(questions, theirs, ours, strict=True)]

@@ -54,7 +54,7 @@ def test_password_prompt_does_not_show_what_is_typed(with_auth):
     assert at_terminal(*arguments, typed=b"wrong\n", wanted=b"Password of vera: ")[0] == 1
 
 
-def test_user_without_password_is_an_error_without_a_terminal(with_auth):
+def test_missing_password_is_an_error_without_a_terminal(with_auth):
     done = query(with_auth, "auth", "vera")
     assert (done.status, "No terminal to ask" in done.said) == (2, True)
 

@@ -1,4 +1,4 @@
-"""Where `table-consulctl query` reads: Consul, or the snapshot that a daemon keeps."""
+"""The source of `table-consulctl query`: Consul, or the snapshot of a daemon."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_direct_mode_reads_only_the_key(live, fake):
         "value trailing white space is dropped",
     ]
     assert [request.key for request in fake.requests] == [b"mail/aliases/alias/root"]
-    # As smtpd would get it: direct mode does not find a key with capitals.
+    # The answer of the daemon: direct mode does not find an upper-case key.
     assert query(conf, "alias", "Staff").status == 1
     if fake.version == "1.21.5":  # which refuses the name of the key *
         assert "refuses the name of this key" in query(conf, "userinfo", "eric").said
@@ -66,16 +66,16 @@ def test_direct_mode_reads_only_the_key(live, fake):
     assert traced(conf, "domain", "a.example.org")[1] == "read mail/aliases/domain/ (1 entry)"
 
 
-def test_table_above_max_keys_is_read_directly_as_by_the_daemon(live, fake):
+def test_table_above_max_keys_is_read_directly(live, fake):
     conf = live("max_keys = 3")
     assert traced(conf, "alias", "root")[:2] == [
         f"source Consul at {fake.address}, read directly (more than max_keys = 3)",
         "read mail/aliases/alias/root",
     ]
-    assert query(conf, "alias", "Staff").out  # stored with a capital, which a mirror finds as well
+    assert query(conf, "alias", "Staff").out  # stored in upper case, which a mirror finds too
 
 
-def test_unreachable_consul_delays_many_keys_no_more_than_one(live, fake):
+def test_unreachable_consul_delays_many_keys_as_long_as_one(live, fake):
     conf = live("deadline = 0.5")
     fake.stop()
     begun = time.monotonic()
@@ -112,7 +112,7 @@ def snapshot_conf(live, tmp_path):
     return conf
 
 
-def test_snapshot_answers_and_live_reads_consul(snapshot_conf, fake, tmp_path):
+def test_snapshot_is_read_by_default_and_consul_with_live(snapshot_conf, fake, tmp_path):
     fake.put(b"mail/aliases/alias/root", b"eric")
     asked = len(fake.requests)
     assert query(snapshot_conf, "alias", "root").text == "gilles\n"
@@ -120,7 +120,7 @@ def test_snapshot_answers_and_live_reads_consul(snapshot_conf, fake, tmp_path):
     assert query(snapshot_conf, "alias", "root", "--live").text == "eric\n"
     os.utime(tmp_path / "aliases.json", times=(time.time() - 10 * 86400, time.time() - 10 * 86400))
     assert query(snapshot_conf, "alias", "root").text == "gilles\n", (
-        "the daemon writes it when something changes, however late"
+        "an old snapshot is valid: the daemon writes it only when data change"
     )
     assert traced(snapshot_conf, "alias", "root")[0] == f"source {tmp_path}/aliases.json, written 10 d ago"
     assert traced(snapshot_conf, "alias", "root", "--live")[0].startswith("source Consul at ")
@@ -157,7 +157,7 @@ def test_snapshot_that_is_a_pipe_does_not_block(snapshot_conf, tmp_path):
 
 def test_snapshot_file_that_cannot_be_opened_is_an_error_that_names_live(snapshot_conf, tmp_path):
     (tmp_path / "aliases.json").unlink()
-    (tmp_path / "aliases.json").symlink_to("aliases.json")  # fails for root, too, and does not exist for stat(2)
+    (tmp_path / "aliases.json").symlink_to("aliases.json")  # open(2) fails even for root
     done = query(snapshot_conf, "alias", "root")
     assert (done.status, "symbolic links; --live reads Consul" in done.said) == (2, True)
     assert query(snapshot_conf, "alias", "root", "--live").status == 0

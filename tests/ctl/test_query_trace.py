@@ -1,4 +1,4 @@
-"""`table-consulctl query --trace`: the entry and the rules that make an answer."""
+"""`table-consulctl query --trace`: the entry and the rules behind an answer."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ BYTES = st.one_of(
     form=st.sampled_from(["auto", "text", "json"]),
     allowed=st.booleans(),
 )
-def test_trace_explains_any_value_and_quotes_nothing_of_it(raw, service, form, allowed):
+def test_trace_explains_any_value_without_quoting_it(raw, service, form, allowed):
     table = Table("t", value_format=form, allow_commands=allowed, allow_root=allowed)
     steps = [*explain_value(table, service, b"key", raw)]
     assert {step.what for step in steps} <= {"value", "safety"}

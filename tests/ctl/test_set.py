@@ -1,4 +1,4 @@
-"""`table-consulctl set` and `unset`: one entry, judged as lint judges, and of a record the fields of one service."""
+"""`table-consulctl set` and `unset`: one entry, checked as by lint, or the fields of a record for one service."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from table_consul.ctl import main, txn
 from tests.control import control, finished, start
 from tests.ctl.importing import HASH, entries
 from tests.dialogue import write_config
-from tests.fake_consul import FakeConsul
 
 RECORD = {"password": HASH, "uid": 1000, "gid": 100, "home": "/home/vera", "quota": 5}
 SHARED = '[tables.t]\npaths = { credentials = "people", userinfo = "people" }'
 OTHER = "$2b$10$7DQeNMdHVL.XsZMVTlCTJOBQBBKSyYCxPyV8iXFBPBjzq5PAb9tqu"
-
-
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -31,7 +24,7 @@ def run(fake):
 
 @pytest.fixture
 def people(fake, tmp_path):
-    """Runs a command for a table whose users are records in one folder."""
+    """Runs a command on a table whose users are records in one folder."""
     conf = write_config(tmp_path, more=SHARED, address=fake.address)
     return lambda *arguments, **options: control("-c", conf, *arguments, **options)
 
@@ -60,7 +53,7 @@ def test_set_writes_and_shows_the_old_and_the_new_value(consul):
     assert entries(consul) == {"root": b"gilles"}
 
 
-def test_unset_removes_and_reports_what_is_not_there(consul):
+def test_unset_removes_an_entry_and_reports_an_absent_one(consul):
     consul.kv_txn({"aliases/alias/Root": "gilles", "aliases/alias/a": "x", "aliases/alias/b": "y"})
     done = control("unset", "aliases", "alias", "root", "a", "nobody", CONSUL_HTTP_ADDR=consul.address)
     assert (done.status, done.said) == (1, "nobody: not found\n")
@@ -68,14 +61,14 @@ def test_unset_removes_and_reports_what_is_not_there(consul):
     assert entries(consul) == {"b": b"y"}
 
 
-def test_token_that_may_not_write_is_named_with_the_way_out(consul_with_acl):
+def test_token_without_write_permission_is_reported_with_a_hint(consul_with_acl):
     secret = consul_with_acl.token('key_prefix "aliases/" { policy = "read" }')
     environ = {"CONSUL_HTTP_ADDR": consul_with_acl.address, "CONSUL_HTTP_TOKEN": secret}
     done = control("set", "aliases", "alias", "root", "gilles", **environ)
     assert (done.status, "--token-file" in done.said, entries(consul_with_acl)) == (2, True, {})
 
 
-# What is refused.
+# Refused entries.
 
 
 @pytest.mark.parametrize(
@@ -109,25 +102,25 @@ def test_force_writes_what_lint_would_report(run, fake):
     assert values(fake) == {"root": b"|/bin/sh"}
 
 
-def test_key_that_consul_could_not_delete_is_refused_even_with_force(run, fake):
+def test_key_that_no_url_can_name_is_refused_even_with_force(run, fake):
     done = run("set", "aliases", "string", "u%20x", "v", "--force")
     assert (done.status, values(fake, b"aliases/string/")) == (2, {})
     assert "no URL can read or delete" in done.said
 
 
-def test_problem_of_another_entry_is_no_reason_to_refuse(run, fake):
+def test_problem_of_another_entry_does_not_prevent_a_write(run, fake):
     fake.put(b"aliases/alias/bad", b"|/bin/sh")
     fake.put(b"aliases/alias/loop", b"loop2")
     fake.put(b"aliases/alias/loop2", b"loop")
     assert run("set", "aliases", "alias", "root", "gilles").status == 0
 
 
-def test_service_that_smtpd_does_not_ask_is_noted(run):
+def test_unregistered_service_is_noted(run):
     done = run("set", "users", "auth", "vera", HASH)
     assert (done.status, "smtpd does not ask users for auth" in done.said) == (0, True)
 
 
-def test_closed_output_writes_nothing_or_reports_what_is_written(fake):
+def test_closed_output_writes_nothing_or_reports_the_write(fake):
     environ = {**os.environ, "CONSUL_HTTP_ADDR": fake.address}
     for more, said in ([], ""), (["--json"], "interrupted: 1 of 1 key written"):
         reader, writer = os.pipe()
@@ -141,13 +134,13 @@ def test_closed_output_writes_nothing_or_reports_what_is_written(fake):
 
 
 @pytest.mark.parametrize("key", ["Root", " root "])
-def test_key_is_stored_as_smtpd_asks_for_it(run, fake, key):
+def test_key_is_stored_as_smtpd_looks_it_up(run, fake, key):
     done = run("set", "aliases", "alias", key, "gilles")
     assert (done.status, values(fake)) == (0, {"root": b"gilles"})
     assert f"note: {key} is stored as root" in done.said
 
 
-def test_stored_key_in_another_case_is_changed_and_not_doubled(run, fake):
+def test_stored_key_in_another_case_is_changed_without_a_duplicate(run, fake):
     fake.put(b"aliases/alias/Root", b"eric")
     assert run("set", "aliases", "alias", "root", "gilles").status == 0
     assert values(fake) == {"Root": b"gilles"}
@@ -188,7 +181,7 @@ def test_escapes_in_a_value_do_not_reach_the_terminal(run, fake):
     assert (done.status, "\x1b[2J" in done.text) == (0, False)
 
 
-def test_edit_of_a_colleague_is_not_overwritten(run, fake, monkeypatch):
+def test_concurrent_edit_is_not_overwritten(run, fake, monkeypatch):
     transact = txn.Store.transact
 
     def late(self, changes, **options):

@@ -75,7 +75,7 @@ def test_other_tables_are_left_out(read, line):
         ("filter f phase commit match auth <t> junk", [("string", "credentials")]),
     ],
 )
-def test_use_of_a_table_is_the_service_that_smtpd_looks_up(read, statement, expected):
+def test_use_of_a_table_determines_its_service(read, statement, expected):
     assert services(read(f"table t consul\n{statement}\n")) == expected
 
 

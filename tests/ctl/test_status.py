@@ -43,7 +43,7 @@ def test_published_metrics_determine_state_and_exit_status(tmp_path, run_status,
     assert run_status(path, "--offline")[1].startswith(f"aliases: {state}\n")
 
 
-def test_folder_that_the_token_may_not_read_is_named_and_not_healthy(tmp_path, run_status):
+def test_forbidden_folder_is_named_and_not_healthy(tmp_path, run_status):
     hidden = [
         sample("service_hidden", int(s == "domain"), table="aliases", prefix="aliases/", service=s)
         for s in ("alias", "domain")
@@ -63,7 +63,7 @@ def test_held_deletions_are_shown_with_the_time_left_and_how_to_accept_them(tmp_
     assert (prefix["held"], prefix["held_seconds"]) == (30, 600.0)
 
 
-def test_table_has_the_state_of_its_worst_folder(tmp_path, run_status):
+def test_state_of_a_table_is_that_of_its_worst_folder(tmp_path, run_status):
     other = "".join(sample(n, v, table="aliases", prefix="people/") for n, v in LOST.items())
     publish(tmp_path, more=other, **FOLLOWING)
     table = only_table(run_status(configured(tmp_path), "--offline", "--json"))
@@ -110,10 +110,10 @@ def test_table_from_a_file_stays_in_state_file_after_an_error(tmp_path, run_stat
     )
 
 
-# ---- for people ----
+# ---- text output ----
 
 
-def test_a_terminal_of_40_columns_stays_readable(tmp_path, run_status, monkeypatch):
+def test_output_fits_a_terminal_of_40_columns(tmp_path, run_status, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     error = sample(
         "last_error_timestamp_seconds", time.time(), table="aliases", prefix="aliases/", error="no " * 60 + "leader"
@@ -129,7 +129,7 @@ def test_a_terminal_of_40_columns_stays_readable(tmp_path, run_status, monkeypat
     ("seconds", "shown"),
     [(0, "0 s"), (119.4, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (172800, "2 d"), (10**7, "116 d")],
 )
-def test_duration_uses_the_largest_unit_that_fits_twice(seconds, shown):
+def test_duration_uses_the_largest_unit_with_a_count_of_2_or_more(seconds, shown):
     assert main.duration(seconds) == shown
 
 

@@ -1,4 +1,4 @@
-"""`table-consulctl status` compares each table with Consul, alone and beside a running daemon."""
+"""`table-consulctl status` compares each table with Consul, with and without a running daemon."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def fake(request):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """The lag that a daemon is granted, cut short."""
+def short_lag(monkeypatch):
+    """Shorten the time that a daemon may lag behind Consul."""
     monkeypatch.setattr(status, "LAG_SECONDS", 0.3)
     monkeypatch.setattr(status, "WRITE_INTERVAL_SECONDS", 0.3)
     monkeypatch.setattr(status, "POLL_SECONDS", 0.02)
@@ -31,7 +31,7 @@ def impatient(monkeypatch):
 # ---- published metrics ----
 
 
-def test_table_that_stays_behind_consul_is_not_healthy(tmp_path, run_status, fake, impatient):
+def test_table_that_lags_behind_consul_is_not_healthy(tmp_path, run_status, fake, short_lag):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
     outcome = run_status(configured(tmp_path, address=fake.address), "--json")
     (prefix,) = only_table(outcome)["prefixes"]
@@ -41,13 +41,13 @@ def test_table_that_stays_behind_consul_is_not_healthy(tmp_path, run_status, fak
     assert "Consul is ahead of this table" in out
 
 
-def test_table_that_has_what_consul_has_is_healthy(tmp_path, run_status, fake):
+def test_table_with_the_index_of_consul_is_healthy(tmp_path, run_status, fake):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index})
     outcome = run_status(configured(tmp_path, address=fake.address), "--json")
     assert (outcome[0], only_table(outcome)["prefixes"][0]["ahead"]) == (0, False)
 
 
-def test_metrics_from_before_an_edit_are_read_again(tmp_path, run_status, fake):
+def test_metrics_older_than_an_edit_are_read_again(tmp_path, run_status, fake):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
     edit = threading.Timer(0.5, lambda: publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index}))
     edit.start()
@@ -56,7 +56,7 @@ def test_metrics_from_before_an_edit_are_read_again(tmp_path, run_status, fake):
     assert (outcome[0], only_table(outcome)["prefixes"][0]["ahead"]) == (0, False)
 
 
-def test_process_that_ends_while_status_waits_is_not_running(tmp_path, run_status, fake, impatient):
+def test_process_that_ends_while_status_waits_is_not_running(tmp_path, run_status, fake, short_lag):
     path = publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index - 1})
     end = threading.Timer(0.2, path.unlink)
     end.start()
@@ -65,7 +65,7 @@ def test_process_that_ends_while_status_waits_is_not_running(tmp_path, run_statu
     assert (outcome[0], only_table(outcome)["state"]) == (1, "not running")
 
 
-def test_offline_asks_consul_nothing(tmp_path, run_status, fake):
+def test_offline_does_not_contact_consul(tmp_path, run_status, fake):
     publish(tmp_path, **FOLLOWING)
     outcome = run_status(configured(tmp_path, address=fake.address), "--offline", "--json")
     assert (outcome[0], only_table(outcome)["prefixes"][0]["ahead"], fake.requests) == (0, None, [])
@@ -90,7 +90,7 @@ def test_no_token_is_shown(tmp_path, run_status, fake, monkeypatch):
     assert (code, "refuses the token" in out, "hunter2" in out + err) == (2, True, False)
 
 
-def test_folder_that_is_no_longer_configured_has_a_remark(tmp_path, run_status, fake):
+def test_folder_no_longer_configured_is_noted(tmp_path, run_status, fake):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index})
     _, out, _ = run_status(configured(tmp_path, 'prefix = "elsewhere"', address=fake.address))
     assert "update the table" in " ".join(out.split())
@@ -99,7 +99,7 @@ def test_folder_that_is_no_longer_configured_has_a_remark(tmp_path, run_status, 
 # ---- with the daemon ----
 
 
-def test_daemon_is_reported_following_in_an_outage_and_ended(tmp_path, run_status, fake):
+def test_daemon_is_reported_as_following_in_an_outage_and_ended(tmp_path, run_status, fake):
     path = configured(tmp_path, address=fake.address, metrics=f'listen = "unix://{tmp_path}/{{table}}.sock"')
 
     def state():
@@ -127,7 +127,7 @@ def test_recent_edit_is_not_reported_as_lag(tmp_path, run_status, fake):
     path = configured(tmp_path, address=fake.address, metrics=f'listen = "unix://{tmp_path}/{{table}}.sock"')
     with Child(path) as child:
         child.handshake()
-        for _ in eventually("it follows"):
+        for _ in eventually("the table follows Consul"):
             if run_status(path)[0] == 0:
                 break
         for number in range(10):
@@ -140,7 +140,7 @@ def test_text_file_of_a_daemon_shows_following_within_seconds(tmp_path, run_stat
     path = configured(tmp_path, address=fake.address)
     with Child(path) as child:
         child.handshake()
-        for _ in eventually("it follows", 5):
+        for _ in eventually("the table follows Consul", 5):
             if run_status(path, "aliases")[0] == 0:
                 break
         assert child.end() == 0

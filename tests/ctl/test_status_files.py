@@ -1,4 +1,4 @@
-"""Where `table-consulctl status` finds the metrics of each table in text files, and which files it rejects."""
+"""Text files with metrics: how `table-consulctl status` finds them, and which it rejects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_table_without_metrics_is_not_running(tmp_path, run_status):
     assert (outcome[0], only_table(outcome)["table"], only_table(outcome)["state"]) == (1, "consul", "not running")
 
 
-def test_file_that_is_no_longer_written_means_not_running(tmp_path, run_status):
+def test_stale_file_means_not_running(tmp_path, run_status):
     path = publish(tmp_path, **FOLLOWING)
     fresh = run_status(configured(tmp_path), "--offline", "--json")
     os.utime(path, (time.time() - 100,) * 2)

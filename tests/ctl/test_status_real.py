@@ -1,4 +1,4 @@
-"""`table-consulctl status` of real daemons on a real Consul, whose indexes have ways of their own."""
+"""`table-consulctl status` with real daemons and a real Consul, whose indexes also rise without edits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ctl(capsys):
 
 @contextlib.contextmanager
 def served(folder, agent, *defaults, token=None, textfile=False):
-    """A daemon, and the configuration that it shares with the command."""
+    """A daemon, and the configuration it shares with the command."""
     line = f'textfile = "{folder}/{{table}}.prom"' if textfile else f'listen = "unix://{folder}/{{table}}.sock"'
     path = write_config(folder, *defaults, address=f"http://{agent.address}", more=f"[metrics]\n{line}")
     if token is not None:
@@ -64,7 +64,7 @@ def test_changes_in_consul_do_not_make_a_following_table_lag(consul, tmp_path, c
             assert (code, table["state"], table["prefixes"][0]["ahead"]) == (0, "following", False), table
 
 
-def test_a_daemon_that_hangs_is_behind_consul(consul, tmp_path, ctl, monkeypatch):
+def test_hanging_daemon_lags_behind_consul(consul, tmp_path, ctl, monkeypatch):
     monkeypatch.setattr(status, "LAG_SECONDS", 0.2)
     monkeypatch.setattr(status, "WRITE_INTERVAL_SECONDS", 0.2)
     consul.kv_put("aliases/alias/root", "gilles")
@@ -86,7 +86,7 @@ def test_unreachable_consul_is_an_outage_with_its_reason(consul, tmp_path, ctl):
         becomes(ctl, path, "following")
         consul.kill()
         assert becomes(ctl, path, "outage")[0] == 1
-        for _ in eventually("the reason"):  # the first failure is that of the query which was waiting
+        for _ in eventually("the reason is shown"):  # the first failure is that of the pending query
             if "connection refused" in ctl(path)[1]["prefixes"][0]["last_error"]:
                 break
 
@@ -95,7 +95,7 @@ def test_table_above_max_keys_is_too_large(consul, tmp_path, ctl):
     consul.kv_put("aliases/alias/root", "gilles")
     consul.kv_put("aliases/alias/eric", "gilles")
     with served(tmp_path, consul, "max_keys = 1") as (child, path):
-        for _ in eventually("it is read directly"):
+        for _ in eventually("the table is read directly"):
             if b"|found|gilles" in child.ask(ROOT):
                 break
         code, table = becomes(ctl, path, "too large")
@@ -112,12 +112,12 @@ def test_direct_table_is_healthy_until_consul_is_killed(consul, tmp_path, ctl):
         assert (code, table["prefixes"][0]["remarks"]) == (1, ["Consul cannot be read: every answer is an error"])
 
 
-def test_a_folder_that_the_token_may_not_read_is_named(consul_with_acl, tmp_path, ctl):
+def test_forbidden_folder_is_named(consul_with_acl, tmp_path, ctl):
     agent = consul_with_acl
     agent.kv_put("aliases/alias/root", "gilles")
     token = agent.token('key_prefix "aliases/alias/" { policy = "read" }')
     with served(tmp_path, agent, 'services = ["alias", "domain"]', token=token) as (_, path):
-        for _ in eventually("the snapshot is there"):
+        for _ in eventually("the snapshot exists"):
             code, table = ctl(path, "--offline")
             if table["prefixes"] and table["prefixes"][0]["hidden"]:
                 break

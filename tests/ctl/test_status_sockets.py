@@ -1,4 +1,4 @@
-"""`table-consulctl status` of tables whose metrics are behind a port or a socket, and of other listeners there."""
+"""`table-consulctl status` with metrics on a port or a socket, and with other servers there."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_trickling_listener_is_unknown_within_the_timeout(tmp_path, beginning, f
     assert time.monotonic() - start < 3
 
 
-def test_answer_without_end_is_unknown(tmp_path, run_status, stranger, monkeypatch):
+def test_endless_answer_is_unknown(tmp_path, run_status, stranger, monkeypatch):
     monkeypatch.setattr(Stranger, "answer", b"\n" * (status.SIZE_MAX + 1))
     outcome = run_status(configured(tmp_path, metrics=f'listen = "{stranger}"'), "--json")
     assert (outcome[0], "larger than 16 MiB" in only_table(outcome)["remarks"][0]) == (2, True)

@@ -1,4 +1,4 @@
-"""Transactions: how changes are batched and retried, and that concurrent edits are not overwritten."""
+"""Transactions: batches, retries, and concurrent edits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_batch_has_at_most_64_operations():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, VALUE_MAX_BYTES), max_size=8))
-def test_batches_fit_a_transaction_and_lose_nothing(sizes):
+def test_batches_fit_a_transaction_and_keep_every_operation(sizes):
     changes = [Change(PATH + "\u00e9".encode() * 511 + b"%d" % at, None, b"x" * size) for at, size in enumerate(sizes)]
     batches = list(txn.batches(changes, SCOPE))
     assert [change for batch in batches for change in batch] == changes
@@ -59,7 +59,7 @@ def test_batches_fit_a_transaction_and_lose_nothing(sizes):
         assert len(json.dumps([txn.operation(change, SCOPE) for change in batch])) <= txn.BODY_MAX_BYTES
 
 
-def test_operation_checks_the_index_that_was_read():
+def test_operation_checks_the_index_it_was_planned_on():
     old = Stored(PATH + b"a", b"x", 17, 42)
     assert [
         txn.operation(change, {})["KV"]
@@ -116,7 +116,7 @@ def test_conflict_names_its_changes(store, fake):
     assert store.transact(changes, timeout=5) == [changes[0], changes[2]]
 
 
-# What Consul 1.8.7 and 1.22 answer to a transaction that reads `aliases/alias/root`, which is gilles, or is not there.
+# Responses of Consul 1.8.7 and 1.22 to a transaction that reads `aliases/alias/root`: gilles, or absent.
 FOUND = (
     b'{"Results":[{"KV":{"LockIndex":0,"Key":"aliases/alias/root","Flags":0,"Value":"Z2lsbGVz","CreateIndex":8,'
     b'"ModifyIndex":8}}],"Errors":null,"Index":0,"LastContact":0,"KnownLeader":true,"ConsistencyLevel":""}'
@@ -143,7 +143,7 @@ def test_conflicting_key_is_read_by_a_transaction(store, fake, status, body, val
     assert json.loads(fake.requests[-1].body) == [{"KV": {"Verb": "get", "Key": "aliases/alias/root"}}]
 
 
-def test_key_that_no_url_can_name_is_read_as_any_other(store, fake):
+def test_key_that_no_url_can_name_is_read_like_any_other(store, fake):
     fake.handle = lambda _request: Answer(200, {}, FOUND)
     for key in (b"a//b", b"u%20x", b"end ", b"new\nline"):
         assert not store.is_written(Change(PATH + key, None, b"gilles"))
@@ -153,14 +153,14 @@ def test_list_shortened_by_an_acl_is_an_error(store, fake):
     fake.put(PATH + b"a", b"x")
     fake.put(PATH + b"b", b"x")
     fake.denied = (PATH + b"b",)
-    if fake.version == "1.8.7":  # which does not report it
+    if fake.version == "1.8.7":  # which reports no hidden keys
         assert [each.key for each in store.entries(PATH)] == [PATH + b"a"]
         return
     with pytest.raises(Forbidden):
         store.entries(PATH)
 
 
-def test_empty_list_is_valid_only_if_a_key_below_may_be_read(store, fake):
+def test_empty_list_is_valid_only_with_read_permission(store, fake):
     assert store.entries(PATH) == []
     fake.denied = (PATH,)
     with pytest.raises(Forbidden):
@@ -177,7 +177,7 @@ def test_operations_carry_namespace_and_partition(fake):
     ] * 2
 
 
-# Retries. Time passes only in sleep().
+# Retries. The clock advances only in sleep().
 
 
 class Time:
@@ -192,7 +192,7 @@ class Time:
 
 
 class Consul:
-    """In place of a store: keys and their indexes, and what goes wrong with the next transactions."""
+    """A store of keys and indexes, with faults for the next transactions."""
 
     address = "http://127.0.0.1:8500"
 
@@ -239,14 +239,14 @@ def written(consul, changes, on_retry=lambda _error: None):
     return [change for each in progress for change in each.written], [c for each in progress for c in each.conflicts]
 
 
-def test_write_sends_one_transaction_after_the_other():
+def test_write_sends_transactions_in_sequence():
     consul, changes = Consul(), added(150)
     assert written(consul, changes) == (changes, [])
     assert consul.sizes == [64, 64, 22]
     assert {key: value for key, (value, _) in consul.entries.items()} == {change.key: b"gilles" for change in changes}
 
 
-def test_concurrent_edit_is_kept_and_the_rest_is_written():
+def test_concurrent_edit_is_kept_and_the_others_are_written():
     changes = added(70)
     consul = Consul(lambda consul: consul.put(changes[5].key, b"by hand"))
     assert written(consul, changes) == (changes[:5] + changes[6:], [changes[5]])
@@ -271,7 +271,7 @@ def test_lost_response_is_not_a_conflict():
     assert written(consul, changes) == (changes, [])
 
 
-def test_write_retries_and_reports_it_once():
+def test_write_retries_and_logs_it_once():
     reported = []
     changes = added(3)
     assert written(Consul(*[Unreachable("429")] * 5), changes, reported.append) == (changes, [])

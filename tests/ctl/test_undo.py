@@ -1,4 +1,4 @@
-"""`table-consulctl undo`, and what the commands that write save for it and log."""
+"""`table-consulctl undo`, and the saves and log lines of the commands that write."""
 
 from __future__ import annotations
 
@@ -14,22 +14,15 @@ from table_consul.ctl import saves, txn
 from table_consul.errors import TableConsulError, Unreachable
 from tests.control import control
 from tests.ctl.importing import alias_lines, entries, importer
-from tests.fake_consul import FakeConsul
 from tests.rig.consul import consul_binary
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder that commands save to."""
+    """The folder of saves."""
     path = tmp_path / "undo"
     monkeypatch.setenv("TABLE_CONSUL_UNDO_DIR", str(path))
     return path
-
-
-@pytest.fixture
-def fake():
-    with FakeConsul() as fake:
-        yield fake
 
 
 def undo(agent, *arguments):
@@ -54,7 +47,7 @@ def test_undo_restores_added_changed_and_removed_keys(consul, folder):
     assert entries(consul) == {"root": b"gilles", "old": b"x", "same": b"y"}
 
 
-def test_undo_of_an_undo_writes_again(consul, folder):
+def test_undo_of_an_undo_restores_the_changes(consul, folder):
     importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n")
     assert (undo(consul).status, entries(consul)) == (0, {})
     assert (undo(consul).status, entries(consul)) == (0, {"root": b"eric"})
@@ -62,7 +55,7 @@ def test_undo_of_an_undo_writes_again(consul, folder):
     assert undo(consul, "1") == (0, b"nothing to write\n", b"")
 
 
-def test_undo_leaves_a_key_alone_that_has_changed_since(consul, folder):
+def test_undo_skips_a_key_that_has_changed_since(consul, folder):
     importer(consul, "aliases", "alias", "-", stdin=b"root: eric\nnew: eric\n")
     consul.kv_put("aliases/alias/root", "by hand")
     done = undo(consul)
@@ -81,7 +74,7 @@ def test_undo_restores_flags_and_bytes(consul, folder):
     assert [after[name] for name in ("Value", "Flags")] == [before[name] for name in ("Value", "Flags")]
 
 
-def test_consul_imports_what_was_replaced(consul, folder):
+def test_consul_imports_a_save(consul, folder):
     consul.kv_put("aliases/alias/root", "gilles")
     importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n")
     (path,) = folder.iterdir()
@@ -109,7 +102,7 @@ def test_outage_during_an_undo_names_the_command_that_writes_the_rest(consul, fo
     assert (undo(consul, "1").status, entries(consul)) == (0, {})
 
 
-def test_token_that_may_write_half_of_the_keys_undoes_no_more_than_it_may(consul_with_acl, folder):
+def test_undo_writes_only_keys_that_the_token_may_write(consul_with_acl, folder):
     consul = consul_with_acl
     importer(consul, "aliases", "alias", "-", stdin=alias_lines(100), token=consul.management_token)
     half = "".join(f'key "aliases/alias/user{number:05d}" {{ policy = "write" }}\n' for number in range(64))
@@ -122,10 +115,10 @@ def test_token_that_may_write_half_of_the_keys_undoes_no_more_than_it_may(consul
     assert (done.status, entries(consul)) == (0, {})
 
 
-# What is saved.
+# Saves.
 
 
-def test_save_is_private_and_holds_who_when_and_how(fake, folder, monkeypatch):
+def test_save_is_private_and_has_user_time_and_command(fake, folder, monkeypatch):
     monkeypatch.setenv("SUDO_USER", "vera")
     assert importer(fake, "aliases", "alias", "-", stdin=b"root: eric\n").status == 0
     (path,) = folder.iterdir()
@@ -170,7 +163,7 @@ def test_unknown_number_is_an_error(fake, folder):
 
 
 @pytest.mark.parametrize("trouble", ["full", "shared", "file"])
-def test_nothing_is_written_if_it_cannot_be_saved(fake, folder, monkeypatch, trouble):
+def test_failed_save_writes_nothing(fake, folder, monkeypatch, trouble):
     if trouble == "full":
         full = OSError(28, os.strerror(28))
         monkeypatch.setattr(saves.AtomicWriter, "commit", lambda _self: (_ for _ in ()).throw(full))
@@ -190,7 +183,7 @@ def test_save_of_another_user_is_refused(folder, monkeypatch):
         saves.load(str(folder), 1)
 
 
-def test_oldest_saves_beyond_the_bounds_are_removed(folder, monkeypatch):
+def test_oldest_saves_beyond_the_limits_are_removed(folder, monkeypatch):
     monkeypatch.setattr(saves, "KEPT", 3)
     for number in range(5):
         assert saves.save(str(folder), write(number)) == number + 1

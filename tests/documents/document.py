@@ -1,4 +1,4 @@
-"""The project's documents as the tests read them: fenced blocks, links, tables, and the commands that they show."""
+"""Parser for the documents: fenced blocks, links, tables, and the commands they show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTROL = (sys.executable, "-c", "import sys; from table_consul.ctl.main import 
 
 
 class Fenced(NamedTuple):
-    """One block between fences: its language, its text, and the number of its first line in the document."""
+    """A fenced block: its language, its text, and the line number of its first line."""
 
     language: str
     text: str
@@ -32,7 +32,7 @@ class Fenced(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command as a ``console`` block shows it, and the lines that it answers."""
+    """A command in a ``console`` block, and its output lines."""
 
     prompt: str
     text: str
@@ -48,7 +48,7 @@ class Document:
         self.text = path.read_text(encoding="utf-8")
 
     def fenced(self, *languages: str) -> Iterator[Fenced]:
-        """The fenced blocks in these languages (of all, if none is named), in order."""
+        """The fenced blocks in these languages, or in all, in order."""
         start, lines = None, self.text.split("\n")
         for number, line in enumerate(lines, 1):
             if not line.lstrip(" ").startswith("```"):
@@ -58,13 +58,13 @@ class Document:
                 continue
             language = lines[start - 1].strip().removeprefix("```")
             if not languages or language in languages:
-                # A block within a list is indented as its item is.
+                # A block within a list has the indentation of its item.
                 yield Fenced(language, textwrap.dedent("\n".join([*lines[start : number - 1], ""])), start + 1)
             start = None
         assert start is None, f"{self.path.name}: the block of line {start} does not end"
 
     def commands(self) -> Iterator[Command]:
-        """Every command of the ``console`` blocks with what stands below it.
+        """Every command of the ``console`` blocks with its output.
 
         A block begins with its prompt, ``$`` or root's ``#``; ``>`` continues a command.
         """
@@ -80,13 +80,13 @@ class Document:
                 elif not output and line.startswith("> "):
                     text += "\n" + line[2:]
                 else:
-                    assert text, f"{self.path.name}:{number}: what stands here belongs to no command"
+                    assert text, f"{self.path.name}:{number}: output without a command"
                     output.append(line + "\n")
             if text:
                 yield Command(prompt, text, "".join(output), at)
 
     def section(self, heading: str) -> str:
-        """The text between a heading, such as ``## Logs``, and the next of its own level or above."""
+        """The text between a heading, such as ``## Logs``, and the next of the same or a higher level."""
         level, _, _ = heading.partition(" ")
         begins = self.text.index(f"\n{heading}\n") + len(heading) + 2
         ends = re.search(rf"^#{{1,{len(level)}}} ", self.text[begins:], re.MULTILINE)
@@ -94,11 +94,11 @@ class Document:
 
     @property
     def prose(self) -> str:
-        """All but its fenced blocks."""
+        """The text without fenced blocks."""
         return re.sub(r"^ *```.*?^ *```", "", self.text, flags=re.MULTILINE | re.DOTALL)
 
     def links(self) -> list[str]:
-        """Where the links go that stay within the project."""
+        """The targets of links within the project."""
         return [link for link in re.findall(r"\]\(([^)\s]+)\)", self.prose) if not re.match(r"[a-z]+:", link)]
 
     def anchors(self) -> set[str]:
@@ -111,7 +111,7 @@ PAGES = [Document(path) for folder in (".", "docs", "bench") for path in sorted(
 
 
 def page(name: str) -> Document:
-    """The page of that path below the root, such as ``docs/keys.md``."""
+    """The page with this path in the project, such as ``docs/keys.md``."""
     return next(each for each in PAGES if each.path == ROOT / name)
 
 
@@ -126,7 +126,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def written(value: object) -> str:
-    """A value as the documents write it."""
+    """A value in the notation of the documents."""
     return json.dumps(value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -148,7 +148,7 @@ smtpd -n -f /tmp/smtpd.conf 2>&1
 def smtpd_check(release: str, conf: str) -> str:
     """The output of an OpenSMTPD release's ``smtpd -n`` for a smtpd.conf."""
     if os.geteuid() != 0:
-        pytest.skip("a real OpenSMTPD needs root (run it as root: sudo make test)")
+        pytest.skip("a real OpenSMTPD needs root: sudo make test")
     from tests.rig import cache, root
 
     try:

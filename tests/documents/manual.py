@@ -1,4 +1,4 @@
-"""The manual pages as the tests read them: sections, lists, and the arguments of a macro of mdoc(7)."""
+"""Parser for the manual pages: sections, lists, and arguments of mdoc(7) macros."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def source(name: str) -> str:
 
 
 def parts(text: str, macro: str) -> dict[str, str]:
-    """The text below each heading (`Sh` or `Ss`), by its words."""
+    """The text below each heading (`Sh` or `Ss`), by heading."""
     _, *found = re.split(rf"^\.{macro} (.*)\n", text, flags=re.MULTILINE)
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
 def items(text: str) -> dict[str, str]:
-    """The items of the lists in a text: the line after `.It`, and the text about it."""
+    """The list items of a text: the line after `.It`, and the text of the item."""
     _, *found = re.split(r"^\.It (.*)\n", text, flags=re.MULTILINE)
     return {head: body.partition("\n.El")[0] for head, body in zip(found[::2], found[1::2], strict=True)}
 
@@ -45,7 +45,7 @@ def flags(text: str) -> set[str]:
 
 
 def stated_default(text: str) -> str | None:
-    """The default that an item states: a word, "" for none, None if it states nothing."""
+    """The default that an item states: a word, "" for no value, None if it states no default."""
     if re.search(r"There is no\s+default", text) or "The default is empty" in text:
         return ""
     if found := re.search(r"The default is\n\.Cm (\S+)", text):

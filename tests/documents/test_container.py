@@ -1,4 +1,4 @@
-"""The files that the container image is made of agree with the project; that it works is for tests/e2e."""
+"""The files of the container image agree with the project; tests/e2e runs the image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTAINER = CONTRIB / "container"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
-def test_what_is_sent_to_the_builder_is_what_the_tests_take_its_image_to_be_made_of():
+def test_build_context_has_the_files_that_identify_the_image():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     kept = {line[1:] for line in lines if line.startswith("!")}
     markdown = {each for each in CONTEXT if each.endswith(".md")}
@@ -23,20 +23,20 @@ def test_what_is_sent_to_the_builder_is_what_the_tests_take_its_image_to_be_made
     assert "*" in lines
 
 
-def test_the_base_image_and_opensmtpd_are_pinned():
+def test_base_image_and_opensmtpd_are_pinned():
     assert re.search(r"^ARG BASE=docker\.io/library/debian:trixie-\d{8}-slim$", DOCKERFILE, re.MULTILINE)
     release = re.search(r"^ARG OPENSMTPD=(\d+)\.(\d+)\S*p\d+-\*$", DOCKERFILE, re.MULTILINE)
     assert (int(release[1]), int(release[2])) >= (7, 6)
 
 
-def test_the_configuration_of_the_image_is_one():
+def test_configuration_of_the_image_is_valid():
     found = config.load(str(CONTAINER / "table-consul.toml"), {"CONSUL_HTTP_ADDR": "http://consul:8500"})
     assert found.consul.addresses == ("http://consul:8500",)
     assert found.log.target == "stderr"
 
 
 @pytest.mark.parametrize(("name", "check"), [("entrypoint", ("sh", "-n")), ("healthcheck", ("python3", "-m", "ast"))])
-def test_scripts_can_be_run(name, check):
+def test_scripts_are_executable(name, check):
     path = CONTAINER / name
     assert path.stat().st_mode & 0o111 == 0o111
     done = subprocess.run((*check, path), capture_output=True, text=True, check=False)

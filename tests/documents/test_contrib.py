@@ -29,7 +29,7 @@ def test_smtpd_accepts_the_example(release, through):
 
 # ---- contrib/terraform ----
 
-# As the provider's documentation has them (registry.terraform.io/providers/hashicorp/consul, version 2.21).
+# From the documentation of the provider (registry.terraform.io/providers/hashicorp/consul, version 2.21).
 ARGUMENTS = {
     "consul_key_prefix": {"path_prefix", "subkeys", "subkey", "datacenter", "namespace", "partition"},
     "consul_keys": {"key", "datacenter", "namespace", "partition"},
@@ -39,7 +39,7 @@ ARGUMENTS = {
 
 
 def unquoted(tree):
-    """What the parser read, with strings as strings, and without its marks."""
+    """The parsed value with unquoted strings and without the marks of the parser."""
     if isinstance(tree, dict):
         return {unquoted(key): unquoted(value) for key, value in tree.items() if not key.startswith("__")}
     if isinstance(tree, list):
@@ -61,14 +61,14 @@ def resources(terraform):
     ]
 
 
-def test_terraform_uses_what_the_provider_knows(terraform):
+def test_terraform_uses_only_attributes_of_the_provider(terraform):
     assert {kind for kind, _, _ in resources(terraform)} == set(ARGUMENTS)
     assert [(kind, key) for kind, _, body in resources(terraform) for key in body if key not in ARGUMENTS[kind]] == []
     keys = [key for kind, _, body in resources(terraform) if kind == "consul_keys" for key in body["key"]]
     assert [key for key in keys if set(key) - {"path", "value", "delete", "flags"}] == []
 
 
-def test_what_terraform_puts_is_what_tables_answer(terraform, tmp_path):
+def test_tables_answer_with_the_values_of_terraform(terraform, tmp_path):
     entries = {}
     for kind, _, body in resources(terraform):
         if kind == "consul_key_prefix":
@@ -89,7 +89,7 @@ def test_what_terraform_puts_is_what_tables_answer(terraform, tmp_path):
     ]
 
 
-def test_files_that_terraform_reads_are_there(terraform):
+def test_files_that_terraform_reads_exist(terraform):
     named = re.findall(r'file\("\$\{path\.module\}/([^"]+)"\)', (CONTRIB / "terraform/main.tf").read_text())
     assert named
     assert [name for name in named if not (CONTRIB / "terraform" / name).exists()] == []
@@ -134,13 +134,13 @@ def test_ldif_becomes_a_line_for_each_value_of_the_first_attribute():
     )
 
 
-def test_ldif_s_other_attributes_become_lists_and_are_decoded_and_unfolded():
+def test_ldif_attributes_are_decoded_unfolded_and_become_lists():
     assert lines_of(LDIF.replace("\n", "\r\n"), "{uid} {mail} {cn} {description}")[1] == (
         "gilles gilles@example.org, postmaster@example.org Gilles É. folded here\n"
     )
 
 
-def test_ldif_without_a_template_says_what_it_is_for():
+def test_ldif_script_without_a_template_prints_its_usage():
     status, said, told = lines_of(LDIF, "nothing")
     assert (status, said) == (2, "")
     assert "table-consulctl import" in told

@@ -16,7 +16,7 @@ from table_consul.services import SERVICES
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
-# Of OpenSMTPD and of the system; mandoc looks for them on this machine, where they need not be.
+# Pages of OpenSMTPD and of the system, which mandoc looks for although this system may lack them.
 FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
     *("crypt 3", "vi 1"),
@@ -29,13 +29,13 @@ def synopsis(page):
 
 
 def linted(page):
-    """What mandoc finds at its strictest, but for references to pages of others."""
+    """The findings of mandoc at its strictest level, except missing pages of other packages."""
     done = subprocess.run(["mandoc", "-T", "lint", MAN / page], capture_output=True, text=True, check=False)
     told = done.stdout.splitlines()
-    return [line for line in told if not any(f"not found: Xr {name}" in line for name in known_elsewhere())]
+    return [line for line in told if not any(f"not found: Xr {name}" in line for name in foreign_pages())]
 
 
-def known_elsewhere():
+def foreign_pages():
     return FOREIGN | {" ".join(page.rsplit(".", 1)) for page in NAMES}
 
 
@@ -44,12 +44,12 @@ mandoc = pytest.mark.skipif(not shutil.which("mandoc"), reason="no mandoc: apt-g
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_mandoc_has_nothing_to_say(page):
+def test_mandoc_finds_no_problem(page):
     assert linted(page) == []
 
 
 @mandoc
-def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
+def test_mandoc_finds_an_inserted_problem(monkeypatch, tmp_path):
     monkeypatch.setattr("tests.documents.test_man.MAN", tmp_path)
     head = ".Dd November 22, 2026\n.Dt PAGE 8\n.Os\n.Sh NAME\n.Nm page\n.Nd one\n"
     (tmp_path / "page.8").write_text(head)
@@ -61,20 +61,20 @@ def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_a_page_fits_a_terminal(page):
+def test_page_fits_a_terminal(page):
     done = subprocess.run(["mandoc", "-T", "ascii", MAN / page], capture_output=True, text=True, check=True)
     assert [line for line in re.sub(".\b", "", done.stdout).splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_the_title_is_the_name_of_the_page(page):
+def test_title_is_the_name_of_the_page(page):
     name, _, section = page.rpartition(".")
     assert f".Dt {name.upper()} {section}\n.Os\n.Sh NAME\n.Nm {name}\n.Nd " in source(page)
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_references_are_to_pages_that_there_are(page):
-    assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= known_elsewhere()
+def test_referenced_pages_exist(page):
+    assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= foreign_pages()
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
@@ -89,7 +89,7 @@ def test_options_are_those_of_the_program(page):
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_what_an_option_takes_and_its_default_are_told(page):
+def test_argument_and_default_of_an_option_are_stated(page):
     listed = items(source(page))
     for action in PROGRAMS[page]._actions:
         if not action.option_strings or action.nargs == 0:
@@ -131,7 +131,7 @@ def test_examples_of_the_configuration_are_accepted(tmp_path):
 
 
 def page_of(name):
-    """What the page says of a command: the text below its `.Ss`."""
+    """The text of the page about a command, below its `.Ss`."""
     commands = parts(parts(source("table-consulctl.8"), "Sh")["COMMANDS"], "Ss")
     (found,) = (text for head, text in commands.items() if head.partition(":")[0] == name)
     return found
@@ -148,7 +148,7 @@ def options(of):
 
 
 def names(option):
-    """All spellings of an option but for those of help, which are the same for each command."""
+    """All names of the options except help."""
     return {*option.opts, *option.secondary_opts}
 
 
@@ -190,7 +190,7 @@ def test_arguments_of_a_command_are_in_its_synopsis(name):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_works_as_the_page_says(shell):
+def test_completion_works_as_documented(shell):
     assert f"_TABLE_CONSULCTL_COMPLETE={shell}_source table-consulctl" in source("table-consulctl.8")
     asked = {**os.environ, "_TABLE_CONSULCTL_COMPLETE": f"{shell}_source"}
     done = subprocess.run(CONTROL, env=asked, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Every command of docs/migrating.md is run as it stands there, in order, and answers what stands below it."""
+"""Every command of docs/migrating.md runs in order and prints the output that the page shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ config.DEFAULT_PATH = "{folder}/none.toml"
 from table_consul.ctl.main import main
 sys.exit(main())
 """
-# As table-sqlite(5) has them.
+# The tables of table-sqlite(5).
 ROWS = """\
 CREATE TABLE domains (domain VARCHAR(255) NOT NULL);
 CREATE TABLE virtuals (email VARCHAR(255) NOT NULL, destination VARCHAR(255) NOT NULL);
@@ -39,16 +39,16 @@ INSERT INTO credentials VALUES
 
 
 def sqlite():
-    """The sqlite3 command of this system, or Debian's, which needs nothing that Python does not need as well."""
+    """The sqlite3 command of this system, or Debian's, which needs no library that Python does not need too."""
     if found := shutil.which("sqlite3"):
         return found
     system = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     suite = system.get("VERSION_CODENAME", "")
-    return cache.kept(f"sqlite3-{suite}", lambda path: cache.download("sqlite3", suite, path)) / "usr/bin/sqlite3"
+    return cache.cached(f"sqlite3-{suite}", lambda path: cache.download("sqlite3", suite, path)) / "usr/bin/sqlite3"
 
 
 def shell(consul, folder):
-    """Runs a line in a folder that has what the page takes for given; its output, both streams."""
+    """Runs a line in a folder with the files that the page assumes; standard output and error together."""
     programs = folder / "bin"
     programs.mkdir()
     (programs / "table-consulctl").write_text(CONTROL.format(python=sys.executable, folder=folder))
@@ -87,16 +87,16 @@ def shell(consul, folder):
 
 
 def answered(consul, folder):
-    """Each command of the page with what it answers now."""
+    """Each command of the page with its actual output."""
     work, run = shell(consul, folder)
     for command in PAGE.commands():
         names = command.text.removeprefix("cat ").split()
         if command.text.startswith("cat ") and len(names) == 1 and not (work / names[0]).exists():
-            (work / names[0]).write_text(command.output)  # the page shows the file that it goes on with
+            (work / names[0]).write_text(command.output)  # the page shows the file that the next command reads
         yield command, run(command.text)
 
 
-def test_every_command_answers_what_the_page_says(consul, tmp_path):
+def test_every_command_prints_the_output_of_the_page(consul, tmp_path):
     try:
         found = [*answered(consul, tmp_path)]
     except cache.Unavailable as error:

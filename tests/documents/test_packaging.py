@@ -1,4 +1,4 @@
-"""What installs table-consul agrees with pyproject.toml: the Debian package, the image, ``make install``."""
+"""The Debian package, the image and ``make install`` agree with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.documents.document import CONTRIB, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONTROL = (ROOT / "debian/control").read_text()
-# Debian's name of each, and its version if Debian counts differently.
+# The Debian name of each package, and its version if Debian numbers it differently.
 DEBIAN = {
     "argon2-cffi": ("python3-argon2", ""),
     "click": ("python3-click", ""),
@@ -30,7 +30,7 @@ DEBIAN = {
 
 
 def field(name):
-    """The packages of a field of debian/control, with their lowest versions."""
+    """The packages in a field of debian/control, with their lowest versions."""
     text = re.search(rf"^{name}:\n((?: .*\n)+)", CONTROL, re.MULTILINE)[1]
     return dict(re.match(r" ([^ ,]+)(?: \(>?= (.*)\))?,?$", line).groups() for line in text.splitlines())
 
@@ -57,11 +57,11 @@ def test_debian_package_depends_on_what_pyproject_requires():
 
 def test_debian_changelog_names_the_version():
     newest = re.match(r"table-consul \((.*)\) ", (ROOT / "debian/changelog").read_text())[1]
-    # A tilde sorts before the end: 1.0.0~dev0 is older than 1.0.0.
+    # A tilde sorts before the end of a version: 1.0.0~dev0 is older than 1.0.0.
     assert newest == re.sub(r"\.?(dev|a|b|rc)", r"~\1", __version__)
 
 
-def test_image_is_built_with_what_the_package_is_built_with():
+def test_image_has_the_build_requirements_of_the_package():
     needed = {name.replace("debhelper-compat", "debhelper") for name in field("Build-Depends")}
     installed = re.search(
         r"FROM \S+ AS build.*?no-install-recommends \\\n +(.*?)\n", (ROOT / "Dockerfile").read_text(), re.DOTALL
@@ -77,7 +77,7 @@ def test_configuration_of_the_debian_package_needs_no_edit():
 
 
 @pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])
-def test_install_list_pins_every_dependency_to_an_allowed_release_and_its_bytes(extra):
+def test_install_list_pins_every_dependency_to_an_allowed_release_and_its_hash(extra):
     first, *others = (CONTRIB / "install/requirements.txt").read_text().split("\n# extra: ")
     text = next(text for text in others if text.startswith(f"{extra}\n")) if extra else first
     pinned = {}
@@ -86,4 +86,4 @@ def test_install_list_pins_every_dependency_to_an_allowed_release_and_its_bytes(
         pinned[canonicalize_name(name)] = Version(version)
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), name
     for each in map(Requirement, PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]):
-        assert pinned[canonicalize_name(each.name)] in each.specifier, f"make requirements.txt anew: {each}"
+        assert pinned[canonicalize_name(each.name)] in each.specifier, f"regenerate requirements.txt: {each}"

@@ -1,4 +1,4 @@
-"""README.md and docs/ are correct: links, examples and commands of every page, and what the programs write."""
+"""README.md and docs/ are correct: links, examples and commands of every page, and output of the programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def every_block(*languages):
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     broken = []
     for link in page.links():
         name, _, anchor = link.partition("#")
@@ -62,12 +62,12 @@ def test_configurations_are_accepted(page, block, tmp_path):
 
 
 @every_block("json")
-def test_json_is_json(page, block):
+def test_json_is_valid(page, block):
     json.loads(block.text)
 
 
 @every_page
-def test_commands_of_table_consulctl_are_understood(page):
+def test_commands_of_table_consulctl_are_valid(page):
     for command in page.commands():
         for part in re.split(r"\s[|;&]+\s", command.text):
             words = shlex.split(re.sub(r"[<>]\S+", "", part.replace("$(", "( ")))
@@ -117,14 +117,14 @@ def test_every_service_is_in_the_table():
     assert sorted(row[0].strip("`") for row in rows(KEYS.section("## Services"))) == sorted(SERVICES)
 
 
-def smtpd_takes(pattern):
+def smtpd_accepts(pattern):
     """Whether regcomp(3) of this system takes the expression, called as smtpd calls it."""
     extended, no_sub = 1, 8
     room = ctypes.create_string_buffer(1024)
     return ctypes.CDLL(None).regcomp(room, pattern, extended | no_sub) == 0
 
 
-def table_consul_takes(pattern):
+def table_consul_accepts(pattern):
     with contextlib.suppress(EntryError):
         return regcomp(pattern) is not None
     return False
@@ -136,10 +136,10 @@ def test_refused_expressions_are_those_of_the_table():
     assert len(table) >= 5
     for expression, file_table, here, instead in table:
         pattern = expression.strip("`").encode()
-        assert smtpd_takes(pattern) is file_table.startswith("accepted"), expression
-        assert table_consul_takes(pattern) is not here.startswith("refused"), expression
+        assert smtpd_accepts(pattern) is file_table.startswith("accepted"), expression
+        assert table_consul_accepts(pattern) is not here.startswith("refused"), expression
         if instead.startswith("`"):
-            assert table_consul_takes(instead.strip("`").encode())
+            assert table_consul_accepts(instead.strip("`").encode())
 
 
 # ---- operating.md: what the programs answer and write ----
@@ -163,7 +163,7 @@ def test_dialogue_without_smtpd_is_answered(tmp_path):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A table with one bad entry: the output of ``status``, its text file, and its log over an outage and a restart."""
+    """A table with one bad entry: output of ``status``, text file, and log through an outage and a restart."""
     folder = tmp_path_factory.mktemp("operating")
     metrics = f'[metrics]\ntextfile = "{folder}/table-consul-{{table}}.prom"'
     settings = ('prefix = "mail"', f'snapshot = "{folder}/{{table}}.json"', "deadline = 0.5")
@@ -203,11 +203,11 @@ def table(tmp_path_factory):
 
 
 def without_variable_parts(text):
-    """The text without numbers and versions, without the folders of this machine, and on one line."""
+    """The text on one line, without numbers, versions and local folders."""
     return re.sub(r"\d+(?:\.(?:dev)?\d+)*", "N", re.sub(r"(?<= )/\S*/", "/", " ".join(text.split())))
 
 
-def test_status_writes_what_the_page_shows(table):
+def test_status_output_is_that_of_the_page(table):
     (shown,) = [each for each in OPERATING.commands() if each.text == "table-consulctl status" and each.output]
     assert without_variable_parts(table.status) == without_variable_parts(shown.output)
 
@@ -217,12 +217,12 @@ def test_metrics_are_those_of_the_table(table):
     assert sorted(row[0].strip("`") for row in rows(OPERATING.section("### Metrics"))) == sorted(published)
 
 
-# Causes, addresses, paths, versions, and numbers with what they count, which may be one.
+# Causes, addresses, paths, versions, and numbers with their nouns, which may be singular.
 VARIABLE = r"/var/\S+|\.\.\.(?: connection refused)?|https?://\S+|aliases/\S*|\d[\d.]*(?:-portable| [a-z ]+?s\b)?"
 
 
 def test_log_lines_are_those_of_the_table(table):
-    """Lines that need an ACL, a full disk, half a million keys or a bug are left out."""
+    """Every line except those that need an ACL, a full disk, half a million keys or a bug."""
     described = [row[0].strip("`") for row in rows(OPERATING.section("## Logs"))]
     here = [line for line in described if re.search(r"speaks|entries (?:from|of)|from Consul:", line)]
     assert len(here) == 5

@@ -1,4 +1,4 @@
-"""The policies of contrib/policies grant what they say and no more: real Consul, real ACLs, the program itself."""
+"""The policies of contrib/policies grant exactly the documented permissions, with a real Consul and the program."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import pytest
 
 from tests.dialogue import Child, eventually, write_config
 from tests.documents.document import CONTRIB, CONTROL
-from tests.rig import cache
-from tests.rig.consul import ConsulAgent, ConsulError
+from tests.rig.consul import ConsulError
 
 FILES = sorted((CONTRIB / "policies").glob("*.hcl"))
 TABLES = re.findall(r"^table (\S+) ", (CONTRIB / "smtpd.conf.example").read_text(), re.MULTILINE)
-# One entry in each of those tables, and a question that it answers.
+# One entry in each of these tables, and a question that it answers.
 ENTRIES = {
     "mail/alias/root": ("gilles", "lookup|alias|1|root", "found|gilles"),
     "mail/domain/example.org": ("", "check|domain|1|example.org", "found"),
@@ -36,19 +35,8 @@ def prefixes(text):
     return re.findall(r'^key_prefix "(.*)" \{$', text, re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def consul_with_list_policy():
-    try:
-        more = ("-bootstrap-expect=1", "-hcl", "acl { enable_key_list_policy = true }")
-        agent = ConsulAgent(acl=True, arguments=more)
-    except cache.Unavailable as error:
-        pytest.skip(str(error))
-    with agent:
-        yield agent
-
-
 def answers(consul, token, folder):
-    """What the program answers to each question with this token, of which it reads one table after the other."""
+    """The answers of the program to each question with this token."""
     path = folder / "token"
     path.write_text(token)
     more = f'[log]\ntarget = "stderr"\n[consul]\naddress = "http://{consul.address}"\ntoken_file = "{path}"\n'
@@ -74,7 +62,7 @@ def fill(consul):
 EXPECTED = {key: answer for key, (_, _, answer) in ENTRIES.items()}
 
 
-def test_the_entries_of_this_test_cover_every_table_of_the_example():
+def test_entries_here_cover_every_table_of_the_example():
     assert {key.partition("/")[0] for key in ENTRIES} == {*TABLES}
 
 
@@ -86,7 +74,7 @@ def test_each_table_of_the_example_has_its_block(name):
 @pytest.mark.parametrize(
     ("name", "option"), [("table-consul", None), ("table-consul-list", "--list"), ("postmaster", "--write")]
 )
-def test_the_file_grants_what_the_command_would_write(name, option, tmp_path):
+def test_file_grants_what_the_command_would_write(name, option, tmp_path):
     (tmp_path / "table-consul.toml").write_text("")
     made = subprocess.run(
         [
@@ -105,7 +93,7 @@ def test_every_policy_ends_its_folders_with_a_slash():
     assert [(path.name, each) for path in FILES for each in prefixes(path.read_text()) if not each.endswith("/")] == []
 
 
-def test_the_policy_of_mail_servers_serves_every_table(consul_with_acl, tmp_path):
+def test_policy_of_mail_servers_serves_every_table(consul_with_acl, tmp_path):
     fill(consul_with_acl)
     assert answers(consul_with_acl, consul_with_acl.token(rules("table-consul")), tmp_path) == EXPECTED
 
@@ -129,29 +117,27 @@ def test_mail_servers_may_write_nothing(consul_with_acl, name):
         assert refused.value.status == 403
 
 
-@pytest.mark.real
-def test_where_lists_need_a_policy_the_other_file_serves_every_table(consul_with_list_policy, tmp_path):
+def test_policy_with_list_serves_every_table_where_lists_need_it(consul_with_list_policy, tmp_path):
     fill(consul_with_list_policy)
     token = consul_with_list_policy.token(rules("table-consul-list"))
     assert answers(consul_with_list_policy, token, tmp_path) == EXPECTED
 
 
-@pytest.mark.real
-def test_where_lists_need_a_policy_reading_alone_is_an_error_and_no_absence(consul_with_list_policy, tmp_path):
+def test_policy_without_list_is_an_error_where_lists_need_it(consul_with_list_policy, tmp_path):
     fill(consul_with_list_policy)
     token = consul_with_list_policy.token(rules("table-consul"))
     found = answers(consul_with_list_policy, token, tmp_path)
     assert {answer.partition("|")[0] for answer in found.values()} == {"error"}
 
 
-def test_a_postmaster_may_put_and_delete_in_every_table(consul_with_acl):
+def test_postmaster_may_put_and_delete_in_every_table(consul_with_acl):
     token = consul_with_acl.token(rules("postmaster"))
     for key in ENTRIES:
         assert consul_with_acl.request("PUT", f"/v1/kv/{key}", b"mine", token=token) is True
         assert consul_with_acl.request("DELETE", f"/v1/kv/{key}", token=token) is True
 
 
-def test_a_help_desk_edits_aliases_and_sees_no_hash(consul_with_acl):
+def test_help_desk_edits_aliases_and_sees_no_hash(consul_with_acl):
     fill(consul_with_acl)
     token = consul_with_acl.token(rules("helpdesk"))
     for key in ("mail/alias/root", "virtuals/alias/@example.org"):
@@ -165,7 +151,7 @@ def test_a_help_desk_edits_aliases_and_sees_no_hash(consul_with_acl):
         assert refused.value.status == 403
 
 
-def test_what_the_help_desk_changed_is_what_mail_servers_answer(consul_with_acl, tmp_path):
+def test_mail_servers_answer_with_the_edit_of_the_help_desk(consul_with_acl, tmp_path):
     fill(consul_with_acl)
     desk, server = (consul_with_acl.token(rules(name)) for name in ("helpdesk", "table-consul"))
     (tmp_path / "token").write_text(server)
@@ -175,6 +161,6 @@ def test_what_the_help_desk_changed_is_what_mail_servers_answer(consul_with_acl,
         question = b"table|0.1|0|mail|lookup|alias|1|root"
         assert child.ask(question) == b"lookup-result|1|found|gilles"
         consul_with_acl.request("PUT", "/v1/kv/mail/alias/root", b"eric", token=desk)
-        for _ in eventually("the edit is answered from"):
+        for _ in eventually("the edit is in the answer"):
             if child.ask(question) == b"lookup-result|1|found|eric":
                 break

@@ -1,4 +1,4 @@
-"""What docs/protocols.md shows smtpd and a table say to each other is what they say, however it is cut into reads."""
+"""The dialogues of docs/protocols.md are real, in reads of any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from table_consul.server import Server
 from table_consul.services import SERVICES
-from tests.dialogue import PATIENCE_SECONDS, open_tables, read_transcript, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, open_tables, read_transcript, write_config, write_source
 from tests.documents.document import page
 
 PAGE = page("docs/protocols.md")
@@ -54,21 +54,21 @@ def serve(sources, wire):
 
 
 def say(wire, chunks):
-    with contextlib.suppress(BrokenPipeError):  # it needs no more once it was told CLOSE
+    with contextlib.suppress(BrokenPipeError):  # the program reads nothing after CLOSE
         for chunk in chunks:
             wire.send(chunk)
         wire.shutdown(socket.SHUT_WR)
 
 
 def replayed(sources, chunks):
-    """All that the program's loop answers when smtpd's words come in these reads: such a socket keeps them apart."""
+    """All replies to smtpd's messages in these reads, which this kind of socket keeps separate."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.settimeout(PATIENCE_SECONDS)
+    ours.settimeout(TIMEOUT_SECONDS)
     with ours, ThreadPoolExecutor() as threads:
         done = [threads.submit(serve, sources, theirs), threads.submit(say, ours, chunks)]
         answered = b"".join(iter(lambda: ours.recv(1 << 20), b""))
         for each in done:
-            each.result(PATIENCE_SECONDS)
+            each.result(TIMEOUT_SECONDS)
     return answered
 
 
@@ -76,7 +76,7 @@ def replayed(sources, chunks):
 def conversation(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("protocols")
     if request.param.language == "imsg":
-        assert (byteorder, calcsize("@N")) == ("little", 8), "the page shows the bytes of another machine than this"
+        assert (byteorder, calcsize("@N")) == ("little", 8), "the page shows another byte order"
         defaults, turns = (), read_imsg(request.param.text)
     else:
         (folder / "page").write_text(request.param.text)
@@ -86,31 +86,31 @@ def conversation(request, tmp_path_factory):
     return turns, lambda chunks: replayed(open_tables(config), chunks)
 
 
-def test_the_page_shows_every_dialect():
+def test_page_shows_every_dialect():
     words = {line[2:].partition("|")[0] for block in PAGE.fenced("transcript") for line in block.text.splitlines()}
     assert {"table-response", "table-result", "lookup-result", "fetch-result", "update-result", "register"} <= words
     assert len([*PAGE.fenced("imsg")]) == 1
 
 
-def test_the_page_tells_the_bit_of_every_service_that_imsg_knows():
+def test_page_has_the_bit_of_every_service_of_imsg():
     row = re.search(r"^\| (alias \|.*) \|\n\|[-|]+\n\| (.*) \|$", PAGE.text, re.MULTILINE)
     told = dict(zip(row[1].split(" | "), (int(bit, 0) for bit in row[2].split(" | ")), strict=True))
     assert told == {service.name: service.bit for service in SERVICES.values() if service.name != "auth"}
 
 
-def test_each_turn_is_answered_as_the_page_says(conversation):
+def test_each_turn_gets_the_replies_of_the_page(conversation):
     turns, replay = conversation
     for number in range(len(turns)):
         so_far = turns[: number + 1]
         assert b"".join(answer for _, answer in so_far) == replay([said for said, _ in so_far])
 
 
-def test_in_one_piece_it_is_answered_the_same(conversation):
+def test_dialogue_in_one_piece_gets_the_same_replies(conversation):
     turns, replay = conversation
     assert b"".join(answer for _, answer in turns) == replay([b"".join(said for said, _ in turns)])
 
 
-def test_byte_by_byte_it_is_answered_the_same(conversation):
+def test_dialogue_byte_by_byte_gets_the_same_replies(conversation):
     turns, replay = conversation
     said = b"".join(said for said, _ in turns)
     assert b"".join(answer for _, answer in turns) == replay(bytes([each]) for each in said)
@@ -118,7 +118,7 @@ def test_byte_by_byte_it_is_answered_the_same(conversation):
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 3000)))
-def test_in_random_cuts_it_is_answered_the_same(conversation, cuts):
+def test_dialogue_in_random_cuts_gets_the_same_replies(conversation, cuts):
     turns, replay = conversation
     said = b"".join(said for said, _ in turns)
     places = sorted({0, *(cut for cut in cuts if cut < len(said)), len(said)})

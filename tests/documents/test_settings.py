@@ -1,4 +1,4 @@
-"""The keys of the configuration, their defaults and variables: the same in the program and in its three documents."""
+"""The configuration keys, defaults and variables are the same in the program and in its three documents."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(folder: Path, text: str = "", environ: dict[str, str] | None = None) ->
 
 @pytest.fixture
 def defaults(tmp_path):
-    """The values of an empty configuration by section and key; those that mean "none" are left out."""
+    """The values of an empty configuration by section and key, without those that mean "none"."""
     silent = load(tmp_path)
     values = {
         "consul": {**msgspec.structs.asdict(silent.consul), "address": silent.consul.addresses[0]},
@@ -65,7 +65,7 @@ def defaults(tmp_path):
 
 
 def in_page():
-    """The default by section and key that docs/configuration.md states; None for one in words, or for none."""
+    """The defaults in docs/configuration.md by section and key; None for a default in words or for no default."""
     stated, name = {}, ""
     for row in rows(PAGE.text):
         name = row[0] or name
@@ -116,7 +116,7 @@ def test_manual_names_every_choice(section):
         assert [word for word in choices if f".Cm {word}" not in described[key]] == []
 
 
-def test_example_as_delivered_changes_nothing(tmp_path):
+def test_example_as_delivered_changes_no_default(tmp_path):
     assert load(tmp_path, EXAMPLE) == load(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_example_is_accepted_with_every_key_uncommented(tmp_path):
 
 
 @every_section
-def test_example_shows_the_real_default_or_says_that_it_is_an_example(section, defaults):
+def test_example_shows_the_default_or_is_marked_as_an_example(section, defaults):
     examples = {
         key
         for block in EXAMPLE.split("\n\n")
@@ -141,7 +141,7 @@ def test_example_shows_the_real_default_or_says_that_it_is_an_example(section, d
 
 
 class Environment(dict[str, str]):
-    """An empty environment that remembers which variables were read."""
+    """An empty environment that records which variables are read."""
 
     def __init__(self) -> None:
         self.read: set[str] = set()

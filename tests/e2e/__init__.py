@@ -1,4 +1,4 @@
-"""What operators see: a real OpenSMTPD in front, a real Consul behind, table-consul between."""
+"""End-to-end tests with a real OpenSMTPD and a real Consul."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def table_files(consul: ConsulAgent, defaults: str = "", mode: str = "mirror") -> dict[str, File]:
-    """The configuration of a table that asks ``consul``, readable by smtpd alone; more lines for its [defaults]."""
+    """The configuration of a table that reads ``consul``, readable only by smtpd, with more lines in [defaults]."""
     text = f'[consul]\naddress = "http://{consul.address}"\n[defaults]\nmode = "{mode}"\n{defaults}\n'
     return {CONFIG: File(text, 0o640, "root", "opensmtpd")}
 
 
 def until(attempt: Callable[[], object], wanted: object, seconds: float = 10.0) -> None:
-    """Attempt again and again till it comes out as wanted, which it does soon after an edit in Consul.
+    """Repeat the attempt until its result is the wanted one, as after an edit in Consul.
 
     Raises:
-        AssertionError: it did not within so many seconds; with what came out last.
+        AssertionError: the result was another for all these seconds; with the last one.
     """
     came: list[object] = []
 

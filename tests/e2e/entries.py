@@ -1,8 +1,8 @@
-"""Tables whose entries are made from a seed: as a file of smtpd's own, and as keys of Consul.
+"""Tables with entries generated from a seed, as files for smtpd and as keys for Consul.
 
-The alphabets are small, so that what a session says meets an entry now and then, and entries overlap. Left out is what
-differs on purpose (aliases that are commands, keys that differ by case alone) and what POSIX leaves
-undefined in an expression (``\\d``, a ``*`` with nothing before it), where glibc and RE2 need not agree.
+The alphabets are small, so that sessions sometimes match an entry, and entries overlap. Intended differences are left
+out (aliases that are commands, keys that differ only in case), as are expressions undefined in POSIX
+(``\\d``, a ``*`` with nothing before it), where glibc and RE2 need not agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOURCES = (
     *("127.0.0.1", "127.0.0.2", "127.0.0.9", "127.0.1.1", "127.0.128.1", "127.1.0.1", "127.64.0.1", "127.255.255.254"),
     "::1",
 )
-# Addresses without a name are there as well.
+# Some addresses have no name.
 RDNS = {
     "127.0.0.1": "localhost",
     "127.0.0.2": "mx.a.example",
@@ -43,11 +43,11 @@ class Table:
     """Entries by key; a list has ``None`` for values.
 
     Args:
-        services: what smtpd asks it for.
+        services: the services that smtpd looks up in it.
         inline: a list within smtpd.conf, not a file.
         shared: all its services read one folder of Consul.
-        direct: asked for in Consul each time, not mirrored.
-        unusable: keys whose value is none for smtpd.
+        direct: in direct mode, not mirrored.
+        unusable: keys whose value smtpd rejects.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Table:
 
     @property
     def declaration(self) -> str:
-        """Its line in an smtpd.conf that has it in a file, or in itself."""
+        """Its line in smtpd.conf, as a file or inline."""
         if self.inline:
             return f"table {self.name} {{ {', '.join(json.dumps(entry) for entry in self.entries)} }}\n"
         return f"table {self.name} file:{self.path}\n"
@@ -78,15 +78,15 @@ class Table:
 
     @property
     def keys(self) -> dict[str, str]:
-        """The same in Consul."""
+        """The entries as keys of Consul."""
         folders = ("entry",) if self.shared else self.services
         keys = {f"{self.name}/{folder}/{key}": value for folder in folders for key, value in self.entries.items()}
-        # Whoever asks Consul for one key has to spell it as Consul does, and smtpd spells in lower case.
+        # A read of one key in Consul is case-sensitive, and smtpd looks up keys in lower case.
         return {key.lower() if self.direct else key: value or "" for key, value in keys.items()}
 
     @property
     def section(self) -> str:
-        """Its section of table-consul's configuration."""
+        """Its section in the configuration of table-consul."""
         text = f'[tables.{self.name}]\nmode = "{"direct" if self.direct else "mirror"}"\n'
         if self.shared:
             text += f"[tables.{self.name}.paths]\n"
@@ -104,7 +104,7 @@ def host(rng: Random) -> str:
 
 
 def address(rng: Random) -> str:
-    """A mail address as a session may give it."""
+    """A mail address for a session."""
     return any_case(rng, f"{rng.choice(USERS)}{rng.choice(TAGS)}@{host(rng)}")
 
 
@@ -174,7 +174,7 @@ PASSWORD = "Correct Horse"
 
 
 def distinct(rng: Random, count: int, *makers: str) -> dict[str, str | None]:
-    """So many entries of these services, none twice, whatever its case."""
+    """``count`` entries of these services that differ in more than case."""
     found: dict[str, str | None] = {}
     while len(found) < count:
         entry = ENTRY[rng.choice(makers)](rng)
@@ -210,7 +210,7 @@ def tables(rng: Random, accounts: Mapping[str, tuple[int, int]], encrypted: str)
     """The tables of test_differential's smtpd.conf.
 
     Args:
-        accounts: user and group id by name, of those who can be delivered to.
+        accounts: user and group id by name of the local users.
         encrypted: the hash of ``PASSWORD``.
     """
 
@@ -229,7 +229,7 @@ def tables(rng: Random, accounts: Mapping[str, tuple[int, int]], encrypted: str)
     return [
         listed("near", 9, "netaddr"),
         listed("far", 5, "netaddr", inline=True),
-        # smtpd asks for the name of a client in "from rdns <hosts>" as netaddr (ruleset.c, ruleset_match_from).
+        # smtpd looks up the name of a client in "from rdns <hosts>" as netaddr (ruleset.c, ruleset_match_from).
         Table("hosts", ("domain", "netaddr"), distinct(rng, 9, "domain"), direct=direct()),
         listed("names", 7, "domain", inline=True),
         listed("people", 10, "mailaddr"),

@@ -1,4 +1,4 @@
-"""An smtpd whose tables are programs of the test's choice, for what one table-consul alone does not show."""
+"""An smtpd whose tables are programs chosen by the test."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ DUMMY = LAUNCHER.partition("from table_consul")[0] + (package.CHECKOUT / "contri
     "from __future__ import annotations\n", ""
 )
 
-# With OpenSSL 3, 6.8.0p2 can sign nothing (OpenSMTPD issues 1171, 1239), so no certificate of it works. Encryption
-# without certificates does, and is as good as any to be asked for a password.
+# With OpenSSL 3, 6.8.0p2 cannot sign (OpenSMTPD issues 1171, 1239), which rules out certificates. Encryption without
+# certificates works, and suffices for AUTH.
 ANONYMOUS = "AECDH-AES256-SHA:@SECLEVEL=0"
 
-# A table as the article of 2020 shows it, with the words and manners of its time: it exits at what it does not know.
+# A table in the style of the article of 2020 and in its dialect: it exits on unknown input.
 OF_2020 = """\
 #!/usr/bin/python3 -I
 import sys
@@ -48,7 +48,7 @@ for line in sys.stdin:
     print(f"table-response|{token}|{answer}", flush=True)
 """
 
-# The example of that article, with its calls and callbacks, over a library that reads and writes as py-opensmtpd does.
+# The example of that article with its callbacks, over a library that reads and writes like py-opensmtpd.
 ARTICLE = """\
 #!/usr/bin/python3 -I
 import sys
@@ -94,10 +94,10 @@ if __name__ == "__main__":
 
 
 class Programs(Smtpd):
-    """An smtpd with these programs beside its own, by name; table-consul and table-procexec are there anyway.
+    """An smtpd with these programs beside its own, by name, and with table-consul and table-procexec.
 
     Args:
-        processes: of how many processes each table of ``conf`` consists, if not of one.
+        processes: the number of processes of each table of ``conf``.
     """
 
     def __init__(
@@ -123,18 +123,18 @@ class Programs(Smtpd):
 
     @property
     def backends(self) -> list[int]:
-        """The process ids of its tables, and of what these have started."""
+        """The process ids of its tables and of their children."""
         main = self._main_pid()
         lines = {pid: _command_line(pid) for pid in _descendants(main)} if main else {}
         return [pid for pid, line in lines.items() if f"/{LIBEXEC}/table-" in line]
 
     @staticmethod
     def command_line(pid: int) -> str:
-        """How the process was started; empty when it is gone."""
+        """The command line of the process; empty when it has ended."""
         return _command_line(pid)
 
     def read(self, path: str) -> str:
-        """The text of a file in its tree, as it is now."""
+        """The current text of a file in its tree."""
         return (self._running_tree / path.lstrip("/")).read_text()
 
 

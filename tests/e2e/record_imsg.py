@@ -1,4 +1,4 @@
-"""Records what real smtpds of the dialect imsg say, and what table-consul answers, into ``tests/transcripts/imsg``.
+"""Records dialogues of real smtpds that speak imsg with table-consul into ``tests/transcripts/imsg``.
 
 ``python -m tests.e2e.record_imsg``, as root. Each line of a transcript is what one read or one write carried, in
 hexadecimal digits: ``>`` from smtpd, ``<`` to smtpd; ``#`` begins a comment.
@@ -23,7 +23,7 @@ RELEASES = ("6.8", "7.4")
 FOLDER = Path(__file__).parents[1] / "transcripts" / "imsg"
 RECORD = "/tmp/record"
 
-# Stands between smtpd and the program, and writes down what passes.
+# Relays between smtpd and the program, and records every message.
 TEE = f"""\
 #!/usr/bin/python3 -I
 import os, select, socket, subprocess, sys
@@ -60,7 +60,7 @@ MORE = {
 
 
 def record(release: str, folder: Path) -> str:
-    """The conversation of one smtpd of this release, from its start to its end."""
+    """The conversation of an smtpd of this release, from start to end."""
     root = Root(release)
     files = {
         "/etc/mail/export.json": write_source(folder, ENTRIES | MORE).read_bytes(),

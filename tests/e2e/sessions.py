@@ -1,4 +1,4 @@
-"""SMTP sessions made from a seed, and what a server replies to each of their commands."""
+"""SMTP sessions generated from a seed, and the replies of a server to their commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from random import Random
 
 TIMEOUT_SECONDS = 30.0
-# Seldom, as smtpd lets each wait for up to a second.
+# Rare, because smtpd delays each by up to a second.
 WRONG_LOGINS = 0.05
 LOGINS = 0.4
 SPOKEN = ("domain", "mailaddr", "alias", "netaddr")
@@ -37,12 +37,12 @@ class Transaction:
     sender: str
     recipients: tuple[str, ...]
     subject: str
-    """Empty: it is given up before DATA."""
+    """Empty if the session ends before DATA."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a client does, from one address to one of the listeners; ``login`` is a user and a password."""
+    """The commands of a client from one address to one listener; ``login`` is a user and a password."""
 
     source: str
     listener: str
@@ -52,7 +52,7 @@ class Session:
 
 
 class Client:
-    """Says in its sessions what meets the entries of these tables now and then, or misses them by a little."""
+    """Generates sessions that sometimes match entries of these tables, or nearly match them."""
 
     def __init__(self, rng: Random, listed: Iterable[entries.Table], listeners: Sequence[str]) -> None:
         self._rng = rng
@@ -63,7 +63,7 @@ class Client:
         self._sources = [source for key in asked["netaddr"] for source in at_the_edges(key)]
 
     def session(self, number: int) -> Session:
-        """The session of that number."""
+        """Session ``number``."""
         rng = self._rng
         login = None
         if rng.random() < LOGINS:
@@ -113,7 +113,7 @@ class Client:
 
 
 def at_the_edges(network: str) -> list[str]:
-    """The first and last address of a network, and those beside it, as far as a client can have them."""
+    """The first and last address of a network and their neighbours, if a client can have them."""
     octets, slash, bits = network.partition("/")
     given = octets.split(".")
     try:
@@ -125,7 +125,7 @@ def at_the_edges(network: str) -> list[str]:
 
 
 def play(session: Session, ports: Mapping[str, int]) -> list[Reply]:
-    """What a server replied, command by command; what a line of its own has in each reply is masked.
+    """The replies of a server to each command, with the parts that differ from session to session masked.
 
     Args:
         ports: those of the server's listeners, by name.
@@ -183,5 +183,5 @@ def _encrypt(client: smtplib.SMTP, host: str) -> None:
 
 @functools.cache
 def _context() -> ssl.SSLContext:
-    # Made once, as it reads all the system's certificates to trust none of them.
+    # Made once, because it reads all certificates of the system, only to trust none.
     return _trusting()

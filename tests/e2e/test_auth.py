@@ -49,40 +49,40 @@ def server(consul, smtpd, root, encrypted):
 
 
 def log_in(server, user, password, subject="hello"):
-    """The code of the reply: to AUTH when that was refused, else to the message."""
+    """The reply code to AUTH if it is refused, otherwise to the message."""
     try:
         return server.send("eric@localhost", subject=subject, auth=(user, password), starttls=True)["eric@localhost"][0]
     except smtplib.SMTPAuthenticationError as refused:
         return refused.smtp_code
 
 
-def test_the_right_password_may_send(server):
+def test_right_password_may_send(server):
     assert log_in(server, "gilles", "Correct Horse", "authorised") == 250
     server.wait_for_mail("eric", "authorised")
 
 
 @pytest.mark.parametrize(("user", "password"), [("gilles", "correct horse"), ("gilles", "wrong"), ("eric", "wrong")])
-def test_a_wrong_password_and_an_unknown_user_are_refused_alike(server, user, password):
+def test_wrong_password_and_an_unknown_user_are_refused_alike(server, user, password):
     assert log_in(server, user, password) == 535
 
 
-def test_a_changed_hash_counts_at_once(server, consul, encrypted):
+def test_changed_hash_takes_effect_immediately(server, consul, encrypted):
     assert log_in(server, "gilles", "Battery Staple") == 535
     consul.kv_put("consul/credentials/gilles", encrypted[1])
     assert log_in(server, "gilles", "Battery Staple") == 250
     assert log_in(server, "gilles", "Correct Horse") == 535
 
 
-def test_without_consul_a_login_fails_for_now_only(server, consul):
+def test_login_without_consul_fails_temporarily(server, consul):
     consul.stop()
     assert 400 <= log_in(server, "gilles", "Correct Horse") < 500
     assert server.alive
 
 
-def test_no_user_name_reads_another_bucket(server, consul, encrypted):
+def test_no_user_name_reads_another_folder(server, consul, encrypted):
     consul.kv_put("other/secret", encrypted[0])
     consul.kv_put("consul/other/secret", encrypted[0])
-    # smtpd lets a refused login wait, so they all come at once.
+    # Concurrent, because smtpd delays the reply to a refused login.
     with ThreadPoolExecutor(len(ESCAPES)) as pool:
         codes = pool.map(lambda user: log_in(server, user, "Correct Horse"), ESCAPES)
         assert {user: code for user, code in zip(ESCAPES, codes, strict=True) if code not in (421, 454, 535)} == {}

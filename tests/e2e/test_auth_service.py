@@ -1,4 +1,4 @@
-"""SMTP AUTH by table-consul itself, and users that are records or that one default entry stands for."""
+"""SMTP AUTH verified by table-consul, and users from records or from the default entry."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.rig.root import certificate
 from tests.rig.waiting import wait_for
 
 PASSWORD = "Correct Horse: Battery"
-# What crypt(3) makes of it.
+# The hash that crypt(3) makes of the password.
 SHA512 = "$6$saltsalt$arkXp9BqDFu/7.si8l.cKgtNQgqQsC7N4N/QOwxkHmMSK5gAr6PhcdZCCZkgY9pVUmLq0CEiFKgJBXKL79RaV."
 BCRYPT = "$2y$06$abcdefghijklmnopqrstuuvtyya11FF9cKELsrYpxcEfGEllVF45y"
-# Before 7.9 smtpd lower-cases passwords, and auth is not registered with it.
+# smtpd before 7.9 lower-cases passwords, and table-consul does not register auth with it.
 VERIFYING = pytest.mark.parametrize("root", ["7.9"], indirect=True)
 AUTH = 'services = ["auth"]'
 
@@ -33,20 +33,20 @@ def server(consul, smtpd, root):
 @VERIFYING
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
 @pytest.mark.parametrize("stored", [SHA512, "{BLF-CRYPT}" + BCRYPT, json.dumps({"password": SHA512, "uid": 1000})])
-def test_the_right_password_may_send_and_others_may_not(consul, server, mode, stored):
+def test_only_the_right_password_may_send(consul, server, mode, stored):
     consul.kv_put("consul/auth/gilles", stored)
     smtpd = server(mode)
     assert log_in(smtpd, "gilles", PASSWORD, "authorised") == 250
     smtpd.wait_for_mail("eric", "authorised")
     refused = [("gilles", PASSWORD.lower()), ("gilles", "wrong"), ("walter", PASSWORD)]
     assert [log_in(smtpd, *credentials) for credentials in refused] == [535] * 3
-    # Direct mode cannot prove the absence of a key that no URL can name, and a transaction can write.
+    # Direct mode cannot prove the absence of a key that no URL can name, because a transaction can write it.
     assert log_in(smtpd, "../auth/gilles", PASSWORD) == (421 if mode == "direct" else 535)
     assert smtpd.alive
 
 
 @VERIFYING
-def test_the_case_of_a_login_does_not_count(consul, server):
+def test_login_is_not_case_sensitive(consul, server):
     consul.kv_put("consul/auth/gilles@example.org", SHA512)
     assert log_in(server(), "Gilles@Example.ORG", PASSWORD) == 250
 
@@ -63,7 +63,7 @@ def test_argon2_and_hashes_of_credentials_are_verified_too(consul, server):
 
 
 @VERIFYING
-def test_what_nobody_can_verify_is_for_now_and_a_lock_is_for_good(consul, server):
+def test_unverifiable_hash_is_temporary_and_a_lock_is_permanent(consul, server):
     consul.kv_put("consul/auth/gilles", "{SSHA512}hunter2")
     consul.kv_put("consul/auth/eric", "!" + SHA512)
     smtpd = server()
@@ -74,7 +74,7 @@ def test_what_nobody_can_verify_is_for_now_and_a_lock_is_for_good(consul, server
 
 
 @VERIFYING
-def test_a_user_that_is_locked_in_consul_is_locked_out_at_once(consul, server):
+def test_user_locked_in_consul_is_rejected_immediately(consul, server):
     consul.kv_put("consul/auth/gilles", SHA512)
     smtpd = server()
     assert log_in(smtpd, "gilles", PASSWORD) == 250
@@ -83,7 +83,7 @@ def test_a_user_that_is_locked_in_consul_is_locked_out_at_once(consul, server):
 
 
 @VERIFYING
-def test_without_consul_a_login_fails_for_now_only(consul, server):
+def test_login_without_consul_fails_temporarily(consul, server):
     consul.kv_put("consul/auth/gilles", SHA512)
     smtpd = server("direct")
     consul.stop()
@@ -92,7 +92,7 @@ def test_without_consul_a_login_fails_for_now_only(consul, server):
 
 
 @pytest.mark.parametrize("root", ["7.6"], indirect=True)
-def test_an_older_smtpd_verifies_passwords_itself(consul, server):
+def test_older_smtpd_verifies_passwords_itself(consul, server):
     consul.kv_put("consul/credentials/gilles", "{CRYPT}" + SHA512)
     smtpd = server(services='services = ["auth", "credentials"]')
     assert [log_in(smtpd, "gilles", password) for password in (PASSWORD, PASSWORD.lower())] == [250, 535]
@@ -109,7 +109,7 @@ match from any for local action "local"
 
 
 @pytest.mark.parametrize("mode", ["mirror", "direct"])
-def test_one_default_entry_stands_for_all_virtual_users(consul, smtpd, mode):
+def test_default_entry_serves_all_virtual_users(consul, smtpd, mode):
     consul.kv_put("consul/userinfo/*", "1000:1000:/home/gilles/%u")
     server = smtpd(USERBASE, table_files(consul, mode=mode))
     replies = server.send("vera@localhost", "walter@localhost", "a/b@localhost")
@@ -119,7 +119,7 @@ def test_one_default_entry_stands_for_all_virtual_users(consul, smtpd, mode):
         wait_for(lambda home=home: server.exists(f"{home}/Maildir/new"), 10.0, lambda: server.log)
 
 
-def test_a_record_serves_logins_and_deliveries(consul, smtpd, root):
+def test_record_serves_logins_and_deliveries(consul, smtpd, root):
     record = {"password": "{SHA512-CRYPT}" + SHA512, "uid": 1000, "gid": "1000", "home": "/home/gilles"}
     consul.kv_put("people/vera", json.dumps(record))
     conf = CONF.replace('action "local" mbox', 'action "local" maildir userbase <consul>')

@@ -26,7 +26,7 @@ sys.exit(main(["check", "--json"]))
 
 
 def check(server):
-    """The problems by place, and what was checked."""
+    """The problems by place, and the summary of the checks."""
     try:
         output = server.run("python3", "-I", "-c", COMMAND)
     except CalledProcessError as failed:
@@ -35,7 +35,7 @@ def check(server):
     return {each["where"]: each["problem"] for each in document["problems"]}, document["checked"]
 
 
-def test_check_finds_nothing_wrong_and_then_what_was_broken(consul, smtpd):
+def test_check_finds_no_problem_and_then_each_fault(consul, smtpd):
     consul.kv_txn({"aliases/alias/root": "gilles", "hosts/netaddr/192.0.2.1": ""})
     server = smtpd(CONF, {**table_files(consul), "/etc/more.conf": MORE})
     problems, checked = check(server)

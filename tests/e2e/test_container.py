@@ -1,4 +1,4 @@
-"""The container image, built for real and run as compose.yaml wants it, as by an operator who installs nothing."""
+"""The container image: built, and run as in compose.yaml."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def service():
 
 @pytest.fixture
 def container(built):
-    """Makes containers of the image, whose network is there and who have not started, and ends them after the test."""
+    """Makes containers of the image with a network, not yet started, and ends them after the test."""
     made = []
 
     def make(*arguments, **options):
@@ -64,14 +64,14 @@ def container(built):
 
 
 class Consul:
-    """The service consul of compose.yaml beside a container, whose commands are run as `docker compose exec` would."""
+    """The service consul of compose.yaml beside a container; calls run commands as `docker compose exec` does."""
 
     def __init__(self, container: Container, folder: Path, hcl: str = "") -> None:
         self._container = container
         service = image.compose("consul")
         folder.mkdir(exist_ok=True)
         (folder / "more.hcl").write_text("performance { raft_multiplier = 1 }\n" + hcl)
-        # The first two words are what the entrypoint of Consul's image adds.
+        # The entrypoint of Consul's image adds the first two words.
         options = (f"-data-dir={folder / 'data'}", f"-config-file={folder / 'more.hcl'}")
         self.process = container.neighbour(consul_binary(), *service["command"], *options)
         self._health = image.health_command(service["healthcheck"])
@@ -101,11 +101,11 @@ def delivered(container, mailbox, subject):
 
 
 def refused_until_known(container, recipient):
-    """Mail to a recipient is refused; wait till it no longer is, and take the mail that was sent to find out."""
+    """Check that mail to a recipient is refused, and wait until it is accepted."""
     wait_for(lambda: container.send(recipient, "arrived") == 250, 20, lambda: f"refused:\n{container.log}")
 
 
-def test_the_story_plays_as_compose_yaml_tells_it(container, service, tmp_path):
+def test_compose_yaml_works_from_start_to_mail(container, service, tmp_path):
     mail = container(service=service)
     consul = Consul(mail, tmp_path / "consul")
     assert service["depends_on"]["consul"]["condition"] == "service_healthy"
@@ -146,7 +146,7 @@ def test_the_story_plays_as_compose_yaml_tells_it(container, service, tmp_path):
     assert (status, seconds < 5) == (0, True), mail.log
 
 
-# Put before the PATH, it runs the commands of the page without an engine: $1 is compose, $2 what to do with it.
+# First in PATH, this replaces docker for the commands of the page: $1 is compose, $2 its command.
 DOCKER = """\
 #!/bin/sh
 shift; [ "$1" = exec ] || exit 0; shift
@@ -194,11 +194,11 @@ def block_of_the_page(containing):
     return block.text.splitlines()
 
 
-def test_what_is_away_shows_in_the_health_check_when_mail_has_to_wait(container, service, tmp_path):
+def test_health_check_fails_while_mail_waits(container, service, tmp_path):
     volumes = tmp_path / "volumes"
     first = container(service=service, volumes=volumes)
     first.start()
-    # A table that never saw Consul has nothing to answer from.
+    # A table that never read Consul has no data.
     first.wait_for_health(wanted=False, said="mail for postmaster: 4")
     assert 400 <= first.send("root@mail.example.org", "wait") < 500
 
@@ -210,7 +210,7 @@ def test_what_is_away_shows_in_the_health_check_when_mail_has_to_wait(container,
     wait_for(lambda: copy.exists() and "consul/userinfo/*" in copy.read_text(), 20, lambda: "no copy on disk")
     consul.stop()
     assert not consul.healthy
-    assert first.health() == (True, "mail for postmaster: 250"), "the last good copy answers"
+    assert first.health() == (True, "mail for postmaster: 250"), "the last good copy is served"
     first.stop()
 
     second = container(service=service, volumes=volumes)
@@ -218,7 +218,7 @@ def test_what_is_away_shows_in_the_health_check_when_mail_has_to_wait(container,
     assert second.wait_for_health() == "mail for postmaster: 250"
     assert second.send("root@mail.example.org", "during an outage") == 250
     delivered(second, "root", "during an outage")
-    # An smtpd whose processes hang still has its port open.
+    # The port of an smtpd with hanging processes stays open.
     pids = " ".join(str(pid) for pid, line in second.processes().items() if "smtpd" in line and pid != 1)
     assert second.exec("sh", "-c", f"kill -STOP {pids}").returncode == 0
     healthy, said = second.health()
@@ -227,7 +227,7 @@ def test_what_is_away_shows_in_the_health_check_when_mail_has_to_wait(container,
     second.wait_for_health()
 
 
-def test_files_of_one_s_own_are_mounted_and_the_environment_counts_where_they_are_silent(container, tmp_path):
+def test_mounted_files_take_precedence_over_the_environment(container, tmp_path):
     (tmp_path / "smtpd.conf").write_text(
         "table people consul:/etc/mail/own.toml\n"
         "listen on 127.0.0.1 port 2525\n"
@@ -242,7 +242,7 @@ def test_files_of_one_s_own_are_mounted_and_the_environment_counts_where_they_ar
         "HEALTH_PORT": "2525",
         "HEALTH_RECIPIENT": "info@mx1.example.net",
     }
-    # Folders of the host's, which come empty and as root's, in place of volumes.
+    # Empty folders of the host, owned by root, in place of volumes.
     volumes = tmp_path / "volumes"
     for name in ("var-spool-smtpd", "var-vmail", "var-lib-table-consul"):
         (volumes / name).mkdir(parents=True)
@@ -263,12 +263,12 @@ def test_files_of_one_s_own_are_mounted_and_the_environment_counts_where_they_ar
     wait_for(lambda: list((mail.volume("/var/vmail") / "info/new").glob("*")), 20, lambda: mail.log)
 
 
-def test_a_token_that_only_root_may_read_is_good_enough(container, service, tmp_path):
+def test_token_file_readable_only_by_root_works(container, service, tmp_path):
     secret = tmp_path / "token"
     files = {"/run/secrets/consul": secret}
     secret.touch(mode=0o600)
     environment = {"CONSUL_HTTP_TOKEN_FILE": "/run/secrets/consul"}
-    # A secret is mounted below /run, which is a tmpfs of the container's then.
+    # Secrets are mounted below /run, then a tmpfs of the container.
     mail = container(service={**service, "tmpfs": ["/tmp"], "read_only": False}, files=files, environment=environment)
     consul = Consul(mail, tmp_path / "consul", 'acl { enabled = true\n default_policy = "deny" }')
     wait_for(lambda: bootstrapped(consul), 30, lambda: "no leader")
@@ -290,7 +290,7 @@ def bootstrapped(consul):
     return True
 
 
-def test_what_is_wrong_with_the_configuration_is_in_the_log_and_in_the_health_check(container, tmp_path):
+def test_bad_configuration_is_in_the_log_and_in_the_health_check(container, tmp_path):
     broken = tmp_path / "table-consul.toml"
     broken.write_text('[defaults]\nprefixx = "mail"\n[log]\ntarget = "stderr"\n')
     mail = container(files={"/etc/mail/table-consul.toml": broken})
@@ -300,14 +300,14 @@ def test_what_is_wrong_with_the_configuration_is_in_the_log_and_in_the_health_ch
     assert mail.running
 
 
-def test_it_says_that_it_wants_to_start_as_root(container):
+def test_container_refuses_to_start_without_root(container):
     mail = container(user="vmail")
     mail.start()
     assert mail.wait() == 1
     assert "smtpd must start as root" in mail.log
 
 
-def test_commands_are_run_in_place_of_smtpd_and_options_are_given_to_it(container):
+def test_arguments_are_a_command_or_options_of_smtpd(container):
     for command, said in {
         ("smtpd", "-n"): "configuration OK",
         ("table-consulctl", "--version"): f"table-consulctl {table_consul.__version__}",
@@ -321,7 +321,7 @@ def test_commands_are_run_in_place_of_smtpd_and_options_are_given_to_it(containe
         assert said in one.log
 
 
-def test_the_image_is_small_and_holds_nothing_that_builds(built):
+def test_image_is_small_without_build_tools(built):
     found = [path for path in built.files.rglob("*") if not path.is_symlink()]
     megabytes = sum(path.lstat().st_size for path in found) / 1e6
     assert megabytes < LARGEST_MB, f"{megabytes:.0f} MB"
@@ -337,21 +337,21 @@ def test_the_image_is_small_and_holds_nothing_that_builds(built):
         assert (built.files / "usr/lib/python3/dist-packages" / name).is_dir()
 
 
-def test_nothing_of_the_machine_that_built_it_is_left(built):
+def test_image_has_no_traces_of_the_build_machine(built):
     assert not (built.files / "etc/pip.conf").exists()
     assert not (built.files / "etc/apt/apt.conf.d/99build").exists()
     for folder in ("run/secrets", "run/package", "var/lib/apt/lists", "var/cache/apt", "build", "tmp"):
         assert list((built.files / folder).glob("*")) == [], folder
-    assert not (built.files / "etc/mailname").exists(), "a name made when it was built would be every container's"
+    assert not (built.files / "etc/mailname").exists(), "every container would have the mail name of the build"
 
 
-def test_the_image_says_what_it_is_and_how_it_is_run(built):
+def test_image_has_labels_and_run_settings(built):
     config = built.config
     assert config["Labels"]["org.opencontainers.image.title"] == "table-consul"
     assert config["Labels"]["org.opencontainers.image.licenses"] == "ISC"
     assert config["Labels"]["org.opencontainers.image.base.name"] == image.base_name()
     assert config["ExposedPorts"] == {"25/tcp": {}}
-    assert config["Healthcheck"]["Timeout"] / 1e9 > 5, "the health check's own patience comes first"
+    assert config["Healthcheck"]["Timeout"] / 1e9 > 5, "the timeout of the health check itself must be shorter"
     accounts = {
         line.split(":")[0]: line.split(":")[2:4] for line in (built.files / "etc/passwd").read_text().split("\n")
     }
@@ -359,10 +359,10 @@ def test_the_image_says_what_it_is_and_how_it_is_run(built):
     assert accounts["opensmtpq"] == ["526", "526"]
     assert accounts["vmail"] == ["5000", "5000"]
     kept = {entry["target"] for entry in image.compose("mail")["volumes"]}
-    assert kept == set(config["Volumes"]), "what compose.yaml does not name is lost with the container"
+    assert kept == set(config["Volumes"]), "a volume missing from compose.yaml would be lost with the container"
 
 
-def test_compose_yaml_is_what_docker_compose_takes(service):
+def test_compose_yaml_is_valid(service):
     consul = image.compose("consul")
     assert re.fullmatch(r"docker\.io/hashicorp/consul:\d+\.\d+\.\d+", consul["image"])
     assert {port["host_ip"] for each in (service, consul) for port in each["ports"]} == {"127.0.0.1"}

@@ -1,4 +1,4 @@
-"""What ``make demo`` runs comes to a good end, with real parts and without."""
+"""``make demo`` succeeds with and without real programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def play(*arguments):
     )
 
 
-def test_the_demo_plays_with_real_parts(consul, root):
+def test_demo_succeeds_with_real_programs(consul, root):
     done = play()
     assert (done.returncode, done.stderr) == (0, "")
     assert "Real parts:\n   Consul " in done.stdout
@@ -32,21 +32,21 @@ def test_the_demo_plays_with_real_parts(consul, root):
     assert [line for line in shown.text.splitlines() if line not in done.stdout.splitlines()] == []
 
 
-def test_the_demo_plays_over_the_program_s_own_socket():
+def test_demo_succeeds_over_the_socket_of_the_program():
     done = play("--socket")
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert "table-consul > lookup-result|00000002|found|gilles" in done.stdout
 
 
-def test_the_demo_fails_when_mail_goes_elsewhere(monkeypatch, capsys):
+def test_demo_fails_when_mail_reaches_another_user(monkeypatch, capsys):
     monkeypatch.setattr(demo, "_export", lambda path, entries: path.write_text("[]"))
     with pytest.raises(demo.Unexpected):
         demo.with_a_socket()
     assert "EXPECTED lookup-result|00000002|found|gilles" in capsys.readouterr().out
 
 
-def test_nothing_is_left_when_smtpd_is_gone(root):
+def test_demo_leaves_no_process_when_smtpd_ends(root):
     server = Smtpd(root, 'listen on 127.0.0.1 port $smtp_port\naction "a" mbox\nmatch from any for any action "a"\n')
     with server:
         pids = list(server.pids)

@@ -1,7 +1,7 @@
-"""Two smtpds that differ in one thing, whether their tables stand in files or in Consul, are told the same.
+"""Two smtpds, one with tables in files and one with the same tables in Consul, give the same replies.
 
-``TABLE_CONSUL_SEED`` makes other tables and sessions, ``TABLE_CONSUL_SESSIONS`` more sessions. A failure shows the
-first sessions that differ, up to the reply and the lookup that do, and the entries of the tables in question.
+``TABLE_CONSUL_SEED`` selects other tables and sessions, ``TABLE_CONSUL_SESSIONS`` their number. A failure shows the
+first sessions that differ, up to the first different reply and lookup, and the entries of the tables involved.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from tests.rig.waiting import wait_for
 SEED = int(os.environ.get("TABLE_CONSUL_SEED", "8"))
 SESSIONS = int(os.environ.get("TABLE_CONSUL_SESSIONS", "400"))
 SEEDS = range(SEED, SEED + 2)
-"""Each makes tables of its own and plays its part of the sessions."""
+"""Each seed generates its own tables, and runs its share of the sessions."""
 DELIMITERS = dict(zip(SEEDS, "_+", strict=True))
-"""What precedes a tag; the names of `entries` have tags of both kinds."""
-AS_EVER = not os.environ.keys() & {"TABLE_CONSUL_SEED", "TABLE_CONSUL_SESSIONS"}
-"""Then each service has to be asked for what is there and for what is not; by other seeds it may by chance not be."""
+"""Delimiters of tags; the names of `entries` have tags of both kinds."""
+DEFAULTS = not os.environ.keys() & {"TABLE_CONSUL_SEED", "TABLE_CONSUL_SESSIONS"}
+"""With these settings each service must have lookups that succeed and lookups that fail; other seeds may lack some."""
 SHOWN = 3
-"""So many of the sessions that differ, as one cause makes many of them differ."""
+"""The number of different sessions to report, because one cause makes many sessions differ."""
 
 FILTERS = {
     "early": (
@@ -109,7 +109,7 @@ class Twin(Smtpd):
         super().__init__(root, conf + rules(self.ports), {**files, **certificate(root), **names()})
 
     def outcomes(self, sessions: list[Session]) -> list[Outcome]:
-        """What came of each session. Mails wait, so that no lookup for a delivery gets between those of a session."""
+        """The outcome of each session. Paused deliveries keep their lookups apart from those of sessions."""
         self.smtpctl("pause", "mda")
         outcomes = []
         with (self.place / "log").open(errors="replace") as log:
@@ -121,12 +121,12 @@ class Twin(Smtpd):
 
     def _lookup(self, found: tuple[str, ...]) -> Lookup:
         lookup = Lookup(*found)
-        # smtpd finds such a value and cannot read it, and table-consul says so itself; to smtpd both is a failure.
+        # smtpd fails to parse such a value from a file, and table-consul returns an error; both are failures for smtpd.
         failed = lookup.answer.startswith(('"', "error: ")) and (lookup.table, lookup.key.lower()) in self._unusable
         return lookup._replace(answer="unusable") if failed else lookup
 
     def deliveries(self) -> tuple[list[str], list[str]]:
-        """Where the mails went that had to wait: the log's lines, and file by file."""
+        """Where the waiting mails were delivered: log lines, and file by file."""
         self.smtpctl("resume", "mda")
         wait_for(lambda: not self.waiting(), 60, lambda: f"{self.waiting()} are not delivered:\n{self.log[-5000:]}")
         lines = [" ".join(found[1:]) for found in DELIVERY.findall(self.log)]
@@ -144,7 +144,7 @@ class Twin(Smtpd):
 
 
 def rules(ports: dict[str, int]) -> str:
-    """All of smtpd.conf but its tables."""
+    """smtpd.conf without its tables."""
     lines = ['pki "mail.example.org" cert "/etc/ssl/mail.example.org.crt"']
     lines.append('pki "mail.example.org" key "/etc/ssl/mail.example.org.key"')
     for chain, conditions in FILTERS.items():
@@ -164,13 +164,13 @@ def rules(ports: dict[str, int]) -> str:
 
 
 def names() -> dict[str, str]:
-    """What smtpd needs to find the names of the addresses that clients come from."""
+    """The files with which smtpd resolves the addresses of clients."""
     hosts = "".join(f"{address} {name}\n" for address, name in RDNS.items())
     return {"/etc/hosts": hosts, "/etc/resolv.conf": "lookup file\n"}
 
 
-def shown(number: int, session: Session, in_file: Outcome, in_consul: Outcome, listed: list[Table]) -> str:
-    """A session that went otherwise: what came before the first other reply, the first other lookup, and its tables."""
+def describe(number: int, session: Session, in_file: Outcome, in_consul: Outcome, listed: list[Table]) -> str:
+    """A session that differs: up to the first different reply, the first different lookup, and its tables."""
     lines = [f"session {number} from {session.source} to {session.listener}, logged in as {session.login}:"]
     at = first_other(in_file.replies, in_consul.replies)
     lines += [f"    {command} -> {code} {text!r}" for command, code, text in in_file.replies[:at]]
@@ -185,13 +185,13 @@ def shown(number: int, session: Session, in_file: Outcome, in_consul: Outcome, l
 
 
 def first_other(these: Sequence[object], those: Sequence[object]) -> int:
-    """The place of the first that is not the same in both; one past the end when all are."""
+    """The index of the first difference; the length if there is none."""
     pairs = enumerate(zip_longest(these, those))
     return next((at for at, (this, that) in pairs if this != that), len(these))
 
 
-def unasked(outcomes: list[Outcome]) -> set[tuple[str, bool]]:
-    """The services that were never asked for what is there, or never for what is not; with which of the two."""
+def incomplete_services(outcomes: list[Outcome]) -> set[tuple[str, bool]]:
+    """The services without a successful lookup or without a failed one, and which of the two is missing."""
     answers = {(found.service, found.answer not in ("false", "none")) for each in outcomes for found in each.lookups}
     services = {*LISTS, "alias", "credentials", "userinfo"}
     return {(service, found) for service in services for found in (True, False)} - answers
@@ -200,9 +200,9 @@ def unasked(outcomes: list[Outcome]) -> set[tuple[str, bool]]:
 @pytest.mark.timeout(120 + SESSIONS)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("root", ["7.9"], indirect=True)
-def test_the_same_sessions_get_the_same_replies_from_tables_in_files_and_in_consul(consul, root, seed):
+def test_tables_in_files_and_in_consul_give_the_same_replies(consul, root, seed):
     rng = Random(seed)
-    # Not with smtpctl: what it makes takes a tenth of a second to check, at each login.
+    # Not by smtpctl, whose hashes take a tenth of a second to verify at each login.
     encrypted = root.run("openssl", "passwd", "-6", "-salt", f"seed{seed}"[:16], PASSWORD).strip()
     listed = tables(rng, {user: root.accounts[user] for user in USERS}, encrypted)
     client = Client(rng, listed, LISTENERS)
@@ -221,12 +221,12 @@ def test_the_same_sessions_get_the_same_replies_from_tables_in_files_and_in_cons
         ]
         theirs, ours = pool.map(lambda twin: twin.outcomes(sessions), twins)
         differing = [number for number in range(len(sessions)) if theirs[number] != ours[number]]
-        report = [shown(n, sessions[n], theirs[n], ours[n], listed) for n in differing[:SHOWN]]
+        report = [describe(n, sessions[n], theirs[n], ours[n], listed) for n in differing[:SHOWN]]
         assert not differing, f"seed {seed}: {len(differing)} sessions differ\n" + "\n".join(report)
         delivered = list(pool.map(Twin.deliveries, twins))
         assert delivered[0] == delivered[1], f"seed {seed}"
         assert all(twin.alive for twin in twins)
-    # What was never asked was not compared.
-    if AS_EVER:
-        assert unasked(theirs) == set()
+    # A lookup that was never made was not compared.
+    if DEFAULTS:
+        assert incomplete_services(theirs) == set()
         assert len(delivered[0][1]) > len(sessions) // 10

@@ -1,4 +1,4 @@
-"""What cannot work keeps mail waiting and smtpd running: packages that do not load, a name that no table can have."""
+"""Mail waits and smtpd keeps running when packages do not load or a table name is invalid."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_packages_that_do_not_load_keep_mail_waiting(smtpd, release):
 
 @pytest.mark.parametrize("name", ["a|b", "a/b", ".."])
 @pytest.mark.parametrize("release", SUITES)
-def test_table_name_that_cannot_be_keeps_mail_waiting(smtpd, release, name):
+def test_invalid_table_name_keeps_mail_waiting(smtpd, release, name):
     files = {CONFIG: '[consul]\naddress = "http://127.0.0.1:1"\n'}
     server = smtpd(release, f'table "{name}" consul:{CONFIG}', name, files=files)
     assert_mail_waits(server)

@@ -1,4 +1,4 @@
-"""`table-consulctl expand` beside a real smtpd on the same data: the same lookups, replies and recipients."""
+"""`table-consulctl expand` and a real smtpd make the same lookups, with the same replies and recipients."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def by_expand(answer):
 
 
 @pytest.mark.parametrize("kind", CONF)
-def test_expand_makes_the_lookups_of_smtpd_and_comes_to_the_same_end(consul, smtpd, tmp_path, kind):
+def test_expand_makes_the_lookups_of_smtpd_with_the_same_result(consul, smtpd, tmp_path, kind):
     consul.kv_txn({f"t/alias/{key}": value for key, value in DATA[kind].items()})
     consul.kv_txn({f"u/userinfo/{key}": value for key, value in USERS.items()})
     relay = "action out relay host smtp://127.0.0.1:9\nmatch for domain example.com action out\n"

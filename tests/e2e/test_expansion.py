@@ -1,4 +1,4 @@
-"""smtpd's own verdict on the aliases about which `table-consulctl lint` has one."""
+"""smtpd accepts and rejects the same aliases as `table-consulctl lint`."""
 
 from __future__ import annotations
 

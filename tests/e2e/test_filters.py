@@ -1,4 +1,4 @@
-"""What smtpd makes of an error from a table: rules put the mail off, built-in filters take it for no match."""
+"""Effect of a table error on smtpd: rules defer the mail, built-in filters treat it as no match."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOBODY_THERE = '[consul]\naddress = "http://127.0.0.1:1"\n'
 
 @pytest.fixture
 def cut_off(smtpd):
-    """An smtpd whose table has never seen any Consul."""
+    """An smtpd whose table has never read Consul."""
 
     def start(*, filter_="", rule=""):
         conf = LISTEN.format(
@@ -42,13 +42,13 @@ def greeted(server):
         return refused.smtp_code
 
 
-def test_a_filter_against_hosts_lets_everyone_in_when_the_table_cannot_tell(cut_off):
+def test_filter_that_rejects_hosts_accepts_everyone_on_a_table_error(cut_off):
     assert greeted(cut_off(filter_="src <hosts>")) == 250
 
 
-def test_a_filter_for_hosts_alone_shuts_everyone_out_when_the_table_cannot_tell(cut_off):
+def test_filter_that_accepts_only_hosts_rejects_everyone_on_a_table_error(cut_off):
     assert greeted(cut_off(filter_="!src <hosts>")) == 550
 
 
-def test_a_rule_puts_the_mail_off_when_the_table_cannot_tell(cut_off):
+def test_rule_defers_mail_on_a_table_error(cut_off):
     assert 400 <= greeted(cut_off(rule="match from src <hosts> for any reject")) < 500

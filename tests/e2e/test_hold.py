@@ -1,4 +1,4 @@
-"""Most of a folder is deleted in Consul: no mail bounces before an update, or the time for it, ends the hold."""
+"""Most of a folder is deleted in Consul: no mail bounces until an update or the end of its time ends the hold."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def codes(server, *recipients, subject="hi"):
 
 
 def filled(consul, smtpd, defaults="", files=None):
-    """An smtpd that has accepted mail for every alias, and is about to see all of them deleted."""
+    """An smtpd that has accepted mail for every alias."""
     consul.kv_txn(ALIASES)
     server = smtpd(LOCAL, {**table_files(consul, defaults), **(files or {})})
     assert codes(server, *RECIPIENTS, "nobody-of-this-name@localhost") == {250, 550}
@@ -51,7 +51,7 @@ def filled(consul, smtpd, defaults="", files=None):
 
 
 def delete(consul, server):
-    """Delete the folder, and return when the table has seen it."""
+    """Delete the folder, and return once the table has noticed."""
     consul.kv_delete("consul/alias/", recurse=True)
     consul.kv_put("consul/alias/arrived", "eric")
     until(lambda: codes(server, "arrived@localhost"), {250})
@@ -80,13 +80,13 @@ def test_restored_folder_answers_as_before_and_can_be_deleted_again(consul, smtp
     assert codes(server, *RECIPIENTS) == {250}
 
 
-def test_hold_ends_by_itself_after_its_time(consul, smtpd):
+def test_hold_ends_after_its_time(consul, smtpd):
     server = filled(consul, smtpd, "hold_deletions = 2")
     delete(consul, server)
     until(lambda: codes(server, *RECIPIENTS), {550})
 
 
-def test_folder_of_0_seconds_bounces_immediately(consul, smtpd):
+def test_hold_of_0_seconds_bounces_immediately(consul, smtpd):
     server = filled(consul, smtpd, "hold_deletions = 0")
     delete(consul, server)
     assert codes(server, *RECIPIENTS) == {550}

@@ -1,4 +1,4 @@
-"""``make install``, ``pip install``, and the two commands of README, each where an operator would run it."""
+"""``make install``, ``pip install``, and the two commands of README, each in the environment of an operator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROGRAMS = {"libexec/table-consul", "libexec/table-procexec", "sbin/table-consul
 
 
 def make(tree, *arguments, umask=0o022):
-    """What a target wrote, in a copy of the project, for others work on the checkout itself."""
+    """The output of a target, run in a copy of the project because the checkout may change."""
     done = subprocess.run(("make", *arguments), cwd=tree, capture_output=True, text=True, check=False, umask=umask)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -40,7 +40,7 @@ def make(tree, *arguments, umask=0o022):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the project, and beside it the wheels of what it requires, for Pythons that have nothing of it."""
+    """A copy of the project, and beside it the wheels of its requirements for Pythons without them."""
     tree = package.copy(tmp_path_factory.mktemp("tree") / "table-consul")
     with _or_skip():
         options = ("--quiet", "--require-hashes", "--dest", tree.parent / "wheels", "--requirement", tree / LIST)
@@ -50,7 +50,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """A Python without any package, pip included."""
+    """A Python without packages, not even pip."""
     place = tmp_path_factory.mktemp("python")
     cache.run(sys.executable, "-m", "venv", "--without-pip", place)
     return place / "bin/python"
@@ -67,7 +67,7 @@ def variables(place):
 
 @pytest.fixture(scope="module")
 def installed(tree, place, python):
-    """An install by an operator whose files nobody else may read, into folders with a blank in their names."""
+    """An install by an operator with umask 077, into folders with a space in their names."""
     for path in tree.rglob("*"):
         path.chmod(path.stat().st_mode & 0o700)
     said = make(tree, "install", f"PYTHON={python}", "WHEELS=../wheels", *variables(place), umask=0o077)
@@ -76,7 +76,7 @@ def installed(tree, place, python):
 
 
 def files_of(place):
-    """The files but for those of the package itself, and the examples."""
+    """The files except those of the package, and the examples."""
     apart = (place / "lib/table-consul", place / "share/doc/table-consul/examples")
     return {
         str(path.relative_to(place))
@@ -86,7 +86,7 @@ def files_of(place):
 
 
 def ask(program, folder):
-    """What the program answers for root, with an export of Consul as its source."""
+    """The answer of the program for root, with an export of Consul as its source."""
     (folder / "export.json").write_text(EXPORT)
     (folder / "table-consul.toml").write_text(f'[consul]\naddress = "file://{folder}/export.json"\n')
     command = (program, folder / "table-consul.toml")
@@ -94,7 +94,7 @@ def ask(program, folder):
 
 
 @pytest.mark.timeout(300)
-def test_programs_and_pages_are_installed_and_nothing_else(installed):
+def test_only_programs_and_pages_are_installed(installed):
     assert files_of(installed) == PROGRAMS | FILES | {f"share/man/{page}" for page in PAGES}
     examples = {path.name for path in (installed / "share/doc/table-consul/examples").iterdir()}
     assert {"table-consul.toml.example", "policies", "prometheus", "grafana"} <= examples
@@ -106,7 +106,7 @@ def test_programs_and_pages_are_installed_and_nothing_else(installed):
 
 
 @pytest.mark.timeout(300)
-def test_smtpd_s_unprivileged_user_can_read_all_of_it(installed):
+def test_unprivileged_user_of_smtpd_can_read_all_files(installed):
     closed = [
         path
         for path in installed.rglob("*")
@@ -118,7 +118,7 @@ def test_smtpd_s_unprivileged_user_can_read_all_of_it(installed):
 
 
 @pytest.mark.timeout(300)
-def test_what_is_installed_works(installed, tmp_path):
+def test_installed_programs_work(installed, tmp_path):
     for name in PROGRAMS:
         said = subprocess.run((installed / name, "--version"), capture_output=True, text=True, check=True, cwd="/")
         assert said.stdout == f"{Path(name).name} {__version__}\n"
@@ -150,7 +150,7 @@ def test_program_whose_package_does_not_load_answers_smtpd_with_the_reason(insta
 
 
 @pytest.mark.timeout(300)
-def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(installed, tree):
+def test_upgrade_removes_the_older_version_and_keeps_other_files(installed, tree):
     app = installed / "lib/table-consul"
     for name in (
         "table_consul/gone.py",
@@ -176,7 +176,7 @@ def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(i
     ]
     said = subprocess.run((installed / "libexec/table-consul", "--version"), capture_output=True, text=True, check=True)
     assert said.stdout == f"table-consul {__version__}\n"
-    # It can be broken off anywhere before its last step, and what was there goes on.
+    # Interrupted before its last step, an upgrade leaves the older version working.
     broken = ("make", "install", "PYTHON=/bin/false", *variables(installed))
     assert subprocess.run(broken, cwd=tree, capture_output=True, check=False).returncode != 0
     assert files_of(installed) == before - {"lib/table-consul.new/half"}
@@ -186,8 +186,8 @@ def test_an_upgrade_leaves_nothing_of_the_older_version_and_all_that_is_others(i
 
 
 @pytest.mark.timeout(300)
-def test_packages_that_python_has_are_used(tree, tmp_path):
-    # This Python has them all, or no test would run.
+def test_installed_packages_of_python_are_used(tree, tmp_path):
+    # This Python has them all, as the tests need them.
     said = make(tree, "install", f"PYTHON={sys.executable}", "WHEELS=/nowhere", *variables(tmp_path))
     assert "missing" not in said
     assert {path.name for path in (tmp_path / "lib/table-consul").iterdir()} == {"table_consul"}
@@ -195,7 +195,7 @@ def test_packages_that_python_has_are_used(tree, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_wheels_that_are_not_those_of_the_list_are_refused(tree, python, tmp_path):
+def test_wheels_with_other_hashes_are_refused(tree, python, tmp_path):
     (tmp_path / "wheels").mkdir()
     for path in (tree.parent / "wheels").iterdir():
         (tmp_path / "wheels" / path.name).write_bytes(path.read_bytes() + b"changed" * path.name.startswith("click"))
@@ -218,7 +218,7 @@ LINES = {
 
 
 class Installed(Smtpd):
-    """An smtpd that finds in its root what ``make install`` has put there, and nothing of the rig's own."""
+    """An smtpd with the files of ``make install`` in its root, and none of the rig's."""
 
     def __init__(self, root, tree, line, files):
         super().__init__(root, line + STORY, files)
@@ -233,7 +233,7 @@ class Installed(Smtpd):
 
 @pytest.fixture(scope="module")
 def root_of_our_python():
-    """A root with the same Python as this machine's Debian, for what is compiled fits one version alone."""
+    """A root with the Python of this machine, because compiled modules fit one version only."""
     with _or_skip():
         for release in SUITES:
             root = Root(release)
@@ -244,7 +244,7 @@ def root_of_our_python():
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", LINES)
-def test_smtpd_uses_what_was_installed_into_its_root(consul, root_of_our_python, tree, name):
+def test_smtpd_uses_the_installed_programs(consul, root_of_our_python, tree, name):
     server = Installed(root_of_our_python, tree, LINES[name], table_files(consul))
     traces = [path for path in server._tree.rglob("*") if path.is_file() and path.name.startswith("table-")]
     assert [path for path in traces if str(server._tree).encode() in path.read_bytes()] == []
@@ -272,7 +272,7 @@ table-consulctl --help
 
 
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_readme_need_a_fresh_debian_with_make_and_python_alone(tree):
+def test_commands_of_the_readme_work_on_a_fresh_debian_with_make_and_python(tree):
     with _or_skip():
         root = bare.debian()
     with bare.Layer(root, {"/root/table-consul": tree}, network=True) as layer:
@@ -304,7 +304,7 @@ find venv/share -type f
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("release", ["6.8", "7.6", "7.9"])
-def test_the_wheel_works_under_each_python(release):
+def test_wheel_works_under_each_python(release):
     with _or_skip():
         root = Root(release)
         wheels = package.wheels(root.python)
@@ -320,7 +320,7 @@ def test_the_wheel_works_under_each_python(release):
     assert {f"venv/share/man/{page}" for page in PAGES} == {line for line in said if line.startswith("venv/share/man")}
 
 
-def test_this_machine_s_way_to_packages_is_handed_on(monkeypatch, tmp_path):
+def test_package_settings_of_this_machine_are_passed_on(monkeypatch, tmp_path):
     (tmp_path / "ca.pem").touch()
     monkeypatch.setenv("PIP_CERT", str(tmp_path / "ca.pem"))
     (tmp_path / "simple").mkdir()

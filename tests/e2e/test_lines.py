@@ -1,4 +1,4 @@
-"""docs/keys.md, "Which line of smtpd.conf asks which service": run by an old and a new smtpd."""
+"""The table of smtpd.conf lines and their services in docs/keys.md, verified with an old and a new smtpd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.rig.sink import Sink
 from tests.rig.waiting import wait_for
 
 LOGIN = "gilles"
-# What smtpd asks with, in the words of the table, in the session that the tests have.
+# The keys of smtpd's lookups in the session of these tests, by their name in the table.
 KEYS = {
     "the client's address": "127.0.0.1",
     "the client's host name": "localhost",
@@ -45,7 +45,7 @@ LISTEN = 'listen on 127.0.0.1 port $smtp_port tls-require pki "mail.example.org"
 
 
 def documented(kind):
-    """Of the lines that begin with this word: the line, and what it asks, as ``(service, key)`` in order."""
+    """The documented lines that begin with this word, each with its lookups: ``(service, key)`` in order."""
     found = []
     for lines, services, key in rows(page("docs/keys.md").section("## Services by line of smtpd.conf")):
         asked = [(service, KEYS[key.partition(";")[0]]) for service in re.findall(r"`(\w+)`", services)]
@@ -55,7 +55,7 @@ def documented(kind):
 
 
 def asked(server):
-    """What smtpd asked the table: service and key, empty for a fetch, in order."""
+    """The lookups of smtpd in order: service and key, empty for a fetch."""
     pattern = r'lookup: (?:(?:match|lookup) "(.*)" as (\w+) in|fetch (\w+) from) table proc:consul ->'
     found = re.finditer(pattern, server.log)
     return [((one[2] or one[3]).lower(), one[1] or "") for one in found]
@@ -69,7 +69,7 @@ def root(request):
 
 @pytest.fixture
 def start(root):
-    """Starts an smtpd whose table is empty; LOGINS in its configuration is a table with the login of the test."""
+    """Starts an smtpd whose table is empty; LOGINS in its configuration is a table with the login of the tests."""
     with contextlib.ExitStack() as running, _or_skip():
 
         def start(conf, login=LOGIN):
@@ -80,7 +80,7 @@ def start(root):
 
 
 def mail(server, login=LOGIN):
-    """A mail from a user who logs in; whatever becomes of it."""
+    """Send a mail from a user who logs in, and ignore the reply."""
     with contextlib.suppress(smtplib.SMTPAuthenticationError):
         server.send("eric@localhost", auth=(login, "secret"), starttls=True)
 
@@ -93,7 +93,7 @@ def with_regex(pairs):
 
 
 @pytest.mark.parametrize("login", [LOGIN, "gilles@example.org"])
-def test_rules_ask_what_the_table_says(start, login):
+def test_rules_make_the_documented_lookups(start, login):
     pairs = [*with_regex(documented("match "))]
     rules = []
     for line, _ in pairs:
@@ -102,12 +102,12 @@ def test_rules_ask_what_the_table_says(start, login):
         rules.append(f'{line}{rest} action "a"\n')
     server = start(f'{LISTEN} auth LOGINS\naction "a" mbox\n{"".join(rules)}', login)
     mail(server, login)
-    # Of a line with two services, the second is for a login with an @.
+    # The second service of a line is for a login with an @.
     expected = [services[-1] if "@" in login else services[0] for _, services in pairs]
     assert asked(server) == [(service, login if key == LOGIN else key) for service, key in expected]
 
 
-def test_filters_ask_what_the_table_says(start):
+def test_filters_make_the_documented_lookups(start):
     pairs = [*with_regex(documented("filter "))]
     filters = "".join(
         f'{line.replace("...", f"f{number} phase rcpt-to")} reject "550 no"\n' for number, (line, _) in enumerate(pairs)
@@ -120,7 +120,7 @@ def test_filters_ask_what_the_table_says(start):
 
 
 @pytest.mark.parametrize(("line", "services"), documented("listen "), ids=lambda each: str(each)[:60])
-def test_listeners_ask_what_the_table_says(start, line, services):
+def test_listeners_make_the_documented_lookups(start, line, services):
     logins = "" if " auth" in line else " auth LOGINS"
     rule = 'action "a" mbox\nmatch from any for local action "a"\n'
     server = start(line.replace("listen ...", LISTEN + logins) + "\n" + rule)
@@ -129,7 +129,7 @@ def test_listeners_ask_what_the_table_says(start, line, services):
 
 
 @pytest.mark.parametrize(("line", "services"), documented("action "), ids=lambda each: str(each)[:60])
-def test_actions_ask_what_the_table_says(start, line, services):
+def test_actions_make_the_documented_lookups(start, line, services):
     with Sink() as sink:
         relay = f"smtp+notls://{sink.address}:{sink.port}"
         if "relay" in line:
@@ -145,7 +145,7 @@ def test_actions_ask_what_the_table_says(start, line, services):
 
 
 @pytest.mark.parametrize("root", SUITES, indirect=True)
-def test_smtpd_exits_at_the_next_lookup_after_its_table_has(start):
+def test_smtpd_exits_at_the_next_lookup_after_its_table_exits(start):
     server = start(f'{LISTEN}\naction "a" mbox alias <consul>\nmatch from any for local action "a"\n')
     server.send("eric@localhost", starttls=True)  # the table has started
     (table,) = server.backends

@@ -1,4 +1,4 @@
-"""Mail through a real OpenSMTPD whose tables stand in a real Consul: the main job, end to end."""
+"""Mail through a real OpenSMTPD whose tables are stored in a real Consul."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def mode(request):
 
 
 def code(server, recipient, **options):
-    """The code of the last reply about a mail to one recipient."""
+    """The last reply code for a mail to one recipient."""
     return server.send(recipient, **options)[recipient][0]
 
 
-def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, smtpd, mode):
+def test_next_mail_follows_the_key_without_a_restart(consul, smtpd, mode):
     server = smtpd(LOCAL, table_files(consul, mode=mode))
     before = server.pids
     assert code(server, "root@localhost", subject="before") == 250
     server.wait_for_mail("root", "before")
-    # A made-up name tells when the edit has arrived, so that the mail after it is the next one.
+    # A made-up recipient shows when the edit has arrived, before the next mail is sent.
     consul.kv_txn({"consul/alias/root": "gilles", "consul/alias/arrived": "eric"})
     until(lambda: code(server, "arrived@localhost"), 250)
     assert code(server, "root@localhost", subject="after") == 250
@@ -46,7 +46,7 @@ def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, 
     assert server.pids == before
 
 
-def test_an_alias_may_name_several_people_one_a_line(consul, smtpd):
+def test_alias_may_have_several_recipients_one_a_line(consul, smtpd):
     consul.kv_put("consul/alias/postmaster", "# the humans\ngilles\neric\n")
     server = smtpd(LOCAL, table_files(consul))
     assert server.send("postmaster@localhost", subject="both")["postmaster@localhost"][0] == 250
@@ -54,7 +54,7 @@ def test_an_alias_may_name_several_people_one_a_line(consul, smtpd):
     server.wait_for_mail("eric", "both")
 
 
-def test_alias_that_discards_mail_is_delivered_to_without_a_permission(consul, smtpd):
+def test_alias_that_discards_mail_needs_no_permission(consul, smtpd):
     consul.kv_put("consul/alias/nobody", "/dev/null, gilles")
     server = smtpd(LOCAL, table_files(consul))
     assert server.send("nobody@localhost", subject="gone")["nobody@localhost"][0] == 250
@@ -62,7 +62,7 @@ def test_alias_that_discards_mail_is_delivered_to_without_a_permission(consul, s
     until(server.queue, [])
 
 
-def test_a_deleted_alias_is_an_unknown_recipient(consul, smtpd, mode):
+def test_deleted_alias_is_an_unknown_recipient(consul, smtpd, mode):
     consul.kv_put("consul/alias/hostmaster", "gilles")
     server = smtpd(LOCAL, table_files(consul, mode=mode))
     assert code(server, "hostmaster@localhost") == 250
@@ -70,7 +70,7 @@ def test_a_deleted_alias_is_an_unknown_recipient(consul, smtpd, mode):
     until(lambda: code(server, "hostmaster@localhost"), 550)
 
 
-def test_a_virtual_domain_made_in_consul_takes_mail(consul, smtpd, mode):
+def test_virtual_domain_created_in_consul_accepts_mail(consul, smtpd, mode):
     server = smtpd(VIRTUAL, table_files(consul, mode=mode))
     assert code(server, "info@example.org") == 550
     consul.kv_put("consul/domain/example.org", "")
@@ -90,7 +90,7 @@ def test_a_virtual_domain_made_in_consul_takes_mail(consul, smtpd, mode):
 
 
 @pytest.mark.parametrize("value", ["|/bin/sh -c 'touch /tmp/owned'", "/tmp/owned", ":include:/etc/passwd"])
-def test_a_command_as_an_alias_tempfails_the_mail_and_does_not_run(consul, smtpd, value):
+def test_command_in_an_alias_defers_the_mail_and_does_not_run(consul, smtpd, value):
     consul.kv_put("consul/alias/root", f'"{value}"' if "'" not in value else value)
     server = smtpd(LOCAL, table_files(consul))
     assert 400 <= server.send("root@localhost")["root@localhost"][0] < 500
@@ -108,7 +108,7 @@ def test_update_is_answered_and_keeps_all_processes(consul, smtpd):
     assert server.pids == before
 
 
-def test_the_backend_ends_with_smtpd(consul, smtpd):
+def test_backend_ends_with_smtpd(consul, smtpd):
     server = smtpd(LOCAL, table_files(consul))
     (backend,) = server.backends
     server.stop()

@@ -1,4 +1,4 @@
-"""Every OpenSMTPD, old and new, through both lines of smtpd.conf, each with the Python of its own time."""
+"""Every supported OpenSMTPD through both lines of smtpd.conf, each with the Python of its own Debian release."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ through_both = pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 
 
 def processes(root, line):
-    """Of how many processes the table of this line consists: the bridge stays only where smtpd speaks imsg."""
+    """The number of processes of a table with this line: the bridge remains only where smtpd speaks imsg."""
     return 2 if "procexec:" in line and root.release in OLD else 1
 
 
 @pytest.fixture(scope="module")
 def table(request):
-    """Cells by release and line; printed when all have been tried."""
+    """Results by release and line, printed at the end."""
     cells = {}
     yield cells
     rows = [f"{'OpenSMTPD':24}{'Python':10}" + "".join(f"{f'table consul {name}':28}" for name in LINES)]
@@ -78,14 +78,14 @@ def table(request):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, smtpd, root, name, table):
+def test_next_mail_follows_the_key_without_a_restart(consul, smtpd, root, name, table):
     cell = (root.version, root.python, name)
     table[cell] = "FAILED"
     server = smtpd(LINES[name] + LOCAL, table_files(consul), processes=processes(root, LINES[name]))
     assert server.send("root@localhost", subject="before")["root@localhost"][0] == 250
     server.wait_for_mail("root", "before")
-    before = [*server.pids], server.backends  # table-procexec has become its child by now, or stays what it is
-    # A made-up name tells when the edit has arrived, so that the mail after it is the next one.
+    before = [*server.pids], server.backends  # table-procexec has either become its child or remains as the bridge
+    # A made-up recipient shows when the edit has arrived, before the next mail is sent.
     consul.kv_txn({"consul/alias/root": "gilles", "consul/alias/arrived": "eric"})
     until(lambda: server.send("arrived@localhost")["arrived@localhost"][0], 250)
     assert server.send("root@localhost", subject="after")["root@localhost"][0] == 250
@@ -95,7 +95,7 @@ def test_the_next_mail_goes_where_the_key_says_and_nothing_is_restarted(consul, 
     table[cell] = f"ok, {len(server.backends)} process{'es' * (len(server.backends) > 1)}"
 
 
-def test_the_line_without_a_file_and_no_file_reads_consul_as_the_consul_command_does(consul, smtpd, root):
+def test_line_without_a_file_uses_the_environment_of_the_consul_command(consul, smtpd, root):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(LINES["consul"] + LOCAL, environment={"CONSUL_HTTP_ADDR": consul.address})
     assert server.send("root@localhost", subject="hi")["root@localhost"][0] == 250
@@ -104,7 +104,7 @@ def test_the_line_without_a_file_and_no_file_reads_consul_as_the_consul_command_
 
 @only_old
 @through_both
-def test_a_password_in_consul_opens_the_door_and_another_does_not(consul, smtpd, root, line):
+def test_password_in_consul_logs_in_and_another_is_rejected(consul, smtpd, root, line):
     consul.kv_put("consul/credentials/gilles", root.encrypt("Correct Horse"))
     files = table_files(consul) | certificate(root)
     server = smtpd(line + SUBMISSION, files, processes=processes(root, line))
@@ -140,7 +140,7 @@ def test_source_addresses_of_a_relay_rotate(consul, smtpd, root, line):
 
 @only_old
 @through_both
-def test_mail_is_put_off_while_consul_is_stopped_and_taken_when_it_is_back(consul, smtpd, root, line):
+def test_mail_is_deferred_while_consul_is_stopped_and_accepted_later(consul, smtpd, root, line):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(line + LOCAL, table_files(consul, mode="direct"), processes=processes(root, line))
     before = server.pids
@@ -176,22 +176,22 @@ def children(server):
 
 
 def bridged(smtpd, root, name, *, may_die=False):
-    """An smtpd whose table is this child by its plain line, or by --restart where smtpd would end with the child."""
+    """An smtpd with this child as its table: the plain line, or --restart where smtpd would end with the child."""
     rules = LOCAL.replace("match from any", "match from any mail-from <consul>")
     programs = {name: CHILDREN[name], "table-script": RESTARTS}
     today = name == "table-dummy"
     if may_die and today and root.release not in OLD:
         return smtpd(f"table consul procexec:/{LIBEXEC}/table-script\n" + rules, programs=programs)
-    # Up to 7.5 a child of 2020 that ended at the handshake is started again when there is a question.
+    # Up to 7.5, a child of 2020 that exits at the handshake is restarted with the first question.
     count = 1 if today != (root.release in OLD) else 2
     return smtpd(f"table consul procexec:/{LIBEXEC}/{name}\n" + rules, programs=programs, processes=count)
 
 
 @pytest.mark.parametrize(("root", "name"), SERVED, indirect=["root"])
-def test_any_program_of_lines_is_a_table(smtpd, root, name):
+def test_any_program_that_speaks_lines_works_as_a_table(smtpd, root, name):
     server = bridged(smtpd, root, name)
     if name == "table-dummy" and root.release not in OLD:
-        until(lambda: (bridges(server), len(children(server))), ([], 1))  # the trial is over
+        until(lambda: (bridges(server), len(children(server))), ([], 1))  # the trial has ended
     else:
         assert len(bridges(server)) == 1
     assert server.send("eric@localhost", sender="gilles@poolp.org", subject="hi")["eric@localhost"][0] == 250
@@ -204,11 +204,11 @@ def test_any_program_of_lines_is_a_table(smtpd, root, name):
 
 
 @pytest.mark.parametrize(("root", "name"), SERVED, indirect=["root"])
-def test_a_child_that_is_killed_under_load_takes_nothing_with_it(smtpd, root, name):
+def test_child_killed_under_load_is_replaced_without_loss(smtpd, root, name):
     server = bridged(smtpd, root, name, may_die=True)
     before = server.pids
 
-    until(lambda: len(bridges(server)), 1)  # what the script becomes
+    until(lambda: len(bridges(server)), 1)  # the interpreter of the script
     over = threading.Event()
     codes = []
 

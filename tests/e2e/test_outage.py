@@ -1,4 +1,4 @@
-"""Consul is away: mail waits, none bounces, and nothing has to be restarted when it is back."""
+"""During an outage of Consul mail waits, none bounces, and recovery needs no restart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_temporary(reply):
     return 400 <= reply[0] < 500
 
 
-def test_mail_is_put_off_while_consul_is_stopped_and_taken_when_it_is_back(consul, smtpd):
+def test_mail_is_deferred_while_consul_is_stopped_and_accepted_later(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(LOCAL, table_files(consul, mode="direct"))
     before = server.pids
@@ -34,19 +34,19 @@ def test_mail_is_put_off_while_consul_is_stopped_and_taken_when_it_is_back(consu
     assert server.pids == before
 
 
-def test_mail_is_put_off_in_time_while_consul_hangs(consul, smtpd):
+def test_mail_is_deferred_in_time_while_consul_hangs(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(LOCAL, table_files(consul, "deadline = 0.5", mode="direct"))
     consul.pause()
     started = time.monotonic()
     assert is_temporary(server.send("root@localhost")["root@localhost"])
-    assert time.monotonic() - started < 5  # six lookups, and one deadline of half a second
+    assert time.monotonic() - started < 5  # six lookups share one deadline of half a second
     consul.resume()
     until(lambda: server.send("root@localhost", subject="back")["root@localhost"][0], 250)
     server.wait_for_mail("gilles", "back")
 
 
-def test_accepted_mail_stays_queued_without_consul_and_goes_out_when_it_is_back(consul, smtpd):
+def test_accepted_mail_stays_queued_without_consul_and_is_delivered_later(consul, smtpd):
     with Sink() as sink:
         consul.kv_put("consul/source/127.0.0.5", "")
         server = smtpd(
@@ -73,7 +73,7 @@ def test_accepted_mail_stays_queued_without_consul_and_goes_out_when_it_is_back(
         assert "PermFail" not in server.log
 
 
-def test_a_mirror_goes_on_delivering_while_consul_is_stopped_and_sees_edits_when_it_is_back(consul, smtpd):
+def test_mirror_serves_mail_while_consul_is_stopped_and_sees_later_edits(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     server = smtpd(LOCAL, table_files(consul))
     before = server.pids
@@ -88,7 +88,7 @@ def test_a_mirror_goes_on_delivering_while_consul_is_stopped_and_sees_edits_when
     assert server.pids == before
 
 
-def test_a_mirror_that_never_saw_consul_puts_mail_off_until_it_does(consul, smtpd):
+def test_mirror_that_never_read_consul_defers_mail_until_it_does(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     consul.stop()
     server = smtpd(LOCAL, table_files(consul))

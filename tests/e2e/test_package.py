@@ -1,6 +1,6 @@
-"""The Debian package, on mail hosts of Debian 13 and 14: installed, used, upgraded, broken, removed and purged.
+"""The Debian package on Debian 13 and 14: installed, used, upgraded, broken, removed and purged.
 
-The tests of a host follow each other, as they would on a host.
+The tests of a host run in order on the same host.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def package():
 
 @pytest.fixture(scope="module", params=["7.6", "7.9"])
 def host(request, package, _consul_agent):
-    """A host with OpenSMTPD and the lower version of the package; it asks the tests' Consul, not port 8500."""
+    """A host with OpenSMTPD and the lower version of the package; it reads the Consul of the tests, not port 8500."""
     with _or_skip():
         made = deb.Host(request.param, CONF, {"CONSUL_HTTP_ADDR": _consul_agent.address})
     try:
@@ -60,7 +60,7 @@ def version(host):
 
 
 def deliver(host, consul, user, subject):
-    """A message to root after an edit that makes root this user; a second key of the edit shows that it has arrived."""
+    """Deliver a message to root after an edit of its alias; a second key shows when the edit has arrived."""
     consul.kv_txn({"aliases/alias/root": user, f"aliases/alias/{subject}": "root"})
     until(lambda: host.send(f"{subject}@localhost")[f"{subject}@localhost"][0], 250)
     assert host.send("root@localhost", subject=subject)["root@localhost"][0] == 250
@@ -69,7 +69,7 @@ def deliver(host, consul, user, subject):
 
 
 @pytest.mark.timeout(300)
-def test_apt_installs_it_with_debian_s_packages_alone(host, consul):
+def test_apt_installs_the_package_with_packages_of_debian_only(host, consul):
     assert version(host) == "0.9"
     assert host.sh("dpkg-query -W -f '${Status}' table-consul python3-consul python3-re2").count("install ok") == 3
     checked = host.sh(f"su -s /bin/sh opensmtpd -c '/{LIBEXEC}/table-consul --check'")
@@ -86,7 +86,7 @@ def test_next_message_follows_the_key(host, consul):
 
 
 @pytest.mark.timeout(120)
-def test_upgrade_leaves_the_running_smtpd_alone(host, consul):
+def test_upgrade_does_not_disturb_the_running_smtpd(host, consul):
     before = host.pids
     host.sh("dpkg --install /mnt/new.deb")
     assert version(host) == __version__
@@ -99,7 +99,7 @@ def test_upgrade_leaves_the_running_smtpd_alone(host, consul):
 
 
 @pytest.mark.timeout(120)
-def test_removed_dependency_defers_mail_and_smtpd_lives(host, consul):
+def test_removed_dependency_defers_mail_and_smtpd_keeps_running(host, consul):
     host.stop()
     host.sh("dpkg --remove --force-depends python3-msgspec")
     host.start()
@@ -126,7 +126,7 @@ def test_smtpd_whose_table_is_killed_exits_with_a_failure_as_the_drop_in_expects
 
 
 @pytest.mark.timeout(120)
-def test_autopkgtest_plays_the_story(host):
+def test_autopkgtest_passes(host):
     host.write("/etc/smtpd.conf", (host.root.path / "etc/smtpd.conf").read_bytes())
     host.write("/mnt/story", (CHECKOUT / "debian/tests/story").read_bytes())
     config, restored = "/etc/mail/table-consul.toml", "dpkg --install --force-confnew,confask /mnt/new.deb"
@@ -144,7 +144,7 @@ def test_purge_leaves_nothing(host):
     assert host.sh(OURS) == ""
 
 
-# A message over the socket alone makes smtpd ask the table.
+# smtpd reads the table only for a message over the socket.
 SERVICE = """
 wait_for() { for _ in $(seq 100); do "$@" >/dev/null && return; sleep 0.1; done; }
 table() { pgrep -f libexec/opensmtpd/table-consul; }
@@ -166,7 +166,7 @@ dpkg --install /mnt/new.deb
 
 @pytest.mark.timeout(300)
 def test_systemd_starts_smtpd_after_consul_and_again_when_it_fails(package):
-    """Also: opensmtpd may be installed after the package."""
+    """opensmtpd is installed after the package here."""
     with _or_skip():
         host = deb.Host("7.6", CONF, {})
     with contextlib.closing(host):
@@ -186,7 +186,7 @@ def test_systemd_starts_smtpd_after_consul_and_again_when_it_fails(package):
 
 
 @pytest.mark.timeout(300)
-def test_lintian_finds_nothing_to_warn_of(package):
+def test_lintian_finds_no_problem(package):
     with bare.Layer(deb.build_root(), {"/mnt/deb": package.parent}) as layer:
         said = layer.run(f"lintian --allow-root --fail-on=error,warning /mnt/deb/{package.name}")
     assert [line for line in said.splitlines() if line.startswith(("E:", "W:"))] == []

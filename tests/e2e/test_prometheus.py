@@ -1,6 +1,6 @@
-"""A real Prometheus fetches the numbers of real tables, both ways; alerts and dashboard are read by it.
+"""A real Prometheus scrapes real tables in both ways, and evaluates alerts and dashboard queries.
 
-Rules are tested by promtool on the tests that are delivered with them, and those tests by spoiling the rules.
+promtool runs the delivered tests of the rules; broken rules show that those tests detect faults.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ PROMETHEUS = CONTRIB / "prometheus"
 RULES = PROMETHEUS / "table-consul.rules.yml"
 DASHBOARD = json.loads((CONTRIB / "grafana" / "table-consul.json").read_text())
 ALERTS = re.findall(r"- alert: (\w+)", RULES.read_text())
-PATIENCE_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 LOOKUP = b"table|0.1|0|%b|lookup|alias|1|%b"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs():
-    """Have the programs at hand before the clock of a test runs."""
+    """Download the programs before the timeout of the first test starts."""
     try:
         for name in ("prometheus", "promtool", "prometheus-node-exporter"):
             program(name)
@@ -48,7 +48,7 @@ def _programs():
 
 
 def configuration(exporter, listen):
-    """The example of a configuration, with the addresses of this test, and at the pace of a test."""
+    """The example configuration with the addresses of this test and short intervals."""
     text = (PROMETHEUS / "prometheus.yml.example").read_text()
     for written, used in (
         ("127.0.0.1:9100", exporter),
@@ -62,7 +62,7 @@ def configuration(exporter, listen):
 
 @pytest.fixture
 def watched(consul, tmp_path):
-    """Two tables that follow Consul: ``aliases`` writes a text file, ``people`` listens; and who fetches from both."""
+    """Two tables that follow Consul, one with a text file and one with a listener, and a Prometheus for both."""
     (port,) = free_ports(1)
     textfiles = tmp_path / "textfiles"
     for folder in ("aliases", "people", "textfiles"):
@@ -99,12 +99,12 @@ def ask(watched, table, key=b"root", *, times=1):
 
 
 def update(watched, table):
-    """Have the text file written now."""
+    """Update the table, which writes its text file."""
     watched.children[table].ask(b"table|0.1|0|%b|update|1" % table.encode())
 
 
-def comes_to(watched, expression, expected, while_waiting=lambda: None):
-    """Return when Prometheus says just this of an expression: a number for each table."""
+def wait_for_value(watched, expression, expected, while_waiting=lambda: None):
+    """Return when the value of an expression is ``expected``: a number for each table."""
     said = {}
 
     def so():
@@ -113,33 +113,33 @@ def comes_to(watched, expression, expected, while_waiting=lambda: None):
         said.update({labels.get("table"): value for labels, value in watched.prometheus.query(expression)})
         return said == expected
 
-    wait_for(so, PATIENCE_SECONDS, lambda: f"{expression} is {said}, not {expected}")
+    wait_for(so, TIMEOUT_SECONDS, lambda: f"{expression} is {said}, not {expected}")
 
 
-def test_prometheus_fetches_the_same_numbers_from_a_text_file_and_from_a_process_and_sees_an_edit(watched):
-    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+def test_prometheus_gets_the_same_numbers_from_a_text_file_and_a_listener(watched):
+    wait_for_value(watched, "table_consul_up", {"aliases": 1, "people": 1})
     for table in watched.children:
         assert ask(watched, table, times=5) == b"lookup-result|1|found|gilles"
         assert ask(watched, table, b"nobody", times=3) == b"lookup-result|1|not-found"
     update(watched, "aliases")
     for outcome, count in (("found", 5), ("not-found", 3)):
         expression = f'table_consul_requests_total{{service="alias", op="lookup", outcome="{outcome}"}}'
-        comes_to(watched, expression, {"aliases": count, "people": count})
-    comes_to(
+        wait_for_value(watched, expression, {"aliases": count, "people": count})
+    wait_for_value(
         watched, 'sum by (table) (table_consul_request_seconds_count{service="alias"})', {"aliases": 8, "people": 8}
     )
-    comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
     jobs = {labels["table"]: labels["job"] for labels, _ in watched.prometheus.query("table_consul_build_info")}
     assert jobs == {"aliases": "node", "people": "table-consul"}
     assert [value for _, value in watched.prometheus.query("node_textfile_scrape_error")] == [0]
     targets = watched.prometheus.ask("targets")["activeTargets"]
     assert [(target["health"], target["lastError"]) for target in targets] == [("up", ""), ("up", "")]
     watched.consul.kv_put("people/alias/command", "|/bin/sh")
-    comes_to(watched, 'table_consul_entries_refused{table="people"}', {"people": 1})
+    wait_for_value(watched, 'table_consul_entries_refused{table="people"}', {"people": 1})
     index = watched.consul.request("GET", "/v1/kv/people/alias/command")[0]["ModifyIndex"]
-    comes_to(watched, 'table_consul_snapshot_index{table="people"}', {"people": index})
+    wait_for_value(watched, 'table_consul_snapshot_index{table="people"}', {"people": index})
     wait_for(
-        lambda: "TableConsulEntriesRefused" in watched.prometheus.alerts(), PATIENCE_SECONDS, lambda: "no alert at all"
+        lambda: "TableConsulEntriesRefused" in watched.prometheus.alerts(), TIMEOUT_SECONDS, lambda: "no alert at all"
     )
 
 
@@ -159,15 +159,15 @@ def substituted(expression, **chosen):
     return text
 
 
-def test_every_query_of_the_dashboard_returns_numbers_of_what_its_variables_offer(watched):
-    watched.consul.kill()  # for an error that was the last one
+def test_every_query_of_the_dashboard_returns_numbers_for_its_variables(watched):
+    watched.consul.kill()  # to have a last error
 
     def talk():
         ask(watched, "people", times=20)
 
-    comes_to(watched, 'table_consul_up{table="people"}', {"people": 0}, talk)
+    wait_for_value(watched, 'table_consul_up{table="people"}', {"people": 0}, talk)
     watched.consul.start()
-    comes_to(watched, 'table_consul_up{table="people"}', {"people": 1}, talk)
+    wait_for_value(watched, 'table_consul_up{table="people"}', {"people": 1}, talk)
     update(watched, "aliases")
     empty = {param.values[0]: param.id for param in queries()}
     assert len(empty) > 20
@@ -180,11 +180,11 @@ def test_every_query_of_the_dashboard_returns_numbers_of_what_its_variables_offe
                 del empty[expression]
         return not empty
 
-    wait_for(all_have_come, PATIENCE_SECONDS, lambda: f"without a number: {empty}")
+    wait_for(all_have_come, TIMEOUT_SECONDS, lambda: f"without a number: {empty}")
     nobody = {"table": "nobody", "instance": "nowhere"}
     for param in queries():
         expression = substituted(param.values[0], **nobody)
-        assert watched.prometheus.query(expression) == [], f"{param.id} does not go by what was chosen"
+        assert watched.prometheus.query(expression) == [], f"{param.id} ignores the chosen variables"
     offered = {}
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
@@ -198,15 +198,15 @@ def test_every_query_of_the_dashboard_returns_numbers_of_what_its_variables_offe
 # ---- alerts ----
 
 
-def test_prometheus_takes_all_rules_and_a_system_that_is_well_alerts_nobody(watched):
-    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+def test_prometheus_loads_all_rules_and_a_healthy_system_has_no_alert(watched):
+    wait_for_value(watched, "table_consul_up", {"aliases": 1, "people": 1})
 
     def evaluated():
         groups = watched.prometheus.ask("rules")["groups"]
         health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
         return health == dict.fromkeys(ALERTS, "ok")
 
-    wait_for(evaluated, PATIENCE_SECONDS, lambda: str(watched.prometheus.ask("rules")))
+    wait_for(evaluated, TIMEOUT_SECONDS, lambda: str(watched.prometheus.ask("rules")))
     settled = time.monotonic() + 2
     wait_for(
         lambda: time.monotonic() > settled and not watched.prometheus.alerts(),
@@ -216,7 +216,7 @@ def test_prometheus_takes_all_rules_and_a_system_that_is_well_alerts_nobody(watc
 
 
 def expect_alerts(watched, wanted, while_waiting=lambda: None):
-    """Return when just these alerts are pending or firing for just these tables, hosts or files."""
+    """Return when exactly these alerts are pending or firing for these tables, hosts or files."""
     seen = {}
 
     def so():
@@ -228,23 +228,23 @@ def expect_alerts(watched, wanted, while_waiting=lambda: None):
         )
         return seen == wanted
 
-    wait_for(so, PATIENCE_SECONDS, lambda: f"{seen}, not {wanted}: {watched.prometheus.alerts()}")
+    wait_for(so, TIMEOUT_SECONDS, lambda: f"{seen}, not {wanted}: {watched.prometheus.alerts()}")
 
 
-def test_a_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_alerted(watched):
-    comes_to(watched, "table_consul_up", {"aliases": 1, "people": 1})
+def test_outages_errors_late_answers_and_ended_processes_raise_alerts(watched):
+    wait_for_value(watched, "table_consul_up", {"aliases": 1, "people": 1})
     watched.consul.pause()
     watched.children["people"].ask(b"table|0.1|0|people|lookup|nonsense|1|root")
 
     expect_alerts(watched, {"TableConsulErrors": {"people"}})
     watched.consul.kill()
-    comes_to(watched, 'table_consul_up{table="people"}', {"people": 0})
+    wait_for_value(watched, 'table_consul_up{table="people"}', {"people": 0})
     update(watched, "aliases")
     expect_alerts(watched, {"TableConsulLostConsul": {"aliases", "people"}}, lambda: update(watched, "aliases"))
     (alert,) = [a for a in watched.prometheus.alerts()["TableConsulLostConsul"] if a["labels"]["table"] == "people"]
     instance = alert["labels"]["instance"]
     assert alert["annotations"]["summary"] == f"Table people on {instance} cannot read people/ from Consul."
-    assert "TableConsulAnswersNothing" not in watched.prometheus.alerts()  # there are copies to answer from
+    assert "TableConsulAnswersNothing" not in watched.prometheus.alerts()  # snapshots exist
 
     for child in watched.children.values():
         assert child.end() == 0
@@ -255,9 +255,9 @@ def test_a_consul_that_is_lost_errors_late_answers_and_processes_that_end_are_al
     assert re.search(r" it is 5m \d+\S*s old\.$", alert["annotations"]["summary"]), alert
 
 
-def test_a_table_without_consul_and_without_a_copy_is_alerted(consul, watched, tmp_path):
+def test_table_without_consul_and_without_a_snapshot_raises_an_alert(consul, watched, tmp_path):
     update(watched, "aliases")
-    comes_to(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
+    wait_for_value(watched, "table_consul_snapshot_keys", {"aliases": 1, "people": 1})
     consul.kill()
     (tmp_path / "new").mkdir()
     more = f'[metrics]\ntextfile = "{watched.file.parent}/table-consul-{{table}}.prom"'
@@ -268,7 +268,7 @@ def test_a_table_without_consul_and_without_a_copy_is_alerted(consul, watched, t
         assert child.end() == 0
 
 
-def test_the_example_configuration_and_the_rules_are_what_promtool_calls_good(tmp_path):
+def test_promtool_accepts_the_example_configuration_and_the_rules(tmp_path):
     shutil.copy(PROMETHEUS / "prometheus.yml.example", tmp_path / "prometheus.yml")
     shutil.copy(RULES, tmp_path)
     for arguments in (("check", "config", "prometheus.yml"), ("check", "rules", "--lint-fatal", RULES.name)):
@@ -277,20 +277,20 @@ def test_the_example_configuration_and_the_rules_are_what_promtool_calls_good(tm
 
 
 def judged(rules, folder):
-    """How the delivered tests find these rules: whether good, and what promtool says."""
+    """The result of the delivered tests with these rules, and the output of promtool."""
     (folder / RULES.name).write_text(rules)
     shutil.copy(PROMETHEUS / "table-consul.rules_test.yml", folder)
     done = promtool("test", "rules", "table-consul.rules_test.yml", cwd=folder)
     return done.returncode == 0, done.stdout + done.stderr
 
 
-def spoiled(name):
-    """The rules with this alert spoilt in one way after the other; and what was done to it."""
+def broken_rules(name):
+    """The rules with this alert broken in several ways, each with its description."""
     before, rest = RULES.read_text().split(f"- alert: {name}\n")
     rule, separator, after = rest.partition("\n      - alert: ")
     expression = re.search(r"expr: (.*)", rule)[1]
     changes = {"never": "vector(0) > 1", "always": "vector(1)"}
-    # Each number but those of selectors, a good part larger: another threshold, window or offset.
+    # Each number outside selectors, much larger: another threshold, window or offset.
     for match in re.finditer(r"(?<![\w.\"])([1-9]\d*|0\.\d+)(?=[mh\]]|\b)", expression):
         larger = str(round(float(match[1]) * 1.25 + 0.01, 2)) if "." in match[1] else str(int(int(match[1]) * 1.25) + 1)
         changes[f"{match[1]} -> {larger}"] = expression[: match.start()] + larger + expression[match.end() :]
@@ -300,20 +300,20 @@ def spoiled(name):
         yield "at once", before + f"- alert: {name}\n" + re.sub(r" +for: .*\n", "", rule) + separator + after
 
 
-def test_the_delivered_tests_of_the_rules_pass(tmp_path):
+def test_delivered_tests_of_the_rules_pass(tmp_path):
     assert judged(RULES.read_text(), tmp_path)[0], judged(RULES.read_text(), tmp_path)[1]
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_the_delivered_tests_of_the_rules_notice_when_an_alert_is_spoilt(tmp_path, name):
-    unnoticed = [what for what, rules in spoiled(name) if judged(rules, tmp_path)[0]]
+def test_delivered_tests_of_the_rules_detect_a_broken_alert(tmp_path, name):
+    unnoticed = [what for what, rules in broken_rules(name) if judged(rules, tmp_path)[0]]
     assert unnoticed == []
 
 
 # ---- under smtpd ----
 
 
-def test_node_exporter_may_read_what_a_table_under_smtpd_writes(consul, smtpd):
+def test_node_exporter_can_read_the_text_file_of_a_table_under_smtpd(consul, smtpd):
     consul.kv_put("consul/alias/root", "gilles")
     files = table_files(consul)
     textfile = '[metrics]\ntextfile = "/tmp/table-consul-{table}.prom"\n'
@@ -329,7 +329,7 @@ def test_node_exporter_may_read_what_a_table_under_smtpd_writes(consul, smtpd):
     )
     assert server.send("root@localhost")["root@localhost"][0] == 250
     path = server._running_tree / "tmp" / "table-consul-consul.prom"
-    wait_for(lambda: path.exists() and "snapshot_keys{" in path.read_text(), PATIENCE_SECONDS, lambda: server.log)
+    wait_for(lambda: path.exists() and "snapshot_keys{" in path.read_text(), TIMEOUT_SECONDS, lambda: server.log)
     assert path.stat().st_mode & 0o777 == 0o644
     with NodeExporter(path.parent) as exporter:
         text = exporter.read("/metrics").decode()

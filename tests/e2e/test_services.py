@@ -1,4 +1,4 @@
-"""Each service, asked by a real smtpd through the line of smtpd.conf that makes it ask."""
+"""Each service, looked up by a real smtpd through its line of smtpd.conf."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ action "local" mbox
 
 
 def asked(server, service):
-    """What smtpd asked table-consul for as this service: ``(key, answer)`` in order; fetches have no key."""
+    """The lookups of smtpd for this service: ``(key, answer)`` in order; fetches have no key."""
     lines = re.findall(r"lookup: (?:match|lookup|check|fetch) (.*) in table proc:consul -> (.*)", server.log)
     found = [(re.fullmatch(r'(?:"(.*)" )?as (\w+)', what), answer) for what, answer in lines]
     return [(match[1], answer) for match, answer in found if match and match[2] == service]
@@ -40,7 +40,7 @@ def asked(server, service):
         ("regex", "from any helo regex <consul> for local", "mx.good.org", {"helo": "mx.good.org"}, {}),
     ],
 )
-def test_a_rule_matches_what_stands_in_consul(consul, smtpd, service, option, key, matching, other):
+def test_rule_matches_entries_in_consul(consul, smtpd, service, option, key, matching, other):
     consul.kv_put(f"consul/{service}/{key}", "")
     server = smtpd(HEAD + f'match {option} action "local"', table_files(consul))
     assert server.send("eric@localhost", **matching)["eric@localhost"][0] == 250
@@ -58,7 +58,7 @@ def test_recipients_are_looked_up_as_mail_addresses(consul, smtpd):
 
 @pytest.fixture
 def submission(consul, smtpd, root):
-    """Starts an smtpd where gilles may log in; the options of its listener and its rule come as arguments."""
+    """Starts an smtpd where gilles may log in, with these options of its listener and its rule."""
 
     def start(listener="", rule="match auth from any for local"):
         consul.kv_put("consul/credentials/gilles", root.encrypt("secret"))
@@ -69,11 +69,11 @@ def submission(consul, smtpd, root):
 
 
 def as_gilles(server, sender):
-    """The code of the reply to gilles who sends from that address."""
+    """The reply code to gilles who sends from this address."""
     return server.send("eric@localhost", sender=sender, auth=("gilles", "secret"), starttls=True)["eric@localhost"][0]
 
 
-def test_senders_says_who_may_use_which_address(consul, submission):
+def test_senders_restricts_the_addresses_of_a_login(consul, submission):
     consul.kv_put("consul/mailaddrmap/gilles", "gilles@example.org\nsupport@example.org\n")
     server = submission(listener="senders <consul>")
     assert as_gilles(server, "support@example.org") == 250
@@ -81,7 +81,7 @@ def test_senders_says_who_may_use_which_address(consul, submission):
     assert [key for key, _ in asked(server, "mailaddrmap")] == ["gilles", "gilles"]
 
 
-def test_a_rule_for_some_logins_asks_for_their_names_as_strings(consul, submission):
+def test_rule_for_logins_looks_up_strings(consul, submission):
     consul.kv_put("consul/string/gilles", "")
     server = submission(rule="match auth <consul> from any for local")
     assert as_gilles(server, "gilles@example.org") == 250
@@ -101,7 +101,7 @@ def test_users_of_a_userbase_need_no_account(consul, smtpd):
 
 
 @pytest.mark.parametrize("home", ["", "nowhere"])
-def test_user_without_a_home_or_with_a_relative_one_gets_mail_as_from_a_file(consul, smtpd, root, home):
+def test_user_without_an_absolute_home_gets_mail_as_from_a_file(consul, smtpd, root, home):
     uid, gid = root.accounts["gilles"]
     consul.kv_put("consul/userinfo/vera", f"{uid}:{gid}:{home}")
     files = {**table_files(consul), "/etc/mail/users": f"vera {uid}:{gid}:{home}\n"}
@@ -117,7 +117,7 @@ def test_user_without_a_home_or_with_a_relative_one_gets_mail_as_from_a_file(con
         server.wait_for_mail("gilles", host)
 
 
-def test_a_user_with_the_ids_of_root_is_put_off(consul, smtpd):
+def test_mail_for_a_user_with_the_ids_of_root_is_deferred(consul, smtpd):
     consul.kv_put("consul/userinfo/vera", "0:0:/root")
     conf = HEAD.replace('"local" mbox', '"local" mbox userbase <consul>')
     server = smtpd(conf + 'match from any for local action "local"', table_files(consul))
@@ -125,7 +125,7 @@ def test_a_user_with_the_ids_of_root_is_put_off(consul, smtpd):
 
 
 def relayed(server, sink, count):
-    """Send so many mails to the other side, each when the one before it has come."""
+    """Send ``count`` mails to the relay, each after the arrival of the last."""
     for number in range(1, count + 1):
         assert server.send("bob@example.com", subject=f"mail {number}")["bob@example.com"][0] == 250
         sink.wait_for(number, lambda: f"not relayed:\n{server.log}")
@@ -137,7 +137,7 @@ def test_source_addresses_of_a_relay_rotate(consul, smtpd):
         for address in ("127.0.0.5", "127.0.0.6"):
             consul.kv_put(f"consul/source/{address}", "")
         relay = f'action "out" relay host "smtp+notls://{sink.address}:{sink.port}" src <consul>\n'
-        # smtpd sends on over a connection that it has, so that each mail needs to have one of its own.
+        # Each mail needs its own connection, because smtpd reuses an open one.
         one_each = "mta limit session-mail-max 1\n"
         server = smtpd(HEAD + one_each + relay + 'match from any for any action "out"', table_files(consul))
         mails = relayed(server, sink, 3)
@@ -153,7 +153,7 @@ def test_helo_of_a_relay_follows_its_source_address(consul, smtpd):
         assert ("127.0.0.5", '"mx5.example.org"') in asked(server, "addrname")
 
 
-def test_a_relay_by_domain_goes_to_the_host_in_consul(consul, smtpd):
+def test_relay_by_domain_uses_the_host_in_consul(consul, smtpd):
     with Sink() as sink:
         consul.kv_put("consul/relayhost/example.com", f"smtp+notls://{sink.address}:{sink.port}")
         rules = 'action "out" relay domain <consul>\nmatch from any for any action "out"'

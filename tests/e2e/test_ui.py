@@ -1,4 +1,4 @@
-"""The sentence of the project: edit an alias in the Consul UI, and the next mail obeys. With a real browser."""
+"""Edits in the Consul UI with a real browser: the next message uses them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.rig.waiting import wait_for
 pytestmark = pytest.mark.real
 
 ALIAS = "consul/alias/root"
-OBEYED_SECONDS = 5.0
+EDIT_SECONDS = 5.0
 TOKEN = "/etc/mail/table-consul.token"
 
 through_both_lines = pytest.mark.parametrize("line", LINES.values(), ids=LINES)
@@ -33,7 +33,7 @@ on_new = pytest.mark.parametrize("root", ["7.9"], indirect=True)
 
 @pytest.fixture(scope="module")
 def running():
-    """Starts an agent at its first use, and ends it after the last test."""
+    """Starts an agent at first use, and ends it after the last test."""
     agents = {}
     with contextlib.ExitStack() as stack:
 
@@ -48,21 +48,21 @@ def running():
 
 @pytest.fixture
 def agent(running):
-    """A Consul with its UI, without any key."""
+    """A Consul with its UI, without keys."""
     with _or_skip():
         return running(acl=False)
 
 
 @pytest.fixture
 def agent_with_acl(running):
-    """The same where everything is denied that no policy allows."""
+    """A Consul with its UI whose ACLs deny by default."""
     with _or_skip():
         return running(acl=True)
 
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens the UI of an agent in a browser of its own."""
+    """Opens the UI of an agent in a new browser."""
     with _or_skip():
         programs()
 
@@ -85,7 +85,7 @@ def smtpd(root):
 
 @pytest.fixture(scope="module")
 def measured(request):
-    """Rows of what happened and how long after the click; printed when all is measured."""
+    """Rows of events with their delay after the click, printed at the end."""
     rows = []
     yield rows
     capture = request.config.pluginmanager.getplugin("capturemanager")
@@ -95,8 +95,8 @@ def measured(request):
         print(f"{'mail taken':>13}{'delivered':>13}{'asked':>7}", *rows, sep="\n")
 
 
-def whom_smtpd_takes_for_root(server):
-    """What smtpd hears from its table when a stranger names root as recipient, and then sends nothing."""
+def users_of_root(server):
+    """The users that smtpd finds for recipient root, in a session that sends no mail."""
     read = len(server.log)
     with smtplib.SMTP("127.0.0.1", server.port, "remote.example", 60) as session:
         session.ehlo()
@@ -108,20 +108,20 @@ def whom_smtpd_takes_for_root(server):
 
 
 def mail_goes_to(server, *people, subject):
-    """Send one mail to root: it reaches these people, and nobody else.
+    """Send one mail to root, which only these people receive.
 
-    No mirror promises to be quicker than a mail that follows the click within milliseconds on a busy machine. So smtpd
-    is first asked, without a mail, whom it takes for root; how often is printed, and 1 where there was no need to ask.
+    A mail within milliseconds of the click may be faster than the mirror. Therefore RCPT is repeated, without a mail,
+    until smtpd finds these people; the tests print how often.
 
-    Returns: how often it was asked; the moments when its answer was the new one, the mail was taken, and delivered.
+    Returns: the number of RCPT commands; the times when the edit arrived, the mail was accepted, and delivered.
     """
     heard = []
 
     def has_arrived():
-        heard.append(whom_smtpd_takes_for_root(server))
+        heard.append(users_of_root(server))
         return heard[-1] == set(people)
 
-    wait_for(has_arrived, OBEYED_SECONDS, lambda: f"{heard[-1]}, asked {len(heard)} times:\n{server.log}")
+    wait_for(has_arrived, EDIT_SECONDS, lambda: f"{heard[-1]}, asked {len(heard)} times:\n{server.log}")
     arrived = time.monotonic()
     reply = server.send("root@localhost", subject=subject)["root@localhost"]
     assert reply[0] == 250, f"{reply}\n{server.log}"
@@ -136,7 +136,7 @@ def mail_goes_to(server, *people, subject):
 @pytest.mark.parametrize(
     ("root", "name"), [("6.8", "procexec:"), ("7.9", "procexec:"), ("7.9", "consul:")], indirect=["root"]
 )
-def test_what_is_saved_in_the_ui_is_obeyed_by_the_next_mail(agent, browse, smtpd, root, name, measured):
+def test_next_mail_uses_the_value_saved_in_the_ui(agent, browse, smtpd, root, name, measured):
     server = smtpd(LINES[name], table_files(agent))
     mail_goes_to(server, "root", subject="nothing in Consul")
     before = [*server.pids], server.backends
@@ -157,7 +157,7 @@ def test_what_is_saved_in_the_ui_is_obeyed_by_the_next_mail(agent, browse, smtpd
 
 
 @on_new
-def test_json_typed_into_the_editor_of_the_ui_is_taken_for_what_it_says(agent, browse, smtpd):
+def test_json_from_the_editor_of_the_ui_is_decoded(agent, browse, smtpd):
     server = smtpd(LINES["consul:"], table_files(agent))
     with browse(agent) as ui:
         ui.create(ALIAS, '"gilles"', code=True)
@@ -169,7 +169,7 @@ def test_json_typed_into_the_editor_of_the_ui_is_taken_for_what_it_says(agent, b
 
 
 @on_new
-def test_lines_typed_into_the_plain_field_of_the_ui_are_several_people(agent, browse, smtpd):
+def test_lines_from_the_plain_field_of_the_ui_are_several_recipients(agent, browse, smtpd):
     server = smtpd(LINES["consul:"], table_files(agent))
     with browse(agent) as ui:
         ui.create(ALIAS, "# until the first of May\ngilles\neric\n")
@@ -178,7 +178,7 @@ def test_lines_typed_into_the_plain_field_of_the_ui_are_several_people(agent, br
 
 
 @on_new
-def test_folders_made_in_the_ui_on_the_way_to_a_key_are_no_entries(agent, browse, smtpd):
+def test_folders_created_in_the_ui_are_not_entries(agent, browse, smtpd):
     server = smtpd(LINES["consul:"], table_files(agent))
     with browse(agent) as ui:
         ui.create("consul/")
@@ -190,7 +190,7 @@ def test_folders_made_in_the_ui_on_the_way_to_a_key_are_no_entries(agent, browse
 
 
 @on_new
-def test_an_operator_logs_in_to_the_ui_with_a_token_and_without_it_changes_nothing(agent_with_acl, browse, smtpd):
+def test_operator_needs_a_token_to_edit_in_the_ui(agent_with_acl, browse, smtpd):
     agent = agent_with_acl
     operator = agent.token('key_prefix "consul/" { policy = "write" }')
     reader = agent.token('key_prefix "consul/" { policy = "read" }')
@@ -220,7 +220,7 @@ def test_an_operator_logs_in_to_the_ui_with_a_token_and_without_it_changes_nothi
 
 @on_old_and_new
 @through_both_lines
-def test_what_echo_pipes_into_consul_kv_put_is_obeyed_without_its_line_end(agent, smtpd, root, line):
+def test_trailing_newline_from_echo_is_ignored(agent, smtpd, root, line):
     server = smtpd(line, table_files(agent))
     for name in ("gilles", "eric"):
         command = f'echo {name} | "$0" kv put -http-addr="$1" "$2" -'

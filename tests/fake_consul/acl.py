@@ -1,4 +1,4 @@
-"""Who may do what: tokens with rules as Consul's policies write them, and the texts of a refusal."""
+"""ACLs: tokens with rules in the syntax of Consul's policies, and the texts of refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rules:
             (self._exact if kind == "key" else self._prefixes)[name.encode()] = level
 
     def level(self, key: bytes) -> str:
-        """The rule of the key itself, otherwise of its longest prefix, otherwise deny."""
+        """The rule of the key, otherwise that of its longest prefix, otherwise deny."""
         if key in self._exact:
             return self._exact[key]
         return self._prefixes.get(
@@ -32,10 +32,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Identity:
-    """One token as Consul resolves it when a request begins; later changes of its rules do not reach that request."""
+    """A token as resolved at the start of a request; later changes of its rules do not affect that request."""
 
     secret: str | None
-    rules: Rules | None  # None: everything is allowed that is not `denied`.
+    rules: Rules | None  # None allows everything except `denied`.
     denied: tuple[bytes, ...] = ()
 
     @property
@@ -65,8 +65,8 @@ def accessor(secret: str | None) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, secret)) if secret not in {None, ANONYMOUS} else ANONYMOUS_ACCESSOR
 
 
-def shown(secret: str, tokens: dict[str, str], policies: dict[str, str]) -> dict[str, object]:
-    """A token as it reads itself: its policies by name and identifier, but not their rules."""
+def token_info(secret: str, tokens: dict[str, str], policies: dict[str, str]) -> dict[str, object]:
+    """The response to a token that reads itself: its policies by name and identifier, without rules."""
     rules = tokens.get(secret)
     special = {None: "Anonymous Token", MANAGEMENT: "Bootstrap Token (Global Management)"}
     names = [] if rules is None else [policies.get(secret, "global-management" if rules == MANAGEMENT else "policy")]

@@ -1,4 +1,4 @@
-"""What Consul's HTTP interface answers to a request, by version."""
+"""Responses of Consul's HTTP interface, by version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUFFER_BYTES = 2048  # Go sends a longer body in chunks.
 
 
 class Error(Exception):
-    """A request that Consul answers with a text."""
+    """An error response with a text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -30,7 +30,7 @@ class Error(Exception):
 
 
 def answer(fake: FakeConsul, request: Request) -> Answer:
-    """The answer, from the checks of the HTTP server to the encoding of the body."""
+    """The response to a request, after all checks, with its body encoded."""
     if not (names.printable(request.path) or fake.disable_http_unprintable_char_filter):
         return Answer(400)
     location = names.redirect(fake.since, request.target)
@@ -56,7 +56,7 @@ def answer(fake: FakeConsul, request: Request) -> Answer:
 
 
 def _checked(fake: FakeConsul, request: Request, methods: list[str]) -> Answer | None:
-    """The answer of an agent that refuses the request whatever its key, or answers for the endpoint."""
+    """The response of the endpoint, or the refusal of a request regardless of its key."""
     if request.path.startswith(fake.block_endpoints or (b"\0",)):
         raise Error(403, "Endpoint is blocked by agent configuration")
     writes = request.method not in {"GET", "HEAD", "OPTIONS"}
@@ -110,7 +110,7 @@ def _leader(_fake: FakeConsul, _request: Request) -> Answer:
 
 
 def identify(fake: FakeConsul, request: Request) -> Identity:
-    """Whose rules apply to a request."""
+    """The identity whose rules apply to a request."""
     secret = request.token
     if not fake.acl:
         return Identity(secret, None, fake.denied)
@@ -151,7 +151,7 @@ def _kv(fake: FakeConsul, request: Request) -> Answer:
 
 
 def _validate(fake: FakeConsul, key: bytes) -> dict[str, str]:
-    """A warning as a header, if a bad name is let through."""
+    """A header with a warning if an invalid name is accepted."""
     fault = names.fault(fake.since, key)
     if fault is None:
         return {}
@@ -197,7 +197,7 @@ def _single(fake: FakeConsul, request: Request, identity: Identity, key: bytes) 
         plain = "text/plain" if fake.since < (1, 20) else "text/plain; charset=utf-8"
         safe = {"Content-Security-Policy": "sandbox", "X-Content-Type-Options": "nosniff"}
         return Answer(200, headers | safe | {"Content-Type": plain}, entry.value or b"")
-    return Answer(200, JSON | headers, to_json([entry.shown(key)]))
+    return Answer(200, JSON | headers, to_json([entry.to_dict(key)]))
 
 
 def _listed(fake: FakeConsul, request: Request, identity: Identity, prefix: bytes, after: int, wait: float) -> Answer:
@@ -218,7 +218,7 @@ def _listed(fake: FakeConsul, request: Request, identity: Identity, prefix: byte
         keys = _rolled_up(shown, prefix, request.params.get("separator", "").encode())
         found: list[object] = [text(key) for key in keys]
     else:
-        found = [entry.shown(key) for key, entry in shown.items()]
+        found = [entry.to_dict(key) for key, entry in shown.items()]
     if not found and (prefix or "keys" not in request.params):
         return Answer(404, headers)
     return Answer(200, JSON | headers, to_json(found))
@@ -275,7 +275,7 @@ def _self(fake: FakeConsul, request: Request) -> Answer:
         known = {} if fake.since < (1, 20) else {"X-Consul-Index": "1", "X-Consul-Knownleader": "false"}
         error.answer.headers |= headers | known
         raise error
-    return Answer(200, JSON | headers, to_json(acl.shown(secret, fake.tokens, fake.policies)))
+    return Answer(200, JSON | headers, to_json(acl.token_info(secret, fake.tokens, fake.policies)))
 
 
 def _authorize(fake: FakeConsul, request: Request) -> Answer:

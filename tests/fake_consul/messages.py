@@ -1,4 +1,4 @@
-"""What goes over the wire: one request as it came, one answer as it leaves."""
+"""Requests and responses of the fake."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Answer:
-    """What goes back to the client; `length` is the Content-Length to claim, if not the true one."""
+    """A response; `length` replaces the true Content-Length."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -21,7 +21,7 @@ class Answer:
     chunked: bool = False
 
     def wire(self, *, head: bool = False) -> bytes:
-        """The answer as bytes; with `head` without its body."""
+        """The response as bytes; with `head`, without its body."""
         lines = [f"HTTP/1.1 {self.status} Whatever"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         if self.chunked:
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass
 class Request:
-    """One request as it came; `target` is from the request line, `key` is what Consul 1.8.7 makes of its path."""
+    """A received request; `target` is from the request line, `key` is the key as Consul 1.8.7 reads the path."""
 
     target: str
     headers: dict[str, str]
@@ -45,7 +45,7 @@ class Request:
     stopping: threading.Event
     method: str = "GET"
     body: bytes = b""
-    deadline: float | None = None  # When the time to write the answer is over, by time.monotonic().
+    deadline: float | None = None  # The deadline for writing the response, by time.monotonic().
 
     @property
     def path(self) -> bytes:
@@ -66,7 +66,7 @@ class Request:
 
 
 def to_json(value: object) -> bytes:
-    """As Go writes JSON; a byte of a key (see `text`) that is not UTF-8 becomes an escaped U+FFFD, one each."""
+    """JSON as Go writes it; each byte of a key (see `text`) that is not UTF-8 becomes an escaped U+FFFD."""
     written = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     written = re.sub(r"[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", written)
     return re.sub(r"[\udc80-\udcff]", r"\\ufffd", written).encode()

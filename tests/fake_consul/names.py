@@ -1,4 +1,4 @@
-"""What Consul makes of the path of a request before it looks for the key: cleaned, redirected or refused."""
+"""The path of a request before the lookup: normalized, redirected or refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ CHARSET = r'invalid key name, keys should respect the "^[a-zA-Z0-9,_./\\-?&=]+$"
 
 
 def printable(path: bytes) -> bool:
-    """Whether Consul's HTTP server takes the decoded path; bytes that are not UTF-8 count as U+FFFD, which it takes."""
+    """Whether Consul's HTTP server accepts the decoded path; it reads bytes that are not UTF-8 as U+FFFD."""
     return path.decode(errors="replace").isprintable()
 
 
 def redirect(version: tuple[int, ...], target: str) -> str | None:
-    """Where Go's HTTP server sends a client whose path is not clean; Consul 1.20 and later judge the escaped path."""
+    """The redirect of Go's HTTP server for a path that is not clean; Consul 1.20 and later check the escaped path."""
     path, mark, query = target.partition("?")
     if version < (1, 20):
         path = urllib.parse.unquote_to_bytes(path).decode("latin-1")
@@ -36,7 +36,7 @@ def key(version: tuple[int, ...], path: bytes) -> bytes:
 
 
 def fault(version: tuple[int, ...], name: bytes) -> str | None:
-    """Why Consul refuses this key or prefix, in its own words."""
+    """The message with which Consul refuses this key or prefix."""
     if version < (1, 21, 5) or not name:
         return None
     if version == (1, 21, 5):

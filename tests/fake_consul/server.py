@@ -1,4 +1,4 @@
-"""A running fake: its settings, its life, and the threads that serve its connections."""
+"""A running fake: its settings, start and stop, and the threads that serve connections."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ VERSIONS = ("1.8.7", "1.21.5", "1.22", "1.22.4")
 
 
 class FakeConsul:
-    """A running fake; a context manager that stops it. All that is public may be changed while it runs."""
+    """A running fake, stopped by its context manager. Public attributes may change while it runs."""
 
     def __init__(self, *, version: str = "1.22", unix: Path | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.version = version
         self.requests: list[Request] = []
         self.handle: Callable[[Request], Answer | None] = self.consul
         self.store = Store()
-        # Access. A change moves no index. Those of `tokens` take effect with the next request, as a wait goes by the
-        # rules of its beginning; `denied` takes effect at once, for tests that are not about this.
-        self.token: str | None = None  # If set, this one may do everything, and there are ACLs.
-        self.tokens: dict[str, str] = {}  # Rules by token, in HCL; also of "anonymous". If any, there are ACLs.
-        self.policies: dict[str, str] = {}  # The name of the policy of a token, where it matters.
-        self.denied: tuple[bytes, ...] = ()  # Prefixes that are hidden from every token.
+        # ACLs. A change moves no index. `tokens` takes effect with the next request, as a wait keeps the rules of its
+        # start; `denied` takes effect immediately.
+        self.token: str | None = None  # If set, ACLs are on and this token may do everything.
+        self.tokens: dict[str, str] = {}  # Rules by token, in HCL, also for "anonymous". If any, ACLs are on.
+        self.policies: dict[str, str] = {}  # The name of the policy of a token.
+        self.denied: tuple[bytes, ...] = ()  # Prefixes hidden from every token.
         self.key_list_policy = False  # acl.enable_key_list_policy: a list needs the rule list or write.
         # State of the cluster.
         self.leader = True
@@ -41,16 +41,16 @@ class FakeConsul:
         self.datacenters: tuple[str, ...] = ("dc1",)
         # Settings of the agent.
         self.block_endpoints: tuple[bytes, ...] = ()
-        self.write_allowed = True  # allow_write_http_from contains the client.
+        self.write_allowed = True  # allow_write_http_from contains the client
         self.max_connections: int | None = None  # limits.http_max_conns_per_client
-        self.rate_limited = False  # All requests are over the limit.
+        self.rate_limited = False  # Every request exceeds the limit.
         self.disable_kv_key_validation = False  # From 1.21.6 on.
-        self.disable_http_unprintable_char_filter = False  # In 1.21.5 this one turns off the validation of keys too.
+        self.disable_http_unprintable_char_filter = False  # In 1.21.5 this also turns off the validation of keys.
         self.max_query_time = 600.0
-        self.jitter = 0.0  # How much of the longest jitter, a sixteenth of the wait, each wait gets.
+        self.jitter = 0.0  # The share of the longest jitter, a sixteenth of the wait, that each wait gets.
         self.wait_error: str | None = None  # A wait without news ends with 500 and this text.
-        self.write_timeout: float | None = 30.0 if version == "1.22.4" else None  # Later answers are not sent:
-        self.closes_late = False  # the connection closes then, or only once the answer is there, as Go does.
+        self.write_timeout: float | None = 30.0 if version == "1.22.4" else None  # Later responses are not sent:
+        self.closes_late = False  # the connection closes then, or only when the response is ready, as with Go.
         self.idle_timeout: float | None = None
         self._stopping = threading.Event()
         self._connections: dict[int, socket.socket] = {}
@@ -68,7 +68,7 @@ class FakeConsul:
 
     @property
     def since(self) -> tuple[int, ...]:
-        """The version, to compare."""
+        """The version as a tuple, for comparison."""
         return tuple(int(part) for part in self.version.split("."))
 
     @property
@@ -77,7 +77,7 @@ class FakeConsul:
 
     @property
     def index(self) -> int:
-        """Of the whole store: that of its newest change."""
+        """The index of the store: that of its newest change."""
         return self.store.index
 
     @index.setter
@@ -86,7 +86,7 @@ class FakeConsul:
 
     @property
     def address(self) -> str:
-        """As `ConsulConfig.addresses` has it."""
+        """The address in the form of `ConsulConfig.addresses`."""
         if self._unix is not None:
             return f"unix://{self._unix}"
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
@@ -98,17 +98,17 @@ class FakeConsul:
         self.store.delete(key)
 
     def reset_index(self, index: int) -> None:
-        """The index jumps, as after a snapshot was restored."""
+        """Change the index as a restored snapshot does."""
         self.store.restore(index)
 
     def close_connections(self) -> None:
-        """Close what clients keep alive, as Consul does with idle connections when it restarts."""
+        """Close kept-alive connections, as a restart of Consul does."""
         for connection in list(self._connections.values()):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def start(self) -> None:
-        """Listen, on the same port as before if it was stopped."""
+        """Listen, after a stop on the same port as before."""
         self._stopping.clear()
         if self._unix is not None:
             self._unix.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class FakeConsul:
         self._thread.start()
 
     def stop(self) -> None:
-        """Refuse connections and end those there are."""
+        """Stop listening and close all connections."""
         if self._stopping.is_set():
             return
         self._stopping.set()
@@ -133,7 +133,7 @@ class FakeConsul:
         self._server.server_close()
 
     def consul(self, request: Request) -> Answer:
-        """What Consul answers."""
+        """The response of Consul."""
         return agent.answer(self, request)
 
 
@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         fake._connections[self.number] = self.request
 
     def refuse(self, fake: FakeConsul) -> None:
-        """End a connection beyond the limit as it is accepted: 1.8 without a word."""
+        """Close a connection beyond the limit as it is accepted; 1.8 sends nothing."""
         if fake.since >= (1, 9) and fake._tls is None:
             words = b"Your IP is issuing too many concurrent connections, please rate limit your calls\n"
             self.request.sendall(Answer(429, {"Content-Type": "text/plain", "Connection": "close"}, words).wire())
@@ -215,7 +215,7 @@ class _Quiet:
     request_queue_size = 128
 
     def handle_error(self, *_args: object) -> None:
-        """A client that goes away in the middle is what most of these tests are about."""
+        """Ignore clients that disconnect, which most of these tests cause."""
 
 
 class _TCPServer(_Quiet, socketserver.ThreadingTCPServer):

@@ -1,4 +1,4 @@
-"""The state of a Consul: entries, indexes, tombstones, and who is woken by which change."""
+"""The state of a Consul: entries, indexes, tombstones, and the changes that end a wait."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Entry:
     created: int
     modified: int
 
-    def shown(self, key: bytes, *, with_value: bool = True) -> dict[str, object]:
-        """As it appears in JSON; an empty value is null."""
+    def to_dict(self, key: bytes, *, with_value: bool = True) -> dict[str, object]:
+        """The entry in JSON; an empty value is null."""
         value = base64.b64encode(self.value).decode() if self.value and with_value else None
         indexes = {"CreateIndex": self.created, "ModifyIndex": self.modified}
         return {"LockIndex": 0, "Key": text(key), "Flags": self.flags, "Value": value, **indexes}
 
     def after(self, old: Entry | None) -> Entry:
-        """This new entry in the place of an old one, which stays if it is the same."""
+        """This entry as the successor of an old one; the old one if they are equal."""
         if old is None:
             return self
         if (old.value or b"", old.flags) == (self.value or b"", self.flags):
@@ -43,7 +43,7 @@ class Store:
         self._history: list[bytes] = []  # The key of each change, b"" for a change of everything.
 
     def put(self, key: bytes, value: bytes | None, flags: int = 0) -> None:
-        """Store an entry; the same value again moves no index and wakes nobody, as in Consul."""
+        """Store an entry; the same value moves no index and ends no wait, as in Consul."""
         with self.changed:
             old, index = self.entries.get(key), self.index + 1
             self._change(index, key, Entry(value, flags, index, index).after(old))
@@ -54,7 +54,7 @@ class Store:
             self._change(self.index + 1, key, None)
 
     def replace(self, entries: dict[bytes, Entry]) -> None:
-        """Make these the entries, all with one index."""
+        """Replace all entries, under one new index."""
         with self.changed:
             index = self.index + 1
             for key in self.entries.keys() | entries.keys():
@@ -72,14 +72,14 @@ class Store:
         self._notify(key)
 
     def reap(self) -> None:
-        """Forget the tombstones, as Consul does after 15 minutes: the index of a prefix may fall. Nobody is woken."""
+        """Drop the tombstones, as Consul does after 15 minutes: the index of a prefix may fall. No wait ends."""
         with self.changed:
             self._tombstones.clear()
 
     def restore(self, index: int) -> None:
-        """The index jumps, as after a snapshot was restored, and with it that of all entries.
+        """Set the index of the store and of all entries, as a restored snapshot does.
 
-        Every wait ends at once, with what was there before; Consul 1.8.7 and 1.22 do so.
+        Every wait ends immediately and returns the former state, as in Consul 1.8.7 and 1.22.
         """
         with self.changed:
             self.index = index
@@ -89,7 +89,7 @@ class Store:
             self._notify(b"")
 
     def listed(self, prefix: bytes, after: int, end: float, stopping: threading.Event) -> Listing:
-        """What is below a prefix as soon as its index is over `after`, otherwise what was there before time ran out."""
+        """The entries below a prefix once its index exceeds `after`, or when the wait ends."""
         with self.changed:
             while True:
                 listing = self._now(prefix)

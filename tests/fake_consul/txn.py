@@ -1,4 +1,4 @@
-"""Transactions: several operations on keys, all or none."""
+"""Transactions: several operations on keys, applied all or not at all."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Conflict(Exception):
 
 
 def most(version: tuple[int, ...]) -> int:
-    """How many operations a transaction may have."""
+    """The maximum number of operations in a transaction."""
     return 128 if version >= (1, 14) else 64
 
 
 def run(fake: FakeConsul, identity: Identity, body: bytes) -> Answer:
-    """The answer to a transaction; it validates no names."""
+    """The response to a transaction, which validates no names."""
     operations = [each["KV"] for each in json.loads(body)]
     writes = any(each["Verb"] in WRITES for each in operations)
     errors = _refused(fake, identity, operations)
@@ -43,7 +43,7 @@ def run(fake: FakeConsul, identity: Identity, body: bytes) -> Answer:
                 fake.store.replace(entries)
     shown = [(key, entry, whole) for key, entry, whole in results if identity.allows(key)]
     outcome = {
-        "Results": None if errors else [{"KV": entry.shown(key, with_value=whole)} for key, entry, whole in shown],
+        "Results": None if errors else [{"KV": entry.to_dict(key, with_value=whole)} for key, entry, whole in shown],
         "Errors": [{"OpIndex": at, "What": what} for at, what in errors] or None,
     }
     headers = {"Content-Type": "application/json"}

@@ -1,5 +1,5 @@
-"""The real parts that tests and the demo run against: a Consul agent or three, and an OpenSMTPD of each dialect.
+"""Real programs for tests and the demo: Consul agents, and an OpenSMTPD of each dialect.
 
-Everything here is made from Debian's packages, kept in a cache folder outside the checkout, and gone when the test run
-ends. It speaks to Consul and to smtpd with the standard library alone, never with the code under test.
+They are made from Debian's packages in a cache folder outside the checkout, and end with the test run. The rig talks to
+Consul and to smtpd with the standard library only, never with the code under test.
 """

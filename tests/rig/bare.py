@@ -1,4 +1,4 @@
-"""A Debian root to change at will: a command runs on a copy-on-write layer above it, and nothing is left of it."""
+"""A Debian root with disposable copy-on-write layers, in which commands run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 SUITE = "bookworm"
-# All that README asks of a machine.
+# Everything that README requires of a machine.
 PACKAGES = "make,python3"
 
 # $1 the root, $2 the folder of this layer; then pairs of what is bound where, up to --, and the command.
@@ -43,7 +43,7 @@ wait $!
 
 
 def debian() -> Path:
-    """The root of a fresh Debian with ``PACKAGES`` and nothing else, made at first use.
+    """The root of a fresh Debian with only ``PACKAGES``, made at first use.
 
     Raises:
         Unavailable: not root, or no mirror.
@@ -57,7 +57,7 @@ def debian() -> Path:
         path.chmod(0o755)
         return (path / "etc/debian_version").read_text().strip()
 
-    return cache.kept(f"bare-{SUITE}", make)
+    return cache.cached(f"bare-{SUITE}", make)
 
 
 class Layer:
@@ -65,9 +65,9 @@ class Layer:
 
     Args:
         root: the folder of the root.
-        bound: folders and files of this machine by the place that they get in the root.
-        network: whether to let apt and pip in it reach what they reach here, by this machine's own settings.
-        base: the folder of a layer that exists, such as that of an smtpd that is not running, and stays.
+        bound: folders and files of this machine by their path in the root.
+        network: whether apt and pip reach the network, with the settings of this machine.
+        base: the folder of an existing layer, such as that of a stopped smtpd, which is kept.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Layer:
             self._bound["/etc/resolv.conf"] = Path("/etc/resolv.conf").resolve()
             settings = pip_settings()
             for number, path in enumerate(named_paths(settings.values())):
-                # At a place of their own, for what is mounted over a file of the root keeps dpkg from replacing it.
+                # Mounted at separate paths, because dpkg cannot replace a file of the root that is a mount point.
                 self._bound[f"/mnt/network/{number}"] = path
                 settings = {
                     name: value.replace(str(path), f"/mnt/network/{number}") for name, value in settings.items()
@@ -112,10 +112,10 @@ class Layer:
             shutil.rmtree(self._base, ignore_errors=True)
 
     def run(self, script: str, timeout: float = 300.0) -> str:
-        """What a shell script wrote, both streams, as root in the layer.
+        """The output of a shell script, both streams, run as root in the layer.
 
         Raises:
-            AssertionError: it failed; with what it wrote.
+            AssertionError: the script failed; with its output.
         """
         bound = [part for place, path in self._bound.items() for part in (str(path), place)]
         namespaces = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
@@ -136,7 +136,7 @@ class Layer:
 
 
 def pip_settings() -> dict[str, str]:
-    """How this machine's pip reaches packages (indexes, certificates), as environment variables."""
+    """The settings of this machine's pip (indexes, certificates), as environment variables."""
     listed = cache.run(sys.executable, "-m", "pip", "config", "list")
     settings = {}
     for line in listed.splitlines():
@@ -146,7 +146,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def named_paths(values: Iterable[str]) -> list[Path]:
-    """The files and folders that such settings name, the longest first; of an index, what stands beside it, too."""
+    """The files and folders named by such settings, the longest first; for an index, also its neighbours."""
     found = set()
     for word in " ".join(values).split():
         path = Path(word.removeprefix("file://"))

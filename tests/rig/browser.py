@@ -1,4 +1,4 @@
-"""A real Chromium without a screen, and the Consul UI in it as an operator has it: clicked, typed into, read."""
+"""A headless Chromium, and the Consul UI in it, operated by clicks and typing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from selenium.webdriver.remote.webelement import WebElement
 
-PATIENCE_SECONDS = 20.0
-# Nothing but the page itself is loaded: no updates, no proxies, no wish to be the user's browser.
+TIMEOUT_SECONDS = 20.0
+# Load only the page: no updates, no proxies, no default browser prompt.
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -51,16 +51,16 @@ FLAGS = (
     "--disable-sync",
     "--window-size=1280,1000",
 )
-# In a process namespace that ends with its first process no browser outlives the test run, however that ends.
+# A process namespace ends with its first process, so no browser outlives the test run.
 CONTAINED = (*cache.DIES_WITH_US, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-# The field for a value, which is one of two, and what stands in it.
+# The field for a value, one of two, and its text.
 AUTH_MENU, AUTH_ENTRY = "button[aria-label='Auth menu']", ".hds-dropdown-list-item button"
 EDITOR, PLAIN = ".CodeMirror", "textarea[name=value]"
 CONTENT = """
 const [editor, plain] = [...arguments].map(css => document.querySelector(css));
 return editor ? editor.CodeMirror.getValue() : plain.value;
 """
-# What stands in the way of an element now may have gone in the next moment.
+# An element that covers another may disappear shortly.
 PASSING = (
     ElementClickInterceptedException,
     ElementNotInteractableException,
@@ -102,8 +102,8 @@ class _Contained(Service):
 class Browser:
     """A Chromium with an empty profile, as a context manager.
 
-    An exception that leaves the block has a note with the names of the files that show the page as it was: a picture,
-    its source, what the console said. The driver's own log is beside them.
+    An exception that leaves the block has a note with the names of files that show the page: a screenshot, its source,
+    and the console messages. The log of the driver is beside them.
 
     Args:
         evidence: the folder for these files.
@@ -123,7 +123,7 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         try:
             self.driver = webdriver.Chrome(options, self._service)
-            self.driver.set_page_load_timeout(PATIENCE_SECONDS)
+            self.driver.set_page_load_timeout(TIMEOUT_SECONDS)
         except BaseException:
             self._end()
             raise
@@ -146,7 +146,7 @@ class Browser:
         shutil.rmtree(self._place, ignore_errors=True)
 
     def keep_evidence(self) -> list[Path]:
-        """Files that show the page as it is, written now; without those that the browser cannot give any more."""
+        """Write files that show the current page, as far as the browser still can; their paths."""
 
         def source() -> bytes:
             return f"<!-- {self.driver.current_url} -->\n{self.driver.page_source}".encode()
@@ -170,33 +170,31 @@ class Browser:
         self.driver.get(address)
 
     def wait(self, attempt: Callable[[], Any], missing: str) -> Any:
-        """What the attempt returns, as soon as that is true of anything.
+        """The result of the attempt as soon as it is true.
 
         Raises:
-            AssertionError: it is not within ``PATIENCE_SECONDS``; with what is missing.
+            AssertionError: the result is false for ``TIMEOUT_SECONDS``; with the text ``missing``.
         """
-        waiting = WebDriverWait(self.driver, PATIENCE_SECONDS, poll_frequency=0.02, ignored_exceptions=PASSING)
+        waiting = WebDriverWait(self.driver, TIMEOUT_SECONDS, poll_frequency=0.02, ignored_exceptions=PASSING)
         try:
             return waiting.until(lambda _: attempt())
         except TimeoutException as error:
-            raise AssertionError(
-                f"{missing}: not within {PATIENCE_SECONDS:g} s at {self.driver.current_url}"
-            ) from error
+            raise AssertionError(f"{missing}: not within {TIMEOUT_SECONDS:g} s at {self.driver.current_url}") from error
 
     def see(self, css: str, text: str = "") -> WebElement:
-        """The one element that is shown and has this text, as soon as there is one.
+        """The only visible element with this text, as soon as it appears.
 
         Args:
-            text: its whole text, in any case of letters; empty for any text.
+            text: its whole text, in any case; empty for any text.
 
         Raises:
-            AssertionError: there is none in time, or more than one.
+            AssertionError: none appears in time, or several do.
         """
         found: WebElement = self.wait(lambda: self.find(css, text), f"{css} {text}".strip())
         return found
 
     def click(self, css: str, text: str = "") -> float:
-        """Click what ``see`` would see, as soon as it takes clicks; the moment of it, on the monotonic clock."""
+        """Click the element of ``see`` as soon as it accepts clicks; the time of the click by time.monotonic()."""
 
         def clicked() -> float | None:
             element = self.find(css, text)
@@ -210,7 +208,7 @@ class Browser:
         return moment
 
     def find(self, css: str, text: str = "") -> WebElement | None:
-        """What ``see`` would see, if it is there now."""
+        """The element of ``see``, or None if it is not visible now."""
         shown = [each for each in self.driver.find_elements(By.CSS_SELECTOR, css) if each.is_displayed()]
         found = [each for each in shown if not text or each.text.strip().casefold() == text.casefold()]
         assert len(found) < 2, f"{len(found)} times {css} {text}".strip()
@@ -218,7 +216,7 @@ class Browser:
 
 
 def agent_with_ui(*, acl: bool = False) -> ConsulAgent:
-    """An agent not yet started that serves the Consul UI.
+    """An agent with the Consul UI, not yet started.
 
     Raises:
         Unavailable: there is no Consul.
@@ -228,11 +226,11 @@ def agent_with_ui(*, acl: bool = False) -> ConsulAgent:
 
 
 class Refused(Exception):
-    """The UI told an error; the text is what it told."""
+    """The UI reported an error; with its text."""
 
 
 class ConsulUI:
-    """The UI's pages for keys and for logging in, as Consul 1.8 has them and as 1.19 and later do."""
+    """The pages of the UI for keys and for logging in, of Consul 1.8 and of 1.19 and later."""
 
     def __init__(self, browser: Browser, agent: ConsulAgent) -> None:
         self._browser = browser
@@ -240,7 +238,7 @@ class ConsulUI:
         self._keys = f"http://{agent.address}/ui/dc1/kv"
 
     def create(self, key: str, value: str = "", *, folder: str = "", code: bool = False) -> float:
-        """Make a key with the form behind "Create"; the moment "Save" was clicked, on the monotonic clock.
+        """Create a key with the form behind "Create"; the time of the click on "Save" by time.monotonic().
 
         Args:
             key: ends in a slash to make a folder.
@@ -248,7 +246,7 @@ class ConsulUI:
             code: type the value into the editor for JSON, not into the plain field.
 
         Raises:
-            Refused: the UI told an error.
+            Refused: the UI reported an error.
         """
         self._browser.open(f"{self._keys}/{folder}")
         self._browser.click("a.hds-button" if self._modern else "a.type-create", "Create")
@@ -258,22 +256,22 @@ class ConsulUI:
         return self._act("Save")
 
     def edit(self, key: str, value: str, *, code: bool = False) -> float:
-        """Replace the whole value of a key that is there; what comes back and what is raised: see ``create``."""
+        """Replace the value of an existing key; returns and raises the same as ``create``."""
         self._browser.open(f"{self._keys}/{quote(key)}/edit")
         self._type(value, code=code)
         return self._act("Save")
 
     def delete(self, key: str) -> float:
-        """Delete a key; the moment this was confirmed. Raises what ``create`` raises."""
+        """Delete a key; the time of the confirmation. Raises the same as ``create``."""
         self._browser.open(f"{self._keys}/{quote(key)}/edit")
         self._browser.click("button", "Delete")
         return self._act("Confirm Delete")
 
     def log_in(self, secret: str) -> None:
-        """Log in with the secret of a token, when nobody is logged in.
+        """Log in with the secret of a token; no token may be logged in.
 
         Raises:
-            Refused: the UI told an error.
+            Refused: the UI reported an error.
         """
         self._browser.open(self._keys)
         if self._modern:
@@ -283,7 +281,7 @@ class ConsulUI:
         self._act("Log in", "button[type=submit]")
 
     def log_out(self) -> None:
-        """Log out. Raises what ``log_in`` raises."""
+        """Log out. Raises the same as ``log_in``."""
         self._browser.open(self._keys)
         if self._modern:
             self._browser.click(AUTH_MENU)
@@ -296,28 +294,28 @@ class ConsulUI:
         field = self._browser.see(f"{EDITOR}, {PLAIN}")
         if (field.tag_name == "textarea") == code:
             self._browser.click("label", "Code")
-        if code and consul_version() < (1, 20):  # since then the editor does not check JSON
+        if code and consul_version() < (1, 20):  # from there on the editor does not check JSON
             self._browser.see(".ember-power-select-selected-item", "JSON")
         self._browser.click(f"{EDITOR} .CodeMirror-lines" if code else PLAIN)
-        # The editor takes keys in a field of no size of its own.
+        # The editor reads keys from a field without a size.
         focused = self._browser.driver.switch_to.active_element
         focused.send_keys(Keys.CONTROL, "a")
         focused.send_keys(Keys.DELETE)
         focused.send_keys(value)
-        # The editor fetches from there what was typed, in its own time.
+        # The editor reads the typed text from there with a delay.
         self._browser.wait(lambda: self._content() == value, f"{value!r} in the form")
 
     def _content(self) -> str:
         return str(self._browser.driver.execute_script(CONTENT, EDITOR, PLAIN))
 
     def _act(self, button: str, css: str = "button") -> float:
-        def told() -> tuple[str, str] | None:
-            # It is made anew when the page behind it changes, so all of it is read at once or again.
+        def outcome() -> tuple[str, str] | None:
+            # The page replaces it at every change: read all of it in one step, or again.
             element = self._browser.find("[data-notification]")
             return element and (str(element.get_attribute("class")), " ".join(element.text.split()))
 
         clicked = self._browser.click(css, button)
-        kind, text = self._browser.wait(told, f"what came of {button}")
+        kind, text = self._browser.wait(outcome, f"the result of {button}")
         if not {"success", "hds-alert--color-success"}.intersection(kind.split()):
             raise Refused(text)
         return clicked

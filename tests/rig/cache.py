@@ -1,4 +1,4 @@
-"""Where downloads and root directories live between runs, and where they come from."""
+"""The cache of downloads and root directories, and their sources."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
-"""Put before a command, makes the kernel end it when the test run ends, however that ends."""
+"""A prefix for commands: the kernel ends the command with the test run."""
 
 OUTDATED_SECONDS = 3600
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 class Unavailable(Exception):
-    """A part cannot be had on this machine; the text says why, and what would help."""
+    """A requirement is missing on this machine; the text has the reason and a hint."""
 
 
 def folder() -> Path:
-    """The cache folder of this user, made if it is missing.
+    """The cache folder of this user, created if missing.
 
     Raises:
         Unavailable: it cannot be made.
@@ -44,17 +44,17 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Only one process at a time holds the lock ``name``; the kernel takes it back from one that died."""
+    """Hold the lock ``name``, which one process at a time has; the kernel releases it when the process ends."""
     with (folder() / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def kept(stem: str, build: Callable[[Path], str]) -> Path:
+def cached(stem: str, build: Callable[[Path], str]) -> Path:
     """The newest folder ``<stem>-<version>`` in the cache, built if there is none.
 
-    ``build`` fills an empty folder and returns the version, which starts with a digit. The folder gets its name only
-    when it is whole, so a run that was interrupted leaves nothing that could be taken for finished.
+    ``build`` fills an empty folder and returns the version, which starts with a digit. The folder gets its name
+    when it is complete, so that an interrupted run leaves no folder that looks finished.
 
     Raises:
         Unavailable: from ``build``.
@@ -75,24 +75,24 @@ def kept(stem: str, build: Callable[[Path], str]) -> Path:
 
 
 def current(kind: str, digest: str, build: Callable[[Path], str]) -> Path:
-    """The folder that `kept` has for the sources with this digest; those of the kind before the last hour are removed.
+    """The folder of `cached` for the sources with this digest; others of this kind are removed after an hour.
 
-    Each edit makes another, and no edit makes an earlier one again; a recent one may be in use beside us.
+    Every edit of the sources makes a new one; a recent one may be in use by another run.
     """
     if not finished(f"{kind}-{digest}"):
         for left in folder().glob(f"{kind}-*"):
             if left.stat().st_mtime < time.time() - OUTDATED_SECONDS:
                 (shutil.rmtree if left.is_dir() else Path.unlink)(left)
-    return kept(f"{kind}-{digest}", build)
+    return cached(f"{kind}-{digest}", build)
 
 
 def finished(stem: str) -> Path | None:
-    """What an earlier run left under ``stem``, the latest made; None if there is nothing."""
+    """The newest folder of an earlier run for ``stem``; None if there is none."""
     return max(folder().glob(f"{stem}-[0-9]*/"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    """Standard output of a command that sets something up.
+    """Standard output of a setup command.
 
     Raises:
         Unavailable: it is not installed, or failed; the text ends with the last lines it wrote.
@@ -138,7 +138,7 @@ def source_line(suite: str) -> str:
 
 
 def transport_options() -> list[str]:
-    """How this machine's apt reaches the network (proxies, certificates), and leave to use a mirror that is frozen."""
+    """Options for apt: the network settings of this machine, and permission to use a frozen mirror."""
     dumped = run("apt-config", "dump", "Acquire").splitlines()
     return [line.rstrip(";") for line in dumped if line.startswith(("Acquire::http", "Acquire::https"))] + [
         'Acquire::Check-Valid-Until "false"'
@@ -146,9 +146,9 @@ def transport_options() -> list[str]:
 
 
 def download(package: str, suite: str, into: Path) -> str:
-    """Unpack ``package`` of ``suite`` into a folder, through an apt state of its own; its version comes back.
+    """Unpack ``package`` of ``suite`` into a folder; its version.
 
-    Works for any user and leaves the system's apt alone.
+    Works for any user and uses a separate apt state.
 
     Raises:
         Unavailable: no mirror, no network, no such package.

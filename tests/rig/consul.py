@@ -1,4 +1,4 @@
-"""Real Consul agents: a server, a client agent, a cluster; on loopback addresses and ports of their own."""
+"""Real Consul agents on loopback: a server, a client agent, a cluster."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 SUITE = "bullseye"
-"""The last Debian that has a Consul, and one with its web pages."""
+"""The last Debian release with a Consul that includes its UI."""
 
 PORTS = ("http", "server", "serf_lan", "serf_wan")
-# Below the range from which the kernel takes the ports of outgoing connections, so that an agent that was stopped finds
-# its ports free when it comes back.
+# Below the range of ephemeral ports, so that the ports of a stopped agent stay free.
 FIRST_PORT, LAST_PORT = 20_000, 32_000
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
@@ -54,7 +53,7 @@ def consul_binary() -> Path:
     if found := shutil.which("consul"):
         return Path(found)
     try:
-        kept = cache.kept(f"consul-{SUITE}", lambda path: cache.download("consul", SUITE, path))
+        kept = cache.cached(f"consul-{SUITE}", lambda path: cache.download("consul", SUITE, path))
     except cache.Unavailable as error:
         remedy = "put a consul command on PATH, or its path into TABLE_CONSUL_CONSUL"
         raise cache.Unavailable(f"no Consul: {error}: {remedy}") from error
@@ -63,7 +62,7 @@ def consul_binary() -> Path:
 
 @functools.cache
 def consul_version() -> tuple[int, ...]:
-    """The version of that command, ``(1, 8, 7)``."""
+    """The version of `consul_binary`, such as ``(1, 8, 7)``."""
     found = re.search(r"v(\d+)\.(\d+)\.(\d+)", cache.run(consul_binary(), "version"))
     assert found
     return tuple(map(int, found.groups()))
@@ -95,7 +94,7 @@ def _is_free(address: str, port: int) -> bool:
 
 
 class ConsulError(Exception):
-    """Consul answered a request of a test with something else than success."""
+    """Consul answered a request of a test with an error."""
 
     def __init__(self, status: int, body: str) -> None:
         super().__init__(f"{status}: {body}")
@@ -103,7 +102,7 @@ class ConsulError(Exception):
 
 
 class ConsulAgent:
-    """One Consul agent, as a context manager: started, with a leader, when the block is entered.
+    """A Consul agent as a context manager, which starts it and waits for a leader.
 
     Args:
         bind: the loopback address of this agent.
@@ -160,26 +159,26 @@ class ConsulAgent:
 
     @property
     def log(self) -> str:
-        """What the agent wrote so far, over all its starts."""
+        """The output of the agent so far, over all its starts."""
         path = self._folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def start(self) -> None:
-        """Start it, or start it again: same ports, same data. Returns when there is a leader."""
+        """Start or restart with the same ports and data; returns once a leader is elected."""
         self.launch()
         self.wait_for_leader()
         if self._acl and not self.management_token:
             self.management_token = self.bootstrap()
 
     def launch(self) -> None:
-        """Start it without waiting for anything."""
+        """Start without waiting."""
         assert not self._process, "it is running"
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         atexit.register(self._end, signal.SIGKILL)
 
     def wait_for_leader(self, seconds: float = START_SECONDS) -> None:
-        """Return when this agent knows a leader and writes go through it."""
+        """Return once this agent knows a leader and accepts writes."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self._process
@@ -187,7 +186,7 @@ class ConsulAgent:
                 raise AssertionError(f"consul ended with {self._process.returncode}:\n{self.log}")
             try:
                 if self.request("GET", "/v1/status/leader", timeout=1):
-                    # A leader that has not yet opened its log answers reads with what it had before.
+                    # A new leader serves old data until it has opened its log.
                     self.request("GET", "/v1/catalog/nodes?consistent", timeout=1, token="")
                     return
             except (OSError, ConsulError):
@@ -196,31 +195,31 @@ class ConsulAgent:
         raise AssertionError(f"consul has no leader after {seconds} s:\n{self.log}")
 
     def stop(self) -> None:
-        """Ask it to end, and wait till it has."""
+        """Stop the agent, and wait for its end."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it without a chance to say goodbye."""
+        """Kill the agent."""
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Make it hang: connections are accepted by the kernel and never answered. Returns when it has stopped."""
+        """Suspend the agent: the kernel accepts connections, which get no answer. Returns once it is suspended."""
         os.kill(self.pid, signal.SIGSTOP)
         wait_for(self._is_stopped, STOP_SECONDS, lambda: f"consul does not stop:\n{self.log}")
 
     def resume(self) -> None:
-        """Let it run again after a pause; a running agent stays as it is. Returns when it is no longer stopped."""
+        """Continue after a pause; a running agent is unchanged. Returns once it runs."""
         os.kill(self.pid, signal.SIGCONT)
         wait_for(lambda: not self._is_stopped(), STOP_SECONDS, lambda: f"consul does not resume:\n{self.log}")
 
     def _is_stopped(self) -> bool:
         """Whether all threads of the agent are stopped, not only the first, whose state is in /proc/PID/stat."""
-        # WNOWAIT: the state is not consumed, so that a second pause sees it and Popen still gets the exit status.
+        # WNOWAIT keeps the state for a second pause, and the exit status for Popen.
         state = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return state is not None and state.si_code == os.CLD_STOPPED
 
     def revive(self) -> None:
-        """Whatever was done to it, have it running again, with a leader."""
+        """Return the agent to a running state with a leader."""
         if self._process and self._process.poll() is not None:
             self._process = None
         if self._process:
@@ -262,7 +261,7 @@ class ConsulAgent:
     def request(
         self, method: str, path: str, body: bytes | None = None, *, timeout: float = 10, token: str | None = None
     ) -> Any:
-        """The decoded JSON of an answer of the HTTP API, asked with the management token if there is one.
+        """The decoded JSON of a response of the HTTP API, requested with the management token if there is one.
 
         Raises:
             ConsulError: any status but 200.
@@ -283,7 +282,7 @@ class ConsulAgent:
         assert self.request("PUT", "/v1/kv/" + urllib.parse.quote(key), _encoded(value)) is True
 
     def kv_get(self, key: str) -> bytes | None:
-        """The value under a key, None when there is no such key."""
+        """The value of a key, None if it is absent."""
         try:
             (entry,) = self.request("GET", "/v1/kv/" + urllib.parse.quote(key))
         except ConsulError as error:
@@ -296,7 +295,7 @@ class ConsulAgent:
         self.request("DELETE", "/v1/kv/" + urllib.parse.quote(key) + ("?recurse" if recurse else ""))
 
     def kv_txn(self, entries: Mapping[str, str | bytes]) -> None:
-        """Put many keys at once, those included that no URL can name (``a//b``) or Consul refuses in one (``a ``)."""
+        """Store many keys by transaction, also keys that no URL can name (``a//b``) or Consul refuses (``a ``)."""
         items = list(entries.items())
         for start in range(0, len(items), 64):
             operations = [
@@ -313,7 +312,7 @@ class ConsulAgent:
         return str(made["SecretID"])
 
     def set_rules(self, secret: str, rules: str) -> None:
-        """Give a token that `token` made other rules, which wakes no blocking query for keys."""
+        """Replace the rules of a token from `token`, which ends no blocking query for keys."""
         (policy,) = self.request("GET", "/v1/acl/token/self", token=secret)["Policies"]
         body = json.dumps({"Name": policy["Name"], "Rules": rules}).encode()
         self.request("PUT", f"/v1/acl/policy/{policy['ID']}", body)
@@ -324,13 +323,13 @@ class ConsulAgent:
         self.request("DELETE", f"/v1/acl/token/{own['AccessorID']}")
 
     def bootstrap(self) -> str:
-        """The secret of the first token, which may do everything; to be had once."""
+        """The secret of the first token, which may do everything; works once."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 return str(self.request("PUT", "/v1/acl/bootstrap")["SecretID"])
             except ConsulError:
-                # A new server speaks the legacy ACL dialect until it knows that all servers speak the newer.
+                # A new server uses the legacy ACL system until it knows that all servers support the new one.
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
@@ -344,7 +343,7 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ConsulCluster:
-    """Three servers on 127.0.0.2, .3 and .4, as a context manager; ``members`` are agents like any other.
+    """Three servers on 127.0.0.2, .3 and .4, as a context manager; ``members`` are ordinary agents.
 
     With ``client_agent`` a ``client`` on 127.0.0.5 is started too: the agent of a mail host, which asks the servers.
     """
@@ -375,11 +374,11 @@ class ConsulCluster:
             server=False,
         )
         self.agents = [*self.members, self.client] if client_agent else self.members
-        """Those that are started."""
+        """The started agents."""
 
     @property
     def leader(self) -> ConsulAgent:
-        """The member that leads now, as the others see it.
+        """The current leader, according to the members.
 
         Raises:
             AssertionError: there is none.

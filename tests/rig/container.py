@@ -1,8 +1,8 @@
-"""Containers of an image without a container engine: namespaces of their own, and what Docker would do around them.
+"""Containers of an image without a container engine, in namespaces that are set up as by Docker.
 
-The first process of a container is the first of its process namespace, so signals reach it as they would; it has a
-network of its own with nothing but a loopback, in which neighbours can be started; /dev holds what Docker puts there;
-and of root's capabilities it has those it was given.
+The first process of a container is the first of its process namespace, which gives signals the same effect as in
+Docker. Its network has only a loopback interface, on which neighbours can be started; /dev has the devices of Docker;
+and root has the given capabilities only.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 
 class Container:
-    """One container, as a context manager: its first process runs when the block is entered.
+    """A container as a context manager, which starts its first process.
 
     Args:
-        arguments: what would follow the image's name.
-        environment: more variables than the image has.
-        service: how compose.yaml wants it run.
-        files: files of the host's by their path in the container, mounted read-only.
-        volumes: a folder that keeps the volumes, to be given to the next container, too.
-        user: who is to start it, where that is not the image's user.
+        arguments: the arguments after the name of the image.
+        environment: more variables than those of the image.
+        service: the service of compose.yaml that describes it.
+        files: files of the host by their path in the container, mounted read-only.
+        volumes: a folder for the volumes, which other containers may share.
+        user: the user that starts it, if not that of the image.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Container:
         self._outer: subprocess.Popen[bytes] | None = None
         self._neighbours: list[subprocess.Popen[bytes]] = []
 
-    # What runs it
+    # Start and end
 
     def create(self) -> None:
-        """Make its namespaces and its network; nothing of the image runs yet."""
+        """Create its namespaces and its network, without starting a process of the image."""
         namespaces = ("unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--fork", "--kill-child")
         with (self.place / "log").open("ab") as log:
             self._outer = subprocess.Popen(
@@ -98,7 +98,7 @@ class Container:
             fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
 
     def start(self) -> None:
-        """Let its first process run. Returns when it does, or has already ended."""
+        """Start its first process. Returns once it runs, or has already ended."""
         assert self._outer
         assert self._outer.stdin
         self._outer.stdin.close()
@@ -150,7 +150,7 @@ class Container:
         return "\n".join(lines)
 
     def _privileges(self, user: str) -> tuple[str, ...]:
-        """The command that gives up what the container may not do, and then is the one that follows."""
+        """The command that drops the privileges the container lacks and then executes the following one."""
         kept = () if "ALL" in self._service.get("cap_drop", ()) else DOCKER_CAPABILITIES
         names = [f"+{name.lower()}" for name in (*kept, *self._service.get("cap_add", ()))]
         options = [f"--bounding-set=-all,{','.join(names)}"]
@@ -161,7 +161,7 @@ class Container:
         return ("setpriv", *options, "--")
 
     def stop(self, seconds: float = 10) -> tuple[int, float]:
-        """Do what ``docker stop`` does; the exit status of its first process, and after how many seconds it came.
+        """Stop like ``docker stop``; the exit status of its first process, and the seconds until its end.
 
         Raises:
             AssertionError: it has not ended, and Docker would have killed it.
@@ -176,12 +176,12 @@ class Container:
             raise AssertionError(f"still there after {seconds} s:\n{self.log}") from None
 
     def wait(self, seconds: float = 30) -> int:
-        """The exit status of its first process, which ends by itself."""
+        """Wait for the end of its first process; its exit status."""
         assert self._outer
         return self._outer.wait(seconds)
 
     def close(self) -> None:
-        """End it and its neighbours, and remove what it left, its volumes unless they were given to it."""
+        """End it and its neighbours, and remove its files, except volumes that were passed in."""
         for process in (*self._neighbours, *([self._outer] if self._outer else ())):
             process.kill()
             process.wait()
@@ -203,11 +203,11 @@ class Container:
     ) -> None:
         self.close()
 
-    # What is seen of it
+    # Observation
 
     @property
     def pid(self) -> int | None:
-        """The process id, on the host, of its first process."""
+        """The process id of its first process on the host."""
         assert self._outer
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
         with contextlib.suppress(OSError):
@@ -217,21 +217,21 @@ class Container:
 
     @property
     def running(self) -> bool:
-        """Whether its first process is there."""
+        """Whether its first process runs."""
         return bool(self._outer) and self._outer.poll() is None
 
     @property
     def log(self) -> str:
-        """What ``docker logs`` would show."""
+        """The output of ``docker logs``."""
         path = self.place / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def volume(self, target: str) -> Path:
-        """The folder on the host that is mounted there."""
+        """The folder on the host that is mounted at this path."""
         return self.volumes / target.strip("/").replace("/", "-")
 
     def processes(self) -> dict[int, str]:
-        """The command lines in the container, by the process id there."""
+        """The command lines of its processes, by process id in the container."""
         listed = self.exec(
             *("sh", "-c", 'for p in /proc/[0-9]*; do printf "%s " ${p#/proc/}; tr "\\0" " " <$p/cmdline; echo; done')
         ).stdout
@@ -239,7 +239,7 @@ class Container:
         return {int(pid): command for pid, _, command in rows if command and "/proc/[0-9]" not in command}
 
     def exec_command(self, *command: str) -> tuple[str, ...]:
-        """What runs a command in it as ``docker exec`` does, to be run with `environment`."""
+        """The command that runs another in the container like ``docker exec``; start it with `environment`."""
         enter = (
             "nsenter",
             f"--target={self.pid}",
@@ -248,7 +248,7 @@ class Container:
         return (*enter, *self._privileges("root"), *command)
 
     def exec(self, *command: str, stdin: str = "", timeout: float = 30) -> subprocess.CompletedProcess[str]:
-        """Run a command in it, as ``docker exec`` does; its status, and both its streams."""
+        """Run a command in the container like ``docker exec``; its status, and both its streams."""
         return subprocess.run(
             self.exec_command(*command),
             input=stdin,
@@ -260,7 +260,7 @@ class Container:
         )
 
     def health(self) -> tuple[bool, str]:
-        """Whether the image's health check is content, and what it said; one that takes too long is not."""
+        """Whether the health check of the image succeeds in time, and its output."""
         check = self._image.config["Healthcheck"]
         try:
             done = self.exec(*health_command(check), timeout=check["Timeout"] / 1e9)
@@ -269,7 +269,7 @@ class Container:
         return done.returncode == 0, (done.stdout + done.stderr).strip()
 
     def wait_for_health(self, wanted: bool = True, said: str = "", seconds: float = 30) -> str:
-        """What the health check says, as soon as it comes out as wanted and says that."""
+        """The output of the health check, as soon as its result is the wanted one and the output contains the text."""
         came: list[tuple[bool, str]] = []
 
         def comes_out() -> bool:
@@ -279,11 +279,11 @@ class Container:
         wait_for(comes_out, seconds, lambda: f"the health check still says {came[0][1]!r}:\n{self.log}")
         return came[0][1]
 
-    # What is around it
+    # Surroundings
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """Sockets that are made within belong to the container's network, and stay there."""
+        """Within the block, new sockets belong to the container's network, and remain there."""
         setns = ctypes.CDLL(None, use_errno=True).setns
         with open("/proc/self/ns/net", "rb") as ours, open(f"/proc/{self.pid}/ns/net", "rb") as its:
             assert setns(its.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
@@ -293,15 +293,15 @@ class Container:
                 assert setns(ours.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
     def beside_command(self, *command: str | Path) -> tuple[str, ...]:
-        """What runs a program of the host's in its network."""
+        """The command that runs a program of the host in its network."""
         return ("nsenter", f"--net=/proc/{self.pid}/ns/net", *map(str, command))
 
     def beside(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """What a program of the host's says that is run in its network."""
+        """The output of a program of the host, run in its network."""
         return subprocess.run(self.beside_command(*command), capture_output=True, text=True, timeout=30, check=False)
 
     def neighbour(self, *command: str | Path) -> subprocess.Popen[bytes]:
-        """Start a program of the host's in its network; it ends with the container."""
+        """Start a program of the host in its network, which ends with the container."""
         with (self.place / "neighbours").open("ab") as log:
             started = subprocess.Popen(
                 (*cache.DIES_WITH_US, *self.beside_command(*command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -310,7 +310,7 @@ class Container:
         return started
 
     def send(self, recipient: str, subject: str, source: str = "127.0.0.1") -> int:
-        """The code of smtpd's last reply about a mail to the recipient, sent over its port."""
+        """The last reply code of smtpd for a mail to the recipient, sent over its port."""
         with self.network():
             session = smtplib.SMTP("127.0.0.1", 25, "remote.example", 30, (source, 0))
         with session:
@@ -323,6 +323,6 @@ class Container:
             return code
 
     def subjects(self, mailbox: str) -> Sequence[str]:
-        """The subjects of what lies in a mailbox of the volume of mail."""
+        """The subjects of the mails in a mailbox of the mail volume."""
         texts = [path.read_text() for path in sorted((self.volume("/var/vmail") / mailbox / "Maildir/new").glob("*"))]
         return [line[9:] for text in texts for line in text.splitlines() if line.startswith("Subject: ")]

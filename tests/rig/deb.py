@@ -1,4 +1,4 @@
-"""The Debian package of this checkout, built in a root of Debian 13 as a build host would: without a network.
+"""The Debian package of this checkout, built in a root of Debian 13 without a network.
 
 ``python -m tests.rig.deb FOLDER`` builds it into a folder.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SUITE = "trixie"
 PLACE = "/build/table-consul"
-"""Where the source lies in the root: the same place gives the same bytes."""
-# What is not in the package and does not make it.
+"""The path of the source in the root, fixed because the built bytes depend on it."""
+# Files that neither belong to the package nor affect its build.
 APART = ("tests", "bench", ".ci", "Dockerfile", "compose.yaml", ".dockerignore")
 BUILD = f"""
 umask 022
@@ -34,7 +34,7 @@ dpkg-buildpackage --build=binary --no-sign --ignore-builtin-builddeps
 """
 DOWNLOAD = "apt-get -q -y --download-only install"
 KEEP = "cp -r /var/lib/apt/lists /var/cache/apt/archives /mnt/into"
-# An init system of one's own needs namespaces, its cgroups, and what it writes to before it mounts anything.
+# systemd needs namespaces, its cgroups, and the folders it writes to before it mounts anything.
 UNITS = "/etc/systemd/system"
 BOOT = """
 mount -t proc proc /proc; mount -t sysfs -o ro sysfs /sys; mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -53,7 +53,7 @@ WantedBy=multi-user.target
 
 
 def build_root() -> Path:
-    """The root of Debian 13 with what ``debian/control`` needs to build, and lintian; made at first use.
+    """The root of Debian 13 with the build requirements of ``debian/control`` and lintian, made at first use.
 
     Raises:
         Unavailable: not root, or no mirror.
@@ -74,7 +74,7 @@ def build_root() -> Path:
         path.chmod(0o755)
         return (path / "etc/debian_version").read_text().strip()
 
-    return cache.kept(stem, make)
+    return cache.cached(stem, make)
 
 
 def build(source: Path, into: Path) -> Path:
@@ -107,7 +107,7 @@ def built() -> Path:
 
 
 def lower(of: Path, into: Path) -> Path:
-    """The same package as version 0.9, with a module that the later one no longer has."""
+    """The package as version 0.9, with a module that later versions lack."""
     with tempfile.TemporaryDirectory(prefix="table-consul-lower-") as name:
         tree = Path(name) / "tree"
         cache.run("dpkg-deb", "--raw-extract", of, tree)
@@ -123,7 +123,7 @@ def lower(of: Path, into: Path) -> Path:
 
 
 def parts(root: Root, of: Path) -> Path:
-    """A folder with what apt needs in this root to install the package, opensmtpd and systemd without a network.
+    """A folder with the packages that apt needs in this root for the package, opensmtpd and systemd.
 
     Raises:
         Unavailable: no network.
@@ -141,7 +141,7 @@ def parts(root: Root, of: Path) -> Path:
                 raise cache.Unavailable(str(error)) from error
         return "0"
 
-    return cache.kept(f"parts-{SUITES[root.release]}-{stamp}", download)
+    return cache.cached(f"parts-{SUITES[root.release]}-{stamp}", download)
 
 
 class Host(Smtpd):
@@ -159,13 +159,13 @@ class Host(Smtpd):
             self.write("/mnt/lower.deb", lower(self._deb, Path(name)).read_bytes())
 
     def _imported(self) -> tuple[Path, Path]:
-        return self.place, self.place  # the package brings its own launcher
+        return self.place, self.place  # the package has its own launcher
 
     def boot(self, script: str) -> str:
-        """What a script wrote under systemd, which has started all that is enabled, and stops after the script.
+        """The output of a script under systemd, after the start of all enabled units; systemd stops after the script.
 
         Raises:
-            AssertionError: it did not within a minute.
+            AssertionError: it takes longer than a minute.
         """
         for path, text in {"/root/boot": BOOT, "/root/script": script, f"{UNITS}/script.service": UNIT}.items():
             self.write(path, text)
@@ -178,15 +178,15 @@ class Host(Smtpd):
         """)
 
     def exit_status(self) -> int:
-        """The exit status of smtpd, which ends by itself."""
+        """Wait for the end of smtpd; its exit status."""
         assert self._process
         return self._process.wait(10)
 
     def sh(self, script: str) -> str:
-        """What a script wrote, run where smtpd runs, or in its root if it does not run.
+        """The output of a script, run beside smtpd, or in its root if smtpd is stopped.
 
         Raises:
-            AssertionError, CalledProcessError: it failed; with what it wrote.
+            AssertionError, CalledProcessError: it failed; with its output.
         """
         script = self._exports + script
         if self.alive:

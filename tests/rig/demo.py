@@ -1,4 +1,4 @@
-"""The story of the project, played for a person: ``make demo``.
+"""The demo of the project: ``make demo``.
 
 Mail to root goes to root; a key is put into Consul; mail to root goes to gilles; smtpd ran on. With a real Consul and a
 real OpenSMTPD where they can be had, else by speaking to the program as smtpd would. Exits 1 when anything is not as it
@@ -36,7 +36,7 @@ KEY, VALUE = "consul/alias/root", "gilles"
 
 
 class Unexpected(Exception):
-    """The story went another way."""
+    """The demo had an unexpected result."""
 
 
 def say(*lines: str) -> None:
@@ -48,7 +48,7 @@ def step(number: int, title: str) -> None:
 
 
 def expect(what: str, wanted: object, came: object) -> None:
-    """Print what came, and go on only if it is what was wanted."""
+    """Print the result, and raise if it is not the wanted one."""
     verdict = "as it should be" if came == wanted else f"EXPECTED {wanted}"
     say(f"   {what}: {came}   [{verdict}]")
     if came != wanted:
@@ -56,11 +56,11 @@ def expect(what: str, wanted: object, came: object) -> None:
 
 
 def with_real_parts() -> None:
-    """The story with a real Consul and a real OpenSMTPD.
+    """Run the demo with a real Consul and a real OpenSMTPD.
 
     Raises:
-        Unavailable: there is none to be had.
-        Unexpected: the story went another way.
+        Unavailable: one of them is not available.
+        Unexpected: a result differs.
     """
     require_root()
     say(
@@ -102,7 +102,7 @@ def _play(consul: ConsulAgent, smtpd: Smtpd) -> None:
     step(2, f"An operator puts a key into Consul: consul kv put {KEY} {VALUE}")
     consul.kv_put(KEY, VALUE)
     expect(f"consul kv get {KEY}", VALUE, (consul.kv_get(KEY) or b"").decode())
-    time.sleep(0.2)  # No person writes the next mail sooner, and no mirror promises to be quicker.
+    time.sleep(0.2)  # A mail within milliseconds of an edit could be faster than the mirror.
 
     step(3, "Mail to root again")
     _post(smtpd, "after", VALUE, f'"{VALUE}"')
@@ -123,10 +123,10 @@ def _post(smtpd: Smtpd, subject: str, user: str, answer: str) -> None:
 
 
 def with_a_socket() -> None:
-    """The same dialogue over the program's own socket, answered from a file in the format of ``consul kv export``.
+    """Run the same dialogue over the socket of the program, with a file in the format of ``consul kv export``.
 
     Raises:
-        Unexpected: the story went another way.
+        Unexpected: a result differs.
     """
     with tempfile.TemporaryDirectory(prefix="table-consul-demo-") as name:
         export, config = Path(name) / "export.json", Path(name) / "table-consul.toml"

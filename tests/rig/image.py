@@ -1,9 +1,9 @@
-"""The project's container image, built of its Dockerfile for real, and its compose.yaml as Docker Compose reads it.
+"""The container image, built from the Dockerfile, and compose.yaml as Docker Compose reads it.
 
 ``python -m tests.rig.image FOLDER`` writes the image into a folder, as an OCI archive.
 
-No container engine is needed: buildah builds in a chroot, over a base made of Debian's packages under the name that the
-Dockerfile asks for. What reaches networks through mirrors here is handed in as an operator would.
+buildah builds in a chroot without a container engine, on a base made from Debian's packages under the name in the
+Dockerfile. Settings of mirrors are passed in with the options that operators use.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONTEXT = (
 COMPOSE_SUITE = "trixie"
 # The fields of OCI's configuration; Docker also reads Healthcheck there.
 FIELDS = ("User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "StopSignal", "Healthcheck")
-# What Debian's own image of that name does: nothing is started while packages are installed, and no manuals are.
+# As in Debian's own image of this name: packages start no services, and no manuals are installed.
 LIKE_SLIM = (
     *("--skip=output/dev,output/mknod", "--dpkgopt=path-exclude=/usr/share/man/*"),
     *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright"),
@@ -52,7 +52,7 @@ LIKE_SLIM = (
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image: its files, which nobody may write to, and what is run in containers of it, as Docker has it."""
+    """An image: its files, which are read-only, and its configuration for containers in the terms of Docker."""
 
     files: Path
     config: dict[str, Any]
@@ -73,13 +73,13 @@ def built() -> Image:
 
 @functools.cache
 def compose(service: str = "") -> dict[str, Any]:
-    """What Docker Compose makes of compose.yaml: all of it, or one service.
+    """compose.yaml as Docker Compose resolves it: all of it, or one service.
 
     Raises:
         Unavailable: Debian's Docker Compose cannot be downloaded.
         AssertionError: it refuses the file; with the reason.
     """
-    kept = cache.kept(
+    kept = cache.cached(
         f"docker-compose-{COMPOSE_SUITE}", lambda into: cache.download("docker-compose", COMPOSE_SUITE, into)
     )
     command = (kept / "usr/libexec/docker/cli-plugins/docker-compose", "--file", CHECKOUT / "compose.yaml")
@@ -91,7 +91,7 @@ def compose(service: str = "") -> dict[str, Any]:
 
 
 def base_name() -> str:
-    """The base image that the Dockerfile asks for."""
+    """The base image in the Dockerfile."""
     found = re.search(r"^ARG BASE=(\S+)$", (CHECKOUT / "Dockerfile").read_text(), re.MULTILINE)
     assert found
     return found[1]
@@ -102,10 +102,10 @@ def _build(into: Path) -> str:
         cache.run("apt-get", "install", "-qq", "--no-install-recommends", "buildah")
     tag = base_name().rpartition(":")[2]
     suite, date, _ = tag.split("-")
-    base = cache.kept(f"container-base-{suite}", lambda path: _make_base(suite, date, path))
+    base = cache.cached(f"container-base-{suite}", lambda path: _make_base(suite, date, path))
     with tempfile.TemporaryDirectory(prefix="table-consul-image-") as name:
         place = Path(name)
-        # In a namespace of its own no mount outlives it. vfs, as not every kernel has what the faster drivers need.
+        # The namespace ends with its mounts. vfs, because some kernels do not support the faster drivers.
         buildah = (*cache.DIES_WITH_US, "unshare", "--mount", "buildah")
         storage = (*buildah, f"--root={place / 'storage'}", f"--runroot={place / 'run'}", "--storage-driver=vfs")
         from_scratch = cache.run(*storage, "from", "scratch").strip()
@@ -129,7 +129,7 @@ def _build(into: Path) -> str:
         )
         assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-40:])
         container = cache.run(*storage, "from", "--pull-never", "table-consul").strip()
-        # Of the driver vfs this is a plain folder, and nothing is mounted.
+        # With the driver vfs this is a plain folder without mounts.
         cache.run("mv", cache.run(*storage, "mount", container).strip(), into / "files")
         inspected = json.loads(cache.run(*storage, "inspect", "--type=image", "table-consul"))
     (into / "config.json").write_text(json.dumps(inspected["Docker"]["config"], indent=1))
@@ -146,7 +146,7 @@ def _make_base(suite: str, date: str, path: Path) -> str:
 
 
 def _secrets(suite: str, place: Path) -> list[str]:
-    """How this machine reaches Debian, as the options that the head of the Dockerfile names."""
+    """The settings with which this machine reaches Debian, as the options in the head of the Dockerfile."""
     apt = [*cache.transport_options(), 'Dir::Etc::SourceList "/run/secrets/apt.sources"', 'Dir::Etc::SourceParts "-"']
     files = {
         "apt.conf": "".join(f"{line};\n" for line in apt),

@@ -1,8 +1,7 @@
-"""A real smtpd above a root: started, spoken to, watched, and gone without a trace.
+"""A real smtpd on a disposable layer above a root.
 
-Every smtpd runs on a copy-on-write layer above its root, in mount and process namespaces of its own. So nothing leaks
-from one test into the next, no mount is left behind however a test ends, and with the first process of the namespace
-all others are gone.
+Every smtpd runs on its own copy-on-write layer, in separate mount and process namespaces. This keeps tests independent,
+leaves no mounts behind, and ends all processes with the first of the namespace.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ wait $!
 
 @functools.cache
 def _overlays() -> bool:
-    """Whether this kernel lays a copy-on-write layer over a folder where temporary files live."""
+    """Whether this kernel supports a copy-on-write layer over the folder of temporary files."""
     with tempfile.TemporaryDirectory() as name:
         for part in ("lower", "upper", "work", "root"):
             (Path(name) / part).mkdir()
@@ -76,13 +75,13 @@ def _overlays() -> bool:
 
 
 class Smtpd:
-    """One smtpd, as a context manager: it answers on ``port`` when the block is entered.
+    """An smtpd as a context manager, which starts it and waits until it answers on ``port``.
 
     Args:
-        root: which OpenSMTPD.
+        root: the OpenSMTPD.
         conf: the text of smtpd.conf; ``listen on 127.0.0.1 port $smtp_port`` gets the port from a macro put before it.
         files: more files by absolute path, such as ``CONFIG``.
-        backend: a program to stand where table-consul stands, for tests of the rig itself.
+        backend: a program in place of table-consul, for tests of the rig itself.
         environment: more variables for smtpd, which the backend inherits.
     """
 
@@ -116,7 +115,7 @@ class Smtpd:
             self.write(path, file)
 
     def write(self, path: str, file: File | str | bytes) -> None:
-        """Lay a file into its tree, also while it runs; written to the side and renamed, as an editor does."""
+        """Write a file into its tree, atomically, also while smtpd runs."""
         wanted = file if isinstance(file, File) else File(file)
         target = self._running_tree / path.lstrip("/")
         for folder in reversed(target.relative_to(self._running_tree).parents[:-1]):
@@ -133,15 +132,15 @@ class Smtpd:
 
     @property
     def _running_tree(self) -> Path:
-        # To write below a mounted layer is undefined; through the root of a process in it, it is an ordinary write.
+        # Writing below a mounted layer is undefined; through the root of one of its processes it is an ordinary write.
         main = self._main_pid() if self._process else None
         return Path(f"/proc/{main}/root") if main else self._tree
 
     def start(self, *, trace: str = "lookup") -> None:
-        """Start it, or start it again on the tree it left. Returns when the port answers.
+        """Start, or restart on the existing tree. Returns once the port answers.
 
         Raises:
-            AssertionError: it ended, or does not answer; with its log.
+            AssertionError: it exits or does not answer; with its log.
         """
         assert not self._process, "it is running"
         own, dependencies = self._imported()
@@ -161,18 +160,18 @@ class Smtpd:
             assert self._process
             assert self._process.poll() is None, f"smtpd ended with {self._process.returncode}:\n{self.log}"
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                # It listens before its children have turned into backends.
+                # smtpd listens before its children have become backends.
                 return len(self.backends) == self._tables
             return False
 
         wait_for(answers, START_SECONDS, lambda: f"smtpd does not answer:\n{self.log}")
 
     def _imported(self) -> tuple[Path, Path]:
-        """The two folders that the launcher imports from: the project, and what it requires."""
+        """The two folders that the launcher imports from: the project and its requirements."""
         return package.unpacked(), package.dependencies(self.root.python)
 
     def stop(self) -> None:
-        """Ask smtpd to end, and wait till all of it has."""
+        """Stop smtpd, and wait for the end of all its processes."""
         if process := self._process:
             if main := self._main_pid():
                 os.kill(main, signal.SIGTERM)
@@ -183,7 +182,7 @@ class Smtpd:
             self._process = None
 
     def close(self) -> None:
-        """Stop it and remove its tree; the mounts went with its namespace."""
+        """Stop it and remove its tree; its mounts end with the namespace."""
         self.stop()
         shutil.rmtree(self.place, ignore_errors=True)
 
@@ -202,18 +201,18 @@ class Smtpd:
 
     @property
     def log(self) -> str:
-        """What smtpd and its children wrote so far, over all its starts."""
+        """The output of smtpd and its children so far, over all its starts."""
         path = self.place / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def pids(self) -> dict[int, str]:
-        """The command line of each process of smtpd and of its backends, by process id; not those of deliveries."""
+        """The command lines of smtpd and of its backends by process id, without those of deliveries."""
         main = self._main_pid()
         if not main:
             return {}
         lines = {pid: _command_line(pid) for pid in _descendants(main)}
-        # A child that is to deliver is a copy of smtpd's first process until it has become the delivery agent.
+        # A child for a delivery is a copy of smtpd's first process until it executes the delivery agent.
         lasting = {pid: line for pid, line in lines.items() if line.startswith("smtpd: ") or "/table-consul" in line}
         return {main: _command_line(main), **lasting}
 
@@ -223,12 +222,12 @@ class Smtpd:
         return [pid for pid, line in self.pids.items() if "/table-consul" in line]
 
     def exists(self, path: str) -> bool:
-        """Whether something lies there that smtpd or a delivery made."""
+        """Whether smtpd or a delivery has created this path."""
         return (self._tree / path.lstrip("/")).exists()
 
     @property
     def alive(self) -> bool:
-        """Whether smtpd's own processes are there, the one that asks tables included."""
+        """Whether smtpd's own processes run, including the one that reads tables."""
         return bool(self._process) and sum("smtpd" in line for line in self.pids.values()) >= 7
 
     def _main_pid(self) -> int | None:
@@ -240,14 +239,14 @@ class Smtpd:
         return None
 
     def smtpctl(self, *arguments: str) -> str:
-        """What ``smtpctl`` said; see `run`."""
+        """The output of ``smtpctl``, as by `run`."""
         return self.run("smtpctl", *arguments)
 
     def run(self, *command: str) -> str:
-        """What a command said that root runs where smtpd runs, both streams.
+        """The output of a command, both streams, run as root beside smtpd.
 
         Raises:
-            CalledProcessError: it failed; ``output`` holds what it said.
+            CalledProcessError: it failed; ``output`` holds its output.
         """
         enter = ("nsenter", "--target", str(self._main_pid()), "--mount", "--pid", "--root", "--wd")
         done = subprocess.run(
@@ -268,7 +267,7 @@ class Smtpd:
         return self.smtpctl("show", "queue").splitlines()
 
     def mails(self, user: str) -> list[EmailMessage]:
-        """What was delivered to a user, be it to ``~/Maildir`` or, as root must be served, to ``/var/mail``."""
+        """The mails delivered to a user, in ``~/Maildir``, or for root in ``/var/mail``."""
         home = "root" if user == "root" else f"home/{user}"
         found = [path.read_bytes() for path in sorted((self._tree / home / "Maildir/new").glob("*"))]
         spool = self._tree / "var/mail" / user
@@ -278,14 +277,14 @@ class Smtpd:
         return [email.message_from_bytes(text, policy=email.policy.default) for text in found]
 
     def subjects(self, user: str) -> list[str]:
-        """The subjects of what was delivered to a user."""
+        """The subjects of the mails delivered to a user."""
         return [str(message["Subject"]) for message in self.mails(user)]
 
     def wait_for_mail(self, user: str, subject: str, timeout: float = 10.0) -> EmailMessage:
-        """The mail with that subject, as soon as it is delivered to the user.
+        """The mail with this subject, as soon as it is delivered to the user.
 
         Raises:
-            AssertionError: it was not, within ``timeout`` seconds; with the log.
+            AssertionError: it is not delivered within ``timeout`` seconds; with the log.
         """
 
         def has_come() -> bool:
@@ -295,7 +294,7 @@ class Smtpd:
         return next(message for message in self.mails(user) if message["Subject"] == subject)
 
     def wait_for_log(self, pattern: str, timeout: float = 10.0) -> re.Match[str]:
-        """The first match of a pattern in the log, as soon as there is one."""
+        """The first match of a pattern in the log, as soon as it appears."""
         wait_for(lambda: bool(re.search(pattern, self.log)), timeout, lambda: f"no {pattern!r} in the log:\n{self.log}")
         found = re.search(pattern, self.log)
         assert found
@@ -312,10 +311,10 @@ class Smtpd:
         source: str = "127.0.0.1",
         timeout: float = 60.0,
     ) -> dict[str, tuple[int, str]]:
-        """The final reply to each recipient: to MAIL when that was refused, to RCPT when that was, else to the message.
+        """The final reply for each recipient: to MAIL or RCPT if refused, otherwise to the message.
 
         Raises:
-            smtplib.SMTPAuthenticationError: the password was not accepted.
+            smtplib.SMTPAuthenticationError: the password is rejected.
         """
         with smtplib.SMTP("127.0.0.1", self.port, helo, timeout, (source, 0)) as session:
             session.ehlo(helo)

@@ -1,4 +1,4 @@
-"""The project as an operator would install it: its wheel, and the wheels it needs for another Python than ours."""
+"""The wheel of the project, and the wheels it needs for other Pythons."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CRYPT_R_SUITES = ("forky", "trixie")
 
 
 def copy(into: Path, *without: str) -> Path:
-    """A copy of the project as it is now, without what git ignores: others may be working on the checkout itself."""
+    """A copy of the project without ignored files, because the checkout may change."""
     ignored = [line.rstrip("/") for line in (CHECKOUT / ".gitignore").read_text().splitlines()]
     kept_out = shutil.ignore_patterns(".git", "*.pyc", *ignored, *without)
     return Path(shutil.copytree(CHECKOUT, into, ignore=kept_out, symlinks=True))
@@ -47,7 +47,7 @@ def wheel() -> Path:
 
 
 def digest(folder: Path, names: Iterable[str] = (".",)) -> str:
-    """What changes when one of these files, or of the files below these folders, does."""
+    """A digest of these files and of all files below these folders."""
     found = hashlib.sha256()
     for name in names:
         top = folder / name
@@ -64,7 +64,7 @@ def _build(into: Path) -> str:
 
 
 def requirements() -> list[str]:
-    """What the wheel requires at run time with all its extras, ``requests>=2.32`` and the like."""
+    """The run-time requirements of the wheel with all extras, such as ``requests>=2.32``."""
     with zipfile.ZipFile(wheel()) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(name), policy=email.policy.default)
@@ -72,13 +72,13 @@ def requirements() -> list[str]:
 
 
 def lowest() -> list[str]:
-    """The lowest version of each thing that the wheel requires, ``requests==2.32.2``, as constraints for pip."""
+    """The lowest version of each requirement of the wheel, such as ``requests==2.32.2``, as constraints for pip."""
     wanted = [Requirement(line) for line in requirements()]
     return [f"{each.name}=={bound.version}" for each in wanted for bound in each.specifier if bound.operator == ">="]
 
 
 def dependencies(python: str) -> Path:
-    """A folder for ``sys.path`` that holds what the wheel requires, for the Python of that version (``3.13``).
+    """A folder for ``sys.path`` with the requirements of the wheel, for this version of Python (``3.13``).
 
     Raises:
         Unavailable: no network, or no wheel for that Python.
@@ -95,11 +95,11 @@ def dependencies(python: str) -> Path:
         cache.run("chmod", "-R", "a+rX", into)
         return "0"
 
-    return cache.kept(f"python{python}-{stamp}", install)
+    return cache.cached(f"python{python}-{stamp}", install)
 
 
 def wheels(python: str) -> Path:
-    """A folder with the wheels of what the project requires, crypt-r excepted, for ``pip install --find-links``.
+    """A folder with the wheels of the requirements except crypt-r, for ``pip install --find-links``.
 
     Raises:
         Unavailable: no network, or no wheel for that Python.
@@ -112,13 +112,13 @@ def wheels(python: str) -> Path:
         cache.run(sys.executable, "-m", "pip", "download", *options, *wanted)
         return "0"
 
-    return cache.kept(f"wheels{python}-{stamp}", download)
+    return cache.cached(f"wheels{python}-{stamp}", download)
 
 
 def _add_crypt_r(python: str, into: Path) -> None:
-    """Put Debian's build of crypt-r beside the wheels: PyPI has its source alone, which we could build for our Python.
+    """Add Debian's build of crypt-r to the wheels: PyPI has only its source, which would be built for our own Python.
 
-    Where Debian has none for that Python it is left out: no OpenSMTPD there knows the service auth.
+    Without a build of Debian for that Python it is left out: no OpenSMTPD there has the service auth.
     """
     for suite in CRYPT_R_SUITES:
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def _add_crypt_r(python: str, into: Path) -> None:
 
 @functools.cache
 def unpacked() -> Path:
-    """A folder for ``sys.path`` that holds the project itself, made anew for this run."""
+    """A folder for ``sys.path`` with the project, made for this run."""
     folder = tempfile.TemporaryDirectory(prefix="table-consul-wheel-")
     _KEPT_TILL_EXIT.append(folder)
     with zipfile.ZipFile(wheel()) as archive:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 SUITE = "bookworm"
-"""Its programs need the C library alone, of this release or a later one."""
+"""Its programs need only the C library, of this release or later."""
 
 START_SECONDS = 30.0
 
@@ -39,14 +39,14 @@ def program(name: str) -> Path:
         return Path(found)
     package = "prometheus" if name == "promtool" else name
     try:
-        kept = cache.kept(f"{package}-{SUITE}", lambda path: cache.download(package, SUITE, path))
+        kept = cache.cached(f"{package}-{SUITE}", lambda path: cache.download(package, SUITE, path))
     except cache.Unavailable as error:
         raise cache.Unavailable(f"no {name}: {error}: put one on PATH (apt-get install {package})") from error
     return kept / "usr/bin" / name
 
 
 def promtool(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """What promtool says to a command, and with which status it ends."""
+    """The output and the exit status of a promtool command."""
     command = (program("promtool"), *arguments)
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
 
@@ -64,17 +64,17 @@ class _Server:
         raise NotImplementedError
 
     def _ready(self) -> str:
-        """The path that answers 200 when all is ready."""
+        """The path that answers 200 when the server is ready."""
         raise NotImplementedError
 
     @property
     def log(self) -> str:
-        """What it wrote so far."""
+        """The output so far."""
         path = self._folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def read(self, path: str) -> bytes:
-        """What it answers to GET; raises OSError."""
+        """The body of the response to GET. Raises OSError."""
         with _NO_PROXY.open(f"http://{self.address}{path}", timeout=10) as answer:
             return bytes(answer.read())
 
@@ -112,7 +112,7 @@ class _Server:
 
 
 class NodeExporter(_Server):
-    """A node_exporter that reads the text files of a folder, and nothing else."""
+    """A node_exporter that reads only the text files of a folder."""
 
     def __init__(self, textfiles: Path) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class NodeExporter(_Server):
 
 
 class Prometheus(_Server):
-    """A Prometheus with the configuration of that text; files that it names lie in the folder ``beside``."""
+    """A Prometheus with this configuration, whose relative files are in the folder ``beside``."""
 
     def __init__(self, configuration: str, beside: Path | None = None) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Prometheus(_Server):
         return "/-/ready"
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of its HTTP API; raises AssertionError with Prometheus' reason when it has none."""
+        """The data of a response of its HTTP API. Raises AssertionError with the reason of Prometheus."""
         try:
             body = self.read(f"/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
         except urllib.error.HTTPError as error:
@@ -157,13 +157,13 @@ class Prometheus(_Server):
         return json.loads(body)["data"]
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """The samples of an expression now, each with its labels."""
+        """The current samples of an expression, each with its labels."""
         data = self.ask("query", query=expression)
         assert data["resultType"] == "vector", data
         return [(sample["metric"], float(sample["value"][1])) for sample in data["result"]]
 
     def alerts(self) -> dict[str, list[dict[str, Any]]]:
-        """The alerts that are pending or firing now, by name."""
+        """The alerts that are pending or firing, by name."""
         found: dict[str, list[dict[str, Any]]] = {}
         for alert in self.ask("alerts")["alerts"]:
             found.setdefault(alert["labels"]["alertname"], []).append(alert)

@@ -1,4 +1,4 @@
-"""TCP proxies in front of an agent that can be made bad: they trickle, cut waits, say 1xx, refuse some requests."""
+"""TCP proxies in front of an agent with faults: they trickle, cut waits, send 1xx responses, refuse requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from tests.rig.consul import ConsulAgent
 
-PATIENCE_SECONDS = 0.1
+TIMEOUT_SECONDS = 0.1
 
 
 class Proxy:
-    """Leads to an agent, as a context manager; what it does while ``bad`` is set is up to its kind."""
+    """A proxy to an agent, as a context manager; subclasses define the fault while ``bad`` is set."""
 
     def __init__(self, agent: ConsulAgent) -> None:
         self._agent = (agent.bind, agent.ports["http"])
@@ -25,9 +25,9 @@ class Proxy:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.bad = threading.Event()
         self.harm: list[float] = []
-        """When it did what its kind does, as moments of time.monotonic()."""
+        """The times of faults, by time.monotonic()."""
         self.requests: list[tuple[float, str]] = []
-        """Moment and target of what it was asked."""
+        """Time and target of each request."""
         self._end = threading.Event()
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class Proxy:
         with contextlib.suppress(OSError), ours, socket.create_connection(self._agent) as theirs:
             latest, waiting, target = time.monotonic(), False, ""
             while not self._end.is_set():
-                ready = select.select([ours, theirs], [], [], PATIENCE_SECONDS)[0]
+                ready = select.select([ours, theirs], [], [], TIMEOUT_SECONDS)[0]
                 if not ready and waiting and self.bad.is_set() and self.ends(time.monotonic() - latest, target):
                     return
                 for side in ready:
@@ -75,30 +75,30 @@ class Proxy:
                     if bad:
                         ours.sendall(self.interim())
 
-    # What a kind of proxy does while it is bad: nothing.
+    # The fault while ``bad`` is set, none by default.
 
     size = 65536
-    """How much of an answer is passed on at a time."""
+    """The number of bytes of a response to forward at a time."""
 
     def ends(self, seconds: float, target: str) -> bool:
-        """Whether a connection ends on which an answer to this request has been waited for that long."""
+        """Whether to close a connection that has waited this long for the response to a request."""
         return False
 
     def refusal(self, target: str) -> bytes | None:
-        """What a request is answered with instead of being passed on, if it is not; empty: its connection is closed."""
+        """The response to a request that is not forwarded, empty to close the connection; None to forward it."""
         return None
 
     def interim(self) -> bytes:
-        """What is answered as soon as a request has been passed on."""
+        """The bytes to send as soon as a request is forwarded."""
         return b""
 
     def answer(self, data: bytes, *, first: bool) -> bytes:
-        """What is passed on of a part of an answer, which may be its first."""
+        """The bytes to send for a part of a response."""
         return data
 
 
 class Trickling(Proxy):
-    """A bad network: a byte of an answer passes every ``PAUSE_SECONDS``, of headers too."""
+    """A bad network: one byte of a response, headers included, every ``PAUSE_SECONDS``."""
 
     PAUSE_SECONDS = 0.05
     size = 1
@@ -110,13 +110,13 @@ class Trickling(Proxy):
 
 
 class Cutting(Proxy):
-    """Closes a connection on which no byte of an answer came for ``seconds``, as proxies do, and Consul 1.22.4."""
+    """Closes a connection without a byte of a response for ``seconds``, as proxies and Consul 1.22.4 do."""
 
     def __init__(self, agent: ConsulAgent, seconds: float) -> None:
         super().__init__(agent)
         self.seconds = seconds
         self.cut: dict[str, float] = {}
-        """By path when a wait was cut first."""
+        """The time of the first cut wait, by path."""
 
     def ends(self, seconds: float, target: str) -> bool:
         if seconds < self.seconds:
@@ -127,7 +127,7 @@ class Cutting(Proxy):
 
 
 class Informing(Proxy):
-    """Says 1xx before each answer: when it was asked, and once more when the answer arrives."""
+    """Sends 1xx responses before each response: after the request, and again when the response arrives."""
 
     INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
     HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n"
@@ -141,7 +141,7 @@ class Informing(Proxy):
 
 
 class Refusing(Proxy):
-    """Refuses what lies below a path, in one of the ways of ``REFUSALS``, or ("stalled") never answers."""
+    """Refuses requests below a path with one of ``REFUSALS``, or ("stalled") never answers."""
 
     REFUSALS = MappingProxyType(
         {

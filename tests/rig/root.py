@@ -1,4 +1,4 @@
-"""Debian roots with a real OpenSMTPD, one of each dialect, made once and never written to again."""
+"""Read-only Debian roots with a real OpenSMTPD, one for each dialect."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class Root:
     """The root directory with OpenSMTPD ``release`` (a key of ``SUITES``), made at first use.
 
     Raises:
-        Unavailable: not root, no mirror, or its Debian release holds another OpenSMTPD by now.
+        Unavailable: not root, no mirror, or its Debian release has another OpenSMTPD.
     """
 
     def __init__(self, release: str) -> None:
         require_root()
         self.release = release
         suite = SUITES[release]
-        self.path = cache.kept(f"opensmtpd-{suite}", lambda path: _make_root(suite, path))
+        self.path = cache.cached(f"opensmtpd-{suite}", lambda path: _make_root(suite, path))
         self.version = self.path.name.removeprefix(f"opensmtpd-{suite}-")
         if not self.version.startswith(release):
             raise cache.Unavailable(f"Debian's {suite} holds OpenSMTPD {self.version} by now, not {release}")
 
     @property
     def python(self) -> str:
-        """The version of its Python, ``3.13``."""
+        """The version of its Python, such as ``3.13``."""
         return (self.path / "usr/bin/python3").readlink().name.removeprefix("python")
 
     @functools.cached_property
     def accounts(self) -> dict[str, tuple[int, int]]:
-        """User and group id by name; a group without a user of its name counts as both."""
+        """User and group id by name; a group without a user of the same name has its id as both."""
         fields = [line.split(":") for line in (self.path / "etc/passwd").read_text().splitlines()]
         return {name: (int(uid), int(gid)) for name, _, uid, gid, *_ in fields}
 
@@ -48,12 +48,16 @@ class Root:
         return cache.run("unshare", "--mount", "sh", "-c", mounts, self.path, *command)
 
     def encrypt(self, password: str) -> str:
-        """The hash of a password as smtpd wants it in a table of credentials."""
+        """The hash of a password for a table of credentials."""
         return self.run("smtpctl", "encrypt", password).strip()
 
 
 def require_root() -> None:
-    """Raises: Unavailable: we are not root, without whom there is no chroot, no mount and no mail delivery."""
+    """Check for root, which chroot, mounts and mail delivery need.
+
+    Raises:
+        Unavailable: not root.
+    """
     if os.geteuid() != 0:
         raise cache.Unavailable("a real OpenSMTPD needs root: run the same command as root")
 
@@ -64,7 +68,7 @@ def _make_root(suite: str, path: Path) -> str:
     base = suite.removesuffix("-backports")
     sources = [cache.source_line(name) for name in dict.fromkeys((base, suite))]
     hooks = [f'--customize-hook=chroot "$1" useradd -m {user}' for user in USERS]
-    # smtpd wants the list of authorities as soon as it relays or has a certificate of its own.
+    # smtpd needs the list of authorities when it relays or has a certificate.
     include = "python3,openssl,ca-certificates"
     if base == suite:
         include += ",opensmtpd"
@@ -75,7 +79,7 @@ def _make_root(suite: str, path: Path) -> str:
     made = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={include}")
     cache.run(*made, *options, *hooks, base, path, *sources)
     path.chmod(0o755)
-    # Names come from here alone: a lookup that leaves the machine would make tests depend on someone's DNS.
+    # The only source of names: a lookup over the network would make tests depend on DNS.
     (path / "etc/hosts").write_text("127.0.0.1 localhost\n")
     (path / "etc/resolv.conf").unlink(missing_ok=True)
     (path / "etc/resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
@@ -85,7 +89,7 @@ def _make_root(suite: str, path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file to be laid into a root: its content, and who may read it."""
+    """A file for a root: its content and permissions."""
 
     content: str | bytes
     mode: int = 0o644
@@ -94,7 +98,7 @@ class File:
 
 
 def certificate(root: Root, host: str = "mail.example.org") -> dict[str, File]:
-    """A certificate for a host, signed by itself, as files of a tree: ``/etc/ssl/HOST.crt`` and ``.key``."""
+    """A self-signed certificate for a host, as the files ``/etc/ssl/HOST.crt`` and ``.key``."""
     both = root.run(
         *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={host}"),
         *("-addext", f"subjectAltName=DNS:{host}", "-keyout", "/dev/stdout", "-out", "/dev/stdout"),

@@ -1,4 +1,4 @@
-"""A mail server at the other end of a relay, which takes everything and remembers who brought it."""
+"""A mail server that accepts everything from a relay and records its sessions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-PATIENCE_SECONDS = 15.0
+TIMEOUT_SECONDS = 15.0
 
 
 @dataclass
 class Received:
-    """One mail, and the session that brought it."""
+    """A mail and its session."""
 
     peer: str
     helo: str = ""
@@ -75,16 +75,16 @@ class Sink:
 
     @property
     def received(self) -> list[Received]:
-        """The mails that came, in order."""
+        """The received mails, in order."""
         return list(self._server.received)
 
     def wait_for(self, count: int, failure: Callable[[], str]) -> None:
-        """Return as soon as so many mails have come.
+        """Return once ``count`` mails have arrived.
 
         Raises:
-            AssertionError: they do not; with the text that ``failure`` makes then.
+            AssertionError: they do not arrive in time; with the text of ``failure``.
         """
-        wait_for(lambda: len(self.received) >= count, PATIENCE_SECONDS, failure)
+        wait_for(lambda: len(self.received) >= count, TIMEOUT_SECONDS, failure)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -1,4 +1,4 @@
-"""Waiting for what other processes do: as short as can be, and never for ever."""
+"""Wait for other processes, with a timeout."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, failure: Callable[[], str]) -> None:
-    """Return as soon as the condition holds; it is asked every few milliseconds.
+    """Return once the condition is true, which is checked every few milliseconds.
 
     Raises:
-        AssertionError: it does not within ``seconds``; with the text that ``failure`` makes then.
+        AssertionError: it is false for ``seconds``; with the text of ``failure``.
     """
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,10 +1,10 @@
-"""How smtpd splits the value of an alias, and what it makes of each element."""
+"""smtpd's split of an alias value, and its parse of each element."""
 
 from __future__ import annotations
 
 
 def expand_line_split(line):
-    """smtpd: expand.c, expand_line and expand_line_split, as they stand there; None where smtpd refuses the line."""
+    """smtpd: expand.c, expand_line and expand_line_split, transcribed; None if smtpd rejects the line."""
     line += b"\0"
     found, at = [], 0
     while True:
@@ -42,7 +42,7 @@ ALNUM = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def text_to_expandnode(node):
-    """smtpd: to.c, text_to_expandnode and the functions that it calls; None where smtpd refuses the alias."""
+    """smtpd: to.c, text_to_expandnode and the functions it calls; None if smtpd rejects the alias."""
     lower = node.lower()
     for prefix in (b":error:", b"error:"):
         if lower.startswith(prefix):
@@ -72,7 +72,7 @@ def text_to_expandnode(node):
 
 
 def alias_type(node):
-    """smtpd: to.c, text_to_expandnode, as far as it leads out of the mail system."""
+    """smtpd: to.c, text_to_expandnode, for commands, files and includes."""
     if node.lower().startswith((b":error:", b"error:")):
         return None
     if node.lower().startswith((b":include:", b"include:")):

@@ -1,4 +1,4 @@
-"""smtpd's matchers, by their names there, for one key and one entry. The indexes give the answer of a walk with them.
+"""smtpd's matchers under their names in smtpd, for one key and one entry. An index must find what they find.
 
 The first argument comes from the session, the second from the table.
 """
@@ -13,8 +13,8 @@ from table_consul.services.regex import regcomp
 def pieces_match(hostname, pieces):
     """Whether a folded host name matches a folded pattern that is split at its stars (smtpd: util.c, hostname_match).
 
-    A ``*`` skips to the first place where the character after it occurs and does not try another: ``*.example.org``
-    matches ``a.example.org`` but not ``a.b.example.org``. At the end it takes all that is left, if that is anything.
+    A ``*`` skips to the first place where the character after it occurs and tries no other: ``*.example.org``
+    matches ``a.example.org`` but not ``a.b.example.org``. At the end it matches the rest, which must not be empty.
     """
     head, last = pieces[0], pieces[-1]
     if len(pieces) == 1:

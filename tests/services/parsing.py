@@ -1,4 +1,4 @@
-"""A stored value as a service reads it, and the entries of a service."""
+"""Parse a stored value for a service, and build the entries of a service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that entries answer, to compare two of them; and keys and values that are treated differently."""
+"""All answers of entries, for comparison; and keys and values of every kind."""
 
 from __future__ import annotations
 

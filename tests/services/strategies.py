@@ -28,7 +28,7 @@ ELEMENTS = (
     .map(lambda pieces: b"".join(pieces).strip())
     .filter(bool)
 )
-"""Elements of an alias, as they are after splitting."""
+"""Elements of an alias after splitting."""
 RAW = st.one_of(
     st.binary(),
     st.text('"[],\\|/:#0149ua \n\r\t\0é\ud800').map(lambda text: text.encode("utf-8", "surrogatepass")),

@@ -155,7 +155,7 @@ def test_relayhost_with_a_value_answers_with_the_host():
 
 
 @pytest.mark.parametrize("key", [b"a\nb", b"a\rb", b"a\0b"])
-def test_key_that_is_no_valid_reply_is_an_error(key):
+def test_key_that_is_not_a_valid_reply_is_an_error(key):
     with pytest.raises(EntryError, match="contains a control character"):
         entries("domain", (key, None)).lookup(key)
 

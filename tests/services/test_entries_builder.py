@@ -1,4 +1,4 @@
-"""Entries that are built from former ones: what is reused, replaced and reported."""
+"""Entries built from former ones: reused, replaced and reported entries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TestBuilder:
         builder.take(pairs)
         return builder
 
-    def test_several_takes_equal_one(self):
+    def test_entries_added_in_batches_equal_those_added_at_once(self):
         builder = self.build((b"Root", b"eric"))
         builder.take([(b"root", b"gilles"), (b"bad", b"|sh")])
         whole = entries("alias", (b"Root", b"eric"), (b"root", b"gilles"), (b"bad", b"|sh"))
@@ -63,7 +63,7 @@ class TestBuilder:
         assert (built.lookup(b"root"), built.errors, len(built)) == (b"gilles", {}, 1)
         assert [problem.key for problem in built.problems] == [b"aliases/alias/Root"]
 
-    def test_key_stored_anew_in_another_case_is_reported_and_missed_in_that_case(self):
+    def test_key_stored_again_in_another_case_is_reported_and_missing_in_that_case(self):
         former = entries("alias", (b"Root", b"gilles"))
         built = self.build((b"root", b"gilles"), former=former).finish()
         assert [*self.build(former=built).missing_keys()] == [b"root"]
@@ -77,7 +77,7 @@ class TestBuilder:
         with pytest.raises(EntryError, match="aliases/domain/: too many patterns"):
             built.find(b"zz")
 
-    def test_missing_keys_are_known_after_a_change_of_settings(self):
+    def test_missing_keys_survive_a_change_of_settings(self):
         former = entries("alias", (b"Root", b"gilles"))
         table = replace(TABLE, allow_commands=True)
         assert self.build(former=former, table=table).missing_keys() == {b"root": b"Root"}
@@ -100,7 +100,7 @@ AUTH = replace(TABLE, services=("auth",))
 BCRYPT = b"$2b$10$" + b"." * 53
 
 
-def test_kinds_of_hashes_are_those_of_the_entries_after_every_change():
+def test_kinds_of_hashes_follow_every_change():
     former = None
     for pairs, kinds in (
         ({b"vera": BCRYPT, b"eric": BCRYPT, b"walter": SHA512}, {"bcrypt", "SHA-512"}),
@@ -121,7 +121,7 @@ def test_hashes_that_smtpd_verifies_have_no_kinds():
 # ---- properties ----
 
 
-# Consul lists a key twice where two that are not UTF-8 look alike.
+# Consul lists a key twice if two keys that are not UTF-8 look the same.
 PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique=True)
 
 
@@ -144,7 +144,7 @@ def test_entries_built_on_former_ones_equal_those_built_from_scratch(service, st
 @settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_parsed_value_stored_again_is_the_same(table, service, key, raw):
-    """EntriesBuilder reuses a value that equals the former one: parsing it again must not change it."""
+    """EntriesBuilder may reuse a value equal to the former one only because parsing it again changes nothing."""
     former = Entries(table, service, [(key, raw)])
     again = [(key, former.values.get(fold_key(key), raw))]
     builder = EntriesBuilder(table, service, former)

@@ -26,7 +26,7 @@ def test_fetch_returns_the_keys_in_order_and_wraps():
     assert fetched(found, 3) == [b"192.0.2.1", b"192.0.2.2", b"192.0.2.1"]
 
 
-def test_fetch_of_values_returns_the_key_where_there_is_none():
+def test_fetch_of_values_returns_the_key_of_an_entry_without_value():
     table = replace(TABLE, fetch="values")
     assert fetched(entries("source", (b"192.0.2.1", b"uplink"), (b"192.0.2.2", b""), table=table), 2) == [
         b"uplink",
@@ -38,7 +38,7 @@ def test_fetch_without_entries_is_none():
     assert (entries("source").next_after(None), entries("source").next_after(b"gone")) == (None, None)
 
 
-def test_fetch_skips_keys_that_are_no_valid_reply():
+def test_fetch_skips_keys_that_are_not_valid_replies():
     assert fetched(entries("source", (b"a", None), (b"b\n", None), (b"c", None)), 4) == [b"a", b"c"] * 2
 
 
@@ -60,7 +60,7 @@ KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
     stays=st.sets(KEYS, min_size=1),
     changes=st.lists(st.sets(KEYS), min_size=1, max_size=40),
 )
-def test_fetch_returns_each_remaining_key_once_a_round_whatever_changes(stays, changes):
+def test_fetch_returns_each_remaining_key_once_a_round_despite_changes(stays, changes):
     last, values = None, []
     for others in changes:
         last, value = entries("source", *((key, None) for key in sorted(stays | others))).next_after(last)

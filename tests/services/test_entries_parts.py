@@ -1,4 +1,4 @@
-"""Entries of which a part is replaced: what is shared with the former ones, and what a full read would have given."""
+"""Entries with a replaced part share the others with the former ones and equal those of a full read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_edit_shares_all_other_parts():
     assert (new.lookup(USERS[7]), new.lookup(USERS[8])) == (b"new", b"to-user08@example.org")
 
 
-def test_replaced_prefix_leaves_the_rest_alone():
+def test_replaced_prefix_does_not_affect_the_others():
     former = entries("alias", *named(*USERS))
     builder = build(former, (b"user10", b"new"), (b"user1a", b"more"), below=b"user1")
     assert sorted(builder.missing_keys()) == USERS[11:20]
@@ -119,7 +119,7 @@ def test_kept_key_still_takes_precedence_over_its_variant_elsewhere():
         ([b"Root", b"vera"], b"v", [], True),
     ],
 )
-def test_replacement_says_whether_it_is_known_which_key_answers(former, below, taken, conclusive):
+def test_replacement_reports_whether_precedence_is_known(former, below, taken, conclusive):
     former = entries("alias", *named(*former))
     assert build(former, *named(*taken), below=below).conclusive is conclusive
 
@@ -140,7 +140,7 @@ def test_new_problems_are_those_of_changed_entries():
     assert new.problems_since(None) == new.problems
 
 
-# Keys that begin with each other, that differ in case, that Consul cannot list as they are; and patterns.
+# Keys that are prefixes of each other, differ in case, or are not UTF-8; and patterns.
 KEYS = st.one_of(
     st.sampled_from([*CASE_VARIANTS, *PATTERN_KEYS]),
     st.lists(
@@ -152,7 +152,7 @@ PAIRS = st.lists(st.tuples(KEYS, STORED), max_size=14)
 
 
 def listed(pairs):
-    """As Consul lists them: in order, and twice only what is not UTF-8."""
+    """Pairs as Consul lists them: in order, and repeated only for keys that are not UTF-8."""
     known, found = set(), []
     for key, value in sorted(pairs, key=lambda pair: pair[0]):
         if key not in known or b"\xef\xbf\xbd" in key:
@@ -192,7 +192,7 @@ def test_replaced_parts_equal_entries_built_from_scratch(service, table, pairs, 
 
 @settings(deadline=None)
 @given(pairs=PAIRS, more=PAIRS, chunk=st.integers(1, 5))
-def test_chunks_of_any_size_make_the_same_entries(pairs, more, chunk):
+def test_chunks_of_any_size_give_the_same_entries(pairs, more, chunk):
     former = Entries(TABLE, SERVICES["alias"], listed(pairs))
     builder, taken = EntriesBuilder(TABLE, SERVICES["alias"], former), listed(more)
     for start in range(0, len(taken), chunk):

@@ -86,7 +86,7 @@ def test_user_name_that_makes_two_dots_of_the_default_home_is_not_found():
     assert entries("userinfo", (b"*", b"5000:5000:/home/.%u/x")).lookup(b".") is None
 
 
-def test_unsafe_user_name_with_an_entry_of_its_own_is_found():
+def test_unsafe_user_name_with_its_own_entry_is_found():
     users = entries("userinfo", DEFAULT, (b"a/b", b"1000:1000:/home/a"))
     assert (users.lookup(b"a/b"), users.contains(b"a/b")) == (b"1000:1000:/home/a", True)
 

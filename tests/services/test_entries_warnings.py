@@ -77,7 +77,7 @@ def test_valid_value_has_no_problem(service, raw):
 
 
 @pytest.mark.parametrize("address", [b"192.0.2.25", b"2001:db8::25", b"[2001:db8::25]", b"fe80::1%eth0"])
-def test_source_address_is_no_problem(address):
+def test_source_address_has_no_problem(address):
     assert entries("source", (address, None)).problems == []
     assert entries("source", (b"first", address), table=replace(TABLE, fetch="values")).problems == []
 
@@ -87,7 +87,7 @@ def test_permitted_commands_have_no_problem():
     assert entries("alias", (b"root", values), table=COMMANDS).problems == []
 
 
-def test_argon2_credential_is_no_problem_with_auth():
+def test_argon2_credential_has_no_problem_with_auth():
     table = replace(TABLE, services=("auth", "credentials"))
     argon2 = b"$argon2id$v=19$m=65536,t=3,p=4$c2FsdHNhbHQ$qVQ8m7ozNVzoeV1W0lpcI9V2SPUOK+NCcQHYOu+C/us"
     assert entries("credentials", (b"vera", argon2), table=table).problems == []

@@ -31,7 +31,7 @@ VECTORS = [
 
 
 def walk(service, entries, key):
-    """What a walk over a table of smtpd meets first (table_static.c, table_static_lookup)."""
+    """The first match of a walk over a table of smtpd (table_static.c, table_static_lookup)."""
     match = MATCHERS[service]
     if service == "addrname" and key in entries:
         return key
@@ -119,7 +119,7 @@ def test_addresses_answer_like_a_walk(case):
 @pytest.mark.parametrize("service", ["domain", "mailaddr", "regex"])
 @settings(deadline=None)
 @given(case=tables(PATTERNS, HOSTS), room=st.integers(0, 12))
-def test_index_without_time_for_all_entries_answers_like_a_walk_or_not_at_all(service, case, room):
+def test_index_without_time_for_all_entries_answers_like_a_walk_or_fails(service, case, room):
     entries, key = case
     index = INDEXES[service](entries, room * (WIDTH_SECONDS * MAX_KEY_BYTES if service == "regex" else STEP_SECONDS))
     assert {*dict(index.problems)} <= {*entries}
@@ -133,7 +133,7 @@ def test_index_without_time_for_all_entries_answers_like_a_walk_or_not_at_all(se
         assert wanted == index.find(key)
 
 
-# Patterns of which one name can follow all, and expressions of which one name can follow most.
+# The worst case: the name in HOSTILE follows every pattern to its end, and most expressions.
 COSTLY = {
     "domain": [b"*%b*.example" % b"*".join(b"%c" % c for c in row) for row in product(b"ab", repeat=10)],
     "mailaddr": [b"user@*%b" % b"*".join(b"%c" % c for c in row) for row in product(b"ab", repeat=10)],
@@ -161,7 +161,7 @@ def test_pattern_below_the_refused_ones_is_still_found():
         index.find(b"zz.example")
 
 
-def test_expression_that_takes_too_long_alone_is_a_problem_and_affects_no_other():
+def test_expression_that_takes_too_long_is_a_problem_and_affects_no_other():
     index = Regexes([b"a{900}", b"b$"], 0.01)
     ((entry, text),) = index.problems
     assert (entry, index.find(b"a" * 900), index.find(b"b")) == (b"a{900}", None, b"b$")
@@ -177,7 +177,7 @@ def test_key_is_not_matched_when_too_little_time_is_left(service):
     assert index.find(HOSTILE[service], lambda: 60.0) == walk(service, COSTLY[service], HOSTILE[service])
 
 
-def test_ordinary_patterns_are_neither_refused_nor_timed():
+def test_ordinary_patterns_are_not_refused_or_timed():
     index = Domains([*(b"*.example%d.org" % n for n in range(20_000)), *(b"mx*.a%d.*" % n for n in range(2_000))])
     assert (index.problems, index.timed) == ([], False)
     assert index.find(b"mx1.a1999.example") == b"mx*.a1999.*"
@@ -194,7 +194,7 @@ def test_thousands_of_ordinary_expressions_are_not_refused():
 @example(([b"a"], b"a_b@b"), b"_")
 @example(([b"a"], b"a+b@b"), b"_")
 def test_addresses_with_another_delimiter_answer_like_a_walk(case, delimiter):
-    entries, key = [entry.lower() for entry in case[0]], case[1].lower()  # as a delimiter is compared with its case
+    entries, key = [entry.lower() for entry in case[0]], case[1].lower()  # a delimiter is compared case-sensitively
     first = next((entry for entry in sorted(entries) if table_mailaddr_match(key, entry, delimiter)), None)
     assert first == Addresses(entries, delimiter=delimiter).find(key)
 

@@ -1,4 +1,4 @@
-"""Regular expressions in the index: what they match, and what is refused."""
+"""Regular expressions in the index: matches, and refused expressions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What smtpd cannot use of an entry, by its parsers: each problem names the cause, and the answer stays what it was."""
+"""Entries that smtpd's parsers reject: each problem names the cause, and the answer does not change."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ PLAIN = {"alias": b"gilles", "userinfo": b"1:1:/", "relayhost": b"mx.example.org
         ("regex", "x\\B", "means the opposite"),
     ],
 )
-def test_key_that_smtpd_never_asks_for_is_served_and_reported(service, key, cause):
+def test_key_that_smtpd_never_looks_up_is_served_and_reported(service, key, cause):
     raw = PLAIN.get(service, b"")
     found = entries(service, (key.encode(), raw))
     assert cause in " ".join(problem.text for problem in found.problems)
@@ -98,13 +98,13 @@ def test_key_that_smtpd_never_asks_for_is_served_and_reported(service, key, caus
         ("credentials", "vera@example.org jörg"),
     ],
 )
-def test_key_that_smtpd_asks_for_is_no_problem(service, keys):
+def test_key_that_smtpd_looks_up_has_no_problem(service, keys):
     hashed = b"$6$saltsalt$TVLlQcbpFVof5W3Yz4DTP6gRstiNuHwwTt6GLc1E5n0U0aDehy0S5knV8wiOQSpT0Y77vwPZN.Pq.H91p5hVO1"
     raw = hashed if service == "credentials" else PLAIN.get(service, b"")
     assert entries(service, *((key.encode(), raw) for key in keys.split())).problems == []
 
 
-def test_key_in_a_folder_of_several_services_is_a_problem_only_if_none_of_them_is_asked_for_it():
+def test_key_in_a_shared_folder_is_a_problem_only_if_no_service_looks_it_up():
     shared = replace(TABLE, paths=dict.fromkeys(("domain", "mailaddr"), "entries"))
     assert entries("domain", (b"gilles@example.org", b""), table=shared).problems == []
     assert "two dots" in problem_of("domain", b"a..b", table=shared)
@@ -112,7 +112,7 @@ def test_key_in_a_folder_of_several_services_is_a_problem_only_if_none_of_them_i
     assert "is a mail address" in problem_of("domain", b"gilles@example.org", table=alone)
 
 
-def test_warning_of_a_key_depends_on_how_it_is_spelled_now():
+def test_warning_of_a_key_depends_on_its_stored_case():
     former = entries("regex", (b"\\S", b"x"))
     builder = EntriesBuilder(TABLE, SERVICES["regex"], former)
     builder.take([(b"\\s", b"x")])
@@ -189,7 +189,7 @@ def test_mailaddrmap_problem_names_the_element_and_the_cause(raw, problem):
     assert problem in problem_of("mailaddrmap", b"vera", raw)
 
 
-# What text_to_relayhost of smtpd, compiled by itself, answers.
+# Results of text_to_relayhost of smtpd, compiled separately.
 @pytest.mark.parametrize(
     "raw",
     [
@@ -208,7 +208,7 @@ def test_mailaddrmap_problem_names_the_element_and_the_cause(raw, problem):
         "smtp://mx/",
     ],
 )
-def test_relayhost_that_smtpd_takes_is_no_problem(raw):
+def test_relayhost_that_smtpd_accepts_has_no_problem(raw):
     assert entries("relayhost", (b"example.org", raw.encode())).problems == []
 
 
@@ -245,7 +245,7 @@ def test_relayhost_that_smtpd_rejects_is_a_problem(raw, problem):
     assert problem in problem_of("relayhost", b"example.org", raw.encode())
 
 
-def test_relayhost_without_a_value_is_judged_by_its_key():
+def test_relayhost_without_a_value_is_checked_by_its_key():
     assert "the key has an unknown scheme" in problem_of("relayhost", b"ssl://mx")
     assert entries("relayhost", (b"smtp://mx", None)).problems == []
 
@@ -259,7 +259,7 @@ def test_relayhost_without_a_value_is_judged_by_its_key():
         (b"[mail.example.org]", "only addresses are in brackets"),
     ],
 )
-def test_addrname_that_is_no_host_name_is_a_problem(raw, problem):
+def test_addrname_that_is_not_a_host_name_is_a_problem(raw, problem):
     assert problem in problem_of("addrname", b"192.0.2.1", raw)
 
 
@@ -284,20 +284,20 @@ def test_credential_or_user_that_smtpd_cannot_use_is_a_problem(service, raw, pro
 @pytest.mark.parametrize(
     "raw", [b"abNANd1rDfiNc", b"_J9..rasmBYk8r9AiWNc", b"$1$salt$x", b"$gy$j9T$salt$hash", b"$md5,rounds=1$x"]
 )
-def test_hash_of_any_crypt_is_no_problem(raw):
+def test_hash_of_any_crypt_has_no_problem(raw):
     assert entries("credentials", (b"vera", raw)).problems == []
 
 
 # ---- tags ----
 
 
-def test_mail_address_matches_without_the_tag_that_the_table_delimits():
+def test_mail_address_matches_without_its_tag():
     found = entries("mailaddr", (b"gilles@x", b""), table=replace(TABLE, subaddress_delimiter="_"))
     assert [found.contains(key) for key in (b"gilles_tag@x", b"gilles+tag@x")] == [True, False]
     assert entries("mailaddr", (b"gilles@x", b"")).contains(b"gilles+tag@x")
 
 
-# ---- how many ----
+# ---- counts ----
 
 
 def test_refused_entries_are_those_that_smtpd_cannot_use():

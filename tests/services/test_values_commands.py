@@ -28,7 +28,7 @@ def test_array_of_commands_keeps_each_command_whole():
     ],
 )
 def test_quoted_command_reaches_smtpd_unchanged(raw, command):
-    """aliases(5) writes commands in quotes, which JSON would remove; what smtpd reads from the answer decides."""
+    """aliases(5) puts commands in quotes, which JSON decoding would remove; smtpd needs them in the answer."""
     (node,) = split_list(read(raw, table=COMMANDS))
     assert command == (node[2:-1] if node.startswith(b'"') else node[1:])
 
@@ -137,7 +137,7 @@ def test_pipe_in_a_string_is_data():
     assert read(b"|x", "string") == b"|x"
 
 
-# ---- as smtpd expands it ----
+# ---- expansion in smtpd ----
 
 
 @settings(deadline=None)

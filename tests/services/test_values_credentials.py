@@ -1,4 +1,4 @@
-"""Values of credentials and auth, the hashes of other programs in them, and records, which hold a user's fields."""
+"""Values of credentials and auth, hashes of other programs, and records with the fields of a user."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_relay_password_in_clear_text_is_unchanged(raw):
 @pytest.mark.parametrize("service", ["credentials", "auth"])
 @pytest.mark.parametrize("raw", [b"*", b"!", b"!!", b"*LK*"])
 def test_bare_lock_becomes_a_locked_account(service, raw):
-    """Fewer than three bytes are a temporary error to smtpd, not a rejection (smtpd: table_parse_lookup)."""
+    """smtpd treats fewer than three bytes as a temporary error, not as a rejection (smtpd: table_parse_lookup)."""
     assert read(raw, service) in (b"*LK*", raw)
     assert len(read(raw, service)) >= 3
 

@@ -1,4 +1,4 @@
-"""Values of userinfo: UID:GID:HOME, which must never make a delivery run as root."""
+"""Values of userinfo, UID:GID:HOME, which must never let a delivery run as root."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hashes of one password by each method that the service auth verifies.
+"""Hashes of one password by every method that the service auth verifies.
 
-A module that imports this one is skipped where the packages of the extra `auth` are missing.
+Modules that import this one are skipped where the packages of the extra `auth` are missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures of several modules in this folder."""
+"""Fixtures for several test modules in this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from table_consul import config
 from table_consul.child import Bridge
 from table_consul.errors import ConfigError
-from tests.dialogue import PATIENCE_SECONDS, write_config
+from tests.dialogue import TIMEOUT_SECONDS, write_config
 from tests.smtpd.procexec import Clock
 
 
@@ -48,10 +48,10 @@ def config_errors(config_file, load_config):
 @pytest.fixture
 def run_as_nobody():
     if os.geteuid() != 0:
-        pytest.skip("what another user cannot read is tried as root (sudo make test)")
+        pytest.skip("files that another user cannot read need root: sudo make test")
 
     def run(check: str, *arguments: str) -> str:
-        """What the check prints, run as a user that owns nothing."""
+        """The output of the check, run as a user that owns no files."""
         begin = "import grp, os, pwd, sys; from table_consul import check, config"
         code = f"{begin}; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n{check}"
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
@@ -72,13 +72,13 @@ def open_folder(tmp_path):
 
 @pytest.fixture
 def entries_config(tmp_path):
-    """The path of a configuration that answers from the entries of `tests.dialogue`."""
+    """The path of a configuration that answers from `tests.dialogue.ENTRIES`."""
     return str(write_config(tmp_path))
 
 
 @pytest.fixture(scope="module")
 def make_program(tmp_path_factory):
-    """Makes an executable of Python's text, or of the shell's; it gets a name that counts up."""
+    """Makes an executable script of Python or shell text, under a numbered name."""
     folder = tmp_path_factory.mktemp("programs")
     numbers = itertools.count()
 
@@ -102,7 +102,7 @@ def clock():
 def make_bridge(clock):
     made = []
 
-    def make(path, dialect=None, deadline=PATIENCE_SECONDS):
+    def make(path, dialect=None, deadline=TIMEOUT_SECONDS):
         made.append(Bridge("table-x", lambda: [path], dialect, deadline, clock, lambda: 0.0))
         return made[-1]
 

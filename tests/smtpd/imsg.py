@@ -1,4 +1,4 @@
-"""Messages as smtpd up to 7.5 sends them to its tables."""
+"""Messages in the format of smtpd up to 7.5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scrapes and text files as samples, and a stand-in for the tables that an exporter reads."""
+"""Samples from scrapes and text files, and a stand-in for the tables that an exporter reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUILD_INFO = {("aliases", __version__): 1}
 
 
 def parse_samples(text):
-    """Every sample by name, and by its labels without their names, in alphabetical order of those."""
+    """Every sample by name, and by its label values in alphabetical order of the label names."""
     samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -59,7 +59,7 @@ def connect(path):
     """A connected client of this Unix socket."""
     client = socket.socket(socket.AF_UNIX)
     try:
-        client.connect(str(path))  # without a timeout, else a full queue would be an error
+        client.connect(str(path))  # no timeout: a full queue must block, not fail
     except OSError:
         client.close()
         raise
@@ -76,10 +76,10 @@ def read_textfile(path):
 
 
 def scrape_until(listen, name, labels, expected):
-    """All samples, as soon as this one has the expected value."""
+    """All samples, once this one has the expected value."""
     samples = {}
     for _ in eventually(f"{name}{labels} = {expected}"):
-        # The name is in the folder a moment before anybody listens.
+        # The socket exists shortly before the server listens.
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
             samples = scrape(listen)
         if samples.get(name, {}).get(labels) == expected:
@@ -107,7 +107,7 @@ def registered(collector):
 
 
 def fake_tables(*watches, counters=None, address="http://127.0.0.1:8500", textfile=None, listen=None):
-    """The parts of Tables that metrics read; none of them goes through its cache of layouts."""
+    """The parts of Tables that metrics read, without its cache of layouts."""
     return SimpleNamespace(
         config=SimpleNamespace(
             consul=SimpleNamespace(addresses=(address,)),

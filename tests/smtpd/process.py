@@ -1,4 +1,4 @@
-"""Lines that smtpd sends to table-consul, and the program started with a configuration of its own."""
+"""Lines that smtpd sends to table-consul, and the program started with its own configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table program for tests, an smtpd that speaks imsg, and a clock that can run ahead."""
+"""A table program for tests, an smtpd that speaks imsg, and a clock that tests advance."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import time
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.imsg import MAX_VALUE
 from table_consul.protocol import Failed, Request
-from tests.dialogue import PATIENCE_SECONDS, eventually
+from tests.dialogue import TIMEOUT_SECONDS, eventually
 from tests.smtpd.imsg import ALIAS, LOOKUP, UPDATE, message, opening, question
 
 RUN = (sys.executable, "-c", "import sys; from table_consul.procexec import main; sys.exit(main())")
 ROOT = Request("lookup", b"", "t", "alias", b"root")
 OK, ABSENT, ERROR = 1, 0, -1
 
-# A table of today, small enough to start in no time; what it does before it answers comes from the test.
+# A table program of the current dialect that starts quickly; each test supplies its actions before a reply.
 TABLE = """\
 import os, sys, time
 config, number = {}, 0
@@ -63,11 +63,11 @@ def table_program(action):
 
 
 class Smtpd:
-    """What smtpd up to 7.5 is to its child: a socket as standard input, and nothing else of it."""
+    """smtpd up to 7.5 as its child sees it: a socket as standard input, and no socket as standard output."""
 
     def __init__(self, *command, environ=None, begin=True):
         self.wire, theirs = socket.socketpair()
-        self.wire.settimeout(PATIENCE_SECONDS)
+        self.wire.settimeout(TIMEOUT_SECONDS)
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -101,9 +101,9 @@ class Smtpd:
         return struct.unpack_from("=i", body)[0], body[4:].rstrip(b"\0")
 
     def end(self):
-        """The exit status after end of file, what was written to standard output, and to standard error."""
+        """The exit status after end of file, standard output, and standard error."""
         self.wire.close()
-        output, log = self.process.communicate(timeout=PATIENCE_SECONDS)
+        output, log = self.process.communicate(timeout=TIMEOUT_SECONDS)
         return self.process.returncode, output, log.decode()
 
     def __enter__(self):
@@ -112,7 +112,7 @@ class Smtpd:
     def __exit__(self, *_):
         self.wire.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE_SECONDS)
+            self.process.wait(TIMEOUT_SECONDS)
         self.process.kill()
         self.process.communicate()
 
@@ -128,7 +128,7 @@ def wait_for_answer(smtpd):
 
 
 def first_answer(made, clock, key=b"root"):
-    """The first answer of this bridge other than Failed, after any pauses between the starts of its child."""
+    """The first answer of this bridge other than Failed, after any pauses between starts of its child."""
     for _ in eventually("an answer"):
         reply = made.answer(Request("lookup", b"", "t", "alias", key), clock())
         if not isinstance(reply, Failed):
@@ -138,7 +138,7 @@ def first_answer(made, clock, key=b"root"):
 
 
 class Clock:
-    """Real time, plus what the test adds; or a stopped clock, after ``stopped``."""
+    """Real time plus the seconds that a test adds; after ``stopped``, a stopped clock."""
 
     def __init__(self):
         self.ahead = 0.0

@@ -1,4 +1,4 @@
-"""Passwords checked against hashes: formats, cost, and users without a hash."""
+"""Verification of passwords: formats, cost, and users without a hash."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def verified(stored, password=PASSWORD, others=(), most=2.0):
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_right_password_is_verified_and_a_wrong_one_is_not(name):
+def test_right_password_is_verified_and_a_wrong_one_is_rejected(name):
     assert (verified(HASHES[name]), verified(HASHES[name], WRONG)) == (True, False)
 
 
@@ -111,7 +111,7 @@ def test_locked_account_is_rejected(stored):
 
 
 @pytest.mark.parametrize("password", ["", "a\0b", "x" * (PASSWORD_BYTES + 1), PASSWORD + "\0"])
-def test_password_that_no_hash_is_made_of_is_rejected(password):
+def test_invalid_password_is_rejected(password):
     assert (verified(SHA512, password), verified(None, password)) == (False, False)
 
 
@@ -188,7 +188,7 @@ def test_hash_with_too_much_parallelism_is_not_calculated(allowed, refused):
 
 
 @pytest.mark.parametrize("stored", [ARGON2 % (900000, 1), ARGON2 % (1024, 99), b"$2b$15$" + b"." * 53])
-def test_hash_that_costs_too_much_is_a_problem_of_its_entry(stored):
+def test_hash_that_costs_too_much_is_a_problem(stored):
     for service in ("auth", "credentials"):
         found = Entries(Table("users", services=("auth",)), SERVICES[service], [(b"vera", stored), (b"eric", SHA512)])
         ((key, text),) = found.problems
@@ -196,7 +196,7 @@ def test_hash_that_costs_too_much_is_a_problem_of_its_entry(stored):
 
 
 @pytest.mark.parametrize("stored", [b"$6$rounds=1900000$s$" + b"." * 86, None])
-def test_long_password_that_sha_crypt_takes_too_long_for_is_not_hashed(recorder, stored):
+def test_password_too_long_for_the_deadline_is_not_hashed(recorder, stored):
     others = [b"$6$rounds=1900000$s$" + b"." * 86]
     with pytest.raises(Unreachable, match="too little left of the deadline of 2 s"):
         recorder.verify("users", stored, b"x" * PASSWORD_BYTES, others, 2.0, 2.0)
@@ -205,13 +205,13 @@ def test_long_password_that_sha_crypt_takes_too_long_for_is_not_hashed(recorder,
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_long_password_costs_as_much_more_as_the_format_makes_of_it(name):
+def test_cost_grows_with_the_password_only_in_sha_crypt_and_md5(name):
     known = parse(strip_scheme(HASHES[name]))
     growth = known.seconds_for(b"x" * PASSWORD_BYTES) / known.seconds_for(b"x" * 8)
     assert growth > 9.6 if known.scheme in ("SHA-512", "SHA-256", "MD5") else growth == 1
 
 
-def test_bcrypt_reads_72_bytes_of_a_password_as_crypt_does():
+def test_bcrypt_reads_72_bytes_of_a_password():
     stored = crypt(SETTINGS["bcrypt"], "x" * 72)
     assert [verified(stored, "x" * length) for length in (71, 72, 73)] == [False, True, True]
 
@@ -222,7 +222,7 @@ def test_longer_deadline_allows_a_costlier_hash():
 
 @pytest.mark.parametrize("name", HASHES)
 def test_estimated_cost_is_not_below_the_real_one(name):
-    """The figures are twice those of a slow core: else they would let through what breaks the deadline."""
+    """The figures are twice those of a slow core; lower ones would admit hashes that exceed the deadline."""
     began = time.process_time()
     verified(HASHES[name])
     assert time.process_time() - began < parse(strip_scheme(HASHES[name])).seconds + 0.5
@@ -232,7 +232,7 @@ def test_estimated_cost_is_not_below_the_real_one(name):
 
 
 class RecordingVerifier(Verifier):
-    """Records the hashes that it would verify."""
+    """Records hashes instead of verifying them."""
 
     def __init__(self):
         super().__init__(lambda known, password: self.calculated.append(known) or False)
@@ -266,7 +266,7 @@ def test_every_failing_login_costs_one_hash_of_each_kind_in_the_table(recorder, 
     assert len(recorder.calculated) == len(MIXED)
 
 
-def test_costs_are_kinds_too(recorder):
+def test_hashes_of_different_cost_are_different_kinds(recorder):
     cheap, dear = (b"$2b$%02d$" % cost + b"." * 53 for cost in (4, 10))
     for stored in (cheap, dear, None):
         recorder.verify("users", stored, b"x", [cheap, dear], 2.0, complete=True)
@@ -282,7 +282,7 @@ def test_right_password_costs_its_own_hash():
 
 
 @pytest.mark.parametrize("stored", [*(b"$2b$%02d$" % cost + b"." * 53 for cost in (14, 13, 4)), None])
-def test_kinds_beyond_half_the_deadline_are_left_out_except_for_the_dearest(recorder, stored):
+def test_kinds_beyond_half_the_deadline_are_skipped_except_the_costliest(recorder, stored):
     kinds = [b"$2b$%02d$" % cost + b"." * 53 for cost in (14, 13, 4)]
     recorder.verify("users", stored, b"x", kinds, 2.0, complete=True)
     assert 1 << 14 in {each.cost.work for each in recorder.calculated}
@@ -311,7 +311,7 @@ def test_locked_user_costs_as_much_as_a_wrong_password(recorder):
 
 
 @pytest.mark.parametrize("stored", [HASHES["bcrypt"], None, b"*LK*"])
-def test_hash_that_takes_longer_than_what_is_left_is_not_calculated(recorder, stored):
+def test_hash_that_takes_longer_than_the_remaining_time_is_not_calculated(recorder, stored):
     cost = parse(HASHES["bcrypt"]).seconds
     with pytest.raises(Unreachable, match="too little left of the deadline of 2 s to verify a password"):
         recorder.verify("users", stored, b"x", [HASHES["bcrypt"]], 2.0, cost * 0.9)
@@ -320,7 +320,7 @@ def test_hash_that_takes_longer_than_what_is_left_is_not_calculated(recorder, st
     assert recorder.settings() == [parse(HASHES["bcrypt"]).setting]
 
 
-def test_absent_user_without_others_costs_the_last_hash_of_the_same_table(recorder):
+def test_absent_user_of_an_empty_table_costs_its_last_hash(recorder):
     recorder.verify("users", HASHES["bcrypt"], b"x", [], 2.0)
     recorder.verify("users", None, b"x", [], 2.0)
     recorder.verify("others", None, b"x", [], 2.0)
@@ -340,11 +340,11 @@ def test_verifier_remembers_no_digest(recorder, name):
 
 
 @pytest.mark.parametrize("name", HASHES)
-def test_hash_of_another_user_is_no_password_of_an_absent_one(name):
+def test_hash_of_another_user_never_verifies_an_absent_one(name):
     assert not verified(None, others=[HASHES[name]])
 
 
-def test_default_hash_is_one_that_crypt_calculates():
+def test_default_hash_is_supported_by_crypt():
     assert not verify_hash(DEFAULT, b"x")
     assert parse(DEFAULT.text).setting == DEFAULT.setting
 

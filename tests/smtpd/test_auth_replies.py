@@ -1,4 +1,4 @@
-"""Replies of the service auth, where its credentials are read from, and what keeps passwords secret."""
+"""Replies of the service auth, the sources of its credentials, and the secrecy of passwords."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.smtpd.auth import HASHES, PASSWORD, SHA512, crypt
 TABLE = Table("users", services=("auth", "credentials"))
 
 
-# ---- the answer ----
+# ---- replies ----
 
 
 class Scripted:
-    """A source that holds entries by service; it notes what it was asked for."""
+    """A source with entries by service that records its requests."""
 
     def __init__(self, **services):
         self.services = services
@@ -79,11 +79,11 @@ def test_check_splits_at_the_first_colon():
 def test_check_reads_both_services_for_every_user():
     source = Scripted(auth={b"eric": SHA512}, credentials={b"vera": b"vera:" + SHA512, b"eric": b"nonsense"})
     assert [ask(source, f"{user}:{PASSWORD}") for user in ("vera", "eric", "walter")] == [Found(), Found(), NotFound()]
-    assert [name for name, *_ in source.asked] == ["auth", "credentials"] * 3  # or time would tell where a user is
+    assert [name for name, *_ in source.asked] == ["auth", "credentials"] * 3  # else timing would reveal the service
     assert {deadline for *_, deadline in source.asked} == {1000.0 + TABLE.deadline}
 
 
-def test_relay_password_in_clear_text_is_an_error():
+def test_clear_text_relay_password_is_an_error():
     reply = ask(Scripted(credentials={b"label": b"user:hunter2"}), "label:hunter2")
     assert isinstance(reply, Failed)
     assert reply.reason.startswith("users/credentials/label: not a hash that can be verified")
@@ -129,7 +129,7 @@ def test_empty_user_is_not_found():
     assert ask(Scripted(auth={b"": SHA512}), f":{PASSWORD}") == NotFound()
 
 
-def test_star_in_auth_is_no_default():
+def test_star_in_auth_is_not_a_default_entry():
     assert ask(Scripted(auth={b"*": SHA512}), f"vera:{PASSWORD}") == NotFound()
 
 
@@ -175,7 +175,7 @@ def test_direct_mode_reads_no_key_for_a_user_that_no_url_can_name(user):
     assert client.asked == []
 
 
-def test_direct_mode_does_not_take_403_for_absence():
+def test_direct_mode_does_not_treat_403_as_absence():
     client = Client()
     client.errors[b"users/credentials/vera"] = Forbidden("403")
     assert isinstance(ask(DirectSource(client, lambda: 1000.0), f"vera:{PASSWORD}"), Failed)
@@ -193,17 +193,17 @@ def test_mirror_of_auth_includes_credentials(services, read):
     assert replace(TABLE, services=services).folders() == {b"users/": [*read]}
 
 
-def test_file_source_is_asked_for_credentials_when_only_auth_is_registered(tmp_path):
+def test_file_source_reads_credentials_when_only_auth_is_registered(tmp_path):
     path = write_config(tmp_path, 'services = ["auth"]')
     write_source(tmp_path, {"users/credentials/vera": SHA512})
-    assert said(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
+    assert replies(path, [f"vera:{PASSWORD}"]) == [b"register|auth", b"register|ready", b"check-result|1|found"]
 
 
 # ---- secrecy ----
 
 
-def said(path, keys, caplog=None, version="7.9.0"):
-    """What the process answers to these keys, with the configuration at that path."""
+def replies(path, keys, caplog=None, version="7.9.0"):
+    """The replies of the process to these keys, with the configuration at ``path``."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(f"config|smtpd-version|{version}\nconfig|tablename|users\nconfig|ready\n".encode())
@@ -216,7 +216,7 @@ def said(path, keys, caplog=None, version="7.9.0"):
         Server(sources, lambda _: None, counters=sources.counters).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
-    said.cells = sources.counters.cells()
+    replies.cells = sources.counters.cells()
     return answers.splitlines()
 
 
@@ -234,10 +234,12 @@ def test_log_replies_and_counters_contain_no_password_or_hash(tmp_path, caplog):
     path = write_config(tmp_path, 'services = ["auth"]')
     write_source(tmp_path, entries)
     users = [*(key.rpartition("/")[2] for key in entries), "absent", "", ".."]
-    answers = said(path, [f"{user}:hunter2{end}" for user in users for end in ("", "\udcff", "x" * 600)] + ["hunter2"])
-    told = b"\n".join(answers).decode() + caplog.text + repr(said.cells)
+    answers = replies(
+        path, [f"{user}:hunter2{end}" for user in users for end in ("", "\udcff", "x" * 600)] + ["hunter2"]
+    )
+    seen = b"\n".join(answers).decode() + caplog.text + repr(replies.cells)
     assert len(answers) == 2 + 3 * len(users) + 1
-    assert not {word for word in ("hunter2", "SECRETHASH", SHA512.decode()[-20:]) if word in told}
+    assert not {word for word in ("hunter2", "SECRETHASH", SHA512.decode()[-20:]) if word in seen}
     assert "users/auth/eric: not a hash that can be verified" in caplog.text
 
 
@@ -251,7 +253,7 @@ def test_request_repr_contains_no_password():
 )
 def test_auth_is_registered_only_with_smtpd_that_keeps_the_case_of_passwords(tmp_path, version, registered):
     path = write_config(tmp_path, 'services = ["auth", "credentials"]')
-    assert (b"register|auth" in said(path, [], version=version)) is registered
+    assert (b"register|auth" in replies(path, [], version=version)) is registered
 
 
 def test_auth_is_the_only_service_with_secret_keys():
@@ -259,18 +261,18 @@ def test_auth_is_the_only_service_with_secret_keys():
 
 
 def test_logins_in_one_write_are_each_answered_within_the_deadline_from_arrival(tmp_path):
-    """Each takes most of the deadline by the estimate, so that no time is left for those behind it."""
+    """Each login takes most of the deadline by the estimate, which leaves no time for the following ones."""
     path = write_config(tmp_path, 'services = ["auth"]', "deadline = 0.5")
     write_source(tmp_path, {"users/auth/vera": crypt("$2b$12$abcdefghijklmnopqrstuu")})
     began = time.monotonic()
-    answers = said(path, [f"vera:{PASSWORD}", *["vera:wrong", "walter:wrong"] * 6])[2:]
+    answers = replies(path, [f"vera:{PASSWORD}", *["vera:wrong", "walter:wrong"] * 6])[2:]
     assert time.monotonic() - began < 2.0  # all 13 would take 3 s and more on any machine
     assert answers[0] == b"check-result|1|found"
     late = b"error|too little left of the deadline of 0.5 s to verify a password"
     assert {answer.partition(b"|")[2].partition(b"|")[2] for answer in answers[3:]} == {late}
 
 
-def test_failing_logins_calculate_the_same_hashes_whoever_they_are_of():
+def test_failing_logins_calculate_the_same_hashes_for_every_user():
     calculated = []
     source = Scripted(auth={b"vera": HASHES["MD5"], b"lock": b"*LK*"}, credentials={b"eric": b"eric:" + SHA512})
     responder = Responder(Verifier(lambda known, password: calculated.append(known.scheme) or False))

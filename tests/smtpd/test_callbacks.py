@@ -34,7 +34,7 @@ def answered(request, services=DEFAULT_SERVICES, **functions):
 
 
 @pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
-def test_the_example_answers_an_smtpd_of_imsg(command):
+def test_example_answers_an_smtpd_of_imsg(command):
     with Smtpd(*command) as smtpd:
         assert smtpd.ask(CHECK, MAILADDR, ME) == (OK, b"")
         assert smtpd.ask(CHECK, MAILADDR, b"eric@poolp.org") == (ABSENT, b"")
@@ -46,7 +46,7 @@ def test_the_example_answers_an_smtpd_of_imsg(command):
 
 
 @pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
-def test_the_example_answers_an_smtpd_of_lines(command):
+def test_example_answers_an_smtpd_of_lines(command):
     with Child(command=command) as child:
         assert child.handshake() == [name.encode() for name in DEFAULT_SERVICES]
         assert child.ask(b"table|0.1|0|t|check|mailaddr|1|" + ME) == b"check-result|1|found"
@@ -58,7 +58,7 @@ def test_the_example_answers_an_smtpd_of_lines(command):
 
 
 @pytest.mark.parametrize("command", [DUMMY, (*RUN, *DUMMY)], ids=["itself", "table-procexec"])
-def test_the_example_answers_the_dialects_of_2020(command):
+def test_example_answers_the_dialects_of_2020(command):
     with Child(command=command) as child:
         for name, word in ((b"t|", b"table-response"), (b"", b"table-result")):
             assert child.ask(b"table|0.1|0|%bcheck|1|mailaddr|%b" % (name, ME)) == word + b"|1|found"
@@ -67,20 +67,20 @@ def test_the_example_answers_the_dialects_of_2020(command):
         assert child.end() == 0
 
 
-# ---- what functions say ----
+# ---- return values of functions ----
 
 
-def test_functions_are_given_the_table_the_service_and_the_key_as_text():
+def test_functions_get_the_table_the_service_and_the_key_as_text():
     seen = []
 
-    def told(*arguments):
+    def record(*arguments):
         seen.append(arguments)
         return "v"
 
-    answered(asked("check", "ß".encode()), check=told)
-    answered(asked("lookup", b"\xff"), lookup=told)
-    answered(asked("fetch", b""), fetch=told)
-    answered(asked("update", b"", ""), update=told)
+    answered(asked("check", "ß".encode()), check=record)
+    answered(asked("lookup", b"\xff"), lookup=record)
+    answered(asked("fetch", b""), fetch=record)
+    answered(asked("update", b"", ""), update=record)
     assert seen == [("users", "alias", "ß"), ("users", "alias", "\udcff"), ("users", "alias"), ("users",)]
 
 
@@ -102,19 +102,19 @@ def test_functions_are_given_the_table_the_service_and_the_key_as_text():
         (asked("update"), {}, Updated()),
     ],
 )
-def test_what_functions_say_becomes_a_reply(request_, functions, reply):
+def test_return_value_becomes_a_reply(request_, functions, reply):
     assert answered(request_, **functions) == reply
 
 
-def test_only_chosen_services_are_registered_and_asked():
+def test_only_chosen_services_are_registered_and_answered():
     chosen = Callbacks(None, lambda *_: "gilles", None, None, ("alias",))
     assert chosen.services("users") == ["alias"]
     reply = chosen.answer(asked("lookup", service="domain"), 0.0)
     assert reply == Failed("service domain is not among the services of this table")
 
 
-def said(lines, caplog, **functions):
-    """What a loop over these functions answers to these lines."""
+def replies_to(lines, caplog, **functions):
+    """The replies of a server over these functions to these lines."""
     given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
     answerer = Callbacks(*given.values(), DEFAULT_SERVICES)
     ours, theirs = socket.socketpair()
@@ -130,8 +130,8 @@ def said(lines, caplog, **functions):
 LOOKUPS = b"config|ready\n" + b"".join(b"table|0.1|0|t|lookup|alias|%d|k\n" % number for number in (1, 2))
 
 
-def test_an_exception_is_an_error_and_is_told_once(caplog):
-    answers = said(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
+def test_exception_is_an_error_and_is_logged_once(caplog):
+    answers = replies_to(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
     assert [answer.rpartition(b"|error|internal error (KeyError)")[0] for answer in answers] == [
         b"lookup-result|1",
         b"lookup-result|2",
@@ -140,12 +140,12 @@ def test_an_exception_is_an_error_and_is_told_once(caplog):
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])
-def test_a_value_that_smtpd_cannot_take_is_an_error(value, caplog):
-    answers = said(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
+def test_invalid_reply_value_is_an_error(value, caplog):
+    answers = replies_to(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
     assert [b"|error|" in answer for answer in answers] == [True, True]
 
 
-def test_serve_takes_the_wire_and_answers(tmp_path):
+def test_serve_answers_on_standard_input(tmp_path):
     program = tmp_path / "table-x"
     program.write_text(
         "from table_consul import callbacks\n"
@@ -157,7 +157,7 @@ def test_serve_takes_the_wire_and_answers(tmp_path):
         assert child.rest() == b""
 
 
-def test_the_example_in_the_documentation_runs(monkeypatch):
+def test_example_in_the_documentation_runs(monkeypatch):
     served = {}
     monkeypatch.setattr(callbacks, "serve", lambda **functions: served.update(functions))
     lines = callbacks.__doc__.splitlines()

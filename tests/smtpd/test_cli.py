@@ -9,17 +9,17 @@ import sys
 import pytest
 
 from table_consul import __version__, cli, config
-from tests.dialogue import PATIENCE_SECONDS, write_config
+from tests.dialogue import TIMEOUT_SECONDS, write_config
 
 
 def run(*arguments, **environ):
-    """The program with these arguments, with nothing of Consul's in its environment but these, and nothing to read."""
+    """Run the program with these arguments and variables, without input; other ``CONSUL_`` variables are unset."""
     return subprocess.run(
         [sys.executable, "-m", "table_consul", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=TIMEOUT_SECONDS,
         env={**{k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")}, **environ},
         check=False,
     )
@@ -27,7 +27,7 @@ def run(*arguments, **environ):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """Whatever a test does to loggers and environment is undone."""
+    """Restore loggers and environment after each test."""
     root, ours = logging.getLogger(), logging.getLogger("table_consul")
     before = (root.handlers[:], root.level, ours.level, logging.raiseExceptions)
     for name in [name for name in os.environ if name.startswith("CONSUL_")]:
@@ -38,7 +38,7 @@ def surroundings(monkeypatch):
     root.handlers[:], root.level, ours.level, logging.raiseExceptions = before
 
 
-def test_help_shows_the_line_for_smtpd_conf_and_ends_with_0():
+def test_help_shows_the_line_for_smtpd_conf_and_exits_with_0():
     shown = run("--help")
     assert (shown.returncode, shown.stderr, "table aliases consul\n" in shown.stdout) == (0, "", True)
 
@@ -49,12 +49,12 @@ def test_version_is_that_of_the_package():
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--check", "a", "b"]])
-def test_a_wrong_command_line_is_said_and_ends_with_2(arguments):
+def test_usage_error_is_reported_and_exits_with_2(arguments):
     shown = run(*arguments)
     assert (shown.returncode, shown.stdout, "usage: table-consul" in shown.stderr) == (2, "", True)
 
 
-def test_check_of_a_good_configuration_says_so_and_ends_with_0(open_folder):
+def test_check_of_a_good_configuration_exits_with_0(open_folder):
     path = str(write_config(open_folder))
     shown = run("--check", path)
     assert (0, f"{path}: ok\n", "") == (shown.returncode, shown.stdout, shown.stderr)
@@ -68,7 +68,7 @@ def test_check_of_a_good_configuration_says_so_and_ends_with_0(open_folder):
         ("[defaults", "cannot be read as TOML"),
     ],
 )
-def test_check_of_a_bad_configuration_says_where_and_ends_with_2(tmp_path, text, said):
+def test_check_of_a_bad_configuration_names_the_place_and_exits_with_2(tmp_path, text, said):
     path = tmp_path / "bad.toml"
     path.write_text(text)
     shown = run("--check", str(path))
@@ -76,20 +76,20 @@ def test_check_of_a_bad_configuration_says_where_and_ends_with_2(tmp_path, text,
     assert said in shown.stderr
 
 
-def test_check_names_every_mistake_a_line_each(tmp_path, capsys):
+def test_check_reports_every_error_on_its_own_line(tmp_path, capsys):
     path = tmp_path / "bad.toml"
     path.write_text("[consul]\naddres = 1\n[log]\nlevl = 2\n")
     assert (cli.main(["--check", str(path)]), len(capsys.readouterr().err.splitlines())) == (2, 2)
 
 
-def test_check_of_a_file_that_is_not_there_ends_with_2(tmp_path, capsys):
+def test_check_of_a_missing_file_exits_with_2(tmp_path, capsys):
     assert (2, f"{tmp_path}/none.toml: not found\n") == (
         cli.main(["--check", f"{tmp_path}/none.toml"]),
         capsys.readouterr().err,
     )
 
 
-def test_check_says_what_this_user_cannot_use(tmp_path, capsys):
+def test_check_reports_files_that_this_user_cannot_use(tmp_path, capsys):
     path = tmp_path / "c.toml"
     path.write_text(f'[consul]\naddress = "file://{tmp_path}/none.json"\n')
     assert (cli.main(["--check", str(path)]), "none.json: not found" in capsys.readouterr().err) == (2, True)
@@ -100,7 +100,7 @@ def test_check_of_a_good_configuration_within_the_process(open_folder, capsys):
     assert (0, f"{path}: ok\n") == (cli.main(["--check", str(path)]), capsys.readouterr().out)
 
 
-def test_a_secret_in_the_environment_is_not_shown_by_check(tmp_path):
+def test_secret_in_the_environment_is_not_shown_by_check(tmp_path):
     shown = run("--check", str(write_config(tmp_path)), CONSUL_HTTP_TOKEN="hunter2 hunter2")
     assert (
         shown.returncode,
@@ -109,14 +109,14 @@ def test_a_secret_in_the_environment_is_not_shown_by_check(tmp_path):
     ) == (2, False, True)
 
 
-def test_a_person_at_a_terminal_is_told_what_this_is(monkeypatch, capsys):
+def test_terminal_as_input_prints_the_purpose_of_the_program(monkeypatch, capsys):
     monkeypatch.setattr(os, "isatty", lambda _: True)
     assert (cli.main([]), "is started by OpenSMTPD's smtpd" in capsys.readouterr().err) == (2, True)
 
 
 @pytest.fixture
 def wire(monkeypatch):
-    """The program's end of the wire in this process, and smtpd's."""
+    """A socket pair: the program in this process reads one end, and the test gets the other."""
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(cli, "claim_stdio", lambda: (theirs.fileno(), theirs.fileno()))
     monkeypatch.setattr(os, "isatty", lambda _: False)
@@ -124,26 +124,26 @@ def wire(monkeypatch):
         yield ours
 
 
-def test_it_serves_until_the_end_of_the_file(wire, tmp_path):
+def test_program_serves_until_end_of_file(wire, tmp_path):
     wire.sendall(b"config|tablename|aliases\nconfig|ready\ntable|0.1|0|aliases|lookup|alias|1|root\n")
     wire.shutdown(socket.SHUT_WR)
     assert cli.main([str(write_config(tmp_path))]) == 0
     assert wire.recv(65536).splitlines()[-1] == b"lookup-result|1|found|gilles"
 
 
-def test_nobody_there_is_told_what_this_is(wire, tmp_path, capsys):
+def test_empty_input_prints_a_hint(wire, tmp_path, capsys):
     wire.shutdown(socket.SHUT_WR)
     assert (cli.main([str(write_config(tmp_path))]), "--check" in capsys.readouterr().err) == (2, True)
 
 
-def test_nobody_there_and_no_standard_error(wire, tmp_path, monkeypatch):
+def test_empty_input_without_standard_error_exits_with_2(wire, tmp_path, monkeypatch):
     wire.shutdown(socket.SHUT_WR)
     path = str(write_config(tmp_path))
     monkeypatch.setattr(sys, "stderr", None)
     assert cli.main([path]) == 2
 
 
-def test_a_bad_configuration_is_logged_when_it_starts(wire, tmp_path, monkeypatch, caplog):
+def test_bad_configuration_is_logged_at_start(wire, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cli.log, "start", lambda *_: None)
     (tmp_path / "bad.toml").write_text("x = 1\n")
     wire.shutdown(socket.SHUT_WR)
@@ -152,7 +152,7 @@ def test_a_bad_configuration_is_logged_when_it_starts(wire, tmp_path, monkeypatc
     assert (line.startswith(f"{tmp_path}/bad.toml: x: unknown key"), "smtpctl update table" in line) == (True, True)
 
 
-def test_the_log_takes_the_name_of_the_table_from_smtpd(wire, tmp_path, monkeypatch):
+def test_log_uses_the_table_name_from_smtpd(wire, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(cli.log, "start", lambda *arguments: started.append(arguments))
     wire.sendall(b"config|tablename|aliases\nconfig|ready\n")
@@ -161,7 +161,7 @@ def test_the_log_takes_the_name_of_the_table_from_smtpd(wire, tmp_path, monkeypa
     assert started == [("debug", "syslog", ""), ("debug", "syslog", "aliases")]
 
 
-def test_the_environment_of_the_consul_command_counts_and_no_library_sees_it(wire, tmp_path, monkeypatch):
+def test_environment_of_the_consul_command_is_used_and_hidden_from_libraries(wire, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "192.0.2.1:8500")
     monkeypatch.setenv("CONSUL_HTTP_SSL", "")
@@ -184,14 +184,14 @@ class Stopped(Exception):
 
 @pytest.fixture
 def default_path(monkeypatch, tmp_path):
-    """Where the program looks without an argument."""
+    """The path of the default configuration file."""
     path = tmp_path / "table-consul.toml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
     return path
 
 
 def logged(wire, caplog, *dialogue):
-    """The lines of the log that name the configuration, of a program without an argument."""
+    """Run the program without an argument; its log lines that name the configuration."""
     wire.sendall(b"config|tablename|aliases\nconfig|ready\n" + b"".join(dialogue))
     wire.shutdown(socket.SHUT_WR)
     caplog.set_level(logging.INFO, "table_consul")
@@ -202,7 +202,7 @@ def logged(wire, caplog, *dialogue):
 
 @pytest.fixture
 def no_handlers(monkeypatch):
-    """The log stays with the test."""
+    """Keep the log handlers of the test."""
     monkeypatch.setattr(cli.log, "start", lambda *_: None)
 
 

@@ -46,17 +46,17 @@ def test_whole_number_of_seconds_is_a_float(load_config):
     assert [(type(value), value) for value in (table.deadline, table.max_age)] == [(float, 3.0), (float, 60.0)]
 
 
-def test_services_are_in_the_order_of_smtpd_and_named_once(load_config):
+def test_services_are_in_the_order_of_smtpd_without_repetitions(load_config):
     loaded = load_config('[defaults]\nservices = ["regex", "auth", "alias", "regex"]')
     assert loaded.table("x").services == ("alias", "regex", "auth")
 
 
-def test_auth_is_served_only_when_asked_for(load_config):
+def test_auth_is_served_only_when_configured(load_config):
     assert "auth" not in load_config().table("x").services
     assert load_config('[defaults]\nservices = ["auth"]').table("x").services == ("auth",)
 
 
-def test_snapshot_holds_the_name_of_the_table(load_config):
+def test_snapshot_path_contains_the_name_of_the_table(load_config):
     loaded = load_config('[defaults]\nsnapshot = "/var/lib/{table}.json"\n[tables.b]\nsnapshot = "/var/{table}/b"')
     assert loaded.table("a").snapshot == "/var/lib/a.json"
     assert loaded.table("b").snapshot == "/var/b/b"
@@ -66,7 +66,7 @@ def test_snapshot_holds_the_name_of_the_table(load_config):
     ("written", "normal"),
     [("", ""), ("/", ""), ("mail", "mail"), ("/mail/", "mail"), ("mail/smtpd/", "mail/smtpd"), ("größe", "größe")],
 )
-def test_prefix_loses_a_slash_at_either_end(load_config, written, normal):
+def test_slash_at_either_end_of_a_prefix_is_removed(load_config, written, normal):
     assert load_config(f'[defaults]\nprefix = "{written}"').table("x").prefix == normal
 
 
@@ -84,7 +84,7 @@ def test_log_and_metrics_sections_are_read(load_config):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a|b", "|", "a\nb", "a\rb", "a\0b", "a\udc80"])
-def test_table_name_that_no_folder_or_line_can_hold_is_refused(load_config, name):
+def test_invalid_table_name_is_refused(load_config, name):
     with pytest.raises(ConfigError, match=r"^invalid table name "):
         load_config().table(name)
 
@@ -106,11 +106,11 @@ def test_table_name_that_no_folder_or_line_can_hold_is_refused(load_config, name
         ("file:///srv/export.json", "file:///srv/export.json"),
     ],
 )
-def test_address_takes_its_normal_form(load_config, written, normal):
+def test_address_is_normalized(load_config, written, normal):
     assert load_config(f'[consul]\naddress = "{written}"').consul.addresses == (normal,)
 
 
-def test_addresses_keep_their_order_and_lose_repetitions(load_config):
+def test_addresses_keep_their_order_without_repetitions(load_config):
     addresses = load_config(
         '[consul]\naddress = ["http://b:1", "http://a:1/", "http://b:1", "unix:///s"]'
     ).consul.addresses

@@ -81,6 +81,6 @@ def test_every_validator_returns_a_value_or_texts(text):
         try:
             assert validate((text,) if key in {"address", "services"} else text) is not None
         except ValueError as error:
-            # Not one of its children, whose texts are Python's.
+            # Not a subclass, whose texts would come from Python.
             assert type(error) is ValueError  # noqa: PT017 - whether there is one is not known
             assert all(each.isprintable() for each in error.args)  # noqa: PT017 - as above

@@ -15,15 +15,15 @@ from tests.smtpd.configuration import SECRET
 
 @pytest.fixture(autouse=True)
 def _no_smtpd(monkeypatch, open_folder):
-    """There is no user of smtpd; but all users can enter the folders that lead to a file, as root checks then."""
+    """Pretend that smtpd's user does not exist; root then checks that every user can enter the folders above a file."""
     monkeypatch.setattr(check, "smtpd_user", lambda: None)
 
 
 @pytest.fixture
 def as_nobody(monkeypatch):
-    """The check takes nobody for the user of smtpd."""
+    """Make nobody the user of smtpd in the check."""
     if os.geteuid() != 0:
-        pytest.skip("what smtpd's user cannot read is tried as root (sudo make test)")
+        pytest.skip("files that smtpd's user cannot read need root: sudo make test")
     monkeypatch.setattr(check, "smtpd_user", lambda: pwd.getpwnam("nobody"))
 
 
@@ -109,7 +109,7 @@ def test_unverified_tls_is_reported(load_config):
 
 def test_file_that_only_root_can_read_is_reported_to_root(load_config, tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("what root alone can read is tried as root (sudo make test)")
+        pytest.skip("files that only root can read need root: sudo make test")
     (tmp_path / "token").write_text(SECRET)
     (tmp_path / "token").chmod(0o600)
     (line,) = check.check_files(load_config(f'[consul]\ntoken_file = "{tmp_path}/token"'))
@@ -136,7 +136,7 @@ def test_token_file_that_the_daemon_refuses_is_reported(load_config, tmp_path, t
 
 def test_folder_that_only_root_can_enter_is_reported_to_root(load_config, tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("what root alone can read is tried as root (sudo make test)")
+        pytest.skip("files that only root can read need root: sudo make test")
     (tmp_path / "secret").mkdir(mode=0o700)
     (tmp_path / "secret" / "ca").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "secret" / "ca")
@@ -172,7 +172,7 @@ def test_root_checks_as_the_user_of_smtpd(as_nobody, load_config, config_file, t
 
 def test_configuration_that_only_root_can_read_is_reported_to_root(load_config, config_file):
     if os.geteuid() != 0:
-        pytest.skip("what root alone can read is tried as root (sudo make test)")
+        pytest.skip("files that only root can read need root: sudo make test")
     loaded = load_config()
     config_file.chmod(0o600)
     (line,) = check.check_files(loaded)

@@ -1,4 +1,4 @@
-"""The variables of the consul command: CONSUL_HTTP_ADDR and its kin."""
+"""The environment variables of the consul command: CONSUL_HTTP_ADDR and others."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_environment_address_is_read_as_by_the_consul_command(load_config, addre
     assert load_config(CONSUL_HTTP_ADDR=address, CONSUL_HTTP_SSL=ssl).consul.addresses == (normal,)
 
 
-def test_environment_ca_file_overrides_the_ca_path_as_in_the_consul_command(load_config):
+def test_ca_file_overrides_the_ca_path_as_in_the_consul_command(load_config):
     consul = load_config(CONSUL_CACERT="/f", CONSUL_CAPATH="/p").consul
     assert (consul.ca_file, consul.ca_path) == ("/f", None)
     assert load_config(CONSUL_CAPATH="/p").consul.ca_path == "/p"

@@ -91,7 +91,7 @@ def test_metrics_listen_on_the_network_is_refused(config_errors, listen):
     assert line == f"metrics.listen: invalid listen address '{listen}' {use}"
 
 
-def test_all_mistakes_are_reported_at_once(config_errors):
+def test_all_errors_are_reported_together(config_errors):
     lines = config_errors(
         "[consul]\naddress = ['a', 'b']\n[defaults]\nprefix = '..'\ndeadline = 0\nmod = 1\n"
         "services = ['aliass', 'domains']\n[tables.x]\nfetch = 'all'\nsnapshot = 'x'\n[log]\nlevel = 3",
@@ -151,11 +151,11 @@ def test_huge_hexadecimal_is_refused_by_its_key(config_errors):
         ("", {"CONSUL_HTTP_SSL": "maybe", "CONSUL_HTTP_TOKEN": SECRET}),
     ],
 )
-def test_no_error_holds_a_secret(config_errors, text, environ):
+def test_no_error_contains_a_secret(config_errors, text, environ):
     assert SECRET not in "\n".join(config_errors(text, **environ))
 
 
-def test_token_in_the_file_is_refused_with_the_right_key(config_errors):
+def test_token_in_the_file_is_refused_with_a_hint(config_errors):
     (line,) = config_errors(f"[consul]\ntoken = '{SECRET}'")
     assert line == "consul.token: unknown key (did you mean token_file?)"
 

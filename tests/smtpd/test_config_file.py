@@ -1,4 +1,4 @@
-"""Where the configuration is read from, and the errors of a file that cannot be read."""
+"""The path of the configuration, and errors of unreadable files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_default_path_below_a_file_is_a_missing_file(tmp_path, monkeypatch):
     assert config.load(None, {}).path is None
 
 
-def test_default_file_is_read_when_it_is_there(config_file, monkeypatch):
+def test_default_file_is_read_if_it_exists(config_file, monkeypatch):
     config_file.write_text('[defaults]\ntable = "mail"')
     monkeypatch.setattr(config, "DEFAULT_PATH", str(config_file))
     loaded = config.load(None, {})
@@ -57,7 +57,7 @@ def test_folder_is_refused(tmp_path):
         config.load(str(tmp_path), {})
 
 
-def test_named_pipe_without_writer_is_refused_at_once(config_file):
+def test_named_pipe_without_writer_is_refused_without_waiting(config_file):
     os.mkfifo(config_file)
     with pytest.raises(ConfigError, match=r": a named pipe, not a file$"):
         config.load(str(config_file), {})
@@ -80,7 +80,7 @@ def test_unreadable_file_is_reported_with_the_user_and_a_hint(run_as_nobody, ope
     assert f"chown root:{files.smtpd_group()} {path}; chmod 0640 {path}" in text
 
 
-def test_closed_folder_above_the_file_is_reported(run_as_nobody, open_folder):
+def test_inaccessible_folder_above_the_file_is_reported(run_as_nobody, open_folder):
     folder = open_folder / "closed"
     folder.mkdir(mode=0o700)
     (folder / "table-consul.toml").write_text("")

@@ -1,4 +1,4 @@
-"""The programs when Python's packages do not load: each request gets an error, and only end of file ends them."""
+"""The programs without their Python packages: each request gets an error, and only end of file ends them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import table_consul
 from table_consul import fallback
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config
+from tests.dialogue import TIMEOUT_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config
 from tests.smtpd.imsg import ALIAS, CHECK, FETCH, LOOKUP, UPDATE, message, opening, question
 from tests.smtpd.process import ROOT
 from tests.smtpd.procexec import Smtpd
@@ -26,7 +26,7 @@ SERVICES = [name.encode() for name in DEFAULT_SERVICES]
 
 @pytest.fixture
 def broken(request, tmp_path):
-    """The environment in which msgspec does not load."""
+    """An environment in which msgspec does not load."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/msgspec.py").write_text(getattr(request, "param", "def f(:"))
     return {"PYTHONPATH": f"{tmp_path}/packages:{PACKAGE.parent}"}
@@ -65,7 +65,7 @@ def test_lines_are_answered_with_the_reason_which_is_logged_once(broken):
         assert (child.log().count("\n"), child.log().count("restart smtpd")) == (1, 1)
 
 
-def test_signals_do_not_end_it(broken):
+def test_signals_do_not_end_the_program(broken):
     with Child(environ=broken) as child:
         child.handshake()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT):
@@ -100,21 +100,21 @@ def test_imsg_is_answered_with_errors_on_its_socket(broken, code, arguments):
         assert (status, output, log.count("cannot be loaded")) == (0, b"", 1)
 
 
-def test_imsg_close_ends_it(broken):
+def test_imsg_close_ends_the_program(broken):
     with Smtpd(sys.executable, "-m", "table_consul", environ=broken) as smtpd:
         smtpd.wire.sendall(message(3))
-        assert (smtpd.wire.recv(1), smtpd.process.wait(PATIENCE_SECONDS)) == (b"", 0)
+        assert (smtpd.wire.recv(1), smtpd.process.wait(TIMEOUT_SECONDS)) == (b"", 0)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--check", "/etc/mail/table-consul.toml"]])
-def test_person_gets_the_traceback(broken, arguments):
+def test_terminal_gets_the_traceback(broken, arguments):
     command = [sys.executable, "-m", "table_consul", *arguments]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=os.environ | broken, check=False)
     assert (run.returncode, run.stdout, b"Traceback" in run.stderr) == (1, b"", True)
 
 
 def replies(chunks):
-    """What is answered, with the reason cut off."""
+    """The replies without their reasons."""
     conversation = fallback.Conversation("no")
     return b"".join(conversation.receive(chunk) for chunk in chunks)
 
@@ -128,7 +128,7 @@ def test_every_request_of_a_transcript_is_answered_under_its_id(path):
     answers = [line.split(b"|", 2) for line in replies([dialogue.said]).splitlines() if b"register|" not in line]
     expected = [line.split(b"|")[:2] for line in dialogue.answered.splitlines() if b"register|" not in line]
     if path.stem.startswith("procexec"):
-        for fields in expected:  # the first word can be configured
+        for fields in expected:  # the configuration sets the first word
             fields[0] = b"table-result" if "without" in path.stem else b"table-response"
     assert [fields[:2] for fields in answers] == expected
     assert {fields[2] for fields in answers} <= {b"error|no", b"failure"}
@@ -152,7 +152,7 @@ def test_services_are_the_default_ones():
     assert fallback.SERVICES == DEFAULT_SERVICES
 
 
-def test_fallback_imports_the_standard_library_alone():
+def test_fallback_imports_only_the_standard_library():
     nodes = ast.walk(ast.parse((PACKAGE / "fallback.py").read_text()))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     nodes = ast.walk(ast.parse((PACKAGE / "fallback.py").read_text()))
@@ -161,7 +161,7 @@ def test_fallback_imports_the_standard_library_alone():
 
 
 @pytest.mark.parametrize("name", ["requests", "consul", "urllib3"])
-def test_package_that_is_needed_later_is_an_error_reply_and_logged_once(tmp_path, name):
+def test_package_missing_after_the_start_is_an_error_reply_and_logged_once(tmp_path, name):
     (tmp_path / f"{name}.py").write_text("def f(:")
     path = write_config(tmp_path, address="http://127.0.0.1:1")
     with Child(str(path), environ={"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}) as child:

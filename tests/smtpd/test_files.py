@@ -1,4 +1,4 @@
-"""Replacing files in one step, whatever is or happens beside them."""
+"""Atomic replacement of files, with leftovers and faults."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_file_of_a_live_writer_is_left_alone(tmp_path):
     assert ((tmp_path / "copy").read_bytes(), os.listdir(tmp_path)) == (b"first", ["copy"])
 
 
-def test_pipe_and_link_with_the_name_of_a_leftover_are_neither_waited_for_nor_removed(tmp_path):
+def test_pipe_and_link_with_the_name_of_a_leftover_do_not_block_and_are_left_alone(tmp_path):
     kill_a_writer(tmp_path / "copy")
     (leftover,) = os.listdir(tmp_path)
     random = leftover.split(".")[1]
@@ -80,7 +80,7 @@ def test_pipe_and_link_with_the_name_of_a_leftover_are_neither_waited_for_nor_re
 
 def test_leftover_of_another_user_is_left_alone(tmp_path):
     if os.geteuid() != 0:
-        pytest.skip("files of another user are made as root (sudo make test)")
+        pytest.skip("files of another user need root: sudo make test")
     kill_a_writer(tmp_path / "copy")
     (leftover,) = os.listdir(tmp_path)
     os.chown(tmp_path / leftover, 65534, 65534)
@@ -130,9 +130,9 @@ def test_folder_that_is_removed_while_writing_is_an_error(tmp_path):
         writer.commit()
 
 
-def test_folder_that_may_be_written_but_not_read_takes_the_file(open_folder):
+def test_file_is_replaced_in_a_writable_unreadable_folder(open_folder):
     if os.geteuid() != 0:
-        pytest.skip("what another user cannot read is tried as root (sudo make test)")
+        pytest.skip("files that another user cannot read need root: sudo make test")
     open_folder.chmod(0o733)
     code = (
         "import os, sys, tempfile; from table_consul.files import AtomicWriter; os.setgroups([]); os.setuid(65534)\n"

@@ -32,7 +32,7 @@ def events(*chunks):
 
 
 def asked(*messages):
-    """What comes of these messages after an OPEN, in one piece and byte by byte."""
+    """The events of these messages after an OPEN, the same in one piece and byte by byte."""
     data = b"".join((opening(), *messages))
     whole, pieces = events(data), events(*(bytes([each]) for each in data))
     assert pieces == whole
@@ -56,7 +56,7 @@ def recorded(request, tmp_path_factory):
     return said, answered, chunks, tmp_path_factory.mktemp("recorded")
 
 
-def test_a_recorded_conversation_asks_all_that_smtpd_asks_tables(recorded):
+def test_recorded_conversation_has_every_kind_of_request(recorded):
     said, _, _, _ = recorded
     ops = {(event.op, event.service) for event in events(said) if isinstance(event, Request)}
     assert {
@@ -71,57 +71,57 @@ def test_a_recorded_conversation_asks_all_that_smtpd_asks_tables(recorded):
     } <= ops
 
 
-def test_a_recorded_conversation_is_answered_as_it_was(recorded):
+def test_recorded_conversation_gets_the_recorded_answers(recorded):
     _, answered, chunks, folder = recorded
     assert replayed(folder, chunks) == answered
 
 
-def test_a_recorded_conversation_in_one_piece_is_answered_the_same(recorded):
+def test_recorded_conversation_in_one_piece_gets_the_same_answers(recorded):
     said, answered, _, folder = recorded
     assert replayed(folder, [said]) == answered
 
 
-def test_a_recorded_conversation_byte_by_byte_is_answered_the_same(recorded):
+def test_recorded_conversation_byte_by_byte_gets_the_same_answers(recorded):
     said, answered, _, folder = recorded
     assert replayed(folder, (bytes([each]) for each in said)) == answered
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 4000)))
-def test_a_recorded_conversation_in_random_cuts_is_answered_the_same(recorded, cuts):
+def test_recorded_conversation_in_random_cuts_gets_the_same_answers(recorded, cuts):
     said, answered, _, folder = recorded
     places = sorted({0, *cuts, len(said)})
     assert replayed(folder, (said[a:b] for a, b in itertools.pairwise(places))) == answered
 
 
-# ---- what smtpd says ----
+# ---- messages of smtpd ----
 
 
 @pytest.mark.parametrize("data", [opening(), message(CHECK), b"\0\0\0\2"])
-def test_a_small_number_comes_first(data):
+def test_small_number_is_imsg(data):
     assert speaks(data)
 
 
 @pytest.mark.parametrize("data", [b"", b"config|", b"table|", b"\n", b"\xff"])
-def test_letters_are_another_dialect(data):
+def test_letters_are_not_imsg(data):
     assert not speaks(data)
 
 
-def test_open_tells_the_table_and_the_version():
+def test_open_has_the_table_and_the_version():
     assert [Ready({"tablename": "users", "protocol": "imsg 2"})] == events(opening(b"users"))
 
 
 @pytest.mark.parametrize("body", [b"", b"\2", struct.pack("=I", 3) + b"t", struct.pack("=I", 2)])
-def test_an_open_of_any_kind_is_answered(body):
+def test_any_open_is_answered(body):
     assert [Ready] == [type(event) for event in events(message(OPEN, body))]
 
 
-def test_a_name_that_fills_its_field_has_no_nul():
+def test_name_may_fill_its_field_without_a_nul():
     (event,) = events(message(OPEN, struct.pack("=I", 2) + b"n" * 2048))
     assert event.config["tablename"] == "n" * 2048
 
 
-def test_requests_carry_the_name_and_the_key():
+def test_requests_have_the_table_name_and_the_key():
     assert asked(
         question(CHECK, ALIAS, b"root\0"),
         question(LOOKUP, ALIAS, b"root\0"),
@@ -131,22 +131,22 @@ def test_requests_carry_the_name_and_the_key():
 
 
 @pytest.mark.parametrize("name", DEFAULT_SERVICES)
-def test_services_are_bits(name):
+def test_service_is_a_bit(name):
     (event,) = asked(question(LOOKUP, SERVICES[name].bit, b"k\0"))
     assert name == event.service
 
 
 @pytest.mark.parametrize("bit", [0, 3, 0x2000, -1, -(2**31), 2**31 - 1])
-def test_an_unknown_service_is_a_request_that_nobody_answers_with_data(bit):
+def test_unknown_service_is_a_request_without_a_known_service(bit):
     (event,) = asked(question(LOOKUP, bit, b"k\0"))
     assert (isinstance(event, Request), event.service in SERVICES) == (True, False)
 
 
-def test_an_empty_key_is_a_key():
+def test_empty_key_is_valid():
     assert [event.key for event in asked(question(LOOKUP, ALIAS, b"\0"))] == [b""]
 
 
-def test_parameters_before_the_key_are_passed_over():
+def test_parameters_before_the_key_are_skipped():
     (event,) = asked(question(LOOKUP, ALIAS, b"a\0b\0c\0\0root\0", count=2))
     assert event == LOOKED_UP
     assert asked(question(FETCH, SOURCE, b"a\0b\0", count=1)) == [FETCHED]
@@ -168,38 +168,38 @@ def test_parameters_before_the_key_are_passed_over():
         (FETCH, b"a\0", 1),
     ],
 )
-def test_a_question_with_something_wrong_in_it_is_answered_with_an_error_and_those_after_it_as_ever(kind, rest, count):
+def test_invalid_request_is_an_error_and_does_not_affect_the_next(kind, rest, count):
     first, second = asked(question(kind, ALIAS, rest, count), question(LOOKUP, ALIAS, b"root\0"))
     assert (Malformed, OPS[kind], LOOKED_UP) == (type(first), first.request.op, second)
 
 
 @pytest.mark.parametrize(("count", "noun"), [(1, "parameter"), (6, "parameters")])
-def test_parameters_that_do_not_fit_are_counted(count, noun):
+def test_parameters_that_do_not_fit_are_counted_in_the_error(count, noun):
     (event,) = asked(question(LOOKUP, ALIAS, b"a\0", count))
     assert event.reason == f"the message is too short for its {count} {noun}"
 
 
 @pytest.mark.parametrize("body", [b"", b"\1", struct.pack("=i", 1), struct.pack("=i", 1) + b"\0" * 7])
 @pytest.mark.parametrize("kind", [CHECK, LOOKUP, FETCH])
-def test_a_question_that_is_too_short_is_answered_with_an_error(kind, body):
+def test_short_request_is_an_error(kind, body):
     (event,) = asked(message(kind, body))
     assert (Malformed, OPS[kind]) == (type(event), event.request.op)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 8, 255, 2**32 - 1])
-def test_an_unknown_type_is_told_and_not_answered(kind):
+def test_unknown_type_is_reported_and_not_answered(kind):
     first, second = asked(message(kind, b"x" * 99), question(LOOKUP, ALIAS, b"root\0"))
     assert (Malformed(f"unknown message of type {kind}", None), LOOKED_UP) == (first, second)
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, MAX_MESSAGE + 1, 65535])
-def test_after_a_length_that_cannot_be_nothing_more_is_understood(length):
+def test_input_after_an_invalid_length_is_ignored(length):
     lie = message(LOOKUP, b"\1\0\0\0root\0", length=length)
     (event,) = asked(lie, question(LOOKUP, ALIAS, b"root\0"))
     assert (Malformed, None) == (type(event), event.request)
 
 
-def test_what_is_no_longer_understood_takes_no_memory():
+def test_ignored_input_takes_no_memory():
     session = Session()
     tracemalloc.start()
     events = [event for _ in range(100) for event in session.receive_data(b"\0" * 65536)]
@@ -208,7 +208,7 @@ def test_what_is_no_longer_understood_takes_no_memory():
     assert (len(events), grown < 3 * 65536) == (1, True)
 
 
-def test_the_longest_message_is_understood():
+def test_longest_message_is_read():
     (event,) = asked(question(LOOKUP, ALIAS, b"k" * (MAX_MESSAGE - 16 - 12 - 1) + b"\0"))
     assert len(event.key) == MAX_MESSAGE - 29
 
@@ -220,23 +220,23 @@ def test_close_ends_the_conversation():
     assert session.receive_data(question(LOOKUP, ALIAS, b"root\0")) == []
 
 
-def test_a_conversation_is_open_until_then():
+def test_conversation_is_open_until_close():
     session = Session()
     assert [Ready, Request] == [type(event) for event in session.receive_data(opening() + message(UPDATE))]
     assert not session.closed
 
 
-# ---- what it is told ----
+# ---- replies ----
 
 
-def told(data, value=b""):
-    """The verdict and what follows, of a message that is well-formed."""
+def outcome_of(data, value=b""):
+    """The result code and the value of a well-formed reply."""
     kind, length, flags, _, _ = HEADER.unpack_from(data)
     assert (0, len(data), 0) == (kind, length, flags)
     return struct.unpack_from("=i", data, 16)[0], data[20:]
 
 
-def test_the_answer_to_open_is_empty():
+def test_answer_to_open_is_empty():
     assert message(0)[:12] + b"\0\0\0\0" == Session().register(DEFAULT_SERVICES)
 
 
@@ -258,14 +258,14 @@ REPLIES = {
 
 @pytest.mark.parametrize(("request_", "reply", "expected"), REPLIES.values(), ids=REPLIES)
 def test_replies(request_, reply, expected):
-    assert expected == told(Session().send(request_, reply))
+    assert expected == outcome_of(Session().send(request_, reply))
 
 
-def test_the_longest_reply_is_the_longest_message():
+def test_longest_reply_is_the_longest_message():
     assert len(Session().send(LOOKED_UP, Found(b"v" * MAX_VALUE))) == MAX_MESSAGE
 
 
-def test_a_longer_value_cannot_be_sent():
+def test_oversized_value_is_a_reply_error():
     with pytest.raises(ReplyError, match="16364 bytes; this smtpd takes at most 16363"):
         Session().send(LOOKED_UP, Found(b"v" * (MAX_VALUE + 1)))
 
@@ -285,7 +285,7 @@ def test_a_longer_value_cannot_be_sent():
         (Request("dump", b"", "t", "alias", b""), Found(b"secret")),
     ],
 )
-def test_a_reply_that_does_not_answer_the_request_cannot_be_sent(request_, reply):
+def test_reply_of_the_wrong_kind_is_a_reply_error(request_, reply):
     with pytest.raises(ReplyError) as raised:
         Session().send(request_, reply)
     assert "secret" not in str(raised.value)
@@ -312,12 +312,12 @@ BYTES = st.lists(HEADERS | QUESTIONS | st.binary(max_size=40), max_size=8).map(b
 
 @given(st.lists(BYTES, max_size=5))
 @example([message(CLOSE), b"x"])
-def test_any_bytes_are_events_and_what_can_be_answered_is_one_message(chunks):
+def test_any_bytes_are_events_and_every_answer_is_one_message(chunks):
     for event in events(*chunks):
         assert isinstance(event, Ready | Request | Malformed)
         request = event if isinstance(event, Request) else getattr(event, "request", None)
         if request is not None:
-            assert (0 if request.op == "update" else -1, b"") == told(Session().send(request, Failed("no data")))
+            assert (0 if request.op == "update" else -1, b"") == outcome_of(Session().send(request, Failed("no data")))
 
 
 @given(chunk=BYTES, cuts=st.sets(st.integers(0, 300)))
@@ -347,9 +347,9 @@ def test_pipelined_questions_are_read_in_order_with_their_keys(questions, name):
 
 
 @given(st.binary(max_size=200))
-def test_a_value_that_can_be_found_arrives_whole(value):
+def test_valid_value_arrives_whole(value):
     try:
         reply = Found(value)
     except ReplyError:
         return
-    assert (1, value + b"\0") == told(Session().send(LOOKED_UP, reply))
+    assert (1, value + b"\0") == outcome_of(Session().send(LOOKED_UP, reply))

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from table_consul import log
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 
 
 @pytest.fixture(autouse=True)
 def loggers():
-    """Whatever a test starts, the loggers are as they were after it."""
+    """Restore the loggers after each test."""
     root, ours = logging.getLogger(), logging.getLogger("table_consul")
     before = (root.handlers[:], root.level, ours.level, logging.raiseExceptions)
     yield
@@ -39,7 +39,7 @@ def stderr(capfd):
 
 @pytest.fixture
 def syslog_lines(monkeypatch):
-    """A function that returns what reached syslog(3): how it was opened, priority, line."""
+    """A function that returns the calls of syslog(3): the arguments of openlog, then priority and line of each."""
     found, opened = [], []
     monkeypatch.setattr(syslog, "openlog", lambda *how: opened.append(how))
 
@@ -103,7 +103,7 @@ def test_auto_is_syslog_with_facility_mail_without_a_terminal(syslog_lines, monk
     assert syslog_lines() == [(("table-consul[aliases]", 0, syslog.LOG_MAIL), syslog.LOG_INFO, "hello")]
 
 
-def test_auto_is_a_terminal_if_there_is_one(syslog_lines, monkeypatch, capsys):
+def test_auto_is_the_terminal_if_standard_error_is_one(syslog_lines, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     log.start("info", "auto", "aliases")
     logger().info("hello")
@@ -114,7 +114,7 @@ def test_auto_is_a_terminal_if_there_is_one(syslog_lines, monkeypatch, capsys):
     ("syslog_is_there", "path", "stderr_is_read"),
     [
         (False, "err", True),
-        (False, os.devnull, False),  # a daemonised smtpd, and syslog may come yet
+        (False, os.devnull, False),  # a daemonised smtpd; syslog may start later
         (True, "err", False),
     ],
 )
@@ -199,9 +199,9 @@ def test_syslog_that_fails_is_ignored(syslog_lines, monkeypatch, capsys):
 
 @pytest.fixture
 def stuck(monkeypatch, syslog_lines):
-    """An event that lets syslog(3) go on, which until then waits as for a socket that nobody reads."""
+    """An event; until it is set, syslog(3) blocks as on a socket that nobody reads."""
     go_on, take = threading.Event(), syslog.syslog
-    monkeypatch.setattr(syslog, "syslog", lambda *line: (go_on.wait(PATIENCE_SECONDS), take(*line)))
+    monkeypatch.setattr(syslog, "syslog", lambda *line: (go_on.wait(TIMEOUT_SECONDS), take(*line)))
     yield go_on
     go_on.set()
     flush()
@@ -230,7 +230,7 @@ def test_lines_keep_the_name_they_were_logged_under(stuck, syslog_lines):
     ]
 
 
-def test_flush_waits_only_so_long_for_a_log_that_is_not_read(stuck, monkeypatch):
+def test_flush_waits_a_bounded_time_for_a_log_that_is_not_read(stuck, monkeypatch):
     monkeypatch.setattr(log, "FLUSH_SECONDS", 0.05)
     log.start("info", "syslog", "t")
     logger().info("hello")
@@ -239,7 +239,7 @@ def test_flush_waits_only_so_long_for_a_log_that_is_not_read(stuck, monkeypatch)
     assert time.monotonic() - began < 5
 
 
-def test_standard_error_that_does_not_block_gets_every_byte(monkeypatch):
+def test_non_blocking_standard_error_gets_every_byte(monkeypatch):
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     before = os.dup(2)

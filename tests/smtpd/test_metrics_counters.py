@@ -52,7 +52,7 @@ def test_requests_are_counted_by_table_service_operation_and_reply():
 @pytest.mark.parametrize(
     ("seconds", "interval"), [(0.0, 0), (0.00001, 0), (0.00002, 1), (0.05, 7), (1.5, 10), (99.0, 11)]
 )
-def test_interval_of_a_reply_includes_its_upper_end(seconds, interval):
+def test_histogram_bucket_includes_its_upper_bound(seconds, interval):
     counters = Counters(table_layout)
     count_replies(counters, seconds, (request(), Found), (request(), Found))
     ((total, _, *intervals),) = counters.cells().values()
@@ -236,7 +236,7 @@ def test_label_of_an_error_is_its_kind_and_no_part_of_its_text(error, kind):
     assert list(collect(tables)["table_consul_last_error_timestamp_seconds"]) == [(kind, "aliases/", "aliases")]
 
 
-def test_errors_of_strangers_add_no_series():
+def test_errors_with_text_from_requests_add_no_series():
     tables = fake_tables()
     count_replies(tables.counters, 0.0, (request(), Failed))
     for number in range(50):
@@ -285,7 +285,7 @@ def test_held_deletions_are_published_with_the_time_left():
     assert published(ACCEPTED) == (3, 0.0)
 
 
-def test_time_left_of_a_hold_is_0_where_nothing_is_held():
+def test_time_left_of_a_hold_is_0_without_held_deletions():
     mirror = Mirror(600.0)
     mirror.state = (Snapshot({}, {}), time.monotonic())
     samples = collect(fake_tables(watch(mirror=mirror)))

@@ -64,7 +64,7 @@ def test_server_listens_on_a_loopback_port(serve, family, host):
     assert scrape(listen)["table_consul_build_info"] == BUILD_INFO
 
 
-def test_socket_is_for_everyone_and_replaces_that_of_a_dead_process(tmp_path, serve):
+def test_socket_is_open_to_all_users_and_replaces_that_of_a_dead_process(tmp_path, serve):
     path = tmp_path / "sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -103,7 +103,7 @@ def test_silent_clients_do_not_block_a_scrape(tmp_path, serve):
 
 @contextlib.contextmanager
 def trickling(path):
-    """A client of this Unix socket that sends its request byte by byte, never so slowly that a read times out."""
+    """A client of this Unix socket that sends its request byte by byte, fast enough that no read times out."""
     ended = threading.Event()
     with connect(path) as client:
 
@@ -164,7 +164,7 @@ def test_exporter_moves_to_the_address_of_a_new_configuration(tmp_path, exporter
     with connect(tmp_path / "aliases.old") as slow:
         export()
         assert scrape(tmp_path / "aliases.new")["table_consul_build_info"] == BUILD_INFO
-        with contextlib.suppress(ConnectionResetError):  # its turn had not come
+        with contextlib.suppress(ConnectionResetError):  # the server had not served this client yet
             assert slow.recv(1) == b""
     for _ in eventually("the old address is closed"):
         try:
@@ -199,7 +199,7 @@ def test_port_in_use_is_served_once_it_is_free(exporter, caplog):
     assert f"metrics.listen {listen}: recovered after" in caplog.text
 
 
-def test_file_that_cannot_be_written_is_logged_once_and_written_once_it_can_be(tmp_path, exporter, caplog):
+def test_unwritable_file_is_logged_once_and_written_later(tmp_path, exporter, caplog):
     folder = tmp_path / "later"
     export = exporter(fake_tables(textfile=folder / "{table}.prom"))
     for _ in range(20):

@@ -49,7 +49,7 @@ def samples_of(samples, table):
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
-    """The program, answering from a file as table aliases. Tests share it, so each counts on a table of its own."""
+    """The program, answering from a file as table aliases. Tests share it; each uses its own table name."""
     folder = tmp_path_factory.mktemp("child")
     with Child(metrics_config(folder, textfile=True, listen=f"unix://{folder}/{{table}}.sock")) as child:
         child.folder, child.socket = folder, folder / "aliases.sock"
@@ -115,7 +115,7 @@ def mirror(tmp_path_factory):
         config = metrics_config(folder, 'prefix = "mail"', address=fake.address, listen=f"unix://{folder}/sock")
         with Child(config) as child:
             child.handshake()
-            # The index is the last to be noted of what was taken over.
+            # The index is published last of a snapshot.
             labels = ("mail/aliases/", "aliases")
             scrape_until(folder / "sock", "table_consul_snapshot_index", labels, fake.index)
             yield SimpleNamespace(fake=fake, child=child, socket=folder / "sock", labels=labels)
@@ -170,7 +170,7 @@ def test_direct_table_is_down_from_the_loss_of_consul_to_the_next_answer(tmp_pat
             assert samples["table_consul_failures_total"] == {labels: 1}
             assert list(samples["table_consul_last_error_timestamp_seconds"]) == [("unreachable", *labels)]
             fake.start()
-            for _ in eventually("Consul is asked again"):
+            for _ in eventually("Consul is contacted again"):
                 if b"found" in child.ask(b"table|0.1|0|aliases|lookup|alias|3|root"):
                     break
             scrape_until(path, "table_consul_up", labels, 1)
@@ -223,7 +223,7 @@ def test_library_that_does_not_load_is_logged_once_and_requests_are_answered(tmp
     with Child(config, environ={"PYTHONPATH": f"{library.parent}:{CHECKOUT}"}) as child:
         child.handshake()
         assert child.ask(b"table|0.1|0|aliases|lookup|alias|1|root") == b"lookup-result|1|found|gilles"
-        # The thread that imports it may be slower than the whole conversation.
+        # The thread that imports the library may be slower than the whole conversation.
         read_log(child, f"{problem}; install table-consul[metrics]".encode())
         assert child.end() == 0
         log = child.log()

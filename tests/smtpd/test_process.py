@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.dialogue import PATIENCE_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config, write_source
 from tests.smtpd.process import ROOT, start_child
 
 HANDSHAKE = b"config|tablename|aliases\nconfig|ready\n"
@@ -42,7 +42,7 @@ def test_transcript_sent_in_one_piece_is_answered(path, tmp_path):
 
 
 def nonsense(chance, number):
-    """A line that smtpd would not say: of random bytes, of random fields, or a request with something wrong in it."""
+    """A line that smtpd would not send: random bytes, random fields, or an invalid request."""
     what = chance.randrange(4)
     if what == 0:
         return chance.randbytes(chance.randrange(60)).replace(b"\n", b"")
@@ -61,7 +61,7 @@ def nonsense(chance, number):
     return b"|".join(fields)
 
 
-def test_random_lines_are_survived_and_draw_only_replies_to_requests(entries_config):
+def test_random_lines_get_replies_only_to_requests(entries_config):
     chance = random.Random(20)
     lines, certain = [], {}
     for number in range(40_000):
@@ -73,7 +73,7 @@ def test_random_lines_are_survived_and_draw_only_replies_to_requests(entries_con
             )
             lines.append(b"table|0.1|0|aliases|lookup|alias|%08x|%b" % (number, key))
             certain[b"%08x" % number] = b"lookup-result|%08x|%b" % (number, answer)
-    # A second handshake is answered like the first; that smtpd says it never.
+    # A second handshake, which smtpd never sends, is answered like the first.
     lines = [line for line in lines if not line.startswith(b"config|ready")]
     with Child(entries_config) as child, open(os.devnull, "wb") as nowhere:
         drain = subprocess.Popen(
@@ -88,13 +88,13 @@ def test_random_lines_are_survived_and_draw_only_replies_to_requests(entries_con
             while (reply := child.line()) != b"lookup-result|%08x|found|gilles" % (0xF0000000 + at):
                 replies.append(reply)
         assert (child.rest(), child.end()) == (b"", 0)
-        drain.wait(PATIENCE_SECONDS)
+        drain.wait(TIMEOUT_SECONDS)
     asked = iter(lines)
     for reply in replies:
         word, ident, outcome = reply.split(b"|", 2)
         assert re.fullmatch(rb"not-found|ok|found|found\|[^\r\0]+|error\|.*", outcome, re.DOTALL), reply
         op = word.removesuffix(b"-result")
-        assert any({op, ident} <= set(line.split(b"|")) for line in asked), f"nobody asked for {reply!r}, in this order"
+        assert any({op, ident} <= set(line.split(b"|")) for line in asked), f"{reply!r} answers no request"
     assert certain == {
         ident: reply for reply in replies if (ident := reply.split(b"|")[1]) in certain and certain[ident] == reply
     }

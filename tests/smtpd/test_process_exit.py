@@ -1,4 +1,4 @@
-"""How the program ends: the end of its input, signals, and starts by hand."""
+"""The end of the program: end of file, signals, and starts by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.dialogue import ENTRIES, PATIENCE_SECONDS, Child, write_config, write_source
+from tests.dialogue import ENTRIES, TIMEOUT_SECONDS, Child, write_config, write_source
 from tests.smtpd.process import ROOT
 from tests.smtpd.procexec import OF_TODAY, RUN, Smtpd, bridged, table_program, wait_for_answer
 
@@ -20,13 +20,13 @@ LONG = {**ENTRIES, "aliases/string/long": b"x" * 100_000}
 # ---- started by smtpd ----
 
 
-def test_the_end_of_the_file_is_the_end_with_status_0(entries_config):
+def test_end_of_file_exits_with_0(entries_config):
     with Child(entries_config) as child:
         child.handshake()
         assert child.end() == 0
 
 
-def test_the_end_in_the_middle_of_a_line_is_the_end_with_status_0(entries_config):
+def test_end_of_file_within_a_line_exits_with_0(entries_config):
     with Child(entries_config) as child:
         child.handshake()
         child.say(ROOT % 1)
@@ -37,7 +37,7 @@ def ask_for_long(child, count):
     child.say(b"".join(b"table|0.1|0|aliases|lookup|string|%08x|long\n" % number for number in range(count)))
 
 
-def test_peer_that_vanishes_during_replies_ends_with_status_0(tmp_path):
+def test_peer_that_vanishes_during_replies_exits_with_0(tmp_path):
     path = write_config(tmp_path)
     write_source(tmp_path, LONG)
     with Child(str(path)) as child:
@@ -45,14 +45,14 @@ def test_peer_that_vanishes_during_replies_ends_with_status_0(tmp_path):
         ask_for_long(child, 100)
         child.line()
         child.wire.close()
-        assert (child.process.wait(PATIENCE_SECONDS), problems(child)) == (0, "")
+        assert (child.process.wait(TIMEOUT_SECONDS), problems(child)) == (0, "")
 
 
 ENDING = ("INT", "TERM", "HUP", "PIPE", "USR1", "USR2", "ALRM", "QUIT")
 
 
 @pytest.mark.parametrize("name", ["table-consul", "table-procexec"])
-def test_signals_do_not_end_it_whether_smtpd_ignores_them_or_not(entries_config, make_program, name):
+def test_signals_that_smtpd_ignores_or_not_do_not_end_the_program(entries_config, make_program, name):
     command = {"table-consul": (*PROGRAM, entries_config), "table-procexec": (*RUN, make_program(OF_TODAY))}
     with Smtpd(*command[name]) as smtpd:
         for signal_name in ENDING:
@@ -61,7 +61,7 @@ def test_signals_do_not_end_it_whether_smtpd_ignores_them_or_not(entries_config,
         assert smtpd.end()[0] == 0
 
 
-def test_child_of_table_procexec_ignores_what_smtpd_ignores_and_no_more(make_program):
+def test_child_of_table_procexec_ignores_only_the_signals_that_smtpd_ignores(make_program):
     numbers = [signal.Signals[f"SIG{name}"].value for name in ENDING]
     action = f"import signal; answer = f'found|{{[n for n in {numbers} if signal.getsignal(n) == signal.SIG_IGN]}}'"
     with bridged(make_program(table_program(action))) as smtpd:
@@ -69,13 +69,13 @@ def test_child_of_table_procexec_ignores_what_smtpd_ignores_and_no_more(make_pro
         assert smtpd.ask()[1].decode() == str([signal.Signals[f"SIG{name}"].value for name in ENDING[:4]])
 
 
-def test_person_can_interrupt_it():
+def test_program_started_by_hand_can_be_interrupted():
     with subprocess.Popen(PROGRAM, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdin.write(b"config|ready\n")
         program.stdin.flush()
         program.stdout.readline()
         program.send_signal(signal.SIGINT)
-        program.communicate(timeout=PATIENCE_SECONDS)
+        program.communicate(timeout=TIMEOUT_SECONDS)
     assert program.returncode != 0
 
 
@@ -92,7 +92,7 @@ def test_non_blocking_socket_is_waited_for(tmp_path):
 
 
 def problems(child):
-    """The log without its lines of level INFO."""
+    """The log without lines of level INFO."""
     return "".join(line for line in child.log().splitlines(keepends=True) if ": INFO: " not in line)
 
 
@@ -100,10 +100,10 @@ def problems(child):
 
 
 def run_to_the_end(*command, **options):
-    return subprocess.run(command, capture_output=True, timeout=PATIENCE_SECONDS, check=False, **options)
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False, **options)
 
 
-def test_terminal_as_standard_input_prints_a_hint_and_ends_with_status_2():
+def test_terminal_as_standard_input_prints_a_hint_and_exits_with_2():
     ours, theirs = pty.openpty()
     try:
         run = run_to_the_end(*PROGRAM, stdin=theirs)
@@ -114,13 +114,13 @@ def test_terminal_as_standard_input_prints_a_hint_and_ends_with_status_2():
 
 
 @pytest.mark.parametrize("sent", [b"", b"hello\n", b"GET / HTTP/1.0\r\n\r\n"])
-def test_input_in_no_dialect_prints_a_hint_and_ends_with_status_2(entries_config, sent):
+def test_input_in_no_dialect_prints_a_hint_and_exits_with_2(entries_config, sent):
     run = run_to_the_end(*PROGRAM, entries_config, input=sent)
     assert (run.returncode, run.stdout, b"is started by OpenSMTPD's smtpd" in run.stderr) == (2, b"", True)
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_input_ends_with_status_2_and_no_traceback(entries_config, closed):
+def test_closed_standard_input_exits_with_2_without_a_traceback(entries_config, closed):
     run = run_to_the_end("/bin/sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAM, entries_config)
     assert (run.returncode, b"Traceback" in run.stdout + run.stderr) == (2, False)
 
@@ -131,7 +131,7 @@ def test_suggested_dialogue_works(entries_config):
 
 
 def test_handshake_needs_no_heavy_imports():
-    """Heavy imports belong where they are needed; smtpd waits for its handshake."""
+    """smtpd waits for the handshake, which must not wait for heavy imports."""
     code = "import sys; from table_consul import cli; print(*sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert set() == {"requests", "urllib3", "consul", "ssl", "http.client", "table_consul.kv"} & {*modules}

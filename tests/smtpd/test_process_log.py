@@ -1,4 +1,4 @@
-"""The running program and a log that nobody reads: it answers, and it ends."""
+"""The running program with a log that nobody reads still answers and ends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 from tests.dialogue import Child, write_config, write_source
 from tests.smtpd.process import ROOT, start_child
 
-COMPLAINTS = 5000  # more than a pipe, a socket and the queue of lines hold
+COMPLAINTS = 5000  # exceeds the capacity of a pipe, a socket and the queue of lines
 
 
 def complain(child):
-    """Have the program log that many lines, and then answer."""
+    """Make the program log ``COMPLAINTS`` lines and then answer."""
     child.handshake()
     for number in range(0, COMPLAINTS, 100):
         child.say(b"".join(b"hello %d %s\n" % (each, b"x" * 90) for each in range(number, number + 100)))
@@ -31,14 +31,14 @@ def test_standard_error_that_nobody_reads_delays_neither_answers_nor_the_end(tmp
         assert child.end() == 0
 
 
-def test_standard_error_that_is_read_late_says_how_many_lines_it_lacks(tmp_path):
+def test_standard_error_read_late_reports_the_number_of_dropped_lines(tmp_path):
     with start_child(tmp_path) as child:
         complain(child)
         read = b""
         while not (found := re.search(rb"(\d+) log lines dropped", read)):
             read += os.read(child.process.stderr.fileno(), 65536)
         logged = read.count(b": WARNING: ") - 1
-        assert logged + int(found[1]) == COMPLAINTS + 1  # one entry is bad
+        assert logged + int(found[1]) == COMPLAINTS + 1  # and one bad entry
         assert child.end() == 0
 
 
@@ -53,7 +53,7 @@ def test_last_line_is_written_before_the_end(tmp_path):
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM], ids=["datagrams", "stream"])
 def test_syslog_that_nobody_reads_delays_neither_handshake_nor_answers_nor_the_end(tmp_path, kind):
     if os.geteuid() != 0:
-        pytest.skip("a /dev/log of its own takes root (sudo make test)")
+        pytest.skip("replacing /dev/log needs root: sudo make test")
     path = write_config(tmp_path, more='[log]\ntarget = "syslog"')
     dev = tmp_path / "dev"
     dev.mkdir()
@@ -70,7 +70,7 @@ def test_syslog_that_nobody_reads_delays_neither_handshake_nor_answers_nor_the_e
             assert child.end() == 0
 
 
-def test_20_000_bad_entries_write_some_tens_of_lines(tmp_path):
+def test_20_000_bad_entries_log_a_few_dozen_lines(tmp_path):
     path = write_config(tmp_path)
     write_source(tmp_path, {f"aliases/alias/a{number}": b"|sh" for number in range(20_000)})
     with Child(str(path)) as child:

@@ -13,7 +13,7 @@ from tests.smtpd.process import ROOT
 @pytest.mark.parametrize("mode", ["direct", "mirror"])
 def test_unreachable_consul_is_an_error_reply_in_time_without_the_token(tmp_path, mode):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, and not listening: whoever connects is refused
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         log = '[log]\nlevel="debug"\ntarget="stderr"'
         path = write_config(tmp_path, f'mode = "{mode}"', "deadline = 0.5", address=address, more=log)

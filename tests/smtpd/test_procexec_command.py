@@ -11,7 +11,7 @@ import pytest
 
 from table_consul import procexec
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 from tests.e2e.programs import OF_2020
 from tests.smtpd.imsg import opening
 from tests.smtpd.procexec import OF_TODAY, RUN, Smtpd
@@ -30,24 +30,24 @@ def test_line_protocol_execs_the_child_without_losing_input(make_program):
             assert registered == [b"register|alias\n", b"register|source\n", b"register|ready\n"]
             assert lines.readline() == b"lookup-result|1|found|%d\n" % process.pid
             wire.shutdown(socket.SHUT_WR)
-            assert (lines.read(), process.wait(PATIENCE_SECONDS)) == (b"", 0)
+            assert (lines.read(), process.wait(TIMEOUT_SECONDS)) == (b"", 0)
 
 
 @pytest.mark.parametrize(
     ("text", "deadline", "services"),
     [
-        (OF_TODAY, PATIENCE_SECONDS, {"alias", "source"}),
-        (OF_2020, PATIENCE_SECONDS, set(DEFAULT_SERVICES)),
+        (OF_TODAY, TIMEOUT_SECONDS, {"alias", "source"}),
+        (OF_2020, TIMEOUT_SECONDS, set(DEFAULT_SERVICES)),
         ("#!/bin/sh\nexec sleep 99", 0.1, set(DEFAULT_SERVICES)),
         (
             "#!/bin/sh\necho 'register|nonsense'; echo 'register|ready'; exec cat",
-            PATIENCE_SECONDS,
+            TIMEOUT_SECONDS,
             set(DEFAULT_SERVICES),
         ),
     ],
     ids=["today", "2020", "silent", "none that smtpd knows"],
 )
-def test_services_are_those_registered_in_time_or_the_default(make_program, make_bridge, text, deadline, services):
+def test_services_are_those_registered_in_time_or_the_defaults(make_program, make_bridge, text, deadline, services):
     assert set(make_bridge(make_program(text), deadline=deadline).services("users")) == services
 
 
@@ -57,12 +57,12 @@ def test_line_protocol_of_2020_over_a_pipe_execs_the_child(make_program):
     assert (done.returncode, done.stdout) == (0, b"table-response|1|found|gilles@poolp.org\n")
 
 
-def test_end_of_file_at_once_starts_no_child():
+def test_immediate_end_of_file_starts_no_child():
     with Smtpd(*RUN, "/nowhere/table-x", begin=False) as smtpd:
         assert smtpd.end() == (0, b"", "")
 
 
-def test_descriptor_that_does_not_block_is_waited_for(make_program):
+def test_non_blocking_descriptor_is_waited_for(make_program):
     wire, theirs = socket.socketpair()
     theirs.setblocking(False)
     with (
@@ -70,14 +70,14 @@ def test_descriptor_that_does_not_block_is_waited_for(make_program):
         subprocess.Popen([*RUN, make_program("#!/bin/sh\nexec cat")], stdin=theirs, stdout=subprocess.PIPE) as process,
     ):
         theirs.close()
-        wire.settimeout(PATIENCE_SECONDS)
+        wire.settimeout(TIMEOUT_SECONDS)
         wire.sendall(opening())
         assert wire.recv(16, socket.MSG_WAITALL)[:2] == b"\0\0"
         wire.shutdown(socket.SHUT_WR)
-        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.wait(TIMEOUT_SECONDS) == 0
 
 
-def test_missing_command_ends_with_status_127():
+def test_missing_command_exits_with_127():
     done = subprocess.run([*RUN, "table-nowhere"], input=b"config|ready\n", capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (
         127,

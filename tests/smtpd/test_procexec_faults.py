@@ -12,7 +12,7 @@ import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.protocol import Failed, Found
-from tests.dialogue import PATIENCE_SECONDS, eventually
+from tests.dialogue import TIMEOUT_SECONDS, eventually
 from tests.smtpd.procexec import OF_TODAY, OK, ROOT, bridged, first_answer, table_program, wait_for_answer
 
 
@@ -37,8 +37,8 @@ def test_fault_is_an_error_in_time_and_then_another_child_answers(make_program, 
     once = tmp_path / "once"
     text = table_program(f"if not os.path.exists({str(once)!r}):\n        open({str(once)!r}, 'w')\n        {fault}")
     made = make_bridge(make_program(text), deadline=0.4)
-    # The first of all may find the child still starting.
-    for _ in eventually("the fault"):
+    # The first request may find the child still starting.
+    for _ in eventually("the fault is reported"):
         started = time.monotonic()
         assert isinstance(made.answer(ROOT, clock()), Failed)
         assert time.monotonic() - started < 2
@@ -82,7 +82,7 @@ def test_second_reply_to_a_question_does_not_answer_the_next(make_program, make_
     assert isinstance(made.answer(ROOT, clock()), Failed)
 
 
-def test_reply_to_a_question_that_was_not_asked_yet_is_not_its_answer(make_program, make_bridge, clock):
+def test_reply_sent_before_its_question_is_not_its_answer(make_program, make_bridge, clock):
     ahead = 'print(f"{op}-result|{int(ident, 16) + 1:08x}|found|mallory", flush=True)'
     program = table_program("pass") + f"    {ahead}\n"
     made = make_bridge(make_program(program))
@@ -113,7 +113,7 @@ def test_missing_command_returns_errors_until_it_is_installed(make_program, make
     assert first_answer(made, clock) == Found(b"gilles")
 
 
-def test_child_may_be_killed_under_load(make_program):
+def test_killed_child_is_replaced_under_load(make_program):
     with bridged(make_program(OF_TODAY)) as smtpd:
         wait_for_answer(smtpd)
         for _ in range(3):
@@ -122,6 +122,6 @@ def test_child_may_be_killed_under_load(make_program):
             killer.start()
             started = time.monotonic()
             while smtpd.ask()[0] == OK:
-                assert time.monotonic() - started < PATIENCE_SECONDS
+                assert time.monotonic() - started < TIMEOUT_SECONDS
             killer.join()
             wait_for_answer(smtpd)

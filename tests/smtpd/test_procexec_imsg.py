@@ -9,7 +9,7 @@ import pytest
 
 from table_consul.imsg import MAX_VALUE
 from table_consul.protocol import Failed, Found
-from tests.dialogue import PATIENCE_SECONDS, write_config, write_source
+from tests.dialogue import TIMEOUT_SECONDS, write_config, write_source
 from tests.e2e.programs import OF_2020
 from tests.smtpd.imsg import CHECK, CLOSE, FETCH, LOOKUP, SOURCE, UPDATE, message, opening
 from tests.smtpd.procexec import ABSENT, ERROR, OF_TODAY, OK, ROOT, Smtpd, bridged, first_answer, wait_for_answer
@@ -17,7 +17,7 @@ from tests.smtpd.procexec import ABSENT, ERROR, OF_TODAY, OK, ROOT, Smtpd, bridg
 
 @pytest.fixture(scope="module")
 def of_today(make_program):
-    """A bridge whose child answers; no test that uses it harms the child."""
+    """A bridge with a running child, which no test that uses it may disturb."""
     with bridged(make_program(OF_TODAY), "/etc/a.conf", "--deadline", "-x") as smtpd:
         wait_for_answer(smtpd)
         yield smtpd
@@ -55,7 +55,7 @@ def test_imsg_invalid_question_is_an_error_and_never_reaches_the_child(of_today)
     number = int(of_today.ask(key=b"number")[1])
     for key in (b"root\nconfig|x|y", b"root\r", b"\n"):
         assert of_today.ask(key=key) == (ERROR, b"")
-    assert of_today.ask(LOOKUP, 4) == (ERROR, b"")  # a service that it does not register
+    assert of_today.ask(LOOKUP, 4) == (ERROR, b"")  # a service that the child does not register
     assert of_today.ask(LOOKUP, 0x4000) == (ERROR, b"")
     assert of_today.ask(key=b"number") == (OK, b"%d" % (number + 1))
 
@@ -112,7 +112,7 @@ def test_table_consul_itself_can_be_the_child(make_program, tmp_path):
         assert smtpd.ask(key=b"nobody") == (ABSENT, b"")
 
 
-def test_end_of_file_ends_the_child_which_shares_our_standard_error(make_program):
+def test_end_of_file_ends_the_child_which_shares_standard_error(make_program):
     with bridged(make_program(OF_TODAY)) as smtpd:
         wait_for_answer(smtpd)
         assert smtpd.ask(key=b"stderr")[0] == OK
@@ -132,7 +132,7 @@ def test_child_that_ignores_end_of_file_is_killed(make_program, make_bridge, clo
 def test_imsg_close_ends_the_process_like_end_of_file(make_program):
     with bridged(make_program("#!/bin/sh\nexec cat")) as smtpd:
         smtpd.wire.sendall(message(CLOSE))
-        assert (smtpd.wire.recv(1), smtpd.process.wait(PATIENCE_SECONDS)) == (b"", 0)
+        assert (smtpd.wire.recv(1), smtpd.process.wait(TIMEOUT_SECONDS)) == (b"", 0)
 
 
 def test_table_consul_answers_imsg_itself_and_writes_nothing_to_standard_output(tmp_path):

@@ -32,7 +32,7 @@ def test_question_has_the_fields_of_its_dialect(how, line):
 
 
 @pytest.mark.parametrize(("dialect", "op"), ASKED)
-def test_question_is_understood_by_our_own_parser(dialect, op):
+def test_question_is_parsed_by_table_consul(dialect, op):
     asked = Request(op, b"7", "t%", "" if op == "update" else "alias", b"a|b" if op in ("check", "lookup") else b"")
     assert DIALECTS[dialect](line_of(dialect, asked).rstrip(b"\n")) == asked
 

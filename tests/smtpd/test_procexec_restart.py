@@ -15,14 +15,14 @@ from table_consul.backoff import LAST_PAUSE_SECONDS
 from table_consul.child import START_SECONDS, Child, ChildError
 from table_consul.protocol import Failed, Found, Request
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS, eventually
+from tests.dialogue import TIMEOUT_SECONDS, eventually
 from tests.rig.waiting import wait_for
 from tests.smtpd.procexec import OF_TODAY, ROOT, RUN, table_program
 
 
 def test_restart_option_restarts_a_killed_child(make_program):
     wire, theirs = socket.socketpair()
-    wire.settimeout(PATIENCE_SECONDS)
+    wire.settimeout(TIMEOUT_SECONDS)
     wire.sendall(b"config|smtpd-version|7.9.0\nconfig|tablename|users\nconfig|ready\n")
     command = [*RUN, "--restart", "--deadline", "20", make_program(OF_TODAY)]
     with wire, subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
@@ -39,9 +39,9 @@ def test_restart_option_restarts_a_killed_child(make_program):
             first = pid()
             assert first not in {None, process.pid}
             os.kill(first, signal.SIGKILL)
-            wait_for(lambda: pid() not in {None, first}, PATIENCE_SECONDS, lambda: "it was not started again")
+            wait_for(lambda: pid() not in {None, first}, TIMEOUT_SECONDS, lambda: "the child was not restarted")
             wire.shutdown(socket.SHUT_WR)
-            assert process.wait(PATIENCE_SECONDS) == 0
+            assert process.wait(TIMEOUT_SECONDS) == 0
 
 
 def test_failed_child_is_restarted_after_a_pause_that_doubles_up_to_a_limit(make_program, make_bridge, clock, tmp_path):
@@ -80,7 +80,7 @@ def test_failure_and_recovery_are_logged_once(make_program, make_bridge, clock, 
 def test_services_start_the_child_before_the_first_question(make_program, make_bridge, tmp_path):
     runs = tmp_path / "runs"
     make_bridge(make_program(f"#!/bin/sh\n>{runs}\n")).services("users")
-    for _ in eventually("a start"):
+    for _ in eventually("the child has started"):
         if runs.exists():
             break
 
@@ -93,14 +93,14 @@ def test_failed_start_is_the_error_of_the_first_question(make_bridge, clock):
     assert reply.reason == "table-x: cannot be run: No such file or directory; it will be restarted"
 
 
-# It answers the handshake only when this file is there.
+# The child answers the handshake only once this file exists.
 SLOW = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)\n" + OF_TODAY
 
 
-def test_slow_child_mistaken_for_one_of_2020_answers_after_a_restart(make_program, make_bridge, clock, tmp_path):
+def test_slow_child_taken_for_one_of_2020_answers_after_a_restart(make_program, make_bridge, clock, tmp_path):
     started = tmp_path / "started"
     made = make_bridge(make_program(SLOW.replace("%r", repr(str(started)))))
-    made.services("users")  # waits for a second: a child of 2020, as far as anybody can see
+    made.services("users")  # no handshake within a second: the bridge takes it for a child of 2020
     started.touch()
     first = made.answer(ROOT, clock())
     assert isinstance(first, Failed)
@@ -150,7 +150,7 @@ def test_handshake_sent_in_time_is_accepted_after_the_start_timeout(make_program
     done = tmp_path / "done"
     text = f"#!/bin/sh\necho 'register|alias'; echo 'register|ready'; >{done}; exec cat\n"
     early = make_child(make_program(text), "users", None)
-    for _ in eventually("the end of the handshake"):
+    for _ in eventually("the handshake has ended"):
         if done.exists():
             break
     clock.ahead += START_SECONDS
@@ -178,6 +178,6 @@ def test_table_name_that_lines_cannot_carry_is_an_error(make_program, make_child
     made = make_child(make_program(OF_TODAY), "a\nconfig|ready", None)
     for name in ("a|b", "a\nb"):
         request = Request("lookup", b"", name, "alias", b"root")
-        assert isinstance(made.ask(request, clock() + PATIENCE_SECONDS), Failed)
+        assert isinstance(made.ask(request, clock() + TIMEOUT_SECONDS), Failed)
     percent = Request("lookup", b"", "100%b", "alias", b"root")
-    assert made.ask(percent, clock() + PATIENCE_SECONDS) == Found(b"gilles")
+    assert made.ask(percent, clock() + TIMEOUT_SECONDS) == Found(b"gilles")

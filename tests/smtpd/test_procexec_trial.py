@@ -11,7 +11,7 @@ import pytest
 
 from table_consul.protocol import Found
 from table_consul.services import DEFAULT_SERVICES
-from tests.dialogue import PATIENCE_SECONDS
+from tests.dialogue import TIMEOUT_SECONDS
 from tests.e2e.programs import ARTICLE, OF_2020
 from tests.smtpd.procexec import OF_TODAY, ROOT, RUN, first_answer
 
@@ -21,9 +21,9 @@ IGNORES_HANDSHAKE = OF_2020.replace("    atoms =", '    if line.startswith("conf
 
 @contextlib.contextmanager
 def started(*command):
-    """table-procexec under an smtpd of today: what ``command`` registers, a function that asks, and the process."""
+    """table-procexec under a current smtpd: the services that ``command`` registers, a function to ask, the process."""
     wire, theirs = socket.socketpair()
-    wire.settimeout(PATIENCE_SECONDS)
+    wire.settimeout(TIMEOUT_SECONDS)
     wire.sendall(b"config|smtpd-version|7.9.0\nconfig|protocol|0.1\nconfig|tablename|users\nconfig|ready\n")
     with wire, theirs, subprocess.Popen([*RUN, *command], stdin=theirs, stdout=theirs) as process:
         theirs.close()
@@ -38,7 +38,7 @@ def started(*command):
         finally:
             lines.close()
             wire.close()
-            process.wait(PATIENCE_SECONDS)
+            process.wait(TIMEOUT_SECONDS)
 
 
 REGISTRATION = 'print("register|alias\\nregister|source\\nregister|ready", flush=True)'
@@ -76,7 +76,7 @@ def test_command_that_outlives_the_trial_is_killed(make_program):
     endless = OF_TODAY + "\nimport signal\nwhile True: signal.pause()\n"
     begun = time.monotonic()
     with started(make_program(endless)) as (registered, ask, process):
-        assert time.monotonic() - begun < PATIENCE_SECONDS / 2
+        assert time.monotonic() - begun < TIMEOUT_SECONDS / 2
         assert (registered, ask("pid")) == ({"register|alias", "register|source"}, f"found|{process.pid}")
         process.kill()
 
@@ -116,15 +116,15 @@ def test_command_of_2020_is_translated(make_program, text):
         "2020, silent",
     ],
 )
-def test_smtpd_is_not_left_alone_with_a_command_that_it_could_not_run(make_program, make_bridge, text):
+def test_command_that_fails_its_trial_does_not_replace_table_procexec(make_program, make_bridge, text):
     begun = time.monotonic()
     bridge = make_bridge(make_program(text), deadline=0.2)
     assert not bridge.suits_smtpd("users")
     assert set(bridge.services("users")) <= {*DEFAULT_SERVICES}
-    assert time.monotonic() - begun < PATIENCE_SECONDS / 2
+    assert time.monotonic() - begun < TIMEOUT_SECONDS / 2
 
 
-def test_command_that_is_silent_on_trial_is_kept_as_the_child(make_program, make_bridge, clock, tmp_path):
+def test_command_that_is_silent_in_its_trial_becomes_the_child(make_program, make_bridge, clock, tmp_path):
     count = f"open({str(tmp_path / 'starts')!r}, 'a').write('.')\n"
     bridge = make_bridge(make_program(count + IGNORES_HANDSHAKE.partition("\n")[2]))
     assert not bridge.suits_smtpd("users")

@@ -56,26 +56,26 @@ def dialogue(request, tmp_path_factory):
     return found, lambda chunks: converse(open_tables(write_config(folder, *found.defaults)), chunks)
 
 
-def test_each_turn_of_a_transcript_is_answered_as_it_says(dialogue):
+def test_each_turn_of_a_transcript_gets_its_replies(dialogue):
     transcript, answered = dialogue
     for number in range(len(transcript.turns)):
         so_far = transcript.turns[: number + 1]
         assert b"".join(answer for _, answer in so_far) == answered([said for said, _ in so_far])
 
 
-def test_a_transcript_in_one_piece_is_answered_the_same(dialogue):
+def test_transcript_in_one_piece_gets_the_same_replies(dialogue):
     transcript, answered = dialogue
     assert transcript.answered == answered([transcript.said])
 
 
-def test_a_transcript_byte_by_byte_is_answered_the_same(dialogue):
+def test_transcript_byte_by_byte_gets_the_same_replies(dialogue):
     transcript, answered = dialogue
     assert transcript.answered == answered(bytes([c]) for c in transcript.said)
 
 
 @settings(max_examples=20, deadline=None)
 @given(cuts=st.sets(st.integers(0, 4000)))
-def test_a_transcript_in_random_cuts_is_answered_the_same(dialogue, cuts):
+def test_transcript_in_random_cuts_gets_the_same_replies(dialogue, cuts):
     transcript, answered = dialogue
     places = sorted({0, *cuts, 5000})
     assert transcript.answered == answered(transcript.said[a:b] for a, b in itertools.pairwise(places))
@@ -84,7 +84,7 @@ def test_a_transcript_in_random_cuts_is_answered_the_same(dialogue, cuts):
 # ---- dialects ----
 
 
-def test_the_first_line_decides_the_dialect():
+def test_first_line_decides_the_dialect():
     dialects = []
     for line in (b"config|protocol|0.1\n", b"table|0.1\n", b"hello\n", b""):
         made = Session()
@@ -93,25 +93,25 @@ def test_the_first_line_decides_the_dialect():
     assert dialects == ["smtpd-tables", "procexec", None, None]
 
 
-def test_requests_without_any_handshake_are_those_of_2020():
+def test_requests_without_a_handshake_are_in_the_dialect_of_2020():
     assert [Request("lookup", b"x", "n", "alias", b"k")] == events(b"table|0.1|0|n|lookup|x|alias|k\n")
 
 
-def test_after_a_handshake_the_service_comes_before_the_id():
+def test_requests_after_a_handshake_have_the_service_before_the_id():
     assert Request("lookup", b"x", "n", "alias", b"k") == events(HELLO + b"table|0.1|0|n|lookup|alias|x|k\n")[1]
 
 
-def test_the_handshake_tells_what_smtpd_said_of_itself():
+def test_handshake_has_the_parameters_of_smtpd():
     said = b"config|smtpd-version|7.9.0-portable\nconfig|protocol|0.1\nconfig|tablename|a|b\nconfig|ready\n"
     assert [Ready({"smtpd-version": "7.9.0-portable", "protocol": "0.1", "tablename": "a|b"})] == events(said)
 
 
-def test_a_handshake_without_end_takes_bounded_memory():
+def test_endless_handshake_takes_bounded_memory():
     (ready,) = events(b"".join(b"config|%d|x\n" % n for n in range(1000)) + HELLO)
     assert len(ready.config) == 64
 
 
-def test_a_handshake_after_requests_of_2020_is_refused_without_an_answer():
+def test_handshake_after_requests_of_2020_is_refused_without_an_answer():
     assert [event.request for event in events(b"table|0.1|0|t|update|1\n", HELLO)[1:]] == [None]
 
 
@@ -119,16 +119,16 @@ def test_services_are_registered_in_order_and_end_with_ready():
     assert Session().register(["alias", "domain"]) == b"register|alias\nregister|domain\nregister|ready\n"
 
 
-def test_lines_end_at_the_newline_alone():
+def test_lines_end_only_at_a_newline():
     (request,) = events("table|0.1|0|t|lookup|1|alias|a\u2028b\x85c\x0bd\re\n".encode())
     assert "a\u2028b\x85c\x0bd\re".encode() == request.key
 
 
-def test_a_line_without_its_end_is_waited_for():
+def test_incomplete_line_is_not_an_event():
     assert events(b"table|0.1|0|t|lookup|1|alias|root") == []
 
 
-def test_table_and_service_that_are_no_utf_8_stay_one_line_of_text():
+def test_table_and_service_that_are_not_utf_8_are_escaped():
     (request,) = events(b"table|0.1|0|t\xff|lookup|1|al\xffias|k\xff\n")
     assert (request.table, request.service, request.key) == ("t\\xff", "al\\xffias", b"k\xff")
 
@@ -144,31 +144,31 @@ def in_both_framings(line):
     return whole[1:-1]
 
 
-def test_the_longest_line_is_a_request():
+def test_longest_line_is_a_request():
     head = b"table|0.1|0|t|lookup|alias|1|"
     (event,) = in_both_framings(head + b"a" * (MAX_LINE - len(head)))
     assert isinstance(event, Request)
 
 
 @pytest.mark.parametrize("size", [MAX_LINE + 1, 2 * MAX_LINE, 3 * MAX_LINE + 7])
-def test_a_longer_line_is_refused_once_with_its_id_and_what_follows_is_read(size):
+def test_oversized_line_is_refused_once_with_its_id_and_the_next_is_read(size):
     head = b"table|0.1|0|t|lookup|alias|1|"
     (event,) = in_both_framings(head + b"a" * (size - len(head)))
     assert (event.request.id, "more than 65536 bytes" in event.reason) == (b"1", True)
 
 
 @pytest.mark.parametrize("line", [b"x", b"config|x|", b"table|0.1|0|t|", b"table|0.1|0|t|lookup|alias|" + b"9" * 3000])
-def test_a_longer_line_without_an_id_is_refused_without_an_answer(line):
+def test_oversized_line_without_an_id_is_refused_without_an_answer(line):
     (event,) = in_both_framings(line.ljust(MAX_LINE + 1, b"x"))
     assert event.request is None
 
 
-def test_a_longer_line_before_any_dialect_is_refused_without_an_answer():
+def test_oversized_line_before_any_dialect_is_refused_without_an_answer():
     (event,) = events(b"table|".ljust(MAX_LINE + 1, b"x") + b"\n")
     assert event.request is None
 
 
-def test_a_line_without_end_takes_bounded_memory():
+def test_endless_line_takes_bounded_memory():
     made = Session()
     tracemalloc.start()
     rejected = [event for _ in range(200) for event in made.receive_data(b"x" * MAX_LINE)]
@@ -181,14 +181,14 @@ def test_a_line_without_end_takes_bounded_memory():
 
 
 @pytest.mark.parametrize("value", [b"", b"a\nb", b"\n", b"a\r", b"a\0b"])
-def test_what_would_break_smtpd_cannot_be_found(value):
+def test_invalid_reply_value_is_a_reply_error(value):
     with pytest.raises(ReplyError):
         Found(value)
 
 
 @settings(deadline=None)
 @given(st.binary())
-def test_what_can_be_found_is_one_line_that_is_not_empty(value):
+def test_valid_reply_value_is_one_nonempty_line(value):
     try:
         reply = Found(value)
     except ReplyError:
@@ -233,7 +233,7 @@ def test_replies_of_2020(asked, line):
     assert line == session("procexec").send(*asked)
 
 
-def test_the_first_word_of_2020_is_asked_for_by_table():
+def test_first_word_of_a_reply_of_2020_depends_on_the_table():
     made = Session({"t": "table-result", "": "table-response"}.__getitem__)
     assert [made.send(request, Found()) for request in (CHECK, replace(CHECK, table=""))] == [
         b"table-result|1|found\n",
@@ -256,7 +256,7 @@ def test_the_first_word_of_2020_is_asked_for_by_table():
         (FETCH, Updated()),
     ],
 )
-def test_a_reply_that_does_not_answer_the_request_cannot_be_sent(dialect, request_, reply):
+def test_reply_of_the_wrong_kind_is_a_reply_error(dialect, request_, reply):
     with pytest.raises(ReplyError):
         session(dialect).send(request_, reply)
 
@@ -297,7 +297,7 @@ BYTES = st.one_of(
 @settings(deadline=None)
 @given(st.lists(BYTES))
 @example([b"table|" + b"x" * MAX_LINE, b"x" * MAX_LINE, b"\n\n"])
-def test_any_bytes_are_events_and_what_can_be_answered_is_one_line_with_its_id(chunks):
+def test_any_bytes_are_events_and_every_answer_is_one_line_with_its_id(chunks):
     made = Session()
     for chunk in chunks:
         for event in made.receive_data(chunk):

@@ -17,7 +17,7 @@ ARRIVED = 1000.0
 
 
 class Scripted:
-    """A source that holds entries by table and service, or raises; it notes what it was asked for."""
+    """A source with entries by table and service, or an error to raise, that records its requests."""
 
     def __init__(self, **services):
         self.services = services
@@ -37,7 +37,7 @@ def ask(source, op, service="alias", key=b"root", table="aliases", **options):
 
 
 def answered(responder, source, request, table):
-    """The reply; a failure of the source as Tables would make it an error reply."""
+    """The reply; an error of the source becomes an error reply, as in Tables."""
     deadline = ARRIVED + table.deadline
     try:
         return responder.answer(request, table, lambda service, key: source.entries(table, service, key, deadline))
@@ -45,56 +45,56 @@ def answered(responder, source, request, table):
         return Failed(str(error), error)
 
 
-def test_a_key_that_is_there_is_found_with_its_value():
+def test_present_key_is_found_with_its_value():
     assert Found(b"gilles") == ask(Scripted(alias={b"root": b"gilles"}), "lookup")
 
 
-def test_a_check_is_answered_without_a_value():
+def test_check_is_answered_without_a_value():
     assert Found() == ask(Scripted(alias={b"root": b"gilles"}), "check")
 
 
 @pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
 @pytest.mark.parametrize("service", DEFAULT_SERVICES)
-def test_a_key_that_is_proven_absent_is_not_found(op, service):
+def test_key_proven_absent_is_not_found(op, service):
     assert NotFound() == ask(Scripted(), op, service)
 
 
 @pytest.mark.parametrize("op", ["check", "lookup", "fetch"])
 @pytest.mark.parametrize("error", [SourceError, Unreachable, Forbidden, BadResponse, ConfigError])
-def test_no_failure_is_ever_taken_for_absence(op, error):
+def test_failure_is_never_absence(op, error):
     source = Scripted(source=[b"192.0.2.1"])
     source.error = error("no data")
     assert Failed("no data", source.error) == ask(source, op, "source")
 
 
-def test_an_unknown_service_is_an_error_that_shows_it_printably():
+def test_unknown_service_is_an_error_with_its_escaped_name():
     assert ask(Scripted(), "lookup", "a\x1bb").reason == "unknown service 'a\\\\x1bb'"
 
 
-def test_a_service_that_is_not_configured_is_an_error_and_asks_nobody():
+def test_unconfigured_service_is_an_error_without_a_read():
     source = Scripted(alias={b"root": b"gilles"})
     reply = ask(source, "lookup", services=("domain",))
     assert (reply.reason, source.asked) == ("service alias is not among the services of table 'aliases'", [])
 
 
-def test_a_value_that_is_no_good_is_an_error_on_lookup_and_there_on_check():
+def test_bad_value_is_an_error_for_lookup_and_found_for_check():
     source = Scripted(alias={b"root": b"|sh"})
     assert (True, Found()) == (isinstance(ask(source, "lookup"), Failed), ask(source, "check"))
 
 
-def test_the_source_has_the_deadline_of_the_table_from_arrival():
+def test_deadline_of_a_source_counts_from_arrival():
     source = Scripted()
     ask(source, "lookup", deadline=0.5)
     assert source.asked == [("aliases", "alias", b"root", ARRIVED + 0.5)]
 
 
-def test_a_fetch_asks_for_the_whole_bucket():
+def test_fetch_reads_the_whole_folder():
     source = Scripted()
     ask(source, "fetch", "source", key=b"")
     assert source.asked == [("aliases", "source", None, ARRIVED + 2.0)]
 
 
-def test_what_the_package_does_not_raise_on_purpose_is_left_to_the_loop():
+def test_unexpected_exception_is_not_caught():
     source = Scripted()
     source.error = RuntimeError("a bug")
     with pytest.raises(RuntimeError):
@@ -113,12 +113,12 @@ class Rounds:
         return reply.value if isinstance(reply, Found) else reply
 
 
-def test_fetches_go_round_in_the_order_of_keys():
+def test_fetches_return_keys_in_order_and_wrap():
     fetch = Rounds(Scripted(source=[b"b", b"a", b"c"]))
     assert [fetch() for _ in range(4)] == [b"a", b"b", b"c", b"a"]
 
 
-def test_each_table_and_service_has_its_own_place():
+def test_each_table_and_service_has_its_own_fetch_position():
     fetch = Rounds(Scripted(source=[b"a", b"b"], relayhost=[b"x", b"y"]))
     assert [fetch(), fetch(service="relayhost"), fetch(table="others"), fetch(), fetch(service="relayhost")] == [
         b"a",
@@ -129,7 +129,7 @@ def test_each_table_and_service_has_its_own_place():
     ]
 
 
-def test_a_failure_between_two_fetches_loses_no_place():
+def test_failure_between_fetches_keeps_the_position():
     source = Scripted(source=[b"a", b"b"])
     fetch = Rounds(source)
     first = fetch()
@@ -139,7 +139,7 @@ def test_a_failure_between_two_fetches_loses_no_place():
     assert (b"a", Failed("away"), b"b") == (first, replace(failed, cause=None), fetch())
 
 
-def test_an_emptied_bucket_is_not_found_and_goes_on_where_it_was():
+def test_emptied_folder_is_not_found_and_keeps_the_position():
     source = Scripted(source=[b"a", b"b"])
     fetch = Rounds(source)
     first, source.services = fetch(), {}
@@ -152,7 +152,7 @@ KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
 
 @settings(deadline=None)
 @given(stays=st.sets(KEYS, min_size=1), changes=st.lists(st.sets(KEYS), max_size=40))
-def test_every_key_that_stays_is_given_once_a_round_whatever_comes_and_goes(stays, changes):
+def test_remaining_keys_are_fetched_once_a_round_despite_changes(stays, changes):
     source = Scripted()
     fetch = Rounds(source)
     given_ = []

@@ -23,7 +23,7 @@ ROOT = b"table|0.1|0|aliases|lookup|alias|%d|root\n"
 
 
 class Scripted:
-    """An answerer with entries of `alias`, or errors to raise."""
+    """Tables with entries of `alias`, or errors to raise."""
 
     def __init__(self):
         self.values = {b"root": b"gilles"}
@@ -65,7 +65,7 @@ def level(caplog):
 
 
 def served(tables, data, named=lambda _: None, **options):
-    """What a daemon answers to all this in one piece, and what `serve` returned."""
+    """The replies to all these bytes in one piece, and the result of `serve`."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(data)
@@ -83,12 +83,12 @@ def logged(caplog, level=logging.WARNING):
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
-def test_it_registers_the_services_that_the_source_names(tables):
+def test_server_registers_the_services_of_the_source(tables):
     tables.registered = ["alias", "domain"]
     assert served(tables, HELLO)[0] == b"register|alias\nregister|domain\nregister|ready\n"
 
 
-def test_it_says_whether_anyone_spoke_a_dialect(tables):
+def test_serve_returns_whether_a_dialect_was_recognized(tables):
     assert [served(tables, data)[1] for data in (HELLO, b"table|0.1|0|update|1\n", b"hello\n", b"")] == [
         True,
         True,
@@ -105,7 +105,7 @@ def test_it_says_whether_anyone_spoke_a_dialect(tables):
         (b"table|0.1|0|update|1\n", "", "procexec"),
     ],
 )
-def test_the_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_first_answer(
+def test_table_name_is_reported_once_and_the_source_warms_up_after_the_first_answer(
     tables, caplog, said, table, dialect
 ):
     names = []
@@ -117,7 +117,7 @@ def test_the_name_of_the_table_is_told_once_and_the_source_made_ready_after_the_
     )
 
 
-def test_the_handshake_is_written_before_the_source_is_made_ready(tables):
+def test_handshake_is_written_before_the_source_warms_up(tables):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         tables.warm_up = lambda _: seen.append(ours.recv(65536, socket.MSG_DONTWAIT))
@@ -128,14 +128,14 @@ def test_the_handshake_is_written_before_the_source_is_made_ready(tables):
     assert seen == [b"register|alias\nregister|ready\n"]
 
 
-def test_a_source_that_cannot_be_made_ready_harms_no_answer(tables, caplog):
+def test_failed_warm_up_affects_no_answer(tables, caplog):
     tables.cold = RuntimeError("a bug")
     assert replies(tables, ROOT % 1) == [b"lookup-result|1|found|gilles"]
     assert logged(caplog) == ["internal error; please report it"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), RecursionError(), MemoryError(), ValueError("x\n\x1b")])
-def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(tables, error):
+def test_exception_in_an_answer_is_an_error_reply_and_the_loop_continues(tables, error):
     tables.errors[b"bug"] = error
     ask = b"table|0.1|0|aliases|lookup|alias|1|bug\n"
     name = type(error).__name__.encode()
@@ -145,42 +145,42 @@ def test_an_exception_within_an_answer_is_an_error_reply_and_the_loop_goes_on(ta
     ] == replies(tables, ask, ROOT % 2)
 
 
-def test_an_exception_is_logged_with_its_traceback_once_a_place(tables, caplog):
+def test_exception_is_logged_once_with_its_traceback(tables, caplog):
     tables.errors[b"root"] = RuntimeError("bug")
     replies(tables, *(ROOT % n for n in range(9)))
     assert [record.exc_info is not None for record in caplog.records if record.levelno >= logging.WARNING] == [True]
 
 
-def test_a_reply_that_cannot_be_sent_is_an_error_reply(tables, monkeypatch, caplog):
+def test_invalid_reply_is_an_error_reply(tables, monkeypatch, caplog):
     monkeypatch.setattr(tables, "answer", lambda *_: Found(None))
     assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found does not answer lookup"]
     assert logged(caplog) == ["lookup alias: Found does not answer lookup"]
 
 
-def test_an_entry_that_is_no_good_is_logged_once(tables, caplog):
+def test_bad_entry_is_logged_once(tables, caplog):
     tables.errors[b"root"] = EntryError("aliases/alias/root: the value holds a |command")
     replies(tables, *(ROOT % n for n in range(9)))
     assert [line.startswith("aliases/alias/root: ") for line in logged(caplog)] == [True]
 
 
-def test_outages_are_left_to_the_source_to_tell(tables, caplog):
+def test_outage_is_not_logged_by_the_server(tables, caplog):
     tables.errors[b"root"] = Unreachable("Consul is away")
     assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Consul is away"]
     assert (logged(caplog), "lookup alias: Consul is away" in logged(caplog, logging.DEBUG)) == ([], True)
 
 
 @pytest.mark.parametrize("error", [ConfigError("FILE: key: no"), SourceError("token file: gone")])
-def test_an_update_that_fails_says_why(tables, error):
+def test_failed_update_has_a_reason(tables, error):
     tables.errors[None] = error
     assert [b"update-result|1|error|" + str(error).encode()] == replies(tables, b"table|0.1|0|aliases|update|1\n")
 
 
-def test_a_line_that_cannot_be_answered_is_logged_once_and_printably(tables, caplog):
+def test_line_without_an_answer_is_logged_once_and_escaped(tables, caplog):
     assert replies(tables, b"\x1b[31mhello\n" * 3) == []
     assert logged(caplog) == [r"not a protocol line: '\\x1b[31mhello'"]
 
 
-def test_complaints_that_never_repeat_take_bounded_memory(tables, monkeypatch):
+def test_different_complaints_take_bounded_memory(tables, monkeypatch):
     monkeypatch.setattr(logging.getLogger("table_consul"), "disabled", True)
     lines = (b"%080d\n" % number for number in range(3 * MAX_COMPLAINTS))
     tracemalloc.start()
@@ -197,7 +197,7 @@ def test_all_requests_of_one_read_have_the_deadline_of_their_arrival(tables):
 
 
 class TestWrites:
-    """One write for many answers, and none is held back while another takes long."""
+    """Quick answers share one write; a slow answer does not delay others."""
 
     def run(self, tables, data, step, *, gone=False):
         written, now = [], [0.0]
@@ -219,12 +219,12 @@ class TestWrites:
         assert [each for each in answers if each] == [2, *[1] * 10]
 
     @pytest.mark.parametrize("step", [0.0, 0.01])
-    def test_the_loop_ends_when_smtpd_is_gone(self, tables, step):
+    def test_closed_peer_ends_the_loop(self, tables, step):
         self.run(tables, HELLO + ROOT % 1, step, gone=True)
         assert tables.warmed_up == []
 
 
-def test_reading_from_what_is_no_longer_there_is_the_end(tables):
+def test_closed_descriptor_ends_the_loop(tables):
     ours, theirs = socket.socketpair()
     descriptor = theirs.detach()
     os.close(descriptor)
@@ -232,7 +232,7 @@ def test_reading_from_what_is_no_longer_there_is_the_end(tables):
     assert Server(tables, lambda _: None).serve(descriptor, descriptor) is False
 
 
-def test_a_peer_that_is_gone_before_it_is_answered_is_the_end(tables):
+def test_peer_closed_before_its_answer_ends_the_loop(tables):
     ours, theirs = socket.socketpair()
     ours.sendall(HELLO)
     ours.close()
@@ -240,7 +240,7 @@ def test_a_peer_that_is_gone_before_it_is_answered_is_the_end(tables):
         assert Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())
 
 
-def test_descriptors_that_do_not_block_are_waited_for(tables, monkeypatch):
+def test_non_blocking_descriptors_are_waited_for(tables, monkeypatch):
     ours, theirs = socket.socketpair()
     waited = []
     with ours, theirs:
@@ -299,7 +299,7 @@ def test_any_line_has_one_answer_or_one_log_line_or_is_part_of_a_handshake(caplo
         assert not middle or re.fullmatch(rb"[a-zA-Z-]+\|[^|\n]+\|" + outcome + rb"\n", middle, re.DOTALL)
 
 
-def test_no_answer_is_lost_when_answers_are_many(tables):
+def test_many_answers_all_arrive(tables):
     ours, theirs = socket.socketpair()
     count = 500
     with ours, theirs:
@@ -318,14 +318,14 @@ def test_no_answer_is_lost_when_answers_are_many(tables):
     ("version", "names"),
     [("7.9.0-portable", ["alias", "auth"]), ("7.10", ["alias", "auth"]), ("7.8.0p1", ["alias"]), ("x.9", ["alias"])],
 )
-def test_auth_is_registered_with_an_smtpd_that_keeps_passwords_as_they_are(tables, caplog, version, names):
+def test_auth_is_registered_with_smtpd_that_keeps_the_case_of_passwords(tables, caplog, version, names):
     tables.registered = ["alias", "auth"]
     answered = served(tables, b"config|smtpd-version|%b\nconfig|ready\n" % version.encode())[0].decode()
     assert answered.split() == [*(f"register|{name}" for name in names), "register|ready"]
     assert len(logged(caplog)) == 2 - len(names)
 
 
-def test_with_auth_alone_an_older_smtpd_is_told_of_services_that_it_knows(tables):
+def test_older_smtpd_gets_the_default_services_for_auth_alone(tables):
     tables.registered = ["auth"]
     answered = served(tables, b"config|smtpd-version|7.6.0\nconfig|ready\n")[0].decode()
     assert answered.split() == [*(f"register|{name}" for name in DEFAULT_SERVICES), "register|ready"]
@@ -350,7 +350,7 @@ class Counting:
         self.failures.append((table, str(error)))
 
 
-def test_what_was_answered_is_counted_with_its_outcome(tables):
+def test_answers_are_counted_by_outcome(tables):
     counters = Counting()
     tables.errors[b"away"] = Unreachable("away")
     away, short = b"table|0.1|0|aliases|lookup|alias|2|away\n", b"table|0.1|0|t|check|alias|3\n"
@@ -359,7 +359,7 @@ def test_what_was_answered_is_counted_with_its_outcome(tables):
     assert (counters.failures, counters.malformed) == ([("aliases", "away")], 2)
 
 
-def test_a_bug_in_counting_harms_no_answer(tables, caplog):
+def test_bug_in_counting_affects_no_answer(tables, caplog):
     counters = Counting()
     counters.error = RuntimeError("bug")
     tables.errors[b"away"] = Unreachable("away")
@@ -369,14 +369,14 @@ def test_a_bug_in_counting_harms_no_answer(tables, caplog):
     assert set(logged(caplog)) == {"internal error; please report it"}
 
 
-def test_bug_in_counting_invalid_requests_harms_no_reply(tables, caplog):
+def test_bug_in_counting_invalid_requests_affects_no_reply(tables, caplog):
     counters = Counting()
     counters.error = RuntimeError("bug")
     answered, _ = served(tables, HELLO + b"hello\ntable|0.1|0|t|check|alias|3\n" + ROOT % 1, counters=counters)
     assert answered.endswith(b"check-result|3|error|fields are missing\nlookup-result|1|found|gilles\n")
 
 
-def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):
+def test_failed_start_of_the_log_affects_no_answer(tables, caplog):
     def broken(_name):
         raise RuntimeError("bug")
 
@@ -388,7 +388,7 @@ def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):
 
 
 @pytest.mark.parametrize("cut", [1, 15, 16, 17, 10_000])
-def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_it_was_asked(tables, cut):
+def test_imsg_is_recognized_and_answered_on_the_socket(tables, cut):
     """smtpd: smtpd.c, fork_proc_backend of 7.5 and before: standard output is not the socket."""
     body = struct.pack("=I", 2) + b"aliases".ljust(2048, b"\0")
     opened = struct.pack("=IHHII", 2, 16 + len(body), 0, 0, 1) + body
@@ -403,7 +403,7 @@ def test_a_conversation_that_begins_with_a_number_is_in_imsg_and_answered_where_
     assert struct.unpack("=IHHII", answer)[:2] == (0, 16)
 
 
-def test_services_that_cannot_be_told_are_the_usual_ones(tables, monkeypatch, caplog):
+def test_failed_list_of_services_registers_the_defaults(tables, monkeypatch, caplog):
     def broken(_name):
         raise RuntimeError("bug")
 

@@ -37,7 +37,7 @@ class Loader:
 
 @pytest.fixture
 def unused():
-    """The address of a Consul that refuses every connection."""
+    """The address of a port that refuses connections."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -45,7 +45,7 @@ def unused():
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens sources with these lines in `[defaults]`, and closes what they opened."""
+    """Opens tables with these lines in `[defaults]`, and closes them after the test."""
     made = []
 
     def open_them(*defaults, **options):
@@ -64,22 +64,22 @@ def lookup(found, name, key=b"root", deadline=1e9):
 # ---- tables ----
 
 
-def test_each_table_is_laid_out_as_its_section_says(opened):
+def test_section_determines_the_layout_of_its_table(opened):
     found = opened('prefix = "mail"', more='[tables.people]\nprefix = "hr"')
     assert (found.table("aliases").root, found.table("people").root) == (b"mail/aliases/", b"hr/people/")
 
 
-def test_the_configured_default_stands_in_for_an_empty_name(opened):
+def test_empty_name_is_the_configured_default(opened):
     assert (opened().table("").name, opened('table = "people"').table("").name) == ("consul", "people")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a\nb", "a\0b"])
-def test_no_name_from_smtpd_leads_out_of_its_folder(opened, name):
+def test_table_name_that_leaves_its_folder_is_refused(opened, name):
     with pytest.raises(ConfigError, match="invalid table name "):
         opened().table(name)
 
 
-def test_names_without_end_take_bounded_memory(opened):
+def test_unlimited_table_names_take_bounded_memory(opened):
     found = opened()
     for number in range(2 * MAX_NAMES):
         assert f"t{number}" == found.table(f"t{number}").name
@@ -87,16 +87,16 @@ def test_names_without_end_take_bounded_memory(opened):
     assert remembered == [True, False]
 
 
-def test_a_table_registers_the_services_of_its_section(opened):
+def test_table_registers_the_services_of_its_section(opened):
     found = opened('services = ["alias", "domain"]', more='[tables.people]\nservices = ["credentials"]')
     assert (found.services("aliases"), found.services("people")) == (["alias", "domain"], ["credentials"])
 
 
-def test_a_table_that_cannot_be_registers_services_all_the_same(opened):
+def test_invalid_table_name_registers_the_default_services(opened):
     assert [*DEFAULT_SERVICES] == opened().services("..")
 
 
-def test_the_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
+def test_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
     found = opened('procexec_reply = "table-result"', more='[tables.old]\nprocexec_reply = "table-response"')
     words = [found.procexec_reply(name) for name in ("any", "old", "..")]
     assert words == ["table-result", "table-response", "table-result"]
@@ -105,7 +105,7 @@ def test_the_reply_word_is_that_of_the_table_or_of_the_defaults(opened):
 # ---- a configuration that cannot be used ----
 
 
-def test_without_a_configuration_every_question_is_answered_with_the_reason():
+def test_bad_configuration_is_the_reason_in_every_reply():
     found = Tables(Loader(ConfigError("FILE: key: no")))
     assert ([*DEFAULT_SERVICES], "auto") == (found.services("t"), found.procexec_reply("t"))
     found.warm_up("t")
@@ -113,7 +113,7 @@ def test_without_a_configuration_every_question_is_answered_with_the_reason():
         found.table("t")
 
 
-def test_asking_a_broken_configuration_again_and_again_holds_on_to_nothing():
+def test_repeated_errors_of_a_bad_configuration_leak_no_memory():
     found = Tables(Loader(ConfigError("FILE: key: no")))
     depth = 0
     for _ in range(50):
@@ -124,7 +124,7 @@ def test_asking_a_broken_configuration_again_and_again_holds_on_to_nothing():
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hidden):
+def test_repeated_errors_of_a_mirror_do_not_grow_the_traceback(hidden):
     mirror = Mirror(60.0)
     if hidden:
         no_entries = {"alias": Entries(Table("t"), ALIAS)}
@@ -137,7 +137,7 @@ def test_asking_a_mirror_that_cannot_tell_again_and_again_holds_on_to_nothing(hi
     assert depth < 10
 
 
-def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
+def test_update_recovers_when_the_configuration_is_fixed(tmp_path):
     loader = Loader(ConfigError("FILE: key: no"))
     found = Tables(loader)
     loader.config = Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",)))
@@ -145,7 +145,7 @@ def test_an_update_recovers_when_the_configuration_is_mended(tmp_path):
     assert (found.broken, lookup(found, "aliases")) == (None, b"gilles")
 
 
-def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
+def test_update_with_a_bad_configuration_changes_nothing(tmp_path):
     loader = Loader(Config(path=None, consul=ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))))
     found = Tables(loader)
     before = lookup(found, "aliases")
@@ -155,7 +155,7 @@ def test_an_update_with_a_bad_configuration_changes_nothing(tmp_path):
     assert (before, lookup(found, "aliases")) == (b"gilles", b"gilles")
 
 
-def test_an_update_brings_other_permissions_into_force(tmp_path):
+def test_update_applies_changed_permissions(tmp_path):
     file = ConsulConfig(addresses=(f"file://{write_source(tmp_path)}",))
     loader = Loader(Config(path=None, consul=file, defaults=Table("consul", allow_commands=True)))
     found = Tables(loader)
@@ -167,8 +167,8 @@ def test_an_update_brings_other_permissions_into_force(tmp_path):
     assert before == b"|/bin/sh"
 
 
-def test_update_during_a_call_of_table_is_not_undone_by_its_end(tmp_path):
-    """As when another thread, the one of the metrics, asks for the layout while smtpd updates the table."""
+def test_update_during_a_call_of_table_is_not_undone(tmp_path):
+    """The thread of the metrics may read the layout while smtpd updates the table."""
     interruptions = []
 
     class Interrupted(Config):
@@ -190,7 +190,7 @@ def test_update_during_a_call_of_table_is_not_undone_by_its_end(tmp_path):
         lookup(found, "aliases", b"command")
 
 
-def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
+def test_update_reports_an_error_of_the_source(opened, tmp_path):
     found = opened()
     lookup(found, "aliases")
     (tmp_path / "export.json").write_text("{")
@@ -199,7 +199,7 @@ def test_an_update_says_what_the_source_cannot_do(opened, tmp_path):
     assert lookup(found, "aliases") == b"gilles"
 
 
-def test_expressions_get_what_is_left_of_the_deadline_and_exact_keys_are_always_answered(opened, tmp_path):
+def test_expressions_use_the_remaining_time_and_exact_keys_are_always_answered(opened, tmp_path):
     pytest.importorskip("re2", reason="needs google-re2: pip install 'table-consul[regex]'")
     found = opened()
     write_source(tmp_path, {"aliases/regex/^a": b"", "aliases/domain/example.org": b"", "aliases/domain/*.net": b""})
@@ -216,7 +216,7 @@ def test_expressions_get_what_is_left_of_the_deadline_and_exact_keys_are_always_
 # ---- which source ----
 
 
-def test_a_file_address_answers_from_that_file(opened):
+def test_file_address_answers_from_that_file(opened):
     assert lookup(opened(), "aliases") == b"gilles"
 
 
@@ -226,20 +226,20 @@ def test_direct_mode_reads_consul_and_mirror_mode_mirrors_it(opened, unused):
     assert [watch.MirrorSource, direct.DirectSource] == kinds
 
 
-def test_a_source_is_made_once(opened, unused):
+def test_source_is_made_once(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     assert all(
         found.source(found.table(name), ALIAS) is found.source(found.table(name), ALIAS) for name in ("a", "large")
     )
 
 
-def test_what_is_made_ready_is_what_answers(opened, unused):
+def test_warm_up_opens_the_source_that_answers(opened, unused):
     found = opened(address=unused)
     found.warm_up("aliases")
     assert {"aliases"} == {name for name, _ in found.watches()}
 
 
-def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
+def test_table_too_large_to_mirror_is_read_directly(opened, unused):
     found = opened(address=unused)
     mirrored = found.source(found.table("aliases"), ALIAS)
     mirrored.by_service["alias"] = SimpleNamespace(too_large=True)
@@ -247,7 +247,7 @@ def test_a_table_too_large_to_mirror_is_read_directly(opened, unused):
     assert [direct.DirectSource, watch.MirrorSource] == kinds
 
 
-def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused, monkeypatch):
+def test_tables_beyond_the_limit_of_mirrors_are_read_directly(opened, unused, monkeypatch):
     monkeypatch.setattr(tables, "MAX_MIRRORED_TABLES", 2)
     found = opened(address=unused)
     kinds = [type(found.source(found.table(name), ALIAS)) for name in ("a", "b", "c", "a")]
@@ -255,7 +255,7 @@ def test_beyond_a_number_of_tables_further_ones_are_read_directly(opened, unused
     assert 0 < MAX_MIRRORED_TABLES < 200
 
 
-def test_an_update_of_the_configuration_closes_the_connection_of_the_former(opened, unused, monkeypatch, tmp_path):
+def test_changed_configuration_closes_former_connections(opened, unused, monkeypatch, tmp_path):
     closed = []
     monkeypatch.setattr(direct.DirectSource, "close", lambda self: closed.append(self))  # noqa: PLW0108 - to be bound
     found = opened('mode = "direct"', address=unused)
@@ -265,7 +265,7 @@ def test_an_update_of_the_configuration_closes_the_connection_of_the_former(open
     assert closed == [former]
 
 
-def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_asked_for(opened, unused, tmp_path):
+def test_changed_configuration_starts_a_watch_before_a_request(opened, unused, tmp_path):
     found = opened(address=unused)
     found.warm_up("t")
     write_config(tmp_path, "max_age = 7", address=unused)
@@ -273,14 +273,14 @@ def test_after_an_update_of_the_configuration_the_table_is_watched_before_it_is_
     assert [name for name, _ in found.watches()] == ["t"]
 
 
-def test_an_update_of_what_has_not_changed_keeps_every_source(opened, unused):
+def test_update_without_a_change_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     made = [found.source(found.table(name), ALIAS) for name in ("a", "large")]
     found.update()
     assert made == [found.source(found.table(name), ALIAS) for name in ("a", "large")]
 
 
-def test_an_update_of_what_has_changed_makes_every_source_anew(opened, unused, tmp_path):
+def test_update_with_a_change_opens_every_source_anew(opened, unused, tmp_path):
     found = opened(address=unused)
     made = found.source(found.table("a"), ALIAS)
     opened("deadline = 1", address=unused)
@@ -307,7 +307,7 @@ def test_routes_of_an_older_snapshot_do_not_keep_it_in_memory(opened, unused):
 
 
 def test_sources_of_a_file_import_no_client(tmp_path):
-    """smtpd.conf tests and trials need no Consul, and no time for its client."""
+    """Tests of smtpd.conf need no Consul and must not wait for its client to load."""
     import subprocess
 
     code = (

@@ -14,13 +14,13 @@ from tests.consul.watch.watching import (
     ROOT,
     TABLE,
 )
-from tests.fake_consul import FakeConsul
+from tests.fake_consul import VERSIONS, FakeConsul
 
 
-@pytest.fixture
-def version():
-    """Of the fake; a module whose tests hold for all versions has a fixture with all of them."""
-    return "1.22"
+@pytest.fixture(params=VERSIONS)
+def version(request):
+    """The version of the fake; modules and tests parametrize it if they need fewer."""
+    return request.param
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def fake(version):
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch):
+def short_pauses(monkeypatch):
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 0.05)
 
@@ -43,7 +43,7 @@ def mirrored():
 
     def make(addresses, table=TABLE, former=None, **options):
         addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
-        # Consul says only to a token that it hides something.
+        # Consul reports hidden keys only to requests with a token.
         settings = ConsulConfig(addresses=addresses, **{"token": "any"} | options)
         made.append(MirrorSource(table, lambda: kv.Client(settings), former, write_seconds=0.0))
         return made[-1]
@@ -54,7 +54,7 @@ def mirrored():
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left_dead():
+def no_thread_dies():
     failures = []
     before, threading.excepthook = threading.excepthook, failures.append
     yield
@@ -92,7 +92,7 @@ def copied(tmp_path):
 
 @pytest.fixture
 def waits_of(monkeypatch):
-    """Have every wait take this many seconds, be something hidden or not."""
+    """Set the length of every wait, in seconds, with or without hidden keys."""
 
     def patch(seconds):
         for name in ("MOST_WAIT_SECONDS", "SHORT_WAIT_SECONDS"):

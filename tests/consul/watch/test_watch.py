@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.errors import SourceError, Unreachable
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ALIAS,
     ROOT,
@@ -15,27 +16,21 @@ from tests.consul.watch.watching import (
     TABLE,
     ask,
     becomes,
-    closed,
     lines,
     settled,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS, Answer, FakeConsul, cut, html, stall
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
+from tests.fake_consul import Answer, FakeConsul, cut, html, stall
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_the_first_answer_waits_for_the_first_load(fake, mirrored):
+def test_first_answer_waits_for_the_first_load(fake, mirrored):
     fake.handle = lambda request: time.sleep(0.1) or fake.consul(request)
     assert ask(mirrored(fake.address)) == b"gilles"
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_the_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_all(fake, mirrored):
+def test_only_the_first_answer_waits_and_no_longer_than_the_deadline(fake, mirrored):
     fake.handle = stall
     source = mirrored(fake.address)
     for least, most in ((0.0, 0.5 + SLACK), (0.0, SLACK), (0.0, SLACK)):
@@ -45,8 +40,8 @@ def test_the_first_answer_waits_no_longer_than_the_deadline_and_the_next_not_at_
         assert least <= time.monotonic() - began < most
 
 
-def test_of_a_first_load_that_fails_the_answers_are_errors_at_once(mirrored):
-    source = mirrored(closed())
+def test_failed_first_load_returns_errors_immediately(mirrored):
+    source = mirrored(closed_port())
     becomes(source, Unreachable)
     assert source.by_service["alias"].mirror.state is None
     began = time.monotonic()
@@ -56,7 +51,7 @@ def test_of_a_first_load_that_fails_the_answers_are_errors_at_once(mirrored):
     assert time.monotonic() - began < SLACK
 
 
-def test_absence_is_said_only_after_a_load(fake, mirrored):
+def test_no_key_is_absent_before_a_load(fake, mirrored):
     assert ask(mirrored(fake.address), b"nobody") is None
 
 
@@ -64,7 +59,7 @@ LIST = Answer(200, {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}, b'[{
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "invalid",
     [
         html,
         cut(LIST, 130),
@@ -74,8 +69,8 @@ LIST = Answer(200, {"X-Consul-Index": "5", "X-Consul-Knownleader": "true"}, b'[{
         lambda request: Answer(403, {}, b"ACL not found"),
     ],
 )
-def test_what_is_no_answer_of_consul_is_no_absence(fake, mirrored, lie):
-    fake.handle = lie
+def test_invalid_response_is_never_absence(fake, mirrored, invalid):
+    fake.handle = invalid
     source = mirrored(fake.address)
     with pytest.raises(SourceError):
         ask(source, b"nobody")
@@ -83,7 +78,7 @@ def test_what_is_no_answer_of_consul_is_no_absence(fake, mirrored, lie):
     becomes(source, None, b"nobody")
 
 
-def test_an_edit_an_addition_and_a_deletion_are_seen(fake, mirrored):
+def test_edits_additions_and_deletions_are_seen(fake, mirrored):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.put(ROOT, b"eric")
@@ -94,8 +89,8 @@ def test_an_edit_an_addition_and_a_deletion_are_seen(fake, mirrored):
     becomes(source, None)
 
 
-def test_an_index_that_went_back_is_seen(fake, mirrored):
-    # In the pause between two queries it is seen when the next has waited in vain.
+def test_index_that_goes_backwards_is_seen(fake, mirrored):
+    # A change between two queries is seen when the next wait ends.
     source = mirrored(fake.address, replace(TABLE, max_age=1.0))
     settled(source)
     fake.put(ROOT, b"eric")
@@ -108,7 +103,7 @@ def test_an_index_that_went_back_is_seen(fake, mirrored):
     becomes(source, b"after it")
 
 
-def test_the_same_index_is_not_read_again(fake, mirrored):
+def test_unchanged_index_is_not_read_again(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, max_age=0.3))
     (one,) = source.watches
     settled(source)
@@ -120,7 +115,7 @@ def test_the_same_index_is_not_read_again(fake, mirrored):
     assert ask(source) == b"gilles"
 
 
-def test_the_first_read_makes_sure_of_the_leader_and_the_wait_does_not(fake, mirrored):
+def test_first_read_is_consistent_and_the_wait_is_not(fake, mirrored):
     settled(mirrored(fake.address))
     for _ in eventually("the wait began", 10):
         lists = [request.params for request in fake.requests if "recurse" in request.params]
@@ -130,12 +125,12 @@ def test_the_first_read_makes_sure_of_the_leader_and_the_wait_does_not(fake, mir
     assert ("consistent" in lists[1], "index" in lists[1]) == (False, True)
 
 
-def test_whoever_chose_stale_reads_gets_them(fake, mirrored):
+def test_consistency_stale_is_used_for_every_read(fake, mirrored):
     settled(mirrored(fake.address, consistency="stale"))
     assert all("stale" in request.params and "consistent" not in request.params for request in fake.requests)
 
 
-def test_what_is_wrong_with_an_entry_is_said_once_and_again_when_it_changes(fake, mirrored, caplog):
+def test_bad_entry_is_logged_once_and_again_when_it_changes(fake, mirrored, caplog):
     fake.put(ALIAS + b"bad", b"|sh")
     source = mirrored(fake.address)
     settled(source)
@@ -144,7 +139,7 @@ def test_what_is_wrong_with_an_entry_is_said_once_and_again_when_it_changes(fake
     assert len([line for line in lines(caplog) if "alias/bad" in line]) == 1
 
 
-def test_the_last_good_copy_answers_through_an_outage_and_nothing_is_restarted(fake, mirrored):
+def test_last_good_copy_is_served_through_an_outage_without_a_restart(fake, mirrored):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.stop()
@@ -157,7 +152,7 @@ def test_the_last_good_copy_answers_through_an_outage_and_nothing_is_restarted(f
     becomes(source, b"eric")
 
 
-def test_after_max_age_the_last_good_copy_is_an_error_and_recovers(fake, mirrored):
+def test_last_good_copy_older_than_max_age_is_an_error_until_recovery(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, max_age=0.5))
     assert ask(source) == b"gilles"
     fake.stop()
@@ -168,17 +163,17 @@ def test_after_max_age_the_last_good_copy_is_an_error_and_recovers(fake, mirrore
     becomes(source, b"gilles")
 
 
-def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrored, caplog):
+def test_outage_logs_one_line_at_its_start_and_one_at_its_end(fake, mirrored, caplog):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.stop()
-    for _ in eventually("a few failures", 10):
+    for _ in eventually("several failures", 10):
         if source.watches[0].backoff.failures > 5:
             break
     fake.start()
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")
-    for _ in eventually("the end is logged", 10):
+    for _ in eventually("the end of the outage is logged", 10):
         if len(lines(caplog)) > 1:
             break
     begin, end = lines(caplog)
@@ -187,7 +182,7 @@ def test_an_outage_is_one_line_when_it_begins_and_one_when_it_ends(fake, mirrore
     assert end.startswith("mail/aliases/ from Consul: recovered after ")
 
 
-def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrored, monkeypatch, caplog):
+def test_bug_is_an_outage_and_does_not_end_the_watch(fake, mirrored, monkeypatch, caplog):
     settled(source := mirrored(fake.address))
 
     def broken(*_arguments, **_options):
@@ -196,7 +191,7 @@ def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrore
     with monkeypatch.context() as patched:
         patched.setattr(kv.Client, "blocking_query", broken)
         fake.put(ROOT, b"eric")
-        for _ in eventually("the bug shows", 10):
+        for _ in eventually("the bug is logged", 10):
             if "internal error; please report it" in lines(caplog):
                 break
         assert ask(source) in (b"gilles", b"eric")
@@ -204,7 +199,7 @@ def test_a_bug_in_a_turn_is_an_outage_and_not_the_end_of_the_watch(fake, mirrore
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_the_first_answer_fails_over_inside_the_deadline(fake, mirrored):
+def test_first_answer_fails_over_within_the_deadline(fake, mirrored):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hangs = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
@@ -212,11 +207,11 @@ def test_the_first_answer_fails_over_inside_the_deadline(fake, mirrored):
         assert time.monotonic() - began < 2.0
 
 
-def test_the_address_that_works_is_kept_and_another_taken_when_it_fails(fake, mirrored):
+def test_working_address_is_kept_until_it_fails(fake, mirrored):
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         other.index = 500
-        source = mirrored([closed(), fake.address, other.address])
+        source = mirrored([closed_port(), fake.address, other.address])
         assert ask(source) == b"gilles"
         fake.put(ROOT, b"robert")
         becomes(source, b"robert")

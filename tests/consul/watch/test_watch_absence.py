@@ -1,4 +1,4 @@
-"""Absence that lists and reads prove, or do not: samples, stale servers, refusals, and lists that are cut."""
+"""When absence is proven: samples, stale servers, refusals, and incomplete lists."""
 
 from __future__ import annotations
 
@@ -18,21 +18,14 @@ from tests.consul.watch.watching import (
     ROOT,
     TABLE,
     ask,
+    ask_table,
     becomes,
+    lists,
+    reports_hidden_keys,
     settled,
-    told,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS, Answer, html
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
-
-
-def lists(fake):
-    return [request for request in fake.requests if "recurse" in request.params]
+from tests.fake_consul import Answer, html
 
 
 def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirrored):
@@ -53,13 +46,13 @@ def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirr
 
 
 @pytest.mark.parametrize("contact", [0, 9_000])
-def test_stale_server_that_heard_from_its_leader_proves_absence(fake, mirrored, contact):
+def test_stale_server_in_contact_with_its_leader_proves_absence(fake, mirrored, contact):
     fake.last_contact = contact
     source = mirrored(fake.address, consistency="stale")
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
 
 
-def test_stale_server_that_lost_its_leader_answers_and_proves_no_absence(fake, mirrored, waits_of):
+def test_stale_server_without_a_leader_answers_but_proves_no_absence(fake, mirrored, waits_of):
     waits_of(0.2)
     source = mirrored(fake.address, consistency="stale")
     settled(source)
@@ -70,26 +63,26 @@ def test_stale_server_that_lost_its_leader_answers_and_proves_no_absence(fake, m
     becomes(source, None, b"nobody")
 
 
-def test_smaller_index_is_not_believed_before_it_was_read_consistently(fake, mirrored, waits_of):
+def test_lower_index_is_used_only_after_a_consistent_read(fake, mirrored, waits_of):
     waits_of(0.2)
     source = mirrored(fake.address)
     settled(source)
     behind = Answer(404, {"X-Consul-Index": "2", "X-Consul-Knownleader": "true"})
     fake.handle = lambda request: fake.consul(request) if "consistent" in request.params else behind
-    for _ in eventually("it was read anew", 10):
+    for _ in eventually("the table is read again", 10):
         if len([request for request in lists(fake) if "consistent" in request.params]) > 2:
             break
     assert (ask(source), source.watches[0].backoff.total) == (b"gilles", 0)
 
 
-@pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])  # which reports no hidden keys
-def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
+@reports_hidden_keys
+def test_failed_proof_of_absence_leaves_the_last_good_copy(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)
     fake.denied = (b"mail/aliases/zz",)
     fake.handle = lambda request: fake.consul(request) if "recurse" in request.params else html(request)
     fake.put(b"mail/aliases/zz", b"makes Consul say that it hides something")
-    for _ in eventually("it is noticed", 10):
+    for _ in eventually("the failure is noticed", 10):
         if source.watches[0].backoff.since is not None:
             break
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
@@ -99,7 +92,7 @@ def test_a_proof_that_fails_otherwise_leaves_the_last_good_copy(fake, mirrored):
 
 
 @pytest.mark.parametrize("version", ["1.21.5"])
-def test_a_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, mirrored):
+def test_deletion_of_a_key_with_a_refused_name_is_accepted(fake, mirrored):
     fake.put(ALIAS + b"user@example.org", b"x")
     source = mirrored(fake.address)
     assert ask(source, b"user@example.org") == b"x"
@@ -108,19 +101,19 @@ def test_a_deletion_is_believed_where_consul_refuses_the_name_of_the_key(fake, m
 
 
 @pytest.mark.parametrize("refusal", [Answer(302, {"Location": "/"}), Answer(451)], ids=["302", "451"])
-def test_absence_of_a_key_is_not_proven_by_a_refusal_to_read_it(fake, mirrored, refusal):
+def test_refused_read_does_not_prove_absence(fake, mirrored, refusal):
     fake.put(ALIAS + b"hidden", b"x")
     source = mirrored(fake.address)
     assert ask(source, b"hidden") == b"x"
     fake.handle = lambda request: refusal if request.key == ALIAS + b"hidden" else fake.consul(request)
     fake.delete(ALIAS + b"hidden")
-    for _ in eventually("the list is not believed", 10):
+    for _ in eventually("the list is rejected", 10):
         if source.watches[0].backoff.since is not None:
             break
     assert ask(source, b"hidden") == b"x"
 
 
-def test_a_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
+def test_unlisted_key_that_can_be_read_is_not_absent(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)
     honest = fake.consul
@@ -133,8 +126,8 @@ def test_a_key_that_is_there_but_not_listed_is_no_absence(fake, mirrored):
         return answer
 
     fake.handle = shortened
-    # The first edit may still be answered by the honest one, if it sits on a query.
-    for number, _ in enumerate(eventually("it is noticed", 10)):
+    # A query that already waits still returns the whole list for the first edit.
+    for number, _ in enumerate(eventually("the missing entry is noticed", 10)):
         fake.put(ALIAS + b"new", b"%d" % number)
         if "does not list it" in str(source.watches[0].mirror.last_error):
             break
@@ -161,17 +154,17 @@ def test_load_once_finds_what_a_watch_finds(fake):
 @pytest.mark.parametrize("version", ["1.8.7"])
 def test_absence_is_proven_after_an_update_that_kept_the_data(fake, sources):
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.stop()
     source.box[0] = Config(
         None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, max_age=1000.0)
     )
     source.update()
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.denied = (ROOT,)
     fake.start()
-    for _ in eventually("it is noticed", 10):
+    for _ in eventually("the hidden key is noticed", 10):
         try:
-            told(source)
+            ask_table(source)
         except Forbidden:
             break

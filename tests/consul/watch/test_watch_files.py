@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import SourceError, Unreachable
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,
@@ -19,18 +20,22 @@ from tests.consul.watch.watching import (
     WHOLE,
     ask,
     becomes,
-    closed,
-    keep,
     lines,
     logged,
     settled,
+    write_snapshot,
     written,
 )
 from tests.dialogue import eventually
 from tests.fake_consul import html
 
 
-def test_the_copy_is_an_export_for_its_owner_alone(fake, mirrored, copied, tmp_path):
+@pytest.fixture
+def version():
+    return "1.22"
+
+
+def test_snapshot_is_an_export_that_only_its_owner_can_read(fake, mirrored, copied, tmp_path):
     source = mirrored(fake.address, copied)
     path = tmp_path / "copy.json"
     written(path, {"mail/aliases/alias/root": b"gilles", "mail/aliases/domain/example.org": b""})
@@ -41,19 +46,19 @@ def test_the_copy_is_an_export_for_its_owner_alone(fake, mirrored, copied, tmp_p
     written(path, {"mail/aliases/alias/root": b"eric"})
 
 
-def test_with_consul_down_a_start_answers_from_the_copy(fake, mirrored, copied, tmp_path, caplog):
+def test_start_without_consul_answers_from_the_snapshot(fake, mirrored, copied, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     source = mirrored(fake.address, copied)
     written(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source.close()
-    again = mirrored(closed(), copied)
+    again = mirrored(closed_port(), copied)
     becomes(again, b"gilles")
     assert (ask(again, b"nobody"), ask(again, b"example.org", "domain")) == (None, b"example.org")
     assert any("entries of 0 s ago from" in line for line in lines(caplog, logging.INFO))
 
 
-def test_what_is_restored_follows_consul_when_it_comes_back(fake, mirrored, copied, tmp_path):
-    keep(tmp_path / "copy.json", {**WHOLE, "mail/aliases/alias/old": b"x"})
+def test_restored_table_follows_consul_when_it_is_back(fake, mirrored, copied, tmp_path):
+    write_snapshot(tmp_path / "copy.json", {**WHOLE, "mail/aliases/alias/old": b"x"})
     fake.stop()
     source = mirrored(fake.address, copied)
     becomes(source, b"x", b"old")
@@ -62,7 +67,7 @@ def test_what_is_restored_follows_consul_when_it_comes_back(fake, mirrored, copi
     becomes(source, b"example.org", b"example.org", service="domain")
 
 
-def test_with_consul_down_and_no_copy_a_start_answers_errors_and_recovers(fake, mirrored, copied):
+def test_start_without_consul_and_snapshot_returns_errors_until_recovery(fake, mirrored, copied):
     fake.stop()
     source = mirrored(fake.address, copied)
     becomes(source, Unreachable)
@@ -71,49 +76,49 @@ def test_with_consul_down_and_no_copy_a_start_answers_errors_and_recovers(fake, 
 
 
 @pytest.mark.parametrize("text", ["", "[", "no JSON", '[{"key": "a", "value": "!"}]', '{"key": "a"}', "[" * 5000])
-def test_a_damaged_copy_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, text):
+def test_damaged_snapshot_is_ignored_and_logged(mirrored, copied, tmp_path, caplog, text):
     (tmp_path / "copy.json").write_text(text)
     (tmp_path / "copy.json").chmod(0o600)
-    becomes(mirrored(closed(), copied), Unreachable)
+    becomes(mirrored(closed_port(), copied), Unreachable)
     logged(caplog, f"{tmp_path}/copy.json: not used: not the output of `consul kv export`")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
-def test_a_copy_that_others_may_read_or_write_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, mode):
-    keep(tmp_path / "copy.json", WHOLE, mode)
-    becomes(mirrored(closed(), copied), Unreachable)
+def test_snapshot_that_others_may_read_or_write_is_ignored_and_logged(mirrored, copied, tmp_path, caplog, mode):
+    write_snapshot(tmp_path / "copy.json", WHOLE, mode)
+    becomes(mirrored(closed_port(), copied), Unreachable)
     logged(caplog, "others may read it")
 
 
-def test_a_copy_of_another_table_is_no_absence(mirrored, copied, tmp_path, caplog):
-    keep(tmp_path / "copy.json", {key.replace("aliases", "other"): value for key, value in WHOLE.items()})
-    becomes(mirrored(closed(), copied), Unreachable)
+def test_snapshot_of_another_table_proves_no_absence(mirrored, copied, tmp_path, caplog):
+    write_snapshot(tmp_path / "copy.json", {key.replace("aliases", "other"): value for key, value in WHOLE.items()})
+    becomes(mirrored(closed_port(), copied), Unreachable)
     logged(caplog, f"{tmp_path}/copy.json: ignored: contains no keys under mail/aliases/")
 
 
-def test_a_copy_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
-    keep(tmp_path / "copy.json", WHOLE)
+def test_snapshot_older_than_max_age_is_an_error(mirrored, copied, tmp_path):
+    write_snapshot(tmp_path / "copy.json", WHOLE)
     os.utime(tmp_path / "copy.json", (time.time() - 90_000,) * 2)
-    source = mirrored(closed(), copied)
+    source = mirrored(closed_port(), copied)
     becomes(source, Unreachable)
     with pytest.raises(Unreachable, match=r"no data from Consul for 9\d{4} s"):
         ask(source)
 
 
-def test_an_export_made_by_hand_answers_for_what_it_holds_and_proves_no_empty_bucket(mirrored, copied, tmp_path):
-    keep(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
-    source = mirrored(closed(), copied)
+def test_export_as_snapshot_answers_for_its_keys_and_proves_no_empty_folder(mirrored, copied, tmp_path):
+    write_snapshot(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
+    source = mirrored(closed_port(), copied)
     becomes(source, b"gilles")
     with pytest.raises(SourceError, match="mail/aliases/domain/ is not in the copy"):
         ask(source, b"example.org", "domain")
 
 
-def test_what_was_hidden_is_no_absence_after_a_start_from_the_copy(fake, mirrored, copied, tmp_path):
+def test_hidden_key_is_not_absent_after_a_start_from_the_snapshot(fake, mirrored, copied, tmp_path):
     fake.denied = (DOMAIN,)
     source = mirrored(fake.address, copied)
     written(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source.close()
-    down = mirrored(closed(), copied)
+    down = mirrored(closed_port(), copied)
     becomes(down, b"gilles")
     with pytest.raises(SourceError):
         ask(down, b"example.org", "domain")
@@ -140,12 +145,12 @@ def test_snapshot_file_is_not_replaced_while_the_token_may_read_nothing(fake, mi
     assert (path.read_text(), os.listdir(tmp_path)) == (good, ["copy.json"])
 
 
-def test_a_copy_that_cannot_be_written_is_one_line_and_no_outage(fake, mirrored, tmp_path, caplog):
+def test_unwritable_snapshot_logs_one_line_without_an_outage(fake, mirrored, tmp_path, caplog):
     table = replace(TABLE, snapshot=str(tmp_path / "none" / "copy.json"), max_age=0.3)
     source = mirrored(fake.address, table)
     settled(source)
     asked = len(fake.requests)
-    for _ in eventually("several turns", 10):
+    for _ in eventually("several reads", 10):
         if len(fake.requests) > asked + 5:
             break
     assert lines(caplog) == [f"{tmp_path}/none/copy.json: not written: No such file or directory"]
@@ -154,7 +159,7 @@ def test_a_copy_that_cannot_be_written_is_one_line_and_no_outage(fake, mirrored,
     written(tmp_path / "none" / "copy.json", {"mail/aliases/alias/root": b"gilles"})
 
 
-def test_a_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
+def test_full_disk_leaves_the_old_snapshot_and_logs_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     path = tmp_path / "copy.json"
     source = mirrored(fake.address, copied)
     written(path, {"mail/aliases/alias/root": b"gilles"})
@@ -172,7 +177,7 @@ def test_a_disk_that_is_full_leaves_the_old_copy_and_is_one_line(fake, mirrored,
     assert lines(caplog) == [f"{path}: not written: No space left on device"]
 
 
-def test_a_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
+def test_failed_commit_of_a_snapshot_logs_one_line(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
@@ -187,7 +192,7 @@ def test_a_copy_whose_last_step_fails_is_one_line(fake, mirrored, copied, tmp_pa
     assert lines(caplog) == [f"{tmp_path}/copy.json: not written: No space left on device"]
 
 
-def test_a_disk_without_any_room_is_one_line_and_no_outage(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
+def test_disk_without_any_space_logs_one_line_without_an_outage(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     honest = os.open
 
     def full(path, flags, *mode):
@@ -198,7 +203,8 @@ def test_a_disk_without_any_room_is_one_line_and_no_outage(fake, mirrored, copie
         return honest("/dev/full", os.O_WRONLY)
 
     monkeypatch.setattr(os, "open", full)
-    for number in range(400):  # more than a buffer holds: what is in it fails to be written once more at the end
+    # More than a buffer holds: closing the file writes the rest of it, and fails again.
+    for number in range(400):
         fake.put(ALIAS + b"%d" % number, b"x" * 50)
     source = mirrored(fake.address, copied)
     assert ask(source) == b"gilles"
@@ -208,15 +214,13 @@ def test_a_disk_without_any_room_is_one_line_and_no_outage(fake, mirrored, copie
     assert os.listdir(tmp_path) == []
 
 
-def test_snapshot_file_marks_a_folder_of_which_keys_are_hidden_and_proves_no_absence_there(
-    fake, mirrored, copied, tmp_path
-):
+def test_snapshot_file_marks_folders_with_hidden_keys_and_proves_no_absence_there(fake, mirrored, copied, tmp_path):
     fake.put(ALIAS + b"vip", b"x")
     fake.denied = (ALIAS + b"vip",)
     source = mirrored(fake.address, copied)
     written(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles", "mail/aliases/alias/": b"incomplete"})
     source.close()
-    again = mirrored(closed(), copied)
+    again = mirrored(closed_port(), copied)
     becomes(again, b"gilles")
     for key in (b"vip", b"nobody"):
         with pytest.raises(Unreachable):
@@ -224,7 +228,7 @@ def test_snapshot_file_marks_a_folder_of_which_keys_are_hidden_and_proves_no_abs
     assert ask(again, b"example.net", "domain") is None
 
 
-def test_a_watch_that_was_stopped_writes_no_copy(fake, mirrored, copied, tmp_path):
+def test_stopped_watch_writes_no_snapshot(fake, mirrored, copied, tmp_path):
     held = threading.Event()
 
     def slow(request):
@@ -239,7 +243,7 @@ def test_a_watch_that_was_stopped_writes_no_copy(fake, mirrored, copied, tmp_pat
     assert (source.watches[0].is_alive(), os.listdir(tmp_path)) == (False, [])
 
 
-def test_a_bug_in_restoring_is_no_end_of_the_watch(fake, mirrored, copied, monkeypatch, caplog):
+def test_bug_in_restoring_does_not_end_the_watch(fake, mirrored, copied, monkeypatch, caplog):
     def broken(*_arguments):
         raise ZeroDivisionError
 

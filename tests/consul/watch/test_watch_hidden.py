@@ -19,22 +19,13 @@ from tests.consul.watch.watching import (
     becomes,
     lines,
     logged,
+    reports_hidden_keys,
     settled,
     written,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 
 READ = 'key_prefix "mail/" { policy = "read" } '
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
-
-
-# Consul before 1.11 reports no hidden keys.
-reported = pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])
 
 
 def deny(key, kind="key"):
@@ -43,7 +34,7 @@ def deny(key, kind="key"):
 
 @pytest.fixture
 def ruled(fake, mirrored, waits_of):
-    """Make a mirror whose token "any" has these rules beside that to read all."""
+    """Make a mirror whose token "any" has these rules and one that reads the whole table."""
 
     def make(*rules, wait=None, **table):
         if wait is not None:
@@ -55,30 +46,26 @@ def ruled(fake, mirrored, waits_of):
 
 
 def hidden(source):
-    """The services of which the mirror knows that keys are hidden."""
+    """The services in which the mirror has noticed hidden keys."""
     state = source.watches[0].mirror.state
     return set() if state is None else set(state[0].hidden)
 
 
 def notices(source, services):
-    for _ in eventually(f"hidden: {services}", 10):
+    for _ in eventually(f"keys of {services} are hidden", 10):
         if hidden(source) == services:
             return
 
 
 def narrow(fake, source, *rules):
-    """Change the rules, and wait until a query began after that: each goes by the rules of its beginning."""
+    """Change the rules, and wait for a query that starts afterwards: a query keeps the rules of its start."""
     fake.tokens["any"] = READ + "".join(rules)
     fake.put(ROOT, b"narrowed")
     becomes(source, b"narrowed")
     fake.put(ROOT, b"gilles")
 
 
-def lists(fake):
-    return [request for request in fake.requests if "recurse" in request.params]
-
-
-def test_table_of_which_the_token_may_read_nothing_anymore_keeps_the_last_good_copy(fake, mirrored, caplog):
+def test_table_that_the_token_may_no_longer_read_keeps_the_last_good_copy(fake, mirrored, caplog):
     source = mirrored(fake.address)
     settled(source)
     fake.denied = (PREFIX,)
@@ -90,7 +77,7 @@ def test_table_of_which_the_token_may_read_nothing_anymore_keeps_the_last_good_c
     becomes(source, b"eric")
 
 
-def test_table_that_was_emptied_is_believed_and_logged_with_numbers(fake, mirrored, caplog):
+def test_emptied_table_is_accepted_and_logged_with_numbers(fake, mirrored, caplog):
     source = mirrored(fake.address)
     assert ask(source) == b"gilles"
     fake.delete(ROOT)
@@ -101,7 +88,7 @@ def test_table_that_was_emptied_is_believed_and_logged_with_numbers(fake, mirror
     logged(caplog, "mail/aliases/domain/: 1 of 1 entry deleted at once; 0 are left")
 
 
-def test_loss_of_more_than_half_of_a_folder_is_logged_and_of_less_is_not(fake, mirrored, caplog):
+def test_loss_of_more_than_half_of_a_folder_is_logged(fake, mirrored, caplog):
     for number in range(7):
         fake.put(ALIAS + b"%d" % number, b"x")
     source = mirrored(fake.address)
@@ -118,12 +105,12 @@ def test_loss_of_more_than_half_of_a_folder_is_logged_and_of_less_is_not(fake, m
     logged(caplog, "mail/aliases/alias/: 3 of 4 entries deleted at once; 1 is left")
 
 
-def test_table_without_any_entry_at_the_start_is_logged(fake, mirrored, caplog):
+def test_table_that_is_empty_at_start_is_logged(fake, mirrored, caplog):
     settled(mirrored(fake.address, replace(TABLE, name="typo")))
     logged(caplog, "mail/typo/: no entries: every lookup returns not-found")
 
 
-def test_folder_that_may_not_be_read_is_an_error_until_it_may_without_any_edit(fake, ruled, caplog):
+def test_forbidden_folder_is_an_error_until_the_permission_is_granted(fake, ruled, caplog):
     source = ruled(deny(DOMAIN, "key_prefix"), wait=0.2)
     assert ask(source) == b"gilles"
     with pytest.raises(Forbidden):
@@ -133,8 +120,8 @@ def test_folder_that_may_not_be_read_is_an_error_until_it_may_without_any_edit(f
     logged(caplog, "mail/aliases/: all services readable again")
 
 
-@reported
-def test_hidden_key_costs_one_key_and_not_the_folder(fake, ruled):
+@reports_hidden_keys
+def test_hidden_key_affects_no_other_key(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"))
     assert (ask(source), ask(source, b"nobody"), ask(source, b"example.org", "domain")) == (
@@ -148,8 +135,8 @@ def test_hidden_key_costs_one_key_and_not_the_folder(fake, ruled):
     assert source.entries(source.table, SERVICES["alias"], None, time.monotonic() + 2).next_after(None) is not None
 
 
-@reported
-def test_lookups_of_hidden_and_other_keys_log_one_line_more(fake, ruled, caplog):
+@reports_hidden_keys
+def test_lookups_of_hidden_and_other_keys_log_one_more_line(fake, ruled, caplog):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"))
     settled(source)
@@ -162,13 +149,13 @@ def test_lookups_of_hidden_and_other_keys_log_one_line_more(fake, ruled, caplog)
 
 
 @pytest.mark.parametrize("version", ["1.8.7"])
-def test_key_that_is_hidden_from_the_start_looks_absent_before_consul_1_11(fake, ruled):
+def test_key_hidden_from_the_start_looks_absent_before_consul_1_11(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"))
     assert (ask(source), ask(source, b"vip"), hidden(source)) == (b"gilles", None, set())
 
 
-@reported
+@reports_hidden_keys
 def test_hidden_key_that_is_created_later_is_an_error(fake, ruled):
     source = ruled(deny(ALIAS + b"vip"))
     assert ask(source, b"nobody") is None
@@ -187,8 +174,8 @@ def test_hidden_user_does_not_get_the_ids_of_the_default(fake, ruled):
         ask(source, b"boss", "userinfo")
 
 
-@reported
-def test_pattern_that_may_be_hidden_is_an_error_and_a_visible_one_answers(fake, ruled):
+@reports_hidden_keys
+def test_lookup_of_a_hidden_pattern_is_an_error_and_a_visible_one_matches(fake, ruled):
     networks = PREFIX + b"netaddr/"
     fake.put(networks + b"192.0.2.0/24", b"")
     fake.put(networks + b"203.0.113.0/24", b"")
@@ -199,13 +186,13 @@ def test_pattern_that_may_be_hidden_is_an_error_and_a_visible_one_answers(fake, 
             ask(source, address, "netaddr")
 
 
-def test_hidden_key_elsewhere_in_the_table_harms_no_service(fake, ruled):
+def test_hidden_key_outside_every_folder_affects_no_service(fake, ruled):
     fake.put(PREFIX + b"string/secret", b"x")
     source = ruled(deny(PREFIX + b"string/secret"))
     assert (ask(source, b"nobody"), hidden(source)) == (None, set())
 
 
-def test_deletion_of_some_keys_does_not_prove_the_absence_of_a_hidden_one(fake, ruled):
+def test_deletion_of_some_keys_does_not_prove_that_a_hidden_one_is_absent(fake, ruled):
     names = [b"a%d" % number for number in range(9)]
     for name in (*names, b"zoe"):
         fake.put(ALIAS + name, b"x")
@@ -221,19 +208,19 @@ def test_deletion_of_some_keys_does_not_prove_the_absence_of_a_hidden_one(fake, 
     assert (ask(source), ask(source, b"a8")) == (b"gilles", None)
 
 
-def test_hidden_key_is_read_as_it_was_stored_and_not_folded(fake, ruled):
+def test_hidden_key_is_read_in_its_stored_case(fake, ruled):
     fake.put(ALIAS + b"Eric", b"x")
     source = ruled()
     assert ask(source, b"eric") == b"x"
     narrow(fake, source, deny(ALIAS + b"Eric"))
     becomes(source, Forbidden, b"eric")
-    fake.put(ROOT, b"robert")  # nor is its spelling forgotten with the next edit
+    fake.put(ROOT, b"robert")  # the next edit keeps the stored case, too
     becomes(source, b"robert")
     with pytest.raises(Forbidden):
         ask(source, b"eric")
 
 
-def test_rule_that_is_lifted_takes_effect_without_any_edit(fake, ruled, caplog):
+def test_removed_deny_rule_takes_effect_without_an_edit(fake, ruled, caplog):
     fake.put(ALIAS + b"Vip", b"x")
     source = ruled(wait=0.2)
     assert ask(source, b"vip") == b"x"
@@ -245,8 +232,8 @@ def test_rule_that_is_lifted_takes_effect_without_any_edit(fake, ruled, caplog):
     logged(caplog, "all services readable again")
 
 
-@reported
-def test_rule_that_comes_and_goes_while_the_index_stays_is_noticed(fake, ruled):
+@reports_hidden_keys
+def test_rule_that_is_added_and_removed_at_one_index_is_noticed(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(wait=0.2)
     settled(source)
@@ -257,8 +244,8 @@ def test_rule_that_comes_and_goes_while_the_index_stays_is_noticed(fake, ruled):
         becomes(source, b"x", b"vip")
 
 
-@reported
-def test_rule_that_moves_to_another_folder_is_noticed_while_the_index_stays(fake, ruled):
+@reports_hidden_keys
+def test_rule_that_moves_to_another_folder_at_one_index_is_noticed(fake, ruled):
     fake.put(ALIAS + b"vip", b"x")
     source = ruled(deny(ALIAS + b"vip"), wait=0.2)
     becomes(source, Forbidden, b"vip")
@@ -269,7 +256,7 @@ def test_rule_that_moves_to_another_folder_is_noticed_while_the_index_stays(fake
     notices(source, {"domain"})
 
 
-def test_list_policy_without_the_rule_list_is_an_error_with_consuls_reason(fake, ruled):
+def test_list_policy_without_the_rule_list_is_an_error_with_the_reason_of_consul(fake, ruled):
     fake.key_list_policy = True
     source = ruled()
     with pytest.raises(
@@ -280,8 +267,8 @@ def test_list_policy_without_the_rule_list_is_an_error_with_consuls_reason(fake,
     becomes(source, b"gilles")
 
 
-@reported
-def test_folder_that_was_empty_and_is_hidden_before_it_fills_is_an_error(fake, ruled, caplog):
+@reports_hidden_keys
+def test_empty_folder_that_is_hidden_before_it_fills_is_an_error(fake, ruled, caplog):
     fake.delete(DOMAIN + b"example.org")
     source = ruled()
     assert ask(source, b"example.org", "domain") is None
@@ -292,7 +279,7 @@ def test_folder_that_was_empty_and_is_hidden_before_it_fills_is_an_error(fake, r
 
 
 @pytest.mark.parametrize("version", ["1.8.7"])
-def test_keys_deleted_one_after_another_beside_hidden_ones_do_not_drown_their_proof(fake, ruled, monkeypatch):
+def test_many_deletions_do_not_delay_reads_of_hidden_keys(fake, ruled, monkeypatch):
     monkeypatch.setattr(mirror, "sample", functools.partial(mirror.sample, most=4))
     names = [b"b%02d" % number for number in range(20)]
     for name in (*names, b"a", b"m"):
@@ -314,7 +301,7 @@ def test_keys_deleted_one_after_another_beside_hidden_ones_do_not_drown_their_pr
 
 
 @pytest.mark.parametrize("version", ["1.21.5"])  # which refuses to read the key `*`
-def test_default_user_that_is_listed_answers_where_another_is_hidden_and_its_name_is_refused(fake, ruled):
+def test_listed_default_user_answers_where_a_hidden_user_has_a_refused_name(fake, ruled):
     users = PREFIX + b"userinfo/"
     fake.put(users + b"boss", b"1000:1000:/home/boss")
     fake.put(users + b"*", b"5000:5000:/var/vmail/%u")
@@ -324,8 +311,8 @@ def test_default_user_that_is_listed_answers_where_another_is_hidden_and_its_nam
         ask(source, b"boss", "userinfo")
 
 
-@reported
-def test_table_of_one_service_keeps_a_copy_on_disk_while_one_key_is_hidden(fake, ruled, tmp_path):
+@reports_hidden_keys
+def test_snapshot_of_a_single_service_is_written_while_a_key_is_hidden(fake, ruled, tmp_path):
     fake.put(ALIAS + b"vip", b"x")
     path = tmp_path / "copy.json"
     ruled(deny(ALIAS + b"vip"), services=("alias",), snapshot=str(path))

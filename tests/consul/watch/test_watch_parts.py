@@ -1,4 +1,4 @@
-"""A watched range has parts, each of which is read only if it has changed; with every version of the fake."""
+"""A watched range has parts, of which only changed ones are read; with every version of the fake."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import pytest
 
 from tests.consul.watch.watching import ALIAS, PREFIX, ask, becomes, make_ranges_small
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 
 NAMES = [bytes([letter]) + b"%02d" % number for letter in b"abc" for number in range(30)]
-# Longer than any test waits for an answer.
+# Longer than any wait of a test.
 NEVER_SECONDS = 60.0
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +44,17 @@ def queries(fake):
 
 
 def read_since(fake, before):
-    """The prefixes of which all entries were read, but for blocking queries."""
+    """The prefixes of list requests without a wait."""
     return [folder(each) for each in fake.requests[before:] if "recurse" in each.params and "index" not in each.params]
 
 
-def test_query_for_a_range_with_parts_brings_names_alone(fake, source):
+def test_query_for_a_range_with_parts_returns_only_names(fake, source):
     waits = [each for each in queries(fake) if folder(each) == ALIAS + b"a"]
     assert waits
     assert all("keys" in each.params and "recurse" not in each.params for each in waits)
 
 
-def test_edit_brings_one_part(fake, source):
+def test_edit_reads_only_its_part(fake, source):
     before = len(fake.requests)
     fake.put(ALIAS + b"b13", b"new")
     becomes(source, b"new", b"b13")
@@ -88,7 +82,7 @@ def test_edits_of_several_parts_in_one_transaction_are_found(fake, source):
     assert PREFIX not in read_since(fake, before)
 
 
-def test_new_key_of_a_range_that_is_in_no_part_is_found_by_the_names_of_the_range(fake, source):
+def test_new_key_outside_every_part_is_found_by_the_names_of_its_range(fake, source):
     before = len(fake.requests)
     fake.put(ALIAS + b"bob", b"new")
     becomes(source, b"new", b"bob")
@@ -97,7 +91,7 @@ def test_new_key_of_a_range_that_is_in_no_part_is_found_by_the_names_of_the_rang
     assert set(read_since(fake, before)) == {ALIAS + b"bo"}
 
 
-def test_part_that_is_emptied_is_found_empty(fake, source):
+def test_emptied_part_is_empty(fake, source):
     for number in range(10):
         fake.delete(ALIAS + b"b1%d" % number)
     for number in range(10):
@@ -106,7 +100,7 @@ def test_part_that_is_emptied_is_found_empty(fake, source):
     becomes(source, b"new", b"b13")
 
 
-def test_part_whose_index_falls_is_read(fake, source):
+def test_part_with_a_lower_index_is_read(fake, source):
     fake.put(ALIAS + b"b13", b"new")
     becomes(source, b"new", b"b13")
     fake.delete(ALIAS + b"b13")
@@ -117,7 +111,7 @@ def test_part_whose_index_falls_is_read(fake, source):
     assert ask(source, b"b13") is None
 
 
-def test_part_with_too_many_new_keys_is_cut_anew(fake, source):
+def test_part_with_too_many_new_keys_is_cut_again(fake, source):
     before = len(fake.requests)
     for number in range(100):
         fake.put(ALIAS + b"b1x%02d" % number, b"new")

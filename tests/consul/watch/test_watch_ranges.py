@@ -1,4 +1,4 @@
-"""A large table is watched in ranges, as long as nothing unusual happens; with every version of the fake."""
+"""A large table is watched in ranges until something unusual happens; with every version of the fake."""
 
 from __future__ import annotations
 
@@ -19,25 +19,19 @@ from tests.consul.watch.watching import (
     TABLE,
     ask,
     becomes,
-    kept,
     lines,
     logged,
     make_ranges_small,
+    snapshot_entries,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 from tests.fake_consul.messages import Answer
 from tests.fake_consul.store import Entry
 
 NAMES = [bytes([letter]) + b"%d" % number for letter in b"abcdef" for number in range(6)]
 LATE_SECONDS = 0.2
-# For tests in which nothing is late, on however busy a machine.
-PATIENT_SECONDS = 1.0
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
+# For tests in which no query may count as late, even on a busy machine.
+LONG_LATE_SECONDS = 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +41,12 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def patient(small, monkeypatch):
-    monkeypatch.setattr(ranged, "LATE_SECONDS", PATIENT_SECONDS)
+def no_late_query(small, monkeypatch):
+    monkeypatch.setattr(ranged, "LATE_SECONDS", LONG_LATE_SECONDS)
 
 
 @pytest.fixture(autouse=True)
-def no_query_is_left():
+def queries_end():
     yield
     ended()
 
@@ -71,7 +65,7 @@ def fake(fake):
 
 
 def lists(fake):
-    """The prefixes of lists that were asked for."""
+    """The prefixes of the requested lists."""
     return [request.path.removeprefix(b"/v1/kv/") for request in fake.requests if "recurse" in request.params]
 
 
@@ -80,7 +74,7 @@ def waiting(fake):
 
 
 def ranged_watch(fake, source, answer=b"old"):
-    """Wait until ranges are watched, and each query waits."""
+    """Wait until ranges are watched and every query waits."""
     for _ in eventually("ranges are watched", 10):
         asked = {request.path for request in waiting(fake)}
         if {b"/v1/kv/" + ALIAS + bytes([letter]) for letter in b"abcdefr"} | {b"/v1/kv/" + DOMAIN} <= asked:
@@ -104,8 +98,8 @@ def stays_ranged(fake, before):
     assert PREFIX not in lists(fake)[before:]
 
 
-@pytest.mark.usefixtures("patient")
-def test_edit_brings_the_range_that_it_is_in(fake, source):
+@pytest.mark.usefixtures("no_late_query")
+def test_edit_reads_only_its_range(fake, source):
     before = len(lists(fake))
     fake.put(ALIAS + b"b3", b"new")
     becomes(source, b"new", b"b3")
@@ -113,7 +107,7 @@ def test_edit_brings_the_range_that_it_is_in(fake, source):
     assert set(lists(fake)[before:]) <= {ALIAS + b"b"}
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_late_query")
 def test_new_key_in_a_range_is_found(fake, source):
     before = len(lists(fake))
     fake.put(ALIAS + b"bob", b"new")
@@ -121,7 +115,7 @@ def test_new_key_in_a_range_is_found(fake, source):
     stays_ranged(fake, before)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_late_query")
 def test_deleted_key_is_not_found(fake, source):
     before = len(lists(fake))
     fake.delete(ALIAS + b"c4")
@@ -130,8 +124,8 @@ def test_deleted_key_is_not_found(fake, source):
     assert [ask(source, name) for name in NAMES if name != b"c4"] == [b"old"] * (len(NAMES) - 1)
 
 
-@pytest.mark.usefixtures("patient")
-def test_many_edits_everywhere_are_all_found(fake, source):
+@pytest.mark.usefixtures("no_late_query")
+def test_edits_in_all_ranges_are_found(fake, source):
     before = len(lists(fake))
     for number, name in enumerate(NAMES):
         fake.put(ALIAS + name, b"%d" % number)
@@ -140,8 +134,8 @@ def test_many_edits_everywhere_are_all_found(fake, source):
     stays_ranged(fake, before)
 
 
-@pytest.mark.usefixtures("patient")
-def test_key_where_no_range_is_is_found(fake, source):
+@pytest.mark.usefixtures("no_late_query")
+def test_key_outside_every_range_is_found(fake, source):
     before = len(lists(fake))
     fake.put(ALIAS + b"zoe", b"new")
     becomes(source, b"new", b"zoe")
@@ -150,7 +144,7 @@ def test_key_where_no_range_is_is_found(fake, source):
     stays_ranged(fake, before)
 
 
-def test_key_that_begins_as_several_ranges_do_has_the_whole_table_read(fake, mirrored):
+def test_key_that_is_a_prefix_of_several_ranges_reads_the_whole_table(fake, mirrored):
     for number in range(6):
         fake.put(ALIAS + b"a1%d" % number, b"old")
         fake.put(ALIAS + b"a2%d" % number, b"old")
@@ -165,7 +159,7 @@ def test_key_that_begins_as_several_ranges_do_has_the_whole_table_read(fake, mir
     reads_whole(fake, before)
 
 
-def test_key_of_no_service_has_the_whole_table_read(fake, source):
+def test_key_of_no_service_reads_the_whole_table(fake, source):
     before = len(lists(fake))
     fake.put(PREFIX + b"notes/x", b"new")
     reads_whole(fake, before)
@@ -173,8 +167,8 @@ def test_key_of_no_service_has_the_whole_table_read(fake, source):
     becomes(source, b"new", b"a1")
 
 
-@pytest.mark.usefixtures("patient")
-def test_first_key_of_a_folder_is_found_without_the_whole_table(fake, mirrored):
+@pytest.mark.usefixtures("no_late_query")
+def test_first_key_of_a_folder_is_found_without_reading_the_whole_table(fake, mirrored):
     table = replace(TABLE, services=("alias", "domain", "userinfo"))
     source = ranged_watch(fake, mirrored(fake.address, table))
     before = len(lists(fake))
@@ -185,7 +179,7 @@ def test_first_key_of_a_folder_is_found_without_the_whole_table(fake, mirrored):
     stays_ranged(fake, before)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_late_query")
 def test_edit_in_a_small_folder_is_found(fake, source):
     before = len(lists(fake))
     fake.put(DOMAIN + b"example.net", b"")
@@ -193,7 +187,7 @@ def test_edit_in_a_small_folder_is_found(fake, source):
     stays_ranged(fake, before)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_late_query")
 def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
     monkeypatch.setattr(watch, "MOST_RANGES", 5)
     monkeypatch.setattr(ranges, "ASK_KEYS", 0)
@@ -209,7 +203,7 @@ def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
     stays_ranged(fake, before)
 
 
-def test_key_where_no_range_is_is_found_behind_an_edit_in_a_range(fake, source):
+def test_key_outside_every_range_is_found_beside_an_edit_in_a_range(fake, source):
     with fake.store.changed:  # as in one transaction
         fake.put(ALIAS + b"zoe", b"new")
         fake.put(ALIAS + b"a1", b"new")
@@ -217,7 +211,7 @@ def test_key_where_no_range_is_is_found_behind_an_edit_in_a_range(fake, source):
     becomes(source, b"new", b"zoe")
 
 
-def test_edit_in_a_range_whose_query_hangs_is_found_while_others_are_edited(fake, source):
+def test_edit_in_a_range_with_a_hanging_query_is_found(fake, source):
     over = threading.Event()
 
     def handle(request):
@@ -227,14 +221,14 @@ def test_edit_in_a_range_whose_query_hangs_is_found_while_others_are_edited(fake
         return answer
 
     def waits_for_more():
-        """Whether the completeness query has shown all there is."""
+        """Whether the completeness query waits on the newest index."""
         return any("keys" in each.params and each.params.get("index") == str(fake.index) for each in fake.requests)
 
     fake.handle = handle
     try:
         for name, value in ((b"c1", b"seen"), (b"c1", b"new"), *((b"a1", b"%d" % number) for number in range(200))):
             fake.put(ALIAS + name, value)
-            for _ in eventually("it is shown", 5):
+            for _ in eventually("the completeness query has returned", 5):
                 if waits_for_more():
                     break
             if ask(source, b"c1") == b"new":
@@ -245,8 +239,8 @@ def test_edit_in_a_range_whose_query_hangs_is_found_while_others_are_edited(fake
         over.set()
 
 
-@pytest.mark.usefixtures("patient")
-def test_keys_deleted_one_after_the_other_leave_no_doubt(fake, source):
+@pytest.mark.usefixtures("no_late_query")
+def test_single_deletions_do_not_read_the_whole_table(fake, source):
     before = len(lists(fake))
     for number in range(5):
         for letter in b"abcdef":
@@ -254,11 +248,11 @@ def test_keys_deleted_one_after_the_other_leave_no_doubt(fake, source):
             time.sleep(0.002)
     for letter in b"abcdef":
         becomes(source, None, b"%c4" % letter)
-    time.sleep(2 * PATIENT_SECONDS)
+    time.sleep(2 * LONG_LATE_SECONDS)
     stays_ranged(fake, before)
 
 
-def test_range_that_shrinks_at_once_is_judged_with_the_whole(fake, source, monkeypatch):
+def test_range_with_many_deletions_reads_the_whole_table(fake, source, monkeypatch):
     monkeypatch.setattr(ranged, "LEAST_LOSS", 4)
     before = len(lists(fake))
     with fake.store.changed:
@@ -268,7 +262,7 @@ def test_range_that_shrinks_at_once_is_judged_with_the_whole(fake, source, monke
     reads_whole(fake, before)
 
 
-def test_range_that_is_emptied_together_with_an_edit_elsewhere_is_found_empty(fake, source):
+def test_range_emptied_together_with_an_edit_elsewhere_is_empty(fake, source):
     left = {key: entry for key, entry in fake.store.entries.items() if not key.startswith(ALIAS + b"d")}
     fake.store.replace(left | {ALIAS + b"a1": Entry(b"new", 0, fake.index, fake.index + 1)})  # as in one transaction
     becomes(source, b"new", b"a1")
@@ -292,7 +286,7 @@ def test_entries_stay_confirmed_while_nothing_changes(fake, mirrored):
         time.sleep(0.05)
 
 
-def test_index_that_goes_backwards_has_the_whole_table_read(fake, source):
+def test_index_that_goes_backwards_reads_the_whole_table(fake, source):
     before = len(lists(fake))
     fake.reset_index(20)
     reads_whole(fake, before)
@@ -300,7 +294,7 @@ def test_index_that_goes_backwards_has_the_whole_table_read(fake, source):
     becomes(source, b"new", b"a1")
 
 
-def test_range_that_is_emptied_is_found_empty(fake, source):
+def test_emptied_range_is_empty(fake, source):
     for number in range(6):
         fake.delete(ALIAS + b"d%d" % number)
     for number in range(6):
@@ -309,10 +303,10 @@ def test_range_that_is_emptied_is_found_empty(fake, source):
     becomes(source, b"new", b"d1")
 
 
-def test_range_that_outgrows_its_size_is_cut_anew(fake, source):
+def test_range_that_grows_too_large_is_cut_again(fake, source):
     for number in range(10, 40):
         fake.put(ALIAS + b"e%d" % number, b"old")
-    for _ in eventually("it is cut", 10):
+    for _ in eventually("the range is cut", 10):
         if any(request.path == b"/v1/kv/" + ALIAS + b"e1" for request in waiting(fake)):
             break
     becomes(source, b"old", b"e39")
@@ -346,7 +340,7 @@ def test_server_that_refuses_a_range_causes_no_outage(fake, mirrored, caplog, re
     assert lines(caplog) == []
 
 
-def test_key_that_an_acl_hides_in_a_range_is_read_by_its_name(fake, source):
+def test_hidden_key_in_a_range_is_read_by_name(fake, source):
     fake.denied = (ALIAS + b"b3",)
     fake.put(ALIAS + b"b4", b"new")
     becomes(source, b"new", b"b4")
@@ -362,12 +356,12 @@ def test_update_reads_the_whole_table(fake, source):
     becomes(source, b"new", b"a1")
 
 
-def test_queries_end_with_their_watch(fake, source):
+def test_closing_a_watch_ends_its_queries(fake, source):
     source.close()
     ended()
 
 
-def test_outage_ends_ranges_and_their_return_brings_what_changed(fake, source, caplog):
+def test_outage_ends_ranges_and_recovery_reads_the_changes(fake, source, caplog):
     fake.stop()
     for _ in eventually("the outage is noticed", 10):
         if source.watches[0].backoff.since is not None:
@@ -380,7 +374,7 @@ def test_outage_ends_ranges_and_their_return_brings_what_changed(fake, source, c
     assert len(lines(caplog)) == 2
 
 
-def test_spellings_whose_ranges_both_go_on_are_resolved(fake, mirrored):
+def test_case_variants_in_kept_ranges_are_resolved(fake, mirrored):
     for name in (b"A1", b"A2", b"A3"):
         fake.put(ALIAS + name, b"capital")
     source = ranged_watch(fake, mirrored(fake.address))
@@ -397,7 +391,7 @@ def test_spellings_whose_ranges_both_go_on_are_resolved(fake, mirrored):
     assert ask(source, b"a1") == b"new"
 
 
-def test_spellings_in_different_ranges_are_resolved(fake, source):
+def test_case_variants_in_different_ranges_are_resolved(fake, source):
     fake.put(ALIAS + b"A1", b"capital")
     fake.delete(ALIAS + b"a1")
     becomes(source, b"capital", b"a1")
@@ -414,12 +408,12 @@ def test_file_is_written_after_an_edit_in_a_range(fake, mirrored, copied, monkey
     becomes(source, b"new", b"b3")
     path = copied.snapshot
     for _ in eventually("the file is written", 10):
-        if kept(Path(path)).get((ALIAS + b"b3").decode()) == b"new":
+        if snapshot_entries(Path(path)).get((ALIAS + b"b3").decode()) == b"new":
             return
 
 
-@pytest.mark.usefixtures("patient")
-def test_wait_that_is_cut_is_asked_again(fake, mirrored, monkeypatch):
+@pytest.mark.usefixtures("no_late_query")
+def test_cut_wait_is_repeated(fake, mirrored, monkeypatch):
     monkeypatch.setattr("table_consul.transport.LEAST_CUT_SECONDS", 0.1)
     fake.write_timeout = 0.4
     source = ranged_watch(fake, mirrored(fake.address))

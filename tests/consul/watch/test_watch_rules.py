@@ -1,4 +1,4 @@
-"""What indexes and folders may do to a watch: a test for each rule. Waits, hidden keys and files have theirs beside."""
+"""How a watch handles indexes and folders. Waits, hidden keys and files have their own modules."""
 
 from __future__ import annotations
 
@@ -6,33 +6,23 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import Forbidden
-from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, ROOT, TABLE, ask, becomes, lines, settled
+from tests.consul.watch.watching import ALIAS, DOMAIN, PREFIX, ROOT, TABLE, ask, becomes, lines, lists, settled
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS
 
 ELSEWHERE = replace(
     TABLE, services=("alias", "domain", "string"), paths={"domain": "shared/all", "string": "shared/all"}
 )
 
 
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
-
-
-def lists(fake):
-    return [request for request in fake.requests if "recurse" in request.params]
-
-
 def reads_again(fake, source):
-    """Wait for two waits that began after this moment, so that nothing of before is under way."""
+    """Wait until two more waits have begun; no earlier query is then pending."""
     asked = len(lists(fake))
     for _ in eventually("two more waits", 10):
         if len(lists(fake)) >= asked + 2 and source.watches[0].backoff.since is None:
             return
 
 
-def test_tombstones_that_are_reaped_hide_no_edit(fake, mirrored, waits_of, caplog):
+def test_reaped_tombstones_hide_no_edit(fake, mirrored, waits_of, caplog):
     waits_of(0.1)
     fake.put(ALIAS + b"last", b"x")
     source = mirrored(fake.address)
@@ -41,7 +31,7 @@ def test_tombstones_that_are_reaped_hide_no_edit(fake, mirrored, waits_of, caplo
     becomes(source, None, b"last")
     before = source.watches[0].index
     fake.store.reap()
-    for _ in eventually("the index falls", 10):
+    for _ in eventually("the index goes backwards", 10):
         if source.watches[0].index < before:
             break
     assert ask(source) == b"gilles"
@@ -50,7 +40,7 @@ def test_tombstones_that_are_reaped_hide_no_edit(fake, mirrored, waits_of, caplo
     assert lines(caplog) == []
 
 
-def test_tombstones_that_are_reaped_cost_one_read_and_no_more(fake, mirrored, waits_of):
+def test_reaped_tombstones_cause_a_single_read(fake, mirrored, waits_of):
     waits_of(0.1)
     fake.put(ALIAS + b"last", b"x")
     source = mirrored(fake.address)
@@ -69,15 +59,15 @@ def test_restored_snapshot_with_the_same_index_is_read(fake, mirrored, waits_of)
     source = mirrored(fake.address)
     settled(source)
     asked = len(lists(fake))
-    for _ in eventually("it is read again", 10):
-        fake.store.restore(fake.index)  # again and again, as one between two waits ends none
+    for _ in eventually("the table is read again", 10):
+        fake.store.restore(fake.index)  # repeated, because a reset between two waits ends neither
         if any("consistent" in request.params for request in lists(fake)[asked:]):
             break
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")
 
 
-def test_index_that_goes_back_while_a_key_is_hidden_is_seen(fake, mirrored, waits_of):
+def test_index_that_goes_backwards_while_a_key_is_hidden_is_seen(fake, mirrored, waits_of):
     waits_of(0.2)
     fake.put(ALIAS + b"vip", b"x")
     fake.denied = (ALIAS + b"vip",)
@@ -91,14 +81,14 @@ def test_index_that_goes_back_while_a_key_is_hidden_is_seen(fake, mirrored, wait
     assert source.watches[0].index < 10
 
 
-def test_folder_that_appears_is_seen(fake, mirrored):
+def test_new_folder_is_read(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, services=(*TABLE.services, "string")))
     assert ask(source, b"a", "string") is None
     fake.put(PREFIX + b"string/a", b"x")
     becomes(source, b"x", b"a", service="string")
 
 
-def test_folder_that_empties_leaves_the_others_as_they_are(fake, mirrored):
+def test_emptied_folder_does_not_affect_others(fake, mirrored):
     source = mirrored(fake.address)
     assert ask(source, b"example.org", "domain") == b"example.org"
     fake.delete(DOMAIN + b"example.org")
@@ -106,7 +96,7 @@ def test_folder_that_empties_leaves_the_others_as_they_are(fake, mirrored):
     assert ask(source) == b"gilles"
 
 
-def test_each_path_has_a_watch_and_services_that_share_one_see_the_same_edit(fake, mirrored):
+def test_each_path_has_a_watch_and_services_with_one_path_see_the_same_edit(fake, mirrored):
     fake.put(b"shared/all/example.net", b"x")
     source = mirrored(fake.address, ELSEWHERE)
     settled(source)
@@ -122,7 +112,7 @@ def test_each_path_has_a_watch_and_services_that_share_one_see_the_same_edit(fak
         becomes(source, None, b"example.net", service=service)
 
 
-def test_path_that_may_not_be_read_leaves_the_other_folder_as_it_is(fake, mirrored):
+def test_forbidden_path_does_not_affect_the_other_folder(fake, mirrored):
     fake.put(b"shared/all/a", b"x")
     fake.denied = (b"shared/",)
     source = mirrored(fake.address, ELSEWHERE)

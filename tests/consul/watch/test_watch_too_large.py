@@ -15,20 +15,22 @@ from tests.consul.watch.watching import (
     ROOT,
     TABLE,
     ask,
+    ask_table,
     becomes,
     lines,
     settled,
-    told,
 )
 from tests.dialogue import eventually
 
+pytestmark = pytest.mark.parametrize("version", ["1.22"])
 
-def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
+
+def test_table_that_stays_too_large_is_logged_once(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, max_keys=1))
     for _ in range(3):
         asked = len(fake.requests)
         source.update()
-        for _ in eventually("it was tried again", 10):
+        for _ in eventually("the mirror is tried again", 10):
             if len(fake.requests) > asked and source.watches[0].too_large:
                 break
     source.close()
@@ -37,31 +39,31 @@ def test_a_table_that_stays_too_large_says_so_once(fake, mirrored, caplog):
     assert source.by_service["alias"].mirror.state is None
 
 
-def test_a_table_above_max_keys_is_read_directly_from_the_first_answer_on_and_says_so_once(fake, sources, caplog):
+def test_table_above_max_keys_is_read_directly_from_the_first_answer(fake, sources, caplog):
     source = sources(fake.address, replace(TABLE, max_keys=1))
-    assert [told(source), told(source, b"nobody"), told(source)] == [b"gilles", None, b"gilles"]
+    assert [ask_table(source), ask_table(source, b"nobody"), ask_table(source)] == [b"gilles", None, b"gilles"]
     assert [line for line in lines(caplog) if "max_keys" in line] == [
         "mail/aliases/ holds more than max_keys = 1 keys: falling back to direct mode (one Consul read per lookup)"
     ]
 
 
-def test_a_table_that_grew_too_large_is_read_directly_and_mirrored_again_when_it_shrank(fake, sources, caplog):
+def test_table_that_grows_too_large_is_read_directly_until_it_shrinks(fake, sources, caplog):
     source = sources(fake.address, replace(TABLE, max_keys=2))
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.put(ALIAS + b"one too many", b"x")
     ((_, one),) = source.watches()
     for _ in eventually("too large", 10):
         if one.too_large:
             break
     asked = len(fake.requests)
-    assert (told(source), told(source, b"4"), len(fake.requests) - asked) == (b"gilles", None, 2)
+    assert (ask_table(source), ask_table(source, b"4"), len(fake.requests) - asked) == (b"gilles", None, 2)
     fake.delete(ALIAS + b"one too many")
     source.update()
     for _ in eventually("no longer too large", 10):
         if not one.too_large:
             break
     asked = len(fake.requests)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     assert [request for request in fake.requests[asked:] if "recurse" not in request.params] == []
     assert "mail/aliases/: no longer too large, serving it from memory again" in lines(caplog)
 
@@ -97,7 +99,7 @@ def test_state_of_a_mirror_does_not_change_after_it_was_closed(fake, mirrored):
     assert source.by_service["alias"].mirror.state is state
 
 
-def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
+def test_table_with_too_much_data_is_read_directly(fake):
     client = kv.Client(ConsulConfig(addresses=(fake.address,)))
     client.body_bytes = client.entry_bytes = 1000
     fake.put(ALIAS + b"large", b"x" * 4000)
@@ -108,7 +110,7 @@ def test_table_with_more_data_than_may_be_held_is_read_directly(fake):
     source.close()
 
 
-def test_a_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
+def test_path_elsewhere_has_its_own_watch(fake, mirrored):
     fake.put(b"shared/people/root", b"robert")
     source = mirrored(fake.address, replace(TABLE, paths={"alias": "shared/people"}))
     assert sorted(each.name for each in source.watches) == ["watch mail/aliases/", "watch shared/people/"]
@@ -117,25 +119,25 @@ def test_a_path_elsewhere_has_a_watch_of_its_own(fake, mirrored):
     becomes(source, b"eric")
 
 
-def test_a_bounded_number_of_tables_is_mirrored_and_the_others_are_read_directly(fake, sources):
+def test_tables_beyond_the_limit_of_mirrors_are_read_directly(fake, sources):
     source = sources(fake.address)
     for number in range(MAX_MIRRORED_TABLES + 3):
         fake.put(b"mail/table%d/alias/root" % number, b"%d" % number)
     for number in range(MAX_MIRRORED_TABLES + 3):
-        assert told(source, name=f"table{number}") == b"%d" % number
+        assert ask_table(source, name=f"table{number}") == b"%d" % number
     assert len(source.watches()) == MAX_MIRRORED_TABLES
 
 
-def test_table_too_large_for_memory_still_finds_keys_in_any_case(fake, sources):
+def test_table_too_large_for_a_mirror_finds_keys_in_any_case(fake, sources):
     fake.put(ALIAS + b"Postmaster", b"eric")
     source = sources(fake.address, replace(TABLE, max_keys=1))
-    assert (told(source, b"postmaster"), told(source, b"nobody")) == (b"eric", None)
+    assert (ask_table(source, b"postmaster"), ask_table(source, b"nobody")) == (b"eric", None)
     asked = len(fake.requests)
-    assert (told(source, b"postmaster"), told(source, b"somebody")) == (b"eric", None)
-    assert [request for request in fake.requests[asked:] if "keys" in request.params] == []  # listed once for a while
+    assert (ask_table(source, b"postmaster"), ask_table(source, b"somebody")) == (b"eric", None)
+    assert [request for request in fake.requests[asked:] if "keys" in request.params] == []  # cached
 
 
-def test_table_beyond_the_number_of_mirrors_still_finds_keys_in_any_case(fake, sources, monkeypatch):
+def test_table_beyond_the_limit_of_mirrors_finds_keys_in_any_case(fake, sources, monkeypatch):
     monkeypatch.setattr("table_consul.tables.MAX_MIRRORED_TABLES", 0)
     fake.put(ALIAS + b"Postmaster", b"eric")
-    assert told(sources(fake.address), b"postmaster") == b"eric"
+    assert ask_table(sources(fake.address), b"postmaster") == b"eric"

@@ -8,55 +8,57 @@ from msgspec.structs import replace
 
 from table_consul.config import Config, ConsulConfig
 from table_consul.errors import ConfigError, SourceError, Unreachable
+from tests.consul.clients import closed_port
 from tests.consul.watch.watching import (
     ROOT,
     TABLE,
     ask,
+    ask_table,
     becomes,
-    closed,
     lines,
     settled,
-    told,
 )
 from tests.dialogue import eventually
 from tests.fake_consul import FakeConsul
 
+pytestmark = pytest.mark.parametrize("version", ["1.22"])
 
-def test_an_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
+
+def test_update_wakes_a_pausing_watch(fake, sources, monkeypatch):
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 60.0)
     monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 60.0)
     fake.stop()
     source = sources(fake.address)
     with pytest.raises(Unreachable):
-        told(source)
+        ask_table(source)
     fake.start()
     source.update()
-    for _ in eventually("it is back", 10):
+    for _ in eventually("Consul is back", 10):
         with contextlib.suppress(SourceError):
-            assert told(source) == b"gilles"
+            assert ask_table(source) == b"gilles"
             return
 
 
-def test_an_update_reads_the_token_file_again_and_says_when_it_cannot(fake, sources, tmp_path):
+def test_update_reads_the_token_file_again_and_reports_a_failure(fake, sources, tmp_path):
     path = tmp_path / "token"
     path.write_text("first")
     fake.token = "first"
     source = sources(fake.address, token_file=str(path))
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     path.unlink()
     with pytest.raises(SourceError, match="token file"):
         source.update()
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     path.write_text("second")
     fake.token = "second"
     source.update()
     fake.put(ROOT, b"eric")
     for _ in eventually("the edit", 10):
-        if told(source) == b"eric":
+        if ask_table(source) == b"eric":
             break
 
 
-def test_a_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
+def test_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
     path = tmp_path / "token"
     path.write_text("first")
     fake.token = "first"
@@ -68,49 +70,49 @@ def test_a_token_replaced_in_its_file_needs_no_update(fake, mirrored, tmp_path):
     becomes(source, b"eric")
 
 
-def test_an_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
+def test_update_with_a_bad_configuration_keeps_the_old_one(fake, sources):
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     source.box[0] = ConfigError("no TOML")
     with pytest.raises(ConfigError, match="no TOML"):
         source.update()
     fake.put(ROOT, b"eric")
     for _ in eventually("the edit", 10):
-        if told(source) == b"eric":
+        if ask_table(source) == b"eric":
             break
 
 
-def test_an_update_with_another_address_answers_from_there(fake, sources):
+def test_update_with_another_address_reads_from_it(fake, sources):
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     with FakeConsul() as other:
         other.put(ROOT, b"eric")
         source.box[0] = Config(None, consul=ConsulConfig(addresses=(other.address,)), defaults=TABLE)
         source.update()
-        assert told(source) == b"eric"
+        assert ask_table(source) == b"eric"
 
 
-def test_an_update_from_an_address_where_nothing_was_ever_read(fake, sources):
-    source = sources(closed())
+def test_update_to_a_working_address_recovers_from_a_failed_first_load(fake, sources):
+    source = sources(closed_port())
     with pytest.raises(Unreachable):
-        told(source)
+        ask_table(source)
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
     source.update()
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
 
 
-def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(fake, sources):
+def test_update_during_an_outage_keeps_the_last_good_copy(fake, sources):
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.stop()
-    settings = ConsulConfig(addresses=(fake.address, closed()))
+    settings = ConsulConfig(addresses=(fake.address, closed_port()))
     source.box[0] = Config(None, consul=settings, defaults=TABLE)
     source.update()
-    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+    assert (ask_table(source), ask_table(source, b"nobody")) == (b"gilles", None)
     fake.start()
     fake.put(ROOT, b"eric")
-    for _ in eventually("it is back", 10):
-        if told(source) == b"eric":
+    for _ in eventually("Consul is back", 10):
+        if ask_table(source) == b"eric":
             break
 
 
@@ -126,13 +128,13 @@ def test_an_update_while_consul_is_away_does_not_throw_the_last_good_copy_away(f
         {"paths": {"domain": "mail/domains"}},
     ],
 )
-def test_update_of_a_setting_that_no_entry_depends_on_keeps_the_data_through_an_outage(fake, sources, setting):
+def test_update_of_an_unrelated_setting_keeps_the_data_during_an_outage(fake, sources, setting):
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.stop()
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(TABLE, **setting))
     source.update()
-    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+    assert (ask_table(source), ask_table(source, b"nobody")) == (b"gilles", None)
 
 
 def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, caplog):
@@ -143,8 +145,8 @@ def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, 
     source.update()
     former = source.watches[0]
     source.close()
-    latter = mirrored(closed(), former=source)
-    for _ in eventually("it fails", 10):
+    latter = mirrored(closed_port(), former=source)
+    for _ in eventually("the watch fails", 10):
         if latter.watches[0].backoff.failures > 1:
             break
     held.set()
@@ -155,60 +157,60 @@ def test_stopped_watch_does_not_end_the_outage_of_its_successor(fake, mirrored, 
     assert ask(latter) == b"gilles"
 
 
-def test_an_update_that_mends_an_outage_lets_its_end_be_told(fake, sources, caplog):
+def test_update_that_ends_an_outage_logs_its_end(fake, sources, caplog):
     caplog.set_level("INFO")
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.stop()
-    for _ in eventually("the outage is told", 10):
+    for _ in eventually("the outage is logged", 10):
         if any("serving the last good copy" in line for line in caplog.messages):
             break
     fake.start()
-    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed())), defaults=TABLE)
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address, closed_port())), defaults=TABLE)
     source.update()
-    assert told(source) == b"gilles"
-    for _ in eventually("its end is told", 10):
+    assert ask_table(source) == b"gilles"
+    for _ in eventually("the end of the outage is logged", 10):
         if any(" recovered after " in line for line in caplog.messages):
             break
 
 
-def test_entries_judged_by_other_rules_are_not_taken_over(fake, sources):
+def test_entries_validated_by_other_settings_are_not_adopted(fake, sources):
     fake.put(ROOT, b"|sh")
     source = sources(fake.address, replace(TABLE, allow_commands=True))
-    assert told(source) == b"|sh"
+    assert ask_table(source) == b"|sh"
     fake.stop()
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=TABLE)
     source.update()
     with pytest.raises(SourceError):
-        told(source)
+        ask_table(source)
 
 
-def test_service_that_an_update_adds_during_an_outage_is_an_error_and_proves_no_absence(fake, sources):
+def test_service_added_by_an_update_during_an_outage_is_an_error(fake, sources):
     fake.put(b"mail/aliases/string/vera", b"x")
     source = sources(fake.address)
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     fake.stop()
     table = replace(TABLE, services=(*TABLE.services, "string"))
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=table)
     source.update()
-    assert (told(source), told(source, b"nobody")) == (b"gilles", None)
+    assert (ask_table(source), ask_table(source, b"nobody")) == (b"gilles", None)
     for key in (b"vera", b"nobody"):
         with pytest.raises(SourceError):
-            told(source, key, "string")
+            ask_table(source, key, "string")
     fake.start()
-    for _ in eventually("it is back", 10):
+    for _ in eventually("Consul is back", 10):
         with contextlib.suppress(SourceError):
-            if told(source, b"vera", "string") == b"x":
+            if ask_table(source, b"vera", "string") == b"x":
                 break
 
 
-def test_folder_that_an_update_moves_during_an_outage_is_an_error_and_its_former_data_do_not_answer(fake, sources):
+def test_folder_moved_by_an_update_during_an_outage_is_an_error(fake, sources):
     source = sources(fake.address)
-    assert told(source, b"example.org", "domain") == b"example.org"
+    assert ask_table(source, b"example.org", "domain") == b"example.org"
     fake.stop()
     table = replace(TABLE, paths={"domain": "mail/aliases/domains"})
     source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=table)
     source.update()
-    assert told(source) == b"gilles"
+    assert ask_table(source) == b"gilles"
     with pytest.raises(SourceError):
-        told(source, b"example.org", "domain")
+        ask_table(source, b"example.org", "domain")

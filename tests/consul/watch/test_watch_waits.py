@@ -1,4 +1,4 @@
-"""How long a watch waits, and what it makes of a wait that something cuts."""
+"""How long a watch waits, and how it handles waits that are cut."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from tests.consul.watch.watching import ALIAS, PREFIX, ROOT, TABLE, ask, becomes, lines, logged, settled
+from tests.consul.watch.watching import (
+    ALIAS,
+    PREFIX,
+    ROOT,
+    TABLE,
+    ask,
+    becomes,
+    lines,
+    logged,
+    reports_hidden_keys,
+    settled,
+)
 from tests.dialogue import eventually
-from tests.fake_consul import VERSIONS, Answer, stall
-
-
-@pytest.fixture(params=VERSIONS)
-def version(request):
-    return request.param
+from tests.fake_consul import Answer, stall
 
 
 def waits(fake):
-    """The seconds of each wait that was asked for."""
+    """The seconds of each requested wait."""
     asked = [request.params["wait"] for request in fake.requests if "wait" in request.params]
     return [float(each.removesuffix("ms")) / 1000 for each in asked]
 
@@ -36,7 +42,7 @@ def enough(fake, number):
 
 @pytest.fixture
 def short(monkeypatch):
-    """The wait that follows an answer, and those while keys are hidden."""
+    """Shorten the wait that follows an answer and the waits while keys are hidden."""
     monkeypatch.setattr("table_consul.sources.mirror.SHORT_WAIT_SECONDS", 0.125)
     return 0.125
 
@@ -46,19 +52,19 @@ def quick_cuts(monkeypatch):
     monkeypatch.setattr("table_consul.transport.LEAST_CUT_SECONDS", 0.05)
 
 
-def test_wait_is_as_long_as_consuls_own_once_one_has_brought_nothing(fake, mirrored, short):
+def test_wait_after_one_without_news_is_the_default_of_consul(fake, mirrored, short):
     settled(mirrored(fake.address))
     enough(fake, 2)
     assert waits(fake) == [short, 300.0]
 
 
-def test_wait_is_a_third_of_max_age_where_that_is_short(fake, mirrored, short):
+def test_wait_is_a_third_of_a_short_max_age(fake, mirrored, short):
     settled(mirrored(fake.address, replace(TABLE, max_age=60.0)))
     enough(fake, 2)
     assert waits(fake) == [short, 20.0]
 
 
-def test_index_that_went_back_while_nothing_waited_is_seen_after_a_short_wait(fake, mirrored, short):
+def test_index_reset_between_queries_is_seen_after_a_short_wait(fake, mirrored, short):
     def restored(request):
         if "wait" in request.params:
             fake.handle = fake.consul
@@ -70,7 +76,7 @@ def test_index_that_went_back_while_nothing_waited_is_seen_after_a_short_wait(fa
     becomes(mirrored(fake.address), b"restored")
 
 
-@pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])  # which reports no hidden keys
+@reports_hidden_keys
 def test_wait_is_short_while_keys_are_hidden(fake, mirrored, short):
     fake.denied = (ALIAS + b"vip",)
     fake.put(ALIAS + b"vip", b"x")
@@ -82,7 +88,7 @@ def test_wait_is_short_while_keys_are_hidden(fake, mirrored, short):
 @pytest.mark.parametrize("version", ["1.22.4"])
 @pytest.mark.parametrize("closes_late", [False, True])
 @pytest.mark.usefixtures("quick_cuts")
-def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, waits_of, caplog, closes_late):
+def test_cut_wait_is_not_an_outage_and_the_next_is_shorter(fake, mirrored, waits_of, caplog, closes_late):
     waits_of(0.5)
     fake.write_timeout, fake.closes_late = 0.2, closes_late
     source = mirrored(fake.address)
@@ -100,7 +106,7 @@ def test_cut_wait_is_no_news_and_the_next_is_shorter(fake, mirrored, waits_of, c
 @pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.parametrize("status", [502, 504])
 @pytest.mark.usefixtures("quick_cuts")
-def test_wait_that_a_proxy_ends_with_a_page_of_its_own_is_no_news(fake, mirrored, waits_of, caplog, status):
+def test_wait_ended_by_a_proxy_page_is_not_an_outage(fake, mirrored, waits_of, caplog, status):
     waits_of(0.5)
 
     def proxied(request):
@@ -121,7 +127,7 @@ def test_wait_that_a_proxy_ends_with_a_page_of_its_own_is_no_news(fake, mirrored
 
 @pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.parametrize("status", [502, 504])
-def test_page_of_a_proxy_that_comes_soon_is_an_outage(fake, mirrored, status):
+def test_immediate_proxy_page_is_an_outage(fake, mirrored, status):
     source = mirrored(fake.address)
     settled(source)
     fake.handle = lambda request: Answer(status, body=b"<html>Gateway Time-out</html>")
@@ -132,7 +138,7 @@ def test_page_of_a_proxy_that_comes_soon_is_an_outage(fake, mirrored, status):
 
 
 @pytest.mark.usefixtures("quick_cuts")
-def test_cut_wait_does_not_make_the_data_younger(fake, mirrored):
+def test_cut_wait_does_not_refresh_the_age_of_the_data(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)
     enough(fake, 1)
@@ -143,7 +149,7 @@ def test_cut_wait_does_not_make_the_data_younger(fake, mirrored):
     assert source.watches[0].mirror.state[1] == confirmed
 
 
-def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a_line(fake, mirrored, caplog):
+def test_connection_closed_early_in_a_wait_is_reopened_silently(fake, mirrored, caplog):
     source = mirrored(fake.address)
     settled(source)
     enough(fake, 1)
@@ -156,14 +162,14 @@ def test_connection_that_ends_soon_after_a_query_began_is_opened_again_without_a
 
 @pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.usefixtures("quick_cuts")
-def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fake, mirrored, caplog):
+def test_server_lost_during_a_wait_is_reported_with_its_reason(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.5))
     settled(source)
     enough(fake, 1)
     time.sleep(0.6)
     fake.stop()
     logged(caplog, "; serving the last good copy")
-    # Reset, where the port still took the new connection.
+    # "reset" if the port still accepted the new connection.
     assert re.search(r": connection (refused|reset by peer|closed without an answer);", lines(caplog)[0])
     fake.start()
     fake.put(ROOT, b"eric")
@@ -171,7 +177,7 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the_next(fake, mirrored, caplog):
+def test_connection_closed_after_the_deadline_is_reopened_with_a_new_deadline(fake, mirrored, caplog):
     source = mirrored(fake.address, replace(TABLE, deadline=0.5))
     settled(source)
     enough(fake, 1)
@@ -183,7 +189,7 @@ def test_connection_that_ends_later_than_the_deadline_is_opened_again_within_the
     assert lines(caplog) == []
 
 
-def test_table_that_nobody_edits_is_not_read_again(fake, mirrored, waits_of):
+def test_unedited_table_is_not_read_again(fake, mirrored, waits_of):
     waits_of(0.1)
     for number in range(2000):
         fake.put(ALIAS + b"%04d" % number, b"x" * 50)
@@ -196,7 +202,7 @@ def test_table_that_nobody_edits_is_not_read_again(fake, mirrored, waits_of):
     becomes(source, b"y", b"0001")
 
 
-def test_first_key_of_an_empty_table_is_seen_and_others_edits_are_no_busy_loop(fake, mirrored):
+def test_edits_elsewhere_cause_no_busy_loop_for_an_empty_table(fake, mirrored):
     source = mirrored(fake.address, replace(TABLE, name="new"))
     settled(source)
     asked = len(fake.requests)
@@ -208,7 +214,7 @@ def test_first_key_of_an_empty_table_is_seen_and_others_edits_are_no_busy_loop(f
     becomes(source, b"eric", table=replace(TABLE, name="new"))
 
 
-def test_last_key_of_a_folder_that_is_deleted_and_comes_back_is_seen(fake, mirrored):
+def test_last_key_of_a_folder_is_seen_when_it_is_deleted_and_restored(fake, mirrored):
     source = mirrored(fake.address)
     settled(source)
     fake.delete(ROOT)
@@ -218,7 +224,7 @@ def test_last_key_of_a_folder_that_is_deleted_and_comes_back_is_seen(fake, mirro
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-def test_body_that_does_not_arrive_after_an_early_answer_without_news_delays_no_edit(fake, mirrored):
+def test_stalled_body_after_an_early_answer_delays_no_edit(fake, mirrored):
     source = mirrored(fake.address)
 
     def stalling(request):
@@ -238,7 +244,7 @@ def test_body_that_does_not_arrive_after_an_early_answer_without_news_delays_no_
     assert source.watches[0].backoff.total == 0
 
 
-def test_update_ends_a_wait_and_reads_the_token_anew(fake, mirrored, caplog):
+def test_update_ends_a_wait_and_reads_the_token_again(fake, mirrored, caplog):
     source = mirrored(fake.address)
     settled(source)
     enough(fake, 1)
@@ -249,7 +255,7 @@ def test_update_ends_a_wait_and_reads_the_token_anew(fake, mirrored, caplog):
     assert (waits(fake)[1], lines(caplog)) == (10.0, [])
 
 
-def test_watch_that_is_stopped_during_a_wait_ends(fake, mirrored, caplog):
+def test_closing_during_a_wait_ends_the_watch(fake, mirrored, caplog):
     source = mirrored(fake.address)
     settled(source)
     enough(fake, 1)

@@ -1,24 +1,28 @@
-"""Asking a mirror of the fake, and waiting for what its watches do."""
+"""Look up keys in a mirror of the fake, and wait for its watches."""
 
 from __future__ import annotations
 
 import base64
 import json
 import logging
-import socket
 import time
+
+import pytest
 
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES, Table
 from table_consul.sources import ranged, ranges, watch
 from tests.dialogue import eventually
+from tests.fake_consul import VERSIONS
 
 TABLE = Table("aliases", prefix="mail", services=("alias", "domain"), deadline=0.5)
 PREFIX = b"mail/aliases/"
 ALIAS, DOMAIN = PREFIX + b"alias/", PREFIX + b"domain/"
 ROOT = ALIAS + b"root"
-# What an answer may take beyond its deadline on a busy machine.
+# How far beyond its deadline an answer may come on a busy machine.
 SLACK = 0.3
+# Consul before 1.11 reports no hidden keys.
+reports_hidden_keys = pytest.mark.parametrize("version", [each for each in VERSIONS if each != "1.8.7"])
 
 
 def ask(source, key=b"root", service="alias", left=None, table=None):
@@ -28,7 +32,7 @@ def ask(source, key=b"root", service="alias", left=None, table=None):
 
 
 def becomes(source, wanted, key=b"root", **options):
-    """Poll until the answer is the wanted one; an error counts as its type."""
+    """Poll until the answer is ``wanted``: a value, None, or the type of an error."""
     got = None
     for _ in eventually(f"{key!r} becomes {wanted!r}", 10):
         try:
@@ -40,10 +44,15 @@ def becomes(source, wanted, key=b"root", **options):
 
 
 def settled(source):
-    """Wait until all of its watches have read what there is, and wait for changes."""
-    for _ in eventually("settled", 10):
+    """Wait until all watches have finished their first load."""
+    for _ in eventually("the first load", 10):
         if all(each.index for each in source.watches):
             return
+
+
+def lists(fake):
+    """The list requests so far, with and without a wait."""
+    return [request for request in fake.requests if "recurse" in request.params]
 
 
 def lines(caplog, level=logging.WARNING):
@@ -56,26 +65,21 @@ def logged(caplog, text):
             return
 
 
-def closed():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def told(source, key=b"root", service="alias", name="aliases"):
+def ask_table(source, key=b"root", service="alias", name="aliases"):
     return ask(source, key, service, table=source.table(name))
 
 
-def kept(path):
+def snapshot_entries(path):
     return {entry["key"]: base64.b64decode(entry["value"]) for entry in json.loads(path.read_text())}
 
 
 def written(path, wanted):
     for _ in eventually(f"{path} holds {wanted}", 10):
-        if path.exists() and wanted.items() <= kept(path).items():
+        if path.exists() and wanted.items() <= snapshot_entries(path).items():
             return
 
 
-def keep(path, entries, mode=0o600):
+def write_snapshot(path, entries, mode=0o600):
     path.write_text(
         json.dumps([{"key": k, "flags": 0, "value": base64.b64encode(v).decode()} for k, v in entries.items()])
     )
@@ -86,7 +90,7 @@ WHOLE = {"mail/aliases/alias/root": b"gilles", "mail/aliases/alias/": b"", "mail
 
 
 def make_ranges_small(monkeypatch, size, late, soon):
-    """Have tables of 20 keys watched in ranges of so many; ``late`` and ``soon``: when names are listed, in seconds."""
+    """Watch tables of 20 keys in ranges of ``size`` keys; names are listed after ``late`` and ``soon`` seconds."""
     monkeypatch.setattr(watch, "LEAST_KEYS", 20)
     monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
     monkeypatch.setattr(ranges, "RANGE_KEYS", size)

@@ -1,4 +1,4 @@
-"""Answers that Consul would not give, for `FakeConsul.handle`."""
+"""Invalid responses for `FakeConsul.handle`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.fake_consul.messages import Answer, Request
 
 
 def html(_request: Request) -> Answer:
-    """The page of a proxy that knows no Consul behind it."""
+    """The error page of a proxy without a backend."""
     return Answer(200, {"Content-Type": "text/html"}, b"<html><title>Welcome to nginx!</title></html>")
 
 
@@ -19,7 +19,7 @@ def stall(request: Request) -> None:
 
 
 def trickle(answer: Answer, *, pause: float = 0.05) -> Callable[[Request], None]:
-    """The answer, headers too, a byte at a time with a pause after each."""
+    """Send headers and body one byte at a time, with a pause after each."""
 
     def handle(request: Request) -> None:
         for byte in answer.wire():
@@ -31,11 +31,11 @@ def trickle(answer: Answer, *, pause: float = 0.05) -> Callable[[Request], None]
 
 
 def cut(answer: Answer, length: int) -> Callable[[Request], None]:
-    """The first bytes of the answer, then the end of the connection."""
+    """Send the first bytes of the response, then close the connection."""
     return lambda request: request.send(answer.wire()[:length])
 
 
 def entry(key: bytes, value: object, *, status: int = 200, index: str = "5") -> Answer:
-    """An answer to one key whose Value is just what is given, be it base64 or not."""
+    """The response for one key with this Value, which may be invalid base64."""
     body = json.dumps([{"Key": key.decode(), "Value": value, "ModifyIndex": 5}]).encode()
     return Answer(status, {"X-Consul-Index": index, "X-Consul-Knownleader": "true"}, body)

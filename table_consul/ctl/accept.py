@@ -19,14 +19,14 @@ from table_consul.errors import TableConsulError, counted, printable
 def command(config: Config, *, tables: tuple[str, ...]) -> int:
     """Accept held deletions: the deleted entries of TABLE no longer answer.
 
-    If most of a folder is deleted at once, the table goes on serving the deleted entries for a while (hold_deletions),
-    as it may be a mistake. If it is none, this ends it. If it is one, put the entries back instead.
+    If most of a folder is deleted at once, its table keeps serving the deleted entries for hold_deletions seconds. If
+    the deletion was a mistake, restore the entries instead.
 
-    This runs "smtpctl update table TABLE", on the mail host and as root.
+    This runs "smtpctl update table TABLE" on the mail host, which requires root.
 
     Without TABLE: all tables whose metrics report held deletions (see status).
 
-    Exit status: 0 accepted, or nothing is held; 2 not accepted, or a table has no metrics.
+    Exit status: 0 accepted or nothing held; 2 not accepted, or a table has no metrics.
 
     \b
     Examples:

@@ -40,15 +40,15 @@ class Finding(msgspec.Struct, frozen=True):
 
 @click.command("check")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--smtpd-conf", "path", metavar="PATH", help="The smtpd.conf to read. Default: that of smtpd.")
+@click.option("--smtpd-conf", "path", metavar="PATH", help="Read this smtpd.conf, not the one that smtpd reads.")
 @as_json
 @late_config
 @click.pass_context
 def command(context: click.Context, *, tables: tuple[str, ...], path: str | None, as_json: bool) -> int:
-    """Check everything between smtpd and Consul for TABLE. Each problem is a line with a hint.
+    """Check everything between smtpd and Consul for TABLE: one line per problem, with a hint.
 
-    Checked are smtpd.conf and what it looks up, the program, the configuration and its files, Consul and its version,
-    the token, and the folder of each service that is looked up. Root checks as smtpd's user. lint checks the entries.
+    This covers smtpd.conf and the lookups that it causes, the program, the configuration and its files, Consul and its
+    version, the token, and the folder of each service. Root checks as smtpd's user. lint checks the entries.
 
     Without TABLE: all tables of smtpd.conf that table-consul serves.
 

@@ -48,7 +48,7 @@ class Draft(NamedTuple):
     type=click.Choice(("table", "export")),
     default="table",
     metavar="FORMAT",
-    help="What to edit: table, as smtpd reads it (default), or export, as stored.",
+    help="table (a file: table; default) or export (as stored).",
 )
 @writing.token_file
 @writing.with_undo
@@ -63,12 +63,12 @@ def command(
     token_file: str | None,
     undo: writing.Undo,
 ) -> int:
-    """Edit the entries of SERVICE in TABLE, or that of KEY, with $VISUAL or $EDITOR.
+    """Edit the entries of SERVICE in TABLE, or the entry of KEY, with $VISUAL or $EDITOR.
 
-    The changes are shown and written after a question. What lint would report is refused. A key that somebody else
-    changed after the editor opened is skipped.
+    The changes are shown, and written after confirmation. Entries that lint would report are rejected. A key that
+    changed in Consul after the editor opened is skipped.
 
-    Exit status: 0 written, or nothing changed; 2 something was not written.
+    Exit status: 0 written or nothing changed, 2 something was not written.
 
     \b
     Examples:

@@ -32,8 +32,8 @@ _WORDS = {"user": "user", "file": "file", "command": "command", "include": "the 
 @click.command("expand")
 @click.argument("table", metavar="TABLE")
 @click.argument("addresses", metavar="ADDRESS...", nargs=-1, required=True)
-@click.option("--virtual", metavar="TABLE", help="The table of virtual, for addresses outside this host.")
-@click.option("--userinfo", metavar="TABLE", help="The table of userbase. Default: the users of the system.")
+@click.option("--virtual", metavar="TABLE", help="The table of virtual in smtpd.conf.")
+@click.option("--userinfo", metavar="TABLE", help="The table of userbase (default: system users).")
 @click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
 @as_json
 @pass_config
@@ -47,12 +47,12 @@ def command(
     live: bool,
     as_json: bool,
 ) -> int:
-    """Show who gets the mail to each ADDRESS: every lookup as smtpd makes it, and the recipients in the end.
+    """Show each lookup that smtpd makes for mail to ADDRESS, and the recipients.
 
-    TABLE is the table of "alias" in smtpd.conf. Without --virtual it expands every ADDRESS; with it, users of this
-    host. Not followed: other domains, included files, ~/.forward.
+    TABLE is the table of alias in smtpd.conf. Without --virtual, it expands every ADDRESS; with --virtual, only users
+    of this host. Other domains, included files and ~/.forward are not followed.
 
-    Exit status: 0 smtpd accepts all, 1 it rejects some, 2 temporarily.
+    Exit status: 0 smtpd accepts every ADDRESS, 1 it rejects one, 2 temporarily.
 
     \b
     Examples:

@@ -38,24 +38,20 @@ PROBLEMS_SHOWN = 20
     type=click.Choice(FORMATS),
     default="table",
     metavar="FORMAT",
-    help=f"What to write, one of {', '.join(FORMATS)}; default: table.",
+    help=f"One of {', '.join(FORMATS)} (default: table).",
 )
-@click.option("--skip-refused", is_flag=True, help="Write the other entries if some cannot be written.")
+@click.option("--skip-refused", is_flag=True, help="Skip entries that FORMAT cannot hold.")
 @pass_config
 def command(
     settings: config.Config, *, wanted: str, skip_refused: bool, table_name: str, service_name: str, file: str
 ) -> int:
-    """Write the entries of SERVICE in TABLE, as Consul has them now, to FILE or standard output.
+    """Write the entries of SERVICE in TABLE to FILE or standard output.
 
-    The format table is a file for smtpd, used as table NAME file:PATH. It holds the answer that smtpd gets for each
-    key, however that is stored in Consul. If smtpd could not read an entry from such a file (a key with a blank, ...),
-    or cannot use it, its key is printed and nothing is written, or with --skip-refused the other entries. aliases is
-    the same, for alias. export is the format of consul kv export and holds every entry as it is stored, except folders.
+    table and aliases are files for smtpd; export is the format of consul kv export, with every entry as stored.
+    Importing the file into the same TABLE and SERVICE changes nothing. FILE is replaced atomically; if it may contain
+    passwords, only its owner can read it.
 
-    Importing the file into the same TABLE and SERVICE changes nothing, and restores what was deleted. FILE is replaced
-    atomically; if it may contain passwords, only its owner can read it.
-
-    Exit status: 0 written, 1 written without the entries that were printed, 2 not written.
+    Exit status: 0 written, 1 written without the entries listed, 2 not written.
 
     \b
     Examples:

@@ -46,12 +46,12 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
 @click.argument("file", metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
-@click.option("--skip-refused", is_flag=True, help="Write the other entries if smtpd could not use some.")
+@click.option("--skip-refused", is_flag=True, help="Skip entries that smtpd could not use; write the rest.")
 @click.option(
     "--max-removals",
-    metavar="NUMBER",
+    metavar="N",
     callback=_check_number,
-    help="Ask before more entries, or a part such as 20%, are removed; default: 10%, but at least 10.",
+    help="Ask before removing more than N or N% of the entries.",
 )
 @click.option(
     "--format",
@@ -59,13 +59,11 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
     type=click.Choice(files.FORMATS),
     default="auto",
     metavar="FORMAT",
-    help=f"The format of FILE, one of {', '.join(files.FORMATS)}; default: auto.",
+    help=f"{', '.join(files.FORMATS[:-1])} or {files.FORMATS[-1]}.",
 )
-@click.option(
-    "--from", "below", metavar="NAME", help="The folder of an export, or the table of an smtpd.conf, to import."
-)
-@click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
-@click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
+@click.option("--from", "below", metavar="NAME", help="Import this folder of an export, or table of smtpd.conf.")
+@click.option("--record", is_flag=True, help="Write the users of a passwd file as JSON records.")
+@writing.token_file
 @main.as_json
 @writing.with_undo
 @main.pass_config
@@ -86,30 +84,16 @@ def command(  # noqa: PLR0913 - the command line
     service_name: str,
     file: str,
 ) -> int:
-    """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
+    """Write the entries of FILE (standard input if -) to SERVICE of TABLE.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use some, all of
-    them are printed, those of one kind as one with their lines, and nothing is written, or with --skip-refused the
-    others. A new key that newer releases of Consul can neither show nor delete is printed and left out. Keys that
-    somebody else changes at the same time are skipped: to write them, or the rest after ^C or an outage of Consul, run
-    the same command again.
-
-    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail, or virtual(5) of Postfix), table (a file:
-    table of smtpd), passwd (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot), conf (an inline table
-    of smtpd.conf), transport (transport(5) of Postfix, for relayhost) or export (of consul kv export). auto tells them
-    apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format. An export of the same
-    TABLE and SERVICE is restored as it was, whatever smtpd makes of it.
-
-    Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change, or with
-    --skip-refused, something was left out; 2 something was not written.
+    Exit status: 0 written or unchanged; 1 something would change (--dry-run) or was left out (--skip-refused); 2 not
+    written.
 
     \b
     Examples:
       table-consulctl import aliases alias /etc/aliases --dry-run
       table-consulctl import aliases alias /etc/aliases --prune
-      table-consulctl import aliases credentials /etc/mail/passwd
-      table-consulctl import aliases domain /etc/mail/domains
-      consul kv export old/ | table-consulctl import aliases alias -
+
     """  # noqa: D301 - click keeps the lines after a \b as they are
     from table_consul.ctl import plan
 

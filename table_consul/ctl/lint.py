@@ -58,17 +58,15 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 @as_json
 @pass_config
 def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: bool) -> int:
-    """Check the data of TABLE. Each problem is printed with its key and how to fix it.
+    """Check the data of TABLE: one line per problem, with its key and a hint.
 
-    These are the problems that the daemon logs when it loads an entry; aliases that smtpd cannot expand, because they
-    are loops or chains of more than it follows; a table without any key; and keys that the daemon never reads: those
-    below the table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may
-    not read, as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of
-    the latter.
+    Problems are entries that smtpd cannot use, aliases that it cannot expand, keys that are never read, and keys that
+    the token may not read (to find all of these, set CONSUL_HTTP_TOKEN to an operator's token). check checks everything
+    else.
 
-    Without TABLE: all tables with a section in the configuration. The command check checks everything else.
+    Without TABLE: all tables with a section in the configuration.
 
-    Exit status: 0 no problems, 1 problems, 2 not all data of some table can be read.
+    Exit status: 0 no problems, 1 problems, 2 some data cannot be read.
 
     \b
     Examples:

@@ -39,23 +39,13 @@ COMMANDS = {
     "unset": ("unset", "Remove entries."),
     "edit": ("edit", "Edit the entries of a table."),
     "passwd": ("passwd", "Set the password of a user."),
-    "undo": ("undo", "Put back what a write replaced."),
+    "undo": ("undo", "Restore the entries that a write replaced."),
     "expand": ("expand", "Show who gets the mail to an address."),
     "status": ("status", "Show the state of the running tables."),
-    "accept": ("accept", "Accept deletions that are held."),
+    "accept": ("accept", "Accept held deletions."),
     "check": ("check", "Check everything between smtpd and Consul."),
-    "policy": ("policy", "Write the ACL policy that the tables need."),
+    "policy": ("policy", "Print the ACL policy that the tables need."),
 }
-
-EPILOG = f"""\
-Without -c, {config.DEFAULT_PATH} is read if it exists; otherwise the defaults and the environment of the consul command
-apply (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...).
-
-Exit status: 0 success, 1 the answer is no (not found, problems, differences), 2 there is no answer.
-
-Details and examples: table-consulctl COMMAND --help
-"""
-
 
 _ARGUMENTS = "table_consul.arguments"
 
@@ -66,6 +56,10 @@ class Commands(click.Group):
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         context.meta[_ARGUMENTS] = [*arguments]
         return super().parse_args(context, arguments)
+
+    def format_help_text(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the summary without a blank line before it: the help fits 24 lines."""
+        formatter.write_text(self.help or "")
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -82,7 +76,7 @@ class Commands(click.Group):
 
 
 SERVICE = click.Choice(tuple(SERVICES))
-as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
 def _choose_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
@@ -188,13 +182,12 @@ def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = No
 @click.group(
     "table-consulctl",
     cls=Commands,
-    epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
     invoke_without_command=True,  # else click exits with 0 up to 8.1, and with 2 from 8.2 on
     subcommand_metavar="COMMAND [ARGS]...",
 )
-@click.option("-c", "--config", "path", metavar="CONFIG", help="The configuration of table-consul, a TOML file.")
-@click.option("--debug", is_flag=True, help="Log at level debug, and print a traceback for internal errors.")
+@click.option("-c", "--config", "path", metavar="CONFIG", help=f"Read CONFIG, not {config.DEFAULT_PATH}.")
+@click.option("--debug", is_flag=True, help="Log at level debug, with tracebacks of internal errors.")
 @click.version_option(__version__, "--version", message="table-consulctl %(version)s")
 @click.pass_context
 def program(context: click.Context, path: str | None, debug: bool) -> None:  # noqa: FBT001 - click's way

@@ -28,7 +28,9 @@ BCRYPT_BYTES = 72
 @click.command("passwd")
 @click.argument("table_name", metavar="TABLE")
 @click.argument("user", metavar="USER")
-@click.option("--scheme", type=click.Choice(SCHEMES), metavar="SCHEME", help=f"One of {', '.join(SCHEMES)}.")
+@click.option(
+    "--scheme", type=click.Choice(SCHEMES), metavar="SCHEME", help=f"{SCHEMES[0]}, {SCHEMES[1]} or {SCHEMES[2]}."
+)
 @writing.token_file
 @main.as_json
 @writing.with_undo
@@ -45,9 +47,9 @@ def command(
 ) -> int:
     """Ask for a password twice, and write its hash for USER.
 
-    The hash goes where USER has one already, in auth or credentials; a new one goes to auth if the table has that
-    service. It is by yescrypt, or bcrypt where crypt(3) lacks it; argon2 needs auth. Without a terminal, the password
-    is a line of standard input.
+    The hash replaces the one of USER in auth or credentials; that of a new user goes to auth if the table has this
+    service. The default scheme is yescrypt, or bcrypt if crypt(3) lacks it; argon2 requires auth. Without a terminal,
+    the password is read from standard input.
 
     Exit status: 0 written, 2 not written.
 

@@ -34,16 +34,13 @@ if TYPE_CHECKING:
     "--op",
     type=click.Choice(("check", "lookup", "fetch")),
     metavar="OP",
-    help="check: is the key in the table? lookup: its value. fetch: the next element of the list, without a KEY. "
-    "Default: lookup; check for the service auth.",
+    help="lookup (default), check (default for auth) or fetch.",
 )
 @click.option(
     "--count", type=click.IntRange(1), metavar="N", help="With --op fetch: how many elements to fetch (default 1)."
 )
 @click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
-@click.option(
-    "--trace", is_flag=True, help="Print to standard error where the answer comes from, and which rules decided."
-)
+@click.option("--trace", is_flag=True, help="Explain each answer on standard error.")
 @as_json
 @pass_config
 def command(  # noqa: PLR0913 - the command line
@@ -58,24 +55,17 @@ def command(  # noqa: PLR0913 - the command line
     trace: bool,
     as_json: bool,
 ) -> int:
-    """Look up KEYs in TABLE as smtpd does, and print the answers.
+    """Look up each KEY in TABLE as smtpd does, and print its value.
 
-    With one KEY, its value. With several, or with - for keys from standard input, one per line: KEY, a tab and the
-    value on each line. Keys that are not found, and errors, are reported on standard error.
+    If KEY is -, keys are read from standard input, one per line. For auth, KEY is a user, and the password is prompted
+    for; on standard input, each line is USER:PASSWORD.
 
-    The answer comes from the snapshot file if one is configured and exists, otherwise from Consul. The daemon writes
-    that file within about 10 seconds of a change.
-
-    For auth a KEY is a user, and the password is asked for; on standard input it is USER:PASSWORD.
-
-    Exit status: 0 all keys are found, 1 some are not, 2 some have no answer, or one that smtpd cannot use.
+    Exit status: 0 all keys found, 1 some not found, 2 errors or values that smtpd cannot use.
 
     \b
     Examples:
-      table-consulctl query aliases alias root
       table-consulctl query aliases alias root postmaster --trace
       cut -d: -f1 /etc/aliases | table-consulctl query aliases alias -
-      table-consulctl query aliases domain example.org --op check
       table-consulctl query aliases source --op fetch --count 3
       table-consulctl query aliases auth vera
     """  # noqa: D301 - the mark by which click keeps lines as they are

@@ -40,11 +40,11 @@ def command(  # noqa: PLR0913 - the command line
     as_json: bool,
     undo: writing.Undo,
 ) -> int:
-    """Write VALUE for KEY. If VALUE is -, it is read from standard input.
+    """Store VALUE under KEY. If VALUE is -, it is read from standard input.
 
-    What lint would report is refused. In the record of a user the fields of SERVICE change, and no others.
+    A value that lint would report is rejected. In the record of a user, only the fields of SERVICE change.
 
-    Exit status: 0 written, or already so; 2 not written.
+    Exit status: 0 written or unchanged, 2 not written.
 
     \b
     Examples:

@@ -68,13 +68,13 @@ def _limits(_context: click.Context, _option: click.Parameter, text: str | None)
 
 @click.command("status")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--offline", is_flag=True, help="Do not ask Consul whether it has newer data.")
-@click.option("--nagios", "as_nagios", is_flag=True, help="Write one line for Nagios, with --offline.")
+@click.option("--offline", is_flag=True, help="Do not compare with Consul.")
+@click.option("--nagios", "as_nagios", is_flag=True, help="Write one line for Nagios; implies --offline.")
 @click.option(
-    "--age", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: most seconds since Consul confirmed the data."
+    "--age", metavar="WARN[,CRIT]", callback=_limits, help="With --nagios: maximum age of the data, in seconds."
 )
-@click.option("--keys", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: fewest keys.")
-@click.option("--metrics", "place", metavar="PLACE", help="Read these, as in [metrics], and no configuration.")
+@click.option("--keys", metavar="WARN[,CRIT]", callback=_limits, help="With --nagios: minimum number of keys.")
+@click.option("--metrics", "place", metavar="PLACE", help="Read the metrics here, without the configuration.")
 @as_json
 @late_config
 @click.pass_context
@@ -89,13 +89,13 @@ def command(
     place: str | None,
     as_json: bool,
 ) -> int:
-    """Show for each TABLE whether its process runs, and how old its data is.
+    """Show whether the process of TABLE runs, and how old its data is.
 
-    The processes publish this as metrics, so [metrics] must be configured. The manual page explains the states.
+    This requires [metrics]; table-consulctl(8) explains the states.
 
-    Without TABLE: all that are configured, in smtpd.conf, or publish metrics.
+    Without TABLE: all tables that are configured, in smtpd.conf, or publish metrics.
 
-    Exit status: 0 healthy; 1 some are not; 2 unknown. With --nagios 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
+    Exit status: 0 healthy, 1 not healthy, 2 unknown; with --nagios, 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 
     \b
     Examples:

@@ -37,11 +37,11 @@ def command(
     as_json: bool,
     undo: writing.Undo,
 ) -> int:
-    """Put back what write N replaced; without N, the newest one.
+    """Restore the entries that write N replaced; without N, the newest write.
 
-    A key that somebody has changed since is listed and left alone. An undo is a write, so it can be undone as well.
+    A key that has changed since is listed and skipped. An undo is a write, so it can be undone too.
 
-    Exit status: 0 everything is as before the write, 2 something was not put back.
+    Exit status: 0 everything is as before the write, 2 something was not restored.
 
     \b
     Examples:

@@ -35,9 +35,9 @@ def command(
     as_json: bool,
     undo: writing.Undo,
 ) -> int:
-    """Remove each KEY. From the record of a user only the fields of SERVICE are removed.
+    """Remove each KEY. From the record of a user, only the fields of SERVICE are removed.
 
-    Exit status: 0 removed; 1 some KEY is not there, and the others are removed; 2 not removed.
+    Exit status: 0 removed, 1 some KEY not found and the others removed, 2 not removed.
 
     \b
     Examples:

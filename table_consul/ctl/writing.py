@@ -58,10 +58,10 @@ class Target(NamedTuple):
         return cls.of(table, service)
 
 
-token_file = click.option("--token-file", metavar="PATH", help="The ACL token to write with; else CONSUL_HTTP_TOKEN.")
+token_file = click.option("--token-file", metavar="PATH", help="Read the ACL token to write with from PATH.")
 
 
-force = click.option("--force", is_flag=True, help="Write what lint would report.")
+force = click.option("--force", is_flag=True, help="Write even what lint would report.")
 
 
 class Undo(NamedTuple):
@@ -79,9 +79,9 @@ def with_undo(function: Callable[..., int]) -> Callable[..., int]:
         default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
         return function(*arguments, undo=Undo(undo_dir or default, not no_undo), **options)
 
-    help_text = "Where to save what is replaced."
+    help_text = "Save the replaced entries in PATH."
     folder = click.option("--undo-dir", metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=help_text)
-    return folder(click.option("--no-undo", is_flag=True, help="Do not save what is replaced.")(called))
+    return folder(click.option("--no-undo", is_flag=True, help="Do not save the replaced entries.")(called))
 
 
 def check_address(settings: config.Config) -> None:

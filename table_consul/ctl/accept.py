@@ -1,4 +1,4 @@
-"""``table-consulctl accept``: end the hold of deletions, by having smtpd update the tables."""
+"""``table-consulctl accept``: end the hold on deletions by having smtpd update the tables."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ def command(config: Config, *, tables: tuple[str, ...]) -> int:
     if tables:
         return 0
     if config.metrics == MetricsConfig():
-        raise click.UsageError("missing TABLE: without [metrics] it is unknown which tables hold deletions")
+        raise click.UsageError("missing TABLE: no metrics are configured, so held deletions are unknown (name a table)")
     code, statuses = 0, published_statuses(config)
     for status in statuses:
         held = sum(prefix.held or 0 for prefix in status.prefixes)
         if status.place is None:
-            click.echo(f"{printable(status.table)}: no metrics, so it is unknown what it holds (name it)", err=True)
+            click.echo(
+                f"{printable(status.table)}: no metrics, so held deletions are unknown (name the table)", err=True
+            )
             code = FAILED
         elif held:
             _update(status.table)
@@ -63,4 +65,4 @@ def _update(table: str) -> None:
         problem = printable((done.stderr or done.stdout).strip()) or f"exit status {done.returncode}"
     except OSError as error:
         problem = f"smtpctl: {(error.strerror or str(error)).lower()}"
-    raise TableConsulError(f"{problem} (as root, on the mail host: {shlex.join(arguments)})")
+    raise TableConsulError(f"{problem} (run as root on the mail host: {shlex.join(arguments)})")

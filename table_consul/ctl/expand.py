@@ -1,4 +1,4 @@
-"""``table-consulctl expand``: who gets the mail to an address, and by which lookups."""
+"""``table-consulctl expand``: show the recipients of mail to an address, and the lookups that find them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def command(
     here = {b"", b"localhost", os.fsencode(socket.gethostname()).lower()}
     asked = {recipients.parse_address(os.fsencode(address)).domain.lower() for address in addresses} - here
     inside = asked | (_domains(loader, tables["virtual"]) if virtual is not None else set())
-    rules = recipients.Tables(
+    setup = recipients.Tables(
         lookup,
         local=lambda domain: domain in here or (virtual is None and (domain in asked or lists("alias", domain))),
         virtual=lambda domain: (
@@ -88,7 +88,7 @@ def command(
     )
     status = 0
     for address in addresses:
-        outcome = recipients.expand(os.fsencode(address), rules)
+        outcome = recipients.expand(os.fsencode(address), setup)
         names = {use: printable(tables[use].name) if use in tables else SYSTEM for use in named}
         if as_json:
             click.echo(msgspec.json.encode(_json(address, outcome, names)))
@@ -109,7 +109,7 @@ def _system_user(name: bytes) -> Reply:
 
 
 def _domains(loader: Loader, table: Table) -> set[bytes]:
-    """The domains of the keys, as far as these are known: direct mode reads one by one."""
+    """The domains of the keys; direct mode reads keys one by one, and knows none in advance."""
     folder = table.path(SERVICES["alias"])
     try:
         loaded = loader.load(table, SERVICES["alias"])
@@ -163,9 +163,9 @@ def _lines(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> 
 
 def _remark(element: recipients.Element, homes: dict[bytes, bytes]) -> str:
     if element.kind == "address":
-        return " (another domain: the rules of smtpd.conf decide)"
+        return " (another domain: smtpd.conf decides)"
     if element.kind == "user":
         home = homes.get(element.text.lower())
         if home and os.path.lexists(os.path.join(home, b".forward")):
-            return f" (who has {printable(home)}/.forward)"
+            return f" ({printable(home)}/.forward exists)"
     return ""

@@ -1,4 +1,4 @@
-"""``table-consulctl export``: the entries in Consul as a file for smtpd, or for `consul kv import`."""
+"""``table-consulctl export``: write entries of Consul to a file for smtpd, or for `consul kv import`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def command(
     """  # noqa: D301 - click keeps the lines after a \b as they are
     table, service = settings.table(table_name), SERVICES[service_name]
     if wanted == "aliases" and service.name != "alias":
-        raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
+        raise click.UsageError(f"--format aliases requires the service alias, not {service.name}")
     stored = [each for each in _stored(settings, table, service) if not each.key.endswith(b"/")]
     refused = 0
     if wanted == "export":
@@ -100,7 +100,7 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
 
 
 def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, skip: bool) -> tuple[bytes, int]:
-    """The file, and how many entries it lacks."""
+    """The text of the file, and the number of entries left out."""
     path = table.path(service)
     entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
     text, left_out = files.table_text(service, sorted(entries.values.items()))
@@ -118,8 +118,8 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, ski
 def replace_file(path: str, data: bytes, *, private: bool) -> None:
     """Replace the content of a file atomically: a reader finds all of the old content or all of the new.
 
-    If private, only this user may read it; otherwise an existing file keeps its mode and, if this user may give files
-    away, its owner. Anything but a regular file, such as /dev/stdout, is written to directly.
+    If ``private``, only this user may read the file. Otherwise an existing file keeps its mode and, if this user may
+    set it, its owner. A file that is not regular, such as /dev/stdout, is written directly.
 
     Raises:
         OSError: it cannot be written; the file is unchanged.
@@ -140,4 +140,4 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
         writer.write(data)
         writer.commit()
     finally:
-        writer.discard()  # after commit there is nothing left of it
+        writer.discard()  # does nothing after commit

@@ -1,8 +1,8 @@
-"""``table-consulctl policy``: the smallest ACL policy with which the daemon can answer.
+"""``table-consulctl policy``: print the smallest ACL policy that the daemon needs.
 
 A mirror lists the table's folder, and each folder of ``paths`` outside it; direct mode lists each service's folder or
-reads single keys there. Both read the key ``-`` of a folder, to find out whether the token may read it. A rule that
-denies something further below is not found in that way; ``--check`` looks for it.
+reads single keys there. Both read the key ``-`` of a folder to check whether the token may read the folder. Only
+``--check`` finds a rule that denies single keys in it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
       table-consulctl policy aliases --check
     """  # noqa: D301 - the mark by which click keeps lines as they are
     if config.consul.addresses[0].startswith("file://"):
-        raise click.ClickException(f"{config.consul.addresses[0]} needs no policy: nothing is read from Consul.")
+        raise click.ClickException(
+            f"{config.consul.addresses[0]} requires no policy: the tables are not read from Consul"
+        )
     chosen = chosen_tables(config, tables)
     if check:
         if write or key_list or as_json:
-            raise click.UsageError("--check takes no other option")
+            raise click.UsageError("--check cannot be combined with other options")
         return _check(config, chosen)
     level = "write" if write else "list" if key_list else "read"
     folders = read_folders(chosen)
@@ -90,7 +92,7 @@ def _check(config: Config, tables: Iterable[Table]) -> int:
 
 
 def read_folders(tables: Iterable[Table]) -> list[str]:
-    """The folders that are read for these tables, sorted, none of them within another."""
+    """The folders that are read for these tables, sorted, without those inside others."""
     folders: set[bytes] = set()
     for table in tables:
         direct = table.mode == "direct"
@@ -100,5 +102,5 @@ def read_folders(tables: Iterable[Table]) -> list[str]:
 
 
 def _quoted(value: object) -> str:
-    """The value as JSON, which Consul reads as HCL, where a dollar sign could begin an expression."""
+    """The value as JSON that is valid HCL, in which a dollar sign could start an expression."""
     return json.dumps(value, ensure_ascii=False).replace("$", "\\u0024")

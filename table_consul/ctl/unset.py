@@ -59,7 +59,7 @@ def command(
 
 
 def _found(keys: Sequence[str], stored: Sequence[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Each key with the one that is stored: the same, or the one that differs in case."""
+    """Yield each key that is found, with the stored key, which may differ in case."""
     folded = {fold_key(key): key for key in stored}
     exact = set(stored)
     for key in keys:

@@ -111,7 +111,7 @@ def test_list_of_entries_that_an_acl_hides_is_an_error_where_consul_says_so(clie
     if fake.since < (1, 11):
         assert client.list(b"consul/alias/", timeout=2) == []
         return
-    with pytest.raises(Forbidden, match="hides keys under consul/alias/ from this token"):
+    with pytest.raises(Forbidden, match="hides keys under consul/alias/ from the token"):
         client.list(b"consul/alias/", timeout=2)
 
 

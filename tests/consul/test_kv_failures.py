@@ -46,7 +46,7 @@ def test_refused_name_is_reported_in_the_words_of_consul(connect, version, name,
         error = failure(connect(fake.address), b"consul/alias/" + name)
     assert isinstance(error, BadName)
     text = str(error)
-    assert f"refuses the name of this key: 500 invalid key name, {words}" in text
+    assert f"rejects the name of this key: 500 invalid key name, {words}" in text
     assert hint in text
     assert ("disable_http_unprintable_char_filter" in text) == (version == "1.21.5")
     assert name.decode() not in text
@@ -95,7 +95,7 @@ def test_403_of_a_token_is_reported_as_such(answered):
     text = "Permission denied: token with AccessorID '5c1b' lacks permission 'key:read' on \"aliases/alias/vera@x\""
     error = answered(403, text)
     assert isinstance(error, Forbidden)
-    assert str(error).endswith("refuses the token: 403 Permission denied ... lacks permission 'key:read'")
+    assert str(error).endswith("rejects the token: 403 Permission denied ... lacks permission 'key:read'")
 
 
 @pytest.mark.parametrize("text", ["Permission denied", "ACL not found", ""])

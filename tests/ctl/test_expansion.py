@@ -32,7 +32,7 @@ def test_aliases_that_smtpd_rejects_are_found(table):
     ],
 )
 def test_failure_names_its_cause(aliases, key, cause):
-    advice = "break the loop" if "loop" in cause else "shorten it"
+    advice = "break the loop" if "loop" in cause else "shorten the chain"
     assert failures(aliases)[key] == f"{cause}, so smtpd rejects mail to this alias; {advice}"
 
 

@@ -159,7 +159,7 @@ def test_snapshot_file_that_cannot_be_opened_is_an_error_that_names_live(snapsho
     (tmp_path / "aliases.json").unlink()
     (tmp_path / "aliases.json").symlink_to("aliases.json")  # fails for root, too, and does not exist for stat(2)
     done = query(snapshot_conf, "alias", "root")
-    assert (done.status, "symbolic links; --live reads Consul" in done.said) == (2, True)
+    assert (done.status, "symbolic links(use --live to read Consul)" in done.said) == (2, True)
     assert query(snapshot_conf, "alias", "root", "--live").status == 0
 
 

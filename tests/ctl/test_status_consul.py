@@ -93,7 +93,7 @@ def test_no_token_is_shown(tmp_path, run_status, fake, monkeypatch):
 def test_folder_that_is_no_longer_configured_has_a_remark(tmp_path, run_status, fake):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index})
     _, out, _ = run_status(configured(tmp_path, 'prefix = "elsewhere"', address=fake.address))
-    assert "update the table" in " ".join(out.split())
+    assert "run smtpctl update table" in " ".join(out.split())
 
 
 # ---- with the daemon ----

@@ -182,7 +182,7 @@ def test_a_prefix_that_no_url_can_name_is_refused_before_any_request(client, fak
 def test_an_odd_key_is_read_as_it_stands_and_nothing_else(client, fake, key):
     assert kv.is_url_safe(key)
     if names.fault(fake.since, key) is not None:
-        with pytest.raises(BadResponse, match="refuses the name of this key"):
+        with pytest.raises(BadResponse, match="rejects the name of this key"):
             client.get(key, timeout=1)
         return
     assert client.get(key, timeout=1) is None

@@ -169,7 +169,7 @@ def test_answer_without_a_leader_header_is_not_believed(fake, connect, leader, s
 def test_body_of_many_levels_is_unusable(client, fake, depth, body):
     fake.handle = lambda request: Answer(200, TRUE, body % (b"[" * depth, b"]" * depth))
     for read in (client.get, client.list, client.keys):
-        with pytest.raises(BadResponse, match="unusable answer"):
+        with pytest.raises(BadResponse, match="invalid response body"):
             read(b"consul/alias/root", timeout=2)
 
 

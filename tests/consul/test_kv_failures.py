@@ -35,7 +35,7 @@ LATER = "rename the key, or set disable_kv_key_validation in Consul's configurat
 @pytest.mark.parametrize(
     ("version", "name", "words", "hint"),
     [
-        ("1.21.5", b"user@example.org", "keys should respect the", "a limit of Consul 1.21.5"),
+        ("1.21.5", b"user@example.org", "keys should respect the", "upgrade Consul 1.21.5"),
         ("1.22", b"root ", "leading/trailing spaces are not allowed", LATER),
         ("1.22", b"u%20x", "leading/trailing spaces are not allowed", LATER),
         ("1.22", b"x%2e%2ey", "path traversal is not allowed", LATER),
@@ -104,7 +104,7 @@ def test_403_without_a_token_says_that_none_is_configured(answered, text):
     assert isinstance(error, Forbidden)
     assert f"403 {text}".strip() in str(error)
     assert "no token is configured" in str(error)
-    assert "refuses the token" not in str(error)
+    assert "rejects the token" not in str(error)
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])

@@ -44,7 +44,7 @@ def test_table_without_the_folder_that_smtpd_looks_up_is_reported(host, filled, 
     [
         (CONF + "table other consul\n", "", (), "smtpd.conf:4: table other is defined but never used"),
         ("listen on lo\n", "", (), "smtpd.conf: no table with the backend consul (add: table aliases consul)"),
-        (CONF, "", ("aliases", "virtuals"), "smtpd.conf: no line `table virtuals consul`"),
+        (CONF, "", ("aliases", "virtuals"), "smtpd.conf: table virtuals is not defined"),
         (CONF, '[defaults]\nservices = ["alias"]\n', (), "smtpd.conf:3: smtpd looks up domain in table aliases (add"),
         (CONF + "include /none\n", "", (), ""),
         (CONF + 'include "/none"\n', "", (), "smtpd.conf:4: cannot include /none: no such file or directory"),
@@ -127,7 +127,7 @@ def test_token_of_the_operator_is_not_used(host, consul_with_acl):
     ("version", "problem"),
     [
         ("1.21.4", "its UI cannot create or edit values"),
-        ("1.21.5+ent", "refuses URLs with the @"),
+        ("1.21.5+ent", "rejects URLs that contain @"),
         ("1.22.4", "cuts requests after 30 seconds"),
         ("1.22.5", None),
     ],

@@ -77,7 +77,7 @@ def test_bcrypt_is_used_where_crypt_does_not_know_yescrypt(passwd, fake, monkeyp
 
 def test_argon2_needs_the_service_auth(passwd, fake):
     done = passwd("vera", "--scheme", "argon2")
-    assert (done.status, "needs the service auth" in done.said, fake.store.entries) == (2, True, {})
+    assert (done.status, "requires the service auth" in done.said, fake.store.entries) == (2, True, {})
     assert passwd("vera", "--scheme", "argon2", more=AUTH).status == 0
     assert fake.store.entries[b"users/auth/vera"].value.startswith(b"$argon2id$")
 

@@ -73,7 +73,10 @@ from tests.ctl.queries import MARKED, query, traced
             ["entry mail/aliases/credentials/vera", "value the {SCHEME}, $2y$ or lock is rewritten for crypt(3)"],
         ),
         (["string", "list"], ["entry mail/aliases/string/list"]),
-        (["source", "--op", "fetch"], ["value one of the keys , in the order of the keys (fetch = keys)"]),
+        (
+            ["source", "--op", "fetch"],
+            ["value each fetch returns the next of the keys, in the order of the keys (fetch = keys)"],
+        ),
     ],
 )
 def test_trace_names_entry_and_rules(conf, arguments, steps):

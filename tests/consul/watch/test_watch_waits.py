@@ -164,7 +164,7 @@ def test_server_that_goes_away_during_a_wait_is_reported_with_the_true_reason(fa
     fake.stop()
     logged(caplog, "; serving the last good copy")
     # Reset, where the port still took the new connection.
-    assert re.search(r": connection (refused|reset by peer|closed without an answer);", lines(caplog)[0])
+    assert re.search(r": connection (refused|reset by peer|closed without a response);", lines(caplog)[0])
     fake.start()
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")

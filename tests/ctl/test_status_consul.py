@@ -87,7 +87,7 @@ def test_no_token_is_shown(tmp_path, run_status, fake, monkeypatch):
     fake.token = "another"
     monkeypatch.setenv("CONSUL_HTTP_TOKEN", "hunter2")
     code, out, err = run_status(configured(tmp_path, address=fake.address))
-    assert (code, "refuses the token" in out, "hunter2" in out + err) == (2, True, False)
+    assert (code, "rejects the token" in out, "hunter2" in out + err) == (2, True, False)
 
 
 def test_folder_that_is_no_longer_configured_has_a_remark(tmp_path, run_status, fake):

@@ -135,4 +135,4 @@ def test_revoked_token_is_an_outage_and_is_not_printed(consul_with_acl, tmp_path
         agent.kv_put("aliases/alias/root", "marie")
         code, table = becomes(ctl, path, "outage")
         assert (code, token in json.dumps(table)) == (1, False)
-        assert "refuses the token" in table["prefixes"][0]["last_error"]
+        assert "rejects the token" in table["prefixes"][0]["last_error"]

@@ -1,4 +1,4 @@
-"""Back-off after failures, without waiting itself: time and randomness come in as numbers."""
+"""Backoff after failures. Nothing here waits: time and randomness are arguments."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from table_consul.errors import SourceError, counted
 log = logging.getLogger("table_consul")
 
 FIRST_PAUSE_SECONDS = 0.25
-# A recovery is noticed within this, however long the outage was. Attempts have no limit: a table must never give up.
+# A recovery is noticed within this time, however long the outage. A table never stops retrying.
 LAST_PAUSE_SECONDS = 4.0
 
 
 def delay(failures: int, chance: float) -> float:
     """Seconds to wait after a number of failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
 
-    The jitter comes after the cap (as in Consul's own lib/retry), so that tables which lost Consul together do not come
-    back together.
+    The jitter comes after the cap (as in Consul's own lib/retry), so that tables that lose Consul together do not
+    reconnect
+    together.
     """
     return min(FIRST_PAUSE_SECONDS * 2.0 ** min(max(failures, 1) - 1, 16), LAST_PAUSE_SECONDS) * (1 - chance / 4)
 
 
 class Backoff:
-    """Whether something is failing, since when, and when it may be tried again; moments in seconds on one clock.
+    """The state of an outage: since when, how many failures, and when to retry; times in seconds on one clock.
 
-    It logs one line when an outage starts, and one when it ends.
+    Logs one line when an outage starts, and one when it ends.
     """
 
     def __init__(self, what: str, consequence: str) -> None:
-        """The log line of an outage is ``what``, the error, and its ``consequence``."""
+        """The log line of an outage consists of ``what``, the error, and the ``consequence``."""
         self.what = what
         self.consequence = consequence
         self.since: float | None = None
@@ -38,10 +39,10 @@ class Backoff:
         self.not_before = 0.0
         self.last_error = ""
         self.last_kind = ""
-        self.failed_at = 0.0  # the moment of ``last_error``
+        self.failed_at = 0.0  # when ``last_error`` occurred
 
     def failure(self, error: Exception, now: float, chance: float) -> float:
-        """Note a failure; the pause until the next attempt, in seconds."""
+        """Record a failure, and return the pause until the next attempt, in seconds."""
         self.failures += 1
         self.total += 1
         self.last_error, self.last_kind = str(error), getattr(error, "kind", SourceError.kind)
@@ -54,7 +55,7 @@ class Backoff:
         return wait
 
     def success(self, now: float) -> None:
-        """Note a success, which ends the outage if there was one."""
+        """Record a success, which ends an outage."""
         if self.since is None:
             return
         attempts = counted(self.failures, "failed attempt", "failed attempts")

@@ -1,4 +1,4 @@
-"""One address of Consul: name resolution, sockets that know their deadline, TLS, and the connection that is kept."""
+"""One address of Consul: name resolution, sockets with a deadline, TLS, and the kept-alive connection."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from table_consul.files import open_regular_file, version_of
 from table_consul.http_response import HTTPResponse
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # about the versions of what it could use
+    warnings.simplefilter("ignore")  # about versions of optional dependencies
     import requests
     import requests.adapters
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
 
-# A connection whose other end vanished shows only when something is sent: in a blocking query nothing is.
+# A vanished peer is noticed only when something is sent, and a blocking query sends nothing.
 _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)  # OpenBSD has none of the three.
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
@@ -41,35 +41,39 @@ _SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCK
 
 
 def _seconds_until(moment: float) -> float:
-    """Raises TimeoutError where it has passed."""
+    """The seconds until a time of time.monotonic().
+
+    Raises:
+        TimeoutError: the time has passed.
+    """
     left = moment - time.monotonic()
     if left <= 0:
         raise TimeoutError
     return left
 
 
-# Of the kernel's receive buffer: the header of a response has some 400 bytes.
+# The size of the kernel's receive buffer; the headers of a response have about 400 bytes.
 NARROW_BYTES = 4 << 10
 
 
 class Exchange:
-    """What an exchange of a request and its answer, and the connection that it takes place on, know of each other."""
+    """The state that a request, its response and their connection share."""
 
     connect_by = answer_by = 0.0
-    """By when the current one must be over, as moments of time.monotonic()."""
+    """The deadlines of the current request, as times of time.monotonic()."""
     connected = False
-    """Whether it opened a connection instead of using one that was kept."""
+    """Whether the current request opened a new connection."""
     connected_at = 0.0
-    """When the latest connection was opened, a moment of time.monotonic()."""
+    """When the latest connection was opened, as a time of time.monotonic()."""
     latest_socket: socket.socket | None = None
     narrow = wide = False
-    """``narrow``: the kernel shall take little of an answer that is not read. ``wide``: it takes more by now."""
+    """``narrow``: a new connection gets a small receive buffer. ``wide``: the buffer has been enlarged."""
     waiting = interrupted = False
-    """Whether a wait is under way, and whether it, or the next one, shall end."""
+    """Whether a blocking query is waiting, and whether it, or the next one, must end."""
 
 
 class _DeadlineMixin:
-    """A socket none of whose calls outlives the exchange's deadline, however slowly bytes trickle in."""
+    """A socket whose calls all end by the deadline of the exchange, however slowly bytes arrive."""
 
     exchange: Exchange
 
@@ -104,11 +108,11 @@ class _Connection(urllib3.connection.HTTPConnection):
         exchange.connected = True
         self.sock = exchange.latest_socket = self._endpoint.open()
         exchange.connected_at = time.monotonic()
-        if exchange.waiting and exchange.interrupted:  # before there was a socket to shut down
+        if exchange.waiting and exchange.interrupted:  # interrupted before there was a socket to shut down
             raise ConnectionAbortedError
 
     def getresponse(self) -> urllib3.response.HTTPResponse:  # type: ignore[override]  # urllib3 does so itself
-        if self.sock is None:  # urllib3 ignores a broken pipe, in the hope of an answer that was sent before
+        if self.sock is None:  # urllib3 ignores a broken pipe: a response may have been sent before
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
         return super().getresponse()
 
@@ -150,7 +154,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
         self._pool = self._new_pool()
 
     def close(self) -> None:
-        """Close the connection; the next one uses the TLS files as they are then."""
+        """Close the connection; the next one reads the TLS files again."""
         self.disconnect()
         self._context = None
         _shared_tls_context.cache_clear()
@@ -159,13 +163,13 @@ class Endpoint(requests.adapters.HTTPAdapter):
         return self._pool
 
     def cert_verify(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the parent's
-        """Nothing: `open` brings a TLS context of its own."""
+        """Does nothing: `open` uses its own TLS context."""
 
     def request_url(self, request: requests.PreparedRequest, _proxies: object) -> str:
         return (request.url or "").removeprefix(self.address)
 
     def open(self) -> socket.socket:
-        """A connected socket, TLS included."""
+        """A connected socket, including TLS."""
         if self._url.scheme == "https" and self._context is None:
             self._context = self._tls_context()
         failure = OSError("name has no address")
@@ -181,7 +185,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
                 sock.settimeout(_seconds_until(by) / (1 + others))
                 sock.connect(target)
                 if self._context is not None:
-                    sock.settimeout(_seconds_until(by) / (1 + others))  # ssl takes it for the handshake as a whole
+                    sock.settimeout(_seconds_until(by) / (1 + others))  # ssl applies it to the whole handshake
                     name = self._settings.tls_server_name or self._host
                     sock = self._context.wrap_socket(sock, server_hostname=name)  # type: ignore[assignment]  # a _TLSSocket
             except OSError as error:
@@ -208,7 +212,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
             return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", self.address.removeprefix("unix://"))]
         with contextlib.suppress(OSError, UnicodeError):
             return socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        # getaddrinfo has no timeout: it runs in a thread, and one that hangs must not cost another with each call.
+        # getaddrinfo has no timeout, so it runs in a thread. If it hangs, later calls wait for the same thread.
         resolution = self._resolution
         if resolution is None:
             resolution = Future()
@@ -236,22 +240,26 @@ def _tls_files(settings: ConsulConfig) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _shared_tls_context(settings: ConsulConfig, *_versions: object) -> ssl.SSLContext:
-    """One context for all connections of a process: each would hold the certificates of all authorities again."""
+    """One context for all connections of a process, because each context holds all CA certificates."""
     return tls_context(settings)
 
 
 def tls_context(settings: ConsulConfig) -> ssl.SSLContext:
-    """What verifies Consul's certificate, and sends ours; raises SourceError."""
+    """The context that verifies Consul's certificate and sends the client's.
+
+    Raises:
+        SourceError: a TLS file cannot be used.
+    """
     try:
         for path in _tls_files(settings):
             os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe
         context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
         if settings.cert_file:
-            # Without the password function OpenSSL would ask for one on the terminal.
+            # Without the password function, OpenSSL would prompt on the terminal.
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
     except OSError as error:
         raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {reason_of(error)}") from error
-    # Since 3.13 Python is stricter about private authorities than RFC 5280 asks, and than the consul command is.
+    # Since 3.13, Python checks private CAs more strictly than RFC 5280 requires and the consul command does.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if not settings.tls_verify:
         context.check_hostname = False

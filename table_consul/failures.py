@@ -1,4 +1,4 @@
-"""What went wrong with a request to Consul: an error status and its body, or an exchange that broke off."""
+"""The errors of requests to Consul, from an error status and its body, or from a broken connection."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import urllib3.exceptions
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # about the versions of what it could use
+    warnings.simplefilter("ignore")  # about versions of optional dependencies
     import requests
 
-BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What an exchange may raise; requests' errors are OSErrors.
-# The words of Consul 1.8 to 2.0. Nothing else of an answer to a request with a token is quoted: a proxy may echo the
-# token in any spelling. The names of keys and of tokens are left out.
+BROKEN = (OSError, urllib3.exceptions.HTTPError)  # What a request may raise; requests' errors are OSErrors.
+# The error texts of Consul 1.8 to 2.0. If the request has a token, no other text is quoted: a proxy may echo the token
+# in any encoding. The names of keys and tokens are left out.
 _OWN_WORDS = re.compile(
     rb"Permission denied(?:: anonymous token)?|lacks permission '(?:key|acl):(?:read|write|list)'|ACL not found"
     rb"|ACL support disabled|Access is restricted|Endpoint is blocked by agent configuration"
@@ -34,19 +34,19 @@ _OWN_WORDS = re.compile(
 
 
 class BadRequest(BadResponse):
-    """Consul refuses this one request: another address would answer the same, and other requests may succeed."""
+    """Consul rejects this request. Another address would reject it too; other requests may succeed."""
 
 
 class TooManyConnections(Unreachable):
-    """Consul takes no further connection from this host; those that are open go on, and fewer would do."""
+    """Consul accepts no further connections from this host; open ones still work."""
 
 
 class BadName(BadRequest):
-    """Consul refuses the name of this key, whether there is such a key or not."""
+    """Consul rejects the name of this key, whether the key exists or not."""
 
 
 def excerpt(body: bytes, *, token: bool) -> str:
-    """Consul's own words in a body; of a request without a token, enough of any to recognise a proxy's page."""
+    """The error text of Consul in a body. Without a token, other text is quoted too, to identify a proxy's page."""
     if words := _OWN_WORDS.findall(body[:1000]):
         return " ... ".join(word.decode() for word in dict.fromkeys(words))
     if body and token:
@@ -55,40 +55,40 @@ def excerpt(body: bytes, *, token: bool) -> str:
 
 
 def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceError:
-    """The error for this status; ``consul`` names who answered, ``token``: the request had one."""
-    said = f"{status} {excerpt(body, token=token)}".rstrip()
+    """The error for this status. ``consul`` names the server; ``token``: the request had a token."""
+    reply = f"{status} {excerpt(body, token=token)}".rstrip()
     if status in (401, 403):
-        if "Access is restricted" in said:
-            return Forbidden(f"{consul} refuses writes from this host: {said} (see its setting allow_write_http_from)")
-        if "Endpoint is blocked" in said:
-            return Forbidden(f"{consul}: {said} (see its setting http_config.block_endpoints)")
+        if "Access is restricted" in reply:
+            return Forbidden(f"{consul} rejects writes from this host: {reply} (add it to allow_write_http_from)")
+        if "Endpoint is blocked" in reply:
+            return Forbidden(f"{consul}: {reply} (check http_config.block_endpoints)")
         if not token:
-            return Forbidden(f"{consul}: {said} (no token is configured: set token_file)")
-        return Forbidden(f"{consul} refuses the token: {said}")
-    if "Enterprise feature" in said:
-        setting = "partition" if "Partitions" in said else "namespace"
-        return SourceError(f"{consul}: {said} (remove {setting} from the configuration)")
-    # 1.21.5 refuses the `@` of mail addresses (hashicorp/consul#22835), later versions a blank at an end: were that an
-    # outage, one recipient could stop the answers to all.
-    if "invalid key name" in said.lower():
+            return Forbidden(f"{consul}: {reply} (no token is configured: set token_file)")
+        return Forbidden(f"{consul} rejects the token: {reply}")
+    if "Enterprise feature" in reply:
+        setting = "partition" if "Partitions" in reply else "namespace"
+        return SourceError(f"{consul}: {reply} (remove {setting} from the configuration)")
+    # 1.21.5 rejects the `@` of mail addresses (hashicorp/consul#22835), later versions a leading or trailing blank. If
+    # this counted as an outage, one recipient could block the lookups of all others.
+    if "invalid key name" in reply.lower():
         hint = "rename the key, or set disable_kv_key_validation in Consul's configuration"
-        if "should respect" in said:
-            hint = "a limit of Consul 1.21.5: upgrade it, or set disable_http_unprintable_char_filter there"
-        return BadName(f"{consul} refuses the name of this key: {said} ({hint})")
-    if "too many concurrent connections" in said:
-        return TooManyConnections(f"{consul}: {said} (see its setting limits.http_max_conns_per_client)")
+        if "should respect" in reply:
+            hint = "upgrade Consul 1.21.5, or set disable_http_unprintable_char_filter in its configuration"
+        return BadName(f"{consul} rejects the name of this key: {reply} ({hint})")
+    if "too many concurrent connections" in reply:
+        return TooManyConnections(f"{consul}: {reply} (raise limits.http_max_conns_per_client)")
     kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse
-    return kind(f"{consul}: {said}")
+    return kind(f"{consul}: {reply}")
 
 
 def broken_exchange(consul: str, error: Exception, *, fresh: bool = False) -> SourceError:
-    """The error for an exchange that broke off; ``consul`` names who should have answered.
+    """The error for a broken connection; ``consul`` names the server.
 
-    ``fresh``: on a connection opened for it, at once. Consul 1.8 closes those beyond its limit without an answer.
+    ``fresh``: the connection was new. Consul 1.8 closes connections beyond its limit without a response.
     """
     cause = cause_of(error)
     if fresh and isinstance(cause, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError):  # RemoteDisconnected too
-        hint = "does this host have more than limits.http_max_conns_per_client connections?"
+        hint = "this host may have too many connections: check limits.http_max_conns_per_client"
         return TooManyConnections(f"{consul}: {reason_of(cause)} ({hint})")
     ended = isinstance(cause, OSError | http.client.IncompleteRead)
     kind = BadResponse if isinstance(cause, http.client.HTTPException) and not ended else Unreachable
@@ -96,7 +96,7 @@ def broken_exchange(consul: str, error: Exception, *, fresh: bool = False) -> So
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error of the socket, TLS or http.client below the wrappings of urllib3 and requests."""
+    """The error of the socket, TLS or http.client that urllib3 and requests wrap."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, OSError | http.client.HTTPException) and not isinstance(inner, requests.RequestException):
@@ -106,16 +106,16 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def reason_of(error: BaseException) -> str:
-    """What happened, for one line of an operator's log."""
+    """The reason, as part of one log line."""
     match error:
         case TimeoutError():
             return "no answer in time"
         case http.client.RemoteDisconnected():
-            return "connection closed without an answer"
+            return "connection closed without a response"
         case http.client.IncompleteRead():
-            return "answer cut off"
+            return "response truncated"
         case http.client.HTTPException() | urllib3.exceptions.HTTPError():
-            return f"no HTTP, or broken ({type(error).__name__})"
+            return f"invalid HTTP response ({type(error).__name__})"
         case ssl.SSLCertVerificationError():
             return f"certificate verification failed: {error.verify_message}"
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):

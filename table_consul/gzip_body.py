@@ -1,4 +1,4 @@
-"""Bodies of responses in pieces of a bounded size, those with ``Content-Encoding: gzip`` decompressed."""
+"""Response bodies in pieces of bounded size; ``Content-Encoding: gzip`` is decompressed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     import requests
 
 Read = Callable[[int], bytes]
-"""The next part of a body, of at most so many bytes; empty at its end."""
+"""Returns the next part of a body, of at most this many bytes; empty at the end."""
 
 
 def body_of(response: requests.Response) -> Read:
-    """How to read the body; reading a compressed one may raise zlib.error."""
+    """The function that reads the body; for a compressed body, it may raise zlib.error."""
     read: Read = response.raw.read
     return _Gzip(read).read if response.headers.get("Content-Encoding") == "gzip" else read
 
 
 class _Gzip:
-    """One gzip member, and nothing after it. Each step lets go of Python's lock and is as small as the reader asks.
+    """One gzip member, with nothing after it. Each step releases Python's lock, and returns no more than requested.
 
-    urllib3 decompresses whatever it has read at once: 16 KB can become 16 MB.
+    urllib3 decompresses all that it has read in one step: 16 KB can become 16 MB.
     """
 
     def __init__(self, read: Read) -> None:
@@ -36,7 +36,7 @@ class _Gzip:
             if piece := inflate.decompress(data, size):
                 return piece
             if not data and not inflate.eof:
-                raise zlib.error("cut off")
+                raise zlib.error("truncated")
         if inflate.unused_data or self._read(size):
-            raise zlib.error("more follows")
+            raise zlib.error("trailing data")
         return b""

@@ -1,7 +1,7 @@
-"""http.client's response, but one that skips interim responses and rejects headers that are cut off.
+"""http.client's response, which also skips all interim responses and rejects truncated headers.
 
-http.client skips 100 alone: behind a 103 the answer itself would stay on the connection and pass for that of the next
-request. And where the connection ends within the headers, it takes those that came for all of them.
+http.client skips only 100: after a 103, the real response would stay on the connection and pass for that of the next
+request. If the connection ends within the headers, http.client treats them as complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_INTERIM = 16
 
 class _Reader(io.BufferedReader):
     last = b""
-    """The line that was read last, empty at the end of the connection."""
+    """The last line read, empty at the end of the connection."""
 
     def readline(self, size: int | None = -1) -> bytes:
         self.last = super().readline(size)
@@ -25,7 +25,7 @@ class _Reader(io.BufferedReader):
 
 
 class HTTPResponse(http.client.HTTPResponse):
-    """As its parent, for a response of a server that may be anything."""
+    """Like its parent, but for a server that is not trusted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
         super().__init__(*args, **kwargs)
@@ -37,7 +37,7 @@ class HTTPResponse(http.client.HTTPResponse):
 
         Raises:
             OSError: the connection broke.
-            http.client.HTTPException: not HTTP, cut off, or too many interim responses.
+            http.client.HTTPException: invalid or truncated HTTP, or too many interim responses.
         """
         super().begin()
         if not self.fp.last:

@@ -1,19 +1,19 @@
-"""A JSON list, in pieces that are lists themselves: no step is long, and no body is held whole."""
+"""Split a JSON list into smaller lists, so that each step is short and no body is in memory as a whole."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 
-# The last place where one object of a list ends and the next begins. Within a JSON string no quote follows like that:
-# it would end the string, and after its end comes no letter. It is found from the end, in linear time.
+# The last boundary between two objects of a list. A JSON string cannot contain it: the quote would end the string, and
+# no letter follows the end of a string. The search runs from the end, in linear time.
 OBJECTS = re.compile(rb'(?s:.*)\},(?=\s{0,32}\{\s{0,32}"[A-Za-z])')
-# The same of strings, none of which begins with a comma: then no `","` is a string between two others.
+# The same for strings, none of which starts with a comma: otherwise `","` could be a string.
 STRINGS = re.compile(rb'(?s:.*)(?<!\\)",(?=\s{0,32}"[^,])')
 _BOUNDARY_BYTES = 69
 
 OBJECT_BYTES = 8 << 20
-"""More than an entry of Consul has in JSON; its value has at most 512 KiB by default (limits.kv_max_value_size)."""
+"""More than the JSON of any entry; a value has at most 512 KiB by default (limits.kv_max_value_size)."""
 
 
 class LargeObjectError(ValueError):
@@ -23,11 +23,11 @@ class LargeObjectError(ValueError):
 def split_list(
     chunks: Iterable[bytes], most: int = OBJECT_BYTES, boundaries: re.Pattern[bytes] = OBJECTS
 ) -> Iterator[bytearray]:
-    """The chunks of one list, as lists of whole objects, or `STRINGS`; no byte is searched twice, but for a few.
+    """Yield one list, which arrives in chunks, as lists of whole objects (or `STRINGS`), in linear time.
 
     Raises:
         LargeObjectError: an object has more than ``most`` bytes.
-        ValueError: so many bytes have none.
+        ValueError: ``most`` bytes contain no object.
     """
     rest, searched = bytearray(), 0
     for chunk in chunks:

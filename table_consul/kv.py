@@ -1,6 +1,7 @@
-"""Reads of Consul's key-value store: entries, proven absence, or a SourceError, each within one deadline.
+"""Read Consul's key-value store: entries, proven absence, or a SourceError, each within one deadline.
 
-Knows the paths and parameters of Consul's HTTP interface, and nothing of tables, services or mail. The Consul library
+This module contains the paths and parameters of Consul's HTTP API, and nothing about tables, services or mail. The
+Consul library
 (`Consul.kv.get`) builds path, parameters and headers; transport.py sends them.
 """
 
@@ -36,7 +37,7 @@ from table_consul.json_list import OBJECTS, STRINGS, LargeObjectError, split_lis
 from table_consul.transport import Request, Transport, WaitCut
 
 with warnings.catch_warnings():
-    # python-consul2 is of 2020: Python warns about its spelling, and it warns about what it deprecates itself.
+    # python-consul2 dates from 2020: Python warns about its syntax, and it warns about its own deprecations.
     warnings.simplefilter("ignore")
     from consul import base
 
@@ -67,15 +68,15 @@ class Pair(msgspec.Struct, rename="pascal", gc=False):
 _PAIRS = msgspec.json.Decoder(list[Pair])
 _NAMES = msgspec.json.Decoder(list[str])
 
-# The library half reads CONSUL_* from the environment; `config` reads all of it.
+# The library reads some CONSUL_* variables; `config` reads all of them.
 base.os = SimpleNamespace(getenv=lambda _name, default=None: default)
 
 
 class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has no types
     """The library's HTTP client, which sends nothing: it returns the request for `Transport.send`.
 
-    The library's callback is left uncalled: it takes any 404 for absence and any base64 for a value, and differs
-    between python-consul2 and py-consul.
+    The library's callback is not called: it accepts any 404 as absence and any base64 as a value, and differs between
+    python-consul2 and py-consul.
     """
 
     def get(self, _callback: object, path: str, params: Any = None, headers: Any = None, **_extra: Any) -> Request:  # noqa: ANN401 - the library's
@@ -87,7 +88,7 @@ class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has
     delete = post = put
 
     def close(self) -> None:
-        """Nothing; py-consul requires it."""
+        """Does nothing; py-consul requires it."""
 
 
 class _Library(base.Consul):  # type: ignore[misc]  # the library has no types
@@ -96,7 +97,7 @@ class _Library(base.Consul):  # type: ignore[misc]  # the library has no types
 
 
 class Response:
-    """An answer whose status and headers were validated; its body is read only when it is asked for, and once.
+    """A response with valid status and headers. Its body is read on demand, and once.
 
     A context manager. Closing it discards the rest of a small body and closes the connection of a large one.
     """
@@ -118,7 +119,7 @@ class Response:
 
     @property
     def index(self) -> int:
-        """Consul's index of what was asked for; writes have none."""
+        """Consul's index of the requested data; writes have none."""
         return int(self._raw.headers["X-Consul-Index"])
 
     def __enter__(self) -> Self:
@@ -142,9 +143,8 @@ class Response:
         Consul sorts by bytes, but lists every byte that is not UTF-8 as U+FFFD: keys may be out of order, and equal.
 
         Raises:
-            TooLarge: they have more than `Client.body_bytes` beyond `Client.entry_bytes` each, or arrive until the
-                deadline.
-            SourceError: the body broke off, stopped arriving, or is not a list of such entries.
+            TooLarge: they exceed `Client.body_bytes` plus `Client.entry_bytes` each, or the deadline while arriving.
+            SourceError: the body is truncated, stopped arriving, or is not a list of such entries.
         """
         for pairs in self._elements(_PAIRS, OBJECTS):
             self.check_below([pair.name for pair in pairs])
@@ -181,7 +181,7 @@ class Response:
             flowing = self._seconds is None and self._size > client.flowing_bytes
             if not flowing or not isinstance(cause_of(error), TimeoutError):
                 raise
-            text = f"Consul at {client.address}: {self._size >> 20} MiB of a list arrived in time, and not all of it"
+            text = f"Consul at {client.address}: only {self._size >> 20} MiB of a list arrived in time"
             raise TooLarge(text) from error
 
     def _check_size(self, count: int) -> None:
@@ -191,7 +191,7 @@ class Response:
             raise TooLarge(f"Consul at {client.address}: {large} is more than smtpd can use")
 
     def decoded(self, decoder: msgspec.json.Decoder[T], piece: bytearray | None = None) -> T:
-        """What the decoder makes of the body, or of this piece of it; raises as `pairs`."""
+        """The decoded body, or the decoded piece of it; raises as `pairs`."""
         text = piece if piece is not None else bytearray()
         for chunk in self._chunks() if piece is None else ():
             text += chunk
@@ -199,16 +199,20 @@ class Response:
         try:
             return decoder.decode(text)
         except UNDECODABLE as error:
-            raise self.bad(f"unusable answer ({error})", text) from error
+            raise self.bad(f"invalid response body ({error})", text) from error
 
     def check_below(self, names: list[str]) -> None:
-        """Refuse keys that were not asked for; raises BadResponse."""
-        # What lies between two strings that begin alike begins so as well.
+        """Reject keys outside the prefix.
+
+        Raises:
+            BadResponse: there is such a key.
+        """
+        # All strings between two with the same prefix have this prefix.
         if names and not (min(names).startswith(self._prefix) and max(names).startswith(self._prefix)):
-            raise self.bad("lists keys that are not below the prefix")
+            raise self.bad("listed keys that are not below the prefix")
 
     def bad(self, what: str, text: bytes | bytearray = b"") -> BadResponse:
-        """The error for an answer that Consul would not give; the next request goes to the next address."""
+        """The error for an invalid response; the next request uses the next address."""
         transport = self._client.transport
         error = transport.bad(what, text)
         transport.disconnect()
@@ -217,10 +221,10 @@ class Response:
 
 
 def is_url_safe(key: bytes) -> bool:
-    """Whether a URL can name exactly this key, and Consul would look it up as it is.
+    """Whether a URL can name exactly this key, so that Consul looks it up unchanged.
 
-    Go's request multiplexer, in front of Consul, answers empty, `.` and `..` segments with a redirect to another path,
-    and Consul refuses control characters: no key that an operator made with a URL has them.
+    Go's request multiplexer redirects paths with empty, `.` and `..` segments, and Consul rejects control characters:
+    no key that was written by URL has them.
     """
     try:
         text = key.decode()
@@ -232,7 +236,7 @@ def is_url_safe(key: bytes) -> bool:
 def modern_name_problem(key: bytes) -> str:
     """Why no URL reads, writes or deletes this key on Consul 1.21.6 and later; empty if one does.
 
-    A transaction takes any name. The rules are those of Consul's agent/kvs_endpoint.go, validateKVKey, and of its
+    A transaction accepts any name. The rules are those of Consul's agent/kvs_endpoint.go, validateKVKey, and of its
     filter of unprintable characters.
     """
     decoded = key if _INVALID_ESCAPE.search(key) else urllib.parse.unquote_to_bytes(key)
@@ -241,40 +245,42 @@ def modern_name_problem(key: bytes) -> str:
     elif not key.decode().isprintable():
         part = "an unprintable character"
     elif key != key.strip(b" "):
-        part = "a blank at its beginning or end"
+        part = "a leading or trailing blank"
     elif decoded != key and (b" " in decoded or b".." in decoded):
-        part = "escapes such as %41, and once they are decoded a blank or .."
+        part = "escapes such as %41 that decode to a blank or .."
     else:
         return ""
-    return f"the name has {part}: from Consul 1.21.6 on no URL can read or delete such a key"
+    return f"the key has {part}, so no URL can read or delete it on Consul 1.21.6 and later"
 
 
 class Client:
-    """One conversation with Consul at a time, over kept-alive connections; not for use by two threads at once.
+    """Sends one request at a time over kept-alive connections; not for use by two threads at once.
 
-    Every read raises ValueError for a key that no URL can name, and SourceError when there is no answer within
-    ``timeout`` seconds, all attempts and addresses together: Unreachable, Forbidden, BadResponse, TooLarge, or
-    SourceError itself where a local file is at fault.
+    The ``timeout`` of a read, in seconds, covers all attempts and addresses.
+
+    Raises:
+        ValueError: no URL can name the key.
+        SourceError: Unreachable, Forbidden, BadResponse, TooLarge; or SourceError itself, if a local file is the cause.
     """
 
     chunk_bytes = 16 << 10
-    """Read at a time. Decoding that much holds Python's lock for some 50 microseconds, in which no reply leaves; the
-    read before the next chunk releases it."""
+    """Bytes per read. Decoding them holds Python's lock for about 50 microseconds, in which no reply is sent; the next
+    read releases it."""
     discard_bytes = 64 << 10
-    """Of an answer that is not needed; to read that much costs less than a new connection."""
+    """The most to read of a body that is not needed, to keep the connection; a new one costs more."""
     body_bytes = 128 << 20
     entry_bytes = 4 << 10
-    """A body may have ``body_bytes``, and ``entry_bytes`` for each entry: in JSON the longest key that smtpd asks for
-    and the longest value that it takes need less, so that only ``max_keys`` limits a table of such entries."""
+    """A body may have ``body_bytes`` plus ``entry_bytes`` per entry. The longest key and value that smtpd can use need
+    less in JSON, so only ``max_keys`` limits a table of such entries."""
     flowing_bytes = 1 << 20
-    """A list of which more has arrived by its deadline is too large to be read in that time, which is no outage."""
+    """If more of a list has arrived by its deadline, the list is too large for that time; this is not an outage."""
     read_seconds = 10.0
-    """For each chunk of a blocking query: a link may be as slow as 1.6 KB/s, and the whole body has no time limit."""
+    """The timeout of each chunk of a blocking query, for links as slow as 1.6 KB/s; the whole body has no timeout."""
     late_seconds = 30.0
-    """What a list may take to begin beyond its timeout, at most: Consul encodes all of it first. 1,000,000 entries take
-    2 seconds on a machine that has nothing else to do."""
+    """The most that a list may start after its timeout: Consul first encodes all of it. 1,000,000 entries take 2
+    seconds on an idle machine."""
     discard_seconds = 1.0
-    """For what is discarded: after an early answer to a blocking query the time for a late one is left."""
+    """The timeout for discarding a body: after an early response to a blocking query, its deadline is far away."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)
@@ -292,7 +298,7 @@ class Client:
         return self.transport.address
 
     def get(self, key: bytes, *, timeout: float) -> Pair | None:
-        """The entry of exactly this key; None when Consul proved that there is none."""
+        """The entry of exactly this key; None if Consul proves that there is none."""
 
         def read(response: Response) -> Pair | None:
             if response.absent:
@@ -314,17 +320,17 @@ class Client:
         keys: bool = False,
         separator: str | None = None,
     ) -> Response:
-        """The entries below the prefix, still to be read; a context manager.
+        """A response with the entries below the prefix, which are not read yet; a context manager.
 
-        ``keys``: their names alone, up to the next ``separator`` if there is one; the index is that of all entries.
+        ``keys``: only the names, up to the next ``separator`` if there is one; the index covers all entries below.
 
-        With the ``index`` of a former response Consul answers when something changed since, or after ``wait`` seconds
-        plus up to a sixteenth (its api-docs/features/blocking); ``timeout`` is what it may take beyond that to begin,
-        and more after it was late: an answer that always comes too late would be an outage without end.
+        With the ``index`` of an earlier response, Consul answers after a change, or after ``wait`` seconds plus up to a
+        sixteenth (its api-docs/features/blocking). ``timeout`` is how much later the response may start. It grows after
+        a late response, because responses that always come too late would be an endless outage.
 
-        Without an index the leader makes sure that it is one and has caught up, unless `stale` is configured: one that
-        was elected a moment ago answers from before its last entries, and makes them look absent (hashicorp/consul
-        #3285, #10989). Waiting on an index needs no such proof.
+        Without an index, the leader first confirms its leadership and catches up, unless `stale` is configured. A new
+        leader may otherwise answer without its last entries, which then look absent (hashicorp/consul#3285, #10989).
+        Waiting on an index needs no such proof.
         """
         options: dict[str, Any] = {"keys": True, "separator": separator} if keys else {"recurse": True}
         consistency, held = self._library.consistency, self._late
@@ -350,7 +356,7 @@ class Client:
         return response
 
     def all_names(self, prefix: bytes, *, timeout: float) -> Response:
-        """The keys below the prefix, still to be read with `Response.names`; a context manager."""
+        """A response with the keys below the prefix, to read with `Response.names`; a context manager."""
         return self._ask(prefix, timeout, steps=True, keys=True)
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
@@ -386,7 +392,7 @@ class Client:
 
     def _complete(self, prefix: bytes, found: Sequence[T], hides: bool) -> Sequence[T]:  # noqa: FBT001 - what a read returns
         if hides:
-            raise Forbidden(f"Consul hides keys under {printable(prefix)} from this token")
+            raise Forbidden(f"Consul hides keys under {printable(prefix)} from the token")
         return found
 
     def reload(self) -> None:
@@ -407,7 +413,7 @@ class Client:
         self.transport.close()
 
     def _read(self, read: Callable[[Response], T], key: bytes, timeout: float, **options: Any) -> T:  # noqa: ANN401 - the library's
-        """What ``read`` makes of an answer: of the next address's, where one breaks off or is not Consul's."""
+        """The result of ``read`` for a response, of the next address if one is truncated or invalid."""
         by = time.monotonic() + timeout
         for others in range(self.transport.address_count)[::-1]:
             with self._ask(key, by - time.monotonic(), **options) as response:
@@ -419,7 +425,7 @@ class Client:
         raise AssertionError
 
     def _ask(self, key: bytes, timeout: float, held: float = 0.0, *, steps: bool = False, **options: Any) -> Response:  # noqa: ANN401 - the library's
-        """Ask for a key; with ``options``, for what is below a prefix, which unlike a key may be empty or end in /."""
+        """Request a key; with ``options``, the keys below a prefix, which unlike a key may be empty or end in /."""
         if not is_url_safe(key.removesuffix(b"/") if options else key) and (key or not options):
             raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
@@ -427,7 +433,7 @@ class Client:
         return Response(self, raw, key, steps=steps)
 
     def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:
-        """Send what ``build`` makes, with the token of the moment."""
+        """Send the request that ``build`` returns, with the current token."""
         by = time.monotonic() + timeout
         token = self._read_token()
         try:
@@ -445,7 +451,7 @@ class Client:
                 token = read_token(self._token_file)
             except OSError as error:
                 raise SourceError(f"{origin}: {error.strerror}") from error
-        # To ask without a token may find an empty table (404), a lie.
+        # Without a token, Consul may return 404 for keys that exist.
         if token is not None and not TOKEN.fullmatch(token):
             raise SourceError(f"{origin} is empty or not one line of printable ASCII")
         self._library.token = token

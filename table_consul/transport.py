@@ -1,7 +1,7 @@
 """HTTP for kv.py: failover between addresses, deadlines, kept-alive connections, validation of status and headers.
 
-requests' timeouts are per receive: a server that sends a byte a second is never late for them. Here every socket knows
-when its exchange must be over, and so does name resolution.
+requests applies a timeout to each receive, so a server that sends one byte per second never exceeds it. Here every
+socket, and name resolution, has the deadline of the whole exchange.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from table_consul.failures import (
 from table_consul.gzip_body import Read, body_of
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # about the versions of what it could use
+    warnings.simplefilter("ignore")  # about versions of optional dependencies
     import requests
 
 if TYPE_CHECKING:
@@ -42,22 +42,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("table_consul")
 
-# A connection that ends sooner was idle for too long, or its server restarted; later, a timeout has cut the wait:
-# Consul 1.22.4's of 30 seconds (http_config.write_timeout), or a proxy's.
+# A connection that closes sooner was idle for too long, or its server restarted. Later, a timeout has cut the wait: 30
+# seconds in Consul 1.22.4 (http_config.write_timeout), or that of a proxy.
 LEAST_CUT_SECONDS = 2.0
-_GATEWAY_TIMEOUTS = (502, 504)  # How a proxy reports that its own timeout, or Consul's behind it, has cut a wait.
-# A server that has not heard from its leader for longer may lack entries: consistency = "stale" reads from it even so.
+_GATEWAY_TIMEOUTS = (502, 504)  # A proxy reports a wait that its own timeout, or Consul's, has cut.
+# A server that has not heard from its leader for longer may lack entries; consistency = "stale" still reads from it.
 MAX_STALE_SECONDS = 10.0
 _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json"}
 _MAX_INDEX = 2**63 - 1
 
 
-# Of the kernel's receive buffer, for an answer that is read.
+# The size of the kernel's receive buffer while a response is read.
 WIDE_BYTES = 1 << 20
 
 
 class WaitCut(Unreachable):
-    """Something cut a wait: it closed the connection, or answered in Consul's place. No news, and no fault."""
+    """A wait ended early: the connection was closed, or a proxy answered. Neither new data nor a failure."""
 
     def __init__(self, text: str, seconds: float) -> None:
         super().__init__(text)
@@ -72,16 +72,16 @@ class Request(NamedTuple):
     method: str = "GET"
     body: bytes | None = None
     compress: bool = False
-    """Whether gzip is worth its CPU, in Consul and here, where the answer crosses a network."""
+    """Whether gzip is worth its CPU time if the response crosses a network."""
     indexed: bool = True
-    """Whether the answer comes from the servers' data, and must have their index."""
+    """Whether the response comes from the servers' data, and must have their index."""
 
 
 class Transport(Exchange):
-    """One conversation with Consul at a time, over kept-alive connections; not for use by two threads at once."""
+    """Sends one request at a time over kept-alive connections; not for use by two threads at once."""
 
     late = False
-    """Whether an address took the latest request, and did not begin to answer in time."""
+    """Whether an address accepted the latest request, but did not start to respond in time."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         self._settings = settings
@@ -94,7 +94,7 @@ class Transport(Exchange):
         self._warned = False
 
     def close(self) -> None:
-        """Close all connections; later requests open others, with the TLS files as they are then."""
+        """Close all connections; later requests open new ones, and read the TLS files again."""
         for endpoint in self._endpoints:
             endpoint.close()
 
@@ -108,7 +108,7 @@ class Transport(Exchange):
                     socket.socket.shutdown(self.latest_socket, socket.SHUT_RDWR)
 
     def disconnect(self) -> None:
-        """Close the connection in use: whatever else comes on it would answer nothing that is asked."""
+        """Close the connection in use, because the rest of its input belongs to no later request."""
         self._endpoints[self._current].disconnect()
 
     @property
@@ -126,17 +126,18 @@ class Transport(Exchange):
         return len(self._endpoints)
 
     def send(self, request: Request, *, by: float, held: float = 0.0) -> requests.Response:
-        """Consul's answer, from the first address that gives one; status and headers are validated, the body unread.
+        """The response of the first address that returns one; status and headers are validated, the body is not read.
 
-        ``by`` is the moment at which its beginning must be there (the body as well, unless `read` gives it longer); for
-        ``held`` seconds of that a healthy Consul may sit on the request. A 404 proves that there is no such key.
+        ``by`` is the deadline, as a time of time.monotonic(), for its start (and for the body, unless `read` extends
+        it). For ``held`` seconds of this time a healthy Consul may hold the request. A 404 proves that the key is
+        absent.
 
         Raises:
-            SourceError: Unreachable, Forbidden, BadResponse; or itself, if a TLS file cannot be used.
+            SourceError: Unreachable, Forbidden, BadResponse; or SourceError itself, if a TLS file cannot be used.
         """
         if not held:
             return self._send(request, by, held)
-        if self.wide:  # a window that was opened cannot be closed
+        if self.wide:  # a TCP window cannot shrink again
             self.disconnect()
         response = None
         with self._lock:
@@ -166,8 +167,8 @@ class Transport(Exchange):
         failures: list[SourceError] = []
         self.late = False
         for candidates in range(len(self._endpoints), 0, -1):
-            # An address that hangs must leave some time for the next one. While Consul sits on a blocking query it
-            # looks just like one that hangs: there only connecting is shared.
+            # An address that hangs must leave time for the next one. A blocking query looks like an address that hangs,
+            # so for it the addresses share only the time to connect.
             now = time.monotonic()
             self.connect_by = now + (by - now - (held if by - now > held else 0.0)) / candidates
             self.answer_by = by if held else self.connect_by
@@ -183,7 +184,7 @@ class Transport(Exchange):
                 self.next_address()
             if time.monotonic() >= by:
                 break
-        # Of several failures the one that says most about the key counts: an address that answers is no outage.
+        # Of several failures, the most specific one counts: if an address answers, it is not an outage.
         kinds = [each for each in (BadResponse, TooManyConnections) if any(isinstance(f, each) for f in failures)]
         raise (*kinds, Unreachable)[0]("; ".join(map(str, failures)))
 
@@ -203,16 +204,20 @@ class Transport(Exchange):
             failure = broken_exchange(f"Consul at {self.address}", error, fresh=fresh)
             if cut >= LEAST_CUT_SECONDS and isinstance(cause, ConnectionResetError):  # RemoteDisconnected is one
                 raise WaitCut(str(failure), cut) from error
-            # The server may have closed an idle connection, which is no sign of a fault of Consul.
+            # The server may have closed an idle connection, which is not a failure of Consul.
             if again or self.connected or (held and self.interrupted) or isinstance(cause, TimeoutError):
                 raise failure from error
-        if held:  # the time that this wait took is not missing from the next
+        if held:  # the next attempt gets the time that this wait took
             self.connect_by += waited
             self.answer_by += waited
         return self._attempt(held, again=True)
 
     def _validated(self, response: requests.Response, waited: float) -> requests.Response:
-        """The answer, if it is a valid one of Consul's. Raises the matching SourceError otherwise, and disconnects."""
+        """The response, if it is valid; otherwise disconnects.
+
+        Raises:
+            SourceError: the response is an error, or invalid.
+        """
         try:
             self._validate(response, waited)
         except SourceError:
@@ -231,16 +236,16 @@ class Transport(Exchange):
             return
         leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")
         is_index = re.fullmatch("[0-9]{1,30}", index) is not None and 0 < int(index) <= _MAX_INDEX
-        # Stale reads prefer old data to none; but such a server cannot know that something is not there.
+        # Stale reads prefer old data to none, but such a server cannot prove that a key is absent.
         if leader == "false" and (status == 404 or not self._stale):
             raise Unreachable(f"Consul at {self.address} has no cluster leader")
         if leader not in ("true", "false") or not is_index:
-            raise self.bad(f"{status} that is not from Consul's key-value store", _beginning(response))
+            raise self.bad(f"status {status}, but not from Consul's key-value store", _beginning(response))
         if status == 404 and self.is_behind(response):
             raise Unreachable(f"Consul at {self.address} has not heard from its leader for {MAX_STALE_SECONDS:.0f} s")
         if headers.get("Content-Encoding", "identity") not in ("identity", self._prepared.headers["Accept-Encoding"]):
-            raise self.bad("compressed answer, which was not asked for")
-        # Consul 1.11 is the first to have partitions, and to send this header; older ones ignore the parameter.
+            raise self.bad("unrequested compression")
+        # Consul 1.11 introduced partitions and this header; older versions ignore the parameter.
         if self._settings.partition and "X-Consul-Query-Backend" not in headers and not self._warned:
             self._warned = True
             log.warning(
@@ -257,10 +262,10 @@ class Transport(Exchange):
         return late or response.headers.get("X-Consul-Knownleader") == "false"
 
     def read(self, body: Read, size: int, seconds: float | None) -> bytes:
-        """The next part of a body, empty at its end; in ``seconds`` if given, instead of the deadline.
+        """The next part of a body, empty at the end; within ``seconds`` if given, otherwise by the deadline.
 
         Raises:
-            SourceError: it broke off, is not gzip, or did not come in time; the next request goes to the next address.
+            SourceError: the body is truncated, invalid or late; the next request uses the next address.
         """
         if seconds is not None:
             self.answer_by = time.monotonic() + seconds
@@ -282,14 +287,18 @@ class Transport(Exchange):
         return "X-Consul-Token" in self._prepared.headers
 
     def bad(self, what: str, body: bytes | bytearray = b"") -> BadResponse:
-        """The error for an answer that Consul would not give."""
-        # A web page tells who answered; anything else may hold the values of the table, password hashes among them.
+        """The error for an invalid response."""
+        # A web page identifies the sender; any other body may contain values of the table, including password hashes.
         page = ": " + excerpt(bytes(body), token=self._has_token) if body.lstrip().startswith(b"<") else ""
         return BadResponse(f"Consul at {self.address}: {what}{page}")
 
 
 def _beginning(response: requests.Response) -> bytes:
-    """Of a body that only explains an error; empty where its gzip is invalid. Raises what `BROKEN` lists."""
+    """The start of a body that explains an error; empty if its gzip is invalid.
+
+    Raises:
+        OSError, urllib3.exceptions.HTTPError: the connection broke.
+    """
     with contextlib.suppress(zlib.error):
         return body_of(response)(16 << 10)
     return b""

@@ -1,1 +1,1 @@
-"""table-consulctl: what an operator asks, checks, fills and watches tables with. The daemon imports nothing of it."""
+"""table-consulctl, the tool to query, check, fill and monitor tables. The daemon imports none of it."""

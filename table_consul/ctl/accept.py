@@ -1,4 +1,4 @@
-"""``table-consulctl accept``: end the hold of deletions, by having smtpd update the tables."""
+"""``table-consulctl accept``: end the hold on deletions by having smtpd update the tables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from table_consul.errors import TableConsulError, counted, printable
 def command(config: Config, *, tables: tuple[str, ...]) -> int:
     """Accept held deletions: the deleted entries of TABLE no longer answer.
 
-    If most of a folder is deleted at once, the table goes on serving the deleted entries for a while (hold_deletions),
-    as it may be a mistake. If it is none, this ends it. If it is one, put the entries back instead.
+    If most of a folder is deleted at once, its table keeps serving the deleted entries for hold_deletions seconds. If
+    the deletion was a mistake, restore the entries instead.
 
-    This runs "smtpctl update table TABLE", on the mail host and as root.
+    This runs "smtpctl update table TABLE" on the mail host, which requires root.
 
     Without TABLE: all tables whose metrics report held deletions (see status).
 
-    Exit status: 0 accepted, or nothing is held; 2 not accepted, or a table has no metrics.
+    Exit status: 0 accepted or nothing held; 2 not accepted, or a table has no metrics.
 
     \b
     Examples:
@@ -39,12 +39,14 @@ def command(config: Config, *, tables: tuple[str, ...]) -> int:
     if tables:
         return 0
     if config.metrics == MetricsConfig():
-        raise click.UsageError("missing TABLE: without [metrics] it is unknown which tables hold deletions")
+        raise click.UsageError("missing TABLE: no metrics are configured, so held deletions are unknown (name a table)")
     code, statuses = 0, published_statuses(config)
     for status in statuses:
         held = sum(prefix.held or 0 for prefix in status.prefixes)
         if status.place is None:
-            click.echo(f"{printable(status.table)}: no metrics, so it is unknown what it holds (name it)", err=True)
+            click.echo(
+                f"{printable(status.table)}: no metrics, so held deletions are unknown (name the table)", err=True
+            )
             code = FAILED
         elif held:
             _update(status.table)
@@ -63,4 +65,4 @@ def _update(table: str) -> None:
         problem = printable((done.stderr or done.stdout).strip()) or f"exit status {done.returncode}"
     except OSError as error:
         problem = f"smtpctl: {(error.strerror or str(error)).lower()}"
-    raise TableConsulError(f"{problem} (as root, on the mail host: {shlex.join(arguments)})")
+    raise TableConsulError(f"{problem} (run as root on the mail host: {shlex.join(arguments)})")

@@ -1,7 +1,7 @@
-"""What the token of the mail servers may not read of a table, as far as Consul reports it.
+"""Find the keys and folders that the mail servers' token may not read, as far as Consul reports them.
 
-A rule for one key, or for a folder within that of a service, hides keys without an error. Consul reports from 1.11 on
-that it hides some, but not which. Another token can find that out: one that lists all keys, or reads the policies.
+An ACL rule for one key, or for a folder inside that of a service, hides keys without an error. From 1.11 on, Consul
+reports that it hides keys, but not which ones. A second token finds them: one that may list all keys or read policies.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from table_consul.sources import PROBE
 from table_consul.transport import Request
 
 READ_SECONDS = 30.0
-# Consul takes no more in one request (agent/acl_endpoint.go, ACLAuthorize).
+# Consul accepts no more in one request (agent/acl_endpoint.go, ACLAuthorize).
 AUTHORIZATIONS_MAX = 64
-CLOSED = "the token may not read this folder, so lookups are errors (table-consulctl policy prints what it needs)"
-DENIED = (
-    "the token may not read this key, so a lookup is an error (on Consul before 1.11: not-found); change its policy"
+CLOSED = (
+    "the token may not read this folder; lookups return errors (grant the rules that table-consulctl policy prints)"
 )
+DENIED = "the token may not read this key; lookups return errors, or not-found before Consul 1.11 (change its policy)"
 HIDING = (
-    "Consul hides keys of this folder from the token; change its policy (to see which, put a token that may list them"
-    " into CONSUL_HTTP_TOKEN)"
+    "Consul hides keys of this folder from the token (change its policy; to list the keys, set CONSUL_HTTP_TOKEN to a"
+    " token that may list them)"
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -65,14 +65,14 @@ class _Authorization(msgspec.Struct, rename="pascal"):
 
 
 class Unreadable(NamedTuple):
-    """A key or folder of which the token may not read all, and what that means."""
+    """A key, or a folder, that the token may not read in full, and the consequence."""
 
     where: bytes
     text: str
 
 
 class Access(NamedTuple):
-    """What was found out, and from how much."""
+    """The unreadable keys and folders, and how much was checked."""
 
     unreadable: list[Unreadable]
     folders: int
@@ -82,9 +82,9 @@ class Access(NamedTuple):
 
 
 def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = True) -> Access:
-    """What the configured token may not read below these folders of services.
+    """The keys and folders that the configured token may not read below these folders of services.
 
-    With ``operator``, a token of the environment lists the keys and the policies.
+    With ``operator``, the token in the environment lists keys and policies.
 
     Raises:
         SourceError: Consul does not answer.
@@ -113,21 +113,21 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
 
 
 def unwritable(settings: ConsulConfig, keys: Sequence[bytes]) -> list[str]:
-    """Those of the keys that this token may not write, as far as Consul reports it."""
+    """The keys among these that the token may not write, as far as Consul reports them."""
     with contextlib.closing(Client(settings)) as client, contextlib.suppress(SourceError):
         return client.denied([key.decode(errors="replace") for key in keys], "write")
     return []
 
 
 def _strings(rules: str) -> Iterator[str]:
-    """Every string in rules, be they HCL or JSON: whether one is a key, and a denied one, Consul knows."""
+    """Yield every string in rules, which are HCL or JSON. Consul decides which strings are denied keys."""
     for quoted in _STRING.findall(rules):
         with contextlib.suppress(ValueError):
             yield json.loads(quoted)
 
 
 class Client(kv.Client):
-    """A client that also asks for the ACLs; like `kv.Client`, it has one conversation at a time."""
+    """A client that also reads ACLs; like `kv.Client`, not for use by two threads at once."""
 
     def may_read(self, key: bytes) -> bool:
         try:
@@ -137,12 +137,16 @@ class Client(kv.Client):
         return True
 
     def version(self) -> str:
-        """The version of the agent; Forbidden if the token may not read that."""
+        """The version of the agent.
+
+        Raises:
+            Forbidden: the token may not read it.
+        """
         agent: _Agent = self._ask_for("agent/self", _Agent, indexed=False)
         return agent.config.version
 
     def token_problem(self) -> str | None:
-        """Why Consul does not know the token at all; None if it does, or has no ACLs."""
+        """Consul's error for an unknown token; None if it knows the token, or has no ACLs."""
         try:
             self._ask_for("acl/token/self", _Links)
         except Forbidden as error:
@@ -155,7 +159,11 @@ class Client(kv.Client):
             return not response.absent
 
     def denied(self, keys: Sequence[str], access: str = "read") -> list[str]:
-        """Those of the keys that the token may not read, or write; raises SourceError."""
+        """The keys among these that the token may not read, or write.
+
+        Raises:
+            SourceError: Consul has no ACLs, or does not answer.
+        """
         denied = []
         for start in range(0, len(keys), AUTHORIZATIONS_MAX):
             asked = {"Resource": "key", "Access": access}
@@ -165,7 +173,7 @@ class Client(kv.Client):
         return denied
 
     def rules(self, other: Client) -> Iterator[tuple[str, str]]:
-        """Name and rules of each policy of this token, as far as the other one may read them."""
+        """Yield name and rules of each policy of this token that ``other`` may read."""
         with contextlib.suppress(SourceError):
             own = self._ask_for("acl/token/self", _Links)
             policies = own.policies

@@ -1,4 +1,4 @@
-"""``table-consulctl check``: everything between smtpd and Consul, as smtpd's user finds it."""
+"""``table-consulctl check``: check everything between smtpd and Consul, as smtpd's user."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from table_consul.ctl import access
 
 PROGRAM_SECONDS = 20.0
-TRAPS = {
+KNOWN_FAULTS = {
     "1.21.4": 'its UI cannot create or edit values in code mode (turn off "Code" in the form, or upgrade)',
-    "1.21.5": "it refuses URLs with the @ of mail addresses, so most cannot be read one by one (upgrade to 1.21.6)",
-    "1.22.4": "it cuts requests after 30 seconds, blocking queries among them (upgrade to 1.22.5)",
+    "1.21.5": "it rejects URLs that contain @, so single mail addresses cannot be read (upgrade to 1.21.6)",
+    "1.22.4": "it ends requests after 30 seconds, including blocking queries (upgrade to 1.22.5)",
 }
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """A problem; or, if ``unknown``, what keeps others from being found."""
+    """A problem; if ``unknown``, one that prevents further checks."""
 
     where: str
     problem: str
@@ -40,15 +40,15 @@ class Finding(msgspec.Struct, frozen=True):
 
 @click.command("check")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--smtpd-conf", "path", metavar="PATH", help="The smtpd.conf to read. Default: that of smtpd.")
+@click.option("--smtpd-conf", "path", metavar="PATH", help="Read this smtpd.conf, not the one that smtpd reads.")
 @as_json
 @late_config
 @click.pass_context
 def command(context: click.Context, *, tables: tuple[str, ...], path: str | None, as_json: bool) -> int:
-    """Check everything between smtpd and Consul for TABLE. Each problem is a line with a hint.
+    """Check everything between smtpd and Consul for TABLE: one line per problem, with a hint.
 
-    Checked are smtpd.conf and what it looks up, the program, the configuration and its files, Consul and its version,
-    the token, and the folder of each service that is looked up. Root checks as smtpd's user. lint checks the entries.
+    This covers smtpd.conf and the lookups that it causes, the program, the configuration and its files, Consul and its
+    version, the token, and the folder of each service. Root checks as smtpd's user. lint checks the entries.
 
     Without TABLE: all tables of smtpd.conf that table-consul serves.
 
@@ -88,7 +88,7 @@ class _Checker:
         declared = self._smtpd_conf(path)
         for name in names:
             if declared is not None and name not in declared:
-                text = f"no line `table {printable(name)} {smtpdconf.BACKEND}`, so smtpd does not use it (add the line)"
+                text = f"table {printable(name)} is not defined (add: table {printable(name)} {smtpdconf.BACKEND})"
                 self._report(path or smtpdconf.locate(), text)
         known = declared or {}
         wanted = [*dict.fromkeys(names or known)]
@@ -117,7 +117,7 @@ class _Checker:
         if program is not None and os.geteuid() == 0:
             done = _run(program, "-n", "-f", path)
             if done.returncode:
-                for line in done.stderr.splitlines() or [f"smtpd -n ends with {done.returncode}"]:
+                for line in done.stderr.splitlines() or [f"exit status {done.returncode}"]:
                     self._report(path, f"smtpd -n: {line}")
         for where, problem in found.problems:
             self._report(where, problem)
@@ -127,31 +127,33 @@ class _Checker:
             )
         for table in found.tables.values():
             if not table.uses:
-                self._report(table.where, f"table {printable(table.name)} is defined and never used")
+                self._report(table.where, f"table {printable(table.name)} is defined but never used")
         self.checked.append(f"{printable(path)} ({counted(len(found.tables), 'table', 'tables')})")
         return found.tables
 
     def _program(self) -> None:
-        """Whether smtpd can start the program: in its folder, by its user."""
+        """Check that smtpd can start the program: it is in smtpd's folder, and smtpd's user can run it."""
         folders = smtpdconf.built_in(rb"\0(/[\w/.-]+)/table-%s\0")
         if not folders:
-            self._report("smtpd", "not found on this host, so its folder of tables is unknown (install OpenSMTPD)")
+            self._report(
+                "smtpd", "not found on this host, so the folder of its table programs is unknown (install OpenSMTPD)"
+            )
             return
         program = f"{folders[0]}/table-{smtpdconf.BACKEND}"
         if not os.path.exists(program):
-            self._report(program, f"not found (make install LIBEXECDIR={folders[0]})")
+            self._report(program, f"not found (run make install LIBEXECDIR={folders[0]})")
             return
         try:
             done = _run(program, "--version")
         except (OSError, subprocess.TimeoutExpired) as error:
             text = (getattr(error, "strerror", None) or "no answer in time").lower()
-            self._report(program, f"{current_user()} cannot run it: {text} (make install)")
+            self._report(program, f"{current_user()} cannot run it: {text} (run make install)")
             return
         if done.returncode:
             lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-            self._report(program, f"{current_user()} cannot run it: {lines[-1]} (make install)")
+            self._report(program, f"{current_user()} cannot run it: {lines[-1]} (run make install)")
         elif done.stdout.split()[-1:] != [__version__]:
-            self._report(program, f"is {done.stdout.strip()}, and table-consulctl is {__version__} (make install)")
+            self._report(program, f"is {done.stdout.strip()}, but table-consulctl is {__version__} (run make install)")
         self.checked.append(printable(program))
 
     def _configuration(self, file: str | None, names: Sequence[str], known: dict[str, smtpdconf.Declared]) -> None:
@@ -167,7 +169,7 @@ class _Checker:
             self._report(*line.split(": ", 1))
         self.checked.append(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
         if used := sorted(origin.removeprefix("environment: ") for origin in loaded.origins.values()):
-            self.checked.append(f"with {', '.join(used)} of this environment, which smtpd may not have")
+            self.checked.append(f"with {', '.join(used)} from this environment, which smtpd may not have")
         uses = {name: known[name].uses if name in known else [] for name in tables}
         for name, table in tables.items():
             for services, where in uses[name]:
@@ -179,11 +181,11 @@ class _Checker:
                 self._consul(loaded, tables, uses)
             except SourceError as error:
                 where, separator, problem = str(error).partition(": ")
-                hint = "is a majority of the servers running?" if "leader" in problem else "does Consul run there?"
+                hint = "start a majority of the servers" if "leader" in problem else "check that Consul runs there"
                 self._report(where if separator else "Consul", f"{problem or where} ({hint})", unknown=True)
 
     def _consul(self, loaded: config.Config, tables: dict[str, Table], uses: dict[str, list[smtpdconf.Use]]) -> None:
-        """Consul, the token, and the folders.
+        """Check Consul, the token and the folders.
 
         Raises:
             SourceError: it cannot be read.
@@ -193,7 +195,9 @@ class _Checker:
         with contextlib.closing(access.Client(loaded.consul)) as client:
             version = self._version(client)
             if (loaded.consul.token or loaded.consul.token_file) and (problem := client.token_problem()):
-                self._report(client.address, f"{problem} (create one with the rules of: table-consulctl policy)")
+                self._report(
+                    client.address, f"{problem} (create a token with the rules that table-consulctl policy prints)"
+                )
                 return
             self.checked.append(f"Consul{version} at {client.address}")
             folders = {
@@ -210,25 +214,25 @@ class _Checker:
                     paths = [table.path(SERVICES[each]) for each in services if each in table.services]
                     if paths and not any(path in hidden or client.exists(path) for path in paths):
                         looked_up = " or ".join(services)
-                        text = f"smtpd looks up {looked_up} here ({where}), and Consul has no key in this folder"
+                        text = f"smtpd looks up {looked_up} here ({where}), but this folder has no keys"
                         self._report(paths[0], f"{text} (fill it, or check the table's name, `prefix` and `paths`)")
 
     def _version(self, client: access.Client) -> str:
-        """The version after a blank, as far as the token may read it."""
+        """The text after "Consul": its version, or that it is unknown."""
         try:
             version = client.version()
         except Forbidden:
             return ", version unknown (the token may not read it)"
-        except BadResponse:  # something in between passes on only what the tables need
+        except BadResponse:  # a proxy forwards only the requests that tables need
             return ", version unknown"
         number = version.partition("+")[0].partition("-")[0]
-        if number in TRAPS:
-            self._report(f"Consul {printable(version)}", TRAPS[number])
+        if number in KNOWN_FAULTS:
+            self._report(f"Consul {printable(version)}", KNOWN_FAULTS[number])
         return f" {printable(version)}"
 
 
 def _services(table: Table, uses: Sequence[smtpdconf.Use]) -> Iterator[str]:
-    """The services that smtpd looks up, as far as the table has them; all of the table if that is unknown."""
+    """Yield the services of the table that smtpd looks up; all services of the table if that is unknown."""
     named = [name for use in uses for name in use.services if name in table.services]
     yield from named or table.readable_services
 

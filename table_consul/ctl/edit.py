@@ -1,4 +1,4 @@
-"""``table-consulctl edit``: a folder, or one key of it, in an editor."""
+"""``table-consulctl edit``: edit a folder, or one key in it, with an editor."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from table_consul.sources.export import export_entry
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Plan, Stored
 
-# A file that an editor, or a full disk, has cut off lacks it.
+# Missing if an editor or a full disk has truncated the file.
 END = b"# end of the entries (do not remove this line)"
 LEFT_OUT_SHOWN = 10
 
 
 class Draft(NamedTuple):
-    """The file for the editor, and the stored keys, relative to the folder, of the entries in it."""
+    """The text for the editor, and the stored keys of its entries, relative to the folder."""
 
     text: bytes
     keys: Mapping[bytes, bytes]
-    """By folded key; of an export by the key itself."""
+    """By folded key; for an export, by the key itself."""
 
 
 @click.command("edit")
@@ -48,7 +48,7 @@ class Draft(NamedTuple):
     type=click.Choice(("table", "export")),
     default="table",
     metavar="FORMAT",
-    help="What to edit: table, as smtpd reads it (default), or export, as stored.",
+    help="table (a file: table; default) or export (as stored).",
 )
 @writing.token_file
 @writing.with_undo
@@ -63,12 +63,12 @@ def command(
     token_file: str | None,
     undo: writing.Undo,
 ) -> int:
-    """Edit the entries of SERVICE in TABLE, or that of KEY, with $VISUAL or $EDITOR.
+    """Edit the entries of SERVICE in TABLE, or the entry of KEY, with $VISUAL or $EDITOR.
 
-    The changes are shown and written after a question. What lint would report is refused. A key that somebody else
-    changed after the editor opened is skipped.
+    The changes are shown, and written after confirmation. Entries that lint would report are rejected. A key that
+    changed in Consul after the editor opened is skipped.
 
-    Exit status: 0 written, or nothing changed; 2 something was not written.
+    Exit status: 0 written or nothing changed, 2 something was not written.
 
     \b
     Examples:
@@ -94,19 +94,19 @@ def command(
 
 
 def _table(table: Table, service: Service, stored: Sequence[Stored]) -> Draft:
-    """A file as `export` writes it. Entries that it cannot hold are named in comments, and stay as they are."""
+    """The entries as `export` writes them, with comments that list the entries left out."""
     path = table.path(service)
     entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
     text, left_out = files.table_text(service, sorted(entries.values.items()))
     keys = {key: entries.original_case.get(key, key) for key in entries.values if key not in left_out}
     problems = [(key, error.text) for key, error in entries.errors.items() if key not in entries.incomplete]
     problems += [(key, "cannot be written in this format") for key in left_out]
-    head = [f"# {printable(path)}: one entry a line. Close the editor without a change to write nothing."]
+    head = [f"# {printable(path)}: one entry per line. Close the editor without changes to write nothing."]
     head += [f"# Not shown, use --format export: {printable(key)}: {what}" for key, what in problems[:LEFT_OUT_SHOWN]]
     if len(problems) > LEFT_OUT_SHOWN:
         head.append(f"# Not shown: {counted(len(problems) - LEFT_OUT_SHOWN, 'more entry', 'more entries')}")
     if not keys and not service.lists_only:
-        text = b""  # else the first new entry could not have a value
+        text = b""  # after the header of a list, new entries could not have values
     return Draft("\n".join([*head, ""]).encode() + text + END + b"\n", keys)
 
 
@@ -117,7 +117,7 @@ def _export(target: writing.Target, stored: Sequence[Stored]) -> Draft:
 
 
 class _Edit(NamedTuple):
-    """What is edited, and what Consul had when the editor opened."""
+    """The entries to edit, and those of Consul when the editor opened."""
 
     table: Table
     service: Service
@@ -126,13 +126,13 @@ class _Edit(NamedTuple):
     form: str
 
     def run(self) -> Plan | None:
-        """The changes that the operator made and confirmed; None if they are not to be written.
+        """The changes that the operator made and confirmed; None without confirmation.
 
         Raises:
             TableConsulError: the editor fails.
-            OSError: its file cannot be written, or is gone.
+            OSError: the file cannot be written, or has disappeared.
         """
-        # In a folder of its own, with the copies that editors make beside it.
+        # Editors may leave copies beside the file, which disappear with its temporary folder.
         with tempfile.TemporaryDirectory(prefix="table-consul.") as folder:
             path = os.path.join(folder, f"{self.service.name}.{'json' if self.form == 'export' else 'txt'}")
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -151,7 +151,7 @@ class _Edit(NamedTuple):
                 line = problems[0].line if problems else 0
 
     def _judge(self, data: bytes) -> tuple[Plan, list[LineProblem]]:
-        """The plan for the edited file, and what is wrong with it, by lines."""
+        """The plan for the edited file, and its problems in the order of lines."""
         from table_consul.ctl import plan
 
         none = plan.Plan([], [], 0, [], [])
@@ -167,14 +167,14 @@ class _Edit(NamedTuple):
                 LineProblem(0, f"{counted(parsed.left_out, 'key is', 'keys are')} not below {printable(path)}")
             ]
         if not exported and END not in data.splitlines():
-            text = f"the line `{END.decode()}` is missing, so the file may be cut off (add it at the end)"
+            text = f"the line `{END.decode()}` is missing, so the file may be truncated (add it at the end)"
             return none, [LineProblem(data.count(b"\n"), text)]
         if self.draft.keys and not parsed.entries and not parsed.problems:
             return none, [LineProblem(0, "no entries (to remove every entry, use unset)")]
         named = {entry.key if exported else fold_key(entry.key) for entry in parsed.entries}
         remove = [stored for key, stored in self.draft.keys.items() if key not in named]
         planned = plan.plan_edits(self.table, self.service, parsed, self.stored, remove)
-        # In an export each entry has a line of its own, after that of the bracket.
+        # In an export each entry is one line, after the line of the bracket.
         found = [each._replace(line=each.line + exported) for each in (*planned.problems, *planned.refused)]
         return planned, sorted(found)
 
@@ -218,7 +218,7 @@ def _abort(*_: object) -> None:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
-    """Have signals call the handler. Unlike ignored ones, they keep their meaning for a child process."""
+    """Handle signals with the handler. Unlike ignored signals, a child process does not inherit this."""
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

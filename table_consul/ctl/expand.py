@@ -1,4 +1,4 @@
-"""``table-consulctl expand``: who gets the mail to an address, and by which lookups."""
+"""``table-consulctl expand``: show the recipients of mail to an address, and the lookups that find them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _WORDS = {"user": "user", "file": "file", "command": "command", "include": "the 
 @click.command("expand")
 @click.argument("table", metavar="TABLE")
 @click.argument("addresses", metavar="ADDRESS...", nargs=-1, required=True)
-@click.option("--virtual", metavar="TABLE", help="The table of virtual, for addresses outside this host.")
-@click.option("--userinfo", metavar="TABLE", help="The table of userbase. Default: the users of the system.")
+@click.option("--virtual", metavar="TABLE", help="The table of virtual in smtpd.conf.")
+@click.option("--userinfo", metavar="TABLE", help="The table of userbase (default: system users).")
 @click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
 @as_json
 @pass_config
@@ -47,12 +47,12 @@ def command(
     live: bool,
     as_json: bool,
 ) -> int:
-    """Show who gets the mail to each ADDRESS: every lookup as smtpd makes it, and the recipients in the end.
+    """Show each lookup that smtpd makes for mail to ADDRESS, and the recipients.
 
-    TABLE is the table of "alias" in smtpd.conf. Without --virtual it expands every ADDRESS; with it, users of this
-    host. Not followed: other domains, included files, ~/.forward.
+    TABLE is the table of alias in smtpd.conf. Without --virtual, it expands every ADDRESS; with --virtual, only users
+    of this host. Other domains, included files and ~/.forward are not followed.
 
-    Exit status: 0 smtpd accepts all, 1 it rejects some, 2 temporarily.
+    Exit status: 0 smtpd accepts every ADDRESS, 1 it rejects one, 2 temporarily.
 
     \b
     Examples:
@@ -78,7 +78,7 @@ def command(
     here = {b"", b"localhost", os.fsencode(socket.gethostname()).lower()}
     asked = {recipients.parse_address(os.fsencode(address)).domain.lower() for address in addresses} - here
     inside = asked | (_domains(loader, tables["virtual"]) if virtual is not None else set())
-    rules = recipients.Tables(
+    setup = recipients.Tables(
         lookup,
         local=lambda domain: domain in here or (virtual is None and (domain in asked or lists("alias", domain))),
         virtual=lambda domain: (
@@ -88,7 +88,7 @@ def command(
     )
     status = 0
     for address in addresses:
-        outcome = recipients.expand(os.fsencode(address), rules)
+        outcome = recipients.expand(os.fsencode(address), setup)
         names = {use: printable(tables[use].name) if use in tables else SYSTEM for use in named}
         if as_json:
             click.echo(msgspec.json.encode(_json(address, outcome, names)))
@@ -109,7 +109,7 @@ def _system_user(name: bytes) -> Reply:
 
 
 def _domains(loader: Loader, table: Table) -> set[bytes]:
-    """The domains of the keys, as far as these are known: direct mode reads one by one."""
+    """The domains of the keys; direct mode reads keys one by one, and knows none in advance."""
     folder = table.path(SERVICES["alias"])
     try:
         loaded = loader.load(table, SERVICES["alias"])
@@ -163,9 +163,9 @@ def _lines(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> 
 
 def _remark(element: recipients.Element, homes: dict[bytes, bytes]) -> str:
     if element.kind == "address":
-        return " (another domain: the rules of smtpd.conf decide)"
+        return " (another domain: smtpd.conf decides)"
     if element.kind == "user":
         home = homes.get(element.text.lower())
         if home and os.path.lexists(os.path.join(home, b".forward")):
-            return f" (who has {printable(home)}/.forward)"
+            return f" ({printable(home)}/.forward exists)"
     return ""

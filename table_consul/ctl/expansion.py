@@ -1,8 +1,8 @@
-"""Which aliases smtpd cannot expand: loops, and chains deeper than it follows (smtpd: lka_session.c, expand.c).
+"""Find aliases that smtpd cannot expand: loops and chains that are too deep (smtpd: lka_session.c, expand.c).
 
-Pure. smtpd expands breadth first. It rejects the recipient if any alias is nested too deeply, or if nothing is left to
-deliver to. A user that it has met below the same address is skipped: a loop of users with a way out does no harm. An
-address is expanded each time it is met.
+Pure. smtpd expands breadth first. It rejects the recipient if any alias is nested too deeply, or if no recipient is
+left. It skips a user that it has already expanded below the same address: a loop of users that also deliver elsewhere
+is harmless. It expands an address each time it occurs.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from table_consul.services.elements import split_list
 from table_consul.services.match import DELIMITER
 
 EXPAND_DEPTH = 10
-# So many elements are followed, and so many more for each alias of the table.
+# The elements to follow, and how many more for each alias of the table.
 STEPS, STEPS_PER_ALIAS = 300_000, 20
-TANGLED = "smtpd may reject mail to this alias: too many aliases contain each other to follow them all; use fewer"
+TOO_NESTED = "too many nested aliases to follow, so smtpd may reject mail to this alias (nest fewer aliases)"
 _LOCAL_PART = rb"[A-Za-z0-9!#$%*?^{}`~&'+=_.-][A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]*"
 
 
 def failures(aliases: Mapping[bytes, bytes], delimiter: bytes = DELIMITER) -> Iterator[tuple[bytes, str]]:
-    """The keys that smtpd rejects, each with the cause; in time linear in the size of the aliases.
+    """Yield the keys that smtpd rejects, with the cause, in time linear in the size of the aliases.
 
-    ``aliases`` are values by folded key; an empty one is a lookup that is an error. Addresses are followed only within
-    the domains of the keys: the other domains are those of smtpd.conf. ``delimiter`` begins the tag of a user.
+    ``aliases`` maps folded keys to values; an empty value is a lookup that returns an error. Addresses are followed
+    only within the domains of the keys: smtpd.conf routes other domains. ``delimiter`` starts the tag of a user.
     """
     graph = _Graph(aliases, delimiter)
     inner = {key: {name for name, _ in found} - {None} for key, found in graph.elements.items()}
-    # Those from which so many aliases follow each other, which a loop does without end.
+    # The aliases that start a chain of this length; a loop is an endless chain.
     deep = set(inner)
     for _ in range(graph.depth, EXPAND_DEPTH - 2):
         deep = {key for key in deep if not inner[key].isdisjoint(deep)}
@@ -39,14 +39,14 @@ def failures(aliases: Mapping[bytes, bytes], delimiter: bytes = DELIMITER) -> It
         if key in deep:
             path, steps = graph.failure(key, steps) if steps >= 0 else ([], steps)
             if path or steps < 0:
-                yield key, TANGLED if steps < 0 else _text(path)
+                yield key, TOO_NESTED if steps < 0 else _text(path)
 
 
 def _text(path: Sequence[bytes]) -> str:
     end = next((number for number, key in enumerate(path) if key in path[:number]), 0)
     chain = path[path.index(path[end]) : end + 1] if end else path
     what = "an alias loop" if end else "a chain of too many aliases"
-    advice = "break the loop" if end else "shorten it"
+    advice = "break the loop" if end else "shorten the chain"
     return f"{what} ({' -> '.join(printable(key) for key in chain)}), so smtpd rejects mail to this alias; {advice}"
 
 
@@ -57,9 +57,9 @@ class _Graph:
         self._aliases, self._delimiter = aliases, delimiter
         self._domains = {key.partition(b"@")[2] for key in aliases} - {b""}
         self.depth = 0 if any(b"@" in key for key in aliases) else 1
-        """That of a first alias: as ``virtual`` it is found for the address itself, as ``alias`` for its user."""
+        """The depth of a first alias: ``virtual`` finds it for the address, ``alias`` for the user of the address."""
         self.elements: dict[bytes, list[tuple[bytes | None, bool]]] = {}
-        """The alias that smtpd finds for each element, None for what it delivers; and whether it is an address."""
+        """For each element: the alias that smtpd finds, None if smtpd delivers; and whether it is an address."""
         for key, value in aliases.items():
             quoted = compiled(rb"[\\\"']").search(value)
             elements = split_list(value) if quoted else value.split(b",")
@@ -80,7 +80,7 @@ class _Graph:
         return (None if delivered else name), bool(at)
 
     def failure(self, start: bytes, steps: int) -> tuple[list[bytes], int]:
-        """The aliases on the way to where smtpd gives up, none if it does not; and what is left of the steps."""
+        """The chain of aliases at which smtpd gives up, empty if it does not; and the steps that are left."""
         queue: deque[tuple[list[bytes], int]] = deque([([start], 0)])
         seen = {(start, False, 0)} if self.depth else set()
         delivers = False

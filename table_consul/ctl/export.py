@@ -1,4 +1,4 @@
-"""``table-consulctl export``: the entries in Consul as a file for smtpd, or for `consul kv import`."""
+"""``table-consulctl export``: write entries of Consul to a file for smtpd, or for `consul kv import`."""
 
 from __future__ import annotations
 
@@ -38,24 +38,20 @@ PROBLEMS_SHOWN = 20
     type=click.Choice(FORMATS),
     default="table",
     metavar="FORMAT",
-    help=f"What to write, one of {', '.join(FORMATS)}; default: table.",
+    help=f"One of {', '.join(FORMATS)} (default: table).",
 )
-@click.option("--skip-refused", is_flag=True, help="Write the other entries if some cannot be written.")
+@click.option("--skip-refused", is_flag=True, help="Skip entries that FORMAT cannot hold.")
 @pass_config
 def command(
     settings: config.Config, *, wanted: str, skip_refused: bool, table_name: str, service_name: str, file: str
 ) -> int:
-    """Write the entries of SERVICE in TABLE, as Consul has them now, to FILE or standard output.
+    """Write the entries of SERVICE in TABLE to FILE or standard output.
 
-    The format table is a file for smtpd, used as table NAME file:PATH. It holds the answer that smtpd gets for each
-    key, however that is stored in Consul. If smtpd could not read an entry from such a file (a key with a blank, ...),
-    or cannot use it, its key is printed and nothing is written, or with --skip-refused the other entries. aliases is
-    the same, for alias. export is the format of consul kv export and holds every entry as it is stored, except folders.
+    table and aliases are files for smtpd; export is the format of consul kv export, with every entry as stored.
+    Importing the file into the same TABLE and SERVICE changes nothing. FILE is replaced atomically; if it may contain
+    passwords, only its owner can read it.
 
-    Importing the file into the same TABLE and SERVICE changes nothing, and restores what was deleted. FILE is replaced
-    atomically; if it may contain passwords, only its owner can read it.
-
-    Exit status: 0 written, 1 written without the entries that were printed, 2 not written.
+    Exit status: 0 written, 1 written without the entries listed, 2 not written.
 
     \b
     Examples:
@@ -65,7 +61,7 @@ def command(
     """  # noqa: D301 - click keeps the lines after a \b as they are
     table, service = settings.table(table_name), SERVICES[service_name]
     if wanted == "aliases" and service.name != "alias":
-        raise click.UsageError(f"--format aliases is for alias, not for {service.name}")
+        raise click.UsageError(f"--format aliases requires the service alias, not {service.name}")
     stored = [each for each in _stored(settings, table, service) if not each.key.endswith(b"/")]
     refused = 0
     if wanted == "export":
@@ -104,7 +100,7 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
 
 
 def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, skip: bool) -> tuple[bytes, int]:
-    """The file, and how many entries it lacks."""
+    """The text of the file, and the number of entries left out."""
     path = table.path(service)
     entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
     text, left_out = files.table_text(service, sorted(entries.values.items()))
@@ -122,8 +118,8 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, ski
 def replace_file(path: str, data: bytes, *, private: bool) -> None:
     """Replace the content of a file atomically: a reader finds all of the old content or all of the new.
 
-    If private, only this user may read it; otherwise an existing file keeps its mode and, if this user may give files
-    away, its owner. Anything but a regular file, such as /dev/stdout, is written to directly.
+    If ``private``, only this user may read the file. Otherwise an existing file keeps its mode and, if this user may
+    set it, its owner. A file that is not regular, such as /dev/stdout, is written directly.
 
     Raises:
         OSError: it cannot be written; the file is unchanged.
@@ -144,4 +140,4 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
         writer.write(data)
         writer.commit()
     finally:
-        writer.discard()  # after commit there is nothing left of it
+        writer.discard()  # does nothing after commit

@@ -1,6 +1,6 @@
 """Read and write the files that tables are made from: aliases(5), file: tables, passwd files, exports of Consul.
 
-Pure: bytes in, entries and line problems out. Knows neither Consul nor what a service accepts as a value.
+Pure: bytes in, entries and line problems out. Values are not validated here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, TableConsulError, printable
+from table_consul.errors import UNDECODABLE, TableConsulError, counted, printable
 from table_consul.services import MAX_KEY_BYTES, Service, fold_key
 
 FORMATS = ("auto", "aliases", "table", "passwd", "export", "conf", "transport")
@@ -20,7 +20,7 @@ FORMATS = ("auto", "aliases", "table", "passwd", "export", "conf", "transport")
 _SPACE = b" \t\n\v\f\r"  # isspace(3) in the C locale, as smtpd uses it
 _BLANKS = b" \t"
 _KEY_END = re.compile(rb"[ \t:]")
-# A user, with seven fields or more, with a field after a hash or a lock, or with ids that at most a home follows.
+# A user in seven or more fields, with a field after a hash or lock, or with ids and at most a home after them.
 _PASSWD_LINE = re.compile(
     rb"[^:\s]+(?:(?::[^:]*){6,}|:(?:\$[0-9a-z-]+[$,]|\{[A-Za-z0-9.-]+\}|[!*])[^:]*:.*"
     rb"|:[^:]*:(?:\d+:\d+(?::[^:]*)?|\d*:\d*:[^:]*:(?:/[^:]*)?))"
@@ -34,15 +34,15 @@ _TRANSPORT = re.compile(
 )
 _TABLE_ENTRY = re.compile(rb"(\[[^\]]*\]|(?!\[)[^ \t:]*)(?:.[ \t]*(.*))?", re.DOTALL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Editors on Windows write it before UTF-8."""
+"""Windows editors write it before UTF-8 text."""
 
 
 class FormatError(TableConsulError):
-    """A file, or a line of it, does not have the format it should have; or entries cannot be written in a format."""
+    """A file or a line is not in the expected format, or entries cannot be written in a format."""
 
 
 class FileEntry(NamedTuple):
-    """One key and its value (empty if it has none) as the file has them, and the line where they start."""
+    """A key and its value (empty if there is none) from a file, and the line where they start."""
 
     key: bytes
     value: bytes
@@ -51,7 +51,7 @@ class FileEntry(NamedTuple):
 
 
 class LineProblem(NamedTuple):
-    """A line of the file and its problem; line 0 for an entry that only Consul has."""
+    """A line of the file and its problem; line 0 for an entry that is only in Consul."""
 
     line: int
     text: str
@@ -60,7 +60,7 @@ class LineProblem(NamedTuple):
 
 
 class ParsedFile(NamedTuple):
-    """The content of a file, as far as its lines could be read."""
+    """The entries of a file, and the problems of its lines."""
 
     format: str
     entries: list[FileEntry]
@@ -68,21 +68,21 @@ class ParsedFile(NamedTuple):
     left_out: int = 0
     """How many entries of an export belong to other folders."""
     notes: Sequence[LineProblem] = ()
-    """Lines that are left out because nothing of them is lost."""
+    """Lines that are skipped without loss."""
     restores: bool = False
-    """An export of the very folder that is filled: a backup, whose entries are put back as they were."""
+    """The file is an export of the target folder: a backup, whose entries are restored unchanged."""
 
     @property
     def unit(self) -> str:
-        """What the numbers count: entries in the JSON of an export, otherwise lines."""
+        """The unit of the line numbers: ``entry`` for an export, otherwise ``line``."""
         return "entry" if self.format == "export" else "line"
 
 
 def detect_format(data: bytes, service: Service) -> str:
-    """The format of the file. Where two are plausible this is an error rather than a guess; the command's help has it.
+    """The format of the file.
 
     Raises:
-        FormatError: some lines look like one format and some like another, or this is another kind of JSON.
+        FormatError: the lines look like two formats, or the file is JSON of another kind.
     """
     if re.match(rb"\s*\[\s*(?:\{|\]\s*\Z)", data):
         return "export"
@@ -101,14 +101,14 @@ def detect_format(data: bytes, service: Service) -> str:
     users = sum(bool(_PASSWD_LINE.fullmatch(line)) for line in lines)
     if 0 < users < len(lines):
         raise FormatError(
-            f"{users} of {len(significant)} lines look like passwd entries, others do not; choose --format passwd or"
-            " --format table"
+            f"passwd entries in {users} of {counted(len(significant), 'line', 'lines')} only (use --format passwd or"
+            " --format table)"
         )
     return "passwd" if users else "table"
 
 
 def significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Numbers and text, without surrounding white space, of the lines that are neither empty nor comments."""
+    """Yield number and stripped text of each line that is neither empty nor a comment."""
     for number, line in enumerate(data.split(b"\n"), 1):
         text = line.strip(_SPACE)
         if text and not text.startswith(b"#"):
@@ -118,7 +118,7 @@ def significant_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
 def parse_lines(
     name: str, lines: Iterable[tuple[int, bytes]], parse: Callable[[bytes], tuple[bytes, bytes]]
 ) -> ParsedFile:
-    """A file of one entry a line. Keys become lower case, as smtpd asks for them."""
+    """The entries of a file with one entry per line. Keys become lower case, as smtpd looks them up."""
     parsed = ParsedFile(name, [], [])
     for number, text in lines:
         try:
@@ -131,7 +131,7 @@ def parse_lines(
 
 
 def read_table(data: bytes, service: Service) -> ParsedFile:
-    """A list or a mapping, as smtpd reads ``file:`` tables (smtpd: util.c, parse_table_line).
+    """The entries of a list or mapping, as smtpd reads ``file:`` tables (smtpd: util.c, parse_table_line).
 
     It is a list if the first entry has no value, or if the comment ``# @list`` precedes it. Lines are never continued.
     """
@@ -156,20 +156,20 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
         if not key:
             raise FormatError("has no key")
         if not value:
-            raise FormatError("has no value, although the first entry of the file has one")
+            raise FormatError("has no value, but the first entry of the file has one")
         if value.startswith((b": ", b":\t")):
-            raise FormatError("has a blank before its colon; smtpd would make the colon a part of the value")
+            raise FormatError("has a blank before its colon, so smtpd would read the colon as part of the value")
         return key, value
 
     return parse_lines("table", lines, parse)
 
 
 def kind_problem(service: Service, *, listed: bool) -> str:
-    """Why smtpd refuses a list, or else a mapping, for a service that takes only the other."""
+    """The problem of a list, or of a mapping, for a service that accepts only the other."""
     if listed:
-        return f"has no value, so smtpd would read the file as a list, but {service.name} needs values"
-    hint = "remove the values, or put the comment # @list before lines that are keys as a whole"
-    return f"has a value, so smtpd would read the file as a mapping, and refuse it for {service.name} ({hint})"
+        return f"has no value, so smtpd would read the file as a list, but {service.name} requires values"
+    hint = "remove the values, or add the comment # @list if each line is one key"
+    return f"has a value, so smtpd would read the file as a mapping, but {service.name} requires a list ({hint})"
 
 
 def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
@@ -181,15 +181,16 @@ def _split_entry(text: bytes) -> tuple[bytes, bytes | None]:
 
 
 def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
-    """The entries as a ``file:`` table for smtpd, and the keys of the entries that such a file cannot hold.
+    """The entries as a ``file:`` table for smtpd, and the keys of the entries that such a table cannot hold.
 
-    It is a list if no entry has a value, or if smtpd takes only lists for the service and so never asks for a value. An
-    entry that import would read differently from smtpd is left out as well.
+    It is a list if no entry has a value, or if smtpd accepts only lists for the service. An entry that import would
+    read
+    differently from smtpd is left out as well.
     """
     pairs = [(fold_key(key), b"" if service.lists_only else value) for key, value in entries]
     listed = not any(value for _, value in pairs) and not service.needs_value
     separator = b":\t" if service.name == "alias" else b"\t"
-    # The first line decides how the others are read.
+    # The first line determines how smtpd reads the others.
     first, number = (b"# @list\n", 0) if listed else (b"-\t-\n", 1)
     lines: list[bytes] = [first] if listed else []
     left_out: list[bytes] = []
@@ -209,21 +210,21 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
 
 _QUOTED_COMMAND = re.compile(rb'(?:(?<=,)|\A)\s*\|"((?:[^"\\]|\\.)*)"\s*(?=,|\Z)')
 _QUOTED = re.compile(rb'\\.|"((?:[^"\\]|\\.)*)"', re.DOTALL)
-# A continuation line that smtpd 7.6 and later would read as an entry of its own in a file: table.
+# A continuation line that smtpd 7.6 and later would read as a separate entry of a file: table.
 _OWN_ENTRY = re.compile(rb'"[^"]*"\s*:|[A-Za-z0-9_.+@*=-]+(?:[ \t]*:|[ \t]+[^ \t,])')
 _AMBIGUOUS = (
-    "starts with a blank: aliases(5) continues the line before, a file: table of smtpd starts an entry; choose"
-    " --format aliases or --format table"
+    "starts with a blank, which continues an entry in aliases(5), but starts one in a file: table of smtpd (use"
+    " --format aliases or --format table)"
 )
-# A line up to a # that is its first byte or follows a blank, and that is neither quoted nor escaped.
+# A line up to its comment: a # at the start or after a blank, neither quoted nor escaped.
 _UNCOMMENTED = re.compile(rb'(?:\\.?|"(?:\\.?|[^"\\])*"?|[^"\\#]|(?<=[^ \t])#)*', re.DOTALL)
 
 
 def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
-    """A file in the format of aliases(5) of smtpd, Postfix and sendmail: ``key: element, element``, quotes, comments.
+    """The entries of an aliases(5) file of smtpd, Postfix or sendmail: ``key: element, element``, quotes, comments.
 
-    A line that starts with a blank, or follows one that ends in a backslash, continues the line before. ``cautious``
-    makes it a problem where smtpd would read such a line of a ``file:`` table as an entry of its own.
+    A line that starts with a blank, or follows one that ends in a backslash, continues the previous line. With
+    ``cautious``, a continuation that smtpd would read as a separate entry of a ``file:`` table is a problem.
     """
     logical: list[tuple[int, list[bytes]]] = []
     problems: list[LineProblem] = []
@@ -239,7 +240,7 @@ def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
         if not after_backslash and text[:1] not in (b" ", b"\t"):
             logical.append((number, [part]))
         elif not logical:
-            problems.append(LineProblem(number, "starts with a blank, but there is no line before it to continue"))
+            problems.append(LineProblem(number, "starts with a blank, but there is no previous line to continue"))
         elif cautious and not after_backslash and not logical[-1][1][-1].endswith(b",") and _OWN_ENTRY.match(part):
             problems.append(LineProblem(number, _AMBIGUOUS))
         else:
@@ -251,7 +252,7 @@ def read_aliases(data: bytes, *, cautious: bool = False) -> ParsedFile:
 def _unquote(match: re.Match[bytes]) -> bytes:
     """An element or a local part as smtpd reads it: without its quotes, unless it is a command (smtpd: to.c).
 
-    Quotes stay around a name with a blank: smtpd knows no such user, and lint reports the name.
+    Quotes stay around a name with a blank: smtpd has no such users, and lint reports the name.
     """
     text = re.sub(rb"\\(.)", rb"\1", match[1] or b"")
     before, after = match.string[: match.start()].rstrip(), match.string[match.end() :]
@@ -280,9 +281,9 @@ def _alias(text: bytes) -> tuple[bytes, bytes]:
 
 
 def read_passwd(data: bytes, service: Service, *, record: bool = False) -> ParsedFile:
-    """Users of a passwd(5), shadow(5), master.passwd(5) or Dovecot passwd-file, as values of the service.
+    """The users of a passwd(5), shadow(5), master.passwd(5) or Dovecot passwd-file, with values for the service.
 
-    With ``record`` each value is a JSON object that serves ``credentials``, ``auth`` and ``userinfo`` alike.
+    With ``record`` each value is a JSON object for ``credentials``, ``auth`` and ``userinfo``.
     """
     value_of = _user_record if record else _PASSWD_VALUES[service.name]
 
@@ -291,7 +292,7 @@ def read_passwd(data: bytes, service: Service, *, record: bool = False) -> Parse
         if not fields[0]:
             raise FormatError("has no user")
         if fields[0].startswith((b"+", b"-")):
-            raise FormatError("refers to NIS, not to a user of this file")
+            raise FormatError("is an NIS entry, not a user")
         if len(fields) < 2:
             raise FormatError("has no colon, so it is not a user")
         # master.passwd(5) of the BSDs: name, password, uid, gid, class, change, expire, gecos, home, shell. Dovecot may
@@ -310,7 +311,7 @@ def _password(password: bytes, *_user: bytes) -> bytes:
         raise FormatError("has its password in another file (import /etc/shadow)")
     if not password:
         raise FormatError("has no password")
-    return password if password.strip(b"*!") else b"*"  # one marker for every locked account, `!*` among them
+    return password if password.strip(b"*!") else b"*"  # the same marker for every locked account, including `!*`
 
 
 def _user(_password: bytes, *user: bytes) -> bytes:
@@ -324,7 +325,7 @@ def _user_record(password: bytes, uid: bytes, gid: bytes, home: bytes) -> bytes:
     try:
         record: dict[str, object] = {name: text.decode() for name, text in texts.items() if text}
     except UnicodeDecodeError:
-        raise FormatError("contains bytes that are not UTF-8, as JSON requires") from None
+        raise FormatError("is not valid UTF-8, which JSON requires") from None
     # int() of very many digits is slow.
     record |= {name: int(texts[name]) for name in ("uid", "gid") if re.fullmatch(rb"\d{1,20}", texts[name])}
     if not record:
@@ -340,12 +341,12 @@ def entries_of_export(
 ) -> ParsedFile:
     """The entries of one folder in an export, with keys relative to it in their original case.
 
-    ``exported`` are whole keys, values and flags. The folder is ``below`` if given; otherwise ``path``, the folder to
-    be filled, if there are keys below it; otherwise the only folder named after the service. Keys that end in ``/`` are
+    ``exported`` are whole keys, values and flags. The folder is ``below`` if given; otherwise ``path``, the target
+    folder, if there are keys below it; otherwise the only folder named after the service. Keys that end in ``/`` are
     folders, not entries.
 
     Raises:
-        FormatError: none of these rules finds a folder, or ``below`` holds no entries but other folders do.
+        FormatError: no folder is found, or ``below`` has no entries but other folders do.
     """
     keys = [key for key, _, _ in exported]
     folder = path if below is None else below
@@ -354,7 +355,7 @@ def entries_of_export(
         folders = sorted({key[: match.end()] for key in keys if (match := name.search(key))})
         if len(folders) != 1:
             found = ", ".join(printable(each) for each in folders[:3]) or f"none is named {service.name}/"
-            raise FormatError(f"choose the folder of the export to import ({found}): name it with --from FOLDER")
+            raise FormatError(f"cannot choose a folder of the export: {found} (use --from FOLDER)")
         folder = folders[0]
     entries = [
         FileEntry(key[len(folder) :], value, number, flags)

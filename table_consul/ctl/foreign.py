@@ -1,6 +1,6 @@
-"""Read what is no table yet: the inline tables of smtpd.conf(5), and Postfix's virtual(5) and transport(5) maps.
+"""Read tables of other formats: inline tables of smtpd.conf(5), and Postfix's virtual(5) and transport(5) maps.
 
-Pure, as files.py. What smtpd has no equivalent for is a problem of its line, never guessed.
+Pure, like files.py. A line without an equivalent in smtpd is a problem, never a guess.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from table_consul.ctl.files import (
 from table_consul.errors import printable
 from table_consul.services import Service, fold_key
 
-# By smtpd's parse.y, yylex: a quote is escaped only by itself, and a line break within quotes or after \ is none.
+# As smtpd's parse.y, yylex: within quotes only the same quote is escaped, and a newline there or after \ is skipped.
 _TOKEN = re.compile(
     rb"""(?P<skip>[ \t\r]+|\\\n|\#[^\n]*)|"(?P<double>(?:\\"|[^"])*)"|'(?P<single>(?:\\'|[^'])*)'"""
     rb"""|\$(?P<macro>\w+)|(?P<mark>=>?|[\n{},])|(?P<word>[^ \t\r\n"'{}<>()!=#,][^ \t\r\n{}<>()!=#,]*)|.""",
@@ -42,7 +42,7 @@ def _tokens(data: bytes, first: int, macros: dict[bytes, bytes]) -> Iterator[_To
         line, position = line + data.count(b"\n", position, match.start()), match.start()
         if match["macro"] is not None:
             if match["macro"] not in macros:
-                raise FormatError(f"line {line}: the macro {printable(match['macro'])} is not defined")
+                raise FormatError(f"line {line}: macro {printable(match['macro'])} is not defined")
             yield from _tokens(macros[match["macro"]], line, {})
         elif match.lastgroup in ("double", "single"):
             yield _Token(_ESCAPED.sub(lambda found: found[1] or b"", match[match.lastgroup]), line, is_string=True)
@@ -51,10 +51,10 @@ def _tokens(data: bytes, first: int, macros: dict[bytes, bytes]) -> Iterator[_To
 
 
 def read_conf(data: bytes, service: Service, name: str, below: str | None) -> ParsedFile:
-    """The inline table ``below`` of an smtpd.conf; if it is None, the one called ``name``, or else the only one.
+    """The entries of the inline table ``below`` of an smtpd.conf; if None, of ``name``, or else of the only one.
 
     Raises:
-        FormatError: there is no such table, or its braces do not end.
+        FormatError: there is no such table, or a brace is not closed.
     """
     macros: dict[bytes, bytes] = {}
     tables: dict[str, list[_Token]] = {}
@@ -78,18 +78,18 @@ def read_conf(data: bytes, service: Service, name: str, below: str | None) -> Pa
             macros[texts[0]] = texts[2]
         inside, statement = None, []
     if inside is not None:
-        raise FormatError("the braces of its last table do not end")
+        raise FormatError("the last table has no closing brace")
     wanted = name if below is None else below
     if wanted not in tables and wanted in elsewhere:
-        raise FormatError(f"the table {printable(wanted)} is {elsewhere[wanted]}; import the file that it is made from")
+        raise FormatError(f"table {printable(wanted)} is {elsewhere[wanted]} (import the file that it is made from)")
     if wanted not in tables and (below is not None or len(tables) != 1):
-        found = ", ".join(map(printable, tables)) or "it has none"
-        raise FormatError(f"choose the inline table of this smtpd.conf ({found}): name it with --from TABLE")
+        found = ", ".join(map(printable, tables)) or "there are none"
+        raise FormatError(f"cannot choose an inline table of this smtpd.conf: {found} (use --from TABLE)")
     return _inline_table(tables[wanted] if wanted in tables else next(iter(tables.values())), service)
 
 
 def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
-    """By smtpd's parse.y, tableval_list: KEY = VALUE or KEY, separated by commas or line breaks."""
+    """The entries of a table: KEY = VALUE or KEY, separated by commas or newlines (smtpd: parse.y, tableval_list)."""
     entries: list[FileEntry] = []
     problems: list[LineProblem] = []
     values = 0
@@ -105,7 +105,7 @@ def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
             else:
                 entries[-1] = entries[-1]._replace(value=value.text)
         elif token.text not in (b",", b"\n"):
-            problems.append(LineProblem(token.line, f"has a {printable(token.text)} where a key should be"))
+            problems.append(LineProblem(token.line, f"expected a key, not {printable(token.text)}"))
     if entries and values and service.lists_only:
         problems, entries = [LineProblem(entries[0].line, kind_problem(service, listed=False))], []
     elif entries and not values and service.needs_value:
@@ -116,20 +116,20 @@ def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
     return ParsedFile("conf", entries, sorted(problems))
 
 
-# Not any text between slashes: a key may be that, and the alias `if` may be /dev/null.
+# Text between slashes is not enough: it may be a key, and the alias `if` may be /dev/null.
 _EXPRESSION = re.compile(rb"!?/.*[\\^$(|].*/[a-z]*")
 
 
 def without_domains(parsed: ParsedFile) -> ParsedFile:
-    """An aliases file without what only Postfix's virtual(5) has: lines that declare domains, and expressions."""
+    """The file without what only Postfix's virtual(5) has: lines that declare domains, and expressions."""
     domains = {key.partition(b"@")[2] for key, _, _, _ in parsed.entries if b"@" in key}
     entries, problems, notes = [], [*parsed.problems], []
     for entry in parsed.entries:
         if entry.key in domains and b"." in entry.key:
-            text = "declares a domain (Postfix's virtual(5)), skipped; import it for the service domain"
+            text = "declares a domain of Postfix's virtual(5); skipped (import it for the service domain)"
             notes.append(LineProblem(entry.line, text, entry.key))
         elif _EXPRESSION.fullmatch(entry.key) or (entry.key == b"if" and _EXPRESSION.fullmatch(entry.value)):
-            text = "is an expression of Postfix's regexp: or pcre: maps, which aliases of smtpd cannot be"
+            text = "is an expression of a Postfix regexp: or pcre: map, which smtpd does not support in aliases"
             problems.append(LineProblem(entry.line, text, entry.key))
         else:
             entries.append(entry)
@@ -142,17 +142,17 @@ _PORTS = {b"smtp": b"25", b"submission": b"587", b"submissions": b"465", b"smtps
 
 
 def read_transport(data: bytes) -> ParsedFile:
-    """A transport(5) map of Postfix as the relay hosts of `action ... relay domain <table>`."""
+    """The relay hosts of a Postfix transport(5) map, for `action ... relay domain <table>`."""
     return parse_lines("transport", significant_lines(data), _relay)
 
 
 def _relay(text: bytes) -> tuple[bytes, bytes]:
     key, value = (*text.split(None, 1), b"")[:2]
     if key == b"*":
-        raise FormatError("is for all domains, but smtpd looks up one domain (write `relay host URL` in smtpd.conf)")
+        raise FormatError("matches all domains, but smtpd looks up one domain (write `relay host URL` in smtpd.conf)")
     if key.startswith(b".") or b"@" in key:
         kind = "an address" if b"@" in key else "the hosts below a domain"
-        raise FormatError(f"is for {kind}, but smtpd looks up a relay host by its domain alone")
+        raise FormatError(f"matches {kind}, but smtpd looks up relay hosts by domain only")
     if b"://" in value:
         return key, value
     transport, colon, nexthop = value.partition(b":")
@@ -160,17 +160,17 @@ def _relay(text: bytes) -> tuple[bytes, bytes]:
     if not colon:
         raise FormatError("has no transport")
     if transport not in _SCHEMES:
-        raise FormatError(f"Postfix's transport {name} names no relay host; write a rule in smtpd.conf")
+        raise FormatError(f"the Postfix transport {name} is not a relay host (write a rule in smtpd.conf)")
     if not nexthop:
-        raise FormatError("is delivered by MX, which a table of relay hosts cannot express; write a rule in smtpd.conf")
+        raise FormatError(
+            "is delivered by MX, which a table of relay hosts cannot express (write a rule in smtpd.conf)"
+        )
     match = _NEXTHOP.fullmatch(nexthop.removeprefix(b"inet:") if transport == b"lmtp" else nexthop)
     if match is None:
-        raise FormatError(f"has a nexthop of {name or 'Postfix'} that is not [HOST] or [HOST]:PORT")
+        raise FormatError(f"the nexthop of {name or 'Postfix'} must be [HOST] or [HOST]:PORT")
     host, bare, port = match.groups(b"")
     if bare and transport != b"lmtp":
-        raise FormatError(
-            "is relayed to the MX of the name after the transport, but smtpd relays to a host: write [HOST]"
-        )
+        raise FormatError("is relayed to the MX of the nexthop, but smtpd relays to a host (write [HOST])")
     host = host or bare
     scheme = _SCHEMES[transport]
     port = _PORTS.get(port, port) or (b"24" if scheme == b"lmtp" else b"")

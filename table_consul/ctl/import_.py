@@ -1,4 +1,4 @@
-"""``table-consulctl import``: write the entries of a file to Consul, after showing what changes."""
+"""``table-consulctl import``: write the entries of a file to Consul, after showing the changes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from table_consul.sources.export import iter_export
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Plan, Stored
 
-# Half a million users fit; /dev/zero does not fill the memory of the mail host.
+# Enough for half a million users; /dev/zero does not fill the memory of the mail host.
 FILE_MAX_BYTES = 1 << 30
-# As much as shows whether a file is text; an endless one is not read to the limit.
+# Enough to see that a file is not text, before an endless one is read up to the limit.
 HEAD_BYTES = 1 << 20
-# Without --max-removals; fewer are an ordinary edit of a small table.
+# Without --max-removals: fewer are an ordinary edit of a small table.
 REMOVALS_MIN = 10
 _NUMBERS = re.compile(r"[0-9]+")
 
 
 def _check_number(_context: click.Context, _option: click.Parameter, text: str | None) -> str | None:
     if text is not None and not re.fullmatch(r"[0-9]{1,9}%?", text):
-        raise click.BadParameter("expected a number, such as 100, or a part, such as 20%")
+        raise click.BadParameter("must be a number, such as 100, or a percentage, such as 20%")
     return text
 
 
@@ -46,12 +46,12 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
 @click.argument("file", metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
-@click.option("--skip-refused", is_flag=True, help="Write the other entries if smtpd could not use some.")
+@click.option("--skip-refused", is_flag=True, help="Skip entries that smtpd could not use; write the rest.")
 @click.option(
     "--max-removals",
-    metavar="NUMBER",
+    metavar="N",
     callback=_check_number,
-    help="Ask before more entries, or a part such as 20%, are removed; default: 10%, but at least 10.",
+    help="Ask before removing more than N or N% of the entries.",
 )
 @click.option(
     "--format",
@@ -59,13 +59,11 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
     type=click.Choice(files.FORMATS),
     default="auto",
     metavar="FORMAT",
-    help=f"The format of FILE, one of {', '.join(files.FORMATS)}; default: auto.",
+    help=f"{', '.join(files.FORMATS[:-1])} or {files.FORMATS[-1]}.",
 )
-@click.option(
-    "--from", "below", metavar="NAME", help="The folder of an export, or the table of an smtpd.conf, to import."
-)
-@click.option("--record", is_flag=True, help="With a passwd file: write JSON objects that several services can share.")
-@click.option("--token-file", metavar="PATH", help="The ACL token to write with, before that of the environment.")
+@click.option("--from", "below", metavar="NAME", help="Import this folder of an export, or table of smtpd.conf.")
+@click.option("--record", is_flag=True, help="Write the users of a passwd file as JSON records.")
+@writing.token_file
 @main.as_json
 @writing.with_undo
 @main.pass_config
@@ -86,30 +84,16 @@ def command(  # noqa: PLR0913 - the command line
     service_name: str,
     file: str,
 ) -> int:
-    """Write the entries of FILE to Consul, for SERVICE of TABLE. If FILE is -, standard input is read.
+    """Write the entries of FILE (standard input if -) to SERVICE of TABLE.
 
-    The entries to add (+), change (~) and remove (-) are shown and then written. If smtpd could not use some, all of
-    them are printed, those of one kind as one with their lines, and nothing is written, or with --skip-refused the
-    others. A new key that newer releases of Consul can neither show nor delete is printed and left out. Keys that
-    somebody else changes at the same time are skipped: to write them, or the rest after ^C or an outage of Consul, run
-    the same command again.
-
-    FILE is in the format aliases (aliases(5) of smtpd, Postfix or sendmail, or virtual(5) of Postfix), table (a file:
-    table of smtpd), passwd (passwd(5), shadow(5), master.passwd(5), or a passwd-file of Dovecot), conf (an inline table
-    of smtpd.conf), transport (transport(5) of Postfix, for relayhost) or export (of consul kv export). auto tells them
-    apart by SERVICE and by how the lines look. If a line could mean either, it asks for --format. An export of the same
-    TABLE and SERVICE is restored as it was, whatever smtpd makes of it.
-
-    Exit status: 0 everything is written, or nothing needed to be; 1 with --dry-run, something would change, or with
-    --skip-refused, something was left out; 2 something was not written.
+    Exit status: 0 written or unchanged; 1 something would change (--dry-run) or was left out (--skip-refused); 2 not
+    written.
 
     \b
     Examples:
       table-consulctl import aliases alias /etc/aliases --dry-run
       table-consulctl import aliases alias /etc/aliases --prune
-      table-consulctl import aliases credentials /etc/mail/passwd
-      table-consulctl import aliases domain /etc/mail/domains
-      consul kv export old/ | table-consulctl import aliases alias -
+
     """  # noqa: D301 - click keeps the lines after a \b as they are
     from table_consul.ctl import plan
 
@@ -119,11 +103,11 @@ def command(  # noqa: PLR0913 - the command line
     name = "standard input" if file == "-" else printable(file)
     parsed = _read(name, file, table, service, wanted, below, record=record)
     if prune and not parsed.entries and not parsed.problems:
-        raise FormatError(f"{name}: no entries; with --prune every stored entry would be removed")
+        raise FormatError(f"{name}: no entries; --prune would remove every stored entry")
     folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
     others = [folder for folder in folders if folder.startswith(path) and folder != path]
     target = writing.Target.with_note(table, service)
-    # Nobody knows which entry a line means that cannot be read, and so which one to keep.
+    # A line that cannot be read may be that of any stored entry, which --prune would remove.
     skip = skip_refused and not (prune and parsed.problems)
     limit = None if dry_run else writing.PROBLEMS_SHOWN
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
@@ -151,7 +135,7 @@ def command(  # noqa: PLR0913 - the command line
         click.echo(json.dumps(report))
     if planned.problems:
         count = counted(len(planned.problems), "problem", "problems")
-        hint = "--prune needs lines that can be read" if skip_refused else "--skip-refused writes the rest"
+        hint = "fix them: --prune requires readable lines" if skip_refused else "use --skip-refused to write the rest"
         raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written ({hint})")
     if report["conflicts"] or (planned.refused and not skip):
         return main.FAILED
@@ -168,12 +152,14 @@ def _read(
         raise FormatError(f"{name}: {text}") from None
     for option, given, forms in (("--from", below is not None, ("export", "conf")), ("--record", record, ("passwd",))):
         if given and parsed.format not in forms:
-            raise click.UsageError(f"{option} is for --format {forms[0]}, but {name} is read as {parsed.format}")
+            raise click.UsageError(
+                f"{option} requires --format {' or '.join(forms)}, but {name} is read as {parsed.format}"
+            )
     return parsed
 
 
 def _excessive_removals(plan: Plan, stored: Sequence[Stored], limit: str | None) -> str:
-    """How many entries go, if these are more than the limit; empty otherwise."""
+    """The number of removals as text, if it exceeds the limit; otherwise empty."""
     count = sum(change.value is None for change in plan.changes)
     total = sum(not each.key.endswith(b"/") for each in stored)
     number = int((limit or "10%").rstrip("%"))
@@ -183,23 +169,23 @@ def _excessive_removals(plan: Plan, stored: Sequence[Stored], limit: str | None)
 
 
 def _confirm(name: str, removals: str, *, ask: bool) -> None:
-    """Ask before an import that removes very much.
+    """Ask for confirmation of an import that removes many entries.
 
     Raises:
-        FormatError: there is nobody to ask, or the answer is no.
+        FormatError: there is no terminal, or the answer is no.
     """
     if not (ask and all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))):
-        raise FormatError(f"{name}: {removals}; nothing was written (if that is right, set --max-removals)")
+        raise FormatError(f"{name}: {removals}; nothing was written (to allow this, use --max-removals)")
     if not click.confirm(f"This {removals}. Continue?", err=True):
         raise FormatError(f"{name}: nothing was written")
 
 
 def _warn(text: str, consul: config.ConsulConfig, plan: Plan) -> None:
-    """Warn of what a dry run would not meet: the text, if there is one, and a token that may not write."""
+    """Warn about what a dry run does not reach: removals to confirm (``text``), and a token that may not write."""
     from table_consul.ctl import access
 
     if text:
-        click.echo(f"warning: {text}, which needs a confirmation or --max-removals", err=True)
+        click.echo(f"warning: {text}, which requires confirmation or --max-removals", err=True)
     sample = plan.changes[:: len(plan.changes) // access.AUTHORIZATIONS_MAX + 1]
     if denied := access.unwritable(consul, [change.key for change in sample]):
         click.echo(
@@ -217,21 +203,21 @@ def _content(file: str) -> bytes:
         if b"\0" not in data:
             data += opened.read(FILE_MAX_BYTES)
     if len(data) > FILE_MAX_BYTES:
-        raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MB; import it in parts")
+        raise FormatError(f"more than {FILE_MAX_BYTES >> 20} MiB (import it in parts)")
     return data
 
 
 def parse(
     data: bytes, table: Table, service: Service, wanted: str, below: str | None = None, *, record: bool = False
 ) -> ParsedFile:
-    """The content of a file in the format ``wanted``, one of `files.FORMATS`, for a service of the table.
+    """The entries of a file in the format ``wanted``, one of `files.FORMATS`, for a service of the table.
 
     ``below`` is the folder of an export, or the table of an smtpd.conf, to import; ``record`` is for
     `files.read_passwd`.
 
     Raises:
-        FormatError: it is not text, not in the format, or it is not clear in which.
-        SourceError: it is not an export.
+        FormatError: the file is not text, is not in this format, or could be in several.
+        SourceError: the file is not an export.
     """
     nul = data.find(b"\0")
     if nul >= 0:
@@ -252,13 +238,13 @@ def parse(
         return files.read_passwd(data, service, record=record)
     if form == "table":
         return files.read_table(data, service)
-    raise FormatError(f"a file of the format {form} has nothing for {service.name}")
+    raise FormatError(f"the format {form} is not for the service {service.name}")
 
 
 def _echo_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem], *, limit: int | None) -> None:
-    """Print the problems, those of one kind as one with the lines that have it.
+    """Print the problems, each kind once with all of its lines.
 
-    Each begins with FILE:LINE, as compilers print it, for editors.
+    Each starts with FILE:LINE, like the errors of a compiler, so that editors find the line.
     """
     groups: dict[tuple[bool, str], list[LineProblem]] = {}
     for problem in problems:
@@ -280,7 +266,7 @@ def _echo_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem
 def _carry_out(
     name: str, plan: Plan, report: dict[str, Any], writer: writing.Writer, removals: str, *, ask: bool
 ) -> None:
-    """Show the changes, unless they are part of the report, write them, and add to the report what was written."""
+    """Write the changes, and update the report. Prints the changes first, unless the report has them."""
     as_json = "changes" in report
     try:
         if not as_json:
@@ -302,9 +288,9 @@ def _carry_out(
     except BaseException:
         keys = counted(len(plan.changes), "key", "keys")
         text = f"interrupted: {report['written']} of {keys} written"
-        click.echo(f"{text}; run the same command again to finish", err=True)
+        click.echo(f"{text} (run the same command again to finish)", err=True)
         if as_json:
-            with contextlib.suppress(OSError):  # standard output may be the reason
+            with contextlib.suppress(OSError):  # standard output may be what failed
                 click.echo(json.dumps(report))
         raise
 
@@ -332,7 +318,7 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
 def _echo_changes(plan: Plan, target: writing.Target, report: dict[str, Any]) -> None:
     limit = len(plan.changes) if report["dry_run"] else writing.CHANGES_SHOWN
     hashed = SERVICES[target.service].hashed
-    writing.echo_changes(plan.changes, target, hashed=hashed, limit=limit, more=" (--dry-run shows all)")
+    writing.echo_changes(plan.changes, target, hashed=hashed, limit=limit, more=" (use --dry-run to list all)")
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
     counts = Counter(change.kind for change in plan.changes)

@@ -1,4 +1,4 @@
-"""``table-consulctl lint``: every entry that smtpd cannot use, and every key that is never read."""
+"""``table-consulctl lint``: report entries that smtpd cannot use, and keys that are never read."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from table_consul.services.entries import Entries
 if TYPE_CHECKING:
     from table_consul.ctl.loader import Loaded, Loader
 
-# An operator waits for a whole table even if the daemon reads it key by key.
+# lint reads a whole table even if the daemon reads it key by key.
 LIST_SECONDS = 30.0
-# In the line about the whole table; each has a line of its own before.
+# In the summary of a table; each key or folder has its own line before.
 PLACES_SHOWN = 3
-FOLDER = "the key ends in /, so it is a folder, and its value is never read; move the value to the key without the /"
+FOLDER = "the key ends in /, so it is a folder, and its value is never read (move the value to the key without the /)"
 UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
-    "`consul kv put` can change it{unfound}; delete it with `consul kv delete -recurse` and a prefix of no other key"
+    "`consul kv put` can change it{unfound} (use `consul kv delete -recurse` with a prefix that no other key has)"
 )
-MISSING = "this folder does not exist: Consul has no key below it (check the name of the table, `prefix` and `paths`)"
-RENAME = "; store the entry under another name, and delete this one with `table-consulctl import --prune`"
+MISSING = "no keys in this folder (check the name of the table, `prefix` and `paths`)"
+RENAME = " (store the entry under another key, and delete this one with `table-consulctl import --prune`)"
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -43,7 +43,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was found in one table."""
+    """The result for one table."""
 
     table: str
     source: list[str] = msgspec.field(default_factory=list)
@@ -58,17 +58,15 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 @as_json
 @pass_config
 def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: bool) -> int:
-    """Check the data of TABLE. Each problem is printed with its key and how to fix it.
+    """Check the data of TABLE: one line per problem, with its key and a hint.
 
-    These are the problems that the daemon logs when it loads an entry; aliases that smtpd cannot expand, because they
-    are loops or chains of more than it follows; a table without any key; and keys that the daemon never reads: those
-    below the table's folder that belong to no service, those that smtpd cannot ask for, and those that the token may
-    not read, as far as Consul reports them. An operator's token in the environment (CONSUL_HTTP_TOKEN) finds all of
-    the latter.
+    Problems are entries that smtpd cannot use, aliases that it cannot expand, keys that are never read, and keys that
+    the token may not read (to find all of these, set CONSUL_HTTP_TOKEN to an operator's token). check checks everything
+    else.
 
-    Without TABLE: all tables with a section in the configuration. The command check checks everything else.
+    Without TABLE: all tables with a section in the configuration.
 
-    Exit status: 0 no problems, 1 problems, 2 not all data of some table can be read.
+    Exit status: 0 no problems, 1 problems, 2 some data cannot be read.
 
     \b
     Examples:
@@ -103,8 +101,9 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
     data = {service: loader.load(table, service) for service in services}
     problems: list[Problem] = []
     if table.mode != "direct" and any(each.direct for each in data.values()):
-        hint = "every answer reads Consul; raise max_keys, which costs memory, or split the table"
-        problems.append(Problem(printable(table.root), f"more than max_keys = {table.max_keys} keys: {hint}"))
+        hint = "raise max_keys, which costs memory, or split the table"
+        text = f"more than max_keys = {table.max_keys} keys, so every lookup reads Consul ({hint})"
+        problems.append(Problem(printable(table.root), text))
     hidden = _hidden(config, table, data)
     problems += [Problem(printable(where, UNCUT), text) for where, text in hidden]
     entries: list[Entries] = []
@@ -124,21 +123,21 @@ def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes])
     problems += _unused_records(entries)
     folders = {each.path for each in entries}
     if any(folder.startswith(table.root) for folder in folders):
-        if any(each.direct for each in data.values()):  # of the rest of the table only the keys matter
+        if any(each.direct for each in data.values()):  # elsewhere in the table only the keys matter
             with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
                 pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
-        problems += strays(table, pairs, {*paths, *folders})
+        problems += unread_keys(table, pairs, {*paths, *folders})
     if not hidden and not any(key.startswith((table.root, *folders)) for key in pairs):
         problems += [Problem(printable(folder, UNCUT), MISSING) for folder in table.folders()]
     origins = dict.fromkeys(source.origin() for source in data.values())
     places = [printable(where, UNCUT) for where, _ in hidden[:PLACES_SHOWN]]
     places += [f"{len(hidden) - PLACES_SHOWN} more"] if len(hidden) > PLACES_SHOWN else []
-    error = f"not all checked: {', '.join(places)} may not be read in full" if hidden else None
+    error = f"not checked in full: the token may not read all of {', '.join(places)}" if hidden else None
     return Report(table.name, list(origins), sum(map(len, entries)), problems, error)
 
 
 def _hidden(config: Config, table: Table, data: Mapping[Service, Loaded]) -> Sequence[tuple[bytes, str]]:
-    """What the token may not read in the folders that were read from Consul, and why."""
+    """The keys and folders that the token may not read, in folders that come from Consul, and why."""
     from table_consul.ctl import access
 
     folders = dict.fromkeys(table.path(service) for service, each in data.items() if each.origin().startswith("Consul"))
@@ -146,7 +145,7 @@ def _hidden(config: Config, table: Table, data: Mapping[Service, Loaded]) -> Seq
 
 
 def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
-    """The problems of one service's entries, and those of keys in its folder that are not entries."""
+    """Yield the problems of a service's entries, and those of keys in its folder that are not entries."""
     from table_consul.ctl import expansion
     from table_consul.kv import is_url_safe, modern_name_problem
 
@@ -154,7 +153,7 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
     own = [key for key in pairs if key.startswith(entries.path)]
     refused = {key: text for key in own if is_url_safe(key) and (text := modern_name_problem(key))}
     unsafe = {problem.key for problem in entries.warnings.values() if not is_url_safe(problem.key)}
-    for key, text in entries.problems:  # smtpd may not be able to use the same name
+    for key, text in entries.problems:  # smtpd may reject the same key
         if key in unsafe:
             continue  # reported below
         more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
@@ -175,19 +174,19 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
 
 
 def _unused_records(entries: Sequence[Entries]) -> Iterator[Problem]:
-    """Records without a field of any service that reads their folder; a single service may find none."""
+    """Yield records that have no field for any service that reads their folder; one service alone may find none."""
     for path in dict.fromkeys(each.path for each in entries):
         readers = [each for each in entries if each.path == path]
         fields = ", ".join(dict.fromkeys(field for each in readers for field in each.service.fields))
         names = " or ".join(each.service.name for each in readers)
         for key in readers[0].incomplete.intersection(*(each.incomplete for each in readers)):
-            text = f"the record has no field for {names} (allowed: {fields})"
+            text = f"the record has no field for {names} (add one of: {fields})"
             service = readers[0].service.name if len(readers) == 1 else None
             yield Problem(printable(path + readers[0].original_case.get(key, key), UNCUT), text, service)
 
 
-def strays(table: Table, pairs: Mapping[bytes, bytes | None], paths: Iterable[bytes]) -> Iterator[Problem]:
-    """The keys below the table's folder that are in none of the folders that are read; one problem a folder."""
+def unread_keys(table: Table, pairs: Mapping[bytes, bytes | None], paths: Iterable[bytes]) -> Iterator[Problem]:
+    """Yield the keys below the table's folder that no service reads, with one problem per folder."""
     root, read = table.root, tuple(paths)
     folders: Counter[bytes] = Counter()
     for key, value in pairs.items():
@@ -200,13 +199,15 @@ def strays(table: Table, pairs: Mapping[bytes, bytes | None], paths: Iterable[by
         use = f"{printable(root)}SERVICE/KEY, such as {printable(root + b'alias/' + first)}"
         yield Problem(printable(key, UNCUT), f"not an entry: no service between table and key (use {use})")
     for folder, number in folders.items():
-        text = f"{counted(number, 'entry', 'entries')} smtpd never asks for: {_hint(table, printable(folder))}"
+        text = f"{counted(number, 'entry is', 'entries are')} never read: {_hint(table, printable(folder))}"
         yield Problem(f"{printable(root + folder, UNCUT)}/", text)
 
 
 def _hint(table: Table, folder: str) -> str:
     if folder in table.services:
-        return f"the entries of {folder} are read from {printable(table.path(SERVICES[folder]))}, as `paths` says"
+        return (
+            f"`paths` sets the folder of {folder} to {printable(table.path(SERVICES[folder]))} (move the entries there)"
+        )
     if folder in SERVICES:
         return f"{folder} is not among the services of table {printable(table.name)} (add it to `services`)"
     close = difflib.get_close_matches(folder.lower(), SERVICES, 1)

@@ -1,4 +1,4 @@
-"""Load what one command needs of its tables, once: from Consul, from a snapshot file, or from the file of a file://."""
+"""Load the tables of one command, each once: from Consul, a snapshot file, or the file of a file:// address."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Pairs = Mapping[bytes, bytes | None]
 
 
 class Loaded(NamedTuple):
-    """The entries of some services of a table, and the pairs they come from."""
+    """The entries of some services of a table, and the pairs that they come from."""
 
     origin: Callable[[], str]
     """Such as ``Consul at http://127.0.0.1:8500, index 17``."""
     pairs: Pairs
-    """Everything that was read; if ``direct``, so far."""
+    """Everything that was read; if ``direct``, everything so far."""
     entries: Callable[[Table, Service, bytes | None, float], Entries]
     """As `Source.entries`."""
     direct: bool = False
-    """Each answer reads a key, or a folder, from Consul: as configured, or because of ``max_keys``."""
+    """Each lookup reads a key or a folder from Consul, as configured or because of ``max_keys``."""
 
 
 class Loader:
-    """Loads tables for one command; with ``live`` from Consul even if there is a snapshot file.
+    """Loads tables for one command; with ``live``, from Consul even if there is a snapshot file.
 
-    Failures are remembered: they cost one deadline, not one a key.
+    Failures are cached: they cost one timeout, not one per key.
     """
 
     def __init__(self, config: Config, *, live: bool = False) -> None:
@@ -51,10 +51,10 @@ class Loader:
         self._read_file = functools.cache(read_file)
 
     def load(self, table: Table, service: Service) -> Loaded:
-        """What the entries of this service are made from.
+        """The data with the entries of this service.
 
         Raises:
-            SourceError: it cannot be read.
+            SourceError: the data cannot be read.
         """
         folders = enumerate(table.folders().items())
         number, prefix, services = next((n, p, names) for n, (p, names) in folders if service.name in names)
@@ -68,7 +68,7 @@ class Loader:
             except SourceError as error:
                 self._loaded[at] = error
         if isinstance(found := self._loaded[at], SourceError):
-            raise found.with_traceback(None)  # else it grows with each raise
+            raise found.with_traceback(None)  # each raise would extend the traceback
         return found
 
     def _load(self, table: Table, number: int, prefix: bytes, services: Sequence[str]) -> Loaded:
@@ -81,10 +81,10 @@ class Loader:
         if table.mode == "direct":
             return self._direct
         if table.snapshot and not self._live:
-            path, hint = table.snapshot + (f".{number}" if number else ""), "; --live reads Consul"
+            path, hint = table.snapshot + (f".{number}" if number else ""), " (use --live to read Consul)"
             exported, written = self._read_file(path, hint)
             kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
-            if kept is not None:  # else nothing in it is of this table
+            if kept is not None:  # otherwise the file has no keys of this table
                 age = time.time() - written
                 when = f"written {duration(age)} ago" if age >= 0 else "dated in the future"
                 origin = f"{printable(path)}, {when}"
@@ -103,7 +103,7 @@ class Loader:
         return Loaded(origin, client.pairs, self._source.entries, direct=True)
 
     def _mirrored(self, found: mirror.Snapshot, origin: str, pairs: dict[bytes, bytes | None]) -> Loaded:
-        latest = mirror.Mirror(max_age=0.0)  # the age of a snapshot file is printed, not judged
+        latest = mirror.Mirror(max_age=0.0)  # the age of a snapshot file is printed, not checked
         latest.state = (found, 0.0)
 
         def entries(table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
@@ -120,10 +120,13 @@ class Loader:
 
 
 def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:
-    """Sorted entries, and when they were written; unlike the daemon this takes a snapshot file that others can read.
+    """The sorted entries of an export, and its modification time.
+
+    Unlike the daemon, this accepts a snapshot file that others can read. With a ``hint``, which ends the text of an
+    error, a missing file has no entries.
 
     Raises:
-        SourceError: it cannot be read; the text ends with ``hint``. A missing file has no entries if there is a hint.
+        SourceError: the file cannot be read.
     """
     try:
         with open(path, "rb", opener=open_regular_file) as file:

@@ -25,7 +25,7 @@ from table_consul.services import SERVICES, Table
 NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
 FAILED = 2
-"""Exit status when there is no answer: a mistake on the command line or in the configuration, Consul unreachable."""
+"""Exit status of a failure: an error on the command line or in the configuration, or Consul is unreachable."""
 UNCUT = 1 << 30
 """The limit of `errors.printable` for data that is printed whole."""
 
@@ -39,23 +39,13 @@ COMMANDS = {
     "unset": ("unset", "Remove entries."),
     "edit": ("edit", "Edit the entries of a table."),
     "passwd": ("passwd", "Set the password of a user."),
-    "undo": ("undo", "Put back what a write replaced."),
+    "undo": ("undo", "Restore the entries that a write replaced."),
     "expand": ("expand", "Show who gets the mail to an address."),
     "status": ("status", "Show the state of the running tables."),
-    "accept": ("accept", "Accept deletions that are held."),
+    "accept": ("accept", "Accept held deletions."),
     "check": ("check", "Check everything between smtpd and Consul."),
-    "policy": ("policy", "Write the ACL policy that the tables need."),
+    "policy": ("policy", "Print the ACL policy that the tables need."),
 }
-
-EPILOG = f"""\
-Without -c, {config.DEFAULT_PATH} is read if it exists; otherwise the defaults and the environment of the consul command
-apply (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...).
-
-Exit status: 0 success, 1 the answer is no (not found, problems, differences), 2 there is no answer.
-
-Details and examples: table-consulctl COMMAND --help
-"""
-
 
 _ARGUMENTS = "table_consul.arguments"
 
@@ -66,6 +56,10 @@ class Commands(click.Group):
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         context.meta[_ARGUMENTS] = [*arguments]
         return super().parse_args(context, arguments)
+
+    def format_help_text(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the summary without a blank line before it: the help fits 24 lines."""
+        formatter.write_text(self.help or "")
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -82,7 +76,7 @@ class Commands(click.Group):
 
 
 SERVICE = click.Choice(tuple(SERVICES))
-as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
 def _choose_config(context: click.Context, _option: click.Parameter, path: str | None) -> None:
@@ -90,7 +84,7 @@ def _choose_config(context: click.Context, _option: click.Parameter, path: str |
         context.find_root().obj = path
 
 
-# A command takes -c as well, for those who remember it late.
+# -c may also follow the command.
 late_config = click.option("-c", "--config", hidden=True, expose_value=False, callback=_choose_config)
 
 
@@ -106,7 +100,11 @@ def pass_config(function: Callable[..., int]) -> Callable[..., int]:
 
 
 def load_config(path: str | None) -> config.Config:
-    """The configuration in the file and the environment; raises ConfigError, as `config.load`."""
+    """The configuration from the file and the environment.
+
+    Raises:
+        ConfigError: as `config.load`.
+    """
     return config.load(path, os.environ)
 
 
@@ -114,18 +112,20 @@ def chosen_tables(settings: config.Config, names: Sequence[str]) -> list[Table]:
     """The tables with these names; without names, those that have a section in the configuration.
 
     Raises:
-        UsageError: no names, and no sections: smtpd.conf, which names the other tables, is not read here.
-        ConfigError: a name that no table can have.
+        UsageError: no names are given, and the configuration has no sections.
+        ConfigError: a name is not a valid table name.
     """
     if not names and not settings.tables:
-        raise click.UsageError("missing TABLE: the configuration has no [tables.NAME] section; name one of smtpd.conf")
+        raise click.UsageError(
+            "missing TABLE: the configuration has no [tables.NAME] section, so name a table from smtpd.conf"
+        )
     return [settings.table(name) for name in dict.fromkeys(names or settings.tables)]
 
 
 def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.ConsulConfig:
-    """The Consul settings with the operator's token: of ``token_file``, else of the environment, else as configured."""
+    """The Consul settings with the token of ``token_file``, the environment or the configuration, in this order."""
     path, token = token_file or os.environ.get("CONSUL_HTTP_TOKEN_FILE"), os.environ.get("CONSUL_HTTP_TOKEN")
-    if path:  # a token file beats a token (consul: api/api.go, NewClient)
+    if path:  # a token file takes precedence over a token (consul: api/api.go, NewClient)
         return replace(consul, token=None, token_file=os.path.abspath(path))
     return replace(consul, token=token, token_file=None) if token else consul
 
@@ -141,15 +141,15 @@ def editor() -> str:
 
 
 def operator() -> str:
-    """Who runs the command, also through sudo."""
+    """The user who runs the command, and the one behind sudo."""
     import pwd
 
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         user = f"uid {os.getuid()}"
-    behind = os.environ.get("SUDO_USER")
-    return f"{behind} as {user}" if behind else user
+    sudo_user = os.environ.get("SUDO_USER")
+    return f"{sudo_user} as {user}" if sudo_user else user
 
 
 def json_text(data: bytes) -> str:
@@ -166,7 +166,7 @@ def duration(seconds: float) -> str:
 
 
 def terminal_columns() -> int:
-    """The width to wrap text at, which can be read on any terminal."""
+    """The width to wrap text at: that of the terminal, but at least 40 and at most 100."""
     return max(40, min(shutil.get_terminal_size().columns, 100))
 
 
@@ -188,13 +188,12 @@ def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = No
 @click.group(
     "table-consulctl",
     cls=Commands,
-    epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"]},
     invoke_without_command=True,  # else click exits with 0 up to 8.1, and with 2 from 8.2 on
     subcommand_metavar="COMMAND [ARGS]...",
 )
-@click.option("-c", "--config", "path", metavar="CONFIG", help="The configuration of table-consul, a TOML file.")
-@click.option("--debug", is_flag=True, help="Log at level debug, and print a traceback for internal errors.")
+@click.option("-c", "--config", "path", metavar="CONFIG", help=f"Read CONFIG, not {config.DEFAULT_PATH}.")
+@click.option("--debug", is_flag=True, help="Log at level debug, with tracebacks of internal errors.")
 @click.version_option(__version__, "--version", message="table-consulctl %(version)s")
 @click.pass_context
 def program(context: click.Context, path: str | None, debug: bool) -> None:  # noqa: FBT001 - click's way
@@ -208,24 +207,26 @@ def program(context: click.Context, path: str | None, debug: bool) -> None:  # n
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. Every error becomes one line on standard error."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    argv = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error; a terminal may lack letters of a key
-    width = terminal_columns() - 2  # click itself takes 50 for the narrowest
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as for standard error: a key may have letters that the terminal lacks
+    width = terminal_columns() - 2  # without it, click never goes below 50
     try:
-        status = program.main(given, prog_name="table-consulctl", standalone_mode=False, terminal_width=width)
-        if sys.stdout is not None:  # closed by the parent process
+        status = program.main(argv, prog_name="table-consulctl", standalone_mode=False, terminal_width=width)
+        if sys.stdout is not None:  # None if the parent process has closed it
             sys.stdout.flush()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - an operator is helped by one line
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - every error becomes one line
         with contextlib.suppress(OSError):  # standard error is full or closed: the exit status still counts
-            for line in _explanation(error, debug="--debug" in given):
+            for line in _explanation(error, debug="--debug" in argv):
                 click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
         try:
             sys.stdout.flush()
-        except (AttributeError, OSError, ValueError):  # what it no longer takes Python would complain about at exit
+        except (AttributeError, OSError, ValueError):  # Python would report the unwritten rest at exit
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED  # completion ends with 0
+        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED  # shell completion exits with 0
     return status if isinstance(status, int) else 0
 
 
@@ -237,7 +238,7 @@ def _explanation(error: BaseException, *, debug: bool) -> Iterator[str]:
             pass
         case click.Abort():  # ^C, or the end of input at a prompt
             yield "interrupted"
-        case click.ClickException() | TableConsulError():  # the notes of a ConfigError are further mistakes
+        case click.ClickException() | TableConsulError():  # the notes of a ConfigError are further errors
             yield from (str(error), *getattr(error, "__notes__", ()))
         case OSError():
             what = (error.strerror or str(error)).lower()

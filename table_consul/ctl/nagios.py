@@ -1,4 +1,4 @@
-"""The line of ``table-consulctl status --nagios``, for Nagios, Icinga, Naemon and their like."""
+"""The output line of ``table-consulctl status --nagios``, for Nagios, Icinga and Naemon."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE_MAX = 4000
 
 
 class Limits(NamedTuple):
-    """The thresholds, warning and critical: seconds since Consul confirmed the data, and keys at least."""
+    """Warning and critical thresholds: maximum age of the data in seconds, minimum number of keys."""
 
     age: tuple[float | None, float | None] = (None, None)
     keys: tuple[float | None, float | None] = (None, None)
@@ -43,7 +43,7 @@ def report(statuses: Sequence[Status], limits: Limits) -> tuple[int, str]:
 
 
 def line(code: int, text: str) -> str:
-    """The line without performance data, which begin at a ``|``."""
+    """The line without performance data; these would start at a ``|``."""
     return f"TABLE-CONSUL {NAMES[code]}: {printable(text, LINE_MAX // 2).replace('|', '/')}"
 
 
@@ -58,7 +58,7 @@ def _judged(status: Status, limits: Limits) -> tuple[int, str]:
 
 
 def _reasons(prefix: Prefix, limits: Limits) -> Iterator[tuple[int, str]]:
-    # Without a copy to serve, an outage makes every answer an error.
+    # Without data to serve, every lookup in an outage returns an error.
     lost = prefix.state == "outage" and prefix.age is None
     if prefix.healthy is False:
         code = CRITICAL if lost else _BY_STATE.get(prefix.state, WARNING)

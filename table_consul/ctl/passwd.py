@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from table_consul.ctl.txn import Store
 
 SCHEMES = ("yescrypt", "bcrypt", "argon2")
-# bcrypt ignores the rest.
+# bcrypt ignores all further bytes.
 BCRYPT_BYTES = 72
 
 
 @click.command("passwd")
 @click.argument("table_name", metavar="TABLE")
 @click.argument("user", metavar="USER")
-@click.option("--scheme", type=click.Choice(SCHEMES), metavar="SCHEME", help=f"One of {', '.join(SCHEMES)}.")
+@click.option(
+    "--scheme", type=click.Choice(SCHEMES), metavar="SCHEME", help=f"{SCHEMES[0]}, {SCHEMES[1]} or {SCHEMES[2]}."
+)
 @writing.token_file
 @main.as_json
 @writing.with_undo
@@ -45,9 +47,9 @@ def command(
 ) -> int:
     """Ask for a password twice, and write its hash for USER.
 
-    The hash goes where USER has one already, in auth or credentials; a new one goes to auth if the table has that
-    service. It is by yescrypt, or bcrypt where crypt(3) lacks it; argon2 needs auth. Without a terminal, the password
-    is a line of standard input.
+    The hash replaces the one of USER in auth or credentials; that of a new user goes to auth if the table has this
+    service. The default scheme is yescrypt, or bcrypt if crypt(3) lacks it; argon2 requires auth. Without a terminal,
+    the password is read from standard input.
 
     Exit status: 0 written, 2 not written.
 
@@ -59,8 +61,8 @@ def command(
 
     table = settings.table(table_name)
     if scheme == "argon2" and "auth" not in table.services:
-        raise click.UsageError("--scheme argon2 needs the service auth: smtpd's crypt(3) does not read its hashes")
-    key, _ = writing.usual(table, SERVICES["credentials"], os.fsencode(user))
+        raise click.UsageError("--scheme argon2 requires the service auth (crypt(3) of smtpd cannot verify argon2)")
+    key, _ = writing.folded_key(table, SERVICES["credentials"], os.fsencode(user))
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
         service, stored, former = _former(table, store, key)
         prefix, locked = _label(key, former)
@@ -71,12 +73,12 @@ def command(
             planned, service
         )
         if locked and not status:
-            click.echo(f"note: {printable(key)} was locked, and can log in now", err=True)
+            click.echo(f"note: {printable(key)} was locked and can now log in", err=True)
         return status
 
 
 def _former(table: Table, store: Store, key: bytes) -> tuple[Service, list[Stored], bytes]:
-    """The service that has a credential of the user, or would get it; its folder, and the credential, empty if new."""
+    """The service that stores the credential, or will; the entries of its folder; the credential, empty if new."""
     names = ("auth", "credentials") if "auth" in table.services else ("credentials",)
     found = []
     for service in map(SERVICES.__getitem__, names):
@@ -91,35 +93,35 @@ def _former(table: Table, store: Store, key: bytes) -> tuple[Service, list[Store
 
 
 def _label(key: bytes, former: bytes) -> tuple[bytes, bool]:
-    """What precedes the hash of a credential, ``USER:`` or nothing, and whether the account is locked.
+    """The text before the hash of a credential (``USER:`` or nothing), and whether the account is locked.
 
     Raises:
-        TableConsulError: a password to relay with, which must not become a hash.
+        TableConsulError: the credential is a relay password, which must not become a hash.
     """
     secret = passwords.hash_part(former)
     locked = secret.startswith(passwords.LOCK_MARKERS)
     if b":" in former and not locked and not passwords.looks_like_a_hash(secret):
-        text = "holds a password to relay with, not a hash; nothing was written (use set)"
+        text = "contains a relay password, not a hash; nothing was written (use set)"
         raise TableConsulError(f"{printable(key)}: {text}")
     return former.removesuffix(secret), locked
 
 
 def _password() -> str:
-    """The password that is typed twice; without a terminal, the first line of standard input.
+    """The password, typed twice; without a terminal, the first line of standard input.
 
     Raises:
-        TableConsulError: nobody could log in with it.
+        TableConsulError: the password is invalid.
     """
     if sys.stdin is not None and sys.stdin.isatty():
-        password = str(click.prompt("New password", hide_input=True, confirmation_prompt="Once more"))
+        password = str(click.prompt("New password", hide_input=True, confirmation_prompt="Repeat password"))
     else:
         try:
             line = sys.stdin.buffer.readline(passwords.PASSWORD_BYTES + 2) if sys.stdin is not None else b""
             password = line.rstrip(b"\r\n").decode()
         except UnicodeDecodeError:
-            raise TableConsulError("the password is not UTF-8") from None
+            raise TableConsulError("the password is not valid UTF-8") from None
     if not password or not password.isprintable():
-        raise TableConsulError("the password is empty" if not password else "the password has control characters")
+        raise TableConsulError("the password is empty" if not password else "the password contains control characters")
     if len(password.encode()) > passwords.PASSWORD_BYTES:
         raise TableConsulError(f"the password is longer than {passwords.PASSWORD_BYTES} bytes")
     return password
@@ -131,6 +133,6 @@ def _hash(password: str, schemes: tuple[str, ...]) -> bytes:
         if made is None:
             continue
         if scheme == "bcrypt" and len(password.encode()) > BCRYPT_BYTES:
-            raise TableConsulError(f"the password is longer than {BCRYPT_BYTES} bytes, and bcrypt ignores the rest")
+            raise TableConsulError(f"the password is longer than {BCRYPT_BYTES} bytes; bcrypt would ignore the rest")
         return made
-    raise TableConsulError(f"crypt(3) of this system does not know {' or '.join(schemes)}")
+    raise TableConsulError(f"crypt(3) of this system does not support {' or '.join(schemes)}")

@@ -1,7 +1,7 @@
-"""What an import changes: the entries of a file against those in Consul.
+"""The changes of an import: the entries of a file compared with those in Consul.
 
-Nothing here asks Consul or reads a file. A value from a text file is compared with the answer smtpd gets now, however
-that is stored in Consul; an export of Consul is compared byte by byte.
+This module reads neither Consul nor files. A value from a text file is compared with the value that smtpd gets now,
+however it is stored in Consul; an export is compared byte by byte.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_
 from table_consul.services.entries import Entries
 from table_consul.services.values import parse_value
 
-# Consul takes 512 KB a transaction (txn_max_req_len), in base64 and with the key; smtpd takes far less.
+# Consul accepts 512 KB per transaction (txn_max_req_len), with the key and in base64; smtpd accepts far less.
 VALUE_MAX_BYTES = 376 << 10
 
-_SHARED = "stored as the record of a user for several services (edit it in Consul, or use --record with a passwd file)"
+_SHARED = "stored as a record that several services read (edit it in Consul, or use --record with a passwd file)"
 
 
 class Stored(NamedTuple):
@@ -38,14 +38,14 @@ class Stored(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One key to write: new if ``old`` is None, to be removed if ``value`` is None."""
+    """One key to write: new if ``old`` is None, removed if ``value`` is None."""
 
     key: bytes
     old: Stored | None
     value: bytes | None
     flags: int = 0
     old_answer: bytes | None = None
-    """What smtpd gets for the key now; None if it gets no value."""
+    """The value that smtpd gets for the key now; None if it gets none."""
     new_answer: bytes | None = None
 
     @property
@@ -55,22 +55,22 @@ class Change(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The changes, in the order of keys, and what was found in the file, in the order of its lines."""
+    """The changes in the order of keys, and the problems of the file in the order of its lines."""
 
     changes: list[Change]
     problems: list[LineProblem]
-    """For which nothing must be written."""
+    """If there are any, nothing may be written."""
     unchanged: int
     refused: list[LineProblem]
     """Entries that are left out of the changes."""
     notes: list[LineProblem]
-    """Lines that repeat others, and entries of a backup that smtpd cannot use, as before."""
+    """Lines that repeat others, and entries of a backup that smtpd cannot use."""
 
 
 def stored_value(table: Table, service: Service, key: bytes, text: bytes) -> bytes:
-    """The text of a file as it must be stored to be read back as just this text: as it is, or as a JSON string.
+    """The text of a file, or a JSON string of it if the stored text would not be read back as this text.
 
-    Text that starts like JSON would be decoded, and a table whose ``value_format`` is json holds nothing else.
+    Text that starts like JSON would be decoded, and a table whose ``value_format`` is json stores only JSON.
     """
     if not text or table.value_format == "text" or (table.value_format == "auto" and text[:1] not in b'"[{'):
         return text
@@ -91,12 +91,13 @@ def plan(
     skip: bool = False,
     others: Sequence[bytes] = (),
 ) -> Plan:
-    """What must be written so that Consul holds what the file holds.
+    """The changes that give Consul the entries of the file.
 
     ``prune`` removes entries that the file does not have, except folders, entries below ``others`` (folders of other
     services within this one) and records without a field of this service. With ``records`` the file's values are
-    records of users, whose fields are merged into the stored records; without it, to change or remove a record that
-    another service reads as well is a problem. With ``skip`` entries with a problem are refused, and the others stay.
+    records of users, whose fields are merged into the stored records; without it, a change to a record that another
+    service also reads is a problem. With
+    ``skip``, entries with a problem are refused, and the others are kept.
     """
     planner = _Planner(table, service, stored, parsed, records=records)
     planner.compare()
@@ -104,7 +105,7 @@ def plan(
     if prune:
         planner.prune(tuple(others))
     problems = sorted({*parsed.problems, *planner.problems})
-    refused = [each for each in planner.refuse() if each.key not in planner.bad]  # one cause is enough
+    refused = [each for each in planner.refuse() if each.key not in planner.bad]  # one problem per key is enough
     if skip:
         for key in planner.bad:
             planner.changes.pop(key, None)
@@ -116,9 +117,9 @@ def plan(
 def plan_edits(
     table: Table, service: Service, parsed: ParsedFile, stored: Sequence[Stored], remove: Sequence[bytes] = ()
 ) -> Plan:
-    """As `plan`, for entries that an operator edits: of the record of a user only the fields of this service change.
+    """As `plan`, for entries that an operator edits: in a record only the fields of this service change.
 
-    ``remove`` are stored keys, relative to the folder. Aliases that smtpd could no longer expand are problems as well.
+    ``remove`` lists stored keys, relative to the folder. Aliases that smtpd could no longer expand are problems too.
     """
     planner = _Planner(table, service, stored, parsed._replace(restores=False), edits=True)
     planner.compare()
@@ -132,7 +133,7 @@ def plan_edits(
 
 
 class _Planner:
-    """The state of one plan. All keys are relative to the folder of the service, and spelled as they are stored."""
+    """The state of one plan. All keys are relative to the folder of the service, in their stored case."""
 
     def __init__(
         self,
@@ -169,7 +170,7 @@ class _Planner:
         read = () if self._verbatim else entries
         wanted = Entries(table, service, ((entry.key, entry.value) for entry in read))
         for entry in entries:
-            key = self._spelled(entry.key)
+            key = self._original_case(entry.key)
             former = self._file.setdefault(key, entry)
             if former is not entry:
                 self._repeat(entry, former)
@@ -190,9 +191,9 @@ class _Planner:
                 if (merged := self._merged(key, record, value)) is not None:
                     self.changes[key] = Change(old.key, old, merged, old.flags, answer)
             elif record is not None and not self._records:
-                self._complain(key, _SHARED)
+                self._add_problem(key, _SHARED)
             elif record is None and self._records and (owner := self._overwritten_service(key, old.value, value)):
-                self._complain(key, f"would overwrite the {owner} value stored in Consul, which the file lacks")
+                self._add_problem(key, f"would overwrite the stored {owner} value, which the file does not have")
             else:
                 self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
 
@@ -203,8 +204,8 @@ class _Planner:
         if value is not None:
             self.changes[key] = Change(self._path + key, None, value, entry.flags)
 
-    def _spelled(self, key: bytes) -> bytes:
-        """The stored key that this one of the file changes, if it is one of the same letters that the file lacks."""
+    def _original_case(self, key: bytes) -> bytes:
+        """The stored key that a key of the file changes: itself, or one in another case that the file lacks."""
         if key in self._stored:
             return key
         folded = fold_key(key)
@@ -216,7 +217,7 @@ class _Planner:
         return {entry.key for entry in self._parsed.entries} if self._exported else ()
 
     def _repeat(self, entry: FileEntry, former: FileEntry) -> None:
-        """Note an entry that is exactly an earlier one; one with another value, or another spelling, is a problem."""
+        """Note an exact repetition; one with another value, or in another case, is a problem."""
         place = f"{self._parsed.unit} {former.line}"
         if entry.key != former.key:
             self.problems.append(LineProblem(entry.line, f"already in {place} as {printable(former.key)}", entry.key))
@@ -226,14 +227,14 @@ class _Planner:
             self.notes.append(LineProblem(entry.line, f"repeats {place}", entry.key))
 
     def validate(self) -> None:
-        """Find what lint would report, for each service that reads the folder, and what cannot be written at all."""
+        """Find the problems that lint would report, for each service that reads the folder, and unwritable changes."""
         after = [
             Entries(self._table, service, ((key, change.value) for key, change in self.changes.items()))
             for service in self._sharing
         ]
         for key, change in self.changes.items():
             if text := _invalid(self._service, key, change):
-                self._complain(key, text)
+                self._add_problem(key, text)
             self.changes[key] = change._replace(new_answer=_answer(after[0], key))
         invalid = {*self.bad}
         for entries in after:
@@ -242,11 +243,11 @@ class _Planner:
                 key = problem.key[len(self._path) :]
                 if self._parsed.restores:
                     self.notes.append(LineProblem(self._line(key), problem.text + suffix, key))
-                elif key not in invalid:  # one cause is enough
-                    self._complain(key, problem.text + suffix)
+                elif key not in invalid:  # one problem per key is enough
+                    self._add_problem(key, problem.text + suffix)
 
     def refuse(self) -> list[LineProblem]:
-        """Take new keys out of the changes that could be written, but then neither be read nor deleted by a URL."""
+        """Remove new keys from the changes that, once written, no URL could read or delete."""
         new = {key: each for key, each in self.changes.items() if each.old is None}
         texts = {key: text for key, each in new.items() if (text := modern_name_problem(each.key))}
         for key in texts:
@@ -254,24 +255,24 @@ class _Planner:
         return sorted(LineProblem(self._line(key), text, key) for key, text in texts.items())
 
     def prune(self, others: tuple[bytes, ...]) -> None:
-        """Remove what the file does not have; see `plan`."""
+        """Remove the entries that the file does not have, as `plan` describes."""
         for key, old in self._stored.items():
             folder = not key or key.endswith(b"/") or old.key.startswith(others)
             if folder or key in self._file or fold_key(key) in self._now.incomplete:
                 continue
             self.changes[key] = Change(old.key, old, None, old_answer=_answer(self._now, key))
             if len(self._sharing) > 1 and not self._verbatim and record_of(self._table, self._service, old.value):
-                self._complain(key, _SHARED)
+                self._add_problem(key, _SHARED)
 
     def remove(self, key: bytes) -> None:
-        """Remove an entry, or from a record the fields of this service."""
+        """Remove an entry, or from a record only the fields of this service."""
         old = self._stored[key]
         record = None if self._exported else record_of(self._table, self._service, old.value)
         value = None if record is None else records.without_value(self._service, record)
         self.changes[key] = Change(old.key, old, value, old.flags, _answer(self._now, key))
 
     def expand(self) -> None:
-        """Find the aliases that smtpd can expand now, and could no longer after the changes."""
+        """Find the aliases that smtpd can expand now, but not after the changes."""
         if self._service.name != "alias" or not self.changes:
             return
         before = {**dict.fromkeys(self._now.errors, b""), **self._now.values}
@@ -282,7 +283,7 @@ class _Planner:
         delimiter = self._table.subaddress_delimiter.encode()
         if found := dict(expansion.failures(after, delimiter)):
             for key in found.keys() - dict(expansion.failures(before, delimiter)):
-                self._complain(self._now.original_case.get(key, key), found[key])
+                self._add_problem(self._now.original_case.get(key, key), found[key])
 
     @cached_property
     def _holds_records(self) -> bool:
@@ -297,13 +298,13 @@ class _Planner:
         try:
             return records.with_value(self._table, self._service, fold_key(key), record, value)
         except EntryError as error:
-            self._complain(key, str(error))
+            self._add_problem(key, str(error))
             return None
 
     def _line(self, key: bytes) -> int:
         return self._file[key].line if key in self._file else 0
 
-    def _complain(self, key: bytes, text: str) -> None:
+    def _add_problem(self, key: bytes, text: str) -> None:
         self.bad.add(key)
         self.problems.append(LineProblem(self._line(key), text, key))
 
@@ -321,7 +322,7 @@ def _parsed(table: Table, service: Service, key: bytes, value: bytes) -> bytes |
 
 
 def _answer(entries: Entries, key: bytes) -> bytes | None:
-    """What smtpd gets for the key of an entry; None if it gets no value."""
+    """The value that smtpd gets for the key of an entry; None if it gets none."""
     key = fold_key(key)
     value = entries.values.get(key)
     service = entries.service
@@ -329,15 +330,15 @@ def _answer(entries: Entries, key: bytes) -> bytes | None:
 
 
 def _invalid(service: Service, name: bytes, change: Change) -> str:
-    """Why Consul or smtpd would not accept the change, for its key or its size; empty if they do."""
+    """Why Consul or smtpd would reject the key or the size of a change; empty if neither would."""
     if change.value is not None and len(change.value) > VALUE_MAX_BYTES:
         return f"the value has {len(change.value)} bytes, but a transaction of Consul holds at most {VALUE_MAX_BYTES}"
     if change.old is not None:
         return ""
     if not is_url_safe(change.key):
-        way_out = '; store it as the value of a key of your choice, and set fetch = "values"'
+        hint = '; or store it as the value of another key, and set fetch = "values"'
         text = "no URL can name this key (use UTF-8 without control characters, //, and the segments . and ..)"
-        return text + way_out if service.name == "relayhost" and b"://" in name else text
+        return text + hint if service.name == "relayhost" and b"://" in name else text
     if len(name) > MAX_KEY_BYTES and not service.patterns:
         return f"the key has {len(name)} bytes, but smtpd looks up at most {MAX_KEY_BYTES}"
     return ""

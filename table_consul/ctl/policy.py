@@ -1,8 +1,8 @@
-"""``table-consulctl policy``: the smallest ACL policy with which the daemon can answer.
+"""``table-consulctl policy``: print the smallest ACL policy that the daemon needs.
 
 A mirror lists the table's folder, and each folder of ``paths`` outside it; direct mode lists each service's folder or
-reads single keys there. Both read the key ``-`` of a folder, to find out whether the token may read it. A rule that
-denies something further below is not found in that way; ``--check`` looks for it.
+reads single keys there. Both read the key ``-`` of a folder to check whether the token may read the folder. Only
+``--check`` finds a rule that denies single keys in it.
 """
 
 from __future__ import annotations
@@ -25,40 +25,35 @@ from table_consul.services import SERVICES, Table
     "--list",
     "key_list",
     is_flag=True,
-    help="Grant list as well as read. Consul needs this where acl.enable_key_list_policy is set.",
+    help="Grant list as well, for acl.enable_key_list_policy.",
 )
-@click.option("--check", is_flag=True, help="Find out what the configured token may not read, and write no policy.")
+@click.option("--check", is_flag=True, help="List what the configured token may not read.")
 @as_json
 @pass_config
 def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: bool, check: bool, as_json: bool) -> int:
-    """Write the smallest ACL policy with which table-consul can answer for TABLE.
+    """Print the smallest ACL policy that lets table-consul serve TABLE.
 
-    Without TABLE: all tables with a section in the configuration. Name the tables of smtpd.conf that have no section.
+    Without TABLE: all tables with a section in the configuration.
 
-    If the configuration sets a namespace or a partition, the rules are put into it (Consul Enterprise). A policy that
-    is created in that namespace needs only the inner rules.
+    With --check, the token's problems are listed instead. To find every denied key, set CONSUL_HTTP_TOKEN to an
+    operator's token.
 
-    With --check, what the configured token may not read of TABLE is printed. Whether it may read the folder of each
-    service is always found out. A key or a folder within one of these that its policies deny can only be found with an
-    operator's token in the environment (CONSUL_HTTP_TOKEN) that may list the keys, or read policies (acl = "read").
-    From Consul 1.11 on the folder is found without one.
-
-    Exit status: 0 success, 1 with --check, the token may not read everything, 2 there is no answer.
+    Exit status: 0 success, 1 the token may not read everything, 2 failure.
 
     \b
     Examples:
       table-consulctl policy aliases domains
       table-consulctl policy | consul acl policy create -name mail -rules -
-      consul acl token create -policy-name mail
-      table-consulctl policy aliases --write
-      CONSUL_HTTP_TOKEN_FILE=~/.consul-token table-consulctl policy aliases --check
+      table-consulctl policy aliases --check
     """  # noqa: D301 - the mark by which click keeps lines as they are
     if config.consul.addresses[0].startswith("file://"):
-        raise click.ClickException(f"{config.consul.addresses[0]} needs no policy: nothing is read from Consul.")
+        raise click.ClickException(
+            f"{config.consul.addresses[0]} requires no policy: the tables are not read from Consul"
+        )
     chosen = chosen_tables(config, tables)
     if check:
         if write or key_list or as_json:
-            raise click.UsageError("--check takes no other option")
+            raise click.UsageError("--check cannot be combined with other options")
         return _check(config, chosen)
     level = "write" if write else "list" if key_list else "read"
     folders = read_folders(chosen)
@@ -97,7 +92,7 @@ def _check(config: Config, tables: Iterable[Table]) -> int:
 
 
 def read_folders(tables: Iterable[Table]) -> list[str]:
-    """The folders that are read for these tables, sorted, none of them within another."""
+    """The folders that are read for these tables, sorted, without those inside others."""
     folders: set[bytes] = set()
     for table in tables:
         direct = table.mode == "direct"
@@ -107,5 +102,5 @@ def read_folders(tables: Iterable[Table]) -> list[str]:
 
 
 def _quoted(value: object) -> str:
-    """The value as JSON, which Consul reads as HCL, where a dollar sign could begin an expression."""
+    """The value as JSON that is valid HCL, in which a dollar sign could start an expression."""
     return json.dumps(value, ensure_ascii=False).replace("$", "\\u0024")

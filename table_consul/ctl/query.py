@@ -1,4 +1,4 @@
-"""``table-consulctl query``: what smtpd is answered, by the code that answers smtpd; with --trace, why."""
+"""``table-consulctl query``: look up keys with the code that answers smtpd; with --trace, explain the answers."""
 
 from __future__ import annotations
 
@@ -34,16 +34,13 @@ if TYPE_CHECKING:
     "--op",
     type=click.Choice(("check", "lookup", "fetch")),
     metavar="OP",
-    help="check: is the key in the table? lookup: its value. fetch: the next element of the list, without a KEY. "
-    "Default: lookup; check for the service auth.",
+    help="lookup (default), check (default for auth) or fetch.",
 )
 @click.option(
     "--count", type=click.IntRange(1), metavar="N", help="With --op fetch: how many elements to fetch (default 1)."
 )
 @click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
-@click.option(
-    "--trace", is_flag=True, help="Print to standard error where the answer comes from, and which rules decided."
-)
+@click.option("--trace", is_flag=True, help="Explain each answer on standard error.")
 @as_json
 @pass_config
 def command(  # noqa: PLR0913 - the command line
@@ -58,24 +55,17 @@ def command(  # noqa: PLR0913 - the command line
     trace: bool,
     as_json: bool,
 ) -> int:
-    """Look up KEYs in TABLE as smtpd does, and print the answers.
+    """Look up each KEY in TABLE as smtpd does, and print its value.
 
-    With one KEY, its value. With several, or with - for keys from standard input, one per line: KEY, a tab and the
-    value on each line. Keys that are not found, and errors, are reported on standard error.
+    If KEY is -, keys are read from standard input, one per line. For auth, KEY is a user, and the password is prompted
+    for; on standard input, each line is USER:PASSWORD.
 
-    The answer comes from the snapshot file if one is configured and exists, otherwise from Consul. The daemon writes
-    that file within about 10 seconds of a change.
-
-    For auth a KEY is a user, and the password is asked for; on standard input it is USER:PASSWORD.
-
-    Exit status: 0 all keys are found, 1 some are not, 2 some have no answer, or one that smtpd cannot use.
+    Exit status: 0 all keys found, 1 some not found, 2 errors or values that smtpd cannot use.
 
     \b
     Examples:
-      table-consulctl query aliases alias root
       table-consulctl query aliases alias root postmaster --trace
       cut -d: -f1 /etc/aliases | table-consulctl query aliases alias -
-      table-consulctl query aliases domain example.org --op check
       table-consulctl query aliases source --op fetch --count 3
       table-consulctl query aliases auth vera
     """  # noqa: D301 - the mark by which click keeps lines as they are
@@ -83,11 +73,11 @@ def command(  # noqa: PLR0913 - the command line
 
     op = op or ("check" if service == "auth" else "lookup")
     if op == "fetch" and keys:
-        raise click.UsageError("fetch takes no KEY: it returns the next element of the list.")
+        raise click.UsageError("fetch takes no KEY: it returns the next element of the list")
     if op != "fetch" and not keys:
-        raise click.UsageError(f"{op} needs a KEY, or - for keys on standard input.")
+        raise click.UsageError(f"{op} requires a KEY, or - for keys from standard input")
     if op != "fetch" and count is not None:
-        raise click.UsageError("--count is for --op fetch.")
+        raise click.UsageError("--count requires --op fetch")
     asked = (question for key in keys for question in _questions(key, password=service == "auth"))
     named, loader, responder = config.table(table), Loader(config, live=live), Responder()
     several = len(keys) > 1 or "-" in keys
@@ -95,7 +85,7 @@ def command(  # noqa: PLR0913 - the command line
     for key in asked if op != "fetch" else [b""] * (count or 1):
         reply, used = ask(named, service, op, key, loader, responder)
         name = key.partition(b":")[0] if service == "auth" else key
-        # What decides about a password is the value of its user.
+        # The value of the user decides about a password.
         way = "lookup" if service == "auth" else op
         steps = [step for each in used for step in _explain(*each, way, name)] if trace else None
         warning = _warning(used[-1][2], op, fold_key(key), reply) if used else None
@@ -127,23 +117,25 @@ def _questions(key: str, *, password: bool) -> Iterator[bytes]:
         yield os.fsencode(key)
     elif ":" in key:
         raise click.UsageError(
-            "A password on the command line can be seen by all users of this host. "
-            "Give the user alone, or - and USER:PASSWORD on standard input."
+            "all users of this host can see a password on the command line (use USER alone, or - with USER:PASSWORD on"
+            " standard input)"
         )
     elif not sys.stdin.isatty():
-        raise click.UsageError("No terminal to ask for the password: use -, and USER:PASSWORD on standard input.")
+        raise click.UsageError("no terminal to prompt for the password (use - with USER:PASSWORD on standard input)")
     else:
-        typed = click.prompt(f"Password of {printable(key)}", hide_input=True, default="", show_default=False, err=True)
+        typed = click.prompt(
+            f"Password for {printable(key)}", hide_input=True, default="", show_default=False, err=True
+        )
         yield os.fsencode(f"{key}:{typed}")
 
 
 def ask(
     table: Table, service_name: str, op: str, key: bytes, loader: Loader, responder: Responder
 ) -> tuple[Reply, list[tuple[Loaded, Service, Entries | None]]]:
-    """The reply to smtpd, or an error if smtpd never asks for such a key; and what it was made from."""
+    """The reply to smtpd, or an error for a key that smtpd never looks up; and the data behind it."""
     if len(key) > MAX_KEY_BYTES:
-        return Failed(f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}"), []
-    # smtpd leaves a password as it is, and the responder folds the user.
+        return Failed(f"the key has {len(key)} bytes, but smtpd looks up at most {MAX_KEY_BYTES}"), []
+    # smtpd does not fold passwords; the responder folds the user.
     request = Request(op, b"1", table.name, service_name, key if service_name == "auth" else fold_key(key))
     deadline = time.monotonic() + table.deadline
     used: list[tuple[Loaded, Service, Entries | None]] = []
@@ -162,7 +154,7 @@ def ask(
 
 
 def _warning(entries: Entries | None, op: str, key: bytes, reply: Reply) -> str | None:
-    """Why smtpd cannot use the value that is found, by the entry it comes from; None if it can."""
+    """Why smtpd cannot use the value of the reply; None if it can."""
     if entries is None or op == "check" or not isinstance(reply, Found):
         return None
     if op == "fetch":
@@ -176,13 +168,13 @@ def _warning(entries: Entries | None, op: str, key: bytes, reply: Reply) -> str 
 
 
 def _answering_entry(entries: Entries, key: bytes) -> bytes | None:
-    """The entry that answers for the folded key, the default of the service included."""
+    """The entry that answers for the folded key, including the default of the service."""
     defaulted = entries.uses_default(key) and key != DEFAULT_KEY and entries.find(DEFAULT_KEY) is not None
     return DEFAULT_KEY if defaulted else entries.find(key)
 
 
 def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step], warning: str | None) -> None:
-    """Print an answer after the head as text: exact bytes, but no control characters on a terminal."""
+    """Print a reply after ``head``: exact bytes, but on a terminal without control characters."""
     if isinstance(reply, Found):
         parts = [*head, b"found" if reply.value is None else reply.value]
         if sys.stdout is not None and sys.stdout.isatty():
@@ -194,7 +186,7 @@ def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step
     else:
         click.echo(f"{about}: not found", err=True)
     if warning is not None:
-        click.echo(f"{about}: warning: smtpd cannot use this: {warning}", err=True)
+        click.echo(f"{about}: warning: smtpd cannot use this value: {warning}", err=True)
     columns = terminal_columns() if sys.stderr is not None and sys.stderr.isatty() else UNCUT
     for step in trace:
         what = f"  {step.what:8} "
@@ -202,7 +194,7 @@ def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One line of an explanation. No text holds any part of a value."""
+    """One line of a trace. The text never contains a value or part of one."""
 
     what: str
     """``source``, ``read``, ``asked``, ``entry``, ``value``, ``safety`` or ``problem``."""
@@ -221,10 +213,13 @@ def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str,
             yield Step("read", printable(folder + each))
     if op == "fetch":
         what = "values" if entries.table.fetch == "values" else "keys"
-        yield Step("value", f"one of the {what} per fetch, in the order of the keys (fetch = {entries.table.fetch})")
+        yield Step(
+            "value",
+            f"each fetch returns the next of the {what}, in the order of the keys (fetch = {entries.table.fetch})",
+        )
         return
     if folded != key:
-        yield Step("asked", f"{printable(folded)}: smtpd asks in lower case")
+        yield Step("asked", f"{printable(folded)}: smtpd looks up keys in lower case")
     try:
         entry = _answering_entry(entries, folded)
     except EntryError:
@@ -233,7 +228,7 @@ def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str,
     if entry == DEFAULT_KEY != folded and service.default:
         why = ", the default for users without an entry"
     if entry is None:
-        yield Step("entry", f"none, nor {printable(DEFAULT_KEY)}" if service.default else "none")
+        yield Step("entry", f"none, and no default {printable(DEFAULT_KEY)}" if service.default else "none")
         return
     stored = folder + entries.original_case.get(entry, entry)
     yield Step("entry", printable(stored) + why + (", stored in another case" if stored != folder + entry else ""))
@@ -244,9 +239,9 @@ def _explain(loaded: Loaded, service: Service, entries: Entries | None, op: str,
 
 
 def explain_value(table: Table, service: Service, key: bytes, raw: bytes | None) -> Iterator[Step]:
-    """The rules without which the stored value would have been answered otherwise.
+    """Yield the settings and conversions that changed the answer.
 
-    `parse_value` itself is asked again with each rule off, so that this cannot differ from what the daemon does.
+    This calls `parse_value` with each of them off, so that it cannot differ from the daemon.
     """
 
     def parsed(table: Table, service: Service) -> bytes | None:
@@ -260,17 +255,19 @@ def explain_value(table: Table, service: Service, key: bytes, raw: bytes | None)
         fields = f"{', '.join(service.fields)} of the JSON object" if (raw or b"")[:1] == b"{" else "decoded from JSON"
         without = service._replace
         decoded = parsed(replace(table, value_format="text"), without(fields=())) != value
-        rules = {
+        conversions = {
             f"{fields} (value_format = {table.value_format})": decoded,
             "trailing white space is dropped": not decoded and raw is not None and raw.rstrip() != raw,
-            "lines are joined to one list, without comments": parsed(table, without(joined=False)) != value,
+            "lines are joined into one list, without comments": parsed(table, without(joined=False)) != value,
             "the {SCHEME}, $2y$ or lock is rewritten for crypt(3)": parsed(table, without(hashed=False)) != value,
-            "empty, so the entry itself is the answer": not value and service.answers == "entry",
-            "%u, %n, %d in the home are filled in": service.default and key == DEFAULT_KEY and b"%" in value,
+            "empty, so the key itself is the answer": not value and service.answers == "entry",
+            "%u, %n and %d in the home directory are expanded": service.default
+            and key == DEFAULT_KEY
+            and b"%" in value,
         }
-        yield from (Step("value", text) for text, applies in rules.items() if applies)
+        yield from (Step("value", text) for text, applies in conversions.items() if applies)
     for option, what in (("allow_commands", "commands and files"), ("allow_root", "uid or gid 0")):
         allowed = bool(getattr(table, option))
         if (parsed(replace(table, **{option: not allowed}), service) is None) != (value is None):
-            verb = "true permits" if allowed else "false refuses"
+            verb = "true permits" if allowed else "false rejects"
             yield Step("safety", f"{option} = {verb} {what}")

@@ -1,7 +1,7 @@
-"""Who gets the mail to an address: the lookups that smtpd makes, in its order, and what comes of them.
+"""Expand an address: the lookups that smtpd makes, in its order, and the resulting recipients.
 
-Pure. Written after smtpd's lka_session.c, aliases.c, expand.c and to.c, whose functions are named. It does not follow
-what tables do not decide: the rules of smtpd.conf for other domains, included files, and ~/.forward.
+Pure. This follows smtpd's lka_session.c, aliases.c, expand.c and to.c; docstrings name the functions. Tables do not
+decide about other domains, included files and ~/.forward, so these are not followed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from table_consul.services import compiled
 from table_consul.services.elements import COMMAND_BYTES, USER_BYTES, element_problem, split_list
 
 Kind = Literal["user", "file", "command", "include", "address", "error"]
-# In the order of smtpd.h, enum expand_type, in which smtpd keeps the elements of a value.
+# smtpd keeps the elements of a value in this order (smtpd.h, enum expand_type).
 _ORDER: tuple[Kind, ...] = ("user", "file", "command", "include", "address", "error")
-# An address is expanded anew below each other address, so ten levels have no other end.
+# An address is expanded again below each other address, so the depth alone does not limit the work.
 ELEMENTS_MAX = 200_000
 PERMANENT = "524 5.2.4 Mailing list expansion problem"
 TEMPORARY = "424 4.2.4 Mailing list expansion problem"
@@ -39,14 +39,14 @@ class Element(NamedTuple):
     kind: Kind
     text: bytes
     domain: bytes = b""
-    """Of an address, whose local part the text is."""
+    """Only for an address, whose local part is ``text``."""
 
     def __bytes__(self) -> bytes:
         return self.text + b"@" + self.domain if self.kind == "address" and self.domain else self.text
 
 
 class Lookup(NamedTuple):
-    """A lookup, and its reply; ``nested`` counts the aliases around it."""
+    """A lookup and its reply; ``nested`` is the number of aliases that lead to it."""
 
     table: str
     """``alias``, ``virtual`` or ``userinfo``."""
@@ -56,7 +56,7 @@ class Lookup(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What smtpd does with mail to an address."""
+    """The result of expanding an address."""
 
     lookups: list[Lookup]
     recipients: list[Element]
@@ -67,14 +67,14 @@ class Outcome(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the actions of smtpd.conf use."""
+    """The tables of the actions in smtpd.conf, and their domains."""
 
     lookup: Callable[[str, bytes], Reply]
     """Takes ``alias``, ``virtual`` or ``userinfo``, and a key."""
     local: Callable[[bytes], bool]
-    """Whether users of this domain have aliases; b"" is no domain."""
+    """Whether users of this domain are looked up as ``alias``; b"" stands for no domain."""
     virtual: Callable[[bytes], bool] = lambda _domain: False
-    """Whether addresses of this domain have entries of their own."""
+    """Whether addresses of this domain are looked up as ``virtual``."""
     delimiter: bytes = b"+"
 
 
@@ -84,16 +84,16 @@ class _Node(NamedTuple):
     parent: _Node | None = None
     depth: int = 0
     virtual: bool = False
-    """The table of the next lookup is that of addresses, not that of local users."""
+    """The next lookup is in ``virtual``, not in ``alias``."""
 
     @property
     def same_user(self) -> bool:
-        """An alias of a user for itself is that user (smtpd: expand.c, sameuser)."""
+        """Whether this is a user in its own alias, which smtpd delivers to (smtpd: expand.c, sameuser)."""
         return self.parent is not None and self.element.kind == "user" and self.element == self.parent.element
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What is equal in nodes that smtpd takes for one (smtpd: expand.c, expand_cmp)."""
+        """Equal for nodes that smtpd treats as duplicates (smtpd: expand.c, expand_cmp)."""
         by_user = self._ancestor("user") if self.element.kind in ("file", "command") else None
         return (self.element, self.same_user, self._ancestor("address"), by_user)
 
@@ -110,7 +110,7 @@ class _RejectedError(Exception):
 
 
 def parse_element(element: bytes) -> Element | None:
-    """What smtpd makes of an element; None if it rejects it (smtpd: to.c, text_to_expandnode)."""
+    """The element as smtpd parses it; None if smtpd rejects it (smtpd: to.c, text_to_expandnode)."""
     special: tuple[tuple[Kind, bytes], ...] = (
         ("error", _ERROR),
         ("include", _INCLUDE),
@@ -125,7 +125,7 @@ def parse_element(element: bytes) -> Element | None:
     if at and local and domain:
         if compiled(_LOCAL_PART).fullmatch(local) and compiled(_DOMAIN).fullmatch(domain):
             return Element("address", local[:USER_BYTES], domain[:USER_BYTES])
-        element = local  # alias_is_address has cut it there
+        element = local  # alias_is_address has truncated it there
     return Element("user", element) if compiled(_USER).fullmatch(element) else None
 
 
@@ -136,7 +136,7 @@ def parse_address(address: bytes) -> Element:
 
 
 def expand(address: bytes, tables: Tables) -> Outcome:
-    """The outcome for a recipient; in time linear in what smtpd itself expands."""
+    """The outcome for a recipient, in time linear in the elements that smtpd expands."""
     expansion = _Expansion(tables)
     try:
         expansion.run(parse_address(address))
@@ -146,14 +146,14 @@ def expand(address: bytes, tables: Tables) -> Outcome:
 
 
 class _Expansion:
-    """A session of smtpd's lka_session.c, without the rules."""
+    """A session of smtpd's lka_session.c, without the rules of smtpd.conf."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self.lookups: list[Lookup] = []
         self.recipients: list[Element] = []
         self._queue: deque[_Node] = deque()
-        self._known: set[tuple[object, ...]] = set()
+        self._seen: set[tuple[object, ...]] = set()
         self._count = 0
 
     def run(self, address: Element) -> None:
@@ -162,7 +162,7 @@ class _Expansion:
         while self._queue:
             self._expand(self._queue.popleft())
         if not self.recipients:
-            cause = "nothing is left to deliver to: the aliases lead back to each other (break the loop)"
+            cause = "no recipient is left, because the aliases form a loop (break the loop)"
             raise _RejectedError(PERMANENT, cause)
 
     def _expand(self, node: _Node) -> None:
@@ -172,7 +172,7 @@ class _Expansion:
             cause = f"aliases are nested {EXPAND_DEPTH} deep at {where} (break the loop, or shorten the chain)"
             raise _RejectedError(PERMANENT, cause)
         if element.kind == "error":
-            raise _RejectedError(printable(element.text, COMMAND_BYTES), "an alias answers with this error")
+            raise _RejectedError(printable(element.text, COMMAND_BYTES), "an alias has this error as its value")
         if element.kind == "address":
             self._expand_address(node)
         elif element.kind == "user":
@@ -203,12 +203,12 @@ class _Expansion:
         reply = self._ask("userinfo", user.lower(), node.depth)
         if not isinstance(reply, Found):
             raise _RejectedError("550 Invalid recipient", f"no alias and no user {printable(user)}")
-        # smtpd no longer takes the same name for the same node, and delivers to it again.
-        self._known.discard(node.identity)
+        # From here on smtpd does not treat the same name as a duplicate, and delivers to it again.
+        self._seen.discard(node.identity)
         self.recipients.append(Element("user", user))
 
     def _alias(self, node: _Node, name: bytes) -> list[Element]:
-        """The elements for a user, without any if there is no alias (smtpd: aliases.c, aliases_get)."""
+        """The elements for a user, none if there is no alias (smtpd: aliases.c, aliases_get)."""
         return self._first(node, "alias", dict.fromkeys((name, name.partition(self._tables.delimiter)[0])))
 
     def _virtual(self, node: _Node, local: bytes, domain: bytes) -> list[Element]:
@@ -252,11 +252,11 @@ class _Expansion:
             self._insert(element, parent)
 
     def _insert(self, element: Element, parent: _Node) -> None:
-        """Queue an element, unless smtpd takes it for one that it knows (smtpd: expand.c, expand_insert)."""
+        """Queue an element, unless smtpd treats it as a duplicate (smtpd: expand.c, expand_insert)."""
         self._count += 1
         if self._count > ELEMENTS_MAX:
-            raise _RejectedError("", f"more than {ELEMENTS_MAX} recipients, which smtpd may not have the memory for")
+            raise _RejectedError("", f"more than {ELEMENTS_MAX} recipients; smtpd may run out of memory")
         node = _Node(element, self._count, parent, parent.depth + 1, parent.virtual)
-        if node.identity not in self._known:
-            self._known.add(node.identity)
+        if node.identity not in self._seen:
+            self._seen.add(node.identity)
             self._queue.append(node)

@@ -1,4 +1,4 @@
-"""The JSON records of users, of which a service reads some fields. Pure: bytes in, bytes out."""
+"""The JSON records of users; each service reads some of the fields. Pure: bytes in, bytes out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, object]
 
 
 def record_of(table: Table, service: Service, value: bytes) -> Record | None:
-    """The value as a record; None if it is anything else, or no value of this service can be one."""
+    """The value as a record; None if it is anything else, or the service has no records."""
     if service.fields and table.value_format != "text" and value.lstrip().startswith(b"{"):
         with contextlib.suppress(*UNDECODABLE):
             return msgspec.json.decode(value, type=Record)
@@ -29,7 +29,7 @@ def are_records(table: Table, service: Service, values: Iterable[bytes]) -> bool
 
 
 def with_value(table: Table, service: Service, key: bytes, record: Record, value: bytes) -> bytes:
-    """The record with the fields of this service as in ``value``, which is a record itself, or text.
+    """The record with the fields of this service set from ``value``, which is a record or text.
 
     Raises:
         EntryError: the text is not a value of this service, or its fields cannot hold it.
@@ -46,7 +46,7 @@ def with_value(table: Table, service: Service, key: bytes, record: Record, value
         }
     merged = msgspec.json.encode(record | fields)
     if meant is not None and parse_value(table, service, key, merged) != meant:
-        raise EntryError("the record of a user cannot hold this value; edit the record in Consul")
+        raise EntryError("the record of a user cannot hold this value (edit the record in Consul)")
     return merged
 
 

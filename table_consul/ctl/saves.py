@@ -1,7 +1,7 @@
-"""What writes replaced: one file each, in a folder that only this user can enter.
+"""The saved writes: one file each, in a folder that only this user can enter.
 
-The files are numbered, and no number is given twice while the folder is in use. ``replaced`` in a file is what
-`consul kv export` of exactly these keys would have printed before the write, ``written`` what it would print after it.
+The files are numbered, and no number is reused while the folder is in use. ``replaced`` in a file is the output of
+`consul kv export` for these keys before the write, ``written`` the output after it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import msgspec
 from table_consul.errors import UNDECODABLE, TableConsulError, printable
 from table_consul.files import AtomicWriter, open_regular_file
 
-# The newest are kept; the last one always, however large it is.
+# The newest writes are kept; the last one always, whatever its size.
 KEPT = 100
 KEPT_BYTES = 64 << 20
 _NAME = re.compile(r"(\d{6,18})\.json")
-_HINT = "use --undo-dir, or --no-undo to write without"
+_HINT = "use --undo-dir, or --no-undo to write without saving"
 
 
 class Entry(msgspec.Struct):
-    """As `consul kv export` writes one."""
+    """An entry as `consul kv export` writes it."""
 
     key: str
     flags: int
@@ -49,24 +49,24 @@ _DECODER = msgspec.json.Decoder(Write)
 
 
 def save(folder: str, write: Write) -> int:
-    """Save a write, and remove the oldest beyond the bounds; its number.
+    """Save a write, remove the oldest beyond the limits, and return its number.
 
     Raises:
-        TableConsulError: it cannot be saved.
+        TableConsulError: the write cannot be saved.
     """
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         with _locked(folder):
-            known = numbers(folder)
-            number = max(known, default=0) + 1
+            saved = numbers(folder)
+            number = max(saved, default=0) + 1
             data = msgspec.json.encode(write)
             writer = AtomicWriter(_path(folder, number))
             try:
                 writer.write(data)
                 writer.commit()
             finally:
-                writer.discard()  # after commit there is nothing left of it
-            _remove_oldest(folder, known, len(data))
+                writer.discard()  # does nothing after commit
+            _remove_oldest(folder, saved, len(data))
     except OSError as error:
         what = (error.strerror or str(error)).lower()
         raise TableConsulError(f"{printable(folder)}: {what}; nothing was written ({_HINT})") from None
@@ -75,7 +75,7 @@ def save(folder: str, write: Write) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Other writers of the folder wait; what is put back must not come from another user."""
+    """Make other writers of the folder wait. The folder must belong to this user, because undo trusts its files."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         status = os.fstat(descriptor)
@@ -87,11 +87,11 @@ def _locked(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_oldest(folder: str, known: list[int], size: int) -> None:
-    for place, number in enumerate(known, 1):
+def _remove_oldest(folder: str, saved: list[int], size: int) -> None:
+    for rank, number in enumerate(saved, 1):
         with contextlib.suppress(OSError):
             size += os.stat(_path(folder, number)).st_size
-            if place >= KEPT or size > KEPT_BYTES:
+            if rank >= KEPT or size > KEPT_BYTES:
                 os.unlink(_path(folder, number))
 
 
@@ -115,7 +115,7 @@ def load(folder: str, number: int) -> Write:
         with _locked(folder), open(path, "rb", opener=open_regular_file) as file:
             return _DECODER.decode(file.read())
     except FileNotFoundError:
-        raise TableConsulError(f"{printable(folder)}: no write {number} (see undo --list)") from None
+        raise TableConsulError(f"{printable(folder)}: no write {number} (run undo --list)") from None
     except UNDECODABLE as error:
         raise TableConsulError(f"{printable(path)}: damaged: {error}") from None
 

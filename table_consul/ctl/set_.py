@@ -14,7 +14,7 @@ from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES
 
-# Far more than smtpd takes.
+# Far more than smtpd accepts.
 VALUE_MAX_BYTES = 1 << 20
 
 
@@ -40,11 +40,11 @@ def command(  # noqa: PLR0913 - the command line
     as_json: bool,
     undo: writing.Undo,
 ) -> int:
-    """Write VALUE for KEY. If VALUE is -, it is read from standard input.
+    """Store VALUE under KEY. If VALUE is -, it is read from standard input.
 
-    What lint would report is refused. In the record of a user the fields of SERVICE change, and no others.
+    A value that lint would report is rejected. In the record of a user, only the fields of SERVICE change.
 
-    Exit status: 0 written, or already so; 2 not written.
+    Exit status: 0 written or unchanged, 2 not written.
 
     \b
     Examples:
@@ -54,7 +54,7 @@ def command(  # noqa: PLR0913 - the command line
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]
-    name, problem = writing.usual(table, service, os.fsencode(key))
+    name, problem = writing.folded_key(table, service, os.fsencode(key))
     if problem and not force:
         raise TableConsulError(f"{printable(name)}: {problem}; nothing was written")
     parsed = ParsedFile("text", [FileEntry(name, _value(value), 1)], [])
@@ -69,7 +69,7 @@ def command(  # noqa: PLR0913 - the command line
 
 
 def _value(text: str) -> bytes:
-    """The value of the command line, or that of standard input, without the newline at its end."""
+    """The value from the command line, or from standard input without the newline at its end."""
     if text != "-":
         return os.fsencode(text)
     if sys.stdin is None:

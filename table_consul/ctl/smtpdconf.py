@@ -1,7 +1,7 @@
-"""Which tables smtpd.conf names, and what it looks up in each: read from the file, as smtpd prints no such thing.
+"""The tables of smtpd.conf, and the services that smtpd looks up in each.
 
-The words are split as smtpd splits them (smtpd: parse.y, yylex), with includes, macros, quotes and continued lines. The
-grammar is smtpd's own affair: ``smtpd -n`` finds its mistakes.
+Words are split as by smtpd (smtpd: parse.y, yylex), with includes, macros, quotes and continuation lines. The grammar
+is not checked: ``smtpd -n`` does that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from table_consul.config import DEFAULT_PATH
 from table_consul.errors import TableConsulError, printable
 from table_consul.files import open_regular_file, read_bounded
 
-# Beside where smtpd itself looks: OpenBSD, Debian, FreeBSD, Alpine, Fedora.
+# In addition to the path that smtpd contains: OpenBSD, Debian, FreeBSD, Alpine, Fedora.
 PATHS = (
     "/etc/mail/smtpd.conf",
     "/etc/smtpd.conf",
@@ -29,7 +29,7 @@ PATHS = (
 )
 BACKEND = "consul"
 SIZE_MAX = 16 << 20
-# Deeper than anyone includes files: a file that includes itself.
+# Only a file that includes itself gets deeper.
 DEPTH_MAX = 16
 _WORDS = re.compile(
     r"""(?P<gap>(?:[ \t\r]|\\\n)+|\#(?:\\.|[^\n\\])*) | \$(?P<macro>\w*)
@@ -37,7 +37,7 @@ _WORDS = re.compile(
     | (?P<word>[\w:](?:\\.|[^\s\\(){}<>!=\#,])*) | (?P<sign>=>|.)""",
     re.VERBOSE | re.DOTALL,
 )
-# The services that the word before a table has smtpd look up, where they do not depend on the statement.
+# The services that smtpd looks up in a table, by the word before it, if they do not depend on the statement.
 _SERVICES: dict[str, tuple[str, ...]] = {
     "alias": ("alias",),
     "virtual": ("alias",),
@@ -66,10 +66,10 @@ _IN_STATEMENT: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 class Use(NamedTuple):
-    """What smtpd looks up in a table, and where smtpd.conf says so."""
+    """The services that smtpd looks up in a table, and the place in smtpd.conf."""
 
     services: tuple[str, ...]
-    """One of them, depending on the version of smtpd and on what is looked up."""
+    """smtpd looks up one of them, depending on its version and on the key."""
     where: str
 
 
@@ -85,7 +85,7 @@ class Declared(NamedTuple):
 
 
 class SmtpdConf(NamedTuple):
-    """What concerns table-consul in smtpd.conf."""
+    """The parts of smtpd.conf that concern table-consul."""
 
     path: str
     tables: dict[str, Declared]
@@ -105,7 +105,7 @@ def program() -> str | None:
 
 
 def built_in(expression: bytes) -> list[str]:
-    """The paths that smtpd contains and the expression matches; none without smtpd."""
+    """The paths in the binary of smtpd that match the expression; none if smtpd is not installed."""
     path = program()
     if path is None:
         return []
@@ -122,14 +122,14 @@ def locate() -> str:
     for path in (*built_in(rb"\0(/[\w/.-]+/smtpd\.conf)\0"), *PATHS):
         if os.path.exists(path):
             return path
-    raise TableConsulError("smtpd.conf not found (name it with --smtpd-conf)")
+    raise TableConsulError("smtpd.conf not found (use --smtpd-conf)")
 
 
 def read(path: str) -> SmtpdConf:
-    """The tables of this smtpd.conf, and what they are used for.
+    """The tables of this smtpd.conf, and their uses.
 
     Raises:
-        OSError: it cannot be read; that of an included file is a problem.
+        OSError: the file cannot be read; for an included file, this is a problem instead.
     """
     reader = _Reader()
     statement: list[_Word] = []
@@ -145,7 +145,7 @@ def read(path: str) -> SmtpdConf:
 
 
 def tables_of(config: str | None) -> set[str]:
-    """The tables of this host that use this configuration, None for the default; none if that cannot be found out."""
+    """The tables of this host that use this configuration (None for the default); none if smtpd.conf cannot be read."""
     with contextlib.suppress(OSError, TableConsulError):
         declared = read(locate()).tables.values()
         return {table.name for table in declared if (table.config or DEFAULT_PATH) == (config or DEFAULT_PATH)}
@@ -179,7 +179,7 @@ class _Reader:
 
     def _included(self, path: str, where: str, depth: int) -> Iterator[_Word]:
         if depth == DEPTH_MAX:
-            self.problems.append((where, f"more than {DEPTH_MAX} files include each other"))
+            self.problems.append((where, f"includes are nested more than {DEPTH_MAX} deep"))
             return
         try:
             yield from self.words(path, depth + 1)
@@ -206,7 +206,7 @@ class _Reader:
                 yield _Word(kind, re.sub(r"\\\n|\\(.)", r"\1", found) if kind == "word" else found, where)
 
     def take(self, statement: list[_Word]) -> None:
-        """Take what a statement says about tables."""
+        """Record the tables that a statement defines or uses."""
         match statement:
             case [_Word("word", "table"), _Word("word" | "string", name, where), _Word("word" | "string", source)]:
                 config = _config(source)
@@ -222,7 +222,7 @@ class _Reader:
                 continue
             name, before = statement[place + 1].text, statement[place - 1].text
             if name not in self.tables:
-                self.problems.append((word.where, f"table {printable(name)} is used and not defined"))
+                self.problems.append((word.where, f"table {printable(name)} is used but not defined"))
             elif (table := self.tables[name]) is not None:
                 services = _IN_STATEMENT.get((verb, before)) or _SERVICES.get(before, ())
                 if before == "regex":

@@ -17,9 +17,9 @@ class Prefix(msgspec.Struct):
     keys: int | None = None
     refused: int | None = None
     held: int | None = None
-    """Entries that go on answering although they are deleted in Consul."""
+    """Entries that still answer although they are deleted in Consul."""
     held_seconds: float | None = None
-    """For how long, from when the metrics were taken."""
+    """How much longer they answer, from when the metrics were taken."""
     hidden: list[str] = []
     """Services whose folder the token may not read."""
     last_error: str | None = None
@@ -31,7 +31,7 @@ class Prefix(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """One table; moments in seconds since the epoch. ``healthy`` is None if it is unknown."""
+    """One table; times in seconds since the epoch. ``healthy`` is None if unknown."""
 
     table: str
     state: str
@@ -40,8 +40,8 @@ class Status(msgspec.Struct):
     started: float | None = None
     place: str | None = None
     taken: float | None = None
-    """When the metrics were true."""
+    """When the metrics were written or fetched."""
     live: bool = False
-    """They come from a socket, not from a file."""
+    """The metrics come from a socket, not from a file."""
     remarks: list[str] = []
     prefixes: list[Prefix] = []

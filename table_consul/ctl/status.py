@@ -1,4 +1,4 @@
-"""``table-consulctl status``: whether the tables' processes run and follow Consul, from the metrics they publish."""
+"""``table-consulctl status``: show whether the tables' processes run and follow Consul, from their metrics."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableCons
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
 
-# An agent without a leader answers with an error after 7 seconds (Consul 1.8.7).
+# An agent without a leader returns an error after 7 seconds (Consul 1.8.7).
 CONSUL_SECONDS = 10.0
 # Time for a daemon to load the table and, with a text file, to write that file.
 LAG_SECONDS = 5.0
 POLL_SECONDS = 0.25
-# Three writes were missed: the process is gone, and its file stays.
+# After three missed writes the process is gone, and its file remains.
 STALE_SECONDS = 3 * WRITE_INTERVAL_SECONDS
 # A daemon closes each connection within about half of this.
 ANSWER_SECONDS = 10.0
-# Some 200 bytes a series: more than one process has.
+# At about 200 bytes per series, more than one process has.
 SIZE_MAX = 16 << 20
 OWN = "table_consul_"
-# No moment, index or count is larger, and time.localtime() takes none that is much so.
+# No time, index or count is larger, and time.localtime() rejects much larger numbers.
 VALUE_MAX = 1e15
 
 Indexes = dict[tuple[str, str], tuple[int | None, str]]
-"""By table and folder: Consul's index, if it is known, and a remark, if there is any."""
+"""By table and folder: Consul's index (None if unknown), and a remark (empty if there is none)."""
 
 NOT_CONFIGURED = """\
-no metrics are configured, so there is nothing to show. Add to {path}:
+no metrics are configured. Add to {path}:
 
     [metrics]
     textfile = "/var/lib/prometheus/node-exporter/table-consul-{{table}}.prom"
-    # or, without a node_exporter, in place of textfile:
+    # or, without node_exporter, instead of textfile:
     listen = "unix:///run/table-consul/{{table}}.sock"
 
-in a folder that smtpd's unprivileged user may write to. Then: smtpctl update table NAME"""
+smtpd's unprivileged user must be able to write to the folder. Then run: smtpctl update table NAME"""
 
 
 _ORDER = (False, None, True).index
@@ -61,20 +61,20 @@ def _limits(_context: click.Context, _option: click.Parameter, text: str | None)
     """The thresholds, warning and critical."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?", text or "", re.ASCII)
     if found is None or text == "":
-        raise click.BadParameter("must be a number, or two with a comma between")
+        raise click.BadParameter("must be a number, or two numbers with a comma between them")
     warning, critical = (None if limit is None else float(limit) for limit in found.groups())
     return warning, critical
 
 
 @click.command("status")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--offline", is_flag=True, help="Do not ask Consul whether it has newer data.")
-@click.option("--nagios", "as_nagios", is_flag=True, help="Write one line for Nagios, with --offline.")
+@click.option("--offline", is_flag=True, help="Do not compare with Consul.")
+@click.option("--nagios", "as_nagios", is_flag=True, help="Write one line for Nagios; implies --offline.")
 @click.option(
-    "--age", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: most seconds since Consul confirmed the data."
+    "--age", metavar="WARN[,CRIT]", callback=_limits, help="With --nagios: maximum age of the data, in seconds."
 )
-@click.option("--keys", metavar="WARN[,CRIT]", callback=_limits, help="Nagios: fewest keys.")
-@click.option("--metrics", "place", metavar="PLACE", help="Read these, as in [metrics], and no configuration.")
+@click.option("--keys", metavar="WARN[,CRIT]", callback=_limits, help="With --nagios: minimum number of keys.")
+@click.option("--metrics", "place", metavar="PLACE", help="Read the metrics here, without the configuration.")
 @as_json
 @late_config
 @click.pass_context
@@ -89,13 +89,13 @@ def command(
     place: str | None,
     as_json: bool,
 ) -> int:
-    """Show for each TABLE whether its process runs, and how old its data is.
+    """Show whether the process of TABLE runs, and how old its data is.
 
-    The processes publish this as metrics, so [metrics] must be configured. The manual page explains the states.
+    This requires [metrics]; table-consulctl(8) explains the states.
 
-    Without TABLE: all that are configured, in smtpd.conf, or publish metrics.
+    Without TABLE: all tables that are configured, in smtpd.conf, or publish metrics.
 
-    Exit status: 0 healthy; 1 some are not; 2 unknown. With --nagios 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
+    Exit status: 0 healthy, 1 not healthy, 2 unknown; with --nagios, 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 
     \b
     Examples:
@@ -104,24 +104,24 @@ def command(
     """  # noqa: D301 - the mark by which click keeps lines as they are
     if not as_nagios:
         if {*age, *keys} != {None}:
-            raise click.UsageError("--age and --keys are for --nagios")
+            raise click.UsageError("--age and --keys require --nagios")
         return _print(_config(context, place), tables, offline=offline or place is not None, as_json=as_json)
     if as_json:
-        raise click.UsageError("--nagios and --json exclude each other")
+        raise click.UsageError("--nagios and --json cannot be combined")
     try:
         config = _config(context, place)
         if config.metrics == MetricsConfig():
-            raise ConfigError("no metrics are configured (add [metrics], see table-consulctl status)")
+            raise ConfigError("no metrics are configured (add [metrics]; for an example, run table-consulctl status)")
         code, text = nagios.report(_worst(published_statuses(config, tables)), nagios.Limits(age, keys))
     except (TableConsulError, OSError) as error:
-        hint = "; or name the metrics with --metrics" if isinstance(error, ConfigError) and place is None else ""
+        hint = "; or use --metrics" if isinstance(error, ConfigError) and place is None else ""
         code, text = nagios.UNKNOWN, nagios.line(nagios.UNKNOWN, f"{error}{hint}")
     click.echo(text)
     return code
 
 
 def _config(context: click.Context, place: str | None) -> Config:
-    """The configuration; one with only these metrics, if they are named, so that no secret file need be readable."""
+    """The configuration; with ``place``, one with only these metrics, which works without access to secret files."""
     path = context.find_root().obj
     if place is None:
         return load_config(path)
@@ -160,26 +160,29 @@ def published_statuses(config: Config, tables: Sequence[str] = ()) -> list[Statu
     """The published state of these tables; without any, of all that are configured, in smtpd.conf or publish metrics.
 
     Raises:
-        TableConsulError: metrics cannot be read here; ConfigError: a name that no table can have.
+        TableConsulError: metrics cannot be read on this host.
+        ConfigError: a name is not a valid table name.
     """
     try:
         import prometheus_client.parser  # noqa: F401 - without it the daemons publish nothing either
     except ImportError:
-        raise TableConsulError("to read metrics, install table-consul[metrics] or python3-prometheus-client") from None
+        raise TableConsulError(
+            "prometheus_client is missing (install table-consul[metrics] or python3-prometheus-client)"
+        ) from None
     known = {*config.tables, *published_tables(config), *smtpdconf.tables_of(config.path)}
     wanted = tables or sorted(known) or (config.defaults.name,)
     return [status_of(config, config.table(name).name) for name in dict.fromkeys(wanted)]
 
 
 def published_tables(config: Config) -> set[str]:
-    """The tables for which there is a text file or socket, whether their process still runs or not."""
+    """The tables that have a text file or socket, even if their process has ended."""
     found = set()
     for pattern in (config.metrics.textfile or "", (config.metrics.listen or "").removeprefix("unix://")):
         before, *rest = pattern.split("{table}")
         expression = re.escape(before) + "([^/]+)" + r"\1".join(map(re.escape, rest))
         for path in glob.iglob("*".join(map(glob.escape, (before, *rest)))) if rest else ():
             if matched := re.fullmatch(expression, path):
-                with contextlib.suppress(ConfigError):  # no table has such a name: another program's file
+                with contextlib.suppress(ConfigError):  # not a table name: a file of another program
                     found.add(config.table(matched[1]).name)
     return found
 
@@ -187,7 +190,7 @@ def published_tables(config: Config) -> set[str]:
 def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) -> Status:
     """The published metrics of this table: from ``listen`` if it answers within ``timeout`` seconds, or ``textfile``.
 
-    Without metrics the table is not running, or unknown, and the remarks give the reason. Needs prometheus_client.
+    Without metrics the table is not running, or unknown, and the remarks give the reason. Requires prometheus_client.
     """
     status = Status(table, "not running", healthy=False)
     patterns = ((config.metrics.listen, True), (config.metrics.textfile, False))
@@ -199,11 +202,11 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
                 running = _parsed(data, table)
                 running.place, running.taken, running.live = place, taken, live
                 if config.consul.addresses[0].startswith("file://"):
-                    running.state, running.remarks = "file", [f"answers from {config.consul.addresses[0]}"]
-                    for prefix in running.prefixes:  # published once there was an error
+                    running.state, running.remarks = "file", [f"read from {config.consul.addresses[0]}"]
+                    for prefix in running.prefixes:  # published after an error
                         prefix.state = "file"
                 return running
-            text = f"last written {age:.0f} s ago, so nothing writes it any more (remove the file if the table is gone)"
+            text = f"last written {age:.0f} s ago, so the process has ended (remove the file if the table is gone)"
         except (OSError, http.client.HTTPException, SourceError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
             if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
@@ -213,7 +216,7 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
 
 
 class _Socket(socket.socket):
-    """Bounds a whole answer, headers and body; the timeout of a socket bounds each read."""
+    """A socket with a deadline for the whole response; the timeout of a socket applies to each read."""
 
     deadline: float
 
@@ -241,7 +244,7 @@ def _fetch(place: str, timeout: float, *, live: bool) -> tuple[bytes, float]:
         connection.request("GET", "/metrics")
         response = connection.getresponse()
         if response.status != 200:
-            raise SourceError(f"answers with status {response.status}, not with metrics")
+            raise SourceError(f"returned status {response.status} instead of metrics")
         return read_bounded(response, SIZE_MAX), time.time()
 
 
@@ -251,14 +254,14 @@ def _parsed(data: bytes, table: str) -> Status:
     try:
         every = [sample for family in text_string_to_metric_families(data.decode()) for sample in family.samples]
     except Exception as error:  # noqa: BLE001 - a malformed line raises any exception in the parser
-        raise SourceError(f"no Prometheus metrics ({type(error).__name__})") from None
+        raise SourceError(f"not Prometheus metrics ({type(error).__name__})") from None
     own = [(name[len(OWN) :], labels, value) for name, labels, value, *_ in every if name.startswith(OWN)]
     if not all(abs(value) < VALUE_MAX for _, _, value in own):
-        raise SourceError("values that table-consul does not write")  # NaN among them
+        raise SourceError("contains values that table-consul does not write")  # NaN among them
     tables = {labels.get("table", "") for name, labels, _ in own if name == "build_info"}
     if table not in tables:
         others = ", ".join(sorted(map(printable, tables))) or "other programs"
-        raise SourceError(f"metrics of {others} only (put {{table}} into its name)")
+        raise SourceError(f"contains only metrics of {others} (add {{table}} to its name)")
     status = Status(table, "direct", healthy=True)
     prefixes: dict[str, tuple[Prefix, dict[str, float]]] = {}
     for name, labels, value in own:
@@ -303,9 +306,9 @@ def _judge(prefix: Prefix, values: dict[str, float]) -> None:
     prefix.state = next((state for state, holds in states.items() if holds), "outage")
     prefix.healthy = prefix.state in ("following", "direct") and not prefix.hidden
     remarks = {
-        'raise max_keys, or configure mode = "direct"': prefix.state == "too large",
-        "Consul cannot be read: every answer is an error": not mirrored and values.get("up") == 0,
-        f"the token may not read {', '.join(prefix.hidden)}: answers there are errors": prefix.hidden,
+        'raise max_keys, or set mode = "direct"': prefix.state == "too large",
+        "Consul cannot be read: every lookup returns an error": not mirrored and values.get("up") == 0,
+        f"the token may not read {', '.join(prefix.hidden)}: lookups there return errors": prefix.hidden,
     }
     prefix.remarks = [text for text, applies in remarks.items() if applies]
 
@@ -322,14 +325,14 @@ def _compare(config: Config, statuses: list[Status]) -> list[Status]:
             table = config.table(name)
             paths = {printable(path): path for path in table.folders()}
             try:
-                if isinstance(error, Unreachable):  # finding that out takes time: once is enough
+                if isinstance(error, Unreachable):  # one timeout is enough
                     raise error
-                # The daemon's own query, so that the index is of the same kind; its body is not read.
+                # The same query as the daemon's, so that the indexes compare. Its body is not read.
                 with client.blocking_query(paths[prefix], timeout=max(table.deadline, CONSUL_SECONDS)) as response:
-                    remark = "Consul hides keys of it from this token" if response.filtered else ""
+                    remark = "Consul hides keys of this folder from the token" if response.filtered else ""
                     indexes[name, prefix] = response.index, remark
             except KeyError:
-                remark = f"not in {printable(config.path or 'the configuration')}: update the table"
+                remark = f"not in {printable(config.path or 'the configuration')} (run smtpctl update table {name})"
                 indexes[name, prefix] = None, remark
             except SourceError as caught:
                 error = caught
@@ -339,7 +342,7 @@ def _compare(config: Config, statuses: list[Status]) -> list[Status]:
 
 
 def _caught_up(config: Config, status: Status, indexes: Indexes, asked: float) -> Status:
-    """The status once its daemon has loaded, and published, what Consul had when it was asked, or should have."""
+    """The status after its daemon has published what Consul had when ``asked``, or has had the time to."""
     by = asked + LAG_SECONDS + (0 if status.live else WRITE_INTERVAL_SECONDS)
     behind = _is_behind(status, indexes)
     if behind and not status.live and sys.stderr.isatty():
@@ -352,7 +355,7 @@ def _caught_up(config: Config, status: Status, indexes: Indexes, asked: float) -
 
 
 def _is_behind(status: Status, indexes: Indexes) -> bool:
-    """Whether Consul has changes that the table lacks; noted in the status, which is fresh."""
+    """Whether Consul has changes that the table lacks. The result is also added to the status."""
     for prefix in status.prefixes:
         prefix.consul_index, remark = indexes.get((status.table, prefix.prefix), (None, ""))
         if prefix.consul_index is not None and prefix.index is not None:
@@ -364,7 +367,7 @@ def _is_behind(status: Status, indexes: Indexes) -> bool:
 
 
 def _text(status: Status) -> str:
-    """The table as text, one item a line; fits a terminal of 40 columns."""
+    """The table as text, one item per line, for terminals of 40 columns or more."""
     now = time.time()
     items: list[tuple[str, str | None]] = []
     for prefix in status.prefixes:

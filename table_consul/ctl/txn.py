@@ -1,7 +1,7 @@
 """Write to Consul's key-value store in transactions that change a key only if it is unchanged since it was read.
 
-Each operation is a check-and-set with the ModifyIndex that was read, 0 for a new key. A transaction that is sent twice
-is therefore harmless, and after an interruption the next run does the rest.
+Each operation is a check-and-set with the ModifyIndex that was read, 0 for a new key. Sending a
+transaction twice is therefore harmless, and after an interruption the next run writes the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from table_consul.transport import Request
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
 
-# Consul takes no more in one transaction (agent/txn_endpoint.go, maxTxnOps; txn_max_req_len).
+# Consul accepts no more in one transaction (agent/txn_endpoint.go, maxTxnOps; txn_max_req_len).
 OPERATIONS_MAX = 64
 BODY_MAX_BYTES = 512 << 10
 
@@ -58,7 +58,7 @@ R = TypeVar("R", bound=_Result)
 
 
 class Store(kv.Client):
-    """A client that also writes; like `kv.Client`, it has one conversation at a time."""
+    """A client that also writes; like `kv.Client`, not for use by two threads at once."""
 
     def __init__(self, settings: ConsulConfig) -> None:
         super().__init__(settings)
@@ -73,17 +73,18 @@ class Store(kv.Client):
         Raises:
             SourceError: Consul does not answer, or this token may not read all of them.
         """
-        # An ACL makes a list shorter, or empty, without an error; only the read of one key answers 403. It also finds
-        # sooner than a list, which may take long, that Consul does not answer.
+        # An ACL shortens a list without an error; only the read of one key returns 403. If Consul does not answer, the
+        # read also fails sooner than a list.
         self.get(path + PROBE, timeout=WRITE_SECONDS)
         pairs = self.list(path, timeout=READ_SECONDS)
         return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in pairs]
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[Change]:
-        """Write all of the changes, or none; if none, the changes whose keys have changed since they were read.
+        """Write all changes or none; if none, return those whose keys have changed since they were read.
 
         Raises:
-            SourceError: they may or may not be written (Unreachable), or Consul refused them for another reason.
+            Unreachable: the changes may or may not be written.
+            SourceError: Consul rejected the changes.
         """
         operations = [operation(change, self.scope) for change in changes]
         failures = self._transaction(operations, _RESULT, timeout).errors or []
@@ -95,13 +96,13 @@ class Store(kv.Client):
                     " table-consulctl policy --write TABLE; for another token, use --token-file)"
                 )
             if "index is stale" not in each.what:
-                raise BadResponse(f"Consul at {self.address} refuses to write {key}: {printable(each.what)}")
+                raise BadResponse(f"Consul at {self.address} rejects the write of {key}: {printable(each.what)}")
         return [changes[each.op_index] for each in failures]
 
     def is_written(self, change: Change) -> bool:
         """Whether Consul holds the result of the change, from this run or another writer.
 
-        It is read by a transaction, as it may have a name that no URL can carry.
+        A transaction reads it, because no URL may be able to name the key.
         """
         read = {"KV": {"Verb": "get", "Key": change.key.decode(), **self.scope}}
         result = self._transaction([read], _READ_RESULT, WRITE_SECONDS)
@@ -125,7 +126,7 @@ class Store(kv.Client):
         with kv.Response(self, self._send(build, timeout)) as response:
             result = response.decoded(decoder)
             if not all(0 <= each.op_index < len(operations) for each in result.errors or ()):
-                raise response.bad("reports operations that were not in the transaction")
+                raise response.bad("returned errors for operations that were not in the transaction")
         return result
 
 
@@ -138,7 +139,7 @@ def operation(change: Change, scope: Mapping[str, str]) -> dict[str, Any]:
 
 
 def batches(changes: Sequence[Change], scope: Mapping[str, str]) -> Iterator[list[Change]]:
-    """The changes, in order, in batches of at most as many and as large as one transaction takes."""
+    """Yield the changes, in order, in batches that fit one transaction."""
     batch: list[Change] = []
     size = 2
     for change in changes:
@@ -157,7 +158,7 @@ class Progress(NamedTuple):
 
     written: list[Change]
     conflicts: list[Change]
-    """Keys that somebody else changed after they were read; they were not written."""
+    """Changes that were not written, because their keys have changed since they were read."""
 
 
 def write(
@@ -170,10 +171,10 @@ def write(
 ) -> Iterator[Progress]:
     """Write the changes, one transaction after the other. A conflict affects only its own key.
 
-    While Consul is unreachable a transaction is repeated for `RETRY_SECONDS`; ``on_retry`` is called once for it.
+    While Consul is unreachable, a transaction is retried for `RETRY_SECONDS`; ``on_retry`` is called once.
 
     Raises:
-        SourceError: as Store.transact. What was yielded is written; the current transaction may be.
+        SourceError: as `Store.transact`. Yielded changes are written; those of the current transaction may be.
     """
     for batch in batches(changes, store.scope):
         conflicts: list[Change] = []
@@ -193,6 +194,6 @@ def write(
             if not stale:
                 break
             left = [change for change in left if change not in stale]
-            # Consul may have written what it could not confirm, and a second attempt finds that.
+            # Consul may have written a change without confirming it; a second attempt finds it written.
             conflicts += [change for change in stale if not store.is_written(change)]
         yield Progress([change for change in batch if change not in conflicts], conflicts)

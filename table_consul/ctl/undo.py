@@ -1,4 +1,4 @@
-"""``table-consulctl undo``: put back what an earlier write replaced."""
+"""``table-consulctl undo``: restore the entries that a write replaced."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def command(
     as_json: bool,
     undo: writing.Undo,
 ) -> int:
-    """Put back what write N replaced; without N, the newest one.
+    """Restore the entries that write N replaced; without N, the newest write.
 
-    A key that somebody has changed since is listed and left alone. An undo is a write, so it can be undone as well.
+    A key that has changed since is listed and skipped. An undo is a write, so it can be undone too.
 
-    Exit status: 0 everything is as before the write, 2 something was not put back.
+    Exit status: 0 everything is as before the write, 2 something was not restored.
 
     \b
     Examples:
@@ -63,15 +63,15 @@ def command(
     hashed = saved.service not in SERVICES or SERVICES[saved.service].hashed
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
         changes, changed = _changes(saved, store.entries(target.path))
-        conflict = "changed in Consul since it was written; left alone"
+        conflict = "changed in Consul since it was written; skipped"
         writer = writing.Writer(target, store, undo, as_json, conflict)
         writer.show(changes, hashed=hashed)
-        again = f"; table-consulctl undo {chosen} writes the rest"
+        again = f" (to write the rest, run table-consulctl undo {chosen})"
         return writer.apply(changes, hashed=hashed, skipped=changed, again=again)
 
 
 def _changes(saved: Write, stored: Sequence[Stored]) -> tuple[list[Change], list[bytes]]:
-    """What to write, and the keys that have changed since. Those that are as before the write need nothing."""
+    """The changes that restore the entries, and the keys that have changed since the write."""
     from table_consul.ctl.plan import Change
 
     now = {each.key: each for each in stored}

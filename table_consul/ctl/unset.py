@@ -35,9 +35,9 @@ def command(
     as_json: bool,
     undo: writing.Undo,
 ) -> int:
-    """Remove each KEY. From the record of a user only the fields of SERVICE are removed.
+    """Remove each KEY. From the record of a user, only the fields of SERVICE are removed.
 
-    Exit status: 0 removed; 1 some KEY is not there, and the others are removed; 2 not removed.
+    Exit status: 0 removed, 1 some KEY not found and the others removed, 2 not removed.
 
     \b
     Examples:
@@ -59,7 +59,7 @@ def command(
 
 
 def _found(keys: Sequence[str], stored: Sequence[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Each key with the one that is stored: the same, or the one that differs in case."""
+    """Yield each key that is found, with the stored key, which may differ in case."""
     folded = {fold_key(key): key for key in stored}
     exact = set(stored)
     for key in keys:

@@ -1,4 +1,4 @@
-"""What the commands that write share: their options, how changes look, and how they are saved, written and logged."""
+"""Shared by the commands that write: options, the display of changes, saving, writing and logging."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from table_consul.ctl.txn import Progress, Store
 
 VALUE_CHARACTERS = 60
-# Fewer are written before anyone has looked at a progress bar.
+# Fewer are written before a progress bar is of use.
 BAR_CHANGES = 1000
 # Before writing; import --dry-run shows all.
 CHANGES_SHOWN = 100
-# Enough to fix a file; if there are more, something else is wrong with it.
+# More than these usually have one cause.
 PROBLEMS_SHOWN = 20
 STYLES = {"add": ("+", "green"), "change": ("~", "yellow"), "remove": ("-", "red")}
 ROOT_FOLDER = "/var/lib/table-consul/undo"
@@ -39,7 +39,7 @@ USER_FOLDER = "~/.local/state/table-consul/undo"
 
 
 class Target(NamedTuple):
-    """What a command writes to: the names of a table and a service, and their folder."""
+    """The table and the service that a command writes to, and their folder."""
 
     table: str
     service: str
@@ -51,17 +51,17 @@ class Target(NamedTuple):
 
     @classmethod
     def with_note(cls, table: Table, service: Service) -> Target:
-        """As `of`, with a note if smtpd does not ask the table for the service."""
+        """As `of`, but prints a note if the table does not have the service."""
         # Users without a hash in auth may have one in credentials.
         if service.name not in table.readable_services:
-            click.echo(f"note: smtpd does not ask {table.name} for {service.name}: not among its services", err=True)
+            click.echo(f"note: {service.name} is not among the services of table {table.name}", err=True)
         return cls.of(table, service)
 
 
-token_file = click.option("--token-file", metavar="PATH", help="The ACL token to write with; else CONSUL_HTTP_TOKEN.")
+token_file = click.option("--token-file", metavar="PATH", help="Read the ACL token to write with from PATH.")
 
 
-force = click.option("--force", is_flag=True, help="Write what lint would report.")
+force = click.option("--force", is_flag=True, help="Write even what lint would report.")
 
 
 class Undo(NamedTuple):
@@ -79,9 +79,9 @@ def with_undo(function: Callable[..., int]) -> Callable[..., int]:
         default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
         return function(*arguments, undo=Undo(undo_dir or default, not no_undo), **options)
 
-    help_text = "Where to save what is replaced."
+    help_text = "Save the replaced entries in PATH."
     folder = click.option("--undo-dir", metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=help_text)
-    return folder(click.option("--no-undo", is_flag=True, help="Do not save what is replaced.")(called))
+    return folder(click.option("--no-undo", is_flag=True, help="Do not save the replaced entries.")(called))
 
 
 def check_address(settings: config.Config) -> None:
@@ -104,11 +104,11 @@ def open_store(settings: config.Config, token_file: str | None) -> Store:
 
 
 def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -> Iterator[Progress]:
-    """As `txn.write`, after saving what the changes replace; with a line in syslog, and a progress bar at a terminal.
+    """As `txn.write`, after saving the replaced entries; with a line in syslog, and a progress bar on a terminal.
 
     Raises:
-        TableConsulError: it cannot be saved, and nothing is written.
-        SourceError: as by `txn.write`.
+        TableConsulError: the entries cannot be saved; nothing is written.
+        SourceError: as `txn.write`.
     """
     from table_consul.ctl import txn
 
@@ -160,7 +160,7 @@ def _save(target: Target, changes: Sequence[Change], folder: str) -> None:
 
 
 def _log(target: Target, written: Counter[str], conflicts: int) -> None:
-    """Who wrote what, for the log of the mail host; no keys and no values."""
+    """Log the user, the command and the counts, without keys and values."""
     parts = (main.operator(), click.get_current_context().info_name, target.table, target.service)
     counts = f"{written['add']} added, {written['change']} changed, {written['remove']} removed"
     more = f", {conflicts} skipped" if conflicts else ""
@@ -180,7 +180,7 @@ def documents(changes: Iterable[Change], target: Target, *, hashed: bool) -> Ite
 def echo_changes(
     changes: Sequence[Change], target: Target, *, hashed: bool, limit: int = CHANGES_SHOWN, more: str = ""
 ) -> None:
-    """Print the changes, one coloured line each; beyond ``limit`` their number and ``more``."""
+    """Print the changes, one coloured line each; beyond ``limit``, their number and ``more``."""
     for change in documents(islice(changes, limit), target, hashed=hashed):
         sign, colour = STYLES[change["change"]]
         click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
@@ -201,19 +201,19 @@ def _description(change: dict[str, Any]) -> str:
     return f"{key} {old or '(none)'} -> {new or '(none)'}"
 
 
-def usual(table: Table, service: Service, key: bytes) -> tuple[bytes, str | None]:
-    """The key as smtpd asks for it, and why that would mean something else; prints a note if it differs."""
+def folded_key(table: Table, service: Service, key: bytes) -> tuple[bytes, str | None]:
+    """The key as smtpd looks it up, and why folding changes its meaning. Prints a note if the key differs."""
     from table_consul.services.judge import key_problem
 
     name = fold_key(key.strip())
     problem = key_problem(table, service, name, key) if service.name == "regex" else None
     if name != key and not problem:
-        click.echo(f"note: {printable(key)} is stored as {printable(name)}, as smtpd asks for it", err=True)
+        click.echo(f"note: {printable(key)} is stored as {printable(name)}, as smtpd looks it up", err=True)
     return name, problem
 
 
 class Writer(NamedTuple):
-    """Writes the changes of one command, and reports what became of them."""
+    """Writes the changes of one command, and reports the result."""
 
     target: Target
     store: Store
@@ -222,29 +222,29 @@ class Writer(NamedTuple):
     conflict: str = "changed in Consul since it was read; skipped (run the command again)"
 
     def show(self, changes: Sequence[Change], *, hashed: bool) -> None:
-        """Print the changes, unless a document is printed in the end."""
+        """Print the changes, unless the command prints JSON at its end."""
         if not self.as_json:
             echo_changes(changes, self.target, hashed=hashed)
 
     def judge_and_apply(self, plan: Plan, service: Service, *, force: bool | None = None) -> int:
-        """Write a plan unless it has problems; the exit status.
+        """Write a plan that has no problems, and return the exit status.
 
         Raises:
-            TableConsulError: it has problems, and ``force`` is not true or helps with none of them.
+            TableConsulError: the plan has problems, and ``force`` is not true or does not help.
         """
         problems = plan.problems
         found = [(printable(self.target.path + each.key), each.text) for each in (*problems, *plan.refused)]
         main.echo_problems(found, limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
-            hint = " (--force writes it)" if plan.changes and force is not None else ""
+            hint = " (use --force to write it)" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
         self.show(plan.changes, hashed=service.hashed)
         return self.apply(plan.changes, hashed=service.hashed) or (main.FAILED if plan.refused else 0)
 
     def apply(self, changes: Sequence[Change], *, hashed: bool, skipped: Sequence[bytes] = (), again: str = "") -> int:
-        """Write the changes; the exit status. ``skipped`` are further keys to report as changed by somebody else.
+        """Write the changes, and return the exit status. ``skipped`` lists further keys to report as conflicts.
 
-        ``again`` is the advice after an interruption, when some of the changes are written.
+        ``again`` is the hint after an interruption, when some of the changes are written.
         """
         written, conflicts = 0, list(skipped)
         try:

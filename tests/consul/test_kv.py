@@ -111,7 +111,7 @@ def test_list_with_hidden_entries_is_an_error_where_consul_reports_them(client, 
     if fake.since < (1, 11):
         assert client.list(b"consul/alias/", timeout=2) == []
         return
-    with pytest.raises(Forbidden, match="hides keys under consul/alias/ from this token"):
+    with pytest.raises(Forbidden, match="hides keys under consul/alias/ from the token"):
         client.list(b"consul/alias/", timeout=2)
 
 
@@ -182,7 +182,7 @@ def test_prefix_that_no_url_can_name_is_refused_before_any_request(client, fake,
 def test_unusual_key_is_read_unchanged(client, fake, key):
     assert kv.is_url_safe(key)
     if names.fault(fake.since, key) is not None:
-        with pytest.raises(BadResponse, match="refuses the name of this key"):
+        with pytest.raises(BadResponse, match="rejects the name of this key"):
             client.get(key, timeout=1)
         return
     assert client.get(key, timeout=1) is None

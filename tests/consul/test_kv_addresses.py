@@ -43,7 +43,7 @@ def test_kept_connection_that_closes_on_a_request_is_replaced_silently(client, f
 
 def test_new_connection_that_closes_is_not_retried(client, fake):
     fake.handle = lambda request: None
-    assert "closed without an answer" in str(failure(client))
+    assert "closed without a response" in str(failure(client))
     assert len(fake.requests) == 1
 
 

@@ -169,7 +169,7 @@ def test_answer_without_a_leader_header_is_an_error(fake, connect, leader, statu
 def test_deeply_nested_body_is_an_error(client, fake, depth, body):
     fake.handle = lambda request: Answer(200, TRUE, body % (b"[" * depth, b"]" * depth))
     for read in (client.get, client.list, client.keys):
-        with pytest.raises(BadResponse, match="unusable answer"):
+        with pytest.raises(BadResponse, match="invalid response body"):
             read(b"consul/alias/root", timeout=2)
 
 

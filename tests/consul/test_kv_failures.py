@@ -35,7 +35,7 @@ LATER = "rename the key, or set disable_kv_key_validation in Consul's configurat
 @pytest.mark.parametrize(
     ("version", "name", "words", "hint"),
     [
-        ("1.21.5", b"user@example.org", "keys should respect the", "a limit of Consul 1.21.5"),
+        ("1.21.5", b"user@example.org", "keys should respect the", "upgrade Consul 1.21.5"),
         ("1.22", b"root ", "leading/trailing spaces are not allowed", LATER),
         ("1.22", b"u%20x", "leading/trailing spaces are not allowed", LATER),
         ("1.22", b"x%2e%2ey", "path traversal is not allowed", LATER),
@@ -46,7 +46,7 @@ def test_refused_name_is_reported_with_the_reason_of_consul(connect, version, na
         error = failure(connect(fake.address), b"consul/alias/" + name)
     assert isinstance(error, BadName)
     text = str(error)
-    assert f"refuses the name of this key: 500 invalid key name, {words}" in text
+    assert f"rejects the name of this key: 500 invalid key name, {words}" in text
     assert hint in text
     assert ("disable_http_unprintable_char_filter" in text) == (version == "1.21.5")
     assert name.decode() not in text
@@ -95,7 +95,7 @@ def test_403_with_a_token_is_forbidden(answered):
     text = "Permission denied: token with AccessorID '5c1b' lacks permission 'key:read' on \"aliases/alias/vera@x\""
     error = answered(403, text)
     assert isinstance(error, Forbidden)
-    assert str(error).endswith("refuses the token: 403 Permission denied ... lacks permission 'key:read'")
+    assert str(error).endswith("rejects the token: 403 Permission denied ... lacks permission 'key:read'")
 
 
 @pytest.mark.parametrize("text", ["Permission denied", "ACL not found", ""])
@@ -104,7 +104,7 @@ def test_403_without_a_token_reports_the_missing_token(answered, text):
     assert isinstance(error, Forbidden)
     assert f"403 {text}".strip() in str(error)
     assert "no token is configured" in str(error)
-    assert "refuses the token" not in str(error)
+    assert "rejects the token" not in str(error)
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])

@@ -198,7 +198,7 @@ def test_query_after_a_truncated_one_starts_over(fake, client):
     fake.handle = lambda request: answer
     query(client, b"t/")
     fake.handle = cut(answer, len(answer.wire()) - 9)
-    with pytest.raises(Unreachable, match="cut off"):
+    with pytest.raises(Unreachable, match="truncated"):
         query(client, b"t/")
     fake.handle = lambda request: answer
     assert query(client, b"t/").pairs == [(b"t/a", b"x"), (b"t/b", b"y")]
@@ -308,7 +308,7 @@ def test_list_that_misses_the_deadline_is_too_large(fake, connect):
 
     fake.handle = stops
     for read in (client.list, client.keys):
-        with pytest.raises(TooLarge, match="0 MiB of a list arrived in time, and not all of it"):
+        with pytest.raises(TooLarge, match="0 MiB of a list arrived in time"):
             read(b"t/", timeout=0.3)
 
 

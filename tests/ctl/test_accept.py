@@ -49,12 +49,12 @@ def test_table_whose_metrics_are_missing_is_named(tmp_path, smtpctl, accept):
     publish(tmp_path, "aliases", **HELD)
     code, out, err = accept(configured(tmp_path, more="[tables.domains]"))
     assert (code, out) == (2, "aliases: accepted 30 deletions\n")
-    assert err == "domains: no metrics, so it is unknown what it holds (name it)\n"
+    assert err == "domains: no metrics, so held deletions are unknown (name the table)\n"
 
 
 def test_accept_without_names_and_metrics_is_an_error(tmp_path, smtpctl, accept):
     code, _, err = accept(configured(tmp_path, metrics=""))
-    assert (code, "missing TABLE: without [metrics]" in err, smtpctl.read_text()) == (2, True, "")
+    assert (code, "missing TABLE: no metrics are configured" in err, smtpctl.read_text()) == (2, True, "")
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_accept_without_names_and_metrics_is_an_error(tmp_path, smtpctl, accept)
 def test_refusal_of_smtpctl_is_printed_with_the_command(tmp_path, smtpctl, accept, monkeypatch, says, problem):
     monkeypatch.setenv("SAYS", says)
     monkeypatch.setenv("STATUS", "1")
-    hint = "(as root, on the mail host: smtpctl update table aliases)"
+    hint = "(run as root on the mail host: smtpctl update table aliases)"
     assert accept(configured(tmp_path), "aliases") == (2, "", f"table-consulctl: {problem} {hint}\n")
 
 
 def test_missing_smtpctl_is_one_line_with_the_command(tmp_path, accept, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    hint = "(as root, on the mail host: smtpctl update table 'my aliases')"
+    hint = "(run as root on the mail host: smtpctl update table 'my aliases')"
     error = f"table-consulctl: smtpctl: no such file or directory {hint}\n"
     assert accept(configured(tmp_path), "my aliases") == (2, "", error)
 

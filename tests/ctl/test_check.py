@@ -35,16 +35,16 @@ def test_table_without_the_folder_that_smtpd_looks_up_is_reported(host, filled, 
     done = check(host, address=filled)
     assert (done.status, done.text.count("\n")) == (1, 1)
     assert done.text.startswith(
-        f"aliases/domain/: smtpd looks up domain here ({host}/smtpd.conf:3), and Consul has no key"
+        f"aliases/domain/: smtpd looks up domain here ({host}/smtpd.conf:3), but this folder has no keys"
     )
 
 
 @pytest.mark.parametrize(
     ("conf", "more", "arguments", "problem"),
     [
-        (CONF + "table other consul\n", "", (), "smtpd.conf:4: table other is defined and never used"),
+        (CONF + "table other consul\n", "", (), "smtpd.conf:4: table other is defined but never used"),
         ("listen on lo\n", "", (), "smtpd.conf: no table with the backend consul (add: table aliases consul)"),
-        (CONF, "", ("aliases", "virtuals"), "smtpd.conf: no line `table virtuals consul`"),
+        (CONF, "", ("aliases", "virtuals"), "smtpd.conf: table virtuals is not defined"),
         (CONF, '[defaults]\nservices = ["alias"]\n', (), "smtpd.conf:3: smtpd looks up domain in table aliases (add"),
         (CONF + "include /none\n", "", (), ""),
         (CONF + 'include "/none"\n', "", (), "smtpd.conf:4: cannot include /none: no such file or directory"),
@@ -61,8 +61,8 @@ def test_problem_of_a_file_is_a_line_with_its_place(host, filled, conf, more, ar
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("echo table-consul 0.0.1", f"is table-consul 0.0.1, and table-consulctl is {__version__} (make install)"),
-        ("echo no module >&2; exit 1", "cannot run it: no module (make install)"),
+        ("echo table-consul 0.0.1", f"is table-consul 0.0.1, but table-consulctl is {__version__} (run make install)"),
+        ("echo no module >&2; exit 1", "cannot run it: no module (run make install)"),
     ],
 )
 def test_program_that_smtpd_cannot_start_is_reported(host, filled, text, problem):
@@ -76,14 +76,14 @@ def test_program_that_smtpd_cannot_start_is_reported(host, filled, text, problem
 def test_missing_program_is_reported_with_the_folder(host, filled):
     (host / "libexec" / "table-consul").unlink()
     done = check(host, address=filled)
-    assert (done.status, f"not found (make install LIBEXECDIR={host}/libexec)" in done.text) == (1, True)
+    assert (done.status, f"not found (run make install LIBEXECDIR={host}/libexec)" in done.text) == (1, True)
 
 
 def test_unreachable_consul_is_status_2_and_the_rest_is_still_checked(host):
     (host / "smtpd.conf").write_text(CONF + "table other consul\n")
     done = check(host, address="http://127.0.0.1:9")
-    assert (done.status, "is defined and never used" in done.text) == (2, True)
-    assert "Consul at http://127.0.0.1:9: connection refused (does Consul run there?)" in done.text
+    assert (done.status, "is defined but never used" in done.text) == (2, True)
+    assert "Consul at http://127.0.0.1:9: connection refused (check that Consul runs there)" in done.text
 
 
 def test_missing_smtpd_conf_is_status_2_and_named_tables_are_checked(host, filled):
@@ -127,7 +127,7 @@ def test_token_of_the_operator_is_not_used(host, consul_with_acl):
     ("version", "problem"),
     [
         ("1.21.4", "its UI cannot create or edit values"),
-        ("1.21.5+ent", "refuses URLs with the @"),
+        ("1.21.5+ent", "rejects URLs that contain @"),
         ("1.22.4", "cuts requests after 30 seconds"),
         ("1.22.5", None),
     ],
@@ -147,7 +147,7 @@ def test_cluster_without_a_leader_is_status_2(host):
     with FakeConsul() as fake:
         fake.leader = False
         done = check(host, address=fake.address)
-    assert (done.status, "(is a majority of the servers running?)" in done.text) == (2, True), done.text
+    assert (done.status, "(start a majority of the servers)" in done.text) == (2, True), done.text
 
 
 def test_json_has_problems_and_a_summary(host, filled, consul):
@@ -161,7 +161,7 @@ def test_json_has_problems_and_a_summary(host, filled, consul):
 
 def test_environment_variable_is_named_because_smtpd_may_lack_it(host, filled):
     done = check(host, address=filled, CONSUL_HTTP_TOKEN="anything")
-    assert "with CONSUL_HTTP_TOKEN of this environment, which smtpd may not have" in done.said
+    assert "with CONSUL_HTTP_TOKEN from this environment, which smtpd may not have" in done.said
 
 
 def test_configuration_named_in_smtpd_conf_is_used_for_its_table(host, filled):

@@ -174,8 +174,8 @@ def test_edit_of_records_changes_fields(edit, fake, tmp_path):
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        ("text = ''", "the file may be cut off"),
-        ("text = text[:len(text) // 2]", "the file may be cut off"),
+        ("text = ''", "the file may be truncated"),
+        ("text = text[:len(text) // 2]", "the file may be truncated"),
         ("text = '\\n'.join(line for line in text.splitlines() if line.startswith('#'))", "no entries"),
         ("text = text.replace('gilles\\n', '\\n', 1)", "has no value"),
         ("text += 'root: eric\\n'", "already in line"),

@@ -196,7 +196,7 @@ def test_control_characters_are_escaped_on_a_terminal(tmp_path):
 
 def test_aliases_format_is_only_for_alias(tmp_path):
     done = control("-c", write_config(tmp_path), "export", "aliases", "domain", "--format", "aliases")
-    assert (done.status, "is for alias" in done.said) == (2, True)
+    assert (done.status, "requires the service alias" in done.said) == (2, True)
 
 
 def test_closed_output_is_not_a_traceback(tmp_path):

@@ -103,7 +103,7 @@ def test_mapping_for_a_service_of_lists_is_one_problem(line, service):
         parsed = read(b"# x\n%b\nb c\nd\n" % line, SERVICES[service], wanted)
         assert parsed.entries == []
         assert list(problems(parsed)) == [2]
-        assert f"as a mapping, and refuse it for {service} (" in problems(parsed)[2]
+        assert f"as a mapping, but {service} requires a list (" in problems(parsed)[2]
         assert len(pairs(read(b"# @list\n%b\n" % line, SERVICES[service], wanted))) == 1
 
 
@@ -164,7 +164,7 @@ def test_backslash_joins_lines_as_makemap_does():
 @pytest.mark.parametrize(
     ("text", "line", "expected"),
     [
-        (b"  root: x\n", 1, "no line before"),
+        (b"  root: x\n", 1, "no previous line"),
         (b"root:\n", 1, "no value"),
         (b"root: ,\n", 1, "no value"),
         (b"a: b\n\nroot\n", 3, "no value"),
@@ -307,7 +307,7 @@ def test_detect_format_rejects_other_json(data, service):
 
 
 def test_detect_format_rejects_lines_that_fit_two_formats():
-    with pytest.raises(FormatError, match="1 of 2 lines look like passwd entries"):
+    with pytest.raises(FormatError, match="passwd entries in 1 of 2 lines"):
         files.detect_format(b"vera:*:1:1::/home/vera:/bin/sh\neric 1:1:/home/eric\n", USERINFO)
 
 

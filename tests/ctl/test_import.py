@@ -85,7 +85,7 @@ def test_key_that_modern_consul_refuses_is_skipped_and_the_others_are_written(co
     ):
         done = importer(consul, "aliases", "alias", path, *more)
         assert (done.status, done.text.splitlines()[-1]) == (2, last)
-        places = [line.partition(": the name has ")[0] for line in done.said.splitlines()]
+        places = [line.partition(": the key has ")[0] for line in done.said.splitlines()]
         assert places == [f"{path}:2: u%20y"]
     assert entries(consul) == {"root": b"gilles", "zoe": b"eric"}
     report = json.loads(importer(consul, "aliases", "alias", path, "--json").text)
@@ -144,7 +144,7 @@ def test_prune_keeps_a_record_that_another_service_reads(consul, tmp_path):
     text = b"bob:*:2:2::/b:/bin/sh\n"
     done = control("-c", conf, "import", "t", "userinfo", "-", "--prune", stdin=text)
     assert (done.status, entries(consul, "people/")["vera"]) == (2, record.encode())
-    assert "standard input: vera: stored as the record of a user" in done.said
+    assert "standard input: vera: stored as a record that several services read" in done.said
     assert control("-c", conf, "import", "t", "userinfo", "-", "--prune", "--record", stdin=text).status == 0
     assert entries(consul, "people/").keys() == {"bob"}
 
@@ -197,7 +197,7 @@ def test_json_report_has_all_changes(consul):
 
 def test_unregistered_service_is_noted(consul):
     done = importer(consul, "t", "auth", "-", stdin=f"vera {HASH}\n".encode())
-    assert (done.status, "does not ask t for auth" in done.said) == (0, True)
+    assert (done.status, "note: auth is not among the services of table t" in done.said) == (0, True)
 
 
 def test_long_list_of_changes_is_complete_only_in_a_dry_run(consul):
@@ -205,7 +205,7 @@ def test_long_list_of_changes_is_complete_only_in_a_dry_run(consul):
     dry = importer(consul, "aliases", "alias", "-", "--dry-run", stdin=alias_lines(count))
     assert len(dry.text.splitlines()) == count + 1
     done = importer(consul, "aliases", "alias", "-", stdin=alias_lines(count))
-    assert "... and 5 more (--dry-run shows all)" in done.text
+    assert "... and 5 more (use --dry-run to list all)" in done.text
     assert len(entries(consul)) == count
 
 
@@ -250,7 +250,7 @@ def test_token_without_read_permission_is_not_an_empty_table(consul_with_acl):
     consul_with_acl.kv_put("aliases/alias/root", "eric")
     for token in (consul_with_acl.token('key_prefix "other/" { policy = "write" }'), None):
         done = importer(consul_with_acl, "aliases", "alias", "-", "--prune", stdin=b"root: gilles\n", token=token)
-        reason = "refuses the token: 403" if token else "no token is configured"
+        reason = "rejects the token: 403" if token else "no token is configured"
         assert (done.status, reason in done.said) == (2, True), done.said
     assert entries(consul_with_acl) == {"root": b"eric"}
 

@@ -187,4 +187,4 @@ def test_interrupted_import_counts_a_single_key(consul, between, monkeypatch):
     monkeypatch.setattr(txn, "RETRY_SECONDS", 0.5)
     between(1, consul.kill)
     done = importer(consul, "aliases", "alias", "-", stdin=alias_lines(1))
-    assert (done.status, "interrupted: 0 of 1 key written; " in done.said) == (2, True), done.said
+    assert (done.status, "interrupted: 0 of 1 key written (" in done.said) == (2, True), done.said

@@ -52,7 +52,7 @@ def test_prune_keeps_the_stored_entry_of_a_refused_one(consul):
 def test_prune_rejects_a_file_with_unreadable_lines(consul):
     consul.kv_put("aliases/alias/none", "x")
     done = importer(consul, "aliases", "alias", "-", "--prune", "--skip-refused", stdin=b"root: x\nnone:\n")
-    assert (done.status, entries(consul), "--prune needs lines" in done.said) == (2, {"none": b"x"}, True)
+    assert (done.status, entries(consul), "--prune requires readable lines" in done.said) == (2, {"none": b"x"}, True)
 
 
 def test_conflict_exits_with_2_with_skip_refused(consul, monkeypatch):
@@ -113,7 +113,7 @@ def test_import_that_removes_too_many_entries_is_refused(consul, there, left, mo
 def test_dry_run_warns_of_too_many_removals(consul):
     fill(consul, 30)
     done = importer(consul, "aliases", "alias", "-", "--prune", "--dry-run", stdin=alias_lines(2))
-    assert (done.status, "warning: removes 28 of 30 entries, which needs" in done.said) == (1, True)
+    assert (done.status, "warning: removes 28 of 30 entries, which requires" in done.said) == (1, True)
 
 
 @pytest.mark.parametrize(("answer", "left"), [(b"y\n", 2), (b"n\n", 30), (b"\n", 30)])
@@ -134,7 +134,7 @@ def test_import_asks_before_it_removes_many_entries(consul, tmp_path, answer, le
 @pytest.mark.parametrize("number", ["-1", "x", "10 %", "1.5", "%"])
 def test_invalid_limit_of_removals_is_a_usage_error(number):
     done = control("import", "t", "alias", "-", f"--max-removals={number}")
-    assert (done.status, "expected a number, such as 100" in done.said) == (2, True)
+    assert (done.status, "must be a number, such as 100" in done.said) == (2, True)
 
 
 # --dry-run.

@@ -80,7 +80,7 @@ def test_too_large_file_is_rejected(tmp_path, monkeypatch):
     assert done.status == 2  # file:// first: no input file is read when no Consul can be written
     conf = write_config(tmp_path, address="http://127.0.0.1:1")
     done = control("-c", conf, "import", "aliases", "alias", file(tmp_path, b"# x\n" * (2 << 20)))
-    assert (done.status, "more than 4 MB" in done.said) == (2, True)
+    assert (done.status, "more than 4 MiB" in done.said) == (2, True)
 
 
 def test_problems_of_one_kind_are_one_message_with_their_lines(tmp_path):
@@ -117,7 +117,7 @@ def test_problems_of_all_kinds_are_reported_in_one_round(consul, tmp_path):
     ]
     assert [line.startswith(start) for line, start in zip(reported, starts, strict=False)] == [True] * 5, reported
     assert reported[1].endswith("; also in line 8")
-    assert reported[5].startswith("9: u%20: the name has")
+    assert reported[5].startswith("9: u%20: the key has")
 
 
 def test_problems_found_without_consul_are_reported_while_it_is_away(tmp_path):
@@ -129,11 +129,11 @@ def test_problems_found_without_consul_are_reported_while_it_is_away(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["aliases", "domain", "-", "--format", "aliases"], "the format aliases has nothing for domain"),
-        (["aliases", "alias", "-", "--format", "passwd"], "the format passwd has nothing for alias"),
+        (["aliases", "domain", "-", "--format", "aliases"], "the format aliases is not for the service domain"),
+        (["aliases", "alias", "-", "--format", "passwd"], "the format passwd is not for the service alias"),
         (["aliases", "alias", "-", "--record"], "is read as aliases"),
         (["aliases", "credentials", "-", "--record"], "is read as table"),
-        (["aliases", "alias", "-", "--format", "table", "--from", "x"], "--from is for"),
+        (["aliases", "alias", "-", "--format", "table", "--from", "x"], "--from requires"),
         (["aliases", "alias", "-", "--prune", "--from", "old/alias"], "is read as aliases"),
         (["aliases", "alias"], "Missing argument"),
         (["aliases", "alias", "-", "--format", "csv"], "is not one of"),

@@ -11,7 +11,7 @@ import sys
 import click
 import pytest
 
-from table_consul import __version__
+from table_consul import __version__, cli, procexec
 from table_consul.config import ConsulConfig
 from table_consul.ctl import main
 from tests.control import START, control, finished, start
@@ -80,6 +80,22 @@ def test_help_fits_a_terminal_of_40_columns(name):
         before, _, rest = text.partition("Examples:")
         text = before + rest.partition("Options:")[2]
     assert [line for line in text.splitlines() if len(line) > 40] == []
+
+
+def is_short(text):
+    lines = text.splitlines()
+    return len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("name", ["", *main.COMMANDS])
+def test_help_fits_24_lines_of_80_columns(name):
+    assert is_short(control(*([name] if name else []), "--help", COLUMNS="80").text)
+
+
+@pytest.mark.parametrize("program", [cli, procexec])
+def test_help_of_the_other_programs_fits_24_lines_of_80_columns(monkeypatch, program):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert is_short(program._parser().format_help())
 
 
 def test_help_on_a_wide_terminal_has_lines_of_at_most_100_columns():

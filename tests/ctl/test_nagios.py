@@ -60,7 +60,7 @@ def test_folder_that_the_token_may_not_read_is_a_warning(tmp_path, nagios):
     hidden = sample("service_hidden", 1, table="aliases", prefix="aliases/", service="domain")
     publish(tmp_path, more=hidden, **FOLLOWING)
     code, line = nagios(configured(tmp_path))
-    assert (code, "WARNING: aliases: the token may not read domain: answers there" in line) == (1, True)
+    assert (code, "WARNING: aliases: the token may not read domain: lookups there" in line) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_unreadable_configuration_is_unknown(tmp_path):
     command = [sys.executable, "-c", code, "-c", path, "status", "--nagios"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.startswith("TABLE-CONSUL UNKNOWN: "), done.stderr) == (3, True, "")
-    assert "name the metrics with --metrics" in done.stdout
+    assert "use --metrics" in done.stdout
 
 
 def test_file_without_metrics_is_unknown(tmp_path, nagios):

@@ -35,9 +35,9 @@ def test_password_is_asked_twice_and_not_shown(consul):
         *("passwd", "users", "vera"),
         turns=[
             (b"New password", b"secret\n"),
-            (b"Once more", b"sceret\n"),
+            (b"Repeat password", b"sceret\n"),
             (b"New password", b"secret\n"),
-            (b"Once more", b"secret\n"),
+            (b"Repeat password", b"secret\n"),
         ],
         CONSUL_HTTP_ADDR=consul.address,
     )
@@ -65,12 +65,12 @@ def test_bcrypt_is_used_where_crypt_does_not_know_yescrypt(passwd, fake, monkeyp
     assert fake.store.entries[b"users/credentials/vera"].value.startswith(b"$2b$12$")
     monkeypatch.setattr(passwords, "make_hash", lambda *_: None)
     done = passwd("vera")
-    assert (done.status, "does not know yescrypt or bcrypt" in done.said) == (2, True)
+    assert (done.status, "does not support yescrypt or bcrypt" in done.said) == (2, True)
 
 
 def test_argon2_needs_the_service_auth(passwd, fake):
     done = passwd("vera", "--scheme", "argon2")
-    assert (done.status, "needs the service auth" in done.said, fake.store.entries) == (2, True, {})
+    assert (done.status, "requires the service auth" in done.said, fake.store.entries) == (2, True, {})
     assert passwd("vera", "--scheme", "argon2", more=AUTH).status == 0
     assert fake.store.entries[b"users/auth/vera"].value.startswith(b"$argon2id$")
 
@@ -105,7 +105,7 @@ def test_user_before_the_hash_is_kept(passwd, fake):
 def test_relay_password_is_not_replaced(passwd, fake):
     fake.put(b"users/credentials/label", b"vera:relay")
     done = passwd("label")
-    assert (done.status, "to relay with" in done.said, "vera:relay" in done.said) == (2, True, False)
+    assert (done.status, "contains a relay password" in done.said, "vera:relay" in done.said) == (2, True, False)
     assert fake.store.entries[b"users/credentials/label"].value == b"vera:relay"
 
 
@@ -113,7 +113,7 @@ def test_relay_password_is_not_replaced(passwd, fake):
 def test_locked_account_is_unlocked_with_a_note(passwd, fake, lock):
     fake.put(b"users/credentials/vera", lock)
     done = passwd("vera")
-    assert (done.status, done.said) == (0, "note: vera was locked, and can log in now\n")
+    assert (done.status, done.said) == (0, "note: vera was locked and can now log in\n")
     assert verifies(fake.store.entries[b"users/credentials/vera"].value)
 
 
@@ -123,7 +123,7 @@ def test_locked_account_is_unlocked_with_a_note(passwd, fake, lock):
         (b"", "empty"),
         (b"\n", "empty"),
         (b"a\x1b[A\n", "control characters"),
-        (b"\xff\n", "not UTF-8"),
+        (b"\xff\n", "not valid UTF-8"),
         (b"x" * 512, "longer than 511 bytes"),
         (b"x" * 100_000, "longer than 511 bytes"),
     ],
@@ -135,7 +135,7 @@ def test_unusable_password_is_refused(passwd, fake, typed, said):
 
 def test_password_that_bcrypt_would_truncate_is_refused(passwd, fake):
     done = passwd("vera", "--scheme", "bcrypt", stdin=b"x" * 73)
-    assert (done.status, "bcrypt ignores the rest" in done.said, fake.store.entries) == (2, True, {})
+    assert (done.status, "bcrypt would ignore the rest" in done.said, fake.store.entries) == (2, True, {})
 
 
 def test_hash_that_takes_longer_than_the_deadline_is_refused(passwd, fake):

@@ -171,7 +171,9 @@ def test_record_does_not_overwrite_a_value_it_lacks(service, there, new, lost):
         service, [(b"vera", json.dumps(new).encode())], [(b"vera", there)], name="passwd", table=PEOPLE, records=True
     )
     assert [change.kind for change in plan.changes] == ([] if lost else ["change"])
-    assert [f"overwrite the {lost} value" in problem.text for problem in plan.problems] == ([True] if lost else [])
+    assert [f"overwrite the stored {lost} value" in problem.text for problem in plan.problems] == (
+        [True] if lost else []
+    )
 
 
 def test_value_too_large_for_a_transaction_is_a_problem():

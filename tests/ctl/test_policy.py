@@ -93,7 +93,7 @@ def test_namespace_and_partition_enclose_the_rules(policy):
 
 def test_file_address_needs_no_policy(policy):
     done = policy('[consul]\naddress = "file:///tmp/x.json"')
-    assert (done.status, done.text, "needs no policy" in done.said) == (2, "", True)
+    assert (done.status, done.text, "requires no policy" in done.said) == (2, "", True)
 
 
 NAMES = st.sampled_from(["alias", "domain", "userinfo", "source", "auth", "credentials"])

@@ -49,7 +49,7 @@ def test_key_that_is_not_utf_8_is_looked_up_unchanged(conf):
 
 def test_key_that_is_too_long_for_smtpd_is_an_error(conf):
     done = query(conf, "alias", "x" * 1024)
-    assert (done.status, "smtpd asks for no more than 1023" in done.said) == (2, True)
+    assert (done.status, "smtpd looks up at most 1023" in done.said) == (2, True)
     assert query(conf, "alias", "x" * 1023).status == 1
 
 
@@ -76,9 +76,9 @@ def test_each_operation_answers(conf, arguments, answer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["alias"], "lookup needs a KEY"),
+        (["alias"], "lookup requires a KEY"),
         (["source", "x", "--op", "fetch"], "fetch takes no KEY"),
-        (["alias", "x", "--count", "2"], "--count is for --op fetch"),
+        (["alias", "x", "--count", "2"], "--count requires --op fetch"),
         (["source", "--op", "fetch", "--count", "0"], "--count"),
         (["alias", "x", "--op", "update"], "--op"),
     ],
@@ -122,8 +122,8 @@ def test_value_that_smtpd_cannot_use_is_printed_with_a_warning_and_exits_with_2(
     done = query(conf, "alias", "staff", "root")
     assert (done.status, done.text) == (2, "staff\tgilles, eric # no\nroot\tgilles\n")
     assert done.said == (
-        "staff: warning: smtpd cannot use this: mail/aliases/alias/Staff: element 2 of the value contains a blank (is "
-        "a comma missing?); smtpd rejects the whole alias because of it\n"
+        "staff: warning: smtpd cannot use this value: mail/aliases/alias/Staff: element 2 of the value contains a "
+        "blank (is a comma missing?); smtpd rejects the whole alias because of it\n"
     )
     answer = json.loads(query(conf, "alias", "staff", "--json").text)
     assert (answer["result"], answer["warning"][:25]) == ("found", "mail/aliases/alias/Staff:")

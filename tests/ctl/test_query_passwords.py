@@ -39,7 +39,7 @@ def test_password_from_standard_input_is_checked_and_not_printed(with_auth):
 
 def test_password_on_the_command_line_is_rejected_and_not_printed(with_auth):
     done = query(with_auth, "auth", f"vera:{PASSWORD}")
-    assert (done.status, done.text, "can be seen by all users" in done.said, "battery" in done.said) == (
+    assert (done.status, done.text, "all users of this host can see" in done.said, "battery" in done.said) == (
         2,
         "",
         True,
@@ -49,14 +49,14 @@ def test_password_on_the_command_line_is_rejected_and_not_printed(with_auth):
 
 def test_password_prompt_does_not_show_what_is_typed(with_auth):
     arguments = ("-c", with_auth, "query", "aliases", "auth", "vera")
-    status, shown = at_terminal(*arguments, typed=PASSWORD.encode() + b"\n", wanted=b"Password of vera: ")
-    assert (status, shown) == (0, "Password of vera: \nfound\n")
-    assert at_terminal(*arguments, typed=b"wrong\n", wanted=b"Password of vera: ")[0] == 1
+    status, shown = at_terminal(*arguments, typed=PASSWORD.encode() + b"\n", wanted=b"Password for vera: ")
+    assert (status, shown) == (0, "Password for vera: \nfound\n")
+    assert at_terminal(*arguments, typed=b"wrong\n", wanted=b"Password for vera: ")[0] == 1
 
 
 def test_missing_password_is_an_error_without_a_terminal(with_auth):
     done = query(with_auth, "auth", "vera")
-    assert (done.status, "No terminal to ask" in done.said) == (2, True)
+    assert (done.status, "no terminal to prompt" in done.said) == (2, True)
 
 
 def test_trace_of_auth_covers_both_services(with_auth):

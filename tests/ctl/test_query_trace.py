@@ -19,10 +19,10 @@ from tests.ctl.queries import MARKED, query, traced
         (
             ["alias", "STAFF"],
             [
-                "asked staff: smtpd asks in lower case",
+                "asked staff: smtpd looks up keys in lower case",
                 "entry mail/aliases/alias/Staff, stored in another case",
                 "value trailing white space is dropped",
-                "value lines are joined to one list, without comments",
+                "value lines are joined into one list, without comments",
                 (
                     "problem element 2 of the value contains a blank (is a comma missing?); "
                     "smtpd rejects the whole alias because of it"
@@ -34,19 +34,19 @@ from tests.ctl.queries import MARKED, query, traced
             [
                 "entry mail/aliases/alias/listed",
                 "value decoded from JSON (value_format = auto)",
-                "value lines are joined to one list, without comments",
+                "value lines are joined into one list, without comments",
             ],
         ),
         (
             ["alias", "command"],
-            ["entry mail/aliases/alias/command", "safety allow_commands = false refuses commands and files"],
+            ["entry mail/aliases/alias/command", "safety allow_commands = false rejects commands and files"],
         ),
         (["alias", "nobody"], ["entry none"]),
         (
             ["domain", "mail.example.org"],
             [
                 "entry mail/aliases/domain/*.example.org, which matches mail.example.org",
-                "value empty, so the entry itself is the answer",
+                "value empty, so the key itself is the answer",
             ],
         ),
         (
@@ -57,7 +57,7 @@ from tests.ctl.queries import MARKED, query, traced
             ["userinfo", "eric"],
             [
                 "entry mail/aliases/userinfo/*, the default for users without an entry",
-                "value %u, %n, %d in the home are filled in",
+                "value %u, %n and %d in the home directory are expanded",
             ],
         ),
         (
@@ -66,14 +66,17 @@ from tests.ctl.queries import MARKED, query, traced
         ),
         (
             ["userinfo", "admin"],
-            ["entry mail/aliases/userinfo/admin", "safety allow_root = false refuses uid or gid 0"],
+            ["entry mail/aliases/userinfo/admin", "safety allow_root = false rejects uid or gid 0"],
         ),
         (
             ["credentials", "vera"],
             ["entry mail/aliases/credentials/vera", "value the {SCHEME}, $2y$ or lock is rewritten for crypt(3)"],
         ),
         (["string", "list"], ["entry mail/aliases/string/list"]),
-        (["source", "--op", "fetch"], ["value one of the keys per fetch, in the order of the keys (fetch = keys)"]),
+        (
+            ["source", "--op", "fetch"],
+            ["value each fetch returns the next of the keys, in the order of the keys (fetch = keys)"],
+        ),
     ],
 )
 def test_trace_names_entry_and_rules(conf, arguments, steps):

@@ -117,7 +117,7 @@ def test_problem_of_another_entry_does_not_prevent_a_write(run, fake):
 
 def test_unregistered_service_is_noted(run):
     done = run("set", "users", "auth", "vera", HASH)
-    assert (done.status, "smtpd does not ask users for auth" in done.said) == (0, True)
+    assert (done.status, "note: auth is not among the services of table users" in done.said) == (0, True)
 
 
 def test_closed_output_writes_nothing_or_reports_the_write(fake):

@@ -93,9 +93,9 @@ def test_include_in_a_macro_is_followed(read):
     ("text", "problem"),
     [
         ('include "/nowhere/x"\n', "cannot include /nowhere/x: no such file or directory"),
-        ('include "HERE/smtpd.conf"\n', "more than 16 files include each other"),
+        ('include "HERE/smtpd.conf"\n', "includes are nested more than 16 deep"),
         ("table t $missing\n", "macro missing is not defined"),
-        ("match from src <t> for any action a\n", "table t is used and not defined"),
+        ("match from src <t> for any action a\n", "table t is used but not defined"),
         ('include "HERE"\n', "is a directory"),
     ],
 )

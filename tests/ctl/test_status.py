@@ -50,7 +50,7 @@ def test_forbidden_folder_is_named_and_not_healthy(tmp_path, run_status):
     ]
     publish(tmp_path, more="".join(hidden), **FOLLOWING)
     code, out, _ = run_status(configured(tmp_path), "--offline")
-    assert (code, "the token may not read domain: answers" in " ".join(out.split())) == (1, True)
+    assert (code, "the token may not read domain: lookups" in " ".join(out.split())) == (1, True)
 
 
 def test_held_deletions_are_shown_with_the_time_left_and_how_to_accept_them(tmp_path, run_status):

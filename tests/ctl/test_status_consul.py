@@ -87,13 +87,13 @@ def test_no_token_is_shown(tmp_path, run_status, fake, monkeypatch):
     fake.token = "another"
     monkeypatch.setenv("CONSUL_HTTP_TOKEN", "hunter2")
     code, out, err = run_status(configured(tmp_path, address=fake.address))
-    assert (code, "refuses the token" in out, "hunter2" in out + err) == (2, True, False)
+    assert (code, "rejects the token" in out, "hunter2" in out + err) == (2, True, False)
 
 
 def test_folder_no_longer_configured_is_noted(tmp_path, run_status, fake):
     publish(tmp_path, **{**FOLLOWING, "snapshot_index": fake.index})
     _, out, _ = run_status(configured(tmp_path, 'prefix = "elsewhere"', address=fake.address))
-    assert "update the table" in " ".join(out.split())
+    assert "run smtpctl update table" in " ".join(out.split())
 
 
 # ---- with the daemon ----

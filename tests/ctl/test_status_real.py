@@ -99,7 +99,7 @@ def test_table_above_max_keys_is_too_large(consul, tmp_path, ctl):
             if b"|found|gilles" in child.ask(ROOT):
                 break
         code, table = becomes(ctl, path, "too large")
-        assert (code, table["prefixes"][0]["remarks"]) == (1, ['raise max_keys, or configure mode = "direct"'])
+        assert (code, table["prefixes"][0]["remarks"]) == (1, ['raise max_keys, or set mode = "direct"'])
 
 
 def test_direct_table_is_healthy_until_consul_is_killed(consul, tmp_path, ctl):
@@ -109,7 +109,7 @@ def test_direct_table_is_healthy_until_consul_is_killed(consul, tmp_path, ctl):
         consul.kill()
         child.ask(ROOT)
         code, table = becomes(ctl, path, "outage")
-        assert (code, table["prefixes"][0]["remarks"]) == (1, ["Consul cannot be read: every answer is an error"])
+        assert (code, table["prefixes"][0]["remarks"]) == (1, ["Consul cannot be read: every lookup returns an error"])
 
 
 def test_forbidden_folder_is_named(consul_with_acl, tmp_path, ctl):
@@ -135,4 +135,4 @@ def test_revoked_token_is_an_outage_and_is_not_printed(consul_with_acl, tmp_path
         agent.kv_put("aliases/alias/root", "marie")
         code, table = becomes(ctl, path, "outage")
         assert (code, token in json.dumps(table)) == (1, False)
-        assert "refuses the token" in table["prefixes"][0]["last_error"]
+        assert "rejects the token" in table["prefixes"][0]["last_error"]

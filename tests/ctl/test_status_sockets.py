@@ -41,9 +41,9 @@ def stranger():
 @pytest.mark.parametrize(
     ("code", "body", "remark"),
     [
-        (200, b"<html>hello</html>", "no Prometheus metrics"),
-        (404, b"", "answers with status 404"),
-        (200, numbers("domains").encode(), "metrics of domains only (put {table} into its name)"),
+        (200, b"<html>hello</html>", "not Prometheus metrics"),
+        (404, b"", "returned status 404"),
+        (200, numbers("domains").encode(), "contains only metrics of domains (add {table} to its name)"),
     ],
 )
 def test_other_server_at_the_port_is_unknown(tmp_path, run_status, stranger, monkeypatch, code, body, remark):

@@ -219,7 +219,7 @@ class Consul:
             for change in changes:
                 self.put(change.key, change.value)
         if trouble == "lost":
-            raise Unreachable("connection closed without an answer")
+            raise Unreachable("connection closed without a response")
         return stale
 
     def put(self, key, value):

@@ -60,7 +60,7 @@ def test_undo_skips_a_key_that_has_changed_since(consul, folder):
     consul.kv_put("aliases/alias/root", "by hand")
     done = undo(consul)
     assert (done.status, entries(consul)) == (2, {"root": b"by hand"})
-    assert done.said == "aliases/alias/root: changed in Consul since it was written; left alone\n"
+    assert done.said == "aliases/alias/root: changed in Consul since it was written; skipped\n"
     report = json.loads(undo(consul, "1", "--json").text)
     assert (report["written"], report["conflicts"]) == (0, ["aliases/alias/root"])
 
@@ -97,7 +97,7 @@ def test_outage_during_an_undo_names_the_command_that_writes_the_rest(consul, fo
     monkeypatch.setattr(txn.Store, "transact", failing)
     done = undo(consul)
     assert (done.status, len(entries(consul))) == (2, 36)
-    assert "interrupted: 64 of 100 keys written; table-consulctl undo 1 writes the rest\n" in done.said
+    assert "interrupted: 64 of 100 keys written (to write the rest, run table-consulctl undo 1)\n" in done.said
     monkeypatch.setattr(txn.Store, "transact", transact)
     assert (undo(consul, "1").status, entries(consul)) == (0, {})
 
@@ -109,7 +109,7 @@ def test_undo_writes_only_keys_that_the_token_may_write(consul_with_acl, folder)
     token = consul.token(f'key_prefix "aliases/" {{ policy = "read" }}\n{half}')
     done = control("undo", CONSUL_HTTP_ADDR=consul.address, CONSUL_HTTP_TOKEN=token)
     assert (done.status, len(entries(consul))) == (2, 36)
-    assert "interrupted: 64 of 100 keys written; table-consulctl undo 1 writes the rest" in done.said
+    assert "interrupted: 64 of 100 keys written (to write the rest, run table-consulctl undo 1)" in done.said
     assert "the token may not write aliases/alias/user00064" in done.said
     done = control("undo", "1", CONSUL_HTTP_ADDR=consul.address, CONSUL_HTTP_TOKEN=consul.management_token)
     assert (done.status, entries(consul)) == (0, {})
@@ -159,7 +159,7 @@ def test_dry_run_and_no_undo_save_nothing(fake, folder):
 def test_unknown_number_is_an_error(fake, folder):
     saves.save(str(folder), write())
     done = undo(fake, "7")
-    assert (done.status, "no write 7 (see undo --list)" in done.said) == (2, True)
+    assert (done.status, "no write 7 (run undo --list)" in done.said) == (2, True)
 
 
 @pytest.mark.parametrize("trouble", ["full", "shared", "file"])

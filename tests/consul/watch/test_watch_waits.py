@@ -170,7 +170,7 @@ def test_server_lost_during_a_wait_is_reported_with_its_reason(fake, mirrored, c
     fake.stop()
     logged(caplog, "; serving the last good copy")
     # "reset" if the port still accepted the new connection.
-    assert re.search(r": connection (refused|reset by peer|closed without an answer);", lines(caplog)[0])
+    assert re.search(r": connection (refused|reset by peer|closed without a response);", lines(caplog)[0])
     fake.start()
     fake.put(ROOT, b"eric")
     becomes(source, b"eric")

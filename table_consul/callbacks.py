@@ -60,7 +60,7 @@ class Callbacks(NamedTuple):
         elif request.op == "fetch" and self.fetch is not None:
             value = self.fetch(table, service)
         else:
-            return Failed(f"this table has no {request.op}")
+            return Failed(f"this table does not implement {request.op}")
         if value is None:
             return NotFound()
         return Found() if request.op == "check" else Found(value.encode("utf-8", "surrogateescape"))

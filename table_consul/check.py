@@ -67,7 +67,7 @@ def _read_files(config: Config) -> Iterator[str]:
             continue
         problem = _unreadable(path, folder=key == "ca_path", secret=key in {"token_file", "key_file"})
         if key == "token_file" and not problem and not TOKEN.fullmatch(read_token(path)):
-            problem = "empty, or not one line of printable ASCII without blanks (write the SecretID and nothing else)"
+            problem = "must contain one token: printable ASCII without white space (write only the SecretID)"
         elif key == "address" and not problem:
             problem = _malformed_export(path)
         if problem:
@@ -79,7 +79,7 @@ def _read_files(config: Config) -> Iterator[str]:
         try:
             tls_context(consul)
         except SourceError as error:
-            yield f"{name or 'environment'}: {error} (PEM files, the key without a password)"
+            yield f"{name or 'environment'}: {error} (use PEM files and a key without a password)"
     if config.path is not None and (problem := _unreadable(config.path)):
         yield f"{name}: {problem}"
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
@@ -158,5 +158,5 @@ def _unwritable(path: str, *, private: bool) -> str | None:
         if stat.S_ISDIR(mode):
             return "is a folder"
         if private and mode & 0o077:
-            return "other users can read this copy of the table (try: chmod 0600)"
+            return "other users can read this snapshot (try: chmod 0600)"
     return None

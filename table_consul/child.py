@@ -174,7 +174,7 @@ class Child:
         """The next line without its end, or None if none is complete by this moment on the clock, or just after it."""
         while _NEWLINE not in self._buffer:
             if len(self._buffer) > MAX_LINE:
-                raise ChildError(f"a line of more than {MAX_LINE} bytes: {printable(self._buffer)!r}")
+                raise ChildError(f"line longer than {MAX_LINE} bytes: {printable(self._buffer)!r}")
             try:
                 data = self._socket.recv(READ_SIZE) or None
             except BlockingIOError:

@@ -135,7 +135,7 @@ def _absolute_path(value: str) -> str:
 def _visible_ascii(value: str) -> str:
     """The value, which becomes part of an HTTP request."""
     if not re.fullmatch(r"[!-~]+", value):
-        raise ValueError("must be visible ASCII characters, without spaces and line breaks")
+        raise ValueError("must be visible ASCII characters, without spaces or line breaks")
     return value
 
 
@@ -385,7 +385,7 @@ def _environment(consul: dict[str, Any], environ: Mapping[str, str], file: str, 
     for present, absent in (("cert_file", "key_file"), ("key_file", "cert_file")):
         if present in consul and absent not in consul:
             origin = origins.get(present, f"{file}: consul.{present}")
-            errors.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
+            errors.append(f"{origin}: set without {absent} (set both or neither; one file may serve as both)")
     addr, ssl = environ.get("CONSUL_HTTP_ADDR"), environ.get("CONSUL_HTTP_SSL")
     if "addresses" not in consul and (addr or ssl):
         origins["address"] = "environment: CONSUL_HTTP_ADDR"

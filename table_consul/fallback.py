@@ -77,7 +77,7 @@ def explain(error: Exception) -> str:
     """What is wrong and what to do, as one printable line."""
     text = f"table-consul cannot be loaded: {type(error).__name__}: {error}"
     text = "".join(c if c.isprintable() else "?" for c in text[:300])
-    return f"{text} (install it again for Python {sys.version_info[0]}.{sys.version_info[1]} and restart smtpd)"
+    return f"{text} (reinstall it for Python {sys.version_info[0]}.{sys.version_info[1]} and restart smtpd)"
 
 
 class Conversation:

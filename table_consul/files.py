@@ -54,7 +54,7 @@ def explain_os_error(path: str, error: OSError) -> str:
     for folder in parents(path):
         if not os.access(folder, os.X_OK, effective_ids=True):
             name = printable(folder)
-            return f"folder {name} cannot be entered by {current_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
+            return f"{current_user()} cannot enter folder {name} (try: chgrp {group} {name}; chmod g+rx {name})"
     fix = f"chown root:{group} {name}; chmod 0640 {name}"
     return f"not readable by {current_user()}; smtpd runs tables as an unprivileged user (try: {fix})"
 

@@ -94,7 +94,7 @@ class Session:
         if kind == CLOSE:
             self.closed = True
             return None
-        return Malformed(f"unknown message of type {kind}", None)
+        return Malformed(f"unknown message type {kind}", None)
 
     def _open(self, body: bytes) -> Ready:
         # Another version is reported, not refused: smtpd waits for this answer and exits on a refusal.
@@ -104,7 +104,7 @@ class Session:
 
     def _question(self, op: str, body: bytes) -> Request | Malformed:
         if len(body) < _QUESTION.size:
-            return self._malformed(op, "", "fields are missing")
+            return self._malformed(op, "", "missing fields")
         bit, count = _QUESTION.unpack_from(body)
         service = NAMES.get(bit) or f"{bit:#x}"
         text = body[_QUESTION.size :]
@@ -117,11 +117,11 @@ class Session:
                 )
             text = parts[-1]
         if op == "fetch":
-            return self._malformed(op, service, "a fetch has no key") if text else self._request(op, service, b"")
+            return self._malformed(op, service, "fetch takes no key") if text else self._request(op, service, b"")
         if text.find(b"\0") == len(text) - 1 >= 0:
             return Request(op, b"", self._table, service, text[:-1])
-        what = "has NUL in it" if text.endswith(b"\0") else "does not end with NUL"
-        return self._malformed(op, service, f"a key {what}: {printable(text.removesuffix(bytes(1)))!r}")
+        problem = "contains NUL" if text.endswith(b"\0") else "does not end with NUL"
+        return self._malformed(op, service, f"the key {problem}: {printable(text.removesuffix(bytes(1)))!r}")
 
     def _request(self, op: str, service: str, key: bytes) -> Request:
         return Request(op, b"", self._table, service, key)
@@ -146,14 +146,14 @@ class Session:
                 return _answer(1)
             if value is not None and op in ("lookup", "fetch"):
                 if len(value) > MAX_VALUE:
-                    raise ReplyError(f"a value of {len(value)} bytes; this smtpd takes at most {MAX_VALUE}")
+                    raise ReplyError(f"the value has {len(value)} bytes; this smtpd accepts at most {MAX_VALUE}")
                 return _answer(1, value + b"\0")
         elif op == "update":
             if isinstance(reply, (Updated, Failed)):
                 return _answer(1 if isinstance(reply, Updated) else 0)
         elif isinstance(reply, (NotFound, Failed)):
             return _answer(0 if isinstance(reply, NotFound) else -1)
-        raise ReplyError(f"{type(reply).__name__} does not answer {op}")
+        raise ReplyError(f"{type(reply).__name__} is not a reply to {op}")
 
 
 def _answer(verdict: int, value: bytes = b"") -> bytes:

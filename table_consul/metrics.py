@@ -53,7 +53,7 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("start_time_seconds", "Gauge", "When the process started, in seconds since the epoch.", ()),
     ("requests", "Counter", "Requests answered.", ("service", "op", "outcome")),
     ("request_seconds", "Histogram", "Seconds from reading a request until its reply was ready.", ("service",)),
-    ("errors", "Counter", "Replies that were an error; the sending server keeps the message and retries.", ()),
+    ("errors", "Counter", "Error replies; the sending server keeps the message and retries.", ()),
     ("deadline_hits", "Counter", "Replies that took the deadline of their table or longer.", ()),
     ("malformed_lines", "Counter", "Input lines that do not follow smtpd's table protocol.", ()),
     ("up", "Gauge", "1 if the last attempt to read the prefix from Consul succeeded.", ("prefix",)),
@@ -61,18 +61,18 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("snapshot_max_age_seconds", "Gauge", "Age at which the snapshot expires (max_age).", ("prefix",)),
     ("snapshot_index", "Gauge", "Consul's index of the snapshot; 0 if it was loaded from disk.", ("prefix",)),
     ("snapshot_keys", "Gauge", "Entries in the snapshot.", ("prefix",)),
-    ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
+    ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log lists them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
-    ("deletions_held", "Gauge", "Entries that go on answering although they are deleted in Consul.", ("prefix",)),
-    ("deletions_held_seconds", "Gauge", "Seconds until the first of them stop; 0 if there are none.", ("prefix",)),
+    ("deletions_held", "Gauge", "Entries deleted in Consul that are still served.", ("prefix",)),
+    ("deletions_held_seconds", "Gauge", "Seconds until the first of them expire; 0 if there are none.", ("prefix",)),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
-    ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
+    ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last response until it was used.", ("prefix",)),
     ("reloads", "Counter", "Snapshots loaded from Consul.", ("prefix",)),
     ("failures", "Counter", "Failed attempts to read the prefix.", ("prefix",)),
     (
         "last_error_timestamp_seconds",
         "Gauge",
-        "When Consul last could not be read, and what kind of error it was.",
+        "When reading Consul last failed, and the kind of error.",
         ("prefix", "error"),
     ),
 )
@@ -177,7 +177,7 @@ class Exporter(threading.Thread):
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
-            log.warning("no metrics: %s; install table-consul[metrics] and update the table", problem)
+            log.warning("no metrics: %s (install table-consul[metrics] and update the table)", problem)
             return
         registry = CollectorRegistry()
         registry.register(self)
@@ -230,7 +230,7 @@ class Exporter(threading.Thread):
             writer.discard()  # after commit there is nothing left of it
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
-        backoff = self._backoffs.setdefault(what, Backoff(what, f"trying again every {WRITE_INTERVAL_SECONDS:.0f} s"))
+        backoff = self._backoffs.setdefault(what, Backoff(what, f"retrying every {WRITE_INTERVAL_SECONDS:.0f} s"))
         try:
             result = action()
         except Exception as error:  # noqa: BLE001 - metrics are worth a log line, not the thread

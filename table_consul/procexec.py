@@ -21,33 +21,37 @@ from table_consul import __version__, fallback
 # Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
 LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
 
+USAGE = """\
+table-procexec [--dialect DIALECT] [--deadline SECONDS] [--restart]
+                      COMMAND [ARGUMENT ...]"""
 DESCRIPTION = """\
-Runs COMMAND as a table of OpenSMTPD, whichever version: a program that speaks the
-protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf:
+Runs COMMAND as a table for any version of OpenSMTPD. COMMAND speaks the
+protocol of smtpd-tables(7) or that of table-procexec as of 2020. In smtpd.conf:
 
-    table users "procexec:/usr/libexec/opensmtpd/table-users /etc/mail/users.conf"
+  table users "procexec:/usr/libexec/opensmtpd/table-users /etc/mail/users.conf"
 """
 EPILOG = """\
-COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
-smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
-word, split as by a shell. With OpenSMTPD 7.6 and later COMMAND is tried first, for at
-most a second: if it registers, OpenSMTPD talks to it directly, and exits when it exits.
-Otherwise, and with --restart, table-procexec stays in between and translates.
-smtpd.conf has no place for options: put them into a script that runs table-procexec.
+COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and
+in PATH. If it registers with OpenSMTPD 7.6 or later within a second, OpenSMTPD
+talks to it directly and exits when it exits. Otherwise, and with --restart,
+table-procexec translates between the two. smtpd.conf takes no options: put them
+into a script that runs table-procexec.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "table-procexec",
-        usage="table-procexec [--dialect DIALECT] [--deadline SECONDS] [--restart] COMMAND [ARGUMENT ...]",
+        usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dialect", choices=("smtpd-tables", "procexec"), help="what COMMAND speaks (default: detect)")
-    parser.add_argument("--deadline", metavar="SECONDS", type=float, default=2.0, help="of an answer (default: 2)")
-    parser.add_argument("--restart", action="store_true", help="stay in between, and restart COMMAND if it exits")
+    parser.add_argument("--dialect", choices=("smtpd-tables", "procexec"), help="protocol of COMMAND (default: detect)")
+    parser.add_argument(
+        "--deadline", metavar="SECONDS", type=float, default=2.0, help="limit for each reply (default: 2)"
+    )
+    parser.add_argument("--restart", action="store_true", help="always translate; restart COMMAND if it exits")
     parser.add_argument("--version", action="version", version=f"table-procexec {__version__}")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
     return parser
@@ -63,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"{error}: {given[0]}")
     if not 0 < options.deadline <= 60:
-        parser.error(f"argument --deadline: not between 0 and 60: {options.deadline:g}")
+        parser.error(f"argument --deadline: must be above 0 and at most 60 seconds: {options.deadline:g}")
     if not options.command:
-        parser.error("no COMMAND")
+        parser.error("missing COMMAND")
     if os.isatty(0):
-        parser.error("smtpd starts this; its standard input is a socket")
+        parser.error("standard input is a terminal (only smtpd starts table-procexec: see table-procexec(8))")
     hello = _peek(0)
     beside = os.path.dirname(sys.argv[0])
     if hello == b"":
@@ -111,7 +115,7 @@ def find(name: str, beside: str) -> str:
         path = os.path.join(folder, name)
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
-    raise FileNotFoundError(2, "neither in a libexec folder of OpenSMTPD nor in PATH", name)
+    raise FileNotFoundError(2, "not found in OpenSMTPD's libexec folders or in PATH", name)
 
 
 def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
@@ -138,7 +142,7 @@ def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
         if hello:
             if bridge.suits_smtpd(table):
                 return False
-            logging.getLogger("table_consul").info("%s: does not register with smtpd; staying in between", name)
+            logging.getLogger("table_consul").info("%s: does not register with smtpd; translating its replies", name)
         Server(bridge, lambda table: log.start("info", "auto", table, "table-procexec")).serve(*claim_stdio())
     finally:
         bridge.close()

@@ -71,7 +71,7 @@ class Found(msgspec.Struct, frozen=True, gc=False):
         value = self.value
         # Numbers, as looking for a byte is three times as fast as looking for bytes.
         if value is not None and (not value or 10 in value or 13 in value or 0 in value):
-            raise ReplyError("a value is one line, not empty, without NUL")
+            raise ReplyError("a value must be one line, not empty, without NUL")
 
 
 class NotFound(msgspec.Struct, frozen=True, gc=False):
@@ -178,7 +178,7 @@ class Session:
     def _reject(self, line: bytes) -> Malformed:
         head = line[:HEAD_BYTES] if line.startswith(b"table|") else b""
         event = DIALECTS[self.dialect](head, self._pipes) if self.dialect else None
-        return Malformed(f"a line of more than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
+        return Malformed(f"line longer than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
 
     def register(self, services: Iterable[str]) -> bytes:
         """The reply to Ready. smtpd exits when an unknown service is registered, or none."""
@@ -213,7 +213,7 @@ class Session:
             return head + request.id + reason.encode()
         elif reply.__class__ is Updated and request.op == "update":
             return head + request.id + (b"|ok\n" if self.dialect == "smtpd-tables" else b"|updated\n")
-        raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
+        raise ReplyError(f"{type(reply).__name__} is not a reply to {request.op}")
 
 
 _HEADS = {op: f"{op}-result|".encode() for op in OPS}
@@ -228,7 +228,7 @@ def _parse_smtpd_tables(line: bytes, pipes: int = 0) -> Request | Malformed:
     elif len(parts) > 6:
         service, ident, key = parts[5], parts[6], b"".join(parts[7:])
     else:
-        return Malformed(f"fields are missing: {printable(line)!r}", None)
+        return Malformed(f"missing fields: {printable(line)!r}", None)
     return _request(op, ident, parts[3], service, key, complete=op in ("update", "fetch") or len(parts) > 7)
 
 
@@ -240,7 +240,7 @@ def _parse_procexec(line: bytes, _pipes: int = 0) -> Request | Malformed:
     elif len(parts) > 4 and words[0] in OPS:
         table, op, ident, rest = b"", words[0], parts[4], line.split(b"|", 6)[5:]
     else:
-        return Malformed(f"fields are missing, or the request is unknown: {printable(line)!r}", None)
+        return Malformed(f"missing fields or unknown request: {printable(line)!r}", None)
     complete = len(rest) >= {"update": 0, "fetch": 1}.get(op, 2)
     return _request(op, ident, table, b"".join(rest[:1]), b"".join(rest[1:]), complete=complete)
 
@@ -248,12 +248,12 @@ def _parse_procexec(line: bytes, _pipes: int = 0) -> Request | Malformed:
 def _request(op: str, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool) -> Request | Malformed:
     request = Request(op, ident, _text(table), _text(service), key if op in WITH_KEY else b"")
     if not ident:
-        return Malformed("a request without id cannot be answered", None)
+        return Malformed("request without an id, so no reply is possible", None)
     if op not in OPS:
         # A word that smtpd itself chose: it will look for the same word in the reply.
         return Malformed(f"unknown request {printable(op)!r}", request if op.isascii() and op.isalpha() else None)
     if not complete:
-        return Malformed("fields are missing", request)
+        return Malformed("missing fields", request)
     return request
 
 

@@ -85,7 +85,7 @@ class Responder:
         """
         user, colon, password = request.key.partition(b":")
         if request.op != "check" or not colon:
-            return Failed("the service auth answers check alone, with a key USER:PASSWORD")
+            return Failed("the service auth supports only check, with a key USER:PASSWORD")
         user = fold_key(user)
         sources: list[Entries] = []
         stored: bytes | None = None

@@ -41,16 +41,16 @@ FOREIGN = (
 ODD = (
     (rb"[<>]", "contains angle brackets (write the address alone)"),
     (rb"[\"']", "contains quotes (remove them)"),
-    (rb"[ \t-\r]", "contains a blank"),
+    (rb"[ \t-\r]", "contains white space"),
     (rb"[,;]", "contains a comma or semicolon"),
     (rb"[^\0-\x7f]", "contains letters outside ASCII (write internationalised domains as xn--...)"),
 )
-ODD_IN_LIST = (*ODD[:2], (ODD[2][0], "contains a blank (is a comma missing?)"), *ODD[3:])
+ODD_IN_LIST = (*ODD[:2], (ODD[2][0], "contains white space (is a comma missing?)"), *ODD[3:])
 _CAUSES = (
     *FOREIGN,
     (rb"\A(?i::?(?:error|fail|defer|reject):)", "is not an error reply in smtpd's form (write error:550 text)"),
     (rb"\A(?i::blackhole:)", "is Exim's way to discard mail (write /dev/null)"),
-    (rb"\A(?i::?include:)", "includes a file by a relative name (write :include:/PATH)"),
+    (rb"\A(?i::?include:)", "includes a file by a relative path (write :include:/PATH)"),
     (rb'\A"/', "is a file name in quotes (remove them)"),
     (rb'\A"?[|/]', f"is a command without its closing quote, or has more than {COMMAND_BYTES} bytes"),
     (rb"\A(?i:mailto:)", "begins with mailto: (write the address alone)"),
@@ -97,7 +97,7 @@ def split_list(text: bytes) -> list[bytes]:
             double ^= c == 0x22 and not single
             single ^= c == 0x27 and not double
     if escaped or double or single:
-        why = list_format(text) or "ends within a quote or an escape"
+        why = list_format(text) or "ends inside a quote or an escape"
         raise EntryError(f"the value {why}; smtpd rejects the whole value because of it")
     elements.append(bytes(element).strip())
     return [element for element in elements if element]
@@ -106,7 +106,7 @@ def split_list(text: bytes) -> list[bytes]:
 def list_format(text: bytes) -> str | None:
     """The format of another program in which the list is written, and what to write; None if it is in smtpd's."""
     if compiled(rb"[\[(]\s*u?'").match(text):
-        return "is a list as Python prints it (write a JSON array; with Ansible, use to_json)"
+        return "is a list in Python syntax (write a JSON array; with Ansible, use to_json)"
     if text.startswith(b"- "):
         return "is a YAML list (separate the elements with commas)"
     if not text.startswith((b"[", b"{")):

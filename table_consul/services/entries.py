@@ -358,7 +358,7 @@ class Entries:
             note = part.notes[entry]
             raise (MissingFields if note.incomplete else EntryError)(str(self._problem(note, note.error or "")))
         if self.service.answers != "entry":
-            raise self._error(entry, f"there is no value, and {self.service.name} needs one")
+            raise self._error(entry, f"missing value: {self.service.name} requires one")
         return self._key(entry)
 
     def _key(self, entry: bytes) -> bytes:

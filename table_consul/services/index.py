@@ -43,7 +43,7 @@ def forever() -> float:
 
 def _check_time(needed: float, seconds_left: SecondsLeft) -> None:
     if seconds_left() < needed:
-        raise EntryError("too little left of the deadline to match the patterns")
+        raise EntryError("too little time left before the deadline to match the patterns")
 
 
 class Index(ABC):

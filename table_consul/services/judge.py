@@ -29,7 +29,7 @@ HOST_BYTES = 64
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # The one problem that may be meant so, so that it is no entry to count.
 NO_NETWORK = (
-    "not a network: matches only this very name, as `match from rdns` asks for (expected 192.0.2.1, 192.0.2.0/24, "
+    "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
     "2001:db8::/32, [2001:db8::/32] or local)"
 )
 
@@ -68,7 +68,7 @@ _HOSTS_BELOW = "write *.example.org for the hosts below a domain"
 def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, str], ...]:
     return (
         *_COPIED,
-        (rb"\A\*(?:@|\Z)", "has a * for a user, where it is no pattern (write @example.org, or @ for all)"),
+        (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
         *odd,
         (rb"@.*[{}]", "contains braces (remove them)"),
         *_dots(_HOSTS_BELOW),
@@ -78,15 +78,15 @@ def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, st
 _KEY_CAUSES: Mapping[str, tuple[tuple[bytes, str], ...]] = {
     "alias": (
         *_COPIED,
-        (rb"\A\*(?:@|\Z)", "has a * for a user, where it is no pattern (write @example.org, or @ for all)"),
-        (rb"@.*\*", "has a * in its domain, which is no pattern in an alias (write a key for each domain)"),
+        (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
+        (rb"@.*\*", "has * in its domain, but alias keys are not patterns (write a key for each domain)"),
         *ODD,
         *_dots("an alias is for one domain; write a key for each"),
     ),
     "domain": (
         *_COPIED,
         (rb"\A#", "is a comment (delete it)"),
-        (rb"[\\^$()|+?]", "is an expression (store it for the service regex)"),
+        (rb"[\\^$()|+?]", "is a regular expression (store it for the service regex)"),
         *ODD,
         (rb"[{}]", "contains braces (write a key for each domain)"),
         (rb"@", "is a mail address (write the part after the @)"),
@@ -110,26 +110,26 @@ def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> st
     if service.name == "regex":
         if {rb"\S", rb"\W", rb"\B"}.intersection(compiled(rb"(?s)\\.").findall(stored)):
             return (
-                "the key has a \\S, \\W or \\B, and smtpd reads expressions in lower case, where it means the opposite "
+                "the key contains \\S, \\W or \\B; smtpd reads expressions in lower case, which reverses the meaning "
                 "(write [^[:space:]] or [^[:alnum:]_])"
             )
         return None
     if len(key) > MAX_KEY_BYTES and not service.patterns:  # an index reports patterns
-        return f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}"
+        return f"the key has {len(key)} bytes; smtpd never asks for more than {MAX_KEY_BYTES}"
     path = table.path(service)
     sharing = (SERVICES[name] for name in table.readable_services if table.path(SERVICES[name]) == path)
     if any(usual_key(each)(key) for each in (service, *sharing)):
         return None
     if key != key.strip() or service.name not in _KEY_CAUSES:
-        return "the key begins or ends with white space, and smtpd never asks for such a key; rename it"
-    why = cause(key, _KEY_CAUSES[service.name]) or "has characters that no address has (correct it)"
+        return "the key begins or ends with white space; smtpd never asks for such a key (rename it)"
+    why = cause(key, _KEY_CAUSES[service.name]) or "contains characters that no address may contain (correct it)"
     return f"the key {why}; smtpd never asks for it"
 
 
 def value_problem(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
     """Why smtpd rejects or misreads a valid value of `parse_value`, and what to do; None if nothing looks wrong."""
     if not value and service.needs_value:
-        return f"there is no value, and {service.name} needs one"
+        return f"missing value: {service.name} requires one"
     if value.startswith(BYTE_ORDER_MARK):
         return "the value begins with a byte order mark (remove it)"
     judge = _VALUES.get(service.name)
@@ -170,7 +170,7 @@ def _address_problem(element: bytes) -> str | None:
 
 def _userinfo(_table: Table, key: bytes, value: bytes) -> str | None:
     if len(key) + 1 + len(value) > LINE_BYTES:
-        return f"user and value have more than {LINE_BYTES} bytes; smtpd rejects them"
+        return f"user name and value together have more than {LINE_BYTES} bytes; smtpd rejects them"
     return None
 
 
@@ -187,7 +187,7 @@ def _host_problem(host: bytes) -> str | None:
     if host.startswith(b"["):
         address = host[6:-1] if host[1:6].lower() == b"ipv6:" else host[1:-1]
         known = inet6_pton(address) is not None or dotted_quad(address) is not None
-        return None if known else "is not an address, and only addresses are in brackets (remove them)"
+        return None if known else "is not an address; only addresses may be in brackets (remove the brackets)"
     if compiled(rb"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*").fullmatch(host):
         return None
     return cause(host, (*FOREIGN, *ODD, *_dots("remove it"))) or "is not a host name"
@@ -195,7 +195,7 @@ def _host_problem(host: bytes) -> str | None:
 
 def _addrname(_table: Table, _key: bytes, value: bytes) -> str | None:
     problem = _host_problem(value)
-    return problem and f"the value is the name that smtpd gives itself, and {problem}"
+    return problem and f"the value is the name that smtpd uses for itself, and {problem}"
 
 
 def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
@@ -211,7 +211,7 @@ def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
     label, at, rest = text[found.end() if found else 0 :].partition(b"@")
     host, colon, port, left = _host_and_port(rest if at else label)
     if colon and not (compiled(rb"[ \t-\r]*[+-]?[0-9]{1,20}").fullmatch(port) and 1 <= int(port) <= 65535):
-        postfix = "" if scheme else "; Postfix's TRANSPORT:[HOST]:PORT is smtp://HOST:PORT here"
+        postfix = "" if scheme else " (write Postfix's TRANSPORT:[HOST]:PORT as smtp://HOST:PORT)"
         return f"the port of the {what} must be between 1 and 65535{postfix}"
     if problem := _host_problem(host) if host or not left else cause(left, (*FOREIGN, *ODD)) or "is missing":
         return f"the host of the {what} {problem}"
@@ -220,7 +220,7 @@ def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
     if at and label and scheme not in (b"smtp+tls", b"smtps"):
         return f"the {what} has a label without TLS, which smtpd rejects (use smtp+tls:// or smtps://)"
     if left not in (b"", b"/"):
-        return f"smtpd ignores what follows the host of the {what}: {cause(left, (*FOREIGN, *ODD)) or 'remove it'}"
+        return f"smtpd ignores the text after the host of the {what}: {cause(left, (*FOREIGN, *ODD)) or 'remove it'}"
     return None
 
 

@@ -241,14 +241,14 @@ def verify_hash(known: Hash, password: bytes) -> bool:
         except argon2.exceptions.VerifyMismatchError:
             return False
         except argon2.exceptions.VerificationError:
-            raise EntryError("a hash by argon2 that cannot be verified: damaged, or too large") from None
+            raise EntryError("the argon2 hash cannot be verified: damaged, or too large") from None
     from hmac import compare_digest
 
     binding = _binding()
     try:
         word = password.decode()
     except UnicodeDecodeError:
-        raise PeerError("the password is not UTF-8, and crypt-r takes nothing else") from None
+        raise PeerError("the password is not UTF-8, which crypt-r requires") from None
     if len(password) > PASSWORD_BYTES or b"\0" in password:
         return False
     try:
@@ -256,7 +256,7 @@ def verify_hash(known: Hash, password: bytes) -> bool:
     except OSError:
         made = "*"
     if made.startswith("*"):
-        raise EntryError(f"a hash by {known.scheme}, which crypt(3) of this system does not know")
+        raise EntryError(f"crypt(3) of this system does not support hashes by {known.scheme}")
     return compare_digest(made.encode(), known.text)
 
 
@@ -298,7 +298,7 @@ def _package(module: str, package: str) -> Any:  # noqa: ANN401 - a module
     try:
         return importlib.import_module(module)
     except ImportError:
-        text = f"auth: the Python package {package} is not installed; install table-consul[auth]"
+        text = f"auth: the Python package {package} is not installed (install table-consul[auth])"
         raise ConfigError(text) from None
 
 
@@ -345,7 +345,7 @@ class Verifier:
         if known is not None and known.kind not in (each.kind for each in work):
             work.append(known)
         if sum(each.seconds_for(password) for each in work) > left:
-            raise Unreachable(f"too little left of the deadline of {most:g} s to verify a password")
+            raise Unreachable(f"too little time left before the deadline of {most:g} s to verify a password")
         if known is not None and self._verify(known, password):
             return True
         for each in work:

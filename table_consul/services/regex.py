@@ -121,7 +121,7 @@ class _Translator:
         if not c:
             raise _error("ends in a \\; write \\\\ for the character")
         if c in b"123456789":
-            raise _error("has a back-reference, which cannot be matched in linear time; do without it")
+            raise _error("has a back-reference, which cannot be matched in linear time; remove it")
         if c in b"<>":
             raise _error(f"has a \\{c.decode()}, which is not POSIX; write \\b")
         return b"\\" + c
@@ -164,7 +164,7 @@ class _Translator:
                 self._at += 1
                 end, ranged = self._bracket_element()
                 if not ranged or min(start) > max(end):
-                    raise _error("has a range within [ ] that is empty; write it in order")
+                    raise _error("has an empty range within [ ]; write it in ascending order")
                 members.update(range(min(start), max(end) + 1))
         self._at += 1
         return EVERY - members if negated else frozenset(members)

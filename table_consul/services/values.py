@@ -21,7 +21,7 @@ LINE_MAX = 2048
 ID_MAX = 4294967295
 # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): of a key "gilles:0", the 0 would
 # become the uid.
-_COLON_IN_KEY = "the key contains a colon, which smtpd takes for the end of the user name"
+_COLON_IN_KEY = "the key contains a colon, which smtpd takes as the end of the user name"
 
 
 class MissingFields(EntryError):
@@ -157,7 +157,7 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
     if 0 in (int(uid), int(gid)) and not table.allow_root:
         raise EntryError("uid or gid 0 would deliver mail as root; set allow_root = true to permit it")
     if key == DEFAULT_KEY and re.search(rb"%(?![und])", home.replace(b"%%", b"")):
-        raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
+        raise EntryError("the default home directory contains an unknown placeholder (use %u, %n, %d or %%)")
     if key == DEFAULT_KEY and b"%" in home and {b".", b".."}.intersection(home.split(b"/")):
         raise EntryError("the default home directory contains . or .. as a segment")
 

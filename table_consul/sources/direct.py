@@ -105,7 +105,7 @@ class DirectSource:
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not kv.is_url_safe(path + key):
             # A transaction can write such a key (api-docs/txn), and no URL reads it.
-            raise SourceError(f"{printable(path + key)} cannot be read from Consul, as no URL can name it")
+            raise SourceError(f"{printable(path + key)}: cannot be read from Consul: no URL can contain this key")
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left), one_key=True)
         return [] if pair is None else [(key, pair.value)]
 
@@ -171,7 +171,7 @@ class DirectSource:
                     self._silent_until[path] = now + REFUSED_KEY_SECONDS
                     where = "for such keys"
                     if isinstance(error, TooLarge):
-                        where = 'where all keys are needed (set mode = "mirror", and max_keys above their number)'
+                        where = 'for lookups that need all keys (set mode = "mirror" and max_keys above their number)'
                     log.warning("%s: %s; returning errors %s", printable(path), error, where)
             else:
                 refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))

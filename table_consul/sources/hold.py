@@ -71,7 +71,7 @@ def news(
             if held.until == ACCEPTED:
                 yield service, f"deletion accepted: no longer serving {entries}"
             elif held.until <= now:
-                yield service, f"hold_deletions is over: no longer serving {entries}"
+                yield service, f"hold_deletions expired: no longer serving {entries}"
             else:
                 yield service, "all deleted entries are back"
     for service, held in after.items():

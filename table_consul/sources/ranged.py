@@ -228,7 +228,7 @@ class Ranges:
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
                     if not self._unexplained.keys().isdisjoint(late):
-                        raise Unsettled("something changed that no range shows")
+                        raise Unsettled("a change is in no range")
                     publish(confirmed=not self._unexplained)
             moments = [self.until, self._list_at, *self._unexplained.values(), *(each.due for each in self._watched)]
             first = min((each for each in moments if each is not None), default=math.inf)
@@ -296,7 +296,7 @@ class Ranges:
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
-            raise Unsettled("an answer is not complete")
+            raise Unsettled("a response is filtered or stale")
         if response.index < index:
             raise Unsettled("an index went backwards")
 
@@ -327,9 +327,9 @@ class Ranges:
         changes = read_changes(response, builder, since)
         lost = sum(map(len, builder.missing_keys().values()))
         if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:
-            raise Unsettled("many keys are gone")
+            raise Unsettled("many keys are missing")
         if builder.count > self._most[prefix]:
-            raise Unsettled("a range has outgrown its size")
+            raise Unsettled("a range has grown too large")
         if not builder.conclusive:
             raise Unsettled("keys differ only in case")
         snapshot = proven_snapshot(client, response, builder, {}, {})

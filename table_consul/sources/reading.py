@@ -142,7 +142,7 @@ def proven_snapshot(
                 del keys[fold_key(key)]
             else:
                 path = printable(builder.table.path(SERVICES[name]) + key)
-                raise BadResponse(f"{path} is there, but Consul does not list it")
+                raise BadResponse(f"{path} exists, but Consul does not list it")
     if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)

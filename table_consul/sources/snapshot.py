@@ -158,7 +158,7 @@ class SnapshotFile:
             if others:
                 whose = f"table {printable(name)}" if name else "another table"
                 hint = "put {table} into the path, or remove the file"
-                raise OSError(errno.EEXIST, f"it is the copy of {whose} ({hint})")
+                raise OSError(errno.EEXIST, f"it is the snapshot of {whose} ({hint})")
 
     def discard(self) -> None:
         """Leave the file as it is."""
@@ -176,24 +176,24 @@ class SnapshotFile:
         except FileNotFoundError:
             return None
         except (OSError, SourceError) as error:
-            log.warning("%s: not used: %s", self._path, getattr(error, "strerror", error))
+            log.warning("%s: ignored: %s", self._path, getattr(error, "strerror", error))
             return None
         if status.st_uid != os.geteuid():
-            log.warning("%s: not used: it belongs to another user", self._path)
+            log.warning("%s: ignored: owned by another user", self._path)
             return None
         if not _is_ours(status):  # it may hold password hashes
-            log.warning("%s: not used: others may read it (set mode 0600)", self._path)
+            log.warning("%s: ignored: other users may read or write it (set mode 0600)", self._path)
             return None
         if snapshot is None:
             log.warning("%s: ignored: contains no keys under %s", self._path, printable(self._prefix))
             return None
         age = time.time() - status.st_mtime
         if age < -CLOCK_SECONDS:
-            text = "%s: not used: dated %s in the future, so its age is unknown (check the clock)"
+            text = "%s: ignored: dated %s in the future, so its age is unknown (check the clock)"
             log.warning(text, self._path, counted(round(-age), "second", "seconds"))
             return None
         entries = counted(snapshot.size, "entry", "entries")
-        log.info("%s: %s of %.0f s ago from %s", printable(self._prefix), entries, max(age, 0.0), self._path)
+        log.info("%s: %s from %s (%.0f s old)", printable(self._prefix), entries, self._path, max(age, 0.0))
         return snapshot, max(age, 0.0)
 
 
@@ -225,7 +225,7 @@ def snapshot_from_export(
     hidden = {}
     for name, folder in folders.items():
         if marks.get(folder) == INCOMPLETE:
-            hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the copy {path}"), {})
+            hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the snapshot {path}"), {})
         elif folder not in marks and name in absent:
-            hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the copy {path}"), {})
+            hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the snapshot {path}"), {})
     return None if empty and len(hidden) == len(services) else builder.finish(hidden, restored=True)

@@ -271,7 +271,7 @@ def test_log_has_a_line_when_a_hold_ends():
     first = read([], read(pairs(30)))
     over, accepted = read([], first, NOW + SECONDS), first.accepted()
     ended = "no longer serving 30 deleted entries"
-    assert lines(first, over, NOW + SECONDS) == [("alias", f"hold_deletions is over: {ended}")]
+    assert lines(first, over, NOW + SECONDS) == [("alias", f"hold_deletions expired: {ended}")]
     assert lines(accepted, read([], accepted, NOW + 10)) == [("alias", f"deletion accepted: {ended}")]
     assert lines(first, read(pairs(30), first, NOW + 10)) == [("alias", "all deleted entries are back")]
 
@@ -280,4 +280,4 @@ def test_log_has_both_lines_when_one_hold_follows_another():
     before, after = {"alias": Held({b"a": b"a"}, 5.0)}, {"alias": Held({b"b": b"b"}, 20.0)}
     begun = "1 of 1 entry deleted at once; serving them for another 10 s"
     texts = [text.partition(" (")[0] for _, text in news(before, after, {"alias": 1}, "mail", 10.0)]
-    assert texts == ["hold_deletions is over: no longer serving 1 deleted entry", begun]
+    assert texts == ["hold_deletions expired: no longer serving 1 deleted entry", begun]

@@ -111,7 +111,7 @@ def test_a_secret_in_the_environment_is_not_shown_by_check(tmp_path):
 
 def test_a_person_at_a_terminal_is_told_what_this_is(monkeypatch, capsys):
     monkeypatch.setattr(os, "isatty", lambda _: True)
-    assert (cli.main([]), "is started by OpenSMTPD's smtpd" in capsys.readouterr().err) == (2, True)
+    assert (cli.main([]), "OpenSMTPD starts table-consul" in capsys.readouterr().err) == (2, True)
 
 
 @pytest.fixture

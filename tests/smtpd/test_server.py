@@ -153,8 +153,8 @@ def test_an_exception_is_logged_with_its_traceback_once_a_place(tables, caplog):
 
 def test_a_reply_that_cannot_be_sent_is_an_error_reply(tables, monkeypatch, caplog):
     monkeypatch.setattr(tables, "answer", lambda *_: Found(None))
-    assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found does not answer lookup"]
-    assert logged(caplog) == ["lookup alias: Found does not answer lookup"]
+    assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found is not a reply to lookup"]
+    assert logged(caplog) == ["lookup alias: Found is not a reply to lookup"]
 
 
 def test_an_entry_that_is_no_good_is_logged_once(tables, caplog):
@@ -373,7 +373,7 @@ def test_bug_in_counting_invalid_requests_harms_no_reply(tables, caplog):
     counters = Counting()
     counters.error = RuntimeError("bug")
     answered, _ = served(tables, HELLO + b"hello\ntable|0.1|0|t|check|alias|3\n" + ROOT % 1, counters=counters)
-    assert answered.endswith(b"check-result|3|error|fields are missing\nlookup-result|1|found|gilles\n")
+    assert answered.endswith(b"check-result|3|error|missing fields\nlookup-result|1|found|gilles\n")
 
 
 def test_a_log_that_cannot_be_started_harms_no_answer(tables, caplog):

@@ -210,7 +210,7 @@ def test_expressions_get_what_is_left_of_the_deadline_and_exact_keys_are_always_
         if service == "domain":
             assert late == on_time
         else:
-            assert late.reason == "aliases/regex/: too little left of the deadline to match the patterns"
+            assert late.reason == "aliases/regex/: too little time left before the deadline to match the patterns"
 
 
 # ---- which source ----

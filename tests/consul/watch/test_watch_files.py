@@ -49,7 +49,7 @@ def test_with_consul_down_a_start_answers_from_the_copy(fake, mirrored, copied, 
     again = mirrored(closed(), copied)
     becomes(again, b"gilles")
     assert (ask(again, b"nobody"), ask(again, b"example.org", "domain")) == (None, b"example.org")
-    assert any("entries of 0 s ago from" in line for line in lines(caplog, logging.INFO))
+    assert any(line.endswith("copy.json (0 s old)") for line in lines(caplog, logging.INFO))
 
 
 def test_what_is_restored_follows_consul_when_it_comes_back(fake, mirrored, copied, tmp_path):
@@ -75,14 +75,14 @@ def test_a_damaged_copy_is_refused_with_a_line(mirrored, copied, tmp_path, caplo
     (tmp_path / "copy.json").write_text(text)
     (tmp_path / "copy.json").chmod(0o600)
     becomes(mirrored(closed(), copied), Unreachable)
-    logged(caplog, f"{tmp_path}/copy.json: not used: not the output of `consul kv export`")
+    logged(caplog, f"{tmp_path}/copy.json: ignored: not the output of `consul kv export`")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
 def test_a_copy_that_others_may_read_or_write_is_refused_with_a_line(mirrored, copied, tmp_path, caplog, mode):
     keep(tmp_path / "copy.json", WHOLE, mode)
     becomes(mirrored(closed(), copied), Unreachable)
-    logged(caplog, "others may read it")
+    logged(caplog, "other users may read or write it")
 
 
 def test_a_copy_of_another_table_is_no_absence(mirrored, copied, tmp_path, caplog):
@@ -104,7 +104,7 @@ def test_an_export_made_by_hand_answers_for_what_it_holds_and_proves_no_empty_bu
     keep(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source = mirrored(closed(), copied)
     becomes(source, b"gilles")
-    with pytest.raises(SourceError, match="mail/aliases/domain/ is not in the copy"):
+    with pytest.raises(SourceError, match="mail/aliases/domain/ is not in the snapshot"):
         ask(source, b"example.org", "domain")
 
 

@@ -76,7 +76,7 @@ def test_hold_that_is_over_needs_no_change_in_consul(filled, mirrored, caplog):
     delete(filled)
     is_held(source, 30)
     becomes(source, None, LAST)
-    logged(caplog, "hold_deletions is over: no longer serving 30 deleted entries")
+    logged(caplog, "hold_deletions expired: no longer serving 30 deleted entries")
     assert held(source) == 0
 
 

@@ -10,10 +10,10 @@ from table_consul.errors import ConfigError, SourceError
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.services import SERVICES, Table
 
-# From a reply out of memory to one that took the longest deadline that many would configure.
+# From a reply out of memory to the longest deadline that is likely to be configured.
 BOUNDS_SECONDS = (0.00001, 0.000025, 0.0001, 0.00025, 0.001, 0.0025, 0.01, 0.05, 0.25, 1.0, 2.5)
 OUTCOMES: Mapping[type, str] = {Found: "found", NotFound: "not-found", Failed: "error", Updated: "ok"}
-# In the dialects of 2020 a request brings the table's name: a bound on how many names are counted separately.
+# In the dialects of 2020 each request names a table: a bound on how many names are counted separately.
 CELLS_MAX = 512
 OTHER = "(other)"
 OPS = frozenset({"check", "lookup", "fetch", "update"})
@@ -26,7 +26,7 @@ ends, and the last interval has none. CPython is faster at small positive indice
 
 
 class Counters:
-    """The server loop alone may write; other threads read copies and never make it wait."""
+    """Only the server loop may write; other threads read copies and never make it wait."""
 
     def __init__(self, tables: Callable[[str], Table]) -> None:
         """``tables`` returns the table of that name or raises ConfigError; called in the server loop."""
@@ -38,7 +38,7 @@ class Counters:
         `answers` then."""
 
     def add(self, request: Request, reply: type, seconds: float) -> None:
-        """Count a request by the type of its reply, which was ready so long after the request was read."""
+        """Count a request by the type of its reply; ``seconds`` passed from reading it until the reply was ready."""
         try:
             cell = self._cells[request.table, request.service, request.op, reply]
         except KeyError:

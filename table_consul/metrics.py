@@ -36,18 +36,18 @@ log = logging.getLogger("table_consul")
 
 # Prometheus scrapes node_exporter every 15 s or less often.
 WRITE_INTERVAL_SECONDS = 15.0
-# What a start or an update sets in motion usually ends within this, and the file should show its end soon.
+# A start or an update usually completes within this, and the file should soon show the result.
 FIRST_WRITE_SECONDS = 1.0
 # A bound on the descriptors and threads that local users can occupy.
 CONNECTIONS_MAX = 8
 
-# Errors hold no token; but anyone on this host may read metrics, and a token looks like this.
+# Errors contain no token, but any local user may read metrics, so whatever looks like one is removed.
 _TOKEN = re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
 LAST_ERROR = b"# table_consul_last_error "
-"""What a comment begins with that holds a JSON list of table, prefix and text; no reader of metrics needs it."""
+"""The start of a comment with a JSON list of table, prefix and text, which Prometheus ignores."""
 
-# Name without "table_consul_", type, help text, and labels besides "table", which all have: each table has a process of
-# its own, and node_exporter rejects text files that share a series.
+# Name without "table_consul_", type, help text, and labels besides "table". All have that one, because each table has a
+# process of its own, and node_exporter rejects text files that share a series.
 METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("build_info", "Gauge", "Always 1; the label is the version of table-consul.", ("version",)),
     ("start_time_seconds", "Gauge", "When the process started, in seconds since the epoch.", ()),
@@ -153,14 +153,14 @@ def _failures(own: str, tables: Tables) -> list[_Failures]:
     names = {name or own: name for name in (*asked, *failures)}
     for table in names.keys() - {each.labels[0] for each in found}:
         total, kind, text, at, answers = failures.get(names[table], (0, "", "", 0.0, -1.0))
-        with contextlib.suppress(ConfigError):  # requests of 2020 can bring names that no table can have
+        with contextlib.suppress(ConfigError):  # in the dialects of 2020 a request may have an invalid name
             labels = (table, config.table(table).root.decode())
             found.append(_Failures(labels, counters.answers(names[table]) > answers, total, kind, text, at))
     return found
 
 
 class Exporter(threading.Thread):
-    """Writes the text file and serves the address of ``[metrics]``; set ``changed`` to have it look again."""
+    """Writes the text file and serves the address of ``[metrics]``; set ``changed`` when the configuration changes."""
 
     def __init__(self, table: str, tables: Tables) -> None:
         """``table`` is that of the process; in the dialects of 2020 requests may name others."""
@@ -200,7 +200,7 @@ class Exporter(threading.Thread):
         yield from families.values()
 
     def comments(self) -> bytes:
-        """The text of the last errors: comments, for a label with a text of its own makes each error a series."""
+        """The texts of the last errors as comments, because as a label each text would be a series."""
         last = [each for each in _failures(self._table, self._tables) if each.total]
         lines = ([*each.labels, printable(_TOKEN.sub("...", each.text), 200)] for each in last)
         return b"".join(LAST_ERROR + msgspec.json.encode(line) + b"\n" for line in lines)
@@ -227,13 +227,13 @@ class Exporter(threading.Thread):
             writer.write(generate_latest(registry) + self.comments())
             writer.commit()
         finally:
-            writer.discard()  # after commit there is nothing left of it
+            writer.discard()  # does nothing after commit
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
         backoff = self._backoffs.setdefault(what, Backoff(what, f"retrying every {WRITE_INTERVAL_SECONDS:.0f} s"))
         try:
             result = action()
-        except Exception as error:  # noqa: BLE001 - metrics are worth a log line, not the thread
+        except Exception as error:  # noqa: BLE001 - a failure is logged and must not end the thread
             backoff.failure(error, time.monotonic(), 0.0)
             return None
         backoff.success(time.monotonic())
@@ -254,11 +254,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_arguments: object) -> None:
-        """Nothing, for each scrape."""
+        """Log nothing: scrapes are frequent."""
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serves a registry over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``; or raises OSError."""
+    """Serves a registry over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
 
     allow_reuse_address = True
     daemon_threads = True
@@ -277,7 +281,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._opened: list[socket.socket] = []
         if listen.startswith("unix://"):
             path, self.address_family = listen.removeprefix("unix://"), socket.AF_UNIX
-            # The socket of a process that has ended goes; binding to any other file fails.
+            # Remove the socket of a process that has ended; binding to any other file fails.
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
                 probe.setblocking(False)  # noqa: FBT003 - socket's way; a full queue would block a blocking one
                 if stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:

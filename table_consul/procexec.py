@@ -1,8 +1,8 @@
-"""table-procexec: makes any program that speaks one of the line dialects a table of any OpenSMTPD.
+"""table-procexec: runs a program that speaks one of the line dialects as a table of any OpenSMTPD.
 
-smtpd 7.6 and later speak lines, and a program that registers with it replaces this one. Up to 7.5 smtpd speaks imsg,
-and no smtpd speaks the dialect of 2020: then this one stays in between, as it does with --restart, and smtpd gets each
-answer in time.
+smtpd 7.6 and later speak lines, and a program that registers with it replaces this one. smtpd up to 7.5 speaks imsg,
+and no smtpd speaks the dialect of 2020: then, and with --restart, this program translates, and smtpd gets each reply in
+time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from table_consul import __version__, fallback
 
-# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
+# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder of this program comes first.
 LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
 
 USAGE = """\
@@ -58,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; its exit status: 0, 2 for a wrong command line, 127 for a command that cannot be run."""
+    """Run the program; returns 0, 2 for a wrong command line, or 127 for a command that cannot be run."""
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        # smtpd passes all that follows the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
+        # smtpd passes everything after the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
         options = parser.parse_args(shlex.split(given[0]) if len(given) == 1 else given)
     except ValueError as error:
         parser.error(f"{error}: {given[0]}")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _peek(fd: int) -> bytes | None:
-    """What the peer sends first, left unread; empty at end of file, None if this is not a socket."""
+    """The first bytes from the peer, left unread; empty at end of file, None if this is not a socket."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     with socket.socket(fileno=os.dup(fd)) as peer:
@@ -103,7 +103,7 @@ def _peek(fd: int) -> bytes | None:
 
 
 def find(name: str, beside: str) -> str:
-    """The path of a command: as it is if it has a slash, else from ``beside``, the libexec folders, and PATH.
+    """The path of a command: unchanged if it has a slash, otherwise from ``beside``, the libexec folders, and PATH.
 
     Raises:
         FileNotFoundError: it is in none of them.
@@ -119,11 +119,11 @@ def find(name: str, beside: str) -> str:
 
 
 def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
-    """Serve smtpd from a child until it is gone; False, with nothing served, if smtpd can run the command itself.
+    """Serve smtpd from a child until smtpd exits; False, with nothing served, if smtpd can run the command itself.
 
-    ``hello`` is smtpd's handshake (smtpd: table_proc.c, table_proc_open writes it at once), empty for no trial.
+    ``hello`` is smtpd's handshake (smtpd: table_proc.c, table_proc_open sends it whole), empty for no trial.
     """
-    # Imported here because that takes longer than all else, and a command that needs no trial must not wait for it.
+    # Imported here because this takes longest, and a command without a trial must not wait for it.
     try:
         import logging
 

@@ -1,7 +1,7 @@
 """The line dialects between smtpd and its tables: bytes in, events out, and replies that cannot be malformed.
 
-Knows nothing of sockets, of Consul, or of what a table holds. Two dialects, told apart by the first line (imsg, the
-binary dialect of OpenSMTPD up to 7.5, is not made of lines and has a module of its own):
+Independent of sockets, Consul, and the contents of tables. There are two dialects, which the first line distinguishes
+(imsg, the binary dialect of OpenSMTPD up to 7.5, is a module of its own):
 
 ``smtpd-tables``
     OpenSMTPD 7.6 and later, smtpd-tables(7). Begins with ``config|``. The service comes before the id.
@@ -22,9 +22,9 @@ import msgspec
 
 from table_consul.errors import ReplyError, printable
 
-# Far above what smtpd sends (a key has at most 1,023 bytes: smtpd: table.c, table_lookup), far below what hurts.
+# Far above what smtpd sends (a key has at most 1,023 bytes: smtpd: table.c, table_lookup), and harmless.
 MAX_LINE = 65536
-# Of a longer line: enough to hold the id, so that an error can be answered.
+# How much of a longer line is parsed: enough for the id, which an error reply needs.
 HEAD_BYTES = 2048
 
 WITH_KEY = ("check", "lookup")
@@ -32,7 +32,7 @@ OPS = (*WITH_KEY, "fetch", "update")
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
-    """One request of smtpd. ``table`` is empty where the dialect brings no name, ``key`` for fetch and update."""
+    """One request of smtpd. ``table`` is empty in dialects without table names, ``key`` for fetch and update."""
 
     op: str
     id: bytes
@@ -41,7 +41,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     key: bytes
 
     def __repr__(self) -> str:
-        key = b"..." if self.service == "auth" else self.key  # it holds a password
+        key = b"..." if self.service == "auth" else self.key  # it contains a password
         return f"Request({self.op!r}, {self.id!r}, {self.table!r}, {self.service!r}, {key!r})"
 
 
@@ -52,7 +52,7 @@ class Ready(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """Smtpd sent something that its protocol does not know. With a ``request``, an error can be answered."""
+    """Invalid input from smtpd. With a ``request``, it gets an error reply."""
 
     reason: str
     request: Request | None
@@ -69,13 +69,13 @@ class Found(msgspec.Struct, frozen=True, gc=False):
 
     def __post_init__(self) -> None:
         value = self.value
-        # Numbers, as looking for a byte is three times as fast as looking for bytes.
+        # Numbers, because searching for one is three times as fast as searching for bytes.
         if value is not None and (not value or 10 in value or 13 in value or 0 in value):
             raise ReplyError("a value must be one line, not empty, without NUL")
 
 
 class NotFound(msgspec.Struct, frozen=True, gc=False):
-    """The key is not in the table. Absence must be proven: smtpd bounces the mail."""
+    """The key is not in the table. Absence must be proven: smtpd bounces the message."""
 
 
 class Updated(msgspec.Struct, frozen=True, gc=False):
@@ -83,7 +83,7 @@ class Updated(msgspec.Struct, frozen=True, gc=False):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The table has no answer now: smtpd keeps the mail and logs the reason. ``cause`` is for our own log."""
+    """A temporary error: smtpd keeps the message and logs the reason. ``cause`` is for our own log."""
 
     reason: str
     cause: Exception | None = None
@@ -100,7 +100,7 @@ MAX_NAMES = 1024
 
 
 class Session:
-    """One conversation with smtpd, in a dialect that its first line decides."""
+    """One conversation with smtpd, in the dialect of its first line."""
 
     # Only end of file ends it; in imsg a message does.
     closed = False
@@ -108,7 +108,7 @@ class Session:
     def __init__(self, procexec_reply: Callable[[str], str] = lambda _table: "auto") -> None:
         """``procexec_reply`` returns the first word of replies for a table in the dialect of 2020.
 
-        ``auto`` goes by the request: ``table-response`` if it names the table, otherwise ``table-result``.
+        ``auto`` is ``table-response`` if the request names the table, otherwise ``table-result``.
         """
         self.dialect: str | None = None
         self._procexec_reply = procexec_reply
@@ -116,9 +116,9 @@ class Session:
         self._overlong = False
         self._config: dict[str, str] = {}
         self._pipes = 0
-        """In the table's name, which only the handshake brings whole."""
+        """How many ``|`` the table's name has; only the handshake contains the name as a whole."""
         self._seen: dict[tuple[bytes, bytes, bytes], tuple[str, str, str]] = {}
-        """Table, operation and service of checks and lookups that were read before, as text."""
+        """Table, operation and service of earlier checks and lookups, as text."""
 
     def receive_data(self, data: bytes) -> list[Event]:
         """The events that are complete with this data, which may be cut anywhere."""
@@ -136,7 +136,7 @@ class Session:
                 table_name, op_name, service_name = seen[table, op, service]
             except (ValueError, KeyError):
                 word = b""
-            if word == b"table" and ident:  # what nearly all lines are; _event would make the same of it
+            if word == b"table" and ident:  # nearly all lines; _event would return the same
                 events.append(Request(op_name, ident, table_name, service_name, key))
             elif (event := self._event(line)) is not None:
                 events.append(event)
@@ -188,7 +188,7 @@ class Session:
         """The reply to this request as bytes for smtpd.
 
         Raises:
-            ReplyError: there is no such reply to such a request.
+            ReplyError: the reply does not fit the request.
         """
         if self.dialect == "smtpd-tables":
             head = _HEADS[request.op] if request.op in _HEADS else f"{request.op}-result|".encode()
@@ -250,7 +250,7 @@ def _request(op: str, ident: bytes, table: bytes, service: bytes, key: bytes, *,
     if not ident:
         return Malformed("request without an id, so no reply is possible", None)
     if op not in OPS:
-        # A word that smtpd itself chose: it will look for the same word in the reply.
+        # smtpd chose this word and expects it in the reply.
         return Malformed(f"unknown request {printable(op)!r}", request if op.isascii() and op.isalpha() else None)
     if not complete:
         return Malformed("missing fields", request)
@@ -265,4 +265,4 @@ DIALECTS: Mapping[str, Callable[..., Request | Malformed]] = {
     "smtpd-tables": _parse_smtpd_tables,
     "procexec": _parse_procexec,
 }
-"""How a request is read in each dialect, given how many ``|`` the table's name has."""
+"""The parser of each dialect, for a line and the number of ``|`` in the table's name."""

@@ -1,6 +1,6 @@
-"""The parts of a folder in the making, from former ones and what Consul lists.
+"""Builds the parts of a folder from the former ones and Consul's list.
 
-No step goes over more than a part, as each holds Python's lock while it lasts.
+No step covers more than one part, because each holds Python's lock.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _END: tuple[None, None] = (None, None)
 
 
 class Draft:
-    """One part in the making: it follows the former one, and is a copy from the first difference on.
+    """Builds one part: it follows the former one, and becomes a copy at the first difference.
 
-    A dict keeps the order in which Consul listed its keys, so what has not changed comes in that order again.
+    A dict keeps the order in which Consul listed its keys, so unchanged keys come in that order again.
     """
 
     def __init__(self, former: Part, low: bytes, high: bytes | None) -> None:
@@ -33,10 +33,10 @@ class Draft:
         self.notes: dict[bytes, Note] = {}
         self.kinds: dict[Kind, tuple[bytes, bytes]] = {}
         self.lost: dict[bytes, tuple[bytes, ...]] = {}
-        """By folded key: variants of a key that took precedence and is gone. Their values are not known."""
+        """By folded key: variants of a key that took precedence and was deleted. Their values are not in memory."""
         self.part: Part | None = None
         self.taken = 0
-        """How many entries have been taken since the last `close`, but for those that follow the former part."""
+        """How many entries have been taken since the last `close`, except those that follow the former part."""
         self._key: bytes | None
         self._value: bytes | None
         self._follow_from(0)
@@ -49,9 +49,9 @@ class Draft:
     def follow(
         self, pairs: Iterator[tuple[bytes, bytes | None]], decoded: tuple[bytes, ...]
     ) -> tuple[bytes, bytes | None] | None:
-        """Take pairs while they are the next of the former part, value and all, and return the first that is not.
+        """Take pairs while they equal the next entries of the former part, and return the first that does not.
 
-        Neither is one with a note, nor one whose value would be ``decoded``.
+        A pair with a note, or with a value that begins with one of ``decoded``, never counts as equal.
         """
         if self.cells is not None:
             return next(pairs, None)
@@ -68,9 +68,9 @@ class Draft:
         return found
 
     def take(self, folded: bytes, cell: bytes | None, note: Note | None, below: bytes) -> None:
-        """Take an entry. Of those that differ only in case the lower-case one answers, else the first in byte order.
+        """Take an entry. Of variants in case the lower-case one takes precedence, else the first in byte order.
 
-        Consul lists a key twice only where two that are not UTF-8 look alike; whatever is listed twice is an error.
+        Consul lists a key twice only if two keys that are not UTF-8 look alike; such a key is an error.
         """
         if self.cells is None:
             self._skip(below)
@@ -108,7 +108,7 @@ class Draft:
             self._put(folded, cell, note and replace(note, variants=variants))
 
     def _skip(self, below: bytes) -> None:
-        """Pass what is not to be replaced."""
+        """Skip former entries that are not below."""
         if self._key is None or self.former.stored(self._key).startswith(below):
             return
         notes = self.former.notes
@@ -121,7 +121,7 @@ class Draft:
         self._key, self._value = _END
 
     def open(self, below: bytes) -> dict[bytes, bytes | None]:
-        """The entries so far, to be changed: those taken, and those of the former part that are not below."""
+        """The entries so far, as a copy to change: those taken, and those of the former part that are not below."""
         self.part = None
         if self.cells is not None:
             return self.cells
@@ -142,7 +142,7 @@ class Draft:
         return self.cells
 
     def settle(self, below: bytes) -> None:
-        """Drop what was to be replaced and did not come; decide between keys that differ only in case."""
+        """Drop former entries below that were not taken; decide between keys that differ only in case."""
         if self.cells is None:
             self._skip(below)
             if self._key is not None:
@@ -170,7 +170,7 @@ class Draft:
     def _kinds(
         self, cells: dict[bytes, bytes | None], kind_of: Callable[[bytes], Kind | None]
     ) -> dict[Kind, tuple[bytes, bytes]]:
-        """Looked for among all entries only where a known one has gone."""
+        """An entry of each kind of hash; all entries are searched only if one of these is gone."""
         known = {**self.former.kinds, **self.kinds}
         if all(cells.get(key) == value for key, value in known.values()):
             return known
@@ -201,7 +201,7 @@ def _sorted(variants: Iterable[bytes], *more: bytes) -> tuple[bytes, ...]:
 
 
 class Drafts:
-    """The parts of a folder in the making: the former ones, but for what begins with ``below``."""
+    """Builds the parts of a folder: the former ones, except the keys that begin with ``below``."""
 
     def __init__(self, former: Parts, below: bytes, kind_of: Callable[[bytes], Kind | None] | None) -> None:
         self._below = below
@@ -222,7 +222,7 @@ class Drafts:
         return slot
 
     def at(self, folded: bytes) -> Draft:
-        """The draft of the part where this key belongs; it is the current one from now on."""
+        """The draft of the part for this key, which becomes the current one."""
         draft = self.current
         if folded < draft.low or (draft.high is not None and folded >= draft.high):
             if draft.cells is not None and draft.taken * 2 > len(draft.cells) and not draft.lost:
@@ -231,7 +231,7 @@ class Drafts:
         return draft
 
     def take(self, folded: bytes, cell: bytes | None, note: Note | None) -> None:
-        """Take an entry into the current draft, which is that of its key."""
+        """Take an entry into the current draft, which must be that of its key."""
         draft = self.current
         draft.take(folded, cell, note, self._below)
         if draft.cells is not None and len(draft.cells) > PART_SIZE:
@@ -241,7 +241,7 @@ class Drafts:
             self.at(folded)
 
     def has(self, folded: bytes) -> bool:
-        """Whether the key was taken, or is one that is not to be replaced."""
+        """Whether the key was taken, or is a former one that is not below."""
         return folded in self.at(folded).open(self._below)
 
     def keep(self, folded: bytes, cell: bytes | None, note: Note | None) -> None:
@@ -249,7 +249,7 @@ class Drafts:
         self.at(folded).keep(folded, cell, note, self._below)
 
     def settle(self) -> bool:
-        """Drop what did not come; whether it is certain which entry answers for every key."""
+        """Drop former entries below that were not taken; returns whether the entry for every key is certain."""
         certain = True
         for number in range(bisect_right(self._starts, self._folded) - 1, len(self._starts)):
             if self._starts[number] > self._folded and not self._starts[number].startswith(self._folded):
@@ -272,7 +272,7 @@ class Drafts:
                         yield key, part.stored(key)
 
     def finish(self) -> Parts:
-        """The parts; small neighbours become one."""
+        """The parts; small neighbours are merged."""
         self.settle()
         starts: list[bytes] = []
         parts: list[Part] = []

@@ -1,6 +1,6 @@
 """The elements of a list of recipients: how smtpd splits and reads them, and why it cannot use one.
 
-Pure: bytes in, text out, by the functions of smtpd that are named. No text contains any part of a value.
+Pure: bytes in, text out, following the functions of smtpd that are named. No text contains any part of a value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from table_consul.services import compiled
 USER_BYTES = 255
 COMMAND_BYTES = 1023
 
-# Lists of users and addresses with nothing in them that needs a second look, as nearly all are.
+# Lists of users and addresses that need no further check, as nearly all.
 _PLAIN = rb"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*(?:@[A-Za-z0-9][A-Za-z0-9-]*(?:\.[A-Za-z0-9-]+)*)?"
 _PLAIN_LIST = rb"%b(?:, ?%b)*" % (_PLAIN, _PLAIN)
 _USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
@@ -25,10 +25,10 @@ _ELEMENT = (
     rb"%b|[A-Za-z0-9!#$%%*/?|^{}`~&'+=_.-]+@[A-Za-z0-9.-]+"
     rb'|(?s:(?::?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])|:?(?i:include):(?=/)|\||"\|(?=.*"\Z)|(?=/)).{0,%d})'
 ) % (_USER, COMMAND_BYTES)
-# A part of an address that sendmail's or Postfix's tables fill in.
+# A placeholder that sendmail or Postfix fills in.
 _TEMPLATE = rb"(?:%[0-9a-z]|[$\\][0-9]|\$\{[0-9]\})@"
 
-# Characters that are not what they look like, by expression.
+# Characters that look like others, by expression.
 FOREIGN = (
     (rb"\xef\xbb\xbf", "contains a byte order mark (remove it)"),
     (rb"\xc2\xa0|\xe2\x80[\x80-\x8a\xaf]", "contains a non-breaking space (write an ordinary one, or none)"),
@@ -37,7 +37,7 @@ FOREIGN = (
     (rb"\xe2\x80[\x98-\x9f]", "contains curly quotes (remove them)"),
     (rb"&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[A-Za-z]+);", "contains an HTML entity (write the character itself)"),
 )
-# Characters that belong to no address.
+# Characters that no address contains.
 ODD = (
     (rb"[<>]", "contains angle brackets (write the address alone)"),
     (rb"[\"']", "contains quotes (remove them)"),
@@ -65,7 +65,7 @@ _CAUSES = (
 
 
 def cause(text: bytes, causes: Iterable[tuple[bytes, str]]) -> str | None:
-    """The text that belongs to the first of the expressions that is found."""
+    """The text of the first expression that matches, None if none does."""
     return next((what for expression, what in causes if compiled(expression).search(text)), None)
 
 
@@ -78,7 +78,7 @@ def split_list(text: bytes) -> list[bytes]:
     """The elements of a list as smtpd splits and unescapes them (smtpd: expand_line_split, mailaddr_line_split).
 
     Raises:
-        EntryError: smtpd rejects the whole list, as a quote or an escape is left open.
+        EntryError: smtpd rejects the whole list, because a quote or an escape is left open.
     """
     elements: list[bytes] = []
     element = bytearray()

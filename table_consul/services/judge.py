@@ -1,7 +1,7 @@
-"""What smtpd cannot use of a stored entry, each problem with its cause and what to do: for the daemon, lint and import.
+"""The problems of entries that smtpd cannot use, each with cause and hint, for the daemon, lint and import.
 
-By the parsers of smtpd that are named (OpenSMTPD 6.8 to 7.9). An entry with such a problem is served unchanged, as
-smtpd's rules may change. No text contains any part of a value.
+Follows the parsers of smtpd that are named (OpenSMTPD 6.8 to 7.9). An entry with such a problem is served unchanged,
+because smtpd's rules may change. No text contains any part of a value.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from table_consul.services.match import MAILADDR_PART_BYTES, dotted_quad, inet6_
 LINE_BYTES = 2047
 HOST_BYTES = 64
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# The one problem that may be meant so, so that it is no entry to count.
-NO_NETWORK = (
+# The one problem that may be intended; it does not count as a refused entry.
+NOT_A_NETWORK = (
     "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
     "2001:db8::/32, [2001:db8::/32] or local)"
 )
 
-# What a session can ask for, but for its length (smtpd: util.c, valid_localpart and valid_domainpart; the client's
-# name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and mailaddr.
+# The keys that a session can ask for, apart from their length (smtpd: util.c, valid_localpart and valid_domainpart;
+# the client's name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and mailaddr.
 _ATOM = rb"[A-Za-z0-9!#$%&'*/?^`{|}~+=_-]+"
 _LOCAL = rb"(?!\*(?:@|\Z))%b(?:\.%b)*" % (_ATOM, _ATOM)
 _HOST = rb"(?:(?!-)[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[A-Za-z0-9:.]+\])"
@@ -99,14 +99,14 @@ _ELEMENT_CAUSES = _address_causes(ODD_IN_LIST)
 
 @functools.cache
 def usual_key(service: Service) -> Callable[[bytes], object]:
-    """What finds that smtpd can ask this service for a folded key, or match a name with it; the usual case."""
-    # Expressions need a look at how they are stored; other keys are any text without white space around it.
+    """A test for usual keys: smtpd can ask this service for the folded key, or match a name with it."""
+    # Expressions are judged as they are stored; other keys are any text without surrounding white space.
     form = rb"(?!)" if service.name == "regex" else _ASKED.get(service.name, rb"(?s)\S(?:.*\S)?")
     return compiled(form).fullmatch
 
 
 def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> str | None:
-    """Why no lookup of a service that reads this folder finds the folded key, or finds what is not meant."""
+    """Why no service that reads this folder finds the folded key, or why it matches something else than intended."""
     if service.name == "regex":
         if {rb"\S", rb"\W", rb"\B"}.intersection(compiled(rb"(?s)\\.").findall(stored)):
             return (
@@ -181,7 +181,7 @@ def _source(table: Table, key: bytes, value: bytes) -> str | None:
 
 
 def _host_problem(host: bytes) -> str | None:
-    """Why this is not a host for smtpd to connect to, or to call itself (smtpd: util.c, valid_domainpart)."""
+    """Why smtpd cannot use this as a host, of a server or its own (smtpd: util.c, valid_domainpart)."""
     if len(host) > HOST_BYTES:
         return f"has more than {HOST_BYTES} bytes, which smtpd on Linux rejects"
     if host.startswith(b"["):
@@ -225,14 +225,14 @@ def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
 
 
 def _host_and_port(text: bytes) -> tuple[bytes, bytes, bytes, bytes]:
-    """Host, the colon if there is one, the port, and what smtpd does not read."""
+    """Host, the colon if there is one, the port, and the text that smtpd ignores."""
     found = compiled(rb"(?s)(\[[^\]]*\]|[A-Za-z0-9_.-]*)(?:(:)(.*)|(.*))").fullmatch(text)
     assert found is not None
     host, colon, port, left = found.groups(b"")
     return host, colon, port, left
 
 
-# Formats of Dovecot's that no crypt(3) reads (doc.dovecot.org, Password Schemes).
+# Dovecot's formats that no crypt(3) reads (doc.dovecot.org, Password Schemes).
 _FOREIGN_SCHEME = (
     rb"(?is)\{(?:PLAIN|CLEAR|CLEARTEXT|L?S?(?:MD5|SHA)|S?SHA(?:256|512)|(?:PLAIN|LDAP|CRAM|DIGEST|HMAC)-[A-Z0-9]+"
     rb"|PBKDF2|SCRAM-[A-Z0-9-]+|ARGON2ID?|LANMAN|NTLM|OTP|SKEY|RPA)(?:\.[A-Z0-9]+)?\}.*"

@@ -17,10 +17,10 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class Note(msgspec.Struct, frozen=True, gc=False):
-    """What is unusual about an entry; most have none."""
+    """What is unusual about an entry; most entries have no note."""
 
     stored: bytes
-    """The key as it is spelled in the store, relative to the folder."""
+    """The key as it is stored, relative to the folder."""
     error: str | None = None
     """Why its lookup is an error."""
     incomplete: bool = False
@@ -28,7 +28,7 @@ class Note(msgspec.Struct, frozen=True, gc=False):
     warning: str | None = None
     """Why smtpd would reject or misread the value, which is served."""
     variants: tuple[bytes, ...] = ()
-    """Stored keys that are never looked up, as this one, which differs only in case, takes precedence."""
+    """Stored keys that are never looked up, because this one, which differs only in case, takes precedence."""
 
 
 class Part:
@@ -87,7 +87,7 @@ class Parts(Mapping[bytes, bytes]):
         self._cells = [part.cells for part in parts]
 
     def of(self, key: bytes) -> Part:
-        """The part where this folded key is, if it is anywhere."""
+        """The part that contains this folded key, if any does."""
         return self.parts[bisect_right(self._cuts, key)]
 
     def get(self, key: bytes, default: bytes | None = None) -> bytes | None:  # type: ignore[override]
@@ -100,7 +100,7 @@ class Parts(Mapping[bytes, bytes]):
         return key in self._cells[bisect_right(self._cuts, key)]
 
     def is_pattern(self, key: bytes) -> bool:
-        """Whether there is an entry that may match: a key that is not what was stored would match something else."""
+        """Whether there is an entry that may match. A key that Consul lists with other bytes must not."""
         return key in self._cells[bisect_right(self._cuts, key)] and REPLACEMENT not in key
 
     def patterns(self) -> Iterator[bytes]:
@@ -127,10 +127,10 @@ class Parts(Mapping[bytes, bytes]):
         return (part for part in self.parts if id(part) not in shared)
 
     def patterns_not_in(self, other: Parts) -> list[bytes]:
-        """Those of the `patterns` that the other version does not have."""
+        """The `patterns` that the other version does not have."""
         keys: list[bytes] = []
         for part in self.not_in(other):
-            for first in islice(part.cells, 1):  # what is in the likely part is sorted out quickly
+            for first in islice(part.cells, 1):  # comparing with the likely part is quick
                 keys += [key for key in part.cells.keys() - other.of(first).cells.keys() if not other.has(key)]
         return [key for key in keys if REPLACEMENT not in key]
 

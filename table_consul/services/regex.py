@@ -1,7 +1,8 @@
 """POSIX extended regular expressions, as glibc's regcomp(3) reads them, translated for RE2, which takes linear time.
 
-smtpd compiles with REG_EXTENDED, and REG_ICASE after ``(?i)``, in the C locale. Only what both libraries read alike is
-translated; where POSIX is open, glibc decides. RE2's option ``posix_syntax`` reads brackets and repetitions otherwise.
+smtpd compiles with REG_EXTENDED, and REG_ICASE after ``(?i)``, in the C locale. Only syntax that both libraries read
+alike is translated; what POSIX leaves open follows glibc. RE2's option ``posix_syntax`` reads brackets and repetitions
+differently.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def posix_to_re2(pattern: bytes) -> bytes:
     """The expression in RE2's syntax, for bytes (its encoding Latin-1).
 
     Raises:
-        EntryError: regcomp(3) would reject it, or RE2 has no such thing; the text is one line with what to do.
+        EntryError: regcomp(3) would reject it, or RE2 has no equivalent; the text has a hint.
     """
     return _Translator(pattern).translate()
 
@@ -195,7 +196,7 @@ class _Translator:
 
 
 def escape_warnings(pattern: bytes) -> Iterator[str]:
-    """What to write instead of each escaped letter or digit that has a meaning only in other dialects."""
+    """A hint for each escaped letter or digit that has a meaning only in other dialects."""
     for token in sorted({*compiled(rb"(?s)\\.").findall(pattern)} - CLASS_TOKENS.keys() - EMPTY_TOKENS.keys()):
         if token[1:].isalnum():
             c = token[1:].decode()
@@ -220,7 +221,7 @@ class Expression(NamedTuple):
     size: int
     """Instructions of its program: the most that a search follows at each byte."""
     width: int
-    """How many a search of a hostile text follows: all but those of literal text, of which it follows a few at once."""
+    """How many a search of a hostile text follows at each byte: few of those for literal text, and all others."""
     search: Callable[[bytes], object | None]
     """Takes time linear in the text; None where the expression is not found."""
 
@@ -248,7 +249,7 @@ def regcomp(entry: bytes) -> Expression:
 
 
 class RegexSet:
-    """Expressions, in ascending order of entries, compiled into one; the last of it matches everything."""
+    """Expressions, in ascending order of entries, compiled into one set, whose last member matches everything."""
 
     def __init__(self, patterns: Mapping[bytes, bytes], size: int, max_bytes: int = REGEX_SET_BYTES) -> None:
         """``patterns`` are in RE2's syntax, by entry; ``size`` is the sum of theirs."""
@@ -266,10 +267,10 @@ class RegexSet:
         re2.purge()
 
     def find(self, key: bytes) -> bytes | None:
-        """The first of the entries that is found in the key, or None.
+        """The first of the entries that matches the key, None if none does.
 
         Raises:
-            EntryError: the expression that matches everything did not, as memory ran out: the rest proves nothing.
+            EntryError: memory ran out, and the expression that matches everything did not match.
         """
         matched: list[int] = (self._set.Match(key) or []) if self._set is not None else []
         if len(self._entries) not in matched:

@@ -194,7 +194,7 @@ class Ranges:
         self._whole = queries.watch(whole, index)
         self._watched = [self._whole, *(queries.watch(each.prefix, index) for each in ranges.watched)]
         self._rest = {each.prefix: index for each in ranges.rest}
-        self._latest = index
+        self._whole_index = index
         """The latest index of the completeness query."""
         self._explained = {index}
         """Indexes that ranges have shown since: their own and those of changed entries."""
@@ -277,13 +277,13 @@ class Ranges:
             elif changed:
                 self._read(query.prefix, response, query.client, state.seen)
         if changed and query is self._whole:
-            self._latest = response.index
-            self._explained = {each for each in self._explained if each >= self._latest}
-            self._deletions = [each for each in self._deletions if each[1] >= self._latest]
+            self._whole_index = response.index
+            self._explained = {each for each in self._explained if each >= self._whole_index}
+            self._deletions = [each for each in self._deletions if each[1] >= self._whole_index]
             for prefix in self._rest:
                 self._read_rest(prefix)
-            if not self._is_explained(self._latest):
-                self._unexplained[self._latest] = time.monotonic() + LATE_SECONDS
+            if not self._is_explained(self._whole_index):
+                self._unexplained[self._whole_index] = time.monotonic() + LATE_SECONDS
         ended = time.monotonic()
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
@@ -338,7 +338,7 @@ class Ranges:
             raise Unsettled("keys may be hidden")
         self.snapshot, self._counts[prefix] = snapshot, builder.count
         self.index = max(self.index, response.index)
-        several = len(changes) + lost > 1 or any(each > self._latest for each in self._explained)
+        several = len(changes) + lost > 1 or any(each > self._whole_index for each in self._explained)
         self._explained |= {response.index, *changes}
         if lost:
             self._deletions.append((since, response.index))

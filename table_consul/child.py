@@ -1,4 +1,4 @@
-"""A child process that answers in one of the line dialects, and its restarts.
+"""A child process that uses one of the line dialects, and its restarts.
 
 ``Child`` is one process, which gets the same lines as from smtpd; ``Bridge`` starts another when it fails. Even if a
 child misbehaves, smtpd gets each reply within the deadline, and a line is a reply only if it has the id of the request.

@@ -1,4 +1,4 @@
-"""The configuration: one TOML file, and the environment of the ``consul`` command for what the file does not set.
+"""The configuration: one TOML file, and the environment of the ``consul`` command for keys that the file does not set.
 
 Each key is declared once, as a field of the Struct that the rest of the program reads: `ConsulConfig`, `LogConfig`,
 `MetricsConfig`, and `Table` for ``[defaults]`` and ``[tables.NAME]``. msgspec checks its type, `VALIDATORS` the rest.

@@ -36,7 +36,7 @@ class SourceError(TableConsulError):
 
 
 class Unreachable(SourceError):
-    """No connection, no leader, too many requests, or no answer in time."""
+    """No connection, no leader, too many requests, or no response in time."""
 
     kind = "unreachable"
 
@@ -59,7 +59,7 @@ class TooLarge(SourceError):
     kind = "too-large"
 
 
-# What decoding untrusted bytes may raise; msgspec's errors are ValueErrors only from 0.21 on.
+# The errors of decoding untrusted bytes; msgspec's errors are ValueErrors only from 0.21 on.
 UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 

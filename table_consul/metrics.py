@@ -109,7 +109,7 @@ class _Failures(NamedTuple):
 
 
 def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
-    assert tables.config is not None  # else there would be no exporter
+    assert tables.config is not None  # or there would be no exporter
     now, is_file = time.monotonic(), tables.config.consul.addresses[0].startswith("file://")
     for table, watch in tables.watches():
         labels = (table, printable(watch.prefix))
@@ -140,7 +140,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
 
 def _failures(own: str, tables: Tables) -> list[_Failures]:
     config, counters = tables.config, tables.counters
-    assert config is not None  # else there would be no exporter
+    assert config is not None  # or there would be no exporter
     found: list[_Failures] = []
     for table, watch in tables.watches():
         if not watch.too_large:
@@ -207,7 +207,7 @@ class Exporter(threading.Thread):
 
     def export(self, registry: CollectorRegistry) -> None:
         """Write the file once, and start or stop the server if the configuration has changed."""
-        assert self._tables.config is not None  # else there would be no exporter
+        assert self._tables.config is not None  # or there would be no exporter
         metrics = self._tables.config.metrics
         textfile, listen = ((s or "").replace("{table}", self._table) for s in (metrics.textfile, metrics.listen))
         if textfile:

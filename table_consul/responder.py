@@ -115,6 +115,6 @@ class Responder:
             verified = self._verifier.verify(
                 table.name, stored, password, others, table.deadline, left, complete=complete
             )
-        except EntryError as error:  # about what is stored in Consul, so its key may be named
+        except EntryError as error:  # the entry in Consul is invalid, so its key may be named
             raise EntryError(f"{printable(path + user)}: {error}") from None
         return FOUND if verified else NOT_FOUND

@@ -41,7 +41,7 @@ class Answerer(Protocol):
         ...
 
     def warm_up(self, name: str, /) -> None:
-        """Do what would delay the first reply; called after the handshake, while smtpd sends no request."""
+        """Do all that would delay the first reply; called after the handshake, while smtpd sends no request."""
         ...
 
 
@@ -78,7 +78,7 @@ class Server:
         return self._converse(data, partial(_read, read_from), partial(_write, wire))
 
     def run(self, read: Callable[[], bytes], write: Callable[[bytes], bool]) -> bool:
-        """As `serve`; ``read`` returns what has arrived, nothing at the end, and ``write`` False if smtpd is gone."""
+        """As `serve`; ``read`` returns the next data, nothing at the end, and ``write`` False if smtpd is gone."""
         return self._converse(read(), read, write)
 
     def _converse(  # noqa: PLR0912 - one loop: a call for each request would be a tenth of what it costs

@@ -1,4 +1,4 @@
-"""Every table by its name: how it is laid out, which source has its entries, and what ``smtpctl update table`` does."""
+"""Every table by its name: its settings, the source of its entries, and ``smtpctl update table``."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class Tables:
             self._on_change()
 
     def close(self) -> None:
-        """Close every source. Later mirrors of the same tables adopt what is in memory."""
+        """Close every source. Later mirrors of the same tables adopt the data in memory."""
         for mirrored in self._mirrors.values():
             mirrored.close()
         self._former |= self._mirrors

@@ -170,7 +170,7 @@ class Draft:
     def _kinds(
         self, cells: dict[bytes, bytes | None], kind_of: Callable[[bytes], Kind | None]
     ) -> dict[Kind, tuple[bytes, bytes]]:
-        """An entry of each kind of hash; all entries are searched only if one of these is gone."""
+        """An entry of each kind of hash; all entries are searched only if one of the former ones is missing."""
         known = {**self.former.kinds, **self.kinds}
         if all(cells.get(key) == value for key, value in known.values()):
             return known
@@ -260,7 +260,7 @@ class Drafts:
         return certain
 
     def missing(self, former: Parts) -> Iterator[tuple[bytes, bytes]]:
-        """The keys of the former parts that are gone, folded and stored."""
+        """The keys of the former parts that are missing, folded and stored."""
         for part in former.parts:
             for first in islice(part.cells, 1):
                 slot = self._slots[bisect_right(self._starts, first) - 1]

@@ -104,7 +104,7 @@ def split_list(text: bytes) -> list[bytes]:
 
 
 def list_format(text: bytes) -> str | None:
-    """The format of another program in which the list is written, and what to write; None if it is in smtpd's."""
+    """The format of a list that is not in smtpd's, with a hint; None if it is."""
     if compiled(rb"[\[(]\s*u?'").match(text):
         return "is a list in Python syntax (write a JSON array; with Ansible, use to_json)"
     if text.startswith(b"- "):
@@ -119,7 +119,7 @@ def list_format(text: bytes) -> str | None:
 
 
 def element_problem(element: bytes) -> str | None:
-    """Why smtpd rejects or misreads an element of an alias, and what to do; None if it does not (smtpd: to.c)."""
+    """Why smtpd rejects or misreads an element of an alias, with a hint; None if it does not (smtpd: to.c)."""
     if compiled(_ELEMENT).fullmatch(element):
         if compiled(_TEMPLATE).match(element):
             return "begins with a placeholder, which smtpd does not fill in (write an alias for each user)"

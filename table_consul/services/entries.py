@@ -31,7 +31,7 @@ WRONG_CASE = "smtpd asks in lower case, so mode direct never finds this key; ren
 
 
 class Problem(NamedTuple):
-    """An entry that smtpd cannot use as it is stored, with the cause and what to do."""
+    """An entry that smtpd cannot use as it is stored, with the cause and a hint."""
 
     key: bytes
     """The full key, as it is stored."""

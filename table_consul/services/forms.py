@@ -11,7 +11,7 @@ SHARD_SIZE = 2048
 
 
 class Forms:
-    """A dict from normal forms to the lowest entry of each; a copy shares what does not change."""
+    """A dict from normal forms to the lowest entry of each; a copy shares unchanged parts."""
 
     def __init__(self, former: Forms | None = None) -> None:
         """A copy of ``former``, which must not change any more."""
@@ -118,7 +118,7 @@ class Steps:
         names, size = [hostname], len(hostname)
         steps, heads, ends = self._steps, self._heads, self._ends
         places = [(b"", 0)]
-        for start, at in places:  # grows as it goes
+        for start, at in places:  # grows during the loop
             for length, following in steps[start]:
                 star = at + length
                 if star < size and (head := heads.get((start, hostname[at:star], following))) is not None:

@@ -108,7 +108,7 @@ class Index(ABC):
 
     @property
     def problems(self) -> list[tuple[bytes, str]]:
-        """Entries that cannot be used, each with the cause and what to do. They affect no other entry."""
+        """Entries that cannot be used, each with the cause and a hint. They affect no other entry."""
         return [*((entry, text) for entry, texts in self._unusable.items() for text in texts), *self._refused.items()]
 
     def find(self, key: bytes, seconds_left: SecondsLeft = forever) -> bytes | None:
@@ -362,7 +362,7 @@ class Regexes(Index):
         self.timed = bool(self._sets)
 
     def _remove(self, entry: bytes) -> None:
-        """Do nothing: each change compiles all anew."""
+        """Do nothing: each change compiles all again."""
 
     def _add(self, entry: bytes) -> None:
         try:

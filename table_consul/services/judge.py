@@ -34,7 +34,8 @@ NOT_A_NETWORK = (
 )
 
 # The keys that a session can ask for, apart from their length (smtpd: util.c, valid_localpart and valid_domainpart;
-# the client's name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and mailaddr.
+# the client's name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and
+# mailaddr.
 _ATOM = rb"[A-Za-z0-9!#$%&'*/?^`{|}~+=_-]+"
 _LOCAL = rb"(?!\*(?:@|\Z))%b(?:\.%b)*" % (_ATOM, _ATOM)
 _HOST = rb"(?:(?!-)[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[A-Za-z0-9:.]+\])"
@@ -106,7 +107,7 @@ def usual_key(service: Service) -> Callable[[bytes], object]:
 
 
 def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> str | None:
-    """Why no service that reads this folder finds the folded key, or why it matches something else than intended."""
+    """Why no service that reads this folder finds the folded key, or why it matches unintended names."""
     if service.name == "regex":
         if {rb"\S", rb"\W", rb"\B"}.intersection(compiled(rb"(?s)\\.").findall(stored)):
             return (
@@ -127,7 +128,7 @@ def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> st
 
 
 def value_problem(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
-    """Why smtpd rejects or misreads a valid value of `parse_value`, and what to do; None if nothing looks wrong."""
+    """Why smtpd rejects or misreads a valid value of `parse_value`, with a hint; None if nothing looks wrong."""
     if not value and service.needs_value:
         return f"missing value: {service.name} requires one"
     if value.startswith(BYTE_ORDER_MARK):

@@ -1,4 +1,4 @@
-"""The entries of a folder, in parts of some thousand keys each: a new version shares those that did not change.
+"""The entries of a folder, in parts of some thousand keys each: a new version shares unchanged parts.
 
 A lookup finds the part by its first key and the entry in a dict.
 """
@@ -17,7 +17,7 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class Note(msgspec.Struct, frozen=True, gc=False):
-    """What is unusual about an entry; most entries have no note."""
+    """The unusual properties of an entry; most entries have no note."""
 
     stored: bytes
     """The key as it is stored, relative to the folder."""

@@ -20,7 +20,7 @@ from table_consul.services import compiled
 PASSWORD_BYTES = 511
 # Dovecot writes the format before the hash (doc.dovecot.org, Password Schemes); crypt(3) does not read these.
 SCHEME_PREFIXES = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYPT}", b"{ARGON2ID}", b"{ARGON2I}")
-# What passwd -l and others put before a hash, or in its place.
+# Markers that passwd -l and others put before a hash, or in its place.
 LOCK_MARKERS = (b"!", b"*")
 LOCKED_ACCOUNT = b"*LK*"
 _BARE_LOCKS = (b"*", b"!", b"!!")
@@ -79,7 +79,7 @@ def _rounds(cost: bytes) -> Cost:
     return Cost(int(cost or 5000))
 
 
-# Formats: name; expression, whose first group is the setting (what precedes the digest) and whose second is the cost;
+# Formats: name; expression, whose first group is the setting (all before the digest) and whose second is the cost;
 # its parser; seconds for a unit of work: about twice the time on a core of 2020, to be safe.
 SCHEMES: tuple[tuple[str, bytes, Callable[[bytes], Cost], float], ...] = (
     ("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: Cost(1 << int(cost)), 1e-4),

@@ -46,7 +46,7 @@ IGNORE_CASE = b"(?i)"
 REGEX_BYTES = 1 << 20
 REGEX_SET_BYTES = 2 << 20
 REGEX_SET_SIZE = 10_000  # instructions; a set of that many never runs out of its memory
-# In RE2's syntax: what is not literal, else one literal byte.
+# In RE2's syntax: everything that is not literal, or one literal byte.
 _LITERAL = rb"\[[^]]*\]|\{[^}]*\}|\\[AzbB]|(\\x..|\w)"
 
 
@@ -112,7 +112,7 @@ class _Translator:
         return b"".join(groups[0])
 
     def _token(self) -> bytes:
-        """The next byte, or the next two if the first is a backslash; what is escaped keeps its case."""
+        """The next byte, or the next two if the first is a backslash; an escaped byte keeps its case."""
         at = self._at
         self._at += 1
         if self._pattern[at : self._at] != b"\\":
@@ -244,7 +244,7 @@ def regcomp(entry: bytes) -> Expression:
     size = compiled_pattern.programsize
     literals = sum(map(bool, compiled(_LITERAL).findall(pattern)))
     width = size - literals * 7 // 8
-    # Long repetitions are long chains, of which each byte follows many.
+    # Long repetitions are long chains, and each byte follows many of their instructions.
     return Expression(entry, pattern, size, width + width * width // 500, compiled_pattern.search)
 
 

@@ -153,7 +153,7 @@ class DirectSource:
         return found
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T], *, one_key: bool = False) -> T:
-        """What ``read`` returns for one key or the folder; errors that other lookups would meet too are logged."""
+        """The result of ``read`` for one key or the folder; errors that would affect other lookups are logged."""
         now, breaker = self._clock(), self._breaker
         if breaker.since is not None and now < breaker.not_before:
             raise Unreachable(f"Consul has been unreachable for {now - breaker.since:.0f} s: {breaker.last_error}")

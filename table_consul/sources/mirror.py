@@ -34,10 +34,10 @@ MAX_ABSENCE_CHECKS = 64
 
 
 class QueryState(msgspec.Struct, frozen=True):
-    """What a watch needs for its next query, from its latest response."""
+    """The state of a watch between its latest response and its next query."""
 
     index: int = 0
-    """The index to wait on; at 0 Consul answers immediately."""
+    """The index to wait on; at 0 Consul responds immediately."""
     seen: int = 0
     """The index of the data in memory; at 0 everything is read, whatever its index."""
     idle: int = 0
@@ -55,7 +55,7 @@ class QueryState(msgspec.Struct, frozen=True):
 def next_query(
     state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float
 ) -> tuple[QueryState, float]:
-    """The next state of a watch after an answer, and the seconds to pause before the next query.
+    """The next state of a watch after a response, and the seconds to pause before the next query.
 
     ``timed_out``: Consul held the query for the whole wait. ``load_seconds`` count from the first byte. The index to
     wait on restarts at 0 if the index goes backwards (a restored snapshot, a deleted newest key), because waiting for a
@@ -316,7 +316,7 @@ class Mirror:
         """
         state = self.state
         if state is None:
-            raise self.last_error.with_traceback(None)  # else its traceback grows; also below
+            raise self.last_error.with_traceback(None)  # or its traceback grows; also below
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")

@@ -157,7 +157,7 @@ class Watch(threading.Thread):
         return pause
 
     def _begin_update(self) -> bool:
-        """Whether an update was requested; if so, held deletions are accepted, and those that this turn finds."""
+        """Whether an update was requested. It accepts held deletions, and those that this turn finds."""
         if not self._reload:
             return False
         self._reload = False
@@ -210,7 +210,7 @@ class Watch(threading.Thread):
                 builder = SnapshotBuilder(table, self.prefix, self._services, former, terms)
                 snapshot = read_snapshot(self._client, response, builder, before, known, self._file.take)
         if self._stopped:
-            return 0.0  # another watch answers, logs and writes the file now
+            return 0.0  # another watch now serves, logs and writes the file
         ended = time.monotonic()
         changed = snapshot is not former
         self.mirror.state = (snapshot, ended)
@@ -323,7 +323,7 @@ class Watch(threading.Thread):
         warn_of_problems(self._table.name, new)
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
-        """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""
+        """Log possible mistakes: a wrong prefix, or a folder deleted in Consul."""
         if former is None and not snapshot.size and not snapshot.hidden:
             text = "%s: no entries: every lookup returns not-found (check the names of prefix and table in Consul)"
             log.warning(text, printable(self.prefix))

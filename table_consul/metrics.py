@@ -83,16 +83,16 @@ def _requests(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
     yield "start_time_seconds", (own,), tables.started
     yield "malformed_lines", (own,), tables.counters.malformed
     totals = defaultdict[Any, float](float, {("errors", (own,)): 0, ("deadline_hits", (own,)): 0})
-    cells = defaultdict(list)
-    for (name, service, op, reply), cell in tables.counters.cells().items():
-        table, outcome, count = name or own, OUTCOMES[reply], sum(cell[2:])
+    by_service = defaultdict(list)
+    for (name, service, op, reply), sums in tables.counters.sums().items():
+        table, outcome, count = name or own, OUTCOMES[reply], sum(sums[2:])
         totals["requests", (table, service, op, outcome)] += count
         totals["errors", (table,)] += count if outcome == "error" else 0
-        totals["deadline_hits", (table,)] += cell[1]
-        cells[table, service].append(cell)
+        totals["deadline_hits", (table,)] += sums[1]
+        by_service[table, service].append(sums)
     yield from ((*sample, total) for sample, total in totals.items())
     bounds = (*map(str, BOUNDS_SECONDS), "+Inf")
-    for labels, same in cells.items():
+    for labels, same in by_service.items():
         seconds, _, *counts = map(sum, zip(*same, strict=True))
         yield "request_seconds", labels, [*zip(bounds, accumulate(counts), strict=True)], seconds
 
@@ -149,7 +149,7 @@ def _failures(own: str, tables: Tables) -> list[_Failures]:
             found.append(_Failures(labels, up, last.total, last.last_kind, last.last_error, last.failed_at))
     # The other tables read Consul, or the file, once per request.
     failures = counters.failures.copy()
-    asked = (table for table, service, *_ in counters.cells() if service in SERVICES and table != OTHER)
+    asked = (table for table, service, *_ in counters.sums() if service in SERVICES and table != OTHER)
     names = {name or own: name for name in (*asked, *failures)}
     for table in names.keys() - {each.labels[0] for each in found}:
         total, kind, text, at, answers = failures.get(names[table], (0, "", "", 0.0, -1.0))

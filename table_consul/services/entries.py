@@ -87,10 +87,10 @@ class EntriesBuilder:
     def _judge(self, draft: Draft, folded: bytes, key: bytes, raw: bytes | None) -> tuple[bytes | None, Note | None]:
         """The value of an entry, None if it is an error, and its note."""
         former = draft.former
-        if raw and self._reuses_values and former.cells.get(folded) == raw and raw[:1] not in self._decoded:
+        if raw and self._reuses_values and former.values.get(folded) == raw and raw[:1] not in self._decoded:
             note = former.notes.get(folded)
             if note is None or note.warning is None:
-                return former.cells[folded], None if folded == key else Note(key)
+                return former.values[folded], None if folded == key else Note(key)
         if REPLACEMENT in key:
             return None, Note(key, NOT_UTF8)
         problem, value = None, raw or b""
@@ -126,7 +126,7 @@ class EntriesBuilder:
         former = NO_PARTS if self._former is None else self._former.parts
         for folded in keys:
             part = former.of(folded)
-            self._drafts.keep(folded, part.cells[folded], part.notes.get(folded))
+            self._drafts.keep(folded, part.values[folded], part.notes.get(folded))
 
     @property
     def conclusive(self) -> bool:
@@ -176,7 +176,7 @@ class Entries:
         """An entry and its value for each kind of hash, where passwords are verified here."""
         self.index: Index | None = None
         """None unless entries are patterns."""
-        if service.patterns and every[0].cells:
+        if service.patterns and every[0].values:
             self.index = self._updated_index(former)
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._undecodable = next((part.undecodable for part in every if part.undecodable is not None), None)
@@ -186,7 +186,7 @@ class Entries:
         self.values: Mapping[bytes, bytes] = parts
         """By folded key; ``b""`` where the entry has no value."""
         if len(every) == 1 and not every[0].errors:
-            self.values = cast("dict[bytes, bytes]", every[0].cells)
+            self.values = cast("dict[bytes, bytes]", every[0].values)
         self.timed = self.index is not None and self.index.timed
         """Whether matching a key may take so long that it needs the clock of its request."""
 
@@ -204,7 +204,7 @@ class Entries:
         return kind(parts.patterns(), self.table.deadline / 10, parts.is_pattern, **more)
 
     def __len__(self) -> int:
-        return sum(len(part.cells) for part in self.parts.parts)
+        return sum(len(part.values) for part in self.parts.parts)
 
     @cached_property
     def errors(self) -> Mapping[bytes, Problem]:
@@ -321,7 +321,7 @@ class Entries:
         if not self.service.default:
             return False
         part = self.parts.of(key)
-        return key not in part.cells or (key in part.notes and part.notes[key].incomplete)
+        return key not in part.values or (key in part.notes and part.notes[key].incomplete)
 
     def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
@@ -351,7 +351,7 @@ class Entries:
 
     def _value(self, entry: bytes) -> bytes:
         part = self.parts.of(entry)
-        value = part.cells[entry]
+        value = part.values[entry]
         if value:
             return value
         if value is None:

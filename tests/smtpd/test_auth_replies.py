@@ -216,7 +216,7 @@ def said(path, keys, caplog=None, version="7.9.0"):
         Server(sources, lambda _: None, counters=sources.counters).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
-    said.cells = sources.counters.cells()
+    said.cells = sources.counters.sums()
     return answers.splitlines()
 
 

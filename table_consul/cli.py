@@ -49,10 +49,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0, or 2 for a mistake in the command line or the configuration."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    path = given[0] if given else None
-    if len(given) > 1 or (path is not None and not path.startswith("/")):  # a person: smtpd passes at most one path
-        options = _parser().parse_args(given)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    path = words[0] if words else None
+    if len(words) > 1 or (path is not None and not path.startswith("/")):  # a person: smtpd passes at most one path
+        options = _parser().parse_args(words)
         path = options.config
         if options.check:
             return check(path)

@@ -60,12 +60,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns 0, 2 for a wrong command line, or 127 for a command that cannot be run."""
     parser = _parser()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # smtpd passes everything after the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
-        options = parser.parse_args(shlex.split(given[0]) if len(given) == 1 else given)
+        options = parser.parse_args(shlex.split(words[0]) if len(words) == 1 else words)
     except ValueError as error:
-        parser.error(f"{error}: {given[0]}")
+        parser.error(f"{error}: {words[0]}")
     if not 0 < options.deadline <= 60:
         parser.error(f"argument --deadline: must be above 0 and at most 60 seconds: {options.deadline:g}")
     if not options.command:

@@ -68,7 +68,7 @@ class Server:
         self._session: Session | imsg.Session = Session(procexec_reply)
         self._complaints: set[str] = set()
         self._begun = False
-        self._cold: str | None = None
+        self._to_warm_up: str | None = None
 
     def serve(self, read_from: int, write_to: int) -> bool:
         """Answer on these descriptors until smtpd closes the conversation; False if it used none of its dialects."""
@@ -119,8 +119,8 @@ class Server:
                     last_write = clock()
             if (replies and not write(b"".join(replies))) or session.closed:
                 break
-            if self._cold is not None:
-                self._warm_up(self._cold)
+            if self._to_warm_up is not None:
+                self._warm_up(self._to_warm_up)
             data = read()
         return session.dialect is not None
 
@@ -164,12 +164,12 @@ class Server:
         else:
             table = first.table
         self._begun = True
-        self._cold = table
+        self._to_warm_up = table
         self._guarded(self._on_table_name, table)
         log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
 
     def _warm_up(self, table: str) -> None:
-        self._cold = None
+        self._to_warm_up = None
         self._guarded(self._answerer.warm_up, table)
 
     def _services(self, config: Mapping[str, str]) -> list[str]:

@@ -171,9 +171,9 @@ class Draft:
         self, values: dict[bytes, bytes | None], kind_of: Callable[[bytes], Kind | None]
     ) -> dict[Kind, tuple[bytes, bytes]]:
         """An entry of each kind of hash; all entries are searched only if one of the former ones is missing."""
-        known = {**self.former.kinds, **self.kinds}
-        if all(values.get(key) == value for key, value in known.values()):
-            return known
+        examples = {**self.former.kinds, **self.kinds}
+        if all(values.get(key) == value for key, value in examples.values()):
+            return examples
         return {kind: (key, value) for key, value in values.items() if value and (kind := kind_of(value)) is not None}
 
     def split(self, last: bytes) -> Draft:

@@ -109,8 +109,8 @@ class EntriesBuilder:
         return value, None if folded == key and problem is None else Note(key, warning=problem)
 
     def _kind(self, value: bytes) -> Kind | None:
-        known = calculated_hash(value, self.table.deadline)
-        return None if known is None else known.kind
+        parsed = calculated_hash(value, self.table.deadline)
+        return None if parsed is None else parsed.kind
 
     def has(self, folded: bytes) -> bool:
         """Whether an entry of this folded key was taken, or is one that is not replaced."""
@@ -240,9 +240,9 @@ class Entries:
         """The problems that the former entries did not have."""
         if former is None:
             return self.problems
-        known = {*former.problems_of(former.parts.not_in(self.parts)), *former.index_problems()}
+        before = {*former.problems_of(former.parts.not_in(self.parts)), *former.index_problems()}
         problems = (*self.problems_of(self.parts.not_in(former.parts)), *self.index_problems())
-        return [problem for problem in problems if problem not in known]
+        return [problem for problem in problems if problem not in before]
 
     @cached_property
     def refused(self) -> int:

@@ -92,17 +92,17 @@ class Steps:
 
     def add(self, pieces: list[bytes], seconds: float) -> bool:
         """Add the steps for these pieces between stars; returns whether there is time for them."""
-        known, head = self._heads, b""
+        heads, head = self._heads, b""
         path: list[tuple[bytes, bytes, bytes]] = []
         for number, following in enumerate(pieces[1:]):
             path.append((head, pieces[number][number > 0 :], following[:1]))
-            head = known.get(path[-1]) or b"*".join((head + path[-1][1], path[-1][2]))
-        if path[-1] not in known and (self._costs[b""] + len(path)) * STEP_SECONDS > seconds:
+            head = heads.get(path[-1]) or b"*".join((head + path[-1][1], path[-1][2]))
+        if path[-1] not in heads and (self._costs[b""] + len(path)) * STEP_SECONDS > seconds:
             return False
         self._ends.add(head)
         for key in reversed(path):
             start, piece, following = key
-            known.setdefault(key, head)
+            heads.setdefault(key, head)
             cost = 1 + self._costs.get(head, 0)
             steps = self._steps.setdefault(start, {})
             step = (len(piece), following)

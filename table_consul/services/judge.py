@@ -187,8 +187,8 @@ def _host_problem(host: bytes) -> str | None:
         return f"has more than {HOST_BYTES} bytes, which smtpd on Linux rejects"
     if host.startswith(b"["):
         address = host[6:-1] if host[1:6].lower() == b"ipv6:" else host[1:-1]
-        known = inet6_pton(address) is not None or dotted_quad(address) is not None
-        return None if known else "is not an address; only addresses may be in brackets (remove the brackets)"
+        valid = inet6_pton(address) is not None or dotted_quad(address) is not None
+        return None if valid else "is not an address; only addresses may be in brackets (remove the brackets)"
     if compiled(rb"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*").fullmatch(host):
         return None
     return cause(host, (*FOREIGN, *ODD, *_dots("remove it"))) or "is not a host name"
@@ -258,10 +258,10 @@ def _credential(service: str) -> Callable[[Table, bytes, bytes], str | None]:
                     "`smtpctl encrypt`; argon2 needs the service auth; to relay, write USER:PASSWORD)"
                 )
         try:
-            known = passwords.verifiable_hash(value, table.deadline)
+            parsed = passwords.verifiable_hash(value, table.deadline)
         except EntryError as error:
             return str(error)
-        if known is not None and known.scheme == "DES" and not passwords.is_crypt_hash(secret):
+        if parsed is not None and parsed.scheme == "DES" and not passwords.is_crypt_hash(secret):
             return "13 letters that only look like a DES hash (use the output of `smtpctl encrypt`)"
         return None
 

@@ -200,22 +200,22 @@ def verifiable_hash(credential: bytes, most: float) -> Hash | None:
     text = hash_part(credential)
     if text.startswith(LOCK_MARKERS):
         return None
-    known = parse(text)
-    if known is None:
+    parsed = parse(text)
+    if parsed is None:
         raise EntryError("not a hash that can be verified (use the output of `smtpctl encrypt`, or argon2)")
-    if known.seconds > most:
+    if parsed.seconds > most:
         raise EntryError(
-            f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s "
+            f"the hash takes about {parsed.seconds:.1f} s to verify, more than the deadline of {most:g} s "
             "(lower its cost or raise the deadline)"
         )
-    if known.cost.memory > MAX_MEMORY:
+    if parsed.cost.memory > MAX_MEMORY:
         raise EntryError(
-            f"the hash takes about {known.cost.memory >> 20} MiB to verify, more than {MAX_MEMORY >> 20} MiB "
+            f"the hash takes about {parsed.cost.memory >> 20} MiB to verify, more than {MAX_MEMORY >> 20} MiB "
             "(lower its memory cost)"
         )
-    if known.cost.lanes > MAX_LANES:
-        raise EntryError(f"the hash has a parallelism of {known.cost.lanes}, more than {MAX_LANES} (lower it)")
-    return known
+    if parsed.cost.lanes > MAX_LANES:
+        raise EntryError(f"the hash has a parallelism of {parsed.cost.lanes}, more than {MAX_LANES} (lower it)")
+    return parsed
 
 
 def calculated_hash(credential: bytes, most: float) -> Hash | None:
@@ -226,7 +226,7 @@ def calculated_hash(credential: bytes, most: float) -> Hash | None:
         return None
 
 
-def verify_hash(known: Hash, password: bytes) -> bool:
+def verify_hash(parsed: Hash, password: bytes) -> bool:
     """Whether the password matches the hash.
 
     Raises:
@@ -234,10 +234,10 @@ def verify_hash(known: Hash, password: bytes) -> bool:
         ConfigError: the package that verifies it is not installed.
         PeerError: the password is not UTF-8, which crypt-r requires.
     """
-    if known.scheme == "argon2":
+    if parsed.scheme == "argon2":
         argon2 = _package("argon2", "argon2-cffi")
         try:
-            return bool(argon2.PasswordHasher().verify(known.text, password))
+            return bool(argon2.PasswordHasher().verify(parsed.text, password))
         except argon2.exceptions.VerifyMismatchError:
             return False
         except argon2.exceptions.VerificationError:
@@ -252,12 +252,12 @@ def verify_hash(known: Hash, password: bytes) -> bool:
     if len(password) > PASSWORD_BYTES or b"\0" in password:
         return False
     try:
-        made: str = binding.crypt(word, known.text.decode())
+        made: str = binding.crypt(word, parsed.text.decode())
     except OSError:
         made = "*"
     if made.startswith("*"):
-        raise EntryError(f"crypt(3) of this system does not support hashes by {known.scheme}")
-    return compare_digest(made.encode(), known.text)
+        raise EntryError(f"crypt(3) of this system does not support hashes by {parsed.scheme}")
+    return compare_digest(made.encode(), parsed.text)
 
 
 def make_hash(scheme: str, password: str, salt: bytes) -> bytes | None:
@@ -281,8 +281,8 @@ def make_hash(scheme: str, password: str, salt: bytes) -> bytes | None:
         setting = b"$2b$12$" + b64encode(salt)[:22].translate(alphabet)
     with contextlib.suppress(OSError):
         made = _binding().crypt(password, setting.decode()) or ""
-        if (known := parse(made.encode())) is not None and known.scheme == scheme:
-            return known.text
+        if (parsed := parse(made.encode())) is not None and parsed.scheme == scheme:
+            return parsed.text
     return None
 
 
@@ -333,8 +333,8 @@ class Verifier:
             Unreachable: too little time is left for the hashes.
             EntryError, ConfigError, PeerError: as by `verifiable_hash` and `verify_hash`.
         """
-        known = None if stored is None else verifiable_hash(stored, most)
-        hashes = (*(calculated_hash(credential, most) for credential in others), known)
+        parsed = None if stored is None else verifiable_hash(stored, most)
+        hashes = (*(calculated_hash(credential, most) for credential in others), parsed)
         kinds = {each.kind: each.with_dummy_digest() for each in hashes if each is not None}
         if not complete:
             seen = self._seen.setdefault(table, {})
@@ -342,14 +342,14 @@ class Verifier:
             if len(kinds) <= MAX_KINDS:
                 self._seen[table] = dict(kinds)
         work = _affordable(kinds.values() or (DEFAULT,), most)
-        if known is not None and known.kind not in (each.kind for each in work):
-            work.append(known)
+        if parsed is not None and parsed.kind not in (each.kind for each in work):
+            work.append(parsed)
         if sum(each.seconds_for(password) for each in work) > left:
             raise Unreachable(f"too little time left before the deadline of {most:g} s to verify a password")
-        if known is not None and self._verify(known, password):
+        if parsed is not None and self._verify(parsed, password):
             return True
         for each in work:
-            if known is None or each.kind != known.kind:
+            if parsed is None or each.kind != parsed.kind:
                 with contextlib.suppress(EntryError):  # a bad hash of another user does not matter
                     self._verify(each, password)
         return False

@@ -61,7 +61,7 @@ def next_held(service: str, held: Held | None, deleted: Mapping[bytes, bytes], c
     return Held(deleted, terms.now + terms.seconds) if suspicious else None
 
 
-def news(
+def log_lines(
     before: Mapping[str, Held], after: Mapping[str, Held], counts: Mapping[str, int], table: str, now: float
 ) -> Iterator[tuple[str, str]]:
     """A service and a log text for each hold that has ended or begun; ``counts`` are former numbers of entries."""

@@ -153,9 +153,9 @@ def adopted(former: Snapshot, table: Table, services: Iterable[str]) -> Snapshot
             del hidden[name]
     if len(hidden) == len(entries):
         return None
-    known = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
+    still_hidden = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
     held = {name: each for name, each in former.accepted().held.items() if name in entries and name not in hidden}
-    return Snapshot(entries, {**hidden, **known}, restored=True, held=held)
+    return Snapshot(entries, {**hidden, **still_hidden}, restored=True, held=held)
 
 
 def unverified_services(services: Iterable[str], former: Snapshot | None, *, filtered: bool) -> list[str]:
@@ -261,10 +261,12 @@ class SnapshotBuilder:
         held: dict[str, Held] = {}
         for builder in self._builders:
             name = builder.service.name
-            known, before = former.held.get(name, Held({}, ACCEPTED)), self._held(name)
-            gone = {key: stored for key, stored in known.keys.items() if before is not None and not builder.has(key)}
-            gone |= {key: stored for key, stored in deleted.get(name, {}).items() if key not in known.keys}
-            count = len(former.entries[name]) - len(known.keys)
+            former_hold, before = former.held.get(name, Held({}, ACCEPTED)), self._held(name)
+            gone = {
+                key: stored for key, stored in former_hold.keys.items() if before is not None and not builder.has(key)
+            }
+            gone |= {key: stored for key, stored in deleted.get(name, {}).items() if key not in former_hold.keys}
+            count = len(former.entries[name]) - len(former_hold.keys)
             if (after := next_held(name, before, gone, count, terms)) is not None:
                 builder.keep(after.keys)
                 held[name] = after

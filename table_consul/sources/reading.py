@@ -30,13 +30,13 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
 
 
 def hidden_services(
-    client: kv.Client, table: Table, services: Iterable[str], known: Mapping[str, Hidden], *, filtered: bool
+    client: kv.Client, table: Table, services: Iterable[str], former_hidden: Mapping[str, Hidden], *, filtered: bool
 ) -> dict[str, SourceError]:
     """The services in whose folder the token may not read everything, each with the reason."""
     hidden: dict[str, SourceError] = {}
     for name in services:
         reason = _why_hidden(client, table, name, filtered=filtered)
-        missing = known[name].missing.values() if name in known and reason is None else ()
+        missing = former_hidden[name].missing.values() if name in former_hidden and reason is None else ()
         reads = _read_each(client, table, name, missing)
         reason = next((found for _, found in reads if isinstance(found, Forbidden)), reason)
         if reason is not None:
@@ -79,12 +79,12 @@ def read_snapshot(
     response: kv.Response,
     builder: SnapshotBuilder,
     hidden: Mapping[str, SourceError],
-    known: Mapping[str, Hidden],
+    former_hidden: Mapping[str, Hidden],
     take: Take,
 ) -> Snapshot:
     """The `proven_snapshot` of this response, read by `read_pairs`."""
     read_pairs(response, builder, take)
-    return proven_snapshot(client, response, builder, hidden, known)
+    return proven_snapshot(client, response, builder, hidden, former_hidden)
 
 
 def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lambda _pairs: None) -> None:
@@ -109,14 +109,14 @@ def proven_snapshot(
     response: kv.Response,
     builder: SnapshotBuilder,
     hidden: Mapping[str, SourceError],
-    known: Mapping[str, Hidden],
+    former_hidden: Mapping[str, Hidden],
 ) -> Snapshot:
     """The snapshot of a response, which was read, and of the builder's former snapshot, with absence proven.
 
     ``hidden`` are the services that were hidden before the query. They are checked before and after it, because a
-    blocking query uses the ACLs of its beginning, which may have changed by its end. ``known`` are those of the former
-    snapshot. A missing key is read immediately, even in a hidden folder: later it would be one of many with unproven
-    deletions.
+    blocking query uses the ACLs of its beginning, which may have changed by its end. ``former_hidden`` are those of the
+    former snapshot. A missing key is read immediately, even in a hidden folder: later it would be one of many with
+    unproven deletions.
     """
     reasons = dict(hidden)
     deleted: dict[str, dict[bytes, bytes]] = {}
@@ -125,7 +125,7 @@ def proven_snapshot(
         if response.behind:
             reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
             continue
-        suspects = known[name].missing if name in known else {}
+        suspects = former_hidden[name].missing if name in former_hidden else {}
         lost = {key: stored for key, stored in keys.items() if key not in suspects}
         gone = mirror.sample([*lost.values()])
         if name not in reasons and (keys or response.filtered):

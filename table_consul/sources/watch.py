@@ -176,15 +176,15 @@ class Watch(threading.Thread):
         held_for = math.inf if former is None else former.held_until - time.monotonic()
         if held_for <= 0:
             state = replace(state, index=0, seen=0)
-        known = {} if former is None else former.hidden
+        former_hidden = {} if former is None else former.hidden
         before: dict[str, SourceError] = {}
         if not state.behind:  # otherwise nothing is proven anyway
             unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
-            before = hidden_services(self._client, table, unverified, known, filtered=state.filtered)
-            if not known.keys() <= before.keys():
+            before = hidden_services(self._client, table, unverified, former_hidden, filtered=state.filtered)
+            if not former_hidden.keys() <= before.keys():
                 state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
         asked = time.monotonic()
-        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(known), held_for=held_for)
+        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(former_hidden), held_for=held_for)
         wait = min(wait, self._file.due_in)
         try:
             query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=table.deadline)
@@ -208,7 +208,7 @@ class Watch(threading.Thread):
                 self._file.begin()
                 terms = hold.Terms(began, 0.0 if accepting else table.hold_deletions, response.index < self.index)
                 builder = SnapshotBuilder(table, self.prefix, self._services, former, terms)
-                snapshot = read_snapshot(self._client, response, builder, before, known, self._file.take)
+                snapshot = read_snapshot(self._client, response, builder, before, former_hidden, self._file.take)
         if self._stopped:
             return 0.0  # another watch now serves, logs and writes the file
         ended = time.monotonic()
@@ -340,7 +340,7 @@ class Watch(threading.Thread):
         if former is not None:
             counts = {name: len(entries) for name, entries in former.entries.items()}
             name = printable(self._table.name)
-            for service, text in hold.news(former.held, snapshot.held, counts, name, time.monotonic()):
+            for service, text in hold.log_lines(former.held, snapshot.held, counts, name, time.monotonic()):
                 log.warning("%s: %s", printable(self._table.path(SERVICES[service])), text)
 
 

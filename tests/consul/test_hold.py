@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from table_consul.errors import Forbidden
 from table_consul.services import Table
-from table_consul.sources.hold import LEAST_DELETIONS, NEVER_HELD, Held, Terms, is_suspicious, news
+from table_consul.sources.hold import LEAST_DELETIONS, NEVER_HELD, Held, Terms, is_suspicious, log_lines
 from table_consul.sources.mirror import Hidden, Mirror, SnapshotBuilder, adopted, wait_seconds
 from tests.consul.test_mirror import waiting
 
@@ -255,7 +255,7 @@ def test_listed_and_held_entries_answer_and_no_others(reads):
 
 def lines(before, after, now=NOW):
     counts = {name: len(each) for name, each in before.entries.items()}
-    return list(news(before.held, after.held, counts, "mail", now))
+    return list(log_lines(before.held, after.held, counts, "mail", now))
 
 
 def test_log_has_a_line_when_a_hold_begins_and_none_while_it_lasts():
@@ -279,5 +279,5 @@ def test_log_has_a_line_when_a_hold_ends():
 def test_log_has_both_lines_when_one_hold_follows_another():
     before, after = {"alias": Held({b"a": b"a"}, 5.0)}, {"alias": Held({b"b": b"b"}, 20.0)}
     begun = "1 of 1 entry deleted at once; serving them for another 10 s"
-    texts = [text.partition(" (")[0] for _, text in news(before, after, {"alias": 1}, "mail", 10.0)]
+    texts = [text.partition(" (")[0] for _, text in log_lines(before, after, {"alias": 1}, "mail", 10.0)]
     assert texts == ["hold_deletions expired: no longer serving 1 deleted entry", begun]

@@ -6,7 +6,7 @@ from table_consul.fallback import run
 
 
 def main() -> int:
-    """Run the program, or answer smtpd with errors if it cannot be loaded; the exit status."""
+    """Run the program, or answer smtpd with errors if it cannot be loaded; returns the exit status."""
     return run("table_consul.cli")
 
 

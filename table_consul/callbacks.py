@@ -1,4 +1,4 @@
-"""Tables of your own, in Python: say how to check, look up and fetch, and serve any OpenSMTPD.
+"""Tables of your own in Python, for any version of OpenSMTPD: functions that check, look up and fetch.
 
     from table_consul import callbacks
 
@@ -41,10 +41,10 @@ class Callbacks(NamedTuple):
         return list(self.registered)
 
     def warm_up(self, _name: str) -> None:
-        """Nothing: functions are ready when they are given."""
+        """Do nothing: functions need no preparation."""
 
     def answer(self, request: Request, _arrived: float) -> Reply:
-        """The reply that the function for this operation gives; its exceptions are the caller's to turn into errors."""
+        """The reply of the function for this operation; the caller turns its exceptions into error replies."""
         table, service = request.table, request.service
         key = request.key.decode("utf-8", "surrogateescape")
         if request.op == "update":
@@ -60,7 +60,7 @@ class Callbacks(NamedTuple):
         elif request.op == "fetch" and self.fetch is not None:
             value = self.fetch(table, service)
         else:
-            return Failed(f"this table has no {request.op}")
+            return Failed(f"this table does not implement {request.op}")
         if value is None:
             return NotFound()
         return Found() if request.op == "check" else Found(value.encode("utf-8", "surrogateescape"))
@@ -77,16 +77,16 @@ def serve(
 ) -> None:
     """Answer smtpd, in whichever dialect it speaks, until it closes the conversation.
 
-    An exception, or a value that smtpd could not take, makes smtpd keep the mail; the reason is logged, to syslog or to
-    a terminal. Only None means "not found", and smtpd rejects the mail. smtpd waits for every answer.
+    An exception or an invalid value becomes an error reply: smtpd keeps the message, and the reason is logged to syslog
+    or a terminal. Only None means "not found", and smtpd rejects the message. smtpd waits for every reply.
 
     Args:
         check: whether ``(table, service, key)`` is in the table. Without it, whether ``lookup`` finds something.
         lookup: the value of ``(table, service, key)``, one line of text, or None.
         fetch: the next element of ``(table, service)``, or None when the table is empty.
         update: called with the table's name after ``smtpctl update table``.
-        services: what smtpd may ask for, by the names in smtpd-tables(7).
-        program: what log lines begin with.
+        services: the services to register, by their names in smtpd-tables(7).
+        program: the name at the start of each log line.
     """
     log.start("info", "auto", "", program)
     answerer = Callbacks(check, lookup, fetch, update, services)

@@ -1,6 +1,6 @@
 """Check that the files named in the configuration are usable by this user, and suggest fixes.
 
-smtpd runs tables as an unprivileged user (smtpd: lka.c, lka): that root can read a file proves nothing.
+smtpd runs tables as an unprivileged user (smtpd: lka.c, lka), which may not read a file that root can.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 def check_files(config: Config) -> list[str]:
-    """What would keep the program from working with the configuration, or discloses a secret; a line each.
+    """The problems that keep the program from using the configuration, or that disclose a secret; a line each.
 
-    Root checks as smtpd's user, if there is one; any other user as itself. For ``--check``, not for `config.load`: a
-    mail server starts although a token is written only a second later.
+    Root checks as smtpd's user, if there is one; any other user as itself. `config.load` does not check this, so that
+    a mail server starts even if a token is written only a second later.
     """
     with as_smtpd_user():
         return [*_read_files(config), *_written_files(config)]
@@ -39,13 +39,13 @@ def check_files(config: Config) -> list[str]:
 
 @contextlib.contextmanager
 def as_smtpd_user() -> Iterator[None]:
-    """What root does within it, it does as smtpd's user, if there is one."""
+    """Run the block as smtpd's user, if root runs it and that user exists."""
     user = smtpd_user() if os.geteuid() == 0 else None
     with contextlib.ExitStack() as undo:
         if user is not None:
             with contextlib.suppress(PermissionError):  # a container may deny this to root
                 groups, group = os.getgroups(), os.getegid()
-                os.setgroups([user.pw_gid])  # smtpd keeps no other
+                os.setgroups([user.pw_gid])  # smtpd drops all others
                 undo.callback(os.setgroups, groups)
                 os.setegid(user.pw_gid)
                 undo.callback(os.setegid, group)
@@ -67,7 +67,7 @@ def _read_files(config: Config) -> Iterator[str]:
             continue
         problem = _unreadable(path, folder=key == "ca_path", secret=key in {"token_file", "key_file"})
         if key == "token_file" and not problem and not TOKEN.fullmatch(read_token(path)):
-            problem = "empty, or not one line of printable ASCII without blanks (write the SecretID and nothing else)"
+            problem = "must contain one token: printable ASCII without white space (write only the SecretID)"
         elif key == "address" and not problem:
             problem = _malformed_export(path)
         if problem:
@@ -79,7 +79,7 @@ def _read_files(config: Config) -> Iterator[str]:
         try:
             tls_context(consul)
         except SourceError as error:
-            yield f"{name or 'environment'}: {error} (PEM files, the key without a password)"
+            yield f"{name or 'environment'}: {error} (use PEM files and a key without a password)"
     if config.path is not None and (problem := _unreadable(config.path)):
         yield f"{name}: {problem}"
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
@@ -106,7 +106,7 @@ def _written_files(config: Config) -> Iterator[str]:
                 yield f"{at}: {problem}"
                 reported.add(path)
             owners[path] = table.name
-    # smtpd.conf may have tables that the configuration has no section for.
+    # smtpd.conf may name tables that have no section in the configuration.
     for key, path in (("defaults.snapshot", config.defaults.snapshot), ("metrics.textfile", config.metrics.textfile)):
         if path and "{table}" not in path and path not in reported:
             yield f"{name}: {key}: every table would write the same file (put {{table}} into its name)"
@@ -125,8 +125,8 @@ def _malformed_export(path: str) -> str | None:
 
 
 def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str | None:
-    """The problem of a file (or folder) that must be readable; None if it is readable."""
-    name = f"{path}/." if folder else path  # takes the permission to enter the folder
+    """The problem with a file (or folder) that must be readable; None if there is none."""
+    name = f"{path}/." if folder else path  # requires permission to enter the folder
     try:
         handle = open_regular_file(name, os.O_RDONLY)
     except OSError as error:
@@ -149,7 +149,7 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
 
 
 def _unwritable(path: str, *, private: bool) -> str | None:
-    """The problem of a file that must be replaceable by renaming; None if it is replaceable."""
+    """The problem with a file that must be replaceable by renaming; None if there is none."""
     folder = os.path.dirname(path)
     if not os.access(f"{folder}/", os.W_OK | os.X_OK, effective_ids=True):
         return f"folder {printable(folder)} not found, or not writable by {current_user()}"
@@ -158,5 +158,5 @@ def _unwritable(path: str, *, private: bool) -> str | None:
         if stat.S_ISDIR(mode):
             return "is a folder"
         if private and mode & 0o077:
-            return "other users can read this copy of the table (try: chmod 0600)"
+            return "other users can read this snapshot (try: chmod 0600)"
     return None

@@ -1,7 +1,7 @@
-"""A child process that answers in one of the line dialects, and its restarts.
+"""A child process that uses one of the line dialects, and its restarts.
 
-``Child`` is one process, asked as smtpd would ask it; ``Bridge`` starts another when it fails. When a child misbehaves,
-each answer comes within its deadline, and a line answers a question only if it carries the id of the question.
+``Child`` is one process, which gets the same lines as from smtpd; ``Bridge`` starts another when it fails. Even if a
+child misbehaves, smtpd gets each reply within the deadline, and a line is a reply only if it has the id of the request.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from table_consul.errors import ReplyError, SourceError, printable
 from table_consul.protocol import MAX_LINE, OPS, Failed, Found, NotFound, Reply, Request, Updated
 from table_consul.services import DEFAULT_SERVICES, SERVICES
 
-# After this a child that has not answered the handshake is one of 2020, which can still answer before the deadline.
+# A child that has not answered the handshake by then is one of 2020, and can still answer before the deadline.
 HANDSHAKE_SECONDS = 1.0
-# How long a child that is known to speak smtpd-tables may take to start. Until then questions are answered with errors.
+# How long a child that is known to speak smtpd-tables may take to start. Until then every reply is an error.
 START_SECONDS = 30.0
-# smtpd knows 13 services. A child that never stops registering would hold up the answer, and fill the memory.
+# smtpd has 13 services. A child that keeps registering would delay the reply and exhaust the memory.
 MAX_REGISTRATIONS = 100
 # Nearly all lines are shorter; a larger buffer takes longer to allocate.
 READ_SIZE = 4096
-# How long a system call waits before the clock is read: the socket's own timeout, as a poll() before each takes longer.
+# How long a system call waits before the clock is read: a timeout of the socket, because poll() takes longer.
 WAIT_SECONDS = 0.01
 # How long to wait for the child to exit, after end of file and again after SIGKILL.
 EXIT_SECONDS = 1.0
 
-# As smtpd 7.6 sends it. The smtpd behind us did not send its version; before 7.6 smtpd asks no table for auth.
+# As smtpd 7.6 sends it, with a version of our own: smtpd's is not known here. Before 7.6 smtpd asks no table for auth.
 _HANDSHAKE = "config|smtpd-version|7.5.0-procexec\nconfig|protocol|0.1\nconfig|tablename|{}\nconfig|ready\n"
-_NEWLINE, _RETURN = b"\n\r"  # numbers: looking for a byte takes a tenth of looking for bytes
+_NEWLINE, _RETURN = b"\n\r"  # numbers: searching for one takes a tenth of the time
 Command = Callable[[], Sequence[str]]
 _RESULTS = {op: f"{op}-result".encode() for op in OPS}
 
 
 class ChildError(SourceError):
-    """The child exited, missed its deadline or sent an invalid reply; only a new one can be asked."""
+    """The child exited, missed its deadline or sent an invalid reply; it must be replaced."""
 
 
 class Child:
     """One process of a command, run as smtpd would run it: one socket as standard input and output.
 
-    ``dialect`` is None while it may still answer the handshake of ``smtpd-tables``, and ``confirmed`` once it has sent
-    a line that only a child of its dialect sends.
+    ``dialect`` is None while it may still answer the handshake of ``smtpd-tables``. ``confirmed`` is set when it has
+    sent a line that only a child of its dialect sends.
     """
 
     def __init__(self, command: Command, table: str, dialect: str | None, clock: Callable[[], float]) -> None:
@@ -72,21 +72,21 @@ class Child:
             self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
         with theirs:
             try:
-                # As smtpd does it: ignored signals stay ignored, and standard error is passed on.
+                # As in smtpd: ignored signals stay ignored, and standard error is inherited.
                 wire = theirs.fileno()
                 self._process = subprocess.Popen(command(), stdin=wire, stdout=wire, restore_signals=False)  # noqa: S603 - smtpd.conf names the command
             except OSError as error:
                 self._socket.close()
                 raise ChildError(f"cannot be run: {error.strerror or error}") from error
         if not self._handshake_done:
-            with contextlib.suppress(OSError):  # a child that is gone already is reported by the first read
+            with contextlib.suppress(OSError):  # the first read reports a child that has exited
                 self._socket.send(_HANDSHAKE.format(" ".join(table.splitlines())).encode())
 
     def shake_hands(self, deadline: float) -> bool:
-        """Whether it can be asked; False if that is still open at this moment on the clock.
+        """Whether the child accepts requests; False if that is still open at the deadline, a time on the clock.
 
         Raises:
-            ChildError: it exited, or sent something else than its services.
+            ChildError: it exited, or sent something other than its services.
         """
         while not self._handshake_done:
             limit = self._started + (HANDSHAKE_SECONDS if self.dialect is None else START_SECONDS)
@@ -109,17 +109,17 @@ class Child:
         return True
 
     def suits_smtpd(self, deadline: float) -> bool:
-        """Whether smtpd could run it: by this moment it registers services that smtpd knows, and sends nothing else.
+        """Whether smtpd could run it: by the deadline it registers only services of smtpd, and sends nothing else.
 
         Raises:
-            ChildError: see ``shake_hands``.
+            ChildError: as `shake_hands`.
         """
         if not self.shake_hands(deadline) or not self.registered or not SERVICES.keys() >= {*self.registered}:
             return False
         return self._read_line(self._clock()) is None and not self._buffer
 
     def ask(self, request: Request, deadline: float) -> Reply:
-        """The child's reply, by this moment on the clock; Failed if it cannot be asked for this, or not yet.
+        """The child's reply by the deadline, a time on the clock; Failed if it does not take this request, or not yet.
 
         Raises:
             ChildError: no valid reply; a late one could not be distinguished from the reply to the next request.
@@ -136,10 +136,10 @@ class Child:
             if op != "update" and request.service not in SERVICES.keys() & (self.registered or SERVICES):
                 return Failed(f"the table has no service {printable(request.service)!r}")
             template = self._templates[names] = question_template(self.dialect, *names)
-        # smtpd 7.6 and later refuses such keys before it asks (smtpd: table_proc.c, table_proc_lookup).
+        # smtpd 7.6 and later rejects such keys itself (smtpd: table_proc.c, table_proc_lookup).
         if _NEWLINE in key or _RETURN in key:
             return Failed("a key must not contain a line break")
-        ident = b"%08x" % getrandbits(32)  # a line sent before its question cannot guess it
+        ident = b"%08x" % getrandbits(32)  # a line sent before its request cannot contain it
         question = template % (time.time(), ident, key)
         while question:
             try:
@@ -161,20 +161,20 @@ class Child:
         self.confirmed = True
         return reply
 
-    def close(self, patience: float = 0.0) -> None:
-        """End it: by end of file, and by SIGKILL if it has not exited after this many seconds."""
+    def close(self, timeout: float = 0.0) -> None:
+        """End the process: by end of file, and by SIGKILL if it has not exited after so many seconds."""
         self._socket.close()
-        for seconds in (patience, EXIT_SECONDS):
+        for seconds in (timeout, EXIT_SECONDS):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
                 return
             self._process.kill()
 
     def _read_line(self, deadline: float) -> bytes | None:
-        """The next line without its end, or None if none is complete by this moment on the clock, or just after it."""
+        """The next line without its newline; None if none is complete by the deadline or just after it."""
         while _NEWLINE not in self._buffer:
             if len(self._buffer) > MAX_LINE:
-                raise ChildError(f"a line of more than {MAX_LINE} bytes: {printable(self._buffer)!r}")
+                raise ChildError(f"line longer than {MAX_LINE} bytes: {printable(self._buffer)!r}")
             try:
                 data = self._socket.recv(READ_SIZE) or None
             except BlockingIOError:
@@ -197,10 +197,10 @@ class Child:
 
 
 class Bridge:
-    """Answers from a command: at most one process of it at a time, started when needed, and after a failure again.
+    """Answers from a command: at most one process at a time, started when needed and restarted after a failure.
 
-    Its dialect is found out once. The first process gets the handshake of ``smtpd-tables``; if it ignores that, or
-    exits, the command is asked in the dialect of 2020. Until a process has replied, the two dialects take turns.
+    Its dialect is detected once. The first process gets the handshake of ``smtpd-tables``; if it ignores that, or
+    exits, the next one gets the dialect of 2020. Until a process has replied, the two dialects alternate.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Bridge:
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random,
     ) -> None:
-        """``command`` is called for each start and may raise OSError; ``dialect`` is None to find it out.
+        """``command`` is called for each start and may raise OSError; ``dialect`` is None to detect it.
 
         ``deadline`` is in seconds from the arrival of a request.
         """
@@ -224,7 +224,7 @@ class Bridge:
         self._backoff = Backoff(name, "returning errors until it runs again")
 
     def suits_smtpd(self, name: str) -> bool:
-        """Whether smtpd could run the command itself, tried with a process that is kept if smtpd could not."""
+        """Whether smtpd could run the command itself; if not, the process of this trial stays in use."""
         try:
             return self._running(name).suits_smtpd(self._clock() + HANDSHAKE_SECONDS)
         except ChildError as error:
@@ -242,7 +242,7 @@ class Bridge:
         return [service for service in SERVICES if service in registered] or list(DEFAULT_SERVICES)
 
     def warm_up(self, name: str) -> None:
-        """Start the child, if it is not running since smtpd's handshake asked for the services."""
+        """Start the child, unless `services` has started it during smtpd's handshake."""
         try:
             self._running(name)
         except ChildError as error:
@@ -275,7 +275,7 @@ class Bridge:
         return self._child
 
     def _drop(self, error: ChildError) -> bool:
-        """End the child after this error. Whether to restart immediately, as a child of 2020, or after a pause."""
+        """End the child after this error; True to restart it immediately as a child of 2020, False after a pause."""
         child, self._child = self._child, None
         if child is not None:
             child.close()
@@ -290,14 +290,14 @@ class Bridge:
 
 
 def question_template(dialect: str, op: str, table: str, service: str) -> bytes:
-    """The line that asks this, with places for the time, the id, and the key (empty for fetch and update)."""
+    """The line of this request, with placeholders for the time, the id and the key (empty for fetch and update)."""
     fields = "%b" if op == "update" else f"%b|{service}" if dialect == "procexec" else f"{service}|%b"
     key = "|%b" if op in ("check", "lookup") else "%b"
     return f"table|0.1|%.6f|{table.replace('%', '%%')}|{op}|{fields}{key}\n".encode()
 
 
 def parse_reply(dialect: str, op: str, ident: bytes, line: bytes) -> Reply | None:
-    """The reply in this line, or None if it is not a reply to the question of this operation and id."""
+    """The reply in this line, or None if it is not a reply to this operation and id."""
     words = (b"table-response", b"table-result") if dialect == "procexec" else (_RESULTS[op],)
     parts = line.split(b"|", 3)
     if len(parts) < 3 or parts[1] != ident or parts[0] not in words:

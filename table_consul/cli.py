@@ -1,4 +1,4 @@
-"""The command line of table-consul: what smtpd starts, and what a person starts to see what it is."""
+"""The command line of table-consul, for smtpd and for a person who wants help or `--check`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,19 @@ if TYPE_CHECKING:
     from table_consul.metrics import Exporter
 
 DESCRIPTION = """\
-table-consul is started by OpenSMTPD's smtpd, and answers its table lookups from
-Consul's key-value store: the key <prefix>/<table>/<service>/<key> holds the value.
-In smtpd.conf:
+OpenSMTPD starts table-consul to look up aliases, users and domains in Consul:
+the key <prefix>/<table>/<service>/<key> holds the value. In smtpd.conf:
 
     table aliases consul
     action "local" maildir alias <aliases>
 """
 
 EPILOG = f"""\
-Without CONFIG, {config.DEFAULT_PATH} is read if it exists; otherwise the
-defaults and the environment of the consul command apply (CONSUL_HTTP_ADDR,
-CONSUL_HTTP_TOKEN, CONSUL_CACERT, ...). In smtpd.conf: table aliases consul:/PATH
+Without CONFIG, {config.DEFAULT_PATH} is read if it exists. The
+environment of the consul command (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, ...)
+applies where the file sets nothing. In smtpd.conf: table aliases consul:/PATH
 
-To see it answer, say what smtpd would say:
-
-    printf 'config|ready\\ntable|0.1|0|aliases|lookup|alias|1|root\\n' | table-consul
+To look up a key as smtpd does: table-consulctl query aliases alias root
 """
 
 
@@ -44,18 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("table-consul", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="the configuration, a TOML file")
-    check_help = "check the configuration and the files it names, as the user that runs this; exit 0 or 2"
+    check_help = "check the configuration and the files it names; exit 0 or 2"
     parser.add_argument("--check", action="store_true", help=check_help)
     parser.add_argument("--version", action="version", version=f"table-consul {__version__}")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; its exit status: 0, or 2 for what is wrong with the command line or the configuration."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    path = given[0] if given else None
-    if len(given) > 1 or (path is not None and not path.startswith("/")):  # not as smtpd does, so there is time
-        options = _parser().parse_args(given)
+    """Run the program and return its exit status: 0, or 2 for a mistake in the command line or the configuration."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    path = words[0] if words else None
+    if len(words) > 1 or (path is not None and not path.startswith("/")):  # a person: smtpd passes at most one path
+        options = _parser().parse_args(words)
         path = options.config
         if options.check:
             return check(path)
@@ -65,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(path: str | None) -> int:
-    """Print what is wrong with the configuration; the exit status, 0 or 2."""
+    """Print the problems of the configuration and return the exit status, 0 or 2."""
     from table_consul.check import check_files
 
     try:
@@ -80,11 +77,11 @@ def check(path: str | None) -> int:
 
 
 def serve(path: str | None) -> int:
-    """Speak with smtpd until it is gone; the exit status, 2 if nobody spoke."""
+    """Answer smtpd until it closes the conversation and return the exit status, 2 if there was no conversation."""
     read_from, write_to = claim_stdio()
     environ = dict(os.environ)
     for variable in environ:
-        if variable.startswith("CONSUL_"):  # no library may take it for its own configuration
+        if variable.startswith("CONSUL_"):  # a library must not use it as its own configuration
             del os.environ[variable]
     exporter: Exporter | None = None
     table_name = ""

@@ -1,4 +1,4 @@
-"""The configuration: one TOML file, and the environment of the ``consul`` command for what the file does not set.
+"""The configuration: one TOML file, and the environment of the ``consul`` command for keys that the file does not set.
 
 Each key is declared once, as a field of the Struct that the rest of the program reads: `ConsulConfig`, `LogConfig`,
 `MetricsConfig`, and `Table` for ``[defaults]`` and ``[tables.NAME]``. msgspec checks its type, `VALIDATORS` the rest.
@@ -26,22 +26,22 @@ from table_consul.services import SERVICES, Table
 _PORTS = sys.platform.startswith(("freebsd", "dragonfly"))
 DEFAULT_PATH = f"{'/usr/local' if _PORTS else ''}/etc/mail/table-consul.toml"
 
-# A configuration for thousands of tables fits; a large file given by mistake does not fill the memory of the mail host.
+# Enough for thousands of tables; a large file that is named by mistake does not exhaust the memory.
 SIZE_MAX = 4 * 1024 * 1024
 
-# What a URL means without a port; so does Consul's own client (consul: api/api.go, NewClient adds none).
+# The port of a URL without one, as in Consul's own client (consul: api/api.go, NewClient adds none).
 PORTS = {"http": 80, "https": 443}
 
 
 class ConsulConfig(msgspec.Struct, frozen=True):
-    """``[consul]``: how Consul is reached."""
+    """``[consul]``: the connection to Consul."""
 
     addresses: Annotated[tuple[str, ...], Meta(min_length=1, description="an address or a list of addresses")] = (
         msgspec.field(default=("http://127.0.0.1:8500",), name="address")
     )
     """``http://h:p``, ``https://h:p``, ``unix:///path``, or a single ``file:///path``."""
     token: str | None = None
-    """From the environment only: people show each other their configuration files."""
+    """From the environment only, because people share their configuration files."""
     token_file: str | None = None
     ca_file: str | None = None
     ca_path: str | None = None
@@ -55,7 +55,7 @@ class ConsulConfig(msgspec.Struct, frozen=True):
     consistency: Literal["default", "stale", "consistent"] = "default"
 
     def __repr__(self) -> str:
-        """Without the token, for whatever prints a configuration."""
+        """Without the token, which must not be printed with a configuration."""
         return f"ConsulConfig({', '.join(self.addresses)})"
 
 
@@ -82,7 +82,7 @@ class Config(msgspec.Struct, frozen=True):
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     defaults: Table = msgspec.field(default_factory=lambda: Table("consul"))
-    """``[defaults]``; its name is that of the table in a dialect that names none."""
+    """``[defaults]``; its name is that of the table in a dialect without table names."""
     tables: Mapping[str, Table] = msgspec.field(default_factory=dict)
     """The tables that have a section of their own."""
     origins: Mapping[str, str] = msgspec.field(default_factory=dict)
@@ -98,7 +98,7 @@ class Config(msgspec.Struct, frozen=True):
         """The settings of this table: its ``[tables.NAME]`` if there is one, else ``[defaults]``.
 
         Raises:
-            ConfigError: the name cannot be a folder in Consul; in the dialects of 2020 each request brings it.
+            ConfigError: the name cannot be a folder in Consul; in the dialects of 2020 each request has one.
         """
         if name in self.tables:
             return self.tables[name]
@@ -108,8 +108,8 @@ class Config(msgspec.Struct, frozen=True):
             raise ConfigError(str(error)) from None
 
 
-# The variables of the consul command, but for those of the address. If the file sets any key of a group, the
-# environment sets none of them: they are alternatives, or two parts of one thing.
+# The variables of the consul command, except those of the address. If the file sets any key of a group, the
+# environment sets none of them: they are alternatives or belong together.
 VARIABLES: tuple[dict[str, str], ...] = (
     {"token_file": "CONSUL_HTTP_TOKEN_FILE", "token": "CONSUL_HTTP_TOKEN"},
     {"ca_file": "CONSUL_CACERT", "ca_path": "CONSUL_CAPATH"},
@@ -120,8 +120,8 @@ VARIABLES: tuple[dict[str, str], ...] = (
     {"partition": "CONSUL_PARTITION"},
 )
 
-# What follows are validators. Each returns the value in its normal form, or raises ValueError with a text for each
-# mistake, which does not quote what may be a secret under the wrong key.
+# Validators: each returns the value in its normal form, or raises ValueError with a text for each mistake. No text
+# quotes a value that may be a secret under the wrong key.
 
 
 def _absolute_path(value: str) -> str:
@@ -135,7 +135,7 @@ def _absolute_path(value: str) -> str:
 def _visible_ascii(value: str) -> str:
     """The value, which becomes part of an HTTP request."""
     if not re.fullmatch(r"[!-~]+", value):
-        raise ValueError("must be visible ASCII characters, without spaces and line breaks")
+        raise ValueError("must be visible ASCII characters, without spaces or line breaks")
     return value
 
 
@@ -144,7 +144,7 @@ _HOST_PORT = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_HOST}))(?::([0-9]{{1,5}}))
 
 
 def _host_port(text: str, default_port: int) -> tuple[str, int] | None:
-    """The parts of HOST:PORT or [IPv6]:PORT, if that is what the text is."""
+    """Host and port of HOST:PORT or [IPv6]:PORT; None for any other text."""
     if (match := _HOST_PORT.fullmatch(text)) is None:
         return None
     ipv6, host, port = match[1], match[2], int(match[3] or default_port)
@@ -214,13 +214,13 @@ def _address(value: str) -> str:
     if scheme in PORTS and (found := _host_port(rest.removesuffix("/"), PORTS[scheme])):
         host = f"[{found[0]}]" if ":" in found[0] else found[0]
         return f"{scheme}://{host}:{found[1]}"
-    # What holds one of these may hold a password or a token.
-    shown = "" if {*value} & {*"@?#"} else f" {_quoted(value)}"
-    raise ValueError(f"invalid address{shown} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
+    # A value with one of these may contain a password or a token.
+    quoted = "" if {*value} & {*"@?#"} else f" {_quoted(value)}"
+    raise ValueError(f"invalid address{quoted} (use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)")
 
 
 def _listen_address(value: str) -> str:
-    """The address, which no other host can reach: metrics reveal much about the mail of a host."""
+    """The address, which must be local: metrics reveal much about the mail of a host."""
     if value.startswith("unix://"):
         return _address(value)
     found = _host_port(value, 0)
@@ -236,7 +236,7 @@ def _boolean(value: str) -> bool:
     return value[0] in "1tT"
 
 
-# What the value of a key must be beyond its type; "path" is what a service has in paths.
+# Checks of a key's value beyond its type; "path" is the value of a service in paths.
 VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("token_file", "ca_file", "cert_file", "key_file", "snapshot", "textfile"), _absolute_path),
     **dict.fromkeys(("token", "datacenter", "namespace", "partition"), _visible_ascii),
@@ -251,8 +251,8 @@ VALIDATORS: Mapping[str, Callable[[Any], Any]] = {
     "listen": _listen_address,
 }
 
-# The keys of each section of the file: a field of its Struct, or the keys of a section below it. "tables" stands for
-# any [tables.NAME].
+# The keys of each section of the file: a field of its Struct, or the keys of a section below it. "tables" is for
+# every [tables.NAME].
 KEYS: dict[str, dict[str, Any]] = {
     section.name: {field.encode_name: field for field in fields(section.type)}
     for section in fields(Config)
@@ -282,7 +282,7 @@ def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell i
 
 
 def _suggestion(word: str, options: Collection[str]) -> str:
-    """In parentheses: the option that was probably meant, or all of them."""
+    """A hint in parentheses: the option that was probably meant, or all of them."""
     from difflib import get_close_matches
 
     close = get_close_matches(word[:100], options, 1)
@@ -294,11 +294,12 @@ def _quoted(text: str) -> str:
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
-    """The configuration in the file, or in `DEFAULT_PATH` if it exists when None, and in the environment.
+    """The configuration from a file and the environment; a ``path`` of None is `DEFAULT_PATH`, if that exists.
+
+    Does not open the files that the configuration names; `check.check_files` does.
 
     Raises:
-        ConfigError: with the first mistake as its text, one line, and all further ones as notes (``__notes__``), a
-            line each. Files that the configuration names are not opened: see `check.check_files`.
+        ConfigError: its text is the first mistake, one line; its notes (``__notes__``) are the others, a line each.
     """
     file = DEFAULT_PATH if path is None else path
     at, mistakes = printable(file), _Mistakes()
@@ -375,17 +376,17 @@ def _environment(consul: dict[str, Any], environ: Mapping[str, str], file: str, 
     origins: dict[str, str] = {}
     unset = [group for group in VARIABLES if group.keys().isdisjoint(consul)]
     for key, name in (variable for group in unset for variable in group.items()):
-        if value := environ.get(name):  # an empty variable is an unset one (consul: api/api.go, defaultConfig)
+        if value := environ.get(name):  # an empty variable counts as unset (consul: api/api.go, defaultConfig)
             origins[key] = f"environment: {name}"
             validate = _boolean if key == "tls_verify" else VALIDATORS[key]
             consul[key] = errors.check(f"{origins[key]}: ", validate, value)
-    # consul: go-rootcerts, LoadCACerts takes the file and then does not look at the folder
+    # consul: go-rootcerts, LoadCACerts ignores the folder if there is a file
     if "ca_file" in origins:
         consul.pop("ca_path", None)
     for present, absent in (("cert_file", "key_file"), ("key_file", "cert_file")):
         if present in consul and absent not in consul:
             origin = origins.get(present, f"{file}: consul.{present}")
-            errors.append(f"{origin}: set without {absent}: set both or neither (one file may serve as both)")
+            errors.append(f"{origin}: set without {absent} (set both or neither; one file may serve as both)")
     addr, ssl = environ.get("CONSUL_HTTP_ADDR"), environ.get("CONSUL_HTTP_SSL")
     if "addresses" not in consul and (addr or ssl):
         origins["address"] = "environment: CONSUL_HTTP_ADDR"

@@ -1,6 +1,6 @@
-"""Everything that can go wrong here, as types.
+"""The exception tree, and how messages quote untrusted text.
 
-The text of each is one line that a mail operator can act on. None ever holds a token, a password or a hash.
+The text of each error is one line that a mail operator can act on. It never contains a token, a password or a hash.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ class ConfigError(TableConsulError):
 
 
 class PeerError(TableConsulError):
-    """Smtpd sent something that cannot be understood."""
+    """A request from smtpd is invalid."""
 
 
 class ReplyError(TableConsulError):
-    """An answer cannot be said on the wire without breaking smtpd."""
+    """A reply would break smtpd, so it cannot be sent."""
 
 
 class EntryError(TableConsulError):
-    """What stands in Consul cannot be used as a value of its service; the text names no value."""
+    """An entry in Consul is invalid for its service; the text does not contain the value."""
 
 
 class SourceError(TableConsulError):
-    """The source cannot tell now whether the key is there: never a reason to say ``not-found``."""
+    """The source cannot determine whether the key exists: never a reason to return ``not-found``."""
 
     kind = "other"
-    """For labels of metrics: one of five words, never a part of the text."""
+    """For labels of metrics: one of five words, never part of the text."""
 
 
 class Unreachable(SourceError):
-    """No connection, no leader, too many requests, or no answer in time."""
+    """No connection, no leader, too many requests, or no response in time."""
 
     kind = "unreachable"
 
 
 class Forbidden(SourceError):
-    """Consul does not let this token read the key (401, 403)."""
+    """The token may not read the key (401, 403)."""
 
     kind = "forbidden"
 
 
 class BadResponse(SourceError):
-    """A redirect, a body that is not Consul's, or an answer to another question."""
+    """A redirect, a body that is not Consul's, or a response to another request."""
 
     kind = "bad-response"
 
 
 class TooLarge(SourceError):
-    """More data than may be held in memory: the table is read directly."""
+    """More data than may be held in memory; the table falls back to direct mode."""
 
     kind = "too-large"
 
 
-# What decoding bytes that are not ours may raise: msgspec's errors are ValueErrors only from 0.21 on.
+# The errors of decoding untrusted bytes; msgspec's errors are ValueErrors only from 0.21 on.
 UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 def printable(data: bytes | str, limit: int = 120) -> str:
     """The data as one printable line of at most about ``limit`` characters, for messages and logs.
 
-    Control characters and bytes that are no UTF-8 appear as escapes: what strangers put into a recipient reaches the
-    log of the mail server, and must not draw on its reader's terminal or forge a second line.
+    Control characters and bytes that are not UTF-8 become escapes: a stranger's recipient appears in the log of the
+    mail server, and must not control a terminal or forge a second line.
     """
     text = data.decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])

@@ -1,7 +1,7 @@
 """Answers every request with an error if the program cannot be imported, with the standard library alone.
 
-A new Python, or an upgrade that broke off, must not end the mail server: mail waits until the program is installed
-again. `make install` copies this module into the programs that it installs, so that it needs no package at all.
+A new Python, or an interrupted upgrade, must not end the mail server: mail waits until the program is reinstalled.
+`make install` copies this module into the programs that it installs, so that it needs no package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import syslog
 import threading
 from struct import Struct
 
-# smtpd exits if a table registers none, or one that it does not know.
+# smtpd exits if a table registers none, or an unknown one.
 SERVICES = (
     *("alias", "domain", "credentials", "netaddr", "userinfo", "source", "mailaddr"),
     *("addrname", "mailaddrmap", "relayhost", "string", "regex"),
@@ -39,7 +39,7 @@ def run(module: str) -> int:
 
 
 def ignore_signals() -> None:
-    """Ignore what would end the process, if smtpd started it: only end of file may. A person's ^C still ends it."""
+    """If smtpd started the process, ignore signals: only end of file may end it. At a terminal ^C still works."""
     try:
         started_by_smtpd = stat.S_ISSOCK(os.fstat(0).st_mode)
     except OSError:
@@ -53,16 +53,16 @@ def ignore_signals() -> None:
 
 
 def serve(error: Exception) -> int:
-    """Answer smtpd with this error until it closes the conversation; the exit status, 2 if nobody spoke.
+    """Answer smtpd with this error until it closes the conversation; returns the exit status, 2 if there was none.
 
     Raises:
-        Exception: the error, to a person at a terminal or with an option.
+        Exception: the error itself, at a terminal or with an option.
     """
     if os.isatty(0) or "".join(sys.argv[1:2]).startswith("-"):
         raise error
     reason = explain(error)
     conversation = Conversation(reason)
-    logging = threading.Thread(target=_log, args=(reason,), daemon=True)  # syslog may keep it waiting
+    logging = threading.Thread(target=_log, args=(reason,), daemon=True)  # syslog may block
     logging.start()
     with contextlib.suppress(OSError):  # smtpd is gone
         while not conversation.closed and (data := _read()):
@@ -74,10 +74,10 @@ def serve(error: Exception) -> int:
 
 
 def explain(error: Exception) -> str:
-    """What is wrong and what to do, as one printable line."""
+    """The error and a hint, as one printable line."""
     text = f"table-consul cannot be loaded: {type(error).__name__}: {error}"
     text = "".join(c if c.isprintable() else "?" for c in text[:300])
-    return f"{text} (install it again for Python {sys.version_info[0]}.{sys.version_info[1]} and restart smtpd)"
+    return f"{text} (reinstall it for Python {sys.version_info[0]}.{sys.version_info[1]} and restart smtpd)"
 
 
 class Conversation:
@@ -91,7 +91,7 @@ class Conversation:
         """How many ``|`` the table's name has; None in the dialects of 2020, which have no handshake."""
 
     def receive(self, data: bytes) -> bytes:
-        """The replies to what has arrived, which may be cut anywhere."""
+        """The replies to this data, which may be cut anywhere."""
         if not self.begun:
             self.begun, self.binary = True, data[0] < 8
         self._data += data
@@ -101,7 +101,7 @@ class Conversation:
         return b"".join(map(self._reply, lines))
 
     def _next_message(self) -> bytes:
-        """The reply to the next message; none if it is incomplete, or asks for none."""
+        """The reply to the next message; empty if it is incomplete or has no reply."""
         if len(self._data) < _HEADER.size:
             return b""
         kind, length, *_ = _HEADER.unpack_from(self._data)

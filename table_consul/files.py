@@ -1,4 +1,4 @@
-"""Opening files that may be something else, explaining why that fails, and replacing files in one step."""
+"""Open files only if they are regular, explain why that fails, and replace files in one step."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from table_consul.errors import SourceError, printable
 if TYPE_CHECKING:
     import pwd
 
-# Of temporary files; no other program has such names, so what carries one may be removed.
+# Of temporary files. No other program uses it, so leftover files with it may be removed.
 _SUFFIX = ".table-consul.tmp"
 
 TOKEN = re.compile(r"[\x21-\x7e]+")
-"""An ACL token: what a header can carry as it is."""
+"""An ACL token: text that a header can contain unchanged."""
 
-# OpenBSD's, Debian's, and Arch Linux's.
+# The user of OpenBSD, Debian, and Arch Linux.
 _SMTPD_NAMES = ("_smtpd", "opensmtpd", "smtpd")
 
 
 def open_regular_file(path: str, flags: int) -> int:
-    """An opener for open() that takes nothing but files: no wait for a named pipe's writer, no device without end.
+    """An opener for open() that rejects pipes, which may block, and devices, which may never end.
 
     Raises:
         OSError: as open(2), or the path is a pipe or a device.
@@ -41,7 +41,7 @@ def open_regular_file(path: str, flags: int) -> int:
 
 
 def version_of(status: os.stat_result) -> tuple[int, int, int]:
-    """What tells a version of a file from another, so that a broken one is not parsed for each lookup."""
+    """A value that changes with the file, so that a broken one is not parsed for each lookup."""
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
@@ -54,7 +54,7 @@ def explain_os_error(path: str, error: OSError) -> str:
     for folder in parents(path):
         if not os.access(folder, os.X_OK, effective_ids=True):
             name = printable(folder)
-            return f"folder {name} cannot be entered by {current_user()} (try: chgrp {group} {name}; chmod g+rx {name})"
+            return f"{current_user()} cannot enter folder {name} (try: chgrp {group} {name}; chmod g+rx {name})"
     fix = f"chown root:{group} {name}; chmod 0640 {name}"
     return f"not readable by {current_user()}; smtpd runs tables as an unprivileged user (try: {fix})"
 
@@ -86,7 +86,7 @@ def smtpd_user() -> pwd.struct_passwd | None:
 
 
 def smtpd_group() -> str:
-    """The group of that user, by the name that it usually has."""
+    """The name of smtpd's group; the usual name if there is none."""
     import grp
 
     for name in _SMTPD_NAMES:
@@ -96,7 +96,7 @@ def smtpd_group() -> str:
 
 
 def read_token(path: str) -> str:
-    """The text of a token file, a token if it is a `TOKEN`. It may be empty while it is being written."""
+    """The text of a token file, valid if it matches `TOKEN`. It may be empty while it is being written."""
     with open(path, "rb", buffering=0, opener=open_regular_file) as file:
         return file.read(4096).decode("ascii", "replace").rstrip()
 
@@ -148,11 +148,11 @@ def _remove_leftovers(path: str) -> None:
 class AtomicWriter:
     """Writes a file under a temporary name of its own; readers of the real name find the old file or the new one.
 
-    Temporary files are locked while they are written. Those without a lock are of writers that were killed, and go.
+    Temporary files are locked while they are written. Unlocked ones come from killed writers and are removed.
     """
 
     def __init__(self, path: str, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
-        """``mode`` are the permissions of the file; ``owner`` (uid, gid) is set where this user may give files away."""
+        """``mode`` are the permissions of the file; ``owner`` (uid, gid) is set if this user may change it."""
         self._path = path
         try:
             _remove_leftovers(path)
@@ -171,11 +171,15 @@ class AtomicWriter:
             raise
 
     def write(self, data: bytes) -> None:
-        """Write some more."""
+        """Append data."""
         self._file.write(data)
 
     def commit(self) -> None:
-        """Put the file in place, on disk for good; an OSError has discarded it."""
+        """Sync the file to disk and put it in place.
+
+        Raises:
+            OSError: that failed, and the new file was discarded.
+        """
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -183,7 +187,7 @@ class AtomicWriter:
         except BaseException:
             self.discard()
             raise
-        self._file.close()  # and with it goes the lock, under which the temporary name was safe until now
+        self._file.close()  # releases the lock, which protected the temporary name until now
         with contextlib.suppress(OSError):  # the file is in place, even if this user may not read the folder
             folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
             try:
@@ -192,7 +196,7 @@ class AtomicWriter:
                 os.close(folder)
 
     def discard(self) -> None:
-        """Leave the old file as it is."""
+        """Remove the temporary file and leave the old file unchanged."""
         with contextlib.suppress(OSError):  # on a full disk closing fails as writing did
             self._file.close()
         with contextlib.suppress(OSError):

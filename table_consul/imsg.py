@@ -1,6 +1,6 @@
 """The binary dialect of OpenSMTPD up to 7.5: the same events and replies as ``protocol``, framed as imsg(3) does.
 
-Knows nothing of sockets, of Consul, or of what a table holds. A message is a header of 16 bytes and a body; all numbers
+Independent of sockets, Consul, and the contents of tables. A message is a header of 16 bytes and a body; all numbers
 are in the byte order of this machine, as both ends run on it (smtpd: table_proc.c; openbsd-compat/imsg.h)::
 
     smtpd                                            answer, always of type OK
@@ -11,8 +11,8 @@ are in the byte order of this machine, as both ends run on it (smtpd: table_proc
     UPDATE                                           int32: 1 updated, 0 not
     CLOSE                                            none: no request follows
 
-A parameter is two strings, each with its NUL; smtpd sends none. smtpd sends one request at a time and exits on any
-answer of another form. Facts from 6.8.0p2 and 7.4.0p1, whose code for tables is the same.
+A parameter is two strings, each with its NUL; smtpd sends none. smtpd sends one request at a time and exits on a reply
+of any other form. From the sources of 6.8.0p2 and 7.4.0p1, whose code for tables is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VERSION = Struct("=I")
 _QUESTION = Struct("=i" + {4: "I", 8: "Q"}[calcsize("@N")])
 _ANSWER = Struct(HEADER.format + "i")
 
-# openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() of either end fails on more, and smtpd exits.
+# openbsd-compat/imsg.h, MAX_IMSGSIZE: imsg_get() at either end fails on a longer message, and smtpd exits.
 MAX_MESSAGE = 16384
 MAX_VALUE = MAX_MESSAGE - _ANSWER.size - len(b"\0")
 
@@ -41,16 +41,16 @@ NAMES = {service.bit: service.name for service in SERVICES.values()}
 
 
 def speaks(data: bytes) -> bool:
-    """Whether a conversation that begins with these bytes is in this dialect: with a number, not a letter."""
+    """Whether a conversation that begins with these bytes is in this dialect: it begins with a number, not a letter."""
     return bool(data) and data[0] < 8
 
 
 class Session:
     """One conversation with smtpd, as ``protocol.Session``. Requests carry the table's name from OPEN.
 
-    A length that no message can have leaves no way to find the next message. It is reported once, and the rest of the
-    conversation is ignored: answering what smtpd did not ask would end it. smtpd itself cannot send such a length, as
-    its own imsg_create() refuses it.
+    After an impossible length the next message cannot be found. The length is reported once, and the rest of the input
+    is ignored, because smtpd exits on a reply without a request. smtpd itself cannot send such a length: its own
+    imsg_create() rejects it.
     """
 
     def __init__(self) -> None:
@@ -94,22 +94,22 @@ class Session:
         if kind == CLOSE:
             self.closed = True
             return None
-        return Malformed(f"unknown message of type {kind}", None)
+        return Malformed(f"unknown message type {kind}", None)
 
     def _open(self, body: bytes) -> Ready:
-        # Another version is reported, not refused: smtpd waits for this answer and exits on a refusal.
+        # Another version is reported, not rejected: smtpd waits for this reply and exits on a rejection.
         version = _VERSION.unpack_from(body)[0] if len(body) >= _VERSION.size else 0
         self._table = body[_VERSION.size :].partition(b"\0")[0].decode("utf-8", "backslashreplace")
         return Ready({"tablename": self._table, "protocol": f"imsg {version}"})
 
     def _question(self, op: str, body: bytes) -> Request | Malformed:
         if len(body) < _QUESTION.size:
-            return self._malformed(op, "", "fields are missing")
+            return self._malformed(op, "", "missing fields")
         bit, count = _QUESTION.unpack_from(body)
         service = NAMES.get(bit) or f"{bit:#x}"
         text = body[_QUESTION.size :]
         if count:
-            # Each has two NULs: no count makes this take longer than the body is.
+            # Each has two NULs, so a large count takes no longer than the length of the body allows.
             parts = text.split(b"\0", 2 * count if count <= len(text) else -1)
             if len(parts) <= 2 * count:
                 return self._malformed(
@@ -117,11 +117,11 @@ class Session:
                 )
             text = parts[-1]
         if op == "fetch":
-            return self._malformed(op, service, "a fetch has no key") if text else self._request(op, service, b"")
+            return self._malformed(op, service, "fetch takes no key") if text else self._request(op, service, b"")
         if text.find(b"\0") == len(text) - 1 >= 0:
             return Request(op, b"", self._table, service, text[:-1])
-        what = "has NUL in it" if text.endswith(b"\0") else "does not end with NUL"
-        return self._malformed(op, service, f"a key {what}: {printable(text.removesuffix(bytes(1)))!r}")
+        problem = "contains NUL" if text.endswith(b"\0") else "does not end with NUL"
+        return self._malformed(op, service, f"the key {problem}: {printable(text.removesuffix(bytes(1)))!r}")
 
     def _request(self, op: str, service: str, key: bytes) -> Request:
         return Request(op, b"", self._table, service, key)
@@ -130,14 +130,14 @@ class Session:
         return Malformed(reason, self._request(op, service, b""))
 
     def register(self, _services: Iterable[str]) -> bytes:
-        """The reply to Ready. In this dialect smtpd learns of no services and asks for any."""
+        """The reply to Ready. In this dialect there is no registration, and smtpd asks for any service."""
         return HEADER.pack(OK, HEADER.size, 0, 0, 0)
 
     def send(self, request: Request, reply: Reply) -> bytes:
         """The reply to this request as bytes for smtpd.
 
         Raises:
-            ReplyError: there is no such reply to such a request, or the value is longer than a message can be.
+            ReplyError: the reply does not fit the request, or the value does not fit into a message.
         """
         op = request.op
         if isinstance(reply, Found):
@@ -146,14 +146,14 @@ class Session:
                 return _answer(1)
             if value is not None and op in ("lookup", "fetch"):
                 if len(value) > MAX_VALUE:
-                    raise ReplyError(f"a value of {len(value)} bytes; this smtpd takes at most {MAX_VALUE}")
+                    raise ReplyError(f"the value has {len(value)} bytes; this smtpd accepts at most {MAX_VALUE}")
                 return _answer(1, value + b"\0")
         elif op == "update":
             if isinstance(reply, (Updated, Failed)):
                 return _answer(1 if isinstance(reply, Updated) else 0)
         elif isinstance(reply, (NotFound, Failed)):
             return _answer(0 if isinstance(reply, NotFound) else -1)
-        raise ReplyError(f"{type(reply).__name__} does not answer {op}")
+        raise ReplyError(f"{type(reply).__name__} is not a reply to {op}")
 
 
 def _answer(verdict: int, value: bytes = b"") -> bytes:

@@ -1,6 +1,6 @@
-"""Log lines go to syslog, facility mail, like those of smtpd, or to standard error.
+"""Logging to syslog (facility mail, as smtpd does) or to standard error.
 
-A thread of its own writes them: a syslog or a standard error that nobody reads must not keep smtpd waiting.
+A separate thread writes, because a blocked syslog or standard error must not keep smtpd waiting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from table_consul.errors import counted, printable
 QUEUE_MAX = 1000
 # How long the process waits for the last lines to be written when it ends.
 FLUSH_SECONDS = 1.0
-# How many bad entries one load logs, of which there may be as many as a table has.
+# How many bad entries one load logs; every entry of a table may be bad.
 PROBLEMS_MAX = 30
 
 Write = Callable[[str, str], None]
@@ -31,7 +31,7 @@ Write = Callable[[str, str], None]
 
 
 class Handler(logging.Handler):
-    """Queues lines for a thread of its own, and never waits for it."""
+    """Queues lines for the thread that writes them, and never waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
-        except Exception:  # noqa: BLE001 - as logging's own handlers do: no log line is worth the mail server
+        except Exception:  # noqa: BLE001 - as logging's own handlers do: a log line must not end the mail server
             return self.handleError(record)
         with self._changed:
             if len(self._queue) < QUEUE_MAX:
@@ -76,15 +76,15 @@ class Handler(logging.Handler):
 
 
 def _write_syslog(identity: str, level: str, text: str) -> None:
-    """syslog(3), which finds /dev/log again by itself when the log daemon was restarted."""
-    syslog.openlog(identity, 0, syslog.LOG_MAIL)  # here, as it would wait for a line that is being written
+    """Write to syslog(3), which reopens /dev/log after a restart of the log daemon."""
+    syslog.openlog(identity, 0, syslog.LOG_MAIL)  # in this thread, because it waits for a line that is being written
     priority = getattr(syslog, f"LOG_{level}", syslog.LOG_ERR)  # it has no ERROR and CRITICAL
     for line in text.split("\n"):
         syslog.syslog(priority, line)
 
 
 def _write_stderr(_level: str, text: str) -> None:
-    """Without the lock of sys.stderr, for which the end of the process would wait."""
+    """Write without the lock of sys.stderr, for which the process would wait at its end."""
     data = f"{text}\n".encode("utf-8", "backslashreplace")
     while data and sys.stderr is not None:
         try:
@@ -94,21 +94,21 @@ def _write_stderr(_level: str, text: str) -> None:
 
 
 class OneLine(logging.Formatter):
-    """Messages whose control characters are made visible: part of them comes from strangers."""
+    """Escapes control characters in messages, parts of which come from strangers."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = printable(record.message, 1000)
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, ANN401 - logging's name, and a type that only typeshed has
-        # Indented, so that a line within the text of an exception passes for no log line.
+        # Indented, so that a line of an exception's text cannot pass for a log line.
         return "\n".join(f"    {printable(line, 1000)}" for line in super().formatException(ei).split("\n"))
 
 
 def _stderr_is_read() -> bool:
     """Whether standard error is a terminal or, without syslog (as in a container), anything but /dev/null.
 
-    That of a daemonised smtpd leads to /dev/null (daemon(3)), and syslog may be started after it.
+    That of a daemonised smtpd is /dev/null (daemon(3)), and syslog may start after smtpd.
     """
     if sys.stderr is None or sys.stderr.isatty():
         return sys.stderr is not None
@@ -121,9 +121,9 @@ def _stderr_is_read() -> bool:
 
 
 def start(level: str, target: str, table: str, program: str = "table-consul") -> None:
-    """Log from now on at this level to ``syslog``, ``stderr``, or (``auto``) whichever of them somebody reads.
+    """Set the level and the destination of the log: ``syslog``, ``stderr``, or ``auto`` for the one that is read.
 
-    Lines carry ``<program>[<table>]``. May be called again when the table's name or the configuration is known.
+    Lines start with ``<program>[<table>]``. May be called again when the table's name or the configuration is known.
     """
     identity = f"{program}[{printable(table, 60)}]" if table else program
     root = logging.getLogger()
@@ -134,7 +134,7 @@ def start(level: str, target: str, table: str, program: str = "table-consul") ->
         handler.write, text = _write_stderr, f"{identity}: %(levelname)s: %(message)s"
     handler.setFormatter(OneLine(text))
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)  # libraries may warn; urllib3's debug lines would hold tokens
+    root.setLevel(logging.WARNING)  # libraries may warn; urllib3's debug lines contain tokens
     logging.getLogger("table_consul").setLevel(level.upper())
     logging.raiseExceptions = False
 

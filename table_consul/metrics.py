@@ -36,24 +36,24 @@ log = logging.getLogger("table_consul")
 
 # Prometheus scrapes node_exporter every 15 s or less often.
 WRITE_INTERVAL_SECONDS = 15.0
-# What a start or an update sets in motion usually ends within this, and the file should show its end soon.
+# A start or an update usually completes within this, and the file should soon show the result.
 FIRST_WRITE_SECONDS = 1.0
 # A bound on the descriptors and threads that local users can occupy.
 CONNECTIONS_MAX = 8
 
-# Errors hold no token; but anyone on this host may read metrics, and a token looks like this.
+# Errors contain no token, but any local user may read metrics, so whatever looks like one is removed.
 _TOKEN = re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
 LAST_ERROR = b"# table_consul_last_error "
-"""What a comment begins with that holds a JSON list of table, prefix and text; no reader of metrics needs it."""
+"""The start of a comment with a JSON list of table, prefix and text, which Prometheus ignores."""
 
-# Name without "table_consul_", type, help text, and labels besides "table", which all have: each table has a process of
-# its own, and node_exporter rejects text files that share a series.
+# Name without "table_consul_", type, help text, and labels besides "table". All have that one, because each table has a
+# process of its own, and node_exporter rejects text files that share a series.
 METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("build_info", "Gauge", "Always 1; the label is the version of table-consul.", ("version",)),
     ("start_time_seconds", "Gauge", "When the process started, in seconds since the epoch.", ()),
     ("requests", "Counter", "Requests answered.", ("service", "op", "outcome")),
     ("request_seconds", "Histogram", "Seconds from reading a request until its reply was ready.", ("service",)),
-    ("errors", "Counter", "Replies that were an error; the sending server keeps the message and retries.", ()),
+    ("errors", "Counter", "Error replies; the sending server keeps the message and retries.", ()),
     ("deadline_hits", "Counter", "Replies that took the deadline of their table or longer.", ()),
     ("malformed_lines", "Counter", "Input lines that do not follow smtpd's table protocol.", ()),
     ("up", "Gauge", "1 if the last attempt to read the prefix from Consul succeeded.", ("prefix",)),
@@ -61,18 +61,18 @@ METRICS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("snapshot_max_age_seconds", "Gauge", "Age at which the snapshot expires (max_age).", ("prefix",)),
     ("snapshot_index", "Gauge", "Consul's index of the snapshot; 0 if it was loaded from disk.", ("prefix",)),
     ("snapshot_keys", "Gauge", "Entries in the snapshot.", ("prefix",)),
-    ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log names them.", ("prefix",)),
+    ("entries_refused", "Gauge", "Entries of the snapshot that smtpd cannot use; the log lists them.", ("prefix",)),
     ("service_hidden", "Gauge", "1 if the token may not read the folder of the service.", ("prefix", "service")),
-    ("deletions_held", "Gauge", "Entries that go on answering although they are deleted in Consul.", ("prefix",)),
-    ("deletions_held_seconds", "Gauge", "Seconds until the first of them stop; 0 if there are none.", ("prefix",)),
+    ("deletions_held", "Gauge", "Entries deleted in Consul that are still served.", ("prefix",)),
+    ("deletions_held_seconds", "Gauge", "Seconds until the first of them expire; 0 if there are none.", ("prefix",)),
     ("too_large", "Gauge", "1 while the prefix holds more than max_keys keys (direct mode).", ("prefix",)),
-    ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last answer until it was used.", ("prefix",)),
+    ("load_seconds", "Gauge", "Seconds from the first byte of Consul's last response until it was used.", ("prefix",)),
     ("reloads", "Counter", "Snapshots loaded from Consul.", ("prefix",)),
     ("failures", "Counter", "Failed attempts to read the prefix.", ("prefix",)),
     (
         "last_error_timestamp_seconds",
         "Gauge",
-        "When Consul last could not be read, and what kind of error it was.",
+        "When reading Consul last failed, and the kind of error.",
         ("prefix", "error"),
     ),
 )
@@ -83,16 +83,16 @@ def _requests(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
     yield "start_time_seconds", (own,), tables.started
     yield "malformed_lines", (own,), tables.counters.malformed
     totals = defaultdict[Any, float](float, {("errors", (own,)): 0, ("deadline_hits", (own,)): 0})
-    cells = defaultdict(list)
-    for (name, service, op, reply), cell in tables.counters.cells().items():
-        table, outcome, count = name or own, OUTCOMES[reply], sum(cell[2:])
+    by_service = defaultdict(list)
+    for (name, service, op, reply), sums in tables.counters.sums().items():
+        table, outcome, count = name or own, OUTCOMES[reply], sum(sums[2:])
         totals["requests", (table, service, op, outcome)] += count
         totals["errors", (table,)] += count if outcome == "error" else 0
-        totals["deadline_hits", (table,)] += cell[1]
-        cells[table, service].append(cell)
+        totals["deadline_hits", (table,)] += sums[1]
+        by_service[table, service].append(sums)
     yield from ((*sample, total) for sample, total in totals.items())
     bounds = (*map(str, BOUNDS_SECONDS), "+Inf")
-    for labels, same in cells.items():
+    for labels, same in by_service.items():
         seconds, _, *counts = map(sum, zip(*same, strict=True))
         yield "request_seconds", labels, [*zip(bounds, accumulate(counts), strict=True)], seconds
 
@@ -109,7 +109,7 @@ class _Failures(NamedTuple):
 
 
 def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
-    assert tables.config is not None  # else there would be no exporter
+    assert tables.config is not None  # or there would be no exporter
     now, is_file = time.monotonic(), tables.config.consul.addresses[0].startswith("file://")
     for table, watch in tables.watches():
         labels = (table, printable(watch.prefix))
@@ -140,7 +140,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
 
 def _failures(own: str, tables: Tables) -> list[_Failures]:
     config, counters = tables.config, tables.counters
-    assert config is not None  # else there would be no exporter
+    assert config is not None  # or there would be no exporter
     found: list[_Failures] = []
     for table, watch in tables.watches():
         if not watch.too_large:
@@ -149,18 +149,18 @@ def _failures(own: str, tables: Tables) -> list[_Failures]:
             found.append(_Failures(labels, up, last.total, last.last_kind, last.last_error, last.failed_at))
     # The other tables read Consul, or the file, once per request.
     failures = counters.failures.copy()
-    asked = (table for table, service, *_ in counters.cells() if service in SERVICES and table != OTHER)
+    asked = (table for table, service, *_ in counters.sums() if service in SERVICES and table != OTHER)
     names = {name or own: name for name in (*asked, *failures)}
     for table in names.keys() - {each.labels[0] for each in found}:
         total, kind, text, at, answers = failures.get(names[table], (0, "", "", 0.0, -1.0))
-        with contextlib.suppress(ConfigError):  # requests of 2020 can bring names that no table can have
+        with contextlib.suppress(ConfigError):  # in the dialects of 2020 a request may have an invalid name
             labels = (table, config.table(table).root.decode())
             found.append(_Failures(labels, counters.answers(names[table]) > answers, total, kind, text, at))
     return found
 
 
 class Exporter(threading.Thread):
-    """Writes the text file and serves the address of ``[metrics]``; set ``changed`` to have it look again."""
+    """Writes the text file and serves the address of ``[metrics]``; set ``changed`` when the configuration changes."""
 
     def __init__(self, table: str, tables: Tables) -> None:
         """``table`` is that of the process; in the dialects of 2020 requests may name others."""
@@ -177,7 +177,7 @@ class Exporter(threading.Thread):
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
-            log.warning("no metrics: %s; install table-consul[metrics] and update the table", problem)
+            log.warning("no metrics: %s (install table-consul[metrics] and update the table)", problem)
             return
         registry = CollectorRegistry()
         registry.register(self)
@@ -200,14 +200,14 @@ class Exporter(threading.Thread):
         yield from families.values()
 
     def comments(self) -> bytes:
-        """The text of the last errors: comments, for a label with a text of its own makes each error a series."""
+        """The texts of the last errors as comments, because as a label each text would be a series."""
         last = [each for each in _failures(self._table, self._tables) if each.total]
         lines = ([*each.labels, printable(_TOKEN.sub("...", each.text), 200)] for each in last)
         return b"".join(LAST_ERROR + msgspec.json.encode(line) + b"\n" for line in lines)
 
     def export(self, registry: CollectorRegistry) -> None:
         """Write the file once, and start or stop the server if the configuration has changed."""
-        assert self._tables.config is not None  # else there would be no exporter
+        assert self._tables.config is not None  # or there would be no exporter
         metrics = self._tables.config.metrics
         textfile, listen = ((s or "").replace("{table}", self._table) for s in (metrics.textfile, metrics.listen))
         if textfile:
@@ -227,13 +227,13 @@ class Exporter(threading.Thread):
             writer.write(generate_latest(registry) + self.comments())
             writer.commit()
         finally:
-            writer.discard()  # after commit there is nothing left of it
+            writer.discard()  # does nothing after commit
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
-        backoff = self._backoffs.setdefault(what, Backoff(what, f"trying again every {WRITE_INTERVAL_SECONDS:.0f} s"))
+        backoff = self._backoffs.setdefault(what, Backoff(what, f"retrying every {WRITE_INTERVAL_SECONDS:.0f} s"))
         try:
             result = action()
-        except Exception as error:  # noqa: BLE001 - metrics are worth a log line, not the thread
+        except Exception as error:  # noqa: BLE001 - a failure is logged and must not end the thread
             backoff.failure(error, time.monotonic(), 0.0)
             return None
         backoff.success(time.monotonic())
@@ -254,11 +254,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_arguments: object) -> None:
-        """Nothing, for each scrape."""
+        """Log nothing: scrapes are frequent."""
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serves a registry over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``; or raises OSError."""
+    """Serves a registry over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
 
     allow_reuse_address = True
     daemon_threads = True
@@ -277,7 +281,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._opened: list[socket.socket] = []
         if listen.startswith("unix://"):
             path, self.address_family = listen.removeprefix("unix://"), socket.AF_UNIX
-            # The socket of a process that has ended goes; binding to any other file fails.
+            # Remove the socket of a process that has ended; binding to any other file fails.
             with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
                 probe.setblocking(False)  # noqa: FBT003 - socket's way; a full queue would block a blocking one
                 if stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:

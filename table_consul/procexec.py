@@ -1,8 +1,8 @@
-"""table-procexec: makes any program that speaks one of the line dialects a table of any OpenSMTPD.
+"""table-procexec: runs a program that speaks one of the line dialects as a table of any OpenSMTPD.
 
-smtpd 7.6 and later speak lines, and a program that registers with it replaces this one. Up to 7.5 smtpd speaks imsg,
-and no smtpd speaks the dialect of 2020: then this one stays in between, as it does with --restart, and smtpd gets each
-answer in time.
+smtpd 7.6 and later speak lines, and a program that registers with it replaces this one. smtpd up to 7.5 speaks imsg,
+and no smtpd speaks the dialect of 2020: then, and with --restart, this program translates, and smtpd gets each reply in
+time.
 """
 
 from __future__ import annotations
@@ -18,56 +18,60 @@ from collections.abc import Sequence
 
 from table_consul import __version__, fallback
 
-# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder that smtpd found us in comes first.
+# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder of this program comes first.
 LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
 
+USAGE = """\
+table-procexec [--dialect DIALECT] [--deadline SECONDS] [--restart]
+                      COMMAND [ARGUMENT ...]"""
 DESCRIPTION = """\
-Runs COMMAND as a table of OpenSMTPD, whichever version: a program that speaks the
-protocol of smtpd-tables(7), or that of table-procexec as of 2020. In smtpd.conf:
+Runs COMMAND as a table for any version of OpenSMTPD. COMMAND speaks the
+protocol of smtpd-tables(7) or that of table-procexec as of 2020. In smtpd.conf:
 
-    table users "procexec:/usr/libexec/opensmtpd/table-users /etc/mail/users.conf"
+  table users "procexec:/usr/libexec/opensmtpd/table-users /etc/mail/users.conf"
 """
 EPILOG = """\
-COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and in PATH;
-smtpd.conf takes it only as an absolute path. COMMAND and its arguments may be one
-word, split as by a shell. With OpenSMTPD 7.6 and later COMMAND is tried first, for at
-most a second: if it registers, OpenSMTPD talks to it directly, and exits when it exits.
-Otherwise, and with --restart, table-procexec stays in between and translates.
-smtpd.conf has no place for options: put them into a script that runs table-procexec.
+COMMAND is looked up beside table-procexec, in OpenSMTPD's libexec folders and
+in PATH. If it registers with OpenSMTPD 7.6 or later within a second, OpenSMTPD
+talks to it directly and exits when it exits. Otherwise, and with --restart,
+table-procexec translates between the two. smtpd.conf takes no options: put them
+into a script that runs table-procexec.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "table-procexec",
-        usage="table-procexec [--dialect DIALECT] [--deadline SECONDS] [--restart] COMMAND [ARGUMENT ...]",
+        usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dialect", choices=("smtpd-tables", "procexec"), help="what COMMAND speaks (default: detect)")
-    parser.add_argument("--deadline", metavar="SECONDS", type=float, default=2.0, help="of an answer (default: 2)")
-    parser.add_argument("--restart", action="store_true", help="stay in between, and restart COMMAND if it exits")
+    parser.add_argument("--dialect", choices=("smtpd-tables", "procexec"), help="protocol of COMMAND (default: detect)")
+    parser.add_argument(
+        "--deadline", metavar="SECONDS", type=float, default=2.0, help="limit for each reply (default: 2)"
+    )
+    parser.add_argument("--restart", action="store_true", help="always translate; restart COMMAND if it exits")
     parser.add_argument("--version", action="version", version=f"table-procexec {__version__}")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; its exit status: 0, 2 for a wrong command line, 127 for a command that cannot be run."""
+    """Run the program; returns 0, 2 for a wrong command line, or 127 for a command that cannot be run."""
     parser = _parser()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        # smtpd passes all that follows the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
-        options = parser.parse_args(shlex.split(given[0]) if len(given) == 1 else given)
+        # smtpd passes everything after the colon as one argument (smtpd: smtpd.c, fork_proc_backend).
+        options = parser.parse_args(shlex.split(words[0]) if len(words) == 1 else words)
     except ValueError as error:
-        parser.error(f"{error}: {given[0]}")
+        parser.error(f"{error}: {words[0]}")
     if not 0 < options.deadline <= 60:
-        parser.error(f"argument --deadline: not between 0 and 60: {options.deadline:g}")
+        parser.error(f"argument --deadline: must be above 0 and at most 60 seconds: {options.deadline:g}")
     if not options.command:
-        parser.error("no COMMAND")
+        parser.error("missing COMMAND")
     if os.isatty(0):
-        parser.error("smtpd starts this; its standard input is a socket")
+        parser.error("standard input is a terminal (only smtpd starts table-procexec: see table-procexec(8))")
     hello = _peek(0)
     beside = os.path.dirname(sys.argv[0])
     if hello == b"":
@@ -85,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _peek(fd: int) -> bytes | None:
-    """What the peer sends first, left unread; empty at end of file, None if this is not a socket."""
+    """The first bytes from the peer, left unread; empty at end of file, None if this is not a socket."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     with socket.socket(fileno=os.dup(fd)) as peer:
@@ -99,7 +103,7 @@ def _peek(fd: int) -> bytes | None:
 
 
 def find(name: str, beside: str) -> str:
-    """The path of a command: as it is if it has a slash, else from ``beside``, the libexec folders, and PATH.
+    """The path of a command: unchanged if it has a slash, otherwise from ``beside``, the libexec folders, and PATH.
 
     Raises:
         FileNotFoundError: it is in none of them.
@@ -111,15 +115,15 @@ def find(name: str, beside: str) -> str:
         path = os.path.join(folder, name)
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
-    raise FileNotFoundError(2, "neither in a libexec folder of OpenSMTPD nor in PATH", name)
+    raise FileNotFoundError(2, "not found in OpenSMTPD's libexec folders or in PATH", name)
 
 
 def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
-    """Serve smtpd from a child until it is gone; False, with nothing served, if smtpd can run the command itself.
+    """Serve smtpd from a child until smtpd exits; False, with nothing served, if smtpd can run the command itself.
 
-    ``hello`` is smtpd's handshake (smtpd: table_proc.c, table_proc_open writes it at once), empty for no trial.
+    ``hello`` is smtpd's handshake (smtpd: table_proc.c, table_proc_open sends it whole), empty for no trial.
     """
-    # Imported here because that takes longer than all else, and a command that needs no trial must not wait for it.
+    # Imported here because this takes longest, and a command without a trial must not wait for it.
     try:
         import logging
 
@@ -138,7 +142,7 @@ def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
         if hello:
             if bridge.suits_smtpd(table):
                 return False
-            logging.getLogger("table_consul").info("%s: does not register with smtpd; staying in between", name)
+            logging.getLogger("table_consul").info("%s: does not register with smtpd; translating its replies", name)
         Server(bridge, lambda table: log.start("info", "auto", table, "table-procexec")).serve(*claim_stdio())
     finally:
         bridge.close()

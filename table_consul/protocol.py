@@ -1,7 +1,7 @@
 """The line dialects between smtpd and its tables: bytes in, events out, and replies that cannot be malformed.
 
-Knows nothing of sockets, of Consul, or of what a table holds. Two dialects, told apart by the first line (imsg, the
-binary dialect of OpenSMTPD up to 7.5, is not made of lines and has a module of its own):
+Independent of sockets, Consul, and the contents of tables. There are two dialects, which the first line distinguishes
+(imsg, the binary dialect of OpenSMTPD up to 7.5, is a module of its own):
 
 ``smtpd-tables``
     OpenSMTPD 7.6 and later, smtpd-tables(7). Begins with ``config|``. The service comes before the id.
@@ -22,9 +22,9 @@ import msgspec
 
 from table_consul.errors import ReplyError, printable
 
-# Far above what smtpd sends (a key has at most 1,023 bytes: smtpd: table.c, table_lookup), far below what hurts.
+# Far above what smtpd sends (a key has at most 1,023 bytes: smtpd: table.c, table_lookup), and harmless.
 MAX_LINE = 65536
-# Of a longer line: enough to hold the id, so that an error can be answered.
+# How much of a longer line is parsed: enough for the id, which an error reply needs.
 HEAD_BYTES = 2048
 
 WITH_KEY = ("check", "lookup")
@@ -32,7 +32,7 @@ OPS = (*WITH_KEY, "fetch", "update")
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
-    """One request of smtpd. ``table`` is empty where the dialect brings no name, ``key`` for fetch and update."""
+    """One request of smtpd. ``table`` is empty in dialects without table names, ``key`` for fetch and update."""
 
     op: str
     id: bytes
@@ -41,7 +41,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     key: bytes
 
     def __repr__(self) -> str:
-        key = b"..." if self.service == "auth" else self.key  # it holds a password
+        key = b"..." if self.service == "auth" else self.key  # it contains a password
         return f"Request({self.op!r}, {self.id!r}, {self.table!r}, {self.service!r}, {key!r})"
 
 
@@ -52,7 +52,7 @@ class Ready(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """Smtpd sent something that its protocol does not know. With a ``request``, an error can be answered."""
+    """Invalid input from smtpd. With a ``request``, it gets an error reply."""
 
     reason: str
     request: Request | None
@@ -69,13 +69,13 @@ class Found(msgspec.Struct, frozen=True, gc=False):
 
     def __post_init__(self) -> None:
         value = self.value
-        # Numbers, as looking for a byte is three times as fast as looking for bytes.
+        # Numbers, because searching for one is three times as fast as searching for bytes.
         if value is not None and (not value or 10 in value or 13 in value or 0 in value):
-            raise ReplyError("a value is one line, not empty, without NUL")
+            raise ReplyError("a value must be one line, not empty, without NUL")
 
 
 class NotFound(msgspec.Struct, frozen=True, gc=False):
-    """The key is not in the table. Absence must be proven: smtpd bounces the mail."""
+    """The key is not in the table. Absence must be proven: smtpd bounces the message."""
 
 
 class Updated(msgspec.Struct, frozen=True, gc=False):
@@ -83,7 +83,7 @@ class Updated(msgspec.Struct, frozen=True, gc=False):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The table has no answer now: smtpd keeps the mail and logs the reason. ``cause`` is for our own log."""
+    """A temporary error: smtpd keeps the message and logs the reason. ``cause`` is for our own log."""
 
     reason: str
     cause: Exception | None = None
@@ -100,7 +100,7 @@ MAX_NAMES = 1024
 
 
 class Session:
-    """One conversation with smtpd, in a dialect that its first line decides."""
+    """One conversation with smtpd, in the dialect of its first line."""
 
     # Only end of file ends it; in imsg a message does.
     closed = False
@@ -108,7 +108,7 @@ class Session:
     def __init__(self, procexec_reply: Callable[[str], str] = lambda _table: "auto") -> None:
         """``procexec_reply`` returns the first word of replies for a table in the dialect of 2020.
 
-        ``auto`` goes by the request: ``table-response`` if it names the table, otherwise ``table-result``.
+        ``auto`` is ``table-response`` if the request names the table, otherwise ``table-result``.
         """
         self.dialect: str | None = None
         self._procexec_reply = procexec_reply
@@ -116,9 +116,9 @@ class Session:
         self._overlong = False
         self._config: dict[str, str] = {}
         self._pipes = 0
-        """In the table's name, which only the handshake brings whole."""
+        """How many ``|`` the table's name has; only the handshake contains the name as a whole."""
         self._seen: dict[tuple[bytes, bytes, bytes], tuple[str, str, str]] = {}
-        """Table, operation and service of checks and lookups that were read before, as text."""
+        """Table, operation and service of earlier checks and lookups, as text."""
 
     def receive_data(self, data: bytes) -> list[Event]:
         """The events that are complete with this data, which may be cut anywhere."""
@@ -136,7 +136,7 @@ class Session:
                 table_name, op_name, service_name = seen[table, op, service]
             except (ValueError, KeyError):
                 word = b""
-            if word == b"table" and ident:  # what nearly all lines are; _event would make the same of it
+            if word == b"table" and ident:  # nearly all lines; _event would return the same
                 events.append(Request(op_name, ident, table_name, service_name, key))
             elif (event := self._event(line)) is not None:
                 events.append(event)
@@ -178,7 +178,7 @@ class Session:
     def _reject(self, line: bytes) -> Malformed:
         head = line[:HEAD_BYTES] if line.startswith(b"table|") else b""
         event = DIALECTS[self.dialect](head, self._pipes) if self.dialect else None
-        return Malformed(f"a line of more than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
+        return Malformed(f"line longer than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
 
     def register(self, services: Iterable[str]) -> bytes:
         """The reply to Ready. smtpd exits when an unknown service is registered, or none."""
@@ -188,7 +188,7 @@ class Session:
         """The reply to this request as bytes for smtpd.
 
         Raises:
-            ReplyError: there is no such reply to such a request.
+            ReplyError: the reply does not fit the request.
         """
         if self.dialect == "smtpd-tables":
             head = _HEADS[request.op] if request.op in _HEADS else f"{request.op}-result|".encode()
@@ -213,7 +213,7 @@ class Session:
             return head + request.id + reason.encode()
         elif reply.__class__ is Updated and request.op == "update":
             return head + request.id + (b"|ok\n" if self.dialect == "smtpd-tables" else b"|updated\n")
-        raise ReplyError(f"{type(reply).__name__} does not answer {request.op}")
+        raise ReplyError(f"{type(reply).__name__} is not a reply to {request.op}")
 
 
 _HEADS = {op: f"{op}-result|".encode() for op in OPS}
@@ -228,7 +228,7 @@ def _parse_smtpd_tables(line: bytes, pipes: int = 0) -> Request | Malformed:
     elif len(parts) > 6:
         service, ident, key = parts[5], parts[6], b"".join(parts[7:])
     else:
-        return Malformed(f"fields are missing: {printable(line)!r}", None)
+        return Malformed(f"missing fields: {printable(line)!r}", None)
     return _request(op, ident, parts[3], service, key, complete=op in ("update", "fetch") or len(parts) > 7)
 
 
@@ -240,7 +240,7 @@ def _parse_procexec(line: bytes, _pipes: int = 0) -> Request | Malformed:
     elif len(parts) > 4 and words[0] in OPS:
         table, op, ident, rest = b"", words[0], parts[4], line.split(b"|", 6)[5:]
     else:
-        return Malformed(f"fields are missing, or the request is unknown: {printable(line)!r}", None)
+        return Malformed(f"missing fields or unknown request: {printable(line)!r}", None)
     complete = len(rest) >= {"update": 0, "fetch": 1}.get(op, 2)
     return _request(op, ident, table, b"".join(rest[:1]), b"".join(rest[1:]), complete=complete)
 
@@ -248,12 +248,12 @@ def _parse_procexec(line: bytes, _pipes: int = 0) -> Request | Malformed:
 def _request(op: str, ident: bytes, table: bytes, service: bytes, key: bytes, *, complete: bool) -> Request | Malformed:
     request = Request(op, ident, _text(table), _text(service), key if op in WITH_KEY else b"")
     if not ident:
-        return Malformed("a request without id cannot be answered", None)
+        return Malformed("request without an id, so no reply is possible", None)
     if op not in OPS:
-        # A word that smtpd itself chose: it will look for the same word in the reply.
+        # smtpd chose this word and expects it in the reply.
         return Malformed(f"unknown request {printable(op)!r}", request if op.isascii() and op.isalpha() else None)
     if not complete:
-        return Malformed("fields are missing", request)
+        return Malformed("missing fields", request)
     return request
 
 
@@ -265,4 +265,4 @@ DIALECTS: Mapping[str, Callable[..., Request | Malformed]] = {
     "smtpd-tables": _parse_smtpd_tables,
     "procexec": _parse_procexec,
 }
-"""How a request is read in each dialect, given how many ``|`` the table's name has."""
+"""The parser of each dialect, for a line and the number of ``|`` in the table's name."""

@@ -1,7 +1,7 @@
-"""What smtpd is answered: a request and the entries it is about in, a reply out.
+"""Replies to smtpd: a request and its entries in, a reply out.
 
-Decides between ``not-found``, which bounces the mail, and ``error``, which keeps it. Knows neither the wire nor where
-entries come from; time is a number that the caller reads.
+Decides between ``not-found``, which bounces the message, and ``error``, which keeps it. Independent of the wire and of
+the source of entries; the caller passes the time as a number.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from table_consul.services.passwords import Verifier
 from table_consul.services.values import MissingFields
 
 Read = Callable[[Service, bytes | None], Entries]
-"""What returns the entries of a service for a key (None: all)."""
+"""Returns the entries of a service for a key (None: all)."""
 
 
 def replies_from(
     entries: Entries, op: str, seconds_left: Callable[[], float] | None = None
 ) -> Callable[[bytes], Reply]:
-    """What replies to a check or a lookup of a key, from entries that hold everything there is for the key.
+    """A function from a key to the reply to a check or a lookup; the entries must include everything for the key.
 
-    What is returned raises EntryError where the entry that answers cannot be used, or not be found in the time left.
+    It raises EntryError if the matching entry cannot be used, or cannot be found in the time left.
     """
     contains, lookup = entries.contains, entries.values.get if entries.plain else entries.lookup
     if seconds_left is not None and entries.timed:
@@ -42,28 +42,28 @@ def replies_from(
 
 
 class Responder:
-    """Replies for any number of tables. It remembers only where each fetch is, and what verifying a hash costs."""
+    """Replies for any number of tables. It stores only the position of each fetch and the cost of verifying a hash."""
 
     def __init__(self, verifier: Verifier | None = None) -> None:
         self._last_fetched: dict[tuple[str, str], bytes] = {}
         self._verifier = verifier or Verifier()
 
     def _fetch(self, entries: Entries) -> Reply:
-        place = (entries.table.name, entries.service.name)
-        found = entries.next_after(self._last_fetched.get(place))
+        which = (entries.table.name, entries.service.name)
+        found = entries.next_after(self._last_fetched.get(which))
         if found is None:
             return NOT_FOUND
-        self._last_fetched[place], value = found
+        self._last_fetched[which], value = found
         return Found(value)
 
     def answer(
         self, request: Request, table: Table, read: Read, seconds_left: Callable[[], float] | None = None
     ) -> Reply:
-        """The reply to a request about this table; ``seconds_left`` of its deadline, all of them if None.
+        """The reply to a request about this table; ``seconds_left`` of its deadline, all if None.
 
         Raises:
             SourceError: ``read`` has no answer now.
-            EntryError: the entry that answers cannot be used.
+            EntryError: the matching entry cannot be used.
         """
         service = SERVICES.get(request.service)
         if service is None:
@@ -77,15 +77,15 @@ class Responder:
         return replies_from(read(service, request.key), request.op, seconds_left)(request.key)
 
     def _authenticate(self, request: Request, table: Table, read: Read, seconds_left: Callable[[], float]) -> Reply:
-        """Whether the password is the user's; nothing that is logged or remembered holds either of them.
+        """Whether the password is the user's. Neither of them is logged or stored.
 
-        smtpd puts a colon between the two (smtpd: lka.c, lka_authenticate), so no user's name can hold one. Users are
-        looked up in lower case as all keys are; the password is taken as it is. Both services are read for any user:
-        where that is a read of Consul, the time it takes would reveal who is in the first.
+        smtpd puts a colon between the two (smtpd: lka.c, lka_authenticate), so no user name can contain one. User names
+        are looked up in lower case like all keys; passwords are not changed. Both services are read for every user:
+        in direct mode the time of a missing read would reveal who is in the first.
         """
         user, colon, password = request.key.partition(b":")
         if request.op != "check" or not colon:
-            return Failed("the service auth answers check alone, with a key USER:PASSWORD")
+            return Failed("the service auth supports only check, with a key USER:PASSWORD")
         user = fold_key(user)
         sources: list[Entries] = []
         stored: bytes | None = None
@@ -109,12 +109,12 @@ class Responder:
         if stored is None and incomplete is not None:
             raise incomplete
         others = [value for entries in sources for _, value in entries.kinds.values()]
-        complete = any(len(entries) > 1 for entries in sources)  # not where one key is read of Consul
+        complete = any(len(entries) > 1 for entries in sources)  # false where Consul is read key by key
         try:
             left = seconds_left()
             verified = self._verifier.verify(
                 table.name, stored, password, others, table.deadline, left, complete=complete
             )
-        except EntryError as error:  # about what is stored in Consul, so its key may be named
+        except EntryError as error:  # the entry in Consul is invalid, so its key may be named
             raise EntryError(f"{printable(path + user)}: {error}") from None
         return FOUND if verified else NOT_FOUND

@@ -23,9 +23,9 @@ T = TypeVar("T")
 log = logging.getLogger("table_consul")
 
 READ_SIZE = 65536
-# When many requests wait, replies are gathered into one write, until one of them has taken this long.
+# Replies to many waiting requests are gathered into one write, until this much time has passed.
 GATHER_SECONDS = 0.001
-# A complaint is logged once; a bound on how many are remembered.
+# Each complaint is logged once; a bound on how many are remembered.
 MAX_COMPLAINTS = 4096
 
 
@@ -37,11 +37,11 @@ class Answerer(Protocol):
         ...
 
     def answer(self, request: Request, arrived: float, /) -> Reply:
-        """The reply to a request that arrived at this moment; what it raises becomes an error reply."""
+        """The reply to a request that arrived at this moment; an exception becomes an error reply."""
         ...
 
     def warm_up(self, name: str, /) -> None:
-        """Do what would make the first answer late, now that smtpd has its handshake and asks nothing yet."""
+        """Do all that would delay the first reply; called after the handshake, while smtpd sends no request."""
         ...
 
 
@@ -57,7 +57,7 @@ class Server:
         procexec_reply: Callable[[str], str] = lambda _table: "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``on_table_name`` is called once, when smtpd has shown its dialect, with the table's name if it has one.
+        """``on_table_name`` is called once, when the dialect is known, with the table's name, which may be empty.
 
         ``procexec_reply`` is as for `protocol.Session`.
         """
@@ -68,17 +68,17 @@ class Server:
         self._session: Session | imsg.Session = Session(procexec_reply)
         self._complaints: set[str] = set()
         self._begun = False
-        self._cold: str | None = None
+        self._to_warm_up: str | None = None
 
     def serve(self, read_from: int, write_to: int) -> bool:
-        """Answer on these descriptors until smtpd closes the conversation; whether it spoke any of its dialects."""
+        """Answer on these descriptors until smtpd closes the conversation; False if it used none of its dialects."""
         data = _read(read_from)
         # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
         wire = read_from if imsg.speaks(data) else write_to
         return self._converse(data, partial(_read, read_from), partial(_write, wire))
 
     def run(self, read: Callable[[], bytes], write: Callable[[bytes], bool]) -> bool:
-        """As `serve`; ``read`` returns what has arrived, nothing at the end, and ``write`` False if smtpd is gone."""
+        """As `serve`; ``read`` returns the next data, nothing at the end, and ``write`` False if smtpd is gone."""
         return self._converse(read(), read, write)
 
     def _converse(  # noqa: PLR0912 - one loop: a call for each request would be a tenth of what it costs
@@ -119,8 +119,8 @@ class Server:
                     last_write = clock()
             if (replies and not write(b"".join(replies))) or session.closed:
                 break
-            if self._cold is not None:
-                self._warm_up(self._cold)
+            if self._to_warm_up is not None:
+                self._warm_up(self._to_warm_up)
             data = read()
         return session.dialect is not None
 
@@ -143,7 +143,7 @@ class Server:
         """Log why this is an error, once for each reason."""
         cause = reply.cause
         if isinstance(cause, SourceError):
-            log.debug("%s %s: %s", request.op, request.service, reply.reason)  # the source reports its outages itself
+            log.debug("%s %s: %s", request.op, request.service, reply.reason)  # the source logs its own outages
             if self._counters is not None:
                 self._counters.failed(request.table, cause, self._clock())
         elif isinstance(cause, ReplyError):
@@ -154,7 +154,7 @@ class Server:
             self._log_traceback(cause)
 
     def _begin(self, events: list[Event]) -> None:
-        """Note the table's name once smtpd has shown its dialect, by the end of a handshake or by a request."""
+        """Note the table's name when the dialect is known, at the end of the handshake or with the first request."""
         first = next((event for event in events if not isinstance(event, Malformed)), None)
         if first is None:
             return
@@ -164,12 +164,12 @@ class Server:
         else:
             table = first.table
         self._begun = True
-        self._cold = table
+        self._to_warm_up = table
         self._guarded(self._on_table_name, table)
         log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
 
     def _warm_up(self, table: str) -> None:
-        self._cold = None
+        self._to_warm_up = None
         self._guarded(self._answerer.warm_up, table)
 
     def _services(self, config: Mapping[str, str]) -> list[str]:
@@ -180,7 +180,7 @@ class Server:
         return services
 
     def _guarded(self, call: Callable[[A], T], argument: A) -> T | None:
-        """What the call returns; None, and a traceback in the log, if it raises: the process must outlive its bugs."""
+        """The result of the call; if it raises, None and a log line: the process must survive its bugs."""
         try:
             return call(argument)
         except TableConsulError as error:
@@ -207,7 +207,7 @@ class Server:
 
 
 def claim_stdio() -> tuple[int, int]:
-    """Two descriptors of our own for the socket to smtpd, which nothing else writes to, and which alone ends us."""
+    """Two descriptors of our own for the socket to smtpd, which nothing else can write to; signals are ignored."""
     ignore_signals()
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started without one of the three: a copy of the socket must not take its place
@@ -238,11 +238,11 @@ def _read(fd: int) -> bytes:
         except BlockingIOError:
             select.select([fd], [], [])
         except OSError:
-            return b""  # reset by an smtpd that died: the same as end of file
+            return b""  # a reset, because smtpd died: the same as end of file
 
 
 def _write(fd: int, data: bytes) -> bool:
-    """Write all of it; False when smtpd is gone."""
+    """Write all data; False if smtpd is gone."""
     while data:
         try:
             data = data[os.write(fd, data) :]

@@ -1,4 +1,4 @@
-"""Every table by its name: how it is laid out, which source has its entries, and what ``smtpctl update table`` does."""
+"""Every table by its name: its settings, the source of its entries, and ``smtpctl update table``."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 # Names come from smtpd.conf; in the dialects of 2020, with each request.
 MAX_NAMES = 256
 # In the dialects of 2020 one process may be asked about any number of tables; each mirror holds a connection to Consul,
-# of which an agent grants a client 200 (limits.http_max_conns_per_client). Further tables are read directly.
+# and an agent allows a client 200 (limits.http_max_conns_per_client). Further tables are read directly.
 MAX_MIRRORED_TABLES = 16
 
 
 @contextlib.contextmanager
 def packages() -> Iterator[None]:
-    """Imports within this make an error reply of whatever a broken package raises."""
+    """Turn whatever an import in this block raises, as from a broken package, into an error reply."""
     try:
         yield
     except Exception as error:
@@ -43,35 +43,35 @@ def packages() -> Iterator[None]:
 
 
 class Route(msgspec.Struct, frozen=True, gc=False):
-    """What replies to one kind of request for one service of one table, resolved once for a mirror's present state."""
+    """The function that replies to one operation on one service of one table, in one state of a mirror."""
 
     reply: Callable[[bytes], Reply]
     mirror: Mirror
     state: tuple[Snapshot, float]
-    """The route ends when the mirror is in another state: with the next edit or confirmation."""
+    """The route is valid only in this state, until the next edit or confirmation."""
     good_until: float
     """On the clock of requests."""
 
 
 class Tables:
-    """Answers requests for every table. Sources are made when they are first needed: importing them takes longest.
+    """Answers requests for every table. Sources are created at first use, because importing them takes longest.
 
-    Everything here runs in the thread that answers smtpd, except `config`, `table` and `watches`, for any thread.
+    Only the thread that answers smtpd may use this, except `config`, `table` and `watches`, which any thread may.
     """
 
     def __init__(self, load: Callable[[], Config], on_change: Callable[[], None] = lambda: None) -> None:
         """``load`` reads the configuration, or raises ConfigError; it is called here and at each update.
 
-        ``on_change`` is called when the first table has its name, and after each update.
+        ``on_change`` is called when the name of the first table is known, and after each update.
 
-        With a configuration that cannot be used, every answer is an error with the reason: ending the process would end
-        the mail server, and this way mail waits until the file is fixed and the table updated.
+        With an invalid configuration every reply is an error with the reason. Exiting would end the mail server; with
+        errors, mail waits until the file is fixed and the table updated.
         """
         self._load = load
         self._on_change = on_change
         self._layouts: tuple[Config | None, dict[str, Table]] = (None, {})
-        """The configuration and the tables that it lays out, by name. Only both are replaced, by one assignment: what
-        another thread adds during an update belongs to the former configuration, and goes with it."""
+        """The configuration and its tables, by name. One assignment replaces both: a table that another thread adds
+        during an update belongs to the former configuration, and is dropped with it."""
         self.broken: ConfigError | None = None
         try:
             self._layouts = (load(), {})
@@ -81,7 +81,7 @@ class Tables:
         self.started = time.time()
         """Seconds since the epoch."""
         self.name: str | None = None
-        """The name that smtpd gave in its handshake, or with its first request."""
+        """The table's name, from smtpd's handshake or its first request."""
         self._responder = Responder()
         self._routes: dict[tuple[str, str, str], Route] = {}
         self._file: Source | None = None
@@ -91,11 +91,11 @@ class Tables:
 
     @property
     def config(self) -> Config | None:
-        """The configuration, None as long as none could be used."""
+        """The configuration; None until there is a valid one."""
         return self._layouts[0]
 
     def answer(self, request: Request, arrived: float) -> Reply:
-        """The reply to this request, which arrived at this moment. Never raises what the package raises on purpose."""
+        """The reply to this request, which arrived at this moment. Never raises TableConsulError."""
         try:
             route = self._routes[request.table, request.service, request.op]
             if route.mirror.state is route.state and arrived <= route.good_until:
@@ -107,7 +107,7 @@ class Tables:
         return self._answer(request, arrived)
 
     def _answer(self, request: Request, arrived: float) -> Reply:
-        """As `answer`, for what has no route."""
+        """As `answer`, for requests without a route."""
         try:
             if request.op == "update":
                 self.update()
@@ -127,7 +127,7 @@ class Tables:
             return Failed(str(error), error)
 
     def _add_route(self, request: Request, service: Service, entries: Entries) -> None:
-        """Remember where the next answer is, if these entries are a mirror's, hold for every key, and need no clock."""
+        """Store a route, if these entries are a mirror's, are complete for every key, and need no clock."""
         source = self._mirrors.get(entries.table.name)
         if source is None or entries.timed:
             return
@@ -135,18 +135,18 @@ class Tables:
         state = mirror.state
         if state is None or state[0].entries[service.name] is not entries or service.name in state[0].hidden:
             return
-        # A route that has ended would keep its snapshot in memory.
-        self._routes = {place: route for place, route in self._routes.items() if route.mirror.state is route.state}
+        # An invalid route would keep its snapshot in memory.
+        self._routes = {kind: route for kind, route in self._routes.items() if route.mirror.state is route.state}
         if len(self._routes) >= MAX_NAMES:
             self._routes.clear()
-        place = (request.table, request.service, request.op)
-        self._routes[place] = Route(replies_from(entries, request.op), mirror, state, state[1] + mirror.max_age)
+        kind = (request.table, request.service, request.op)
+        self._routes[kind] = Route(replies_from(entries, request.op), mirror, state, state[1] + mirror.max_age)
 
     def table(self, name: str) -> Table:
-        """How this table is laid out; the configured default stands in for an empty name.
+        """The settings of this table; an empty name is that of the configured default.
 
         Raises:
-            ConfigError: there is no configuration, or there can be no table of that name.
+            ConfigError: there is no valid configuration, or the name is invalid.
         """
         config, tables = self._layouts
         table = tables.get(name)
@@ -159,7 +159,7 @@ class Tables:
         return table
 
     def services(self, name: str) -> list[str]:
-        """The services to register for this table, also if it can only answer with errors."""
+        """The services to register for this table, even if it can only return errors."""
         try:
             return list(self.table(name).services)
         except ConfigError:
@@ -173,7 +173,7 @@ class Tables:
             return "auto" if self.config is None else self.config.defaults.procexec_reply
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """The entries that answer for this key (None: all), from the source that the configuration gives the table.
+        """The entries for this key (None: all), from the table's configured source.
 
         Raises:
             SourceError: the source has no answer by the deadline.
@@ -189,14 +189,14 @@ class Tables:
             return self._read_directly().entries(table, service, key, deadline)
 
     def update(self) -> None:
-        """Read the configuration again, and have every source read its data again. A bad configuration changes nothing.
+        """Reread the configuration and the data of every source. An invalid configuration changes nothing.
 
         Raises:
             TableConsulError: the configuration, the token or the file cannot be used.
         """
         config = self._load()
         former, self._layouts, self.broken = self.config, (config, {}), None
-        self._routes.clear()  # of tables that the configuration forbids now
+        self._routes.clear()  # some may be for tables that the configuration now excludes
         if former is None or config != former:
             self.close()
         if self.name is not None:
@@ -206,7 +206,7 @@ class Tables:
                 source.update()
 
     def warm_up(self, name: str) -> None:
-        """Make the source of this table now, so that the first answer need not wait for it."""
+        """Create the source of this table now, so that the first reply need not wait for it."""
         self.name = name
         if self.config is not None:
             table = self.table(name)
@@ -214,7 +214,7 @@ class Tables:
             self._on_change()
 
     def close(self) -> None:
-        """Close every source. Mirrors made later for the same tables still take over what is in memory."""
+        """Close every source. Later mirrors of the same tables adopt the data in memory."""
         for mirrored in self._mirrors.values():
             mirrored.close()
         self._former |= self._mirrors
@@ -225,11 +225,11 @@ class Tables:
         self._file = self._direct = None
 
     def watches(self) -> list[tuple[str, Watch]]:
-        """Every watch there is, with the name of its table."""
+        """Every watch, with the name of its table."""
         return [(name, watch) for name, mirrored in self._mirrors.copy().items() for watch in mirrored.watches]
 
     def source(self, table: Table, service: Service) -> Source:
-        """The source of this service of this table, made when it is first asked for; needs a configuration."""
+        """The source of this service of this table, created at first use; needs a configuration."""
         mirrored = self._mirrors.get(table.name)
         if mirrored is not None and not mirrored.by_service[service.name].too_large:
             return mirrored

@@ -1,6 +1,6 @@
-"""The services that smtpd asks tables for, and the layout of one table. The modules beside this one interpret entries.
+"""The services that smtpd asks tables for, and the layout of one table. The other modules here interpret entries.
 
-Pure: bytes in, bytes out; nothing here knows Consul's HTTP, smtpd's protocols, or time.
+Pure: bytes in, bytes out; independent of Consul's HTTP, smtpd's protocols, and time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-# smtpd asks for no longer key, and its own tables hold none (smtpd: table.c, table_lookup: char lkey[1024]).
+# smtpd never asks for a longer key, and its own tables contain none (smtpd: table.c, table_lookup: char lkey[1024]).
 MAX_KEY_BYTES = 1023
-# The entry that answers for every key without one, where a service has such a default.
+# The default entry, which applies to every key without one, in services that have a default.
 DEFAULT_KEY = b"*"
 
 
@@ -27,7 +27,7 @@ class Service(NamedTuple):
     bit: int
     """Its bit in the binary dialect of OpenSMTPD up to 7.5."""
     answers: str
-    """``value``; ``entry``: an entry without value answers with its key; ``check``: lookups are not answered."""
+    """``value``; ``entry``: an entry without value returns its key; ``check``: there are no lookups."""
     joined: bool = False
     """The value is a list, whose elements may be on lines of their own."""
     bounded: bool = False
@@ -39,7 +39,7 @@ class Service(NamedTuple):
     fields: tuple[str, ...] = ()
     """The fields that make up the value if it is stored as a JSON object (the record of one user)."""
     default: bool = False
-    """An entry ``*`` answers for keys without an entry of their own."""
+    """An entry ``*`` applies to keys without an entry of their own."""
 
     @property
     def needs_value(self) -> bool:
@@ -48,7 +48,7 @@ class Service(NamedTuple):
 
     @property
     def lists_only(self) -> bool:
-        """Whether smtpd refuses a mapping, as it never asks for a value (smtpd: parse.y, table_check_use)."""
+        """Whether smtpd rejects a mapping, because it never asks for a value (smtpd: parse.y, table_check_use)."""
         return self.name in {"domain", "netaddr", "regex"}
 
 
@@ -73,7 +73,7 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
     }
 )
 
-# Registering auth takes password checks away from credentials (smtpd: lka.c, lka_authenticate): only when asked for.
+# Registering auth takes password checks away from credentials (smtpd: lka.c, lka_authenticate), so it is optional.
 DEFAULT_SERVICES = tuple(name for name in SERVICES if name != "auth")
 
 
@@ -120,7 +120,7 @@ class Table(msgspec.Struct, frozen=True):
         return (*self.services, *more)
 
     def same_entries(self, other: Table) -> bool:
-        """Whether an entry of the same folder means the same in both, whatever else they differ in."""
+        """Whether an entry of the same folder means the same in both, whatever their other settings are."""
         unrelated = (
             "deadline",
             "hold_deletions",

@@ -1,6 +1,6 @@
 """The elements of a list of recipients: how smtpd splits and reads them, and why it cannot use one.
 
-Pure: bytes in, text out, by the functions of smtpd that are named. No text contains any part of a value.
+Pure: bytes in, text out, following the functions of smtpd that are named. No text contains any part of a value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from table_consul.services import compiled
 USER_BYTES = 255
 COMMAND_BYTES = 1023
 
-# Lists of users and addresses with nothing in them that needs a second look, as nearly all are.
+# Lists of users and addresses that need no further check, as nearly all.
 _PLAIN = rb"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*(?:@[A-Za-z0-9][A-Za-z0-9-]*(?:\.[A-Za-z0-9-]+)*)?"
 _PLAIN_LIST = rb"%b(?:, ?%b)*" % (_PLAIN, _PLAIN)
 _USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
@@ -25,10 +25,10 @@ _ELEMENT = (
     rb"%b|[A-Za-z0-9!#$%%*/?|^{}`~&'+=_.-]+@[A-Za-z0-9.-]+"
     rb'|(?s:(?::?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])|:?(?i:include):(?=/)|\||"\|(?=.*"\Z)|(?=/)).{0,%d})'
 ) % (_USER, COMMAND_BYTES)
-# A part of an address that sendmail's or Postfix's tables fill in.
+# A placeholder that sendmail or Postfix fills in.
 _TEMPLATE = rb"(?:%[0-9a-z]|[$\\][0-9]|\$\{[0-9]\})@"
 
-# Characters that are not what they look like, by expression.
+# Characters that look like others, by expression.
 FOREIGN = (
     (rb"\xef\xbb\xbf", "contains a byte order mark (remove it)"),
     (rb"\xc2\xa0|\xe2\x80[\x80-\x8a\xaf]", "contains a non-breaking space (write an ordinary one, or none)"),
@@ -37,20 +37,20 @@ FOREIGN = (
     (rb"\xe2\x80[\x98-\x9f]", "contains curly quotes (remove them)"),
     (rb"&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[A-Za-z]+);", "contains an HTML entity (write the character itself)"),
 )
-# Characters that belong to no address.
+# Characters that no address contains.
 ODD = (
     (rb"[<>]", "contains angle brackets (write the address alone)"),
     (rb"[\"']", "contains quotes (remove them)"),
-    (rb"[ \t-\r]", "contains a blank"),
+    (rb"[ \t-\r]", "contains white space"),
     (rb"[,;]", "contains a comma or semicolon"),
     (rb"[^\0-\x7f]", "contains letters outside ASCII (write internationalised domains as xn--...)"),
 )
-ODD_IN_LIST = (*ODD[:2], (ODD[2][0], "contains a blank (is a comma missing?)"), *ODD[3:])
+ODD_IN_LIST = (*ODD[:2], (ODD[2][0], "contains white space (is a comma missing?)"), *ODD[3:])
 _CAUSES = (
     *FOREIGN,
     (rb"\A(?i::?(?:error|fail|defer|reject):)", "is not an error reply in smtpd's form (write error:550 text)"),
     (rb"\A(?i::blackhole:)", "is Exim's way to discard mail (write /dev/null)"),
-    (rb"\A(?i::?include:)", "includes a file by a relative name (write :include:/PATH)"),
+    (rb"\A(?i::?include:)", "includes a file by a relative path (write :include:/PATH)"),
     (rb'\A"/', "is a file name in quotes (remove them)"),
     (rb'\A"?[|/]', f"is a command without its closing quote, or has more than {COMMAND_BYTES} bytes"),
     (rb"\A(?i:mailto:)", "begins with mailto: (write the address alone)"),
@@ -65,7 +65,7 @@ _CAUSES = (
 
 
 def cause(text: bytes, causes: Iterable[tuple[bytes, str]]) -> str | None:
-    """The text that belongs to the first of the expressions that is found."""
+    """The text of the first expression that matches, None if none does."""
     return next((what for expression, what in causes if compiled(expression).search(text)), None)
 
 
@@ -78,7 +78,7 @@ def split_list(text: bytes) -> list[bytes]:
     """The elements of a list as smtpd splits and unescapes them (smtpd: expand_line_split, mailaddr_line_split).
 
     Raises:
-        EntryError: smtpd rejects the whole list, as a quote or an escape is left open.
+        EntryError: smtpd rejects the whole list, because a quote or an escape is left open.
     """
     elements: list[bytes] = []
     element = bytearray()
@@ -97,16 +97,16 @@ def split_list(text: bytes) -> list[bytes]:
             double ^= c == 0x22 and not single
             single ^= c == 0x27 and not double
     if escaped or double or single:
-        why = list_format(text) or "ends within a quote or an escape"
+        why = list_format(text) or "ends inside a quote or an escape"
         raise EntryError(f"the value {why}; smtpd rejects the whole value because of it")
     elements.append(bytes(element).strip())
     return [element for element in elements if element]
 
 
 def list_format(text: bytes) -> str | None:
-    """The format of another program in which the list is written, and what to write; None if it is in smtpd's."""
+    """The format of a list that is not in smtpd's, with a hint; None if it is."""
     if compiled(rb"[\[(]\s*u?'").match(text):
-        return "is a list as Python prints it (write a JSON array; with Ansible, use to_json)"
+        return "is a list in Python syntax (write a JSON array; with Ansible, use to_json)"
     if text.startswith(b"- "):
         return "is a YAML list (separate the elements with commas)"
     if not text.startswith((b"[", b"{")):
@@ -119,7 +119,7 @@ def list_format(text: bytes) -> str | None:
 
 
 def element_problem(element: bytes) -> str | None:
-    """Why smtpd rejects or misreads an element of an alias, and what to do; None if it does not (smtpd: to.c)."""
+    """Why smtpd rejects or misreads an element of an alias, with a hint; None if it does not (smtpd: to.c)."""
     if compiled(_ELEMENT).fullmatch(element):
         if compiled(_TEMPLATE).match(element):
             return "begins with a placeholder, which smtpd does not fill in (write an alias for each user)"

@@ -14,7 +14,7 @@ from table_consul.errors import EntryError, printable
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.drafts import Draft, Drafts
 from table_consul.services.elements import is_plain_list
-from table_consul.services.judge import NO_NETWORK, key_problem, usual_key, value_problem
+from table_consul.services.judge import NOT_A_NETWORK, key_problem, usual_key, value_problem
 from table_consul.services.parts import NO_PARTS, REPLACEMENT, Note, Part, Parts
 from table_consul.services.passwords import Kind, calculated_hash
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value
@@ -31,10 +31,10 @@ WRONG_CASE = "smtpd asks in lower case, so mode direct never finds this key; ren
 
 
 class Problem(NamedTuple):
-    """An entry that smtpd cannot use as it is stored, with the cause and what to do."""
+    """An entry that smtpd cannot use as it is stored, with the cause and a hint."""
 
     key: bytes
-    """The whole key, as it is spelled in the store."""
+    """The full key, as it is stored."""
     text: str
 
     def __str__(self) -> str:
@@ -54,15 +54,15 @@ class EntriesBuilder:
         self.path = table.path(service)
         self._former = former if former is not None and former.path == self.path else None
         self._reusable: Entries | None = None
-        # Other settings, such as allow_commands, may judge the same value otherwise; hashes and patterns are judged by
-        # the deadline, and keys by the services that read the folder.
+        # Other settings, such as allow_commands, may change whether a value is valid. Hashes and patterns depend on the
+        # deadline, and keys on the services that read the folder.
         if self._former is not None and self._former.table.same_entries(table):
             before = self._former.table
             same_deadline = before.deadline == table.deadline or not (service.hashed or service.patterns)
             self._reusable = self._former if same_deadline and before.services == table.services else None
         self._rest_is_known = not below or self._reusable is not None
-        # A value that came out of parse_value is valid as it is, unless it would be decoded once more. One with a
-        # warning is judged again, and so are expressions, which depend on how they are spelled.
+        # A value returned by parse_value is valid unchanged, unless it would be decoded again. Warned values are
+        # judged again, and so are expressions, which depend on their original case.
         self._reuses_values = table.value_format != "json" and service.name != "regex"
         self._decoded = (b'"', b"[", b"{") if table.value_format == "auto" else ()
         self._hashed = service.hashed and "auth" in table.services
@@ -85,12 +85,12 @@ class EntriesBuilder:
                 drafts.take(folded, *self._judge(drafts.at(folded), folded, key, raw))
 
     def _judge(self, draft: Draft, folded: bytes, key: bytes, raw: bytes | None) -> tuple[bytes | None, Note | None]:
-        """The cell and the note of an entry."""
+        """The value of an entry, None if it is an error, and its note."""
         former = draft.former
-        if raw and self._reuses_values and former.cells.get(folded) == raw and raw[:1] not in self._decoded:
+        if raw and self._reuses_values and former.values.get(folded) == raw and raw[:1] not in self._decoded:
             note = former.notes.get(folded)
             if note is None or note.warning is None:
-                return former.cells[folded], None if folded == key else Note(key)
+                return former.values[folded], None if folded == key else Note(key)
         if REPLACEMENT in key:
             return None, Note(key, NOT_UTF8)
         problem, value = None, raw or b""
@@ -109,8 +109,8 @@ class EntriesBuilder:
         return value, None if folded == key and problem is None else Note(key, warning=problem)
 
     def _kind(self, value: bytes) -> Kind | None:
-        known = calculated_hash(value, self.table.deadline)
-        return None if known is None else known.kind
+        parsed = calculated_hash(value, self.table.deadline)
+        return None if parsed is None else parsed.kind
 
     def has(self, folded: bytes) -> bool:
         """Whether an entry of this folded key was taken, or is one that is not replaced."""
@@ -122,23 +122,23 @@ class EntriesBuilder:
         return {} if self._former is None else dict(self._drafts.missing(self._former.parts))
 
     def keep(self, keys: Iterable[bytes]) -> None:
-        """Have these of the `missing_keys`, which are folded, answer as the former entries do."""
+        """Keep these of the `missing_keys`, which are folded, with their former values."""
         former = NO_PARTS if self._former is None else self._former.parts
         for folded in keys:
             part = former.of(folded)
-            self._drafts.keep(folded, part.cells[folded], part.notes.get(folded))
+            self._drafts.keep(folded, part.values[folded], part.notes.get(folded))
 
     @property
     def conclusive(self) -> bool:
-        """Whether what was taken settles which entry answers for each key; if not, the whole folder must be read.
+        """Whether the entry for each key is certain; if not, the whole folder must be read.
 
-        It does not where a key was deleted that took precedence over another one, which differs only in case and is not
-        below: its value is not in memory.
+        It is not if a deleted key took precedence over one that differs only in case and is not below: the value of
+        that one is not in memory.
         """
         return self._drafts.settle() and self._rest_is_known
 
     def parts(self) -> Parts:
-        """What the entries consist of."""
+        """The parts of the entries."""
         return self._drafts.finish()
 
     def finish(self) -> Entries:
@@ -163,7 +163,7 @@ class Entries:
     ) -> None:
         """Build from pairs, whose keys are relative to the folder, or from the parts that a builder made.
 
-        ``former`` are the entries with whose parts it began.
+        ``former`` are the entries from whose parts the builder started.
         """
         if parts is None:
             builder = EntriesBuilder(table, service)
@@ -175,8 +175,8 @@ class Entries:
         self.kinds = {kind: entry for part in every for kind, entry in part.kinds.items()}
         """An entry and its value for each kind of hash, where passwords are verified here."""
         self.index: Index | None = None
-        """Where entries are patterns."""
-        if service.patterns and every[0].cells:
+        """None unless entries are patterns."""
+        if service.patterns and every[0].values:
             self.index = self._updated_index(former)
         self._default = service.default and self.find(DEFAULT_KEY) is not None
         self._undecodable = next((part.undecodable for part in every if part.undecodable is not None), None)
@@ -186,7 +186,7 @@ class Entries:
         self.values: Mapping[bytes, bytes] = parts
         """By folded key; ``b""`` where the entry has no value."""
         if len(every) == 1 and not every[0].errors:
-            self.values = cast("dict[bytes, bytes]", every[0].cells)
+            self.values = cast("dict[bytes, bytes]", every[0].values)
         self.timed = self.index is not None and self.index.timed
         """Whether matching a key may take so long that it needs the clock of its request."""
 
@@ -204,7 +204,7 @@ class Entries:
         return kind(parts.patterns(), self.table.deadline / 10, parts.is_pattern, **more)
 
     def __len__(self) -> int:
-        return sum(len(part.cells) for part in self.parts.parts)
+        return sum(len(part.values) for part in self.parts.parts)
 
     @cached_property
     def errors(self) -> Mapping[bytes, Problem]:
@@ -213,7 +213,7 @@ class Entries:
 
     @cached_property
     def incomplete(self) -> frozenset[bytes]:
-        """Those of them that are records without any field of this service, which another service may use."""
+        """The keys of `errors` that are records without any field of this service, which another service may use."""
         return frozenset(key for key, note in self.parts.notes() if note.incomplete)
 
     @cached_property
@@ -228,7 +228,7 @@ class Entries:
 
     @cached_property
     def spelling(self) -> list[Problem]:
-        """Keys that are never looked up, as another one, which differs only in case, takes precedence."""
+        """Keys that are never looked up, because one that differs only in case takes precedence."""
         return [problem for _, note in self.parts.notes() for problem in self._variants(note)]
 
     @cached_property
@@ -237,20 +237,20 @@ class Entries:
         return [*self.problems_of(self.parts.parts), *self.index_problems()]
 
     def problems_since(self, former: Entries | None) -> list[Problem]:
-        """Those of the problems that the former entries did not have."""
+        """The problems that the former entries did not have."""
         if former is None:
             return self.problems
-        known = {*former.problems_of(former.parts.not_in(self.parts)), *former.index_problems()}
+        before = {*former.problems_of(former.parts.not_in(self.parts)), *former.index_problems()}
         problems = (*self.problems_of(self.parts.not_in(former.parts)), *self.index_problems())
-        return [problem for problem in problems if problem not in known]
+        return [problem for problem in problems if problem not in before]
 
     @cached_property
     def refused(self) -> int:
         """How many entries smtpd cannot use; a host name among networks may be meant for `match from rdns`."""
-        return len({problem.key for problem in self.problems if problem.text != NO_NETWORK})
+        return len({problem.key for problem in self.problems if problem.text != NOT_A_NETWORK})
 
     def problems_of(self, parts: Iterable[Part]) -> Iterator[Problem]:
-        """Those of the problems that are not the index's."""
+        """The problems of these parts, without those of the index."""
         wrong_case = self.table.mode == "direct" and not self.service.patterns and self.service.name != "source"
         for part in parts:
             for key, note in part.notes.items() if wrong_case or part.flawed else ():
@@ -286,7 +286,7 @@ class Entries:
         """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored.
 
         Raises:
-            EntryError: the time that is left, by default forever, is too short to match the key.
+            EntryError: the time that is left, by default unlimited, is too short to match the key.
         """
         if self.index is not None:
             try:
@@ -299,7 +299,7 @@ class Entries:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
 
         Raises:
-            EntryError: as `find`; the key is not UTF-8, and may be one that Consul does not list as it is.
+            EntryError: as `find`, or the key is not UTF-8 and may be one that Consul lists with other bytes.
         """
         self._raise_if_undecodable(key)
         if self.find(key, seconds_left) is not None and not self.uses_default(key):
@@ -317,11 +317,11 @@ class Entries:
                 raise self._error(self._undecodable, NOT_UTF8) from None
 
     def uses_default(self, key: bytes) -> bool:
-        """Whether the default entry of the service, if there is one, answers for this key."""
+        """Whether the default entry of the service, if there is one, applies to this key."""
         if not self.service.default:
             return False
         part = self.parts.of(key)
-        return key not in part.cells or (key in part.notes and part.notes[key].incomplete)
+        return key not in part.values or (key in part.notes and part.notes[key].incomplete)
 
     def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
@@ -351,14 +351,14 @@ class Entries:
 
     def _value(self, entry: bytes) -> bytes:
         part = self.parts.of(entry)
-        value = part.cells[entry]
+        value = part.values[entry]
         if value:
             return value
         if value is None:
             note = part.notes[entry]
             raise (MissingFields if note.incomplete else EntryError)(str(self._problem(note, note.error or "")))
         if self.service.answers != "entry":
-            raise self._error(entry, f"there is no value, and {self.service.name} needs one")
+            raise self._error(entry, f"missing value: {self.service.name} requires one")
         return self._key(entry)
 
     def _key(self, entry: bytes) -> bytes:

@@ -1,20 +1,20 @@
-"""What an index looks entries up by: their normal forms, and the forms that a host name can match."""
+"""The keys of an index: normal forms of entries, and the forms that can match a host name."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-# Of a host name along patterns, at worst and by a hostile name. On a core of 2020, rounded up.
+# For one step of a host name along patterns, at worst with a hostile name; on a core of 2020, rounded up.
 STEP_SECONDS = 2e-6
-# What is copied for one change of a `Forms`.
+# How many forms one change of a `Forms` copies.
 SHARD_SIZE = 2048
 
 
 class Forms:
-    """A dict from normal forms to the lowest entry of each, of which a copy shares what does not change."""
+    """A dict from normal forms to the lowest entry of each; a copy shares unchanged parts."""
 
     def __init__(self, former: Forms | None = None) -> None:
-        """A copy of the former one, which is not changed any more."""
+        """A copy of ``former``, which must not change any more."""
         self.shards: list[dict[Hashable, bytes | tuple[bytes, ...]]] = [{}] if former is None else [*former.shards]
         self.size: int = 0 if former is None else former.size
         self._own = {0} if former is None else set()
@@ -76,10 +76,10 @@ class Steps:
 
     def __init__(self) -> None:
         self._steps: dict[bytes, dict[tuple[int, bytes], int]] = {b"": {}}
-        """What patterns begin with, up to the byte after a ``*``: how many bytes precede the next ``*``, and the byte
-        that follows it, if any. With it, the most steps that a name takes from there."""
+        """By head, the start of patterns up to the byte after a ``*``: its steps, each the number of bytes before the
+        next ``*`` and the byte after it, if any, with the most steps that a name takes from there."""
         self._heads: dict[tuple[bytes, bytes, bytes], bytes] = {}
-        """Where a step leads: by where it begins, the bytes before the ``*``, and the byte after it."""
+        """The head that a step leads to: by its start, the bytes before the ``*``, and the byte after it."""
         self._ends: set[bytes] = set()
         """The heads after the last ``*`` of some pattern."""
         self._costs: dict[bytes, int] = {b"": 0}
@@ -87,22 +87,22 @@ class Steps:
 
     @property
     def seconds(self) -> float:
-        """The most that a name takes."""
+        """The longest time that a name takes."""
         return self._costs[b""] * STEP_SECONDS
 
     def add(self, pieces: list[bytes], seconds: float) -> bool:
-        """Add the steps to the last of these pieces between stars; whether there is time for them."""
-        known, head = self._heads, b""
+        """Add the steps for these pieces between stars; returns whether there is time for them."""
+        heads, head = self._heads, b""
         path: list[tuple[bytes, bytes, bytes]] = []
         for number, following in enumerate(pieces[1:]):
             path.append((head, pieces[number][number > 0 :], following[:1]))
-            head = known.get(path[-1]) or b"*".join((head + path[-1][1], path[-1][2]))
-        if path[-1] not in known and (self._costs[b""] + len(path)) * STEP_SECONDS > seconds:
+            head = heads.get(path[-1]) or b"*".join((head + path[-1][1], path[-1][2]))
+        if path[-1] not in heads and (self._costs[b""] + len(path)) * STEP_SECONDS > seconds:
             return False
         self._ends.add(head)
         for key in reversed(path):
             start, piece, following = key
-            known.setdefault(key, head)
+            heads.setdefault(key, head)
             cost = 1 + self._costs.get(head, 0)
             steps = self._steps.setdefault(start, {})
             step = (len(piece), following)
@@ -114,11 +114,11 @@ class Steps:
         return True
 
     def names(self, hostname: bytes) -> list[bytes]:
-        """The name, and the patterns that match it, as far as there may be such."""
+        """The name, and every pattern that could match it."""
         names, size = [hostname], len(hostname)
         steps, heads, ends = self._steps, self._heads, self._ends
         places = [(b"", 0)]
-        for start, at in places:  # grows as it goes
+        for start, at in places:  # grows during the loop
             for length, following in steps[start]:
                 star = at + length
                 if star < size and (head := heads.get((start, hostname[at:star], following))) is not None:

@@ -1,12 +1,12 @@
 """Which entry of a table matches a key, where entries are patterns: domains, networks, addresses, expressions.
 
 smtpd matches patterns itself only in its own ``file:`` and ``db:`` tables: it walks over all entries in the order of
-strcmp(3) and stops at the first match (smtpd: table_static.c, table_static_lookup; dict.c). An index gives the answer
-of that walk, the lowest entry that matches, without walking.
+strcmp(3) and stops at the first match (smtpd: table_static.c, table_static_lookup; dict.c). An index finds the same
+entry, the lowest that matches, without a walk.
 
-Strategy: derive from the key the few normal forms that a matching entry can have, and look those up: among the entries
-themselves, and in a dict of those that are written otherwise. What a key can cost is bounded when entries are added;
-expressions, whose cost is an estimate, watch the clock.
+Strategy: derive from the key the few normal forms that a matching entry can have, and look those up among the entries,
+and in a dict of entries that are not in normal form. The cost of a key is bounded when entries are added; expressions,
+whose cost is an estimate, also check the clock.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from math import inf
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
 from table_consul.services.forms import Forms, Steps
-from table_consul.services.judge import NO_NETWORK
+from table_consul.services.judge import NOT_A_NETWORK
 from table_consul.services.regex import REGEX_SET_BYTES, REGEX_SET_SIZE, RegexSet, escape_warnings, regcomp
 
-# Seconds: for one instruction of an expression and a byte of the text, at worst and by a hostile text. On a core of
+# Seconds for one instruction of an expression and one byte of the text, at worst with a hostile text; on a core of
 # 2020, rounded up.
 INSTRUCTION_SECONDS = 20e-9
 WIDTH_SECONDS = 2e-9
-# What may take less needs no clock.
+# A match that takes less needs no clock.
 TIMED_SECONDS = 0.001
 # A bound on the memory of RE2 that does not grow with the deadline.
 MAX_WIDTH = 150_000
@@ -34,7 +34,7 @@ TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks 
 
 
 SecondsLeft = Callable[[], float]
-"""What returns how much is left of the deadline of a request."""
+"""Returns how much is left of the deadline of a request."""
 
 
 def forever() -> float:
@@ -43,7 +43,7 @@ def forever() -> float:
 
 def _check_time(needed: float, seconds_left: SecondsLeft) -> None:
     if seconds_left() < needed:
-        raise EntryError("too little left of the deadline to match the patterns")
+        raise EntryError("too little time left before the deadline to match the patterns")
 
 
 class Index(ABC):
@@ -52,9 +52,9 @@ class Index(ABC):
     def __init__(
         self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
     ) -> None:
-        """``seconds`` bounds what one key may take; entries that no longer fit are refused.
+        """``seconds`` bounds the time for one key; entries that exceed it are refused.
 
-        ``holds`` finds an entry that is written like its normal form, so that this need not be in memory twice.
+        ``holds`` returns whether a normal form is itself an entry; such forms are not stored here.
         """
         self._seconds = seconds
         self._unusable: dict[bytes, list[str]] = {}
@@ -75,14 +75,14 @@ class Index(ABC):
         entries: Iterable[bytes],
         holds: Callable[[bytes], bool],
     ) -> None:
-        """Make a copy of an index one of other ``entries``, which are the same but for those added and removed."""
+        """Update this copy of an index to ``entries``, which differ from its own by those added and removed."""
         self._holds = holds
         if added or removed:
             self._unusable = {**self._unusable}
             self._change(added, removed, entries)
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], _entries: Iterable[bytes], /) -> None:
-        """Add and remove entries, of which there are these in the end. What another index shares is copied before."""
+        """Add and remove entries; the last argument is all that result. Data shared with another index is copied."""
         for entry in removed:
             if self._unusable.pop(entry, None) != [TOO_LONG]:
                 self._remove(entry)
@@ -108,14 +108,14 @@ class Index(ABC):
 
     @property
     def problems(self) -> list[tuple[bytes, str]]:
-        """Entries that cannot be used, each with the cause and what to do. They affect no other entry."""
+        """Entries that cannot be used, each with the cause and a hint. They affect no other entry."""
         return [*((entry, text) for entry, texts in self._unusable.items() for text in texts), *self._refused.items()]
 
     def find(self, key: bytes, seconds_left: SecondsLeft = forever) -> bytes | None:
         """The lowest entry, in byte order, of those that match the key; None if there is none.
 
         Raises:
-            EntryError: an entry that was refused may be the lowest; too little time is left.
+            EntryError: a refused entry may be the lowest, or too little time is left.
         """
         found = self._find(key, seconds_left)
         refused = self._first_refused
@@ -136,19 +136,19 @@ class _Hosts(Index):
     ) -> None:
         self._forms = Forms()
         """Entries that are not written in lower case, with every run of ``*`` as one."""
-        self._shapes: dict[bytes, int] = {}
-        """What patterns are up to the byte after their last ``*``, and how many are."""
+        self._stems: dict[bytes, int] = {}
+        """The stems of patterns, and how many patterns have each."""
         self._steps = Steps()
         super().__init__(entries, seconds, holds)
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
-        shapes = self._shapes
-        self._forms, self._shapes = Forms(self._forms), {**shapes}
+        stems = self._stems
+        self._forms, self._stems = Forms(self._forms), {**stems}
         super()._change(added, removed, entries)
-        if self._refused or self._shapes.keys() != shapes.keys():
+        if self._refused or self._stems.keys() != stems.keys():
             self._steps = Steps()
-            refused = {each for each in sorted(self._shapes) if not self._steps.add(each.split(b"*"), self._seconds)}
-            self._refuse((entry for entry in entries if self._shape(entry) in refused) if refused else (), STARS)
+            refused = {each for each in sorted(self._stems) if not self._steps.add(each.split(b"*"), self._seconds)}
+            self._refuse((entry for entry in entries if self._stem(entry) in refused) if refused else (), STARS)
             self.timed = self._steps.seconds > TIMED_SECONDS
 
     def _add(self, entry: bytes) -> None:
@@ -158,8 +158,8 @@ class _Hosts(Index):
             return
         if form != entry:
             self._forms.add(form, entry)
-        if shape := self._shape(entry):
-            self._shapes[shape] = self._shapes.get(shape, 0) + 1
+        if stem := self._stem(entry):
+            self._stems[stem] = self._stems.get(stem, 0) + 1
 
     def _remove(self, entry: bytes) -> None:
         form = self._form(entry)
@@ -167,10 +167,10 @@ class _Hosts(Index):
             return
         if form != entry:
             self._forms.remove(form, entry)
-        if shape := self._shape(entry):
-            self._shapes[shape] -= 1
-            if not self._shapes[shape]:
-                del self._shapes[shape]
+        if stem := self._stem(entry):
+            self._stems[stem] -= 1
+            if not self._stems[stem]:
+                del self._stems[stem]
 
     @abstractmethod
     def _split(self, entry: bytes) -> tuple[bytes, bytes] | None:
@@ -181,8 +181,8 @@ class _Hosts(Index):
         split = self._split(entry)
         return None if split is None else split[0] + compiled(rb"\*+").sub(b"*", split[1])
 
-    def _shape(self, entry: bytes) -> bytes:
-        """A pattern up to the byte after its last ``*``, empty if there is none: what the steps depend on."""
+    def _stem(self, entry: bytes) -> bytes:
+        """The stem of a pattern, up to the byte after its last ``*``, which decides its steps; empty if it has none."""
         split = self._split(entry) if b"*" in entry and len(entry) <= MAX_KEY_BYTES else None
         if split is None or b"*" not in split[1]:
             return b""
@@ -289,8 +289,8 @@ class Networks(Index):
 
     @property
     def problems(self) -> list[tuple[bytes, str]]:
-        """As of every index; a word is no network, whatever it is meant to be."""
-        return [*super().problems, *((word, NO_NETWORK) for word in self._words if word.lower() != b"local")]
+        """As in every index, and the words that are neither a network nor ``local``."""
+        return [*super().problems, *((word, NOT_A_NETWORK) for word in self._words if word.lower() != b"local")]
 
     def _find(self, key: bytes, _seconds_left: SecondsLeft, /) -> bytes | None:
         address = match.text_to_netaddr(key)
@@ -303,7 +303,7 @@ class Networks(Index):
 
 
 class HostAddresses(Index):
-    """Addresses, compared as such: smtpd asks for ``[2001:db8::1]``. One that is written like the key goes first."""
+    """Addresses, compared by value: smtpd asks for ``[2001:db8::1]``. One written like the key takes precedence."""
 
     def __init__(
         self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
@@ -349,7 +349,7 @@ class Regexes(Index):
         super().__init__(entries, seconds, holds)
 
     def _change(self, _added: Iterable[bytes], _removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
-        """Compile all, in ascending order: how many there is time for bounds them to some thousand."""
+        """Compile all, in ascending order: the time limit bounds them to some thousand."""
         self._sets: list[RegexSet] = []
         self._next: dict[bytes, bytes] = {}
         self._size = 0
@@ -362,7 +362,7 @@ class Regexes(Index):
         self.timed = bool(self._sets)
 
     def _remove(self, entry: bytes) -> None:
-        """Nothing is removed from what is made anew."""
+        """Do nothing: each change compiles all again."""
 
     def _add(self, entry: bytes) -> None:
         try:

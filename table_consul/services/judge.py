@@ -1,7 +1,7 @@
-"""What smtpd cannot use of a stored entry, each problem with its cause and what to do: for the daemon, lint and import.
+"""The problems of entries that smtpd cannot use, each with cause and hint, for the daemon, lint and import.
 
-By the parsers of smtpd that are named (OpenSMTPD 6.8 to 7.9). An entry with such a problem is served unchanged, as
-smtpd's rules may change. No text contains any part of a value.
+Follows the parsers of smtpd that are named (OpenSMTPD 6.8 to 7.9). An entry with such a problem is served unchanged,
+because smtpd's rules may change. No text contains any part of a value.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from table_consul.services.match import MAILADDR_PART_BYTES, dotted_quad, inet6_
 LINE_BYTES = 2047
 HOST_BYTES = 64
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# The one problem that may be meant so, so that it is no entry to count.
-NO_NETWORK = (
-    "not a network: matches only this very name, as `match from rdns` asks for (expected 192.0.2.1, 192.0.2.0/24, "
+# The one problem that may be intended; it does not count as a refused entry.
+NOT_A_NETWORK = (
+    "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
     "2001:db8::/32, [2001:db8::/32] or local)"
 )
 
-# What a session can ask for, but for its length (smtpd: util.c, valid_localpart and valid_domainpart; the client's
-# name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and mailaddr.
+# The keys that a session can ask for, apart from their length (smtpd: util.c, valid_localpart and valid_domainpart;
+# the client's name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and
+# mailaddr.
 _ATOM = rb"[A-Za-z0-9!#$%&'*/?^`{|}~+=_-]+"
 _LOCAL = rb"(?!\*(?:@|\Z))%b(?:\.%b)*" % (_ATOM, _ATOM)
 _HOST = rb"(?:(?!-)[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*|\[[A-Za-z0-9:.]+\])"
@@ -68,7 +69,7 @@ _HOSTS_BELOW = "write *.example.org for the hosts below a domain"
 def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, str], ...]:
     return (
         *_COPIED,
-        (rb"\A\*(?:@|\Z)", "has a * for a user, where it is no pattern (write @example.org, or @ for all)"),
+        (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
         *odd,
         (rb"@.*[{}]", "contains braces (remove them)"),
         *_dots(_HOSTS_BELOW),
@@ -78,15 +79,15 @@ def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, st
 _KEY_CAUSES: Mapping[str, tuple[tuple[bytes, str], ...]] = {
     "alias": (
         *_COPIED,
-        (rb"\A\*(?:@|\Z)", "has a * for a user, where it is no pattern (write @example.org, or @ for all)"),
-        (rb"@.*\*", "has a * in its domain, which is no pattern in an alias (write a key for each domain)"),
+        (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
+        (rb"@.*\*", "has * in its domain, but alias keys are not patterns (write a key for each domain)"),
         *ODD,
         *_dots("an alias is for one domain; write a key for each"),
     ),
     "domain": (
         *_COPIED,
         (rb"\A#", "is a comment (delete it)"),
-        (rb"[\\^$()|+?]", "is an expression (store it for the service regex)"),
+        (rb"[\\^$()|+?]", "is a regular expression (store it for the service regex)"),
         *ODD,
         (rb"[{}]", "contains braces (write a key for each domain)"),
         (rb"@", "is a mail address (write the part after the @)"),
@@ -99,37 +100,37 @@ _ELEMENT_CAUSES = _address_causes(ODD_IN_LIST)
 
 @functools.cache
 def usual_key(service: Service) -> Callable[[bytes], object]:
-    """What finds that smtpd can ask this service for a folded key, or match a name with it; the usual case."""
-    # Expressions need a look at how they are stored; other keys are any text without white space around it.
+    """A test for usual keys: smtpd can ask this service for the folded key, or match a name with it."""
+    # Expressions are judged as they are stored; other keys are any text without surrounding white space.
     form = rb"(?!)" if service.name == "regex" else _ASKED.get(service.name, rb"(?s)\S(?:.*\S)?")
     return compiled(form).fullmatch
 
 
 def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> str | None:
-    """Why no lookup of a service that reads this folder finds the folded key, or finds what is not meant."""
+    """Why no service that reads this folder finds the folded key, or why it matches unintended names."""
     if service.name == "regex":
         if {rb"\S", rb"\W", rb"\B"}.intersection(compiled(rb"(?s)\\.").findall(stored)):
             return (
-                "the key has a \\S, \\W or \\B, and smtpd reads expressions in lower case, where it means the opposite "
+                "the key contains \\S, \\W or \\B; smtpd reads expressions in lower case, which reverses the meaning "
                 "(write [^[:space:]] or [^[:alnum:]_])"
             )
         return None
     if len(key) > MAX_KEY_BYTES and not service.patterns:  # an index reports patterns
-        return f"the key has {len(key)} bytes, and smtpd asks for no more than {MAX_KEY_BYTES}"
+        return f"the key has {len(key)} bytes; smtpd never asks for more than {MAX_KEY_BYTES}"
     path = table.path(service)
     sharing = (SERVICES[name] for name in table.readable_services if table.path(SERVICES[name]) == path)
     if any(usual_key(each)(key) for each in (service, *sharing)):
         return None
     if key != key.strip() or service.name not in _KEY_CAUSES:
-        return "the key begins or ends with white space, and smtpd never asks for such a key; rename it"
-    why = cause(key, _KEY_CAUSES[service.name]) or "has characters that no address has (correct it)"
+        return "the key begins or ends with white space; smtpd never asks for such a key (rename it)"
+    why = cause(key, _KEY_CAUSES[service.name]) or "contains characters that no address may contain (correct it)"
     return f"the key {why}; smtpd never asks for it"
 
 
 def value_problem(table: Table, service: Service, key: bytes, value: bytes) -> str | None:
-    """Why smtpd rejects or misreads a valid value of `parse_value`, and what to do; None if nothing looks wrong."""
+    """Why smtpd rejects or misreads a valid value of `parse_value`, with a hint; None if nothing looks wrong."""
     if not value and service.needs_value:
-        return f"there is no value, and {service.name} needs one"
+        return f"missing value: {service.name} requires one"
     if value.startswith(BYTE_ORDER_MARK):
         return "the value begins with a byte order mark (remove it)"
     judge = _VALUES.get(service.name)
@@ -170,7 +171,7 @@ def _address_problem(element: bytes) -> str | None:
 
 def _userinfo(_table: Table, key: bytes, value: bytes) -> str | None:
     if len(key) + 1 + len(value) > LINE_BYTES:
-        return f"user and value have more than {LINE_BYTES} bytes; smtpd rejects them"
+        return f"user name and value together have more than {LINE_BYTES} bytes; smtpd rejects them"
     return None
 
 
@@ -181,13 +182,13 @@ def _source(table: Table, key: bytes, value: bytes) -> str | None:
 
 
 def _host_problem(host: bytes) -> str | None:
-    """Why this is not a host for smtpd to connect to, or to call itself (smtpd: util.c, valid_domainpart)."""
+    """Why smtpd cannot use this as a host, of a server or its own (smtpd: util.c, valid_domainpart)."""
     if len(host) > HOST_BYTES:
         return f"has more than {HOST_BYTES} bytes, which smtpd on Linux rejects"
     if host.startswith(b"["):
         address = host[6:-1] if host[1:6].lower() == b"ipv6:" else host[1:-1]
-        known = inet6_pton(address) is not None or dotted_quad(address) is not None
-        return None if known else "is not an address, and only addresses are in brackets (remove them)"
+        valid = inet6_pton(address) is not None or dotted_quad(address) is not None
+        return None if valid else "is not an address; only addresses may be in brackets (remove the brackets)"
     if compiled(rb"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*").fullmatch(host):
         return None
     return cause(host, (*FOREIGN, *ODD, *_dots("remove it"))) or "is not a host name"
@@ -195,7 +196,7 @@ def _host_problem(host: bytes) -> str | None:
 
 def _addrname(_table: Table, _key: bytes, value: bytes) -> str | None:
     problem = _host_problem(value)
-    return problem and f"the value is the name that smtpd gives itself, and {problem}"
+    return problem and f"the value is the name that smtpd uses for itself, and {problem}"
 
 
 def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
@@ -211,7 +212,7 @@ def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
     label, at, rest = text[found.end() if found else 0 :].partition(b"@")
     host, colon, port, left = _host_and_port(rest if at else label)
     if colon and not (compiled(rb"[ \t-\r]*[+-]?[0-9]{1,20}").fullmatch(port) and 1 <= int(port) <= 65535):
-        postfix = "" if scheme else "; Postfix's TRANSPORT:[HOST]:PORT is smtp://HOST:PORT here"
+        postfix = "" if scheme else " (write Postfix's TRANSPORT:[HOST]:PORT as smtp://HOST:PORT)"
         return f"the port of the {what} must be between 1 and 65535{postfix}"
     if problem := _host_problem(host) if host or not left else cause(left, (*FOREIGN, *ODD)) or "is missing":
         return f"the host of the {what} {problem}"
@@ -220,19 +221,19 @@ def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
     if at and label and scheme not in (b"smtp+tls", b"smtps"):
         return f"the {what} has a label without TLS, which smtpd rejects (use smtp+tls:// or smtps://)"
     if left not in (b"", b"/"):
-        return f"smtpd ignores what follows the host of the {what}: {cause(left, (*FOREIGN, *ODD)) or 'remove it'}"
+        return f"smtpd ignores the text after the host of the {what}: {cause(left, (*FOREIGN, *ODD)) or 'remove it'}"
     return None
 
 
 def _host_and_port(text: bytes) -> tuple[bytes, bytes, bytes, bytes]:
-    """Host, the colon if there is one, the port, and what smtpd does not read."""
+    """Host, the colon if there is one, the port, and the text that smtpd ignores."""
     found = compiled(rb"(?s)(\[[^\]]*\]|[A-Za-z0-9_.-]*)(?:(:)(.*)|(.*))").fullmatch(text)
     assert found is not None
     host, colon, port, left = found.groups(b"")
     return host, colon, port, left
 
 
-# Formats of Dovecot's that no crypt(3) reads (doc.dovecot.org, Password Schemes).
+# Dovecot's formats that no crypt(3) reads (doc.dovecot.org, Password Schemes).
 _FOREIGN_SCHEME = (
     rb"(?is)\{(?:PLAIN|CLEAR|CLEARTEXT|L?S?(?:MD5|SHA)|S?SHA(?:256|512)|(?:PLAIN|LDAP|CRAM|DIGEST|HMAC)-[A-Z0-9]+"
     rb"|PBKDF2|SCRAM-[A-Z0-9-]+|ARGON2ID?|LANMAN|NTLM|OTP|SKEY|RPA)(?:\.[A-Z0-9]+)?\}.*"
@@ -257,10 +258,10 @@ def _credential(service: str) -> Callable[[Table, bytes, bytes], str | None]:
                     "`smtpctl encrypt`; argon2 needs the service auth; to relay, write USER:PASSWORD)"
                 )
         try:
-            known = passwords.verifiable_hash(value, table.deadline)
+            parsed = passwords.verifiable_hash(value, table.deadline)
         except EntryError as error:
             return str(error)
-        if known is not None and known.scheme == "DES" and not passwords.is_crypt_hash(secret):
+        if parsed is not None and parsed.scheme == "DES" and not passwords.is_crypt_hash(secret):
             return "13 letters that only look like a DES hash (use the output of `smtpctl encrypt`)"
         return None
 

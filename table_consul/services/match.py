@@ -19,7 +19,7 @@ _IPV4 = rb"([0-9]+(?:\.[0-9]+){0,3})(?:/([0-9]+))?"
 _IPV4_HEX = rb"0[xX]([0-9a-fA-F]{1,8})(?:/([0-9]+))?"
 _DOTTED_QUAD = rb"(?:(?:0|[1-9][0-9]{0,2})\.){3}(?:0|[1-9][0-9]{0,2})"
 _HEXTETS = rb"[0-9a-fA-F]{1,4}(?::[0-9a-fA-F]{1,4})*"
-# strtonum(3), by which smtpd reads the length of an IPv6 prefix, skips white space and takes a sign.
+# strtonum(3), by which smtpd reads the length of an IPv6 prefix, skips white space and accepts a sign.
 _PREFIX_LENGTH = rb"[ \t-\r]*[+-]?[0-9]+"
 
 
@@ -42,19 +42,19 @@ def inet_net_pton(text: bytes) -> tuple[int, int] | None:
         octets = [int(octet) for octet in found[1].split(b".")]
         if max(octets) > 255:
             return None
-        octets += (0,) * (4 - (given := len(octets)))
+        octets += (0,) * (4 - (count := len(octets)))
     else:
         found = compiled(_IPV4_HEX).fullmatch(text)
         if found is None:
             return None
         octets = list(bytes.fromhex(found[1].ljust(8, b"0").decode()))
-        given = (len(found[1]) + 1) // 2
+        count = (len(found[1]) + 1) // 2
     if found[2] is not None:
         bits = int(found[2])
     else:
         first = octets[0]
         bits = 32 if first >= 240 else 4 if first >= 224 else 24 if first >= 192 else 16 if first >= 128 else 8
-        bits = max(bits, given * 8)
+        bits = max(bits, count * 8)
     return None if bits > IPV4_BITS else (int.from_bytes(octets), bits)
 
 

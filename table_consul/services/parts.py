@@ -1,4 +1,4 @@
-"""The entries of a folder, in parts of some thousand keys each: a new version shares those that did not change.
+"""The entries of a folder, in parts of some thousand keys each: a new version shares unchanged parts.
 
 A lookup finds the part by its first key and the entry in a dict.
 """
@@ -17,10 +17,10 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class Note(msgspec.Struct, frozen=True, gc=False):
-    """What is unusual about an entry; most have none."""
+    """The unusual properties of an entry; most entries have no note."""
 
     stored: bytes
-    """The key as it is spelled in the store, relative to the folder."""
+    """The key as it is stored, relative to the folder."""
     error: str | None = None
     """Why its lookup is an error."""
     incomplete: bool = False
@@ -28,18 +28,18 @@ class Note(msgspec.Struct, frozen=True, gc=False):
     warning: str | None = None
     """Why smtpd would reject or misread the value, which is served."""
     variants: tuple[bytes, ...] = ()
-    """Stored keys that are never looked up, as this one, which differs only in case, takes precedence."""
+    """Stored keys that are never looked up, because this one, which differs only in case, takes precedence."""
 
 
 class Part:
     """Entries whose keys follow each other. Never changed once built; any thread may read it."""
 
-    __slots__ = ("_order", "cells", "errors", "flawed", "kinds", "notes", "plain", "undecodable", "varied")
+    __slots__ = ("_order", "errors", "flawed", "kinds", "notes", "plain", "undecodable", "values", "varied")
 
     def __init__(
-        self, cells: dict[bytes, bytes | None], notes: dict[bytes, Note], kinds: Mapping[Kind, tuple[bytes, bytes]]
+        self, values: dict[bytes, bytes | None], notes: dict[bytes, Note], kinds: Mapping[Kind, tuple[bytes, bytes]]
     ) -> None:
-        self.cells = cells
+        self.values = values
         """Folded key to value; ``b""`` where the entry has none, None where its lookup is an error."""
         self.notes = notes
         """By folded key."""
@@ -60,7 +60,7 @@ class Part:
                 self.varied = True
             self.flawed = self.flawed or note.error is not None or note.warning is not None or self.varied
         self.undecodable = min(undecodable, default=None)
-        self.plain = all(cells.values())
+        self.plain = all(values.values())
         """Every entry has a value."""
         self._order: list[bytes] | None = None
 
@@ -68,7 +68,7 @@ class Part:
     def order(self) -> list[bytes]:
         """The keys in ascending order."""
         if self._order is None:
-            self._order = sorted(self.cells)
+            self._order = sorted(self.values)
         return self._order
 
     def stored(self, key: bytes) -> bytes:
@@ -84,28 +84,28 @@ class Parts(Mapping[bytes, bytes]):
         """A part holds all keys from its start on, and before the next one's; the first start is empty."""
         self.starts, self.parts = starts, parts
         self._cuts = starts[1:]
-        self._cells = [part.cells for part in parts]
+        self._values = [part.values for part in parts]
 
     def of(self, key: bytes) -> Part:
-        """The part where this folded key is, if it is anywhere."""
+        """The part that contains this folded key, if any does."""
         return self.parts[bisect_right(self._cuts, key)]
 
     def get(self, key: bytes, default: bytes | None = None) -> bytes | None:  # type: ignore[override]
         """The value of this folded key, ``b""`` if the entry has none; the default for errors and unknown keys."""
-        value = self._cells[bisect_right(self._cuts, key)].get(key)
+        value = self._values[bisect_right(self._cuts, key)].get(key)
         return default if value is None else value
 
     def has(self, key: bytes) -> bool:
         """Whether there is an entry, good or bad, of this folded key."""
-        return key in self._cells[bisect_right(self._cuts, key)]
+        return key in self._values[bisect_right(self._cuts, key)]
 
     def is_pattern(self, key: bytes) -> bool:
-        """Whether there is an entry that may match: a key that is not what was stored would match something else."""
-        return key in self._cells[bisect_right(self._cuts, key)] and REPLACEMENT not in key
+        """Whether there is an entry that may match. A key that Consul lists with other bytes must not."""
+        return key in self._values[bisect_right(self._cuts, key)] and REPLACEMENT not in key
 
     def patterns(self) -> Iterator[bytes]:
         """The entries that may match, as `is_pattern`."""
-        return (key for part in self.parts for key in part.cells if REPLACEMENT not in key)
+        return (key for part in self.parts for key in part.values if REPLACEMENT not in key)
 
     def notes(self) -> Iterator[tuple[bytes, Note]]:
         """The notes, by folded key."""
@@ -127,11 +127,11 @@ class Parts(Mapping[bytes, bytes]):
         return (part for part in self.parts if id(part) not in shared)
 
     def patterns_not_in(self, other: Parts) -> list[bytes]:
-        """Those of the `patterns` that the other version does not have."""
+        """The `patterns` that the other version does not have."""
         keys: list[bytes] = []
         for part in self.not_in(other):
-            for first in islice(part.cells, 1):  # what is in the likely part is sorted out quickly
-                keys += [key for key in part.cells.keys() - other.of(first).cells.keys() if not other.has(key)]
+            for first in islice(part.values, 1):  # comparing with the likely part is quick
+                keys += [key for key in part.values.keys() - other.of(first).values.keys() if not other.has(key)]
         return [key for key in keys if REPLACEMENT not in key]
 
     def __getitem__(self, key: bytes) -> bytes:
@@ -141,10 +141,10 @@ class Parts(Mapping[bytes, bytes]):
         return value
 
     def __iter__(self) -> Iterator[bytes]:
-        return (key for cells in self._cells for key, value in cells.items() if value is not None)
+        return (key for values in self._values for key, value in values.items() if value is not None)
 
     def __len__(self) -> int:
-        return sum(len(part.cells) - part.errors for part in self.parts)
+        return sum(len(part.values) - part.errors for part in self.parts)
 
 
 NO_PARTS = Parts([b""], [Part({}, {}, {})])

@@ -1,7 +1,7 @@
-"""Password hashes: their formats, what one costs to verify, and whether a password matches it.
+"""Password hashes: their formats, the cost of verifying one, and whether a password matches it.
 
-crypt-r (the system's own crypt(3)) and argon2-cffi calculate; both are imported for the first password, as few tables
-ever see one. No message contains a password, or any part of a hash beyond its format and its cost.
+crypt-r (the system's own crypt(3)) and argon2-cffi calculate; both are imported for the first password, because few
+tables ever get one. No message contains a password, or any part of a hash beyond its format and its cost.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 from table_consul.errors import ConfigError, EntryError, PeerError, Unreachable
 from table_consul.services import compiled
 
-# crypt(3) of libxcrypt accepts no longer one (CRYPT_MAX_PASSPHRASE_SIZE), so no hash of a longer one exists.
+# crypt(3) of libxcrypt rejects a longer one (CRYPT_MAX_PASSPHRASE_SIZE), so none has a hash.
 PASSWORD_BYTES = 511
-# Dovecot writes the format before the hash (doc.dovecot.org, Password Schemes); crypt(3) does not know these.
+# Dovecot writes the format before the hash (doc.dovecot.org, Password Schemes); crypt(3) does not read these.
 SCHEME_PREFIXES = (b"{CRYPT}", b"{BLF-CRYPT}", b"{SHA256-CRYPT}", b"{SHA512-CRYPT}", b"{ARGON2ID}", b"{ARGON2I}")
-# What passwd -l and others put before a hash, or in its place.
+# Markers that passwd -l and others put before a hash, or in its place.
 LOCK_MARKERS = (b"!", b"*")
 LOCKED_ACCOUNT = b"*LK*"
 _BARE_LOCKS = (b"*", b"!", b"!!")
-# Bounds on what verifying one password allocates, and on the threads of argon2, whatever time there is. libsodium's
+# Bounds on the memory and on argon2's threads for verifying one password, whatever the deadline is. libsodium's
 # MODERATE and yescrypt of cost 9 just fit.
 MAX_MEMORY = 256 << 20
 MAX_LANES = 16
@@ -32,7 +32,7 @@ MAX_LANES = 16
 # glibc 511 bytes take 8 (SHA-512) to 9.6 (SHA-256) times as long as 8.
 ROUND_BYTES = 55
 SHORT_PASSWORD = 16
-# Kinds of hashes remembered of a table that is read key by key.
+# How many kinds of hashes are remembered for a table that is read key by key.
 MAX_KINDS = 16
 
 _ITOA64 = b"./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -44,7 +44,7 @@ def _number(digits: bytes) -> int:
 
 
 _B64 = rb"[./0-9A-Za-z]"
-_SALT = rb"[!-#%-9;-~]"  # printable, but for $ and the colon
+_SALT = rb"[!-#%-9;-~]"  # printable, except $ and the colon
 
 
 class Cost(NamedTuple):
@@ -79,8 +79,8 @@ def _rounds(cost: bytes) -> Cost:
     return Cost(int(cost or 5000))
 
 
-# Formats: name; expression, whose first group is the setting (what precedes the digest) and whose second is the cost;
-# its reader; what a unit of work takes: about twice the time on a core of 2020, rather too much.
+# Formats: name; expression, whose first group is the setting (all before the digest) and whose second is the cost;
+# its parser; seconds for a unit of work: about twice the time on a core of 2020, to be safe.
 SCHEMES: tuple[tuple[str, bytes, Callable[[bytes], Cost], float], ...] = (
     ("bcrypt", rb"(\$2[abxy]\$(\d\d)\$%b{22})%b{31}" % (_B64, _B64), lambda cost: Cost(1 << int(cost)), 1e-4),
     ("SHA-512", rb"(\$6\$(?:rounds=(\d{1,9})\$)?%b{0,16}\$)%b{86}" % (_SALT, _B64), _rounds, 1e-6),
@@ -106,7 +106,7 @@ class Hash(NamedTuple):
     setting: bytes
     cost: Cost
     seconds: float
-    """About what it takes to verify a short password."""
+    """An estimate of the time to verify a short password."""
 
     @property
     def kind(self) -> Kind:
@@ -114,24 +114,24 @@ class Hash(NamedTuple):
         return self.scheme, self.cost
 
     def seconds_for(self, password: bytes) -> float:
-        """About what it takes to verify this password."""
+        """An estimate of the time to verify this password."""
         more = max(0, min(len(password), PASSWORD_BYTES) - SHORT_PASSWORD) / ROUND_BYTES
         return self.seconds * (1 + more if self.scheme in ("SHA-512", "SHA-256", "MD5") else 1)
 
     def with_dummy_digest(self) -> Hash:
-        """The same format, setting and cost with a digest that no password has."""
+        """The same format, setting and cost with a digest that matches no password."""
         digest = (b"A" if self.scheme == "argon2" else b".") * (len(self.text) - len(self.setting))
         return self._replace(text=self.setting + digest)
 
 
-# What `smtpctl encrypt` makes where crypt(3) can; used until a hash of the table has been seen.
+# The format of `smtpctl encrypt` where crypt(3) has it; used until a hash of the table has been seen.
 DEFAULT = Hash("SHA-512", b"$6$tableconsul$" + b"." * 86, b"$6$tableconsul$", Cost(5000), 0.005)
 
 
 def strip_scheme(credential: bytes) -> bytes:
-    """The credential without Dovecot's prefix, with bcrypt under the name that every crypt(3) knows.
+    """The credential without Dovecot's prefix, with bcrypt under the prefix that every crypt(3) reads.
 
-    A bare lock becomes one that smtpd does not find too short. Any other text, such as a clear-text relay password, is
+    A bare lock becomes one that is long enough for smtpd. Any other text, such as a clear-text relay password, is
     returned unchanged.
     """
     if credential in _BARE_LOCKS:
@@ -146,14 +146,14 @@ def strip_scheme(credential: bytes) -> bytes:
 
 
 def looks_like_a_hash(text: bytes) -> bool:
-    """Whether some crypt(3) might know the format, even if it cannot be verified here."""
+    """Whether some crypt(3) may read the format, even if it cannot be verified here."""
     return compiled(rb"\$[0-9a-z-]+[$,].+|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13}").fullmatch(text) is not None
 
 
 def is_crypt_hash(text: bytes) -> bool:
     """Whether it can be the output of some crypt(3): a known prefix, or DES, whose last letter has two bits of zero.
 
-    Thirteen letters without a capital among them are a word, not a hash by DES: one hash in 1,000 has none.
+    Thirteen letters without a capital count as a word, not a DES hash: one hash in 1,000 has no capital.
     """
     return (
         compiled(
@@ -200,70 +200,70 @@ def verifiable_hash(credential: bytes, most: float) -> Hash | None:
     text = hash_part(credential)
     if text.startswith(LOCK_MARKERS):
         return None
-    known = parse(text)
-    if known is None:
+    parsed = parse(text)
+    if parsed is None:
         raise EntryError("not a hash that can be verified (use the output of `smtpctl encrypt`, or argon2)")
-    if known.seconds > most:
+    if parsed.seconds > most:
         raise EntryError(
-            f"the hash takes about {known.seconds:.1f} s to verify, more than the deadline of {most:g} s "
+            f"the hash takes about {parsed.seconds:.1f} s to verify, more than the deadline of {most:g} s "
             "(lower its cost or raise the deadline)"
         )
-    if known.cost.memory > MAX_MEMORY:
+    if parsed.cost.memory > MAX_MEMORY:
         raise EntryError(
-            f"the hash takes about {known.cost.memory >> 20} MiB to verify, more than {MAX_MEMORY >> 20} MiB "
+            f"the hash takes about {parsed.cost.memory >> 20} MiB to verify, more than {MAX_MEMORY >> 20} MiB "
             "(lower its memory cost)"
         )
-    if known.cost.lanes > MAX_LANES:
-        raise EntryError(f"the hash has a parallelism of {known.cost.lanes}, more than {MAX_LANES} (lower it)")
-    return known
+    if parsed.cost.lanes > MAX_LANES:
+        raise EntryError(f"the hash has a parallelism of {parsed.cost.lanes}, more than {MAX_LANES} (lower it)")
+    return parsed
 
 
 def calculated_hash(credential: bytes, most: float) -> Hash | None:
-    """As `verifiable_hash`; None for any credential that no password is verified with."""
+    """As `verifiable_hash`, but None instead of an error."""
     try:
         return verifiable_hash(credential, most)
     except EntryError:
         return None
 
 
-def verify_hash(known: Hash, password: bytes) -> bool:
-    """Whether the hash is of this password.
+def verify_hash(parsed: Hash, password: bytes) -> bool:
+    """Whether the password matches the hash.
 
     Raises:
-        EntryError: this system does not know the format of the hash, or the hash is damaged.
+        EntryError: this system does not support the format of the hash, or the hash is damaged.
         ConfigError: the package that verifies it is not installed.
-        PeerError: the password is not UTF-8, and crypt-r takes nothing else.
+        PeerError: the password is not UTF-8, which crypt-r requires.
     """
-    if known.scheme == "argon2":
+    if parsed.scheme == "argon2":
         argon2 = _package("argon2", "argon2-cffi")
         try:
-            return bool(argon2.PasswordHasher().verify(known.text, password))
+            return bool(argon2.PasswordHasher().verify(parsed.text, password))
         except argon2.exceptions.VerifyMismatchError:
             return False
         except argon2.exceptions.VerificationError:
-            raise EntryError("a hash by argon2 that cannot be verified: damaged, or too large") from None
+            raise EntryError("the argon2 hash cannot be verified: damaged, or too large") from None
     from hmac import compare_digest
 
     binding = _binding()
     try:
         word = password.decode()
     except UnicodeDecodeError:
-        raise PeerError("the password is not UTF-8, and crypt-r takes nothing else") from None
+        raise PeerError("the password is not UTF-8, which crypt-r requires") from None
     if len(password) > PASSWORD_BYTES or b"\0" in password:
         return False
     try:
-        made: str = binding.crypt(word, known.text.decode())
+        made: str = binding.crypt(word, parsed.text.decode())
     except OSError:
         made = "*"
     if made.startswith("*"):
-        raise EntryError(f"a hash by {known.scheme}, which crypt(3) of this system does not know")
-    return compare_digest(made.encode(), known.text)
+        raise EntryError(f"crypt(3) of this system does not support hashes by {parsed.scheme}")
+    return compare_digest(made.encode(), parsed.text)
 
 
 def make_hash(scheme: str, password: str, salt: bytes) -> bytes | None:
-    """A new hash; None if crypt(3) of this system does not know the scheme: ``yescrypt``, ``bcrypt`` or ``argon2``.
+    """A new hash; None if crypt(3) of this system does not support the scheme: ``yescrypt``, ``bcrypt`` or ``argon2``.
 
-    ``salt`` are 16 random bytes, which argon2 takes from the system itself.
+    ``salt`` are 16 random bytes; argon2 ignores them and gets its own from the system.
 
     Raises:
         ConfigError: the package that calculates it is not installed.
@@ -281,8 +281,8 @@ def make_hash(scheme: str, password: str, salt: bytes) -> bytes | None:
         setting = b"$2b$12$" + b64encode(salt)[:22].translate(alphabet)
     with contextlib.suppress(OSError):
         made = _binding().crypt(password, setting.decode()) or ""
-        if (known := parse(made.encode())) is not None and known.scheme == scheme:
-            return known.text
+        if (parsed := parse(made.encode())) is not None and parsed.scheme == scheme:
+            return parsed.text
     return None
 
 
@@ -298,15 +298,15 @@ def _package(module: str, package: str) -> Any:  # noqa: ANN401 - a module
     try:
         return importlib.import_module(module)
     except ImportError:
-        text = f"auth: the Python package {package} is not installed; install table-consul[auth]"
+        text = f"auth: the Python package {package} is not installed (install table-consul[auth])"
         raise ConfigError(text) from None
 
 
 class Verifier:
-    """Verifies passwords, in a time that does not depend on whose they are unless they are right.
+    """Verifies passwords; the time of a failed login does not depend on the user.
 
-    Every login that fails costs one hash of each kind in the table, whether the user has one of them or none. Remembers
-    only the cost parameters of tables that are read key by key, never a digest.
+    A failed login costs one hash of each kind in the table, whether or not the user has a hash. For tables that are
+    read key by key, the cost parameters are remembered, never a digest.
     """
 
     def __init__(self, verify: Callable[[Hash, bytes], bool] = verify_hash) -> None:
@@ -324,17 +324,17 @@ class Verifier:
         *,
         complete: bool = False,
     ) -> bool:
-        """Whether the stored credential is of this password. None never matches, after the same time.
+        """Whether the password matches the stored credential; None never matches, but takes the same time.
 
-        ``others`` are credentials of the same table, one of each kind if ``complete``, to which those seen before are
-        added if not. ``most`` bounds the time for a hash, in seconds: the deadline, of which ``left`` are left now.
+        ``others`` are credentials of the same table: one of each kind if ``complete``, otherwise those seen before are
+        added. ``most`` bounds the time for a hash: the deadline in seconds, of which ``left`` remain.
 
         Raises:
-            Unreachable: what is left is too short for the hashes.
+            Unreachable: too little time is left for the hashes.
             EntryError, ConfigError, PeerError: as by `verifiable_hash` and `verify_hash`.
         """
-        known = None if stored is None else verifiable_hash(stored, most)
-        hashes = (*(calculated_hash(credential, most) for credential in others), known)
+        parsed = None if stored is None else verifiable_hash(stored, most)
+        hashes = (*(calculated_hash(credential, most) for credential in others), parsed)
         kinds = {each.kind: each.with_dummy_digest() for each in hashes if each is not None}
         if not complete:
             seen = self._seen.setdefault(table, {})
@@ -342,23 +342,23 @@ class Verifier:
             if len(kinds) <= MAX_KINDS:
                 self._seen[table] = dict(kinds)
         work = _affordable(kinds.values() or (DEFAULT,), most)
-        if known is not None and known.kind not in (each.kind for each in work):
-            work.append(known)
+        if parsed is not None and parsed.kind not in (each.kind for each in work):
+            work.append(parsed)
         if sum(each.seconds_for(password) for each in work) > left:
-            raise Unreachable(f"too little left of the deadline of {most:g} s to verify a password")
-        if known is not None and self._verify(known, password):
+            raise Unreachable(f"too little time left before the deadline of {most:g} s to verify a password")
+        if parsed is not None and self._verify(parsed, password):
             return True
         for each in work:
-            if known is None or each.kind != known.kind:
-                with contextlib.suppress(EntryError):  # with any hash of another user, this user cannot log in
+            if parsed is None or each.kind != parsed.kind:
+                with contextlib.suppress(EntryError):  # a bad hash of another user does not matter
                     self._verify(each, password)
         return False
 
 
 def _affordable(hashes: Iterable[Hash], most: float) -> list[Hash]:
-    """The dearest of these hashes, and of the others as many as leave half of the time."""
-    dearest, *others = sorted(hashes, key=lambda each: each.seconds, reverse=True)
-    chosen, room = [dearest], most / 2 - dearest.seconds
+    """The most expensive of these hashes, and as many of the others as leave half of the time."""
+    costliest, *others = sorted(hashes, key=lambda each: each.seconds, reverse=True)
+    chosen, room = [costliest], most / 2 - costliest.seconds
     for each in others:
         if each.seconds <= room:
             chosen.append(each)

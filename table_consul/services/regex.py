@@ -1,7 +1,8 @@
 """POSIX extended regular expressions, as glibc's regcomp(3) reads them, translated for RE2, which takes linear time.
 
-smtpd compiles with REG_EXTENDED, and REG_ICASE after ``(?i)``, in the C locale. Only what both libraries read alike is
-translated; where POSIX is open, glibc decides. RE2's option ``posix_syntax`` reads brackets and repetitions otherwise.
+smtpd compiles with REG_EXTENDED, and REG_ICASE after ``(?i)``, in the C locale. Only syntax that both libraries read
+alike is translated; what POSIX leaves open follows glibc. RE2's option ``posix_syntax`` reads brackets and repetitions
+differently.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ IGNORE_CASE = b"(?i)"
 REGEX_BYTES = 1 << 20
 REGEX_SET_BYTES = 2 << 20
 REGEX_SET_SIZE = 10_000  # instructions; a set of that many never runs out of its memory
-# In RE2's syntax: what is not literal, else one literal byte.
+# In RE2's syntax: everything that is not literal, or one literal byte.
 _LITERAL = rb"\[[^]]*\]|\{[^}]*\}|\\[AzbB]|(\\x..|\w)"
 
 
@@ -53,7 +54,7 @@ def posix_to_re2(pattern: bytes) -> bytes:
     """The expression in RE2's syntax, for bytes (its encoding Latin-1).
 
     Raises:
-        EntryError: regcomp(3) would reject it, or RE2 has no such thing; the text is one line with what to do.
+        EntryError: regcomp(3) would reject it, or RE2 has no equivalent; the text has a hint.
     """
     return _Translator(pattern).translate()
 
@@ -111,7 +112,7 @@ class _Translator:
         return b"".join(groups[0])
 
     def _token(self) -> bytes:
-        """The next byte, or the next two if the first is a backslash; what is escaped keeps its case."""
+        """The next byte, or the next two if the first is a backslash; an escaped byte keeps its case."""
         at = self._at
         self._at += 1
         if self._pattern[at : self._at] != b"\\":
@@ -121,7 +122,7 @@ class _Translator:
         if not c:
             raise _error("ends in a \\; write \\\\ for the character")
         if c in b"123456789":
-            raise _error("has a back-reference, which cannot be matched in linear time; do without it")
+            raise _error("has a back-reference, which cannot be matched in linear time; remove it")
         if c in b"<>":
             raise _error(f"has a \\{c.decode()}, which is not POSIX; write \\b")
         return b"\\" + c
@@ -164,7 +165,7 @@ class _Translator:
                 self._at += 1
                 end, ranged = self._bracket_element()
                 if not ranged or min(start) > max(end):
-                    raise _error("has a range within [ ] that is empty; write it in order")
+                    raise _error("has an empty range within [ ]; write it in ascending order")
                 members.update(range(min(start), max(end) + 1))
         self._at += 1
         return EVERY - members if negated else frozenset(members)
@@ -195,7 +196,7 @@ class _Translator:
 
 
 def escape_warnings(pattern: bytes) -> Iterator[str]:
-    """What to write instead of each escaped letter or digit that has a meaning only in other dialects."""
+    """A hint for each escaped letter or digit that has a meaning only in other dialects."""
     for token in sorted({*compiled(rb"(?s)\\.").findall(pattern)} - CLASS_TOKENS.keys() - EMPTY_TOKENS.keys()):
         if token[1:].isalnum():
             c = token[1:].decode()
@@ -220,7 +221,7 @@ class Expression(NamedTuple):
     size: int
     """Instructions of its program: the most that a search follows at each byte."""
     width: int
-    """How many a search of a hostile text follows: all but those of literal text, of which it follows a few at once."""
+    """How many a search of a hostile text follows at each byte: few of those for literal text, and all others."""
     search: Callable[[bytes], object | None]
     """Takes time linear in the text; None where the expression is not found."""
 
@@ -243,12 +244,12 @@ def regcomp(entry: bytes) -> Expression:
     size = compiled_pattern.programsize
     literals = sum(map(bool, compiled(_LITERAL).findall(pattern)))
     width = size - literals * 7 // 8
-    # Long repetitions are long chains, of which each byte follows many.
+    # Long repetitions are long chains, and each byte follows many of their instructions.
     return Expression(entry, pattern, size, width + width * width // 500, compiled_pattern.search)
 
 
 class RegexSet:
-    """Expressions, in ascending order of entries, compiled into one; the last of it matches everything."""
+    """Expressions, in ascending order of entries, compiled into one set, whose last member matches everything."""
 
     def __init__(self, patterns: Mapping[bytes, bytes], size: int, max_bytes: int = REGEX_SET_BYTES) -> None:
         """``patterns`` are in RE2's syntax, by entry; ``size`` is the sum of theirs."""
@@ -266,10 +267,10 @@ class RegexSet:
         re2.purge()
 
     def find(self, key: bytes) -> bytes | None:
-        """The first of the entries that is found in the key, or None.
+        """The first of the entries that matches the key, None if none does.
 
         Raises:
-            EntryError: the expression that matches everything did not, as memory ran out: the rest proves nothing.
+            EntryError: memory ran out, and the expression that matches everything did not match.
         """
         matched: list[int] = (self._set.Match(key) or []) if self._set is not None else []
         if len(self._entries) not in matched:

@@ -1,8 +1,7 @@
 """Parse and validate the values stored in Consul.
 
-Pure: bytes in, bytes out; knows neither entries nor where they come from. A value that is certainly invalid for its
-service is an error; one that only looks wrong is served unchanged, and judge.py warns. No message contains any part of
-a value.
+Pure: bytes in, bytes out; independent of entries and their source. A value that is certainly invalid for its service is
+an error; a suspicious one is served unchanged, and judge.py warns. No message contains any part of a value.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from table_consul.services.elements import is_plain_list, split_list
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
 LINE_MAX = 2048
-# smtpd reads it as an id (to.c, text_to_userinfo: UID_MAX), and setresuid(2) takes it as "leave it as it is": as root.
+# smtpd reads it as an id (to.c, text_to_userinfo: UID_MAX), and setresuid(2) takes it as "unchanged": root.
 ID_MAX = 4294967295
-# smtpd puts the key before the value and splits again (table.c, table_parse_lookup): of a key "gilles:0", the 0 would
+# smtpd puts the key before the value and splits again (table.c, table_parse_lookup): the 0 of a key "gilles:0" would
 # become the uid.
-_COLON_IN_KEY = "the key contains a colon, which smtpd takes for the end of the user name"
+_COLON_IN_KEY = "the key contains a colon, which smtpd takes as the end of the user name"
 
 
 class MissingFields(EntryError):
@@ -65,7 +64,7 @@ def _decode(table: Table, service: Service, key: bytes, raw: bytes) -> bytes:
         try:
             decoded = msgspec.json.decode(raw, type=str | list[str] | dict[str, object])
         except UNDECODABLE:
-            # Nothing but an object begins with a brace and a quote; {CRYPT}$6$... is text.
+            # Only an object begins with a brace and a quote; {CRYPT}$6$... is text.
             if raw.startswith(b"{") and (strict or raw[1:].lstrip().startswith((b'"', b"'"))):
                 raise EntryError("the value starts like a JSON object but is not valid JSON") from None
     if isinstance(decoded, dict):
@@ -100,7 +99,7 @@ def _from_record(service: Service, key: bytes, record: dict[str, object]) -> byt
     if service.hashed and b":" in values[0]:
         if b":" in key:
             raise EntryError(_COLON_IN_KEY)
-        values.insert(0, key)  # a password to relay with; smtpd takes what precedes the first colon for its user
+        values.insert(0, key)  # a relay password; for smtpd the user ends at the first colon
     return b":".join(values)
 
 
@@ -120,7 +119,7 @@ def _join_lines(text: bytes) -> bytes:
 
 
 def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
-    """Reject what smtpd cannot use, and what would give this host to anyone with write access to the key."""
+    """Reject values that smtpd cannot use, or that would let anyone with write access to the key control this host."""
     if service.joined:
         if is_plain_list(text):
             return
@@ -157,7 +156,7 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
     if 0 in (int(uid), int(gid)) and not table.allow_root:
         raise EntryError("uid or gid 0 would deliver mail as root; set allow_root = true to permit it")
     if key == DEFAULT_KEY and re.search(rb"%(?![und])", home.replace(b"%%", b"")):
-        raise EntryError("the default home directory contains an unknown placeholder (known: %u, %n, %d, %%)")
+        raise EntryError("the default home directory contains an unknown placeholder (use %u, %n, %d or %%)")
     if key == DEFAULT_KEY and b"%" in home and {b".", b".."}.intersection(home.split(b"/")):
         raise EntryError("the default home directory contains . or .. as a segment")
 
@@ -165,7 +164,7 @@ def _validate_user(table: Table, key: bytes, text: bytes) -> None:
 def expand_home(text: bytes, key: bytes) -> bytes | None:
     """The value of the default entry of userinfo for this user, with ``%u``, ``%n`` and ``%d`` in its home filled in.
 
-    None if there can be no such user: the name cannot be part of a path, or would give smtpd other ids. Anyone may send
+    None if the name cannot be a user: it is not valid in a path, or would change the ids for smtpd. Anyone may send
     mail to such a name.
 
     Raises:

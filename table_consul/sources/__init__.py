@@ -1,4 +1,4 @@
-"""Where entries come from: the one interface of a mirror of Consul, of direct reads, and of a file."""
+"""The interface of all sources of entries: a mirror of Consul, direct reads, and a file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PROBE = b"-"
 
 
 def holds_answer(entries: Entries, key: bytes | None) -> bool:
-    """Whether an entry answers for the key (None: for a fetch), so that entries that an ACL hides do not matter."""
+    """Whether an entry matches the key (None: any, for a fetch), so that entries that an ACL hides do not matter."""
     return len(entries) > 0 if key is None else entries.find(key) is not None
 
 
 class Source(Protocol):
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """The entries of the service, or as many as answer for this key (None: all, for fetch).
+        """The entries of the service, or only those that matter for this key (None: all, for fetch).
 
         Raises:
             SourceError: no answer by the deadline, a time on the caller's clock.
@@ -26,9 +26,9 @@ class Source(Protocol):
         ...
 
     def update(self) -> None:
-        """Read token, TLS files and data anew; what was known before answers until there is more.
+        """Reread token, TLS files and data; the former data are served until newer ones arrive.
 
         Raises:
-            TableConsulError: that is not possible.
+            TableConsulError: one of them cannot be read.
         """
         ...

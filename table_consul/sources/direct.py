@@ -1,4 +1,4 @@
-"""Answers by reading Consul once a request: for tables that are too large to mirror."""
+"""The source that reads Consul for each request, for tables that are too large to mirror."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
 
-# Pattern services are matched against all entries, which several rules of one mail ask for in a row.
+# Pattern services need all entries, and several rules look them up in a row for one message.
 CACHE_SECONDS = 1.0
-# How often a folder is logged in which Consul refuses single keys, and not others: many are strangers' addresses.
+# How often refusals of single keys of a folder are logged: strangers' addresses cause many.
 REFUSED_KEY_SECONDS = 300.0
 
 
@@ -40,17 +40,17 @@ class DirectSource:
         self._clock = clock
         self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
-        self._silent_until: dict[bytes, float] = {}
+        self._next_refusal_log: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
-        self._capitals: dict[bytes, tuple[float, Mapping[bytes, bytes] | TooLarge]] = {}
+        self._original_cases: dict[bytes, tuple[float, Mapping[bytes, bytes] | TooLarge]] = {}
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """The entry of this key, and the default of the service if that may answer; all entries where those are needed.
+        """The entry of this key, and the default entry if that may apply; all entries for patterns and for a fetch.
 
-        A table that should be in memory finds keys in any case, here as well.
+        In mode mirror, for a table that is too large, keys in any case are found, as in memory.
 
         Raises:
-            SourceError: Consul cannot be read by the deadline, or refuses, or an entry that it hides may answer.
+            SourceError: Consul cannot be read by the deadline, or refuses, or may hide an entry that matches.
         """
         path = table.path(service)
         if key is None or service.patterns:
@@ -67,15 +67,15 @@ class DirectSource:
     def entries_hidden(
         self, unlisted: Unlisted, table: Table, service: Service, key: bytes | None, deadline: float
     ) -> Entries:
-        """As `entries`, for a key that Consul does not list and may hide: it is read as it was once spelled.
+        """As `entries`, for a key that Consul does not list and may hide; it is read in its stored case.
 
         Raises:
-            SourceError: as `entries`, and where reading one key is not enough for an answer.
+            SourceError: as `entries`, or reading one key is not enough.
         """
         if key is None or service.patterns or unlisted.stored is None:
             raise unlisted.error.with_traceback(None)
         pairs = self._read(table.path(service), unlisted.stored, deadline)
-        if not pairs and unlisted.listed.contains(key):  # by the default entry, the name of which 1.21.5 refuses
+        if not pairs and unlisted.listed.contains(key):  # by the default entry, whose name Consul 1.21.5 rejects
             return unlisted.listed
         return self._with_default(table, service, key, pairs, deadline)
 
@@ -94,7 +94,7 @@ class DirectSource:
             SourceError: the token file cannot be used.
         """
         self._cache.clear()
-        self._capitals.clear()
+        self._original_cases.clear()
         self._breaker.not_before = 0.0
         self._client.reload()
 
@@ -104,8 +104,8 @@ class DirectSource:
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not kv.is_url_safe(path + key):
-            # A transaction can write such a key (api-docs/txn), and no URL reads it.
-            raise SourceError(f"{printable(path + key)} cannot be read from Consul, as no URL can name it")
+            # A transaction can write such a key (api-docs/txn), but no URL can read it.
+            raise SourceError(f"{printable(path + key)}: cannot be read from Consul: no URL can contain this key")
         pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left), one_key=True)
         return [] if pair is None else [(key, pair.value)]
 
@@ -126,34 +126,34 @@ class DirectSource:
         except TooLarge as too_large:
             error = too_large
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
-        self._cache[table.name, service.name] = (self._lapses(began), entries, error)
+        self._cache[table.name, service.name] = (self._expiry(began), entries, error)
         logged = set() if former is None else set(former.problems)
         warn_of_problems(table.name, [problem for problem in entries.problems if problem not in logged])
         return entries, error
 
-    def _lapses(self, began: float) -> float:
-        """Until when a list counts that took from ``began`` to now: listing takes a fifth of the time at most."""
+    def _expiry(self, began: float) -> float:
+        """When a list expires that took from ``began`` to now: listing takes at most a fifth of the time."""
         now = self._clock()
         return now + max(CACHE_SECONDS, 4 * (now - began))
 
     def _original_case(self, path: bytes, deadline: float) -> Mapping[bytes, bytes]:
         """The keys of this folder that are not stored in lower case, from folded to stored."""
-        until, found = self._capitals.get(path, (0.0, {}))
+        until, found = self._original_cases.get(path, (0.0, {}))
         began = self._clock()
         if began >= until:
             try:
                 keys, _ = self._ask(path, deadline, lambda left: self._client.visible_keys(path, timeout=left))
-                stored = (key[len(path) :] for key in reversed(keys))  # of several spellings the first one answers
+                stored = (key[len(path) :] for key in reversed(keys))  # the first variant takes precedence
                 found = {fold_key(key): key for key in stored if fold_key(key) != key}
             except TooLarge as error:
                 found = error
-            self._capitals[path] = (self._lapses(began), found)
+            self._original_cases[path] = (self._expiry(began), found)
         if isinstance(found, TooLarge):
             raise found.with_traceback(None)
         return found
 
     def _ask(self, path: bytes, deadline: float, read: Callable[[float], T], *, one_key: bool = False) -> T:
-        """What ``read`` returns, of one key or of the folder; logged is what another lookup would meet as well."""
+        """The result of ``read`` for one key or the folder; errors that would affect other lookups are logged."""
         now, breaker = self._clock(), self._breaker
         if breaker.since is not None and now < breaker.not_before:
             raise Unreachable(f"Consul has been unreachable for {now - breaker.since:.0f} s: {breaker.last_error}")
@@ -167,11 +167,11 @@ class DirectSource:
         except SourceError as error:
             breaker.success(self._clock())
             if isinstance(error, BadRequest | TooLarge) or (one_key and isinstance(error, Forbidden)):
-                if now >= self._silent_until.get(path, 0.0):
-                    self._silent_until[path] = now + REFUSED_KEY_SECONDS
+                if now >= self._next_refusal_log.get(path, 0.0):
+                    self._next_refusal_log[path] = now + REFUSED_KEY_SECONDS
                     where = "for such keys"
                     if isinstance(error, TooLarge):
-                        where = 'where all keys are needed (set mode = "mirror", and max_keys above their number)'
+                        where = 'for lookups that need all keys (set mode = "mirror" and max_keys above their number)'
                     log.warning("%s: %s; returning errors %s", printable(path), error, where)
             else:
                 refusal = self._refusals.setdefault(path, Backoff(printable(path), "returning errors"))

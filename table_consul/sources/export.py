@@ -36,7 +36,7 @@ class _Entry(msgspec.Struct):
     flags: int = 0
 
 
-# As much as kv.py decodes at once: it holds Python's lock, and other tables answer.
+# As in kv.py: decoding holds Python's lock, which other threads need for replies.
 STEP_BYTES = 16 << 10
 
 _decoder = msgspec.json.Decoder(list[_Entry])
@@ -48,7 +48,7 @@ def iter_export(file: BinaryIO) -> Iterator[Exported]:
 
     Raises:
         OSError: the file cannot be read.
-        SourceError: it is something else, or was cut off.
+        SourceError: it is not an export, or is cut off.
     """
     count = 0
     try:
@@ -67,12 +67,12 @@ def export_entry(key: bytes, value: bytes, flags: int = 0, **more: str) -> bytes
 
 
 class FileSource:
-    """A source that reads its file again whenever it has changed. A bad version leaves the last good one answering."""
+    """A source that rereads its file when it changes; if that version is invalid, the last good one is served."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._version: tuple[int, int, int] | None = None
-        """The one that was read last, good or bad."""
+        """The version that was read last, good or bad."""
         self._pairs: list[Exported] | None = None
         self._error: SourceError | None = None
         self._entries: dict[tuple[str, str], Entries] = {}
@@ -98,7 +98,7 @@ class FileSource:
         """Read the file again even if it looks the same.
 
         Raises:
-            SourceError: it cannot be used; the last good version goes on answering.
+            SourceError: it cannot be used; the last good version is still served.
         """
         self._version = None
         self._refresh()

@@ -1,6 +1,6 @@
-"""Held deletions: which entries go on answering after most of a folder was deleted in Consul, and for how long.
+"""Held deletions: which entries are still served after most of a folder was deleted in Consul, and for how long.
 
-Knows nothing of threads, HTTP or files; moments come in as seconds on the caller's clock.
+Independent of threads, HTTP and files; times are seconds on the caller's clock.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import msgspec
 
 from table_consul.errors import counted
 
-# Fewer deletions are what people do in the UI; most of a folder and this many is what a wrong command does.
+# People delete fewer entries in the UI; a wrong command deletes this many and most of a folder.
 LEAST_DELETIONS = 20
-# Here a deletion withdraws a permission.
+# A deletion here withdraws a permission.
 NEVER_HELD = frozenset({"auth", "credentials"})
-# The moment at which an accepted hold ended.
+# The end of an accepted hold.
 ACCEPTED = 0.0
 
 
 class Held(msgspec.Struct, frozen=True):
-    """The deleted entries of one service that go on answering."""
+    """The deleted entries of one service that are still served."""
 
     keys: Mapping[bytes, bytes]
     """Folded keys to stored ones, relative to the folder."""
@@ -30,7 +30,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Terms(NamedTuple):
-    """On which terms a read may begin to hold deletions."""
+    """The terms on which a read may begin to hold deletions."""
 
     now: float
     seconds: float
@@ -40,16 +40,16 @@ class Terms(NamedTuple):
 
 
 def is_suspicious(deleted: int, count: int, *, other_store: bool = False) -> bool:
-    """Whether so many deletions at once, of so many entries of a folder, may be a mistake."""
+    """Whether so many deletions in one read, out of ``count`` entries of a folder, may be a mistake."""
     return deleted * 2 > count and (deleted >= LEAST_DELETIONS or other_store)
 
 
 def next_held(service: str, held: Held | None, deleted: Mapping[bytes, bytes], count: int, terms: Terms) -> Held | None:
-    """What is held of a service after a read.
+    """The held deletions of a service after a read, None if there are none.
 
-    ``held`` is what was held before and is not over. Further deletions join it, because a wrong command may arrive in
-    several steps. ``deleted`` are the keys whose absence is proven, with those that were held; ``count`` is the number
-    of entries there were, without those of a hold that is over.
+    ``held`` is the former hold, unless it has expired. Further deletions join it, because a wrong command may take
+    effect in several steps. ``deleted`` are the keys whose absence is proven, with those that were held; ``count``
+    is the former number of entries, without those of an expired hold.
     """
     if not deleted:
         return None
@@ -61,17 +61,17 @@ def next_held(service: str, held: Held | None, deleted: Mapping[bytes, bytes], c
     return Held(deleted, terms.now + terms.seconds) if suspicious else None
 
 
-def news(
+def log_lines(
     before: Mapping[str, Held], after: Mapping[str, Held], counts: Mapping[str, int], table: str, now: float
 ) -> Iterator[tuple[str, str]]:
-    """A service and a text for the log for each hold that has ended or begun; ``counts`` were there before."""
+    """A service and a log text for each hold that has ended or begun; ``counts`` are former numbers of entries."""
     for service, held in before.items():
         if service not in after or after[service].until != held.until:
             entries = counted(len(held.keys), "deleted entry", "deleted entries")
             if held.until == ACCEPTED:
                 yield service, f"deletion accepted: no longer serving {entries}"
             elif held.until <= now:
-                yield service, f"hold_deletions is over: no longer serving {entries}"
+                yield service, f"hold_deletions expired: no longer serving {entries}"
             else:
                 yield service, "all deleted entries are back"
     for service, held in after.items():

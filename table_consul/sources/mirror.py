@@ -1,7 +1,7 @@
 """A table's entries in memory, and the pure functions that decide when and how to refresh them.
 
-Knows nothing of threads, HTTP or files; moments come in as seconds on the caller's clock. The rules are those of
-Consul's documentation (api-docs/features/blocking, "Implementation Details") and of consul-template's watch/view.go.
+Independent of threads, HTTP and files; times are seconds on the caller's clock. The rules are those of Consul's
+documentation (api-docs/features/blocking, "Implementation Details") and of consul-template's watch/view.go.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from table_consul.services.entries import Entries, EntriesBuilder
 from table_consul.sources import holds_answer
 from table_consul.sources.hold import ACCEPTED, Held, Terms, next_held
 
-# Between the ends of two queries: a burst of edits is read as a few. Half of the edits are seen sooner than that.
+# Between the ends of two queries, so that a burst of edits takes few reads. Half of the edits are seen sooner.
 LEAST_PAUSE_SECONDS = 0.02
-# Of a query that returns again and again with nothing new, as for an empty prefix when others change (consul #12363).
+# For a query that keeps returning nothing new, as for an empty prefix when other keys change (consul #12363).
 MOST_PAUSE_SECONDS = 0.5
-# Consul's own default. A query that brings nothing proves that Consul is there, but costs it a scan of the prefix.
+# Consul's own default. A query without news proves that Consul is up, but makes it scan the prefix.
 MOST_WAIT_SECONDS = 300.0
-# While keys are hidden, as a change of ACLs changes no index and ends no query. And for the first query after an
-# answer, as a snapshot that was restored while nothing waited may have a lower index, and ends none either.
+# While keys are hidden, because a change of ACLs changes no index and ends no query. Also for the first query after a
+# response, because a snapshot that is restored before it may have a lower index, and does not end it either.
 SHORT_WAIT_SECONDS = 10.0
-# How the wait recovers from one that was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
+# How fast the wait grows after one was cut: 1.1 probes a proxy's limit of 60 seconds about once in six minutes.
 WAIT_GROWTH = 1.1
-# How many missing keys to read: of more, a sample spread over the list shows whether they are deleted or hidden.
+# How many missing keys to read; of more, a sample spread over the list shows whether they are deleted or hidden.
 MAX_ABSENCE_CHECKS = 64
 
 
 class QueryState(msgspec.Struct, frozen=True):
-    """How a watch asks next, and what the latest answer was like."""
+    """The state of a watch between its latest response and its next query."""
 
     index: int = 0
-    """The index to wait on; at 0 Consul answers immediately."""
+    """The index to wait on; at 0 Consul responds immediately."""
     seen: int = 0
-    """The index of what is in memory; 0: everything is read, whatever its index."""
+    """The index of the data in memory; at 0 everything is read, whatever its index."""
     idle: int = 0
-    """How many answers in a row have brought nothing."""
+    """How many responses in a row have brought nothing new."""
     gap: bool = True
-    """Between the latest answer and the next query there is more than a moment."""
+    """The next query does not immediately follow the latest response."""
     filtered: bool = False
     """Consul reported that an ACL hides keys."""
     behind: bool = False
     """The server that answered lacks recent entries."""
     longest_wait: float = MOST_WAIT_SECONDS
-    """In seconds; lower after something between here and Consul has cut a wait."""
+    """In seconds; lowered after a proxy or Consul has cut a wait."""
 
 
 def next_query(
     state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float
 ) -> tuple[QueryState, float]:
-    """The next state of a watch after an answer, and the seconds to pause before the next query.
+    """The next state of a watch after a response, and the seconds to pause before the next query.
 
-    ``timed_out``: Consul held the query for as long as it was asked to. ``load_seconds`` count from the first byte.
-    An index that goes backwards (a restored snapshot, a deleted newest key) restarts at 0, for waiting on a number that
-    the store has yet to reach hides every edit until then. An index is at least 1. So does a wait that ends early with
-    the index that it waited on: Consul ends it with the former contents when a snapshot is restored.
+    ``timed_out``: Consul held the query for the whole wait. ``load_seconds`` count from the first byte. The index to
+    wait on restarts at 0 if the index goes backwards (a restored snapshot, a deleted newest key), because waiting for a
+    number that the store has yet to reach hides every edit until then. It also restarts if a wait ends early with the
+    index that it waited on: when a snapshot is restored, it returns the former contents. Indexes are at least 1.
     """
     backwards = index < state.index
     early = index == state.index > 0 and not timed_out
@@ -86,7 +86,7 @@ def after_cut(state: QueryState, waited: float) -> QueryState:
 
 
 def wait_seconds(state: QueryState, max_age: float, *, hidden: bool, held_for: float = math.inf) -> float:
-    """How long Consul shall hold a query when there is nothing new: well below ``max_age``, which counts from it."""
+    """How long Consul holds a query without news: well below ``max_age``, which counts from its end."""
     most = SHORT_WAIT_SECONDS if hidden or state.gap else MOST_WAIT_SECONDS
     return max(min(most, state.longest_wait, max_age / 3, held_for), LEAST_PAUSE_SECONDS)
 
@@ -100,7 +100,7 @@ class Hidden(msgspec.Struct, frozen=True):
 
 
 class Unlisted(SourceError):
-    """A key is not among those ``listed``, and may be in Consul, spelled as ``stored`` (None: for all keys)."""
+    """A key is not among those ``listed``, and may be in Consul as ``stored`` (None: for all keys)."""
 
     def __init__(self, error: SourceError, listed: Entries, stored: bytes | None) -> None:
         super().__init__(str(error))
@@ -116,9 +116,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     hidden: Mapping[str, Hidden]
     """Services in whose folder the token may not read everything."""
     restored: bool = False
-    """It comes from a file, or from a watch with other settings; Consul has confirmed nothing of it to this one."""
+    """It comes from a file, or from a watch with other settings; Consul has not confirmed it to this watch."""
     held: Mapping[str, Held] = {}
-    """By service the entries that go on answering although they are deleted in Consul."""
+    """By service the entries that are deleted in Consul and still served."""
 
     @property
     def size(self) -> int:
@@ -131,7 +131,7 @@ class Snapshot(msgspec.Struct, frozen=True):
         return min((each.until for each in self.held.values()), default=math.inf)
 
     def accepted(self) -> Snapshot:
-        """The same entries; at the next read those that are held go."""
+        """The same entries; the next read drops those that are held."""
         if not self.held:
             return self
         return replace(self, held={name: replace(each, until=ACCEPTED) for name, each in self.held.items()})
@@ -141,7 +141,10 @@ NOTHING_YET = Unreachable("no data received from Consul yet")
 
 
 def adopted(former: Snapshot, table: Table, services: Iterable[str]) -> Snapshot | None:
-    """What a snapshot of other settings holds for these; None if that is nothing. It proves no absence of the rest."""
+    """The entries of a snapshot with other settings that are valid for these; None if there are none.
+
+    For the other services it proves no absence.
+    """
     entries = {name: Entries(table, SERVICES[name]) for name in services}
     hidden = dict.fromkeys(entries, Hidden(NOTHING_YET, {}))
     for name, old in former.entries.items():
@@ -150,23 +153,23 @@ def adopted(former: Snapshot, table: Table, services: Iterable[str]) -> Snapshot
             del hidden[name]
     if len(hidden) == len(entries):
         return None
-    known = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
+    still_hidden = {name: each for name, each in former.hidden.items() if name in entries and name not in hidden}
     held = {name: each for name, each in former.accepted().held.items() if name in entries and name not in hidden}
-    return Snapshot(entries, {**hidden, **known}, restored=True, held=held)
+    return Snapshot(entries, {**hidden, **still_hidden}, restored=True, held=held)
 
 
 def unverified_services(services: Iterable[str], former: Snapshot | None, *, filtered: bool) -> list[str]:
-    """Those services of which it is not known whether their folder may be read; all, where Consul filters the list."""
+    """The services whose folder may be unreadable; all of them if Consul filters the list."""
     return [name for name in services if filtered or former is None or former.restored or name in former.hidden]
 
 
 def sample(keys: Sequence[bytes], most: int = MAX_ABSENCE_CHECKS) -> Sequence[bytes]:
-    """All of the keys; of many, some from everywhere in the list."""
+    """All of the keys; if there are more than ``most``, so many from all over the list."""
     return keys if len(keys) <= most else [keys[number * len(keys) // most] for number in range(most)]
 
 
 class SnapshotBuilder:
-    """A snapshot in the making: entries come in as Consul lists them, and replace what lies below the prefix."""
+    """Builds a snapshot: entries come in as Consul lists them, and replace those below the prefix."""
 
     def __init__(
         self,
@@ -178,7 +181,7 @@ class SnapshotBuilder:
         *,
         elsewhere: int = 0,
     ) -> None:
-        """``terms`` of holding deletions; without them nothing is held. ``elsewhere``: how many keys are not below."""
+        """Without ``terms`` no deletion is held. ``elsewhere``: how many keys are not below the prefix."""
         self.table = table
         self._former = former
         self._terms = terms
@@ -224,14 +227,14 @@ class SnapshotBuilder:
 
     @property
     def conclusive(self) -> bool:
-        """Whether what lies below the prefix is enough to build the snapshot; else the whole table must be read."""
+        """Whether the keys below the prefix are enough for a snapshot; if not, the whole table must be read."""
         return all(builder.conclusive for builder in self._builders)
 
     def missing_keys(self) -> dict[str, dict[bytes, bytes]]:
         """By service the keys that were listed before and are not now, from folded to stored, relative to the folder.
 
-        ACLs make a list look shorter, or empty, without an error; only the read of one key returns 403. Without keys
-        that are held: their absence is proven.
+        Held keys are left out, because their absence is proven. ACLs shorten or empty a list without an error; only
+        a read of one key returns 403.
         """
         former = self._former
         missing = {}
@@ -244,24 +247,26 @@ class SnapshotBuilder:
         return missing
 
     def _held(self, service: str) -> Held | None:
-        """What was held of this service, if the time for it is not over."""
+        """The hold of this service, unless it has expired."""
         held = None if self._former is None else self._former.held.get(service)
         return held if held is not None and self._terms is not None and held.until > self._terms.now else None
 
     def _hold(self, deleted: Mapping[str, Mapping[bytes, bytes]]) -> dict[str, Held]:
-        """Have deleted entries go on answering, by the rule of `next_held`; what is held then, by service."""
+        """Keep deleted entries by the rule of `next_held`; returns the holds by service."""
         former, terms = self._former, self._terms
         if former is None or terms is None:
             return {}
-        if former.restored and self.lost_everything:  # a file remembers no index to compare
+        if former.restored and self.lost_everything:  # a file has no index to compare
             terms = terms._replace(other_store=True)
         held: dict[str, Held] = {}
         for builder in self._builders:
             name = builder.service.name
-            known, before = former.held.get(name, Held({}, ACCEPTED)), self._held(name)
-            gone = {key: stored for key, stored in known.keys.items() if before is not None and not builder.has(key)}
-            gone |= {key: stored for key, stored in deleted.get(name, {}).items() if key not in known.keys}
-            count = len(former.entries[name]) - len(known.keys)
+            former_hold, before = former.held.get(name, Held({}, ACCEPTED)), self._held(name)
+            gone = {
+                key: stored for key, stored in former_hold.keys.items() if before is not None and not builder.has(key)
+            }
+            gone |= {key: stored for key, stored in deleted.get(name, {}).items() if key not in former_hold.keys}
+            count = len(former.entries[name]) - len(former_hold.keys)
             if (after := next_held(name, before, gone, count, terms)) is not None:
                 builder.keep(after.keys)
                 held[name] = after
@@ -295,8 +300,8 @@ def _missing(hidden: Mapping[str, Hidden]) -> Mapping[str, Mapping[bytes, bytes]
 class Mirror:
     """The latest snapshot of one prefix, and when Consul last confirmed it.
 
-    One thread writes, others read: ``state`` is replaced by one assignment. It is a new tuple of the snapshot and the
-    moment of its confirmation each time, or None before the first load, and while the table is too large.
+    One thread writes, others read: one assignment replaces ``state`` by a new tuple of the snapshot and the time of its
+    confirmation. It is None before the first load and while the table is too large.
     """
 
     def __init__(self, max_age: float) -> None:
@@ -308,12 +313,12 @@ class Mirror:
         """The entries of this service, which prove absence for this key (None: for all keys).
 
         Raises:
-            Unlisted: some entries are hidden, and none of the others answers.
+            Unlisted: some entries are hidden, and none of the others matches.
             SourceError: there are none yet, or they are older than ``max_age``.
         """
         state = self.state
         if state is None:
-            raise self.last_error.with_traceback(None)  # else it grows with each raise, as does the one below
+            raise self.last_error.with_traceback(None)  # or its traceback grows; also below
         snapshot, confirmed = state
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")

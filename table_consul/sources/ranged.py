@@ -1,7 +1,7 @@
-"""The ranges of a large table, watched at the same time: an edit brings the entries of a part of one instead of all.
+"""The ranges of a large table, watched in parallel: an edit brings the entries of a part of one range.
 
-Ranges are a faster way for what is usual. Whatever is not (a key where no range is, a lower index, a hidden key, many
-keys lost, any error) ends them, and the whole table is read again, by the rules for one prefix.
+Ranges are a fast path for the usual case. Anything else (a key in no range, a lower index, a hidden key, many missing
+keys, any error) ends them, and the whole table is read again by the rules for one prefix.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from table_consul.sources.ranges import RANGE_KEYS, Cut, Range, covers, gap
 from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
-# How long a range may take to show a change that the completeness query has shown already; else it is in no range, or
-# the query for its range hangs.
+# How long a range may take to show a change that the completeness query has shown. After that the change is in no
+# range, or the query of its range hangs.
 LATE_SECONDS = 0.5
-# Of several changes, as in a transaction, the completeness query shows only the last: another may be where no range is.
-# All names are listed, soon after several changes and a while after one, for at most a hundredth of the time.
+# After several changes, as in a transaction, the completeness query shows only the last: another may be in no range.
+# Therefore all names are listed, soon after several changes and later after one, for at most a hundredth of the time.
 LIST_SECONDS = 10.0
 LIST_SOON_SECONDS = 1.0
 LIST_SHARE = 0.01
-# Each of the rest is asked for whenever something changes.
+# Each range of the rest is read whenever something changes.
 MOST_REST = 64
-# The completeness query makes Consul pass over all keys when it begins and when it ends, in some 0.2 ms for 1,000.
+# Consul scans all keys when the completeness query begins and when it ends, in some 0.2 ms for 1,000.
 PAUSE_SECONDS_PER_KEY = 2e-6
-# Of a new process, which may be ended as soon as it began.
+# For a new process, which may end soon.
 LEAST_WAIT_SECONDS = 1.0
-# Read of an answer that brings nothing new, to keep the connection: enough for the completeness query.
+# The most to read of a response with nothing new, to keep the connection: enough for the completeness query.
 DISCARD_BYTES = 1 << 10
 # `queue.get` takes no infinite timeout.
 STEP_SECONDS = 3600.0
-# Where a range has lost so many keys, and this share of them, whether the folder is held is for the whole to say.
+# If a range misses so many keys, and this share of them, the whole table decides whether the deletion is held.
 LEAST_LOSS = 20
 LEAST_LOSS_SHARE = 0.1
 
@@ -57,11 +57,11 @@ class Publish(Protocol):
 
 
 class Unsettled(Exception):
-    """Something that only a look at the whole table can settle."""
+    """The whole table must be read."""
 
 
 class Query(threading.Thread):
-    """A blocking query on a connection of its own: it waits where the watch cannot, and hands over the answers."""
+    """A thread that sends blocking queries on a connection of its own, and queues the responses for the watch."""
 
     def __init__(self, prefix: bytes, client: kv.Client, answers: queue.SimpleQueue[Answer | None]) -> None:
         super().__init__(name=f"query {printable(prefix)}", daemon=True)
@@ -71,24 +71,24 @@ class Query(threading.Thread):
         client.discard_bytes = DISCARD_BYTES
         self.state = QueryState()
         self.due: float | None = 0.0
-        """When to ask; None while it waits for an answer."""
+        """When to send the next query; None during a query."""
         self.asked = self.wait = 0.0
         self.answered = 0.0
-        """When the latest question was asked whose answer was taken."""
+        """When the latest query was sent whose response was processed."""
         self.outdated = False
-        """It waits for an answer that proves nothing any more."""
+        """The response that it waits for no longer proves anything."""
         self.reload = False
-        """Token and TLS files are to be read before it asks again."""
+        """Token and TLS files must be reread before the next query."""
         self.first = True
-        """The index that it waits on is the whole table's, and may be above its own."""
+        """It waits on the index of the whole table, which may be above its own."""
         self._answers = answers
         self._questions: queue.SimpleQueue[Callable[[], kv.Response] | None] = queue.SimpleQueue()
         self.start()
 
     def ask(self, table: Table, most_wait: float, *, keys: bool, separator: str | None) -> None:
-        """Ask what comes after the index that is known; ``keys`` and ``separator`` as in `kv.Client.blocking_query`."""
+        """Send a query for changes after the latest index; ``keys``, ``separator`` as in `kv.Client.blocking_query`."""
         self.due, self.asked = None, time.monotonic()
-        # While this one does not wait the others do: a snapshot that is restored then ends theirs.
+        # While this query does not wait the others do, and a restored snapshot ends them.
         state = replace(self.state, gap=False)
         self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
         ask = partial(self.client.blocking_query, self.prefix, keys=keys, separator=separator)
@@ -118,8 +118,8 @@ class Query(threading.Thread):
 class Queries:
     """The queries of one watch, which outlive its ranges.
 
-    Consul (1.8 to 1.22) does not notice that a client closes a connection on which a query waits: until the wait ends
-    it counts among those that it grants an address.
+    Consul (1.8 to 1.22) does not notice that a client closes a connection with a waiting query: until the wait ends,
+    the connection counts against the limit of the client's address.
     """
 
     def __init__(self, connect: Callable[[], kv.Client]) -> None:
@@ -129,10 +129,10 @@ class Queries:
         self._since = time.monotonic()
 
     def watch(self, prefix: bytes, index: int) -> Query:
-        """The query for this prefix, a new one if there is none, for what comes after the index."""
+        """The query for changes below this prefix after the index, a new one if there is none."""
         query = self._by_prefix.get(prefix)
         if query is not None and query.due is None and query.state.index > index:
-            self.end(query)  # it would wait for an index that may be long in coming
+            self.end(query)  # it would wait for an index that may be far away
             query = None
         if query is None:
             query = self._by_prefix[prefix] = Query(prefix, self._connect(), self.answers)
@@ -142,11 +142,11 @@ class Queries:
 
     @property
     def most_wait(self) -> float:
-        """In seconds: what a process that is started again and again leaves behind lives no longer than it did."""
+        """In seconds, at most the age of the process: a restart loop must not fill Consul with long waits."""
         return max(LEAST_WAIT_SECONDS, time.monotonic() - self._since)
 
     def reload(self) -> None:
-        """Have each query read token and TLS files before it asks again."""
+        """Make each thread reread token and TLS files before its next query."""
         for query in self._by_prefix.values():
             query.reload = True
 
@@ -157,13 +157,13 @@ class Queries:
             del self._by_prefix[query.prefix]
 
     def close(self) -> None:
-        """End all."""
+        """End all queries."""
         for query in [*self._by_prefix.values()]:
             self.end(query)
 
 
 class Ranges:
-    """The ranges of one prefix, until something ends them."""
+    """Watches the ranges of one prefix until something ends them."""
 
     def __init__(
         self,
@@ -176,14 +176,14 @@ class Ranges:
         snapshot: Snapshot,
         index: int,
     ) -> None:
-        """``snapshot`` is all there was at this index."""
+        """``snapshot`` is the whole table at this index."""
         self.snapshot = snapshot
         self.index = index
-        """The highest of any range: changes up to there are known."""
+        """The highest index of any range: changes up to it are known."""
         self.load_seconds = 0.0
         """From the first byte of the latest change until it was in the snapshot."""
         self.until = math.inf
-        """When `run` shall return."""
+        """When `run` returns."""
         self._table = table
         self._prefix = prefix
         self._services = services
@@ -195,7 +195,7 @@ class Ranges:
         self._client = client
         self._queries = queries
         self._answers = queries.answers
-        # The names in the folder of one service are all its keys; its own name is shorter.
+        # Listing the folder of one service returns all its keys; listing its own name, without the slash, returns one.
         whole = prefix.removesuffix(b"/") if prefix in paths else prefix
         self._whole = queries.watch(whole, index)
         self._ranges = {queries.watch(each.prefix, index): each for each in ranges.watched}
@@ -203,25 +203,26 @@ class Ranges:
         self._rest = [*ranges.rest]
         self._since = index
         self._seen: dict[bytes, int] = {}
-        """The index of each range that was asked for outside of its query; of all others it is at most `_since`."""
-        self._shown = index
-        """The index that the completeness query showed."""
+        """The latest index of each range that was read without a blocking query; of all others at most `_since`."""
+        self._whole_index = index
+        """The latest index of the completeness query."""
         self._explained = {index}
-        """Those that ranges showed since, of their own and of the entries that changed."""
+        """Indexes that ranges have shown since: their own and those of changed entries."""
         self._deletions: list[tuple[int, int]] = []
-        """The same: after the first and up to the second something was deleted; Consul shows the latest alone."""
+        """Also explained: after the first and up to the second index of each pair a key was deleted; Consul shows only
+        the latest deletion."""
         self._unexplained: dict[int, float] = {}
-        """Those that the completeness query showed and no range has, and since when."""
+        """Indexes that the completeness query showed and no range has shown, and since when."""
         self._list_at: float | None = None
-        """When to list all names, as something has changed."""
+        """When to list all names after a change; None if nothing has changed."""
         self._list_after = 0.0
 
     def interrupt(self) -> None:
-        """Have `run` return soon; any thread may call this."""
+        """Make `run` return soon; any thread may call this."""
         self._answers.put(None)
 
     def run(self, publish: Publish) -> None:
-        """Keep `snapshot` true until `interrupt`, or until `until`.
+        """Keep `snapshot` up to date until `interrupt`, or until `until`.
 
         ``publish`` is called when it has changed, and when Consul has ``confirmed`` all of it.
 
@@ -238,7 +239,7 @@ class Ranges:
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
                     if not self._unexplained.keys().isdisjoint(late):
-                        raise Unsettled("something changed that no range shows")
+                        raise Unsettled("a change is in no range")
                     publish(confirmed=not self._unexplained)
             late_at = map(self._late_at, self._unexplained.values())
             moments = [self.until, self._list_at, *late_at, *(each.due for each in self._watched)]
@@ -252,7 +253,7 @@ class Ranges:
             self._take(*answer, publish)
 
     def _ask(self, query: Query) -> None:
-        """Ask for entries, or where only the index of the answer is read, for keys."""
+        """Query entries, or keys where only the index of the response is used."""
         whole = query is self._whole
         keys = whole or self._ranges[query].parts != ()
         query.ask(self._table, self._queries.most_wait, keys=keys, separator="/" if whole else None)
@@ -270,7 +271,7 @@ class Ranges:
             raise answer
         else:
             before, began = self.snapshot, time.monotonic()
-            self._look(query, answer, began)
+            self._process(query, answer, began)
             ended = time.monotonic()
             if self.snapshot is not before:
                 self.load_seconds = ended - began
@@ -278,8 +279,8 @@ class Ranges:
             if query is self._whole and not self._unexplained:
                 publish(confirmed=True)
 
-    def _look(self, query: Query, response: kv.Response, began: float) -> None:
-        """Read an answer if it brings anything new."""
+    def _process(self, query: Query, response: kv.Response, began: float) -> None:
+        """Read a response if it brings anything new."""
         state = query.state
         with response:
             timed_out = state.index > 0 and began - query.asked >= query.wait
@@ -293,12 +294,12 @@ class Ranges:
             elif changed and not self._ranges[query].parts:
                 self._read(query.prefix, response, query.client, state.seen)
         if changed and query is self._whole:
-            self._shown = response.index
-            self._explained = {each for each in self._explained if each >= self._shown}
-            self._deletions = [each for each in self._deletions if each[1] >= self._shown]
+            self._whole_index = response.index
+            self._explained = {each for each in self._explained if each >= self._whole_index}
+            self._deletions = [each for each in self._deletions if each[1] >= self._whole_index]
             self._read_changed(self._rest)
-            if not self._is_explained(self._shown):
-                self._unexplained[self._shown] = time.monotonic()
+            if not self._is_explained(self._whole_index):
+                self._unexplained[self._whole_index] = time.monotonic()
         elif changed and (parts := self._ranges[query].parts):
             found = self._read_changed(parts)
             if not found and not self._is_explained(response.index):
@@ -312,7 +313,7 @@ class Ranges:
         query.due = ended + pause * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
 
     def _late_at(self, since: float) -> float:
-        """When a change that was shown then is in no range, unless one shows it before: each has answered, or hangs."""
+        """When a change shown at ``since`` is in no range, if none shows it by then: all have answered, or hang."""
         asked = [each for each in self._ranges if each.answered < since]
         return max(
             (max(since, each.asked) + LATE_SECONDS if each.due is None else math.inf for each in asked), default=since
@@ -323,12 +324,12 @@ class Ranges:
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
-            raise Unsettled("an answer is not complete")
+            raise Unsettled("a response is filtered or stale")
         if response.index < index:
             raise Unsettled("an index went backwards")
 
     def _find_new_folders(self, response: kv.Response) -> None:
-        """Note folders that had no key, and may have one now."""
+        """Add folders that had no key and may have one now."""
         if self._empty and self._whole.prefix == self._prefix:
             found = {name.encode() for names in response.names() for name in names}
             for path in found & self._empty:
@@ -336,7 +337,7 @@ class Ranges:
                 self._add_rest(path)
 
     def _read_changed(self, ranges: Iterable[Range]) -> bool:
-        """Read those of the ranges that have changed; whether any has."""
+        """Read the ranges whose index has moved; whether there are any."""
         changed = False
         for each in ranges:
             known = self._seen.get(each.prefix, self._since)
@@ -356,20 +357,20 @@ class Ranges:
         return changed
 
     def _read(self, prefix: bytes, response: kv.Response, client: kv.Client, since: int) -> None:
-        """Replace what lies below the prefix, and is known as of an index."""
+        """Replace the entries below the prefix, which were last read at index ``since``."""
         before = self._counts[prefix]
         if response.absent:
             if before:
                 raise Unsettled("a range is empty")
-            return  # the index is that of some other folder
+            return  # the index is that of another folder
         elsewhere = sum(self._counts.values()) - before
         builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere=elsewhere)
         changes = read_changes(response, builder, since)
         lost = sum(map(len, builder.missing_keys().values()))
         if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:
-            raise Unsettled("many keys are gone")
+            raise Unsettled("many keys are missing")
         if builder.count > self._most[prefix]:
-            raise Unsettled("a range has outgrown its size")
+            raise Unsettled("a range has grown too large")
         if not builder.conclusive:
             raise Unsettled("keys differ only in case")
         snapshot = proven_snapshot(client, response, builder, {}, {})
@@ -377,7 +378,7 @@ class Ranges:
             raise Unsettled("keys may be hidden")
         self.snapshot, self._counts[prefix] = snapshot, builder.count
         self.index = max(self.index, response.index)
-        several = len(changes) + lost > 1 or any(each > self._shown for each in self._explained)
+        several = len(changes) + lost > 1 or any(each > self._whole_index for each in self._explained)
         self._explained |= {response.index, *changes}
         if lost:
             self._deletions.append((since, response.index))
@@ -387,7 +388,7 @@ class Ranges:
         self._list_at = at if self._list_at is None else min(at, self._list_at)
 
     def _list_names(self) -> None:
-        """Look for keys that are in no range, anywhere, and read them."""
+        """Find keys anywhere that are in no range, and read them."""
         began = time.monotonic()
         self._find_new_keys(self._prefix)
         now = time.monotonic()
@@ -395,7 +396,7 @@ class Ranges:
         self._list_after = now + (now - began) / LIST_SHARE
 
     def _find_new_keys(self, below: bytes) -> None:
-        """Read the keys below this prefix that are in no range."""
+        """Find keys below this prefix that are in no range, and read them."""
         prefixes = sorted(self._counts)
         folders = tuple(self._table.path(SERVICES[name]) for name in self._services)
         uncovered: list[bytes] = []
@@ -420,5 +421,5 @@ class Ranges:
 
 
 def can_be_listed(prefix: bytes) -> bool:
-    """Whether every Consul lists what is below this prefix."""
+    """Whether every version of Consul lists the keys below this prefix."""
     return not kv.modern_name_problem(prefix.removesuffix(b"/"))

@@ -1,6 +1,6 @@
-"""Where to cut a large table into ranges: key prefixes that are watched on their own, so that an edit brings one range.
+"""Where to cut a large table into ranges: key prefixes that are watched separately.
 
-Pure. What is cut are the keys themselves: names differ in their first letter, ``user0000123`` only in the last ones.
+Pure. The cuts depend on the keys: names differ in their first letter, ``user0000123`` only in its last ones.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-# Below this the whole table costs an edit no more than several watches would.
+# In a smaller table, an edit costs no more than with several watches.
 LEAST_KEYS = 10_000
 # A range of this many keys is small enough: Consul lists their names in some 5 ms.
 RANGE_KEYS = 16_000
-# Consul grants a client address 200 connections (limits.http_max_conns_per_client), and a mail host has several tables.
+# Consul allows a client address 200 connections (limits.http_max_conns_per_client), and a mail host has several tables.
 MOST_RANGES = 31
-# What it costs to ask whether a range has changed, as that many entries to read.
+# The cost of asking whether a range has changed, as a number of entries to read.
 ASK_KEYS = 300
-# A step of a pass over all keys, which another thread may interrupt only at its end.
+# Keys per step of a pass over all of them; other threads run only between steps.
 _STEP = 8192
 
 
 class Range(NamedTuple):
-    """A prefix, whole as Consul knows it, and how many keys begin with it."""
+    """A full prefix in Consul, and how many keys begin with it."""
 
     prefix: bytes
     size: int
     parts: tuple[Range, ...] = ()
-    """Disjoint ranges in which all of these keys lie; empty where one read of all costs less than to ask for each."""
+    """Disjoint ranges that contain all of these keys; empty where reading the whole costs less than asking for each."""
 
     def leaves(self) -> Iterator[Range]:
-        """The ranges within this one, or itself, that have no parts."""
+        """The ranges within this one that have no parts; itself if it has none."""
         if not self.parts:
             yield self
         for part in self.parts:
@@ -38,12 +38,12 @@ class Range(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Disjoint ranges, in which every key of the table lies that was there when it was cut."""
+    """Disjoint ranges that contain every key the table had when it was cut."""
 
     watched: list[Range]
     """Each is worth a blocking query of its own."""
     rest: list[Range]
-    """The others, few keys in all; read whenever something changes."""
+    """The other ranges, with few keys in all; they are read whenever something changes."""
 
 
 def covers(prefixes: Sequence[bytes], names: Sequence[bytes]) -> bool:
@@ -55,7 +55,7 @@ def covers(prefixes: Sequence[bytes], names: Sequence[bytes]) -> bool:
 
     if not names:
         return True
-    # What lies between two strings that begin alike begins so as well.
+    # Whatever sorts between two strings with a common prefix has that prefix.
     first = prefix_of(min(names))
     if first is not None and max(names).startswith(first):
         return True
@@ -85,7 +85,7 @@ def cut(
 ) -> Cut | None:
     """The ranges for these keys, by folder and relative to it; None if an edit would bring half of them.
 
-    ``askable``: whether Consul can be asked for all keys that begin with this. ``most``: how many to watch.
+    ``askable``: whether Consul can list the keys below this prefix. ``most``: how many ranges to watch.
     """
     groups = [_Group(path, 0, [*keys]) for path, keys in folders.items()]
     total = sum(len(group.keys) for group in groups)
@@ -115,13 +115,13 @@ def _range(group: _Group, askable: Callable[[bytes], bool]) -> Range:
 
 
 def _cost(groups: Iterable[_Group], most: int) -> int:
-    """What an edit costs on average, as a number of entries to read times all of them."""
+    """The average cost of an edit: the number of entries to read, times that of all entries."""
     counts = sorted((len(group.keys) for group in groups), reverse=True)
     return sum(count * count for count in counts[:most]) + sum(counts) * sum(ASK_KEYS + n for n in counts[most:])
 
 
 def _split(group: _Group, askable: Callable[[bytes], bool]) -> list[_Group]:
-    """The group by the character after what its keys have in common; empty if it cannot be split."""
+    """The group split by the character after the common prefix of its keys; empty if it cannot be split."""
     lowest = highest = group.keys[0]
     for at in range(0, len(group.keys), _STEP):
         step = group.keys[at : at + _STEP]

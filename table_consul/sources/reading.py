@@ -1,4 +1,4 @@
-"""How a list of Consul's becomes a snapshot: which keys are gone, and which an ACL only hides."""
+"""From a list of Consul's to a snapshot: which missing keys are deleted, and which an ACL hides."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from table_consul.services import SERVICES, Table, fold_key
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
-# What a command gives a large table to begin arriving, after Consul answered for one key.
+# How long a command waits for the first byte of a large table, after Consul has returned one key.
 LOAD_SECONDS = 30.0
 
 Take = Callable[[list[tuple[bytes, bytes | None]]], None]
 
 
 def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[str], take: Take) -> tuple[Snapshot, int]:
-    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets what is stored.
+    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets the pairs.
 
     Raises:
-        SourceError: Consul cannot be read; TooLarge where a watch would have the table read directly.
+        SourceError: Consul cannot be read; TooLarge if a watch would fall back to direct mode.
     """
     before = hidden_services(client, table, names, {}, filtered=True)
     builder = SnapshotBuilder(table, prefix, names, None)
@@ -30,13 +30,13 @@ def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[st
 
 
 def hidden_services(
-    client: kv.Client, table: Table, services: Iterable[str], known: Mapping[str, Hidden], *, filtered: bool
+    client: kv.Client, table: Table, services: Iterable[str], former_hidden: Mapping[str, Hidden], *, filtered: bool
 ) -> dict[str, SourceError]:
-    """Those of the services in whose folder the token may not read everything, each with the reason."""
+    """The services in whose folder the token may not read everything, each with the reason."""
     hidden: dict[str, SourceError] = {}
     for name in services:
         reason = _why_hidden(client, table, name, filtered=filtered)
-        missing = known[name].missing.values() if name in known and reason is None else ()
+        missing = former_hidden[name].missing.values() if name in former_hidden and reason is None else ()
         reads = _read_each(client, table, name, missing)
         reason = next((found for _, found in reads if isinstance(found, Forbidden)), reason)
         if reason is not None:
@@ -45,7 +45,7 @@ def hidden_services(
 
 
 def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool) -> Forbidden | None:
-    """Why the absence of a key from the folder of this service proves nothing, if the folder alone shows it.
+    """Why a missing key in the folder of this service proves nothing, as far as the folder alone shows.
 
     ``filtered``: Consul reports that it hides keys, of this folder or another.
     """
@@ -61,7 +61,7 @@ def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool
 def _read_each(
     client: kv.Client, table: Table, service: str, stored: Iterable[bytes]
 ) -> Iterator[tuple[bytes, kv.Pair | Forbidden | None]]:
-    """What a read of each of these keys brings, as they are stored; nothing of those that no URL can name."""
+    """The result of a read of each of these keys, which are as stored; skips those that no URL can contain."""
     path = table.path(SERVICES[service])
     for key in stored:
         if not kv.is_url_safe(path + key):
@@ -79,16 +79,16 @@ def read_snapshot(
     response: kv.Response,
     builder: SnapshotBuilder,
     hidden: Mapping[str, SourceError],
-    known: Mapping[str, Hidden],
+    former_hidden: Mapping[str, Hidden],
     take: Take,
 ) -> Snapshot:
-    """As `read_pairs`, then `proven_snapshot`."""
+    """The `proven_snapshot` of this response, read by `read_pairs`."""
     read_pairs(response, builder, take)
-    return proven_snapshot(client, response, builder, hidden, known)
+    return proven_snapshot(client, response, builder, hidden, former_hidden)
 
 
 def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lambda _pairs: None) -> None:
-    """Read the response into the builder; ``take`` gets what is stored."""
+    """Read the response into the builder; ``take`` gets the pairs."""
     for found in response.pairs():
         pairs = [(pair.name.encode(), pair.value) for pair in found]
         builder.take(pairs)
@@ -96,7 +96,7 @@ def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lam
 
 
 def read_changes(response: kv.Response, builder: SnapshotBuilder, since: int) -> list[int]:
-    """As `read_pairs`; the indexes of the entries that were written after this one."""
+    """As `read_pairs`; returns the indexes of the entries that were written after ``since``."""
     changes: list[int] = []
     for found in response.pairs():
         builder.take([(pair.name.encode(), pair.value) for pair in found])
@@ -109,13 +109,14 @@ def proven_snapshot(
     response: kv.Response,
     builder: SnapshotBuilder,
     hidden: Mapping[str, SourceError],
-    known: Mapping[str, Hidden],
+    former_hidden: Mapping[str, Hidden],
 ) -> Snapshot:
-    """The snapshot that the response, which was read, and its builder's former one make, with absence proven.
+    """The snapshot of a response, which was read, and of the builder's former snapshot, with absence proven.
 
-    ``hidden`` are the services that were so before the query. Before and after: a blocking query goes by the ACLs of
-    its beginning, which may have changed when it ends. ``known`` are those of the former snapshot. A key that is gone
-    is read at once, also from a hidden folder: later it would be one of many that are not known to be deleted.
+    ``hidden`` are the services that were hidden before the query. They are checked before and after it, because a
+    blocking query uses the ACLs of its beginning, which may have changed by its end. ``former_hidden`` are those of the
+    former snapshot. A missing key is read immediately, even in a hidden folder: later it would be one of many with
+    unproven deletions.
     """
     reasons = dict(hidden)
     deleted: dict[str, dict[bytes, bytes]] = {}
@@ -124,7 +125,7 @@ def proven_snapshot(
         if response.behind:
             reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
             continue
-        suspects = known[name].missing if name in known else {}
+        suspects = former_hidden[name].missing if name in former_hidden else {}
         lost = {key: stored for key, stored in keys.items() if key not in suspects}
         gone = mirror.sample([*lost.values()])
         if name not in reasons and (keys or response.filtered):
@@ -142,7 +143,7 @@ def proven_snapshot(
                 del keys[fold_key(key)]
             else:
                 path = printable(builder.table.path(SERVICES[name]) + key)
-                raise BadResponse(f"{path} is there, but Consul does not list it")
+                raise BadResponse(f"{path} exists, but Consul does not list it")
     if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)

@@ -23,14 +23,14 @@ from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
 log = logging.getLogger("table_consul")
 
-# The value of a folder of which Consul hides keys.
+# The value of a folder in which Consul hides keys.
 INCOMPLETE = b"incomplete"
-# The pause after a file was written, and for each second that this took: 100,000 entries are not written for each of a
-# hundred edits, and 1,000,000 for a tenth of the time at most.
+# The pause after a file was written, and for each second that writing took: a hundred edits do not write 100,000
+# entries each, and writing 1,000,000 takes at most a tenth of the time.
 WRITE_SECONDS = 10.0
-# Times that writing fails in a row double the pause, up to some 10 minutes.
+# Failures in a row double the pause at most this many times, up to some 10 minutes.
 DOUBLINGS_MAX = 6
-# How many entries of a file are taken at a time: other tables answer between.
+# How many entries of a file are read at a time; other threads run in between.
 STEP_ENTRIES = 200
 # A file system may round times up, or have a clock of its own.
 CLOCK_SECONDS = 5.0
@@ -42,8 +42,8 @@ _OWNER_BYTES = 4096
 class SnapshotFile:
     """The file for one prefix of one table; none if the path is empty.
 
-    A failure to write it is logged once, and so is its end. It never replaces the copy of another table, which has the
-    same path if ``{table}`` is missing in it.
+    A failure to write it is logged once, and so is the recovery. It never replaces the snapshot of another table, which
+    has the same path if that lacks ``{table}``.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class SnapshotFile:
             self._write(b"[\n")
 
     def take(self, pairs: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """Write entries of the version that was begun, so that they need not be held in memory."""
+        """Write entries of the new version, so that they need not stay in memory."""
         if self._writer is not None:
             self._write(b"".join(export_entry(key, value or b"") + b",\n" for key, value in pairs))
 
     def _write_held(self, snapshot: Snapshot) -> None:
-        """Write what the present file has of the entries that are held: after a restart they are held again.
+        """Write the held entries that the present file contains, so that a restart holds them again.
 
         A record that also holds a password is left out: without Consul it would let its user log in again.
         """
@@ -100,22 +100,22 @@ class SnapshotFile:
                 self.take(step)
 
     def finish(self, snapshot: Snapshot, *, changed: bool) -> None:
-        """Put the new version in place, if it is worth that; or note that the file is still true."""
+        """Put the new version in place if anything has changed; otherwise update the time of the file."""
         if not self._path:
             return
         self.dirty = self.dirty or changed
         if not self.dirty:
             try:
                 self._check_owner()
-                os.utime(self._path, follow_symlinks=False)  # the file is as old as what Consul last confirmed
+                os.utime(self._path, follow_symlinks=False)  # the time of Consul's last confirmation
             except OSError:
-                self.dirty = True  # it is gone, or somebody else's: the next snapshot is written
+                self.dirty = True  # it is missing or not ours: the next snapshot is written
         if not self.dirty or (not snapshot.size and snapshot.hidden.keys() >= {*self._services}):
             self.discard()
         elif self._writer is not None:
             if snapshot.held:
                 self._write_held(snapshot)
-            # A folder is marked: without a mark an empty one proves nothing when this is read again.
+            # Each folder has a mark, without which an empty one would prove nothing when the file is read.
             *others, last = (
                 (self._table.path(SERVICES[name]), INCOMPLETE if name in snapshot.hidden else b"")
                 for name in self._services
@@ -144,7 +144,11 @@ class SnapshotFile:
         self._write_after = now + self._write_seconds * doubled * max(1.0, now - self._began)
 
     def _check_owner(self) -> None:
-        """Raise OSError if the file names another table or, as an older one names none, has no keys of this one."""
+        """Check that this file may be replaced.
+
+        Raises:
+            OSError: it names another table or, as files of older versions, none and has no keys of this one.
+        """
         unread = (FileNotFoundError, PermissionError, SourceError)
         with contextlib.suppress(*unread), open(self._path, "rb", opener=open_regular_file) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _OWNER_BYTES))
@@ -158,16 +162,16 @@ class SnapshotFile:
             if others:
                 whose = f"table {printable(name)}" if name else "another table"
                 hint = "put {table} into the path, or remove the file"
-                raise OSError(errno.EEXIST, f"it is the copy of {whose} ({hint})")
+                raise OSError(errno.EEXIST, f"it is the snapshot of {whose} ({hint})")
 
     def discard(self) -> None:
-        """Leave the file as it is."""
+        """Remove the new version and leave the file unchanged."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None
 
     def load(self) -> tuple[Snapshot, float] | None:
-        """The snapshot in the file and its age in seconds; None, with a log line for a file that is not used."""
+        """The snapshot in the file and its age in seconds; None, with a log line if the file is ignored."""
         try:
             with open(self._path, "rb", opener=open_regular_file) as file:
                 status = os.fstat(file.fileno())
@@ -176,29 +180,29 @@ class SnapshotFile:
         except FileNotFoundError:
             return None
         except (OSError, SourceError) as error:
-            log.warning("%s: not used: %s", self._path, getattr(error, "strerror", error))
+            log.warning("%s: ignored: %s", self._path, getattr(error, "strerror", error))
             return None
         if status.st_uid != os.geteuid():
-            log.warning("%s: not used: it belongs to another user", self._path)
+            log.warning("%s: ignored: owned by another user", self._path)
             return None
         if not _is_ours(status):  # it may hold password hashes
-            log.warning("%s: not used: others may read it (set mode 0600)", self._path)
+            log.warning("%s: ignored: other users may read or write it (set mode 0600)", self._path)
             return None
         if snapshot is None:
             log.warning("%s: ignored: contains no keys under %s", self._path, printable(self._prefix))
             return None
         age = time.time() - status.st_mtime
         if age < -CLOCK_SECONDS:
-            text = "%s: not used: dated %s in the future, so its age is unknown (check the clock)"
+            text = "%s: ignored: dated %s in the future, so its age is unknown (check the clock)"
             log.warning(text, self._path, counted(round(-age), "second", "seconds"))
             return None
         entries = counted(snapshot.size, "entry", "entries")
-        log.info("%s: %s of %.0f s ago from %s", printable(self._prefix), entries, max(age, 0.0), self._path)
+        log.info("%s: %s from %s (%.0f s old)", printable(self._prefix), entries, self._path, max(age, 0.0))
         return snapshot, max(age, 0.0)
 
 
 def _is_ours(status: os.stat_result) -> bool:
-    """Whether a file belongs to this user, and nobody else may read or write it."""
+    """Whether a file belongs to this user, and no other user may read or write it."""
     return status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
@@ -207,7 +211,7 @@ def snapshot_from_export(
 ) -> Snapshot | None:
     """The entries of this file below the prefix; None if there are none.
 
-    A service of which the file has neither an entry nor the folder is not known to be empty.
+    A service with neither an entry nor a folder in the file is not known to be empty.
 
     Raises:
         SourceError: there are more entries than the table may have, or as `iter_export`.
@@ -225,7 +229,7 @@ def snapshot_from_export(
     hidden = {}
     for name, folder in folders.items():
         if marks.get(folder) == INCOMPLETE:
-            hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the copy {path}"), {})
+            hidden[name] = Hidden(SourceError(f"{printable(folder)} is incomplete in the snapshot {path}"), {})
         elif folder not in marks and name in absent:
-            hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the copy {path}"), {})
+            hidden[name] = Hidden(SourceError(f"{printable(folder)} is not in the snapshot {path}"), {})
     return None if empty and len(hidden) == len(services) else builder.finish(hidden, restored=True)

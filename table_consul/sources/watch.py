@@ -1,6 +1,6 @@
-"""One thread per mirror: it asks Consul one blocking query after another until the process exits.
+"""One thread per mirror: it sends Consul one blocking query after another until the process exits.
 
-The rules are in mirror.py; this is the only place that waits.
+The rules are in mirror.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ log = logging.getLogger("table_consul")
 
 # How often a table that was too large is retried; an update retries immediately.
 TOO_LARGE_SECONDS = 600.0
-# Ranges that end sooner than this were not worth it: this, and then twice as long each time, passes until the next.
+# If ranges end sooner than this, the next ones start after this time, and after twice as long each time.
 RANGED_SECONDS = 60.0
 RANGED_PAUSE_MAX = 3600.0
-# A large table is read as a whole to write its file, which its ranges save the rest of the time.
+# How often a large table is read as a whole to write its file.
 RANGED_WRITE_SECONDS = 300.0
-# Daemons that must read the whole table at the same time do not start in the same moment.
+# Spreads the daemons that must all read the whole table.
 JITTER_SECONDS = 0.05
 
 Connect = Callable[[], kv.Client]
@@ -48,9 +48,10 @@ Connect = Callable[[], kv.Client]
 class Watch(threading.Thread):
     """Keeps the mirror of one prefix of one table.
 
-    Its thread alone writes what others read: ``mirror``, ``too_large`` (read directly instead), ``reloads`` (snapshots
-    taken from Consul), ``index`` (Consul's, of the latest answer; 0 before the first), ``load_seconds`` (from the first
-    byte of that answer until it was swapped in), ``backoff``. Others may `stop`, `reconnect`, `wait_for_first_load`.
+    Only its thread writes what others read: ``mirror``, ``too_large`` (direct mode instead), ``reloads`` (snapshots
+    loaded from Consul), ``index`` (Consul's, of the latest response; 0 before the first), ``load_seconds`` (from the
+    first byte of that response until its snapshot was in use), ``backoff``. Other threads may call `stop`, `reconnect`
+    and `wait_for_first_load`.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Watch(threading.Thread):
         self._state = QueryState()
 
     def wait_for_first_load(self, deadline: float) -> None:
-        """Return when the first attempt to read Consul has ended; if it hangs, that costs one deadline in all."""
+        """Wait until the first attempt to read Consul has ended; if it hangs, for one deadline in all."""
         if not self._attempted.is_set():
             self._attempted.wait(max(0.0, min(deadline, self._first_by) - time.monotonic()))
 
@@ -101,7 +102,7 @@ class Watch(threading.Thread):
             snapshot, confirmed = state
             adopted = mirror.adopted(snapshot, self._table, self._services)
             self.mirror.state = None if adopted is None else (adopted, confirmed)
-            self._reload = True  # what the update finds deleted is accepted
+            self._reload = True  # deletions that the update finds are accepted
 
     def stop(self) -> None:
         """End the thread soon, without waiting for it; the result of its query is ignored."""
@@ -138,7 +139,7 @@ class Watch(threading.Thread):
         self._client.close()
 
     def _fail(self, error: SourceError) -> float:
-        """Note why a turn failed; the seconds to pause before the next."""
+        """Note why a turn failed; returns the seconds to pause before the next."""
         self._file.discard()
         if self._stopped:
             return 0.0  # another watch logs the outage now
@@ -156,7 +157,7 @@ class Watch(threading.Thread):
         return pause
 
     def _begin_update(self) -> bool:
-        """Whether an update was asked for. What is held is accepted then, and what this turn finds deleted."""
+        """Whether an update was requested. It accepts held deletions, and those that this turn finds."""
         if not self._reload:
             return False
         self._reload = False
@@ -164,26 +165,26 @@ class Watch(threading.Thread):
             self.mirror.state = (self.mirror.state[0].accepted(), self.mirror.state[1])
         self._client.reload()
         self._queries.reload()
-        self._state = replace(self._state, index=0)  # a query that waits would accept what is deleted later
+        self._state = replace(self._state, index=0)  # a waiting query would also accept later deletions
         return True
 
     def _turn(self) -> float:
-        """Ask, look, read, swap; the seconds to pause before asking again."""
+        """Query Consul and swap in the snapshot; returns the seconds to pause before the next query."""
         accepting = self._begin_update()
         state, table = self._state, self._table
         former = self.mirror.state[0] if self.mirror.state is not None else None
         held_for = math.inf if former is None else former.held_until - time.monotonic()
         if held_for <= 0:
             state = replace(state, index=0, seen=0)
-        known = {} if former is None else former.hidden
+        former_hidden = {} if former is None else former.hidden
         before: dict[str, SourceError] = {}
-        if not state.behind:  # else nothing is proven anyway
+        if not state.behind:  # otherwise nothing is proven anyway
             unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
-            before = hidden_services(self._client, table, unverified, known, filtered=state.filtered)
-            if not known.keys() <= before.keys():
+            before = hidden_services(self._client, table, unverified, former_hidden, filtered=state.filtered)
+            if not former_hidden.keys() <= before.keys():
                 state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
         asked = time.monotonic()
-        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(known), held_for=held_for)
+        wait = mirror.wait_seconds(state, table.max_age, hidden=bool(former_hidden), held_for=held_for)
         wait = min(wait, self._file.due_in)
         try:
             query = self._client.blocking_query(self.prefix, index=state.index, wait=wait, timeout=table.deadline)
@@ -196,20 +197,20 @@ class Watch(threading.Thread):
             seen = replace(state, filtered=response.filtered, behind=response.behind)
             self._state, pause = mirror.next_query(seen, response.index, changed=False, timed_out=False, load_seconds=0)
             if (seen.filtered and not state.filtered) or (state.behind and not seen.behind):
-                # In which folders keys are hidden must be known before they are listed.
+                # The folders with hidden keys must be known before they are listed.
                 self._state = replace(self._state, index=0, seen=0)
                 return 0.0
             if response.index < state.index:
-                return pause  # what a server that is behind lacks is not deleted
+                return pause  # keys that a stale server lacks are not deleted
             if former is not None and (seen, response.index) == (state, state.seen) and not self._file.due:
-                snapshot = former  # the same index and the same ACLs mean the same contents
+                snapshot = former  # same index, same ACLs: same contents
             else:
                 self._file.begin()
                 terms = hold.Terms(began, 0.0 if accepting else table.hold_deletions, response.index < self.index)
                 builder = SnapshotBuilder(table, self.prefix, self._services, former, terms)
-                snapshot = read_snapshot(self._client, response, builder, before, known, self._file.take)
+                snapshot = read_snapshot(self._client, response, builder, before, former_hidden, self._file.take)
         if self._stopped:
-            return 0.0  # another watch answers, logs and writes the file now
+            return 0.0  # another watch now serves, logs and writes the file
         ended = time.monotonic()
         changed = snapshot is not former
         self.mirror.state = (snapshot, ended)
@@ -228,7 +229,7 @@ class Watch(threading.Thread):
         return pause
 
     def _cut(self) -> Ranges | None:
-        """The ranges of a large table that was read as a whole a moment ago, if it is worth watching them."""
+        """The ranges of a large table that was just read as a whole; None if watching them is not worthwhile."""
         state = self._state
         if self.mirror.state is None or not state.seen or state.filtered or state.behind:
             return None
@@ -260,7 +261,7 @@ class Watch(threading.Thread):
         )
 
     def _watch_ranges(self, ranges: Ranges) -> float:
-        """Watch the ranges for as long as that is possible; the seconds to pause before the whole table is read."""
+        """Watch the ranges while possible; returns the seconds to pause before the whole table is read."""
         began = time.monotonic()
         if self._file.dirty:
             ranges.until = began + RANGED_WRITE_SECONDS
@@ -322,7 +323,7 @@ class Watch(threading.Thread):
         warn_of_problems(self._table.name, new)
 
     def _warn_of_losses(self, former: Snapshot | None, snapshot: Snapshot) -> None:
-        """Log what may be a mistake: a wrong prefix, or a folder deleted in Consul."""
+        """Log possible mistakes: a wrong prefix, or a folder deleted in Consul."""
         if former is None and not snapshot.size and not snapshot.hidden:
             text = "%s: no entries: every lookup returns not-found (check the names of prefix and table in Consul)"
             log.warning(text, printable(self.prefix))
@@ -335,16 +336,16 @@ class Watch(threading.Thread):
                 log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
 
     def _warn_of_holds(self, former: Snapshot | None, snapshot: Snapshot) -> None:
-        """Log the deletions that are held from now on, and those that no longer are."""
+        """Log the holds that have begun or ended."""
         if former is not None:
             counts = {name: len(entries) for name, entries in former.entries.items()}
             name = printable(self._table.name)
-            for service, text in hold.news(former.held, snapshot.held, counts, name, time.monotonic()):
+            for service, text in hold.log_lines(former.held, snapshot.held, counts, name, time.monotonic()):
                 log.warning("%s: %s", printable(self._table.path(SERVICES[service])), text)
 
 
 class MirrorSource:
-    """A source: the mirrors of one table, one for its folder and one for each path that lies elsewhere.
+    """A source: the mirrors of one table, one for its folder and one for each path elsewhere.
 
     ``watches`` is for metrics and status; their threads only read it.
     """
@@ -352,9 +353,9 @@ class MirrorSource:
     def __init__(
         self, table: Table, connect: Connect, former: MirrorSource | None = None, write_seconds: float = WRITE_SECONDS
     ) -> None:
-        """``former`` was the source of the same table with other settings, and was closed.
+        """``former`` is the closed source of the same table with other settings.
 
-        Its data answer until there are newer ones, unless a setting that changes what an entry means is another.
+        Its data are served until newer ones arrive, unless a setting has changed that changes what an entry means.
         """
         self.table = table
         self._connect = connect
@@ -372,9 +373,9 @@ class MirrorSource:
             watch.start()
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
-        """The entries of the service, from memory; waits only while nothing has been read at all.
+        """The entries of the service, from memory; waits only before the first load.
 
-        Where an ACL hides some, Consul is asked for a key that is not in memory.
+        If an ACL hides some, a key that is not in memory is read from Consul.
 
         Raises:
             SourceError: as `Mirror.entries`, or as `DirectSource.entries`.
@@ -389,7 +390,7 @@ class MirrorSource:
             return self._direct.entries_hidden(unlisted, table, service, key, deadline)
 
     def update(self) -> None:
-        """Have the watches reread token and TLS files and, if any of them is pausing, retry immediately.
+        """Make the watches reread token and TLS files and, if one of them pauses, retry immediately.
 
         Raises:
             SourceError: the token file cannot be used; the data in memory are still served.

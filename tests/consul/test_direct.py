@@ -71,7 +71,7 @@ def test_bad_value_is_an_entry_error(client, direct):
     ],
 )
 def test_key_that_no_url_can_name_is_an_error_without_a_request(client, direct, key):
-    with pytest.raises(SourceError, match="no URL can name it"):
+    with pytest.raises(SourceError, match="no URL can contain this key"):
         bucket(direct, key=key)
     assert client.asked == []
 
@@ -389,7 +389,7 @@ def test_folder_too_large_to_list_is_an_error_without_an_outage_or_a_second_list
             bucket(direct, service, key, table=MIRRORED)
         assert bucket(direct, key=b"root", table=MIRRORED).lookup(b"root") == b"gilles"
     assert [place for what, place, _ in client.asked if what != "get"] == [path]
-    hint = 'returning errors where all keys are needed (set mode = "mirror", and max_keys above their number)'
+    hint = 'returning errors for lookups that need all keys (set mode = "mirror" and max_keys above their number)'
     assert lines(caplog) == [f"mail/aliases/{service}/: 9 MiB arrived; {hint}"]
     client.errors.clear()
     client.now += 5 * client.takes

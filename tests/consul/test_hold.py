@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from table_consul.errors import Forbidden
 from table_consul.services import Table
-from table_consul.sources.hold import LEAST_DELETIONS, NEVER_HELD, Held, Terms, is_suspicious, news
+from table_consul.sources.hold import LEAST_DELETIONS, NEVER_HELD, Held, Terms, is_suspicious, log_lines
 from table_consul.sources.mirror import Hidden, Mirror, SnapshotBuilder, adopted, wait_seconds
 from tests.consul.test_mirror import waiting
 
@@ -255,7 +255,7 @@ def test_only_listed_and_held_entries_are_found(reads):
 
 def lines(before, after, now=NOW):
     counts = {name: len(each) for name, each in before.entries.items()}
-    return list(news(before.held, after.held, counts, "mail", now))
+    return list(log_lines(before.held, after.held, counts, "mail", now))
 
 
 def test_log_has_a_line_when_a_hold_begins_and_none_while_it_lasts():
@@ -271,7 +271,7 @@ def test_log_has_a_line_when_a_hold_ends():
     first = read([], read(pairs(30)))
     over, accepted = read([], first, NOW + SECONDS), first.accepted()
     ended = "no longer serving 30 deleted entries"
-    assert lines(first, over, NOW + SECONDS) == [("alias", f"hold_deletions is over: {ended}")]
+    assert lines(first, over, NOW + SECONDS) == [("alias", f"hold_deletions expired: {ended}")]
     assert lines(accepted, read([], accepted, NOW + 10)) == [("alias", f"deletion accepted: {ended}")]
     assert lines(first, read(pairs(30), first, NOW + 10)) == [("alias", "all deleted entries are back")]
 
@@ -279,5 +279,5 @@ def test_log_has_a_line_when_a_hold_ends():
 def test_log_has_both_lines_when_one_hold_follows_another():
     before, after = {"alias": Held({b"a": b"a"}, 5.0)}, {"alias": Held({b"b": b"b"}, 20.0)}
     begun = "1 of 1 entry deleted at once; serving them for another 10 s"
-    texts = [text.partition(" (")[0] for _, text in news(before, after, {"alias": 1}, "mail", 10.0)]
-    assert texts == ["hold_deletions is over: no longer serving 1 deleted entry", begun]
+    texts = [text.partition(" (")[0] for _, text in log_lines(before, after, {"alias": 1}, "mail", 10.0)]
+    assert texts == ["hold_deletions expired: no longer serving 1 deleted entry", begun]

@@ -71,7 +71,7 @@ def test_snapshot_of_another_table_is_not_changed(file, path, caplog, other, pai
         write(file)
     assert (path.read_bytes(), path.stat().st_mtime) == (theirs, 1.0)
     hint = "(put {table} into the path, or remove the file)"
-    assert warnings(caplog)[-1] == f"{path}: not written: it is the copy of table {other.name} {hint}"
+    assert warnings(caplog)[-1] == f"{path}: not written: it is the snapshot of table {other.name} {hint}"
     assert len(warnings(caplog)) == 1
     path.unlink()
     write(file)
@@ -83,7 +83,7 @@ def test_export_of_other_keys_is_not_replaced(file, path, caplog):
     path.write_text('[{"key": "other/alias/root", "flags": 0, "value": ""}]')
     write(file)
     assert ("other/alias/root" in path.read_text(), len(warnings(caplog))) == (True, 1)
-    assert "not written: it is the copy of another table" in warnings(caplog)[0]
+    assert "not written: it is the snapshot of another table" in warnings(caplog)[0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[", '[{"key": "z", "value": ""}, {"key": "t/alias/root", "value": ""}]'])
@@ -111,7 +111,7 @@ def test_snapshot_dated_in_the_future_is_ignored(file, path, caplog):
     os.utime(path, (time.time() + 3600,) * 2)
     assert file.load() is None
     (line,) = warnings(caplog)
-    text = r"not used: dated \d+ seconds in the future, so its age is unknown \(check the clock\)"
+    text = r"ignored: dated \d+ seconds in the future, so its age is unknown \(check the clock\)"
     assert re.fullmatch(f"{path}: {text}", line)
 
 
@@ -122,11 +122,11 @@ def test_new_snapshot_is_used_although_the_file_system_rounds_its_time(file, pat
 
 
 @pytest.mark.parametrize(("pairs", "count"), [([], "0 entries"), ([1], "1 entry"), ([1, 2], "2 entries")])
-def test_restored_entries_are_counted(file, caplog, pairs, count):
+def test_restored_entries_are_counted(file, path, caplog, pairs, count):
     caplog.set_level(logging.INFO)
     write(file, [(b"t/alias/%d" % number, b"gilles") for number in pairs])
     file.load()
-    assert f"t/: {count} of 0 s ago from " in caplog.text
+    assert f"t/: {count} from {path} (0 s old)" in caplog.text
 
 
 def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog):
@@ -165,7 +165,7 @@ def test_slow_write_is_repeated_less_often(path, monkeypatch, took, pause):
 
 @pytest.mark.parametrize(
     ("mode", "owner", "why"),
-    [(0o640, 0, "others may read it (set mode 0600)"), (0o600, 1, "it belongs to another user")],
+    [(0o640, 0, "other users may read or write it (set mode 0600)"), (0o600, 1, "owned by another user")],
 )
 def test_snapshot_that_is_not_private_is_ignored_with_a_reason(file, path, caplog, mode, owner, why, monkeypatch):
     write(file)
@@ -173,7 +173,7 @@ def test_snapshot_that_is_not_private_is_ignored_with_a_reason(file, path, caplo
     user = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + owner)
     assert file.load() is None
-    assert warnings(caplog) == [f"{path}: not used: {why}"]
+    assert warnings(caplog) == [f"{path}: ignored: {why}"]
 
 
 def age(file):

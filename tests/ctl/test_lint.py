@@ -118,19 +118,19 @@ def test_alias_is_reported_in_its_stored_case(lint):
         (
             "alias/a b ",
             b"vera",
-            "the key begins or ends with white space, and smtpd never asks for such a key; rename it",
+            "the key begins or ends with white space; smtpd never asks for such a key (rename it)",
         ),
         ("credentials/vera", b"{SSHA}abcdef", "no login can succeed (use the output of `smtpctl encrypt`"),
         ("userinfo/root", b"0:0:/root", "; set allow_root = true"),
         ("userinfo/vera", b"vera", "(expected UID:GID:HOME, such as 1000:1000:/home/gilles)"),
         ("netaddr/192.0.2.0/99", b"", ""),
         *(
-            (f"{service}/empty", value, f"there is no value, and {service} needs one")
+            (f"{service}/empty", value, f"missing value: {service} requires one")
             for service in ("alias", "credentials", "userinfo", "mailaddrmap")
             for value in (b"", b" \n")
         ),
-        ("alias/nobody", b"# nobody yet", "there is no value, and alias needs one"),
-        ("addrname/192.0.2.1", b"", "there is no value, and addrname needs one"),
+        ("alias/nobody", b"# nobody yet", "missing value: alias requires one"),
+        ("addrname/192.0.2.1", b"", "missing value: addrname requires one"),
         ("alias/twice/", b"vera", "move the value to the key without the /"),
         ("alias/a//b", b"vera", "no URL can name this key"),
         ("alias/../b", b"vera", "no URL can name this key"),

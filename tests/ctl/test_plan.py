@@ -100,7 +100,7 @@ def test_flags_survive_a_change_and_come_with_an_export():
         (b"a", b"|/bin/sh", "allow_commands"),
         (b"a", b'x, "y', "quote"),
         (b"a", b"x" * 2048, "2048"),
-        (b"a", b"two words", "contains a blank (is a comma missing?)"),
+        (b"a", b"two words", "contains white space (is a comma missing?)"),
         (b"a//b", b"x", "no URL"),
         (b"a/../b", b"x", "no URL"),
         (b"/a", b"x", "no URL"),
@@ -139,7 +139,7 @@ def test_stored_key_that_modern_consul_refuses_is_changed_and_pruned():
 @pytest.mark.parametrize("value", [b"", b'""', b"# nobody"])
 def test_export_entry_without_a_needed_value_is_a_problem(value):
     (problem,) = planned(ALIAS, [(b"root", value)], name="export").problems
-    assert problem == (1, "there is no value, and alias needs one", b"root")
+    assert problem == (1, "missing value: alias requires one", b"root")
 
 
 def test_list_needs_no_values():

@@ -31,7 +31,7 @@ def test_password_from_standard_input_is_checked_and_not_printed(with_auth):
     assert [line for line in done.said.splitlines() if line[0] != " "] == [
         "vera: not found",
         "nobody: not found",
-        "vera: error: the service auth answers check alone, with a key USER:PASSWORD",
+        "vera: error: the service auth supports only check, with a key USER:PASSWORD",
     ]
     printed = done.text + done.said + query(with_auth, "auth", "-", "--trace", "--json", stdin=lines).text
     assert [secret for secret in (PASSWORD, "battery", "wrong", HASH.decode()) if secret in printed] == []

@@ -168,7 +168,7 @@ def test_service_missing_from_the_snapshot_is_an_error(snapshot_conf, tmp_path):
     entries = [entry for entry in json.loads(copy.read_text()) if "/domain/" not in entry["key"]]
     copy.write_text(json.dumps(entries))
     done = query(snapshot_conf, "domain", "elsewhere.example")
-    assert (done.status, "is not in the copy" in done.said) == (2, True)
+    assert (done.status, "is not in the snapshot" in done.said) == (2, True)
     assert query(snapshot_conf, "alias", "root").status == 0
 
 

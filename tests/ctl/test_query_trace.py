@@ -24,7 +24,7 @@ from tests.ctl.queries import MARKED, query, traced
                 "value trailing white space is dropped",
                 "value lines are joined into one list, without comments",
                 (
-                    "problem element 2 of the value contains a blank (is a comma missing?); "
+                    "problem element 2 of the value contains white space (is a comma missing?); "
                     "smtpd rejects the whole alias because of it"
                 ),
             ],

@@ -75,17 +75,17 @@ def test_token_without_write_permission_is_reported_with_a_hint(consul_with_acl)
     ("service", "key", "value", "said"),
     [
         ("alias", "root", "|/bin/sh", "aliases/alias/root: the value contains a |command"),
-        ("alias", "*@example.org", "gilles", "a * for a user"),
+        ("alias", "*@example.org", "gilles", "* as its user"),
         ("alias", "a", "b", "an alias loop (a -> b -> a)"),
         ("alias", "folder/", "gilles", "no URL can name this key"),
         ("alias", "", "gilles", "no URL can name this key"),
         ("alias", "a//b", "gilles", "no URL can name this key"),
-        ("alias", "root", "", "there is no value"),
+        ("alias", "root", "", "missing value"),
         ("domain", "vera@example.org", "", "is a mail address"),
         ("credentials", "vera", "secret", "not a hash"),
         ("userinfo", "vera", "0:0:/root", "allow_root"),
         ("relayhost", "example.org", "smtp://host:0", "the port"),
-        ("regex", r"\S+", "", r"the key has a \S"),
+        ("regex", r"\S+", "", r"the key contains \S"),
     ],
 )
 def test_entry_that_lint_would_report_is_refused(run, fake, service, key, value, said):

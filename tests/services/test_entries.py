@@ -139,7 +139,7 @@ def test_list_entry_without_value_answers_with_its_key(service, raw):
 @pytest.mark.parametrize("raw", [b"", None, b" \n"])
 def test_value_entry_without_value_exists_but_its_lookup_is_an_error(service, raw):
     found = entries(service, (b"root", raw))
-    with pytest.raises(EntryError, match=f"aliases/{service}/root: there is no value"):
+    with pytest.raises(EntryError, match=f"aliases/{service}/root: missing value"):
         found.lookup(b"root")
     assert found.find(b"root") is not None
 

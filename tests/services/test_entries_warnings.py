@@ -13,7 +13,7 @@ from tests.services.parsing import COMMANDS, TABLE, entries
     [
         ("alias", b" root", b"gilles", "begins or ends with white space"),
         ("domain", b"example.org\n", None, "begins or ends with white space"),
-        ("alias", b"root", b"gilles, eric schmidt", "element 2 of the value contains a blank (is a comma missing?)"),
+        ("alias", b"root", b"gilles, eric schmidt", "element 2 of the value contains white space (is a comma missing"),
         ("alias", b"root", "jörg@exämple.org".encode(), "xn--...); smtpd rejects the whole alias"),
         ("alias", b"root", "joerg@exämple.org".encode(), "delivers to the local user before the @"),
         (
@@ -38,9 +38,9 @@ from tests.services.parsing import COMMANDS, TABLE, entries
             "not a hash that",
         ),
         ("auth", b"vera", b"{SSHA512}hunter2", "not a hash that can be verified"),
-        ("alias", b"root", None, "there is no value, and alias needs one"),
-        ("mailaddrmap", b"vera", b" \n", "there is no value, and mailaddrmap needs one"),
-        ("auth", b"vera", None, "there is no value, and auth needs one"),
+        ("alias", b"root", None, "missing value: alias requires one"),
+        ("mailaddrmap", b"vera", b" \n", "missing value: mailaddrmap requires one"),
+        ("auth", b"vera", None, "missing value: auth requires one"),
         ("source", b"mail.example.org", None, "not an address to send mail from"),
         ("source", b"192.0.2.256", None, "not an address to send mail from"),
         ("source", b"192.0.2.0/24", None, "not an address to send mail from"),

@@ -172,7 +172,7 @@ def test_expression_that_takes_too_long_is_a_problem_and_affects_no_other():
 def test_key_is_not_matched_when_too_little_time_is_left(service):
     index = INDEXES[service](COSTLY[service], 6.0)
     assert index.timed
-    with pytest.raises(EntryError, match="too little left of the deadline"):
+    with pytest.raises(EntryError, match="too little time left before the deadline"):
         index.find(HOSTILE[service], lambda: 1e-4)
     assert index.find(HOSTILE[service], lambda: 60.0) == walk(service, COSTLY[service], HOSTILE[service])
 

@@ -100,7 +100,7 @@ def test_regex_that_is_rejected_is_a_problem_and_affects_no_other(entry):
         (b"[[.a", "write \\[ for the character"),
         (b"[[:nope:]]", "such as [:alpha:]"),
         (b"[[.ab.]]", "write it out"),
-        (b"[b-a]", "write it in order"),
+        (b"[b-a]", "write it in ascending order"),
         (b"[a-z-9]", "put it last, before the ]"),
         (b"*a", "put a \\ before it"),
         (b"a{x}", "{n}, {n,} or {n,m}; put a \\ before it"),

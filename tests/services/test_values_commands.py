@@ -130,7 +130,7 @@ def test_alias_that_only_looks_like_discarding_is_rejected(raw):
 
 @pytest.mark.parametrize("raw", [b"it's", b'"gilles', b"gilles\\", b"'a\", b", b"a, 'b"])
 def test_alias_with_an_open_quote_or_escape_is_rejected(raw):
-    assert "ends within a quote or an escape" in refusal(raw, table=COMMANDS)
+    assert "ends inside a quote or an escape" in refusal(raw, table=COMMANDS)
 
 
 def test_pipe_in_a_string_is_data():
@@ -174,7 +174,7 @@ def test_element_has_a_problem_where_smtpd_rejects_or_truncates_it(element):
 
 @pytest.mark.parametrize("raw", [b"o'brien@example.org", b"gilles@example.org\\"])
 def test_mailaddrmap_with_an_open_quote_or_escape_is_rejected(raw):
-    assert "ends within a quote or an escape" in refusal(raw, "mailaddrmap")
+    assert "ends inside a quote or an escape" in refusal(raw, "mailaddrmap")
 
 
 @settings(deadline=None)

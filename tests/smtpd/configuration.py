@@ -7,6 +7,6 @@ from table_consul import config
 VARIABLES = ["CONSUL_HTTP_ADDR", "CONSUL_HTTP_SSL", *(name for group in config.VARIABLES for name in group.values())]
 ADDRESS_HINT = "(use http://HOST:PORT, https://HOST:PORT, unix:///PATH or file:///PATH)"
 ABSOLUTE_PATH = "must be an absolute path (smtpd starts tables in /)"
-CERT_AND_KEY = "set both or neither (one file may serve as both)"
-VISIBLE_ASCII = "must be visible ASCII characters, without spaces and line breaks"
+CERT_AND_KEY = "(set both or neither; one file may serve as both)"
+VISIBLE_ASCII = "must be visible ASCII characters, without spaces or line breaks"
 SECRET = "b1gs33cr3t-0f-0pa1"

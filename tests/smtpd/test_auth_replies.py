@@ -122,7 +122,7 @@ def test_auth_answers_neither_lookup_nor_fetch(op):
 def test_malformed_auth_key_is_an_error_that_does_not_contain_it(key):
     reply = ask(Scripted(), key)
     assert isinstance(reply, Failed)
-    assert reply.reason == "the service auth answers check alone, with a key USER:PASSWORD"
+    assert reply.reason == "the service auth supports only check, with a key USER:PASSWORD"
 
 
 def test_empty_user_is_not_found():
@@ -216,7 +216,7 @@ def replies(path, keys, caplog=None, version="7.9.0"):
         Server(sources, lambda _: None, counters=sources.counters).serve(ours.fileno(), ours.fileno())
         ours.shutdown(socket.SHUT_WR)
         answers = b"".join(itertools.takewhile(bool, (theirs.recv(65536) for _ in itertools.count())))
-    replies.cells = sources.counters.cells()
+    replies.cells = sources.counters.sums()
     return answers.splitlines()
 
 
@@ -268,7 +268,7 @@ def test_logins_in_one_write_are_each_answered_within_the_deadline_from_arrival(
     answers = replies(path, [f"vera:{PASSWORD}", *["vera:wrong", "walter:wrong"] * 6])[2:]
     assert time.monotonic() - began < 2.0  # all 13 would take 3 s and more on any machine
     assert answers[0] == b"check-result|1|found"
-    late = b"error|too little left of the deadline of 0.5 s to verify a password"
+    late = b"error|too little time left before the deadline of 0.5 s to verify a password"
     assert {answer.partition(b"|")[2].partition(b"|")[2] for answer in answers[3:]} == {late}
 
 
@@ -292,4 +292,4 @@ def test_reads_and_verification_share_one_deadline(tmp_path, user):
     assert isinstance(tables.answer(request, time.monotonic()), Found if user == "vera" else NotFound)
     late = tables.answer(request, time.monotonic() - tables.table("users").deadline)
     assert (type(late), type(late.cause)) == (Failed, Unreachable)
-    assert late.reason == "too little left of the deadline of 2 s to verify a password"
+    assert late.reason == "too little time left before the deadline of 2 s to verify a password"

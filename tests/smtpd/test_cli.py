@@ -111,7 +111,7 @@ def test_secret_in_the_environment_is_not_shown_by_check(tmp_path):
 
 def test_terminal_as_input_prints_the_purpose_of_the_program(monkeypatch, capsys):
     monkeypatch.setattr(os, "isatty", lambda _: True)
-    assert (cli.main([]), "is started by OpenSMTPD's smtpd" in capsys.readouterr().err) == (2, True)
+    assert (cli.main([]), "OpenSMTPD starts table-consul" in capsys.readouterr().err) == (2, True)
 
 
 @pytest.fixture

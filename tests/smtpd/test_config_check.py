@@ -72,7 +72,7 @@ def test_snapshot_that_others_can_read_is_reported(load_config, tmp_path):
     (tmp_path / "copy").write_text("[]")
     (tmp_path / "copy").chmod(0o640)
     (line,) = check.check_files(load_config(f'[tables.a]\nsnapshot = "{tmp_path}/copy"'))
-    assert line.endswith("snapshot of table a: other users can read this copy of the table (try: chmod 0600)")
+    assert line.endswith("snapshot of table a: other users can read this snapshot (try: chmod 0600)")
 
 
 def test_two_tables_with_one_snapshot_are_reported(load_config, tmp_path):
@@ -125,7 +125,7 @@ def test_token_file_that_the_daemon_refuses_is_reported(load_config, tmp_path, t
     path.chmod(0o640)
     loaded = load_config(f'[consul]\naddress = "http://127.0.0.1:1"\ntoken_file = "{path}"')
     (line,) = check.check_files(loaded)
-    problem = "empty, or not one line of printable ASCII without blanks (write the SecretID and nothing else)"
+    problem = "must contain one token: printable ASCII without white space (write only the SecretID)"
     assert line.endswith(f"consul.token_file: {path}: {problem}")
     with (
         contextlib.closing(kv.Client(loaded.consul)) as client,
@@ -162,7 +162,7 @@ def test_root_checks_as_the_user_of_smtpd(as_nobody, load_config, config_file, t
     starts = [
         f"{config_file}: consul.token_file: {tmp_path}/token: {unreadable}",
         f"{config_file}: consul.cert_file: {tmp_path}/cert: {unreadable}",
-        f"{config_file}: consul.key_file: {tmp_path}/closed/key: folder {tmp_path}/closed cannot be entered by {user}",
+        f"{config_file}: consul.key_file: {tmp_path}/closed/key: {user} cannot enter folder {tmp_path}/closed ",
         f"{config_file}: snapshot of table consul: folder {tmp_path} not found, or not writable by {user}",
     ]
     lines = check.check_files(loaded)
@@ -198,7 +198,7 @@ def test_files_that_another_user_cannot_use_are_reported(run_as_nobody, open_fol
         "print(*check.check_files(config.load(sys.argv[1], {})), sep='\\n')", str(path)
     ).splitlines()
     assert f"consul.token_file: {open_folder}/token: not readable by user nobody (uid 65534); " in token
-    assert f"consul.ca_path: {open_folder}/ca: folder {open_folder}/ca cannot be entered by user nobody" in folder
+    assert f"consul.ca_path: {open_folder}/ca: user nobody (uid 65534) cannot enter folder {open_folder}/ca" in folder
     assert f"consul: folder {open_folder} not found, or not writable by user nobody (uid 65534)" in snapshot
 
 

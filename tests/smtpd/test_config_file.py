@@ -85,5 +85,5 @@ def test_inaccessible_folder_above_the_file_is_reported(run_as_nobody, open_fold
     folder.mkdir(mode=0o700)
     (folder / "table-consul.toml").write_text("")
     assert run_as_nobody(LOAD, str(folder / "table-consul.toml")).startswith(
-        f"{folder}/table-consul.toml: folder {folder} cannot be entered by user nobody (uid 65534) (try: chgrp "
+        f"{folder}/table-consul.toml: user nobody (uid 65534) cannot enter folder {folder} (try: chgrp "
     )

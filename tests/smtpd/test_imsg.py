@@ -189,7 +189,7 @@ def test_short_request_is_an_error(kind, body):
 @pytest.mark.parametrize("kind", [0, 1, 8, 255, 2**32 - 1])
 def test_unknown_type_is_reported_and_not_answered(kind):
     first, second = asked(message(kind, b"x" * 99), question(LOOKUP, ALIAS, b"root\0"))
-    assert (Malformed(f"unknown message of type {kind}", None), LOOKED_UP) == (first, second)
+    assert (Malformed(f"unknown message type {kind}", None), LOOKED_UP) == (first, second)
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, MAX_MESSAGE + 1, 65535])
@@ -266,7 +266,7 @@ def test_longest_reply_is_the_longest_message():
 
 
 def test_oversized_value_is_a_reply_error():
-    with pytest.raises(ReplyError, match="16364 bytes; this smtpd takes at most 16363"):
+    with pytest.raises(ReplyError, match="16364 bytes; this smtpd accepts at most 16363"):
         Session().send(LOOKED_UP, Found(b"v" * (MAX_VALUE + 1)))
 
 

@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 
 from table_consul.backoff import Backoff
 from table_consul.child import ChildError
-from table_consul.counters import CELLS_MAX, Counters
+from table_consul.counters import SUMS_MAX, Counters
 from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.failures import BadName
 from table_consul.metrics import Exporter
@@ -31,7 +31,7 @@ def count_replies(counters, seconds, *replies):
 
 
 def counts(counters):
-    return {labels: sum(cell[2:]) for labels, cell in counters.cells().items()}
+    return {labels: sum(sums[2:]) for labels, sums in counters.sums().items()}
 
 
 # ---- counters ----
@@ -55,7 +55,7 @@ def test_requests_are_counted_by_table_service_operation_and_reply():
 def test_histogram_bucket_includes_its_upper_bound(seconds, interval):
     counters = Counters(table_layout)
     count_replies(counters, seconds, (request(), Found), (request(), Found))
-    ((total, _, *intervals),) = counters.cells().values()
+    ((total, _, *intervals),) = counters.sums().values()
     assert intervals == [2 if number == interval else 0 for number in range(12)]
     assert total == pytest.approx(2 * seconds)
 
@@ -69,20 +69,20 @@ def test_unknown_services_and_operations_share_one_series():
 
 def test_tables_beyond_the_limit_share_one_series():
     counters = Counters(table_layout)
-    for number in range(CELLS_MAX + 10):
+    for number in range(SUMS_MAX + 10):
         count_replies(counters, 3.0, (request(table=f"table{number}"), Found))
         counters.failed(f"table{number}", Unreachable("away"), 0.0)
-    assert len(counters.cells()) == CELLS_MAX + 1
+    assert len(counters.sums()) == SUMS_MAX + 1
     assert counts(counters)["(other)", "alias", "lookup", Found] == 10
-    assert len(counters.failures) == CELLS_MAX
+    assert len(counters.failures) == SUMS_MAX
 
 
 def test_counters_can_be_read_while_requests_are_counted():
     counters, stop = Counters(table_layout), threading.Event()
 
     def count():
-        while not stop.is_set() and len(counters.cells()) < CELLS_MAX:
-            count_replies(counters, 0.0, (request(table=f"table{len(counters.cells())}"), Found))
+        while not stop.is_set() and len(counters.sums()) < SUMS_MAX:
+            count_replies(counters, 0.0, (request(table=f"table{len(counters.sums())}"), Found))
 
     thread = threading.Thread(target=count)
     thread.start()

@@ -193,7 +193,7 @@ def test_port_in_use_is_served_once_it_is_free(exporter, caplog):
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         export = exporter(fake_tables(listen=listen))
         export()
-        assert "Address already in use; trying again every 15 s" in caplog.text
+        assert "Address already in use; retrying every 15 s" in caplog.text
     export()
     assert scrape(listen)["table_consul_build_info"] == BUILD_INFO
     assert f"metrics.listen {listen}: recovered after" in caplog.text

@@ -110,13 +110,13 @@ def test_terminal_as_standard_input_prints_a_hint_and_exits_with_2():
     finally:
         os.close(ours)
         os.close(theirs)
-    assert (run.returncode, run.stdout, b"is started by OpenSMTPD's smtpd" in run.stderr) == (2, b"", True)
+    assert (run.returncode, run.stdout, b"OpenSMTPD starts table-consul" in run.stderr) == (2, b"", True)
 
 
 @pytest.mark.parametrize("sent", [b"", b"hello\n", b"GET / HTTP/1.0\r\n\r\n"])
 def test_input_in_no_dialect_prints_a_hint_and_exits_with_2(entries_config, sent):
     run = run_to_the_end(*PROGRAM, entries_config, input=sent)
-    assert (run.returncode, run.stdout, b"is started by OpenSMTPD's smtpd" in run.stderr) == (2, b"", True)
+    assert (run.returncode, run.stdout, b"OpenSMTPD starts table-consul" in run.stderr) == (2, b"", True)
 
 
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- 2>&-", "<&- >&- 2>&-"])

@@ -81,7 +81,7 @@ def test_missing_command_exits_with_127():
     done = subprocess.run([*RUN, "table-nowhere"], input=b"config|ready\n", capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (
         127,
-        b"table-procexec: table-nowhere: neither in a libexec folder of OpenSMTPD nor in PATH\n",
+        b"table-procexec: table-nowhere: not found in OpenSMTPD's libexec folders or in PATH\n",
     )
 
 
@@ -91,12 +91,12 @@ def test_missing_command_exits_with_127():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "no COMMAND"),
-        ([""], "no COMMAND"),
+        ([], "missing COMMAND"),
+        ([""], "missing COMMAND"),
         (["table-x 'a"], "No closing quotation: table-x 'a"),
         (["--dialect", "imsg", "table-x"], "invalid choice: 'imsg'"),
-        (["--deadline", "0", "table-x"], "not between 0 and 60: 0"),
-        (["--deadline", "99", "table-x"], "not between 0 and 60: 99"),
+        (["--deadline", "0", "table-x"], "must be above 0 and at most 60 seconds: 0"),
+        (["--deadline", "99", "table-x"], "must be above 0 and at most 60 seconds: 99"),
         (["--what", "table-x"], "unrecognized arguments: --what"),
     ],
 )
@@ -110,7 +110,7 @@ def test_terminal_as_standard_input_is_a_usage_error():
     ours, theirs = pty.openpty()
     try:
         done = subprocess.run([*RUN, "table-x"], stdin=theirs, capture_output=True, text=True, check=False)
-        assert (done.returncode, "smtpd starts this" in done.stderr) == (2, True)
+        assert (done.returncode, "only smtpd starts table-procexec" in done.stderr) == (2, True)
     finally:
         os.close(ours)
         os.close(theirs)

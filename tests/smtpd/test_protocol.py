@@ -154,7 +154,7 @@ def test_longest_line_is_a_request():
 def test_oversized_line_is_refused_once_with_its_id_and_the_next_is_read(size):
     head = b"table|0.1|0|t|lookup|alias|1|"
     (event,) = in_both_framings(head + b"a" * (size - len(head)))
-    assert (event.request.id, "more than 65536 bytes" in event.reason) == (b"1", True)
+    assert (event.request.id, "longer than 65536 bytes" in event.reason) == (b"1", True)
 
 
 @pytest.mark.parametrize("line", [b"x", b"config|x|", b"table|0.1|0|t|", b"table|0.1|0|t|lookup|alias|" + b"9" * 3000])

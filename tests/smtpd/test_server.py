@@ -153,8 +153,8 @@ def test_exception_is_logged_once_with_its_traceback(tables, caplog):
 
 def test_invalid_reply_is_an_error_reply(tables, monkeypatch, caplog):
     monkeypatch.setattr(tables, "answer", lambda *_: Found(None))
-    assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found does not answer lookup"]
-    assert logged(caplog) == ["lookup alias: Found does not answer lookup"]
+    assert replies(tables, ROOT % 1) == [b"lookup-result|1|error|Found is not a reply to lookup"]
+    assert logged(caplog) == ["lookup alias: Found is not a reply to lookup"]
 
 
 def test_bad_entry_is_logged_once(tables, caplog):
@@ -373,7 +373,7 @@ def test_bug_in_counting_invalid_requests_affects_no_reply(tables, caplog):
     counters = Counting()
     counters.error = RuntimeError("bug")
     answered, _ = served(tables, HELLO + b"hello\ntable|0.1|0|t|check|alias|3\n" + ROOT % 1, counters=counters)
-    assert answered.endswith(b"check-result|3|error|fields are missing\nlookup-result|1|found|gilles\n")
+    assert answered.endswith(b"check-result|3|error|missing fields\nlookup-result|1|found|gilles\n")
 
 
 def test_failed_start_of_the_log_affects_no_answer(tables, caplog):

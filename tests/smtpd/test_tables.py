@@ -210,7 +210,7 @@ def test_expressions_use_the_remaining_time_and_exact_keys_are_always_answered(o
         if service == "domain":
             assert late == on_time
         else:
-            assert late.reason == "aliases/regex/: too little left of the deadline to match the patterns"
+            assert late.reason == "aliases/regex/: too little time left before the deadline to match the patterns"
 
 
 # ---- which source ----

@@ -54,7 +54,7 @@ def test_start_without_consul_answers_from_the_snapshot(fake, mirrored, copied, 
     again = mirrored(closed_port(), copied)
     becomes(again, b"gilles")
     assert (ask(again, b"nobody"), ask(again, b"example.org", "domain")) == (None, b"example.org")
-    assert any("entries of 0 s ago from" in line for line in lines(caplog, logging.INFO))
+    assert any(line.endswith("copy.json (0 s old)") for line in lines(caplog, logging.INFO))
 
 
 def test_restored_table_follows_consul_when_it_is_back(fake, mirrored, copied, tmp_path):
@@ -80,14 +80,14 @@ def test_damaged_snapshot_is_ignored_and_logged(mirrored, copied, tmp_path, capl
     (tmp_path / "copy.json").write_text(text)
     (tmp_path / "copy.json").chmod(0o600)
     becomes(mirrored(closed_port(), copied), Unreachable)
-    logged(caplog, f"{tmp_path}/copy.json: not used: not the output of `consul kv export`")
+    logged(caplog, f"{tmp_path}/copy.json: ignored: not the output of `consul kv export`")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o602])
 def test_snapshot_that_others_may_read_or_write_is_ignored_and_logged(mirrored, copied, tmp_path, caplog, mode):
     write_snapshot(tmp_path / "copy.json", WHOLE, mode)
     becomes(mirrored(closed_port(), copied), Unreachable)
-    logged(caplog, "others may read it")
+    logged(caplog, "other users may read or write it")
 
 
 def test_snapshot_of_another_table_proves_no_absence(mirrored, copied, tmp_path, caplog):
@@ -109,7 +109,7 @@ def test_export_as_snapshot_answers_for_its_keys_and_proves_no_empty_folder(mirr
     write_snapshot(tmp_path / "copy.json", {"mail/aliases/alias/root": b"gilles"})
     source = mirrored(closed_port(), copied)
     becomes(source, b"gilles")
-    with pytest.raises(SourceError, match="mail/aliases/domain/ is not in the copy"):
+    with pytest.raises(SourceError, match="mail/aliases/domain/ is not in the snapshot"):
         ask(source, b"example.org", "domain")
 
 

@@ -71,7 +71,7 @@ def test_hold_ends_after_its_time_without_a_change_in_consul(filled, mirrored, c
     delete(filled)
     is_held(source, 30)
     becomes(source, None, LAST)
-    logged(caplog, "hold_deletions is over: no longer serving 30 deleted entries")
+    logged(caplog, "hold_deletions expired: no longer serving 30 deleted entries")
     assert held(source) == 0
 
 

@@ -130,11 +130,11 @@ def test_examples_of_the_configuration_are_accepted(tmp_path):
 # ---- table-consulctl ----
 
 
-def page_of(name):
-    """What the page says of a command: the text below its `.Ss`."""
-    commands = parts(parts(source("table-consulctl.8"), "Sh")["COMMANDS"], "Ss")
-    (found,) = (text for head, text in commands.items() if head.partition(":")[0] == name)
-    return found
+def commands():
+    """The text about each command, by its name, and the text before them, about the options that they share."""
+    text = parts(source("table-consulctl.8"), "Sh")["COMMANDS"]
+    by_name = {head.partition(":")[0]: body for head, body in parts(text, "Ss").items()}
+    return by_name, text.partition("\n.Ss ")[0]
 
 
 def command(name):
@@ -153,8 +153,7 @@ def names(option):
 
 
 def test_commands_are_those_of_the_program():
-    commands = parts(parts(source("table-consulctl.8"), "Sh")["COMMANDS"], "Ss")
-    assert [head.partition(":")[0] for head in commands] == list(main.COMMANDS)
+    assert list(commands()[0]) == list(main.COMMANDS)
 
 
 def test_options_before_the_command_are_those_of_the_program():
@@ -165,28 +164,51 @@ def test_options_before_the_command_are_those_of_the_program():
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_options_of_a_command_are_those_of_the_program(name):
+    by_name, common = commands()
     real = {spelling for option in options(command(name)) for spelling in names(option)}
-    listed = items(page_of(name))
+    shared = {head: text for head, text in items(common).items() if flags(head) <= real}
+    own = items(by_name[name])
+    listed = {**shared, **own}
     assert {spelling for head in listed for spelling in flags(head)} == real
     for option in options(command(name)):
         (head,) = (head for head in listed if flags(head) & names(option))
         assert option.is_flag == (" Ar " not in head)
-        told = listed[head]
+        text = listed[head]
         if isinstance(option.type, click.Choice):
-            assert [word for word in option.type.choices if f".Cm {word}" not in told] == []
+            assert [word for word in option.type.choices if f".Cm {word}" not in text] == []
         if isinstance(option.default, str | int | float) and not option.is_flag:
-            assert stated_default(told) == written(option.default)
+            assert stated_default(text) == written(option.default)
+
+
+def test_shared_options_name_their_commands():
+    common = items(commands()[1])
+    having = {head: {name for name in main.COMMANDS if flags(head) <= spellings(name)} for head in common}
+    writing = {*marked_words(common["Fl -no-undo"])}
+    assert writing == having["Fl -no-undo"] == having["Fl -token-file Ar path"] == having["Fl -undo-dir Ar path"]
+    assert {*marked_words(common["Fl -live"])} == having["Fl -live"]
+    without = {*marked_words(common["Fl -json"].partition("Not for")[2])}
+    assert {*main.COMMANDS} - without == having["Fl -json"]
+
+
+def spellings(name):
+    return {spelling for option in options(command(name)) for spelling in names(option)}
+
+
+def marked_words(text):
+    return [word for line in re.findall(r"^\.Cm (.*)", text, re.MULTILINE) for word in re.findall(r"\w+", line)]
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_arguments_of_a_command_are_in_its_synopsis(name):
-    shown = page_of(name).partition("\n.Pp")[0]
+    by_name, common = commands()
+    shown = by_name[name].partition("\n.Pp")[0]
     assert f".Cm {name}" in shown
     arguments = [each for each in command(name).params if isinstance(each, click.Argument)]
     words = [re.sub(r"[\[\].]", "", each.metavar or each.name).lower() for each in arguments]
     without_options = re.sub(r"^\.Op Fl .*\n", "", shown, flags=re.MULTILINE)
     assert [*marked(without_options, "Ar")] == words
-    assert flags(shown) == {spelling for option in options(command(name)) for spelling in names(option)}
+    shared = {spelling for head in items(common) for spelling in flags(head)}
+    assert flags(shown) | shared >= spellings(name) >= flags(shown)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

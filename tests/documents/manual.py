@@ -1,4 +1,4 @@
-"""The manual pages as the tests read them: sections, lists, and the arguments of a macro of mdoc(7)."""
+"""Read the manual pages: sections, lists, and the arguments of mdoc(7) macros."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def source(name: str) -> str:
 
 
 def parts(text: str, macro: str) -> dict[str, str]:
-    """The text below each heading (`Sh` or `Ss`), by its words."""
+    """The text below each heading (`Sh` or `Ss`), by heading."""
     _, *found = re.split(rf"^\.{macro} (.*)\n", text, flags=re.MULTILINE)
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
 def items(text: str) -> dict[str, str]:
-    """The items of the lists in a text: the line after `.It`, and the text about it."""
+    """The text of each list item, by the arguments of its `.It`."""
     _, *found = re.split(r"^\.It (.*)\n", text, flags=re.MULTILINE)
     return {head: body.partition("\n.El")[0] for head, body in zip(found[::2], found[1::2], strict=True)}
 
 
 def marked(text: str, macro: str) -> list[str]:
-    """Every word that follows a macro in a text."""
+    """Every word that a macro marks, in order."""
     found = []
     for line in text.splitlines():
         now = ""
@@ -45,8 +45,8 @@ def flags(text: str) -> set[str]:
 
 
 def stated_default(text: str) -> str | None:
-    """The default that an item states: a word, "" for none, None if it states nothing."""
-    if re.search(r"There is no\s+default", text) or "The default is empty" in text:
+    """The default that an item states; "" if it is empty, None if none is stated."""
+    if "The default is empty" in text:
         return ""
     if found := re.search(r"The default is\n\.Cm (\S+)", text):
         return found[1]

@@ -1,11 +1,13 @@
-"""The manual pages describe the programs as they are: options, commands, services, examples."""
+"""The manual pages agree with the programs: options, commands, services, examples."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 
 import click
 import pytest
@@ -16,11 +18,12 @@ from table_consul.services import SERVICES
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
-# Of OpenSMTPD and of the system; mandoc looks for them on this machine, where they need not be.
+# Pages of OpenSMTPD and of the system, which need not be installed here.
 FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
     *("crypt 3", "vi 1"),
 }
+CTL = "table-consulctl"
 PROGRAMS = {"table-consul.8": cli._parser(), "table-procexec.8": procexec._parser()}
 
 
@@ -29,10 +32,10 @@ def synopsis(page):
 
 
 def linted(page):
-    """What mandoc finds at its strictest, but for references to pages of others."""
+    """The lines of mandoc at its strictest, without references to pages that are not installed here."""
     done = subprocess.run(["mandoc", "-T", "lint", MAN / page], capture_output=True, text=True, check=False)
-    told = done.stdout.splitlines()
-    return [line for line in told if not any(f"not found: Xr {name}" in line for name in known_elsewhere())]
+    lines = done.stdout.splitlines()
+    return [line for line in lines if not any(f"not found: Xr {name}" in line for name in known_elsewhere())]
 
 
 def known_elsewhere():
@@ -44,12 +47,12 @@ mandoc = pytest.mark.skipif(not shutil.which("mandoc"), reason="no mandoc: apt-g
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_mandoc_has_nothing_to_say(page):
+def test_mandoc_reports_nothing(page):
     assert linted(page) == []
 
 
 @mandoc
-def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
+def test_mandoc_reports_mistakes(monkeypatch, tmp_path):
     monkeypatch.setattr("tests.documents.test_man.MAN", tmp_path)
     head = ".Dd November 22, 2026\n.Dt PAGE 8\n.Os\n.Sh NAME\n.Nm page\n.Nd one\n"
     (tmp_path / "page.8").write_text(head)
@@ -61,19 +64,19 @@ def test_mandoc_would_say_what_is_wrong(monkeypatch, tmp_path):
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_a_page_fits_a_terminal(page):
+def test_page_fits_80_columns(page):
     done = subprocess.run(["mandoc", "-T", "ascii", MAN / page], capture_output=True, text=True, check=True)
     assert [line for line in re.sub(".\b", "", done.stdout).splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_the_title_is_the_name_of_the_page(page):
+def test_title_is_the_name_of_the_page(page):
     name, _, section = page.rpartition(".")
     assert f".Dt {name.upper()} {section}\n.Os\n.Sh NAME\n.Nm {name}\n.Nd " in source(page)
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_references_are_to_pages_that_there_are(page):
+def test_references_exist(page):
     assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= known_elsewhere()
 
 
@@ -89,17 +92,17 @@ def test_options_are_those_of_the_program(page):
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_what_an_option_takes_and_its_default_are_told(page):
+def test_arguments_and_defaults_of_options_are_those_of_the_program(page):
     listed = items(source(page))
     for action in PROGRAMS[page]._actions:
         if not action.option_strings or action.nargs == 0:
             continue
         (head,) = (head for head in listed if flags(head) & {*action.option_strings})
         assert " Ar " in head
-        told = listed[head]
-        assert [word for word in action.choices or () if f".Cm {word}" not in told] == []
+        text = listed[head]
+        assert [word for word in action.choices or () if f".Cm {word}" not in text] == []
         if action.default is not None:
-            assert stated_default(told) == f"{action.default:g}"
+            assert stated_default(text) == f"{action.default:g}"
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
@@ -118,10 +121,60 @@ def order_of(text):
     return re.findall(r"^\.It Cm (\w+)", text, re.MULTILINE)
 
 
+def blocks(page, section):
+    """The literal blocks of a section, as mandoc shows them."""
+    text = parts(source(page), "Sh")[section]
+    return [block.replace("\\e", "\\") for block in re.findall(r"\.Bd -literal.*?\n(.*?)\.Ed", text, re.DOTALL)]
+
+
+def shell_lines(page):
+    """The commands under EXAMPLES, each on one line."""
+    text = parts(source(page), "Sh")["EXAMPLES"]
+    lines = "".join(["\n".join(re.findall(r"^\.Dl (.*)", text, re.MULTILINE)), "\n", *blocks(page, "EXAMPLES")])
+    joined = re.sub(r"\\\n +|(?<=\|)\n +", " ", lines)
+    return [line[2:] for line in joined.splitlines() if line.startswith(("$ ", "# "))]
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_quotes_of_displayed_lines_are_shown(page):
+    """A word that begins with a quote loses it; \\(dq is shown."""
+    assert re.findall(r"^\.Dl .* \".*", source(page), re.MULTILINE) == []
+
+
+def test_lookup_of_the_page_is_answered(tmp_path):
+    (tmp_path / "export.json").write_text('[{"key": "aliases/alias/root", "flags": 0, "value": "Z2lsbGVz"}]')
+    path = tmp_path / "table-consul.toml"
+    path.write_text(f'[consul]\naddress = "file://{tmp_path}/export.json"\n')
+    (asked,) = (found[1] for line in shell_lines("table-consul.8") if (found := re.search(r"^printf '(.*)' \|", line)))
+    done = subprocess.run(
+        [sys.executable, "-m", "table_consul", str(path)],
+        input=asked.replace("\\n", "\n"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("register|ready\nlookup-result|1|found|gilles\n")
+
+
+def test_program_of_the_page_is_a_table(tmp_path):
+    (program,) = (block for block in blocks("table-procexec.8", "EXAMPLES") if block.startswith("#!/usr/bin/python3"))
+    table = tmp_path / "table-dummy"
+    table.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(table)],
+        input="config|tablename|t\nconfig|ready\ntable|0.1|0|t|check|mailaddr|1|gilles@poolp.org\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(MAN.parent)},
+    )
+    assert done.stdout.endswith("check-result|1|found\n")
+
+
 def test_examples_of_the_configuration_are_accepted(tmp_path):
-    blocks = re.findall(r"\.Bd -literal.*?\n(.*?)\.Ed", source("table-consul.toml.5"), re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
+    examples = blocks("table-consul.toml.5", "EXAMPLES")
+    assert len(examples) >= 3
+    for block in examples:
         path = tmp_path / "table-consul.toml"
         path.write_text(block)
         config.load(str(path), {})
@@ -209,6 +262,17 @@ def test_arguments_of_a_command_are_in_its_synopsis(name):
     assert [*marked(without_options, "Ar")] == words
     shared = {spelling for head in items(common) for spelling in flags(head)}
     assert flags(shown) | shared >= spellings(name) >= flags(shown)
+
+
+def test_examples_of_commands_are_accepted():
+    """Parsed as the program parses them, and not run."""
+    lines = [line for page in ("table-consul.8", "table-consulctl.8") for line in shell_lines(page)]
+    called = [part.partition(f"{CTL} ")[2] for line in lines for part in re.split(r"\||&&", line) if CTL in part]
+    assert len(called) >= 10
+    for line in called:
+        words = shlex.split(line)
+        assert words[0] in main.COMMANDS
+        command(words[0]).make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

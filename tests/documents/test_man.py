@@ -14,7 +14,13 @@ import pytest
 
 from table_consul import cli, config, procexec
 from table_consul.ctl import main
-from table_consul.services import SERVICES
+from table_consul.failures import refusal
+from table_consul.fallback import explain
+from table_consul.protocol import Request
+from table_consul.responder import Responder
+from table_consul.services import SERVICES, Table
+from table_consul.services.entries import NOT_UTF8
+from table_consul.sources.hold import Held, news
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
@@ -133,6 +139,26 @@ def shell_lines(page):
     lines = "".join(["\n".join(re.findall(r"^\.Dl (.*)", text, re.MULTILINE)), "\n", *blocks(page, "EXAMPLES")])
     joined = re.sub(r"\\\n +|(?<=\|)\n +", " ", lines)
     return [line[2:] for line in joined.splitlines() if line.startswith(("$ ", "# "))]
+
+
+def logged_lines():
+    """Lines of table-consul, from the code that logs or returns them."""
+    yield explain(ImportError("No module named 'msgspec'"))
+    request = Request("lookup", b"1", "users", "auth", b"vera:secret")
+    yield Responder().answer(request, Table("users"), lambda *_: pytest.fail("nothing is read")).reason
+    held = {"alias": Held({b"%d" % number: b"" for number in range(20)}, 900.0)}
+    yield from (f"users/alias/: {text}" for _, text in news({}, held, {"alias": 30}, "users", 0.0))
+    yield str(refusal("Consul at http://127.0.0.1:8500", 400, b"Invalid key name", token=False))
+    yield str(refusal("Consul at http://127.0.0.1:8500", 502, b"a page of a proxy", token=True))
+    yield f"aliases/alias/x: {NOT_UTF8}"
+
+
+def test_diagnostics_are_literal():
+    text = parts(source("table-consul.8"), "Sh")["DIAGNOSTICS"]
+    patterns = [head.strip('"').replace('""', '"') for head in items(text)]
+    for line in logged_lines():
+        found = [each for each in patterns if re.fullmatch(".*".join(map(re.escape, each.split("..."))), line)]
+        assert len(found) == 1, line
 
 
 @pytest.mark.parametrize("page", NAMES)

@@ -1,4 +1,4 @@
-"""Read the manual pages: sections, lists, and the arguments of mdoc(7) macros."""
+"""Parser for the manual pages: sections, lists, and arguments of mdoc(7) macros."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parts(text: str, macro: str) -> dict[str, str]:
 
 
 def items(text: str) -> dict[str, str]:
-    """The text of each list item, by the arguments of its `.It`."""
+    """The list items of a text: the line after `.It`, and the text of the item."""
     _, *found = re.split(r"^\.It (.*)\n", text, flags=re.MULTILINE)
     return {head: body.partition("\n.El")[0] for head, body in zip(found[::2], found[1::2], strict=True)}
 
@@ -45,7 +45,7 @@ def flags(text: str) -> set[str]:
 
 
 def stated_default(text: str) -> str | None:
-    """The default that an item states; "" if it is empty, None if none is stated."""
+    """The default that an item states: a word, "" for no value, None if it states no default."""
     if "The default is empty" in text:
         return ""
     if found := re.search(r"The default is\n\.Cm (\S+)", text):

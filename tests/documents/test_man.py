@@ -24,7 +24,7 @@ from table_consul.sources.hold import Held, news
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
-# Pages of OpenSMTPD and of the system, which need not be installed here.
+# Pages of OpenSMTPD and of the system, which mandoc looks for although this system may lack them.
 FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
     *("crypt 3", "vi 1"),
@@ -38,13 +38,13 @@ def synopsis(page):
 
 
 def linted(page):
-    """The lines of mandoc at its strictest, without references to pages that are not installed here."""
+    """The findings of mandoc at its strictest level, except missing pages of other packages."""
     done = subprocess.run(["mandoc", "-T", "lint", MAN / page], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
-    return [line for line in lines if not any(f"not found: Xr {name}" in line for name in known_elsewhere())]
+    return [line for line in lines if not any(f"not found: Xr {name}" in line for name in foreign_pages())]
 
 
-def known_elsewhere():
+def foreign_pages():
     return FOREIGN | {" ".join(page.rsplit(".", 1)) for page in NAMES}
 
 
@@ -53,12 +53,12 @@ mandoc = pytest.mark.skipif(not shutil.which("mandoc"), reason="no mandoc: apt-g
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_mandoc_reports_nothing(page):
+def test_mandoc_finds_no_problem(page):
     assert linted(page) == []
 
 
 @mandoc
-def test_mandoc_reports_mistakes(monkeypatch, tmp_path):
+def test_mandoc_finds_an_inserted_problem(monkeypatch, tmp_path):
     monkeypatch.setattr("tests.documents.test_man.MAN", tmp_path)
     head = ".Dd November 22, 2026\n.Dt PAGE 8\n.Os\n.Sh NAME\n.Nm page\n.Nd one\n"
     (tmp_path / "page.8").write_text(head)
@@ -70,7 +70,7 @@ def test_mandoc_reports_mistakes(monkeypatch, tmp_path):
 
 @mandoc
 @pytest.mark.parametrize("page", NAMES)
-def test_page_fits_80_columns(page):
+def test_page_fits_a_terminal(page):
     done = subprocess.run(["mandoc", "-T", "ascii", MAN / page], capture_output=True, text=True, check=True)
     assert [line for line in re.sub(".\b", "", done.stdout).splitlines() if len(line) > 80] == []
 
@@ -82,8 +82,8 @@ def test_title_is_the_name_of_the_page(page):
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_references_exist(page):
-    assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= known_elsewhere()
+def test_referenced_pages_exist(page):
+    assert set(re.findall(r"^\.Xr (\S+ \d)", source(page), re.MULTILINE)) <= foreign_pages()
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
@@ -98,7 +98,7 @@ def test_options_are_those_of_the_program(page):
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_arguments_and_defaults_of_options_are_those_of_the_program(page):
+def test_argument_and_default_of_an_option_are_stated(page):
     listed = items(source(page))
     for action in PROGRAMS[page]._actions:
         if not action.option_strings or action.nargs == 0:
@@ -227,7 +227,7 @@ def options(of):
 
 
 def names(option):
-    """All spellings of an option but for those of help, which are the same for each command."""
+    """All names of an option."""
     return {*option.opts, *option.secondary_opts}
 
 
@@ -302,7 +302,7 @@ def test_examples_of_commands_are_accepted():
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_works_as_the_page_says(shell):
+def test_completion_works_as_documented(shell):
     assert f"_TABLE_CONSULCTL_COMPLETE={shell}_source table-consulctl" in source("table-consulctl.8")
     asked = {**os.environ, "_TABLE_CONSULCTL_COMPLETE": f"{shell}_source"}
     done = subprocess.run(CONTROL, env=asked, capture_output=True, text=True, check=False)

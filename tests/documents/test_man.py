@@ -20,7 +20,6 @@ from table_consul.protocol import Request
 from table_consul.responder import Responder
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import NOT_UTF8
-from table_consul.sources.hold import Held, news
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
@@ -146,9 +145,6 @@ def logged_lines():
     yield explain(ImportError("No module named 'msgspec'"))
     request = Request("lookup", b"1", "users", "auth", b"vera:secret")
     yield Responder().answer(request, Table("users"), lambda *_: pytest.fail("nothing is read")).reason
-    held = {"alias": Held({b"%d" % number: b"" for number in range(20)}, 900.0)}
-    yield from (f"users/alias/: {text}" for _, text in news({}, held, {"alias": 30}, "users", 0.0))
-    yield str(refusal("Consul at http://127.0.0.1:8500", 400, b"Invalid key name", token=False))
     yield str(refusal("Consul at http://127.0.0.1:8500", 502, b"a page of a proxy", token=True))
     yield f"aliases/alias/x: {NOT_UTF8}"
 

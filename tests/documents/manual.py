@@ -27,7 +27,7 @@ def items(text: str) -> dict[str, str]:
 
 
 def marked(text: str, macro: str) -> list[str]:
-    """Every word that follows a macro in a text."""
+    """Every word that a macro marks, in order."""
     found = []
     for line in text.splitlines():
         now = ""
@@ -46,7 +46,7 @@ def flags(text: str) -> set[str]:
 
 def stated_default(text: str) -> str | None:
     """The default that an item states: a word, "" for no value, None if it states no default."""
-    if re.search(r"There is no\s+default", text) or "The default is empty" in text:
+    if "The default is empty" in text:
         return ""
     if found := re.search(r"The default is\n\.Cm (\S+)", text):
         return found[1]

@@ -1,18 +1,25 @@
-"""The manual pages describe the programs as they are: options, commands, services, examples."""
+"""The manual pages agree with the programs: options, commands, services, examples."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 
 import click
 import pytest
 
 from table_consul import cli, config, procexec
 from table_consul.ctl import main
-from table_consul.services import SERVICES
+from table_consul.failures import refusal
+from table_consul.fallback import explain
+from table_consul.protocol import Request
+from table_consul.responder import Responder
+from table_consul.services import SERVICES, Table
+from table_consul.services.entries import NOT_UTF8
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 
@@ -21,6 +28,7 @@ FOREIGN = {
     *("aliases 5", "passwd 5", "sh 1", "smtpctl 8", "smtpd 8", "smtpd-tables 7", "smtpd.conf 5", "syslog 3", "table 5"),
     *("crypt 3", "vi 1"),
 }
+CTL = "table-consulctl"
 PROGRAMS = {"table-consul.8": cli._parser(), "table-procexec.8": procexec._parser()}
 
 
@@ -31,8 +39,8 @@ def synopsis(page):
 def linted(page):
     """The findings of mandoc at its strictest level, except missing pages of other packages."""
     done = subprocess.run(["mandoc", "-T", "lint", MAN / page], capture_output=True, text=True, check=False)
-    told = done.stdout.splitlines()
-    return [line for line in told if not any(f"not found: Xr {name}" in line for name in foreign_pages())]
+    lines = done.stdout.splitlines()
+    return [line for line in lines if not any(f"not found: Xr {name}" in line for name in foreign_pages())]
 
 
 def foreign_pages():
@@ -96,10 +104,10 @@ def test_argument_and_default_of_an_option_are_stated(page):
             continue
         (head,) = (head for head in listed if flags(head) & {*action.option_strings})
         assert " Ar " in head
-        told = listed[head]
-        assert [word for word in action.choices or () if f".Cm {word}" not in told] == []
+        text = listed[head]
+        assert [word for word in action.choices or () if f".Cm {word}" not in text] == []
         if action.default is not None:
-            assert stated_default(told) == f"{action.default:g}"
+            assert stated_default(text) == f"{action.default:g}"
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
@@ -118,10 +126,77 @@ def order_of(text):
     return re.findall(r"^\.It Cm (\w+)", text, re.MULTILINE)
 
 
+def blocks(page, section):
+    """The literal blocks of a section, as mandoc shows them."""
+    text = parts(source(page), "Sh")[section]
+    return [block.replace("\\e", "\\") for block in re.findall(r"\.Bd -literal.*?\n(.*?)\.Ed", text, re.DOTALL)]
+
+
+def shell_lines(page):
+    """The commands under EXAMPLES, each on one line."""
+    text = parts(source(page), "Sh")["EXAMPLES"]
+    lines = "".join(["\n".join(re.findall(r"^\.Dl (.*)", text, re.MULTILINE)), "\n", *blocks(page, "EXAMPLES")])
+    joined = re.sub(r"\\\n +|(?<=\|)\n +", " ", lines)
+    return [line[2:] for line in joined.splitlines() if line.startswith(("$ ", "# "))]
+
+
+def logged_lines():
+    """Lines of table-consul, from the code that logs or returns them."""
+    yield explain(ImportError("No module named 'msgspec'"))
+    request = Request("lookup", b"1", "users", "auth", b"vera:secret")
+    yield Responder().answer(request, Table("users"), lambda *_: pytest.fail("nothing is read")).reason
+    yield str(refusal("Consul at http://127.0.0.1:8500", 502, b"a page of a proxy", token=True))
+    yield f"aliases/alias/x: {NOT_UTF8}"
+
+
+def test_diagnostics_are_literal():
+    text = parts(source("table-consul.8"), "Sh")["DIAGNOSTICS"]
+    patterns = [head.strip('"').replace('""', '"') for head in items(text)]
+    for line in logged_lines():
+        found = [each for each in patterns if re.fullmatch(".*".join(map(re.escape, each.split("..."))), line)]
+        assert len(found) == 1, line
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_quotes_of_displayed_lines_are_shown(page):
+    """A word that begins with a quote loses it; \\(dq is shown."""
+    assert re.findall(r"^\.Dl .* \".*", source(page), re.MULTILINE) == []
+
+
+def test_lookup_of_the_page_is_answered(tmp_path):
+    (tmp_path / "export.json").write_text('[{"key": "aliases/alias/root", "flags": 0, "value": "Z2lsbGVz"}]')
+    path = tmp_path / "table-consul.toml"
+    path.write_text(f'[consul]\naddress = "file://{tmp_path}/export.json"\n')
+    (asked,) = (found[1] for line in shell_lines("table-consul.8") if (found := re.search(r"^printf '(.*)' \|", line)))
+    done = subprocess.run(
+        [sys.executable, "-m", "table_consul", str(path)],
+        input=asked.replace("\\n", "\n"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("register|ready\nlookup-result|1|found|gilles\n")
+
+
+def test_program_of_the_page_is_a_table(tmp_path):
+    (program,) = (block for block in blocks("table-procexec.8", "EXAMPLES") if block.startswith("#!/usr/bin/python3"))
+    table = tmp_path / "table-dummy"
+    table.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(table)],
+        input="config|tablename|t\nconfig|ready\ntable|0.1|0|t|check|mailaddr|1|gilles@poolp.org\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(MAN.parent)},
+    )
+    assert done.stdout.endswith("check-result|1|found\n")
+
+
 def test_examples_of_the_configuration_are_accepted(tmp_path):
-    blocks = re.findall(r"\.Bd -literal.*?\n(.*?)\.Ed", source("table-consul.toml.5"), re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
+    examples = blocks("table-consul.toml.5", "EXAMPLES")
+    assert len(examples) >= 3
+    for block in examples:
         path = tmp_path / "table-consul.toml"
         path.write_text(block)
         config.load(str(path), {})
@@ -130,11 +205,11 @@ def test_examples_of_the_configuration_are_accepted(tmp_path):
 # ---- table-consulctl ----
 
 
-def page_of(name):
-    """The text of the page about a command, below its `.Ss`."""
-    commands = parts(parts(source("table-consulctl.8"), "Sh")["COMMANDS"], "Ss")
-    (found,) = (text for head, text in commands.items() if head.partition(":")[0] == name)
-    return found
+def commands():
+    """The text about each command, by its name, and the text before them, about the options that they share."""
+    text = parts(source("table-consulctl.8"), "Sh")["COMMANDS"]
+    by_name = {head.partition(":")[0]: body for head, body in parts(text, "Ss").items()}
+    return by_name, text.partition("\n.Ss ")[0]
 
 
 def command(name):
@@ -148,13 +223,12 @@ def options(of):
 
 
 def names(option):
-    """All names of the options except help."""
+    """All names of an option."""
     return {*option.opts, *option.secondary_opts}
 
 
 def test_commands_are_those_of_the_program():
-    commands = parts(parts(source("table-consulctl.8"), "Sh")["COMMANDS"], "Ss")
-    assert [head.partition(":")[0] for head in commands] == list(main.COMMANDS)
+    assert list(commands()[0]) == list(main.COMMANDS)
 
 
 def test_options_before_the_command_are_those_of_the_program():
@@ -165,28 +239,62 @@ def test_options_before_the_command_are_those_of_the_program():
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_options_of_a_command_are_those_of_the_program(name):
+    by_name, common = commands()
     real = {spelling for option in options(command(name)) for spelling in names(option)}
-    listed = items(page_of(name))
+    shared = {head: text for head, text in items(common).items() if flags(head) <= real}
+    own = items(by_name[name])
+    listed = {**shared, **own}
     assert {spelling for head in listed for spelling in flags(head)} == real
     for option in options(command(name)):
         (head,) = (head for head in listed if flags(head) & names(option))
         assert option.is_flag == (" Ar " not in head)
-        told = listed[head]
+        text = listed[head]
         if isinstance(option.type, click.Choice):
-            assert [word for word in option.type.choices if f".Cm {word}" not in told] == []
+            assert [word for word in option.type.choices if f".Cm {word}" not in text] == []
         if isinstance(option.default, str | int | float) and not option.is_flag:
-            assert stated_default(told) == written(option.default)
+            assert stated_default(text) == written(option.default)
+
+
+def test_shared_options_name_their_commands():
+    common = items(commands()[1])
+    having = {head: {name for name in main.COMMANDS if flags(head) <= spellings(name)} for head in common}
+    writing = {*marked_words(common["Fl -no-undo"])}
+    assert writing == having["Fl -no-undo"] == having["Fl -token-file Ar path"] == having["Fl -undo-dir Ar path"]
+    assert {*marked_words(common["Fl -live"])} == having["Fl -live"]
+    without = {*marked_words(common["Fl -json"].partition("Not for")[2])}
+    assert {*main.COMMANDS} - without == having["Fl -json"]
+
+
+def spellings(name):
+    return {spelling for option in options(command(name)) for spelling in names(option)}
+
+
+def marked_words(text):
+    return [word for line in re.findall(r"^\.Cm (.*)", text, re.MULTILINE) for word in re.findall(r"\w+", line)]
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_arguments_of_a_command_are_in_its_synopsis(name):
-    shown = page_of(name).partition("\n.Pp")[0]
+    by_name, common = commands()
+    shown = by_name[name].partition("\n.Pp")[0]
     assert f".Cm {name}" in shown
     arguments = [each for each in command(name).params if isinstance(each, click.Argument)]
     words = [re.sub(r"[\[\].]", "", each.metavar or each.name).lower() for each in arguments]
     without_options = re.sub(r"^\.Op Fl .*\n", "", shown, flags=re.MULTILINE)
     assert [*marked(without_options, "Ar")] == words
-    assert flags(shown) == {spelling for option in options(command(name)) for spelling in names(option)}
+    shared = {spelling for head in items(common) for spelling in flags(head)}
+    assert flags(shown) | shared >= spellings(name) >= flags(shown)
+
+
+def test_examples_of_commands_are_accepted():
+    """Parsed as the program parses them, and not run."""
+    lines = [line for page in ("table-consul.8", "table-consulctl.8") for line in shell_lines(page)]
+    called = [part.partition(f"{CTL} ")[2] for line in lines for part in re.split(r"\||&&", line) if CTL in part]
+    assert len(called) >= 10
+    for line in called:
+        words = shlex.split(line)
+        assert words[0] in main.COMMANDS
+        command(words[0]).make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

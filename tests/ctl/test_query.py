@@ -122,8 +122,8 @@ def test_value_that_smtpd_cannot_use_is_printed_with_a_warning_and_exits_with_2(
     done = query(conf, "alias", "staff", "root")
     assert (done.status, done.text) == (2, "staff\tgilles, eric # no\nroot\tgilles\n")
     assert done.said == (
-        "staff: warning: smtpd cannot use this: mail/aliases/alias/Staff: element 2 of the value contains white space "
-        "(is a comma missing?); smtpd rejects the whole alias because of it\n"
+        "staff: warning: smtpd cannot use this value: mail/aliases/alias/Staff: element 2 of the value contains white "
+        "space (is a comma missing?); smtpd rejects the whole alias because of it\n"
     )
     answer = json.loads(query(conf, "alias", "staff", "--json").text)
     assert (answer["result"], answer["warning"][:25]) == ("found", "mail/aliases/alias/Staff:")

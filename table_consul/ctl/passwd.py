@@ -56,7 +56,7 @@ def command(
     \b
     Examples:
       table-consulctl passwd users gilles
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table = settings.table(table_name)

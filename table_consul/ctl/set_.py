@@ -50,7 +50,7 @@ def command(  # noqa: PLR0913 - the command line
     Examples:
       table-consulctl set aliases alias root gilles,eric
       table-consulctl set domains domain example.org
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]

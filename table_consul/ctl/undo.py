@@ -47,7 +47,7 @@ def command(
     Examples:
       table-consulctl undo --list
       table-consulctl undo 12
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import saves
 
     folder = undo.folder

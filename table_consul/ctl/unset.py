@@ -42,7 +42,7 @@ def command(
     \b
     Examples:
       table-consulctl unset aliases alias root
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]

@@ -24,10 +24,7 @@ VALUE_MAX_BYTES = 1 << 20
 @click.argument("key", metavar="KEY")
 @click.argument("value", metavar="[VALUE]", default="")
 @writing.force
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(  # noqa: PLR0913 - the command line
     settings: config.Config,
     *,

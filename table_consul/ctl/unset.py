@@ -20,10 +20,7 @@ from table_consul.services import SERVICES, fold_key
 @click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @writing.force
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(
     settings: config.Config,
     *,

@@ -128,7 +128,7 @@ def test_token_of_the_operator_is_not_used(host, consul_with_acl):
     [
         ("1.21.4", "its UI cannot create or edit values"),
         ("1.21.5+ent", "rejects URLs that contain @"),
-        ("1.22.4", "cuts requests after 30 seconds"),
+        ("1.22.4", "ends requests after 30 seconds"),
         ("1.22.5", None),
     ],
 )

@@ -84,7 +84,8 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
 def broken_exchange(consul: str, error: Exception, *, fresh: bool = False) -> SourceError:
     """The error for a broken connection; ``consul`` names the server.
 
-    ``fresh``: the connection was new. Consul 1.8 closes connections beyond its limit without a response.
+    ``fresh``: the connection was new, and broke soon. Consul 1.8 closes connections beyond its limit without a
+    response.
     """
     cause = cause_of(error)
     if fresh and isinstance(cause, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError):  # RemoteDisconnected too

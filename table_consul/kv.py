@@ -221,7 +221,7 @@ class Response:
 
 
 def is_url_safe(key: bytes) -> bool:
-    """Whether a URL can name exactly this key, so that Consul looks it up unchanged.
+    """Whether a URL can name exactly this key, and Consul looks it up unchanged.
 
     Go's request multiplexer redirects paths with empty, `.` and `..` segments, and Consul rejects control characters:
     no key that was written by URL has them.

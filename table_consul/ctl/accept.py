@@ -32,7 +32,7 @@ def command(config: Config, *, tables: tuple[str, ...]) -> int:
     Examples:
       table-consulctl accept
       table-consulctl accept aliases
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     for name in dict.fromkeys(tables):
         _update(config.table(name).name)
         click.echo(f"{printable(name)}: accepted")

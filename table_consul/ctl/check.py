@@ -58,7 +58,7 @@ def command(context: click.Context, *, tables: tuple[str, ...], path: str | None
     Examples:
       table-consulctl check
       table-consulctl check aliases --json
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     checker = _Checker(context.find_root().obj)
     checker.check(tables, path)
     if as_json:

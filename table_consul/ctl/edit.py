@@ -73,7 +73,7 @@ def command(
     \b
     Examples:
       table-consulctl edit aliases alias
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     table, service = settings.table(table_name), SERVICES[service_name]
     target = writing.Target.with_note(table, service)
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
@@ -218,7 +218,7 @@ def _abort(*_: object) -> None:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
-    """Handle signals with the handler. Unlike ignored signals, a child process does not inherit this."""
+    """Have signals call the handler. A child process inherits ignored signals, but not handlers."""
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

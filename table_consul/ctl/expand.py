@@ -58,7 +58,7 @@ def command(
     Examples:
       table-consulctl expand aliases root
       table-consulctl expand aliases vera@example.org --virtual domains
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl.loader import Loader
 
     named = {"alias": table, "virtual": virtual, "userinfo": userinfo}

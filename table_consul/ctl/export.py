@@ -58,7 +58,7 @@ def command(
       table-consulctl export aliases alias
       table-consulctl export aliases alias /etc/mail/aliases.copy
       table-consulctl export aliases credentials users.json --format export
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     table, service = settings.table(table_name), SERVICES[service_name]
     if wanted == "aliases" and service.name != "alias":
         raise click.UsageError(f"--format aliases requires the service alias, not {service.name}")

@@ -94,7 +94,7 @@ def command(  # noqa: PLR0913 - the command line
       table-consulctl import aliases alias /etc/aliases --dry-run
       table-consulctl import aliases alias /etc/aliases --prune
 
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]

@@ -73,7 +73,7 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
       table-consulctl lint
       table-consulctl lint aliases --live
       table-consulctl lint --json | jq -r '.tables[].problems[].key'
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl.loader import Loader
 
     chosen = chosen_tables(config, tables)

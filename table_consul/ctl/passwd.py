@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from table_consul import config
-from table_consul.ctl import main, writing
+from table_consul.ctl import writing
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES, Service, Table, passwords
@@ -31,10 +31,7 @@ BCRYPT_BYTES = 72
 @click.option(
     "--scheme", type=click.Choice(SCHEMES), metavar="SCHEME", help=f"{SCHEMES[0]}, {SCHEMES[1]} or {SCHEMES[2]}."
 )
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(
     settings: config.Config,
     *,
@@ -56,7 +53,7 @@ def command(
     \b
     Examples:
       table-consulctl passwd users gilles
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table = settings.table(table_name)

@@ -45,7 +45,7 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
       table-consulctl policy aliases domains
       table-consulctl policy | consul acl policy create -name mail -rules -
       table-consulctl policy aliases --check
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     if config.consul.addresses[0].startswith("file://"):
         raise click.ClickException(
             f"{config.consul.addresses[0]} requires no policy: the tables are not read from Consul"

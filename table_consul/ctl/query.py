@@ -68,7 +68,7 @@ def command(  # noqa: PLR0913 - the command line
       cut -d: -f1 /etc/aliases | table-consulctl query aliases alias -
       table-consulctl query aliases source --op fetch --count 3
       table-consulctl query aliases auth vera
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl.loader import Loader
 
     op = op or ("check" if service == "auth" else "lookup")

@@ -72,7 +72,7 @@ class Tables(NamedTuple):
     lookup: Callable[[str, bytes], Reply]
     """Takes ``alias``, ``virtual`` or ``userinfo``, and a key."""
     local: Callable[[bytes], bool]
-    """Whether users of this domain are looked up as ``alias``; b"" stands for no domain."""
+    """Whether users of this domain are looked up as ``alias``; b"" means no domain."""
     virtual: Callable[[bytes], bool] = lambda _domain: False
     """Whether addresses of this domain are looked up as ``virtual``."""
     delimiter: bytes = b"+"

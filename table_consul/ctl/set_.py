@@ -24,10 +24,7 @@ VALUE_MAX_BYTES = 1 << 20
 @click.argument("key", metavar="KEY")
 @click.argument("value", metavar="[VALUE]", default="")
 @writing.force
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(  # noqa: PLR0913 - the command line
     settings: config.Config,
     *,
@@ -50,7 +47,7 @@ def command(  # noqa: PLR0913 - the command line
     Examples:
       table-consulctl set aliases alias root gilles,eric
       table-consulctl set domains domain example.org
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]

@@ -101,7 +101,7 @@ def command(
     Examples:
       table-consulctl status aliases
       table-consulctl status --nagios --age 600,3600 --keys 1000,1
-    """  # noqa: D301 - the mark by which click keeps lines as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     if not as_nagios:
         if {*age, *keys} != {None}:
             raise click.UsageError("--age and --keys require --nagios")

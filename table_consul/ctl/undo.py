@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from table_consul import config
-from table_consul.ctl import main, writing
+from table_consul.ctl import writing
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES
 
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 @click.command("undo")
 @click.argument("number", metavar="[N]", type=click.IntRange(min=1), required=False)
 @click.option("--list", "listed", is_flag=True, help="List the saved writes, the newest first.")
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(
     settings: config.Config,
     *,
@@ -47,7 +44,7 @@ def command(
     Examples:
       table-consulctl undo --list
       table-consulctl undo 12
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import saves
 
     folder = undo.folder

@@ -20,10 +20,7 @@ from table_consul.services import SERVICES, fold_key
 @click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @writing.force
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(
     settings: config.Config,
     *,
@@ -42,7 +39,7 @@ def command(
     \b
     Examples:
       table-consulctl unset aliases alias root
-    """  # noqa: D301 - click keeps the lines after a \b as they are
+    """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import plan
 
     table, service = settings.table(table_name), SERVICES[service_name]

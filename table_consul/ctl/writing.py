@@ -84,6 +84,11 @@ def with_undo(function: Callable[..., int]) -> Callable[..., int]:
     return folder(click.option("--no-undo", is_flag=True, help="Do not save the replaced entries.")(called))
 
 
+def options(function: Callable[..., int]) -> Callable[..., int]:
+    """Add the options that set, unset, passwd and undo share, and pass the configuration."""
+    return token_file(main.as_json(with_undo(main.pass_config(function))))
+
+
 def check_address(settings: config.Config) -> None:
     """Raise UsageError if the tables are read from a file."""
     if (address := settings.consul.addresses[0]).startswith("file://"):

@@ -197,7 +197,7 @@ def table(tmp_path_factory):
         fake.stop()
         with Child(str(path)) as child:
             child.handshake()
-            logged(child, f"{folder}/aliases.json")
+            logged(child, " s old)")
             child.end()
     return SimpleNamespace(status=shown, textfile=textfile, log="".join(log))
 

@@ -47,13 +47,19 @@ def no_late_query(small, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def queries_end():
+    before = watching_threads()
     yield
-    ended()
+    ended(before)
 
 
-def ended():
+def watching_threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith(("query ", "watch "))}
+
+
+def ended(before):
+    """Wait until there are no more watches and queries than before."""
     for _ in eventually("all threads have ended", 10):
-        if not any(thread.name.startswith(("query ", "watch ")) for thread in threading.enumerate()):
+        if watching_threads() <= before:
             return
 
 
@@ -356,9 +362,10 @@ def test_update_reads_the_whole_table(fake, source):
     becomes(source, b"new", b"a1")
 
 
-def test_closing_a_watch_ends_its_queries(fake, source):
-    source.close()
-    ended()
+def test_closing_a_watch_ends_its_queries(fake, mirrored):
+    before = watching_threads()
+    ranged_watch(fake, mirrored(fake.address)).close()
+    ended(before)
 
 
 def test_outage_ends_ranges_and_recovery_reads_the_changes(fake, source, caplog):

@@ -120,7 +120,7 @@ class DirectSource:
         pairs: Sequence[kv.Pair] = ()
         try:
             pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
-            error = Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
+            error = Forbidden(f"Consul hides keys under {printable(path)} from the token") if hides else None
             if not pairs:
                 self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
         except TooLarge as too_large:

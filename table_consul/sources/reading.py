@@ -55,7 +55,7 @@ def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool
         hides = filtered and client.hides_keys(path, timeout=table.deadline)
     except Forbidden as error:
         return Forbidden(f"the token may not read everything under {printable(path)}: {error}")
-    return Forbidden(f"Consul hides keys under {printable(path)} from this token") if hides else None
+    return Forbidden(f"Consul hides keys under {printable(path)} from the token") if hides else None
 
 
 def _read_each(

@@ -146,7 +146,7 @@ def test_refused_expressions_are_those_of_the_table():
 
 
 def test_dialogue_without_smtpd_is_answered(tmp_path):
-    (tmp_path / "export.json").write_text('[{"key": "aliases/alias/root", "flags": 0, "value": "Z2lsbGVz"}]')
+    (tmp_path / "export.json").write_text('[{"key": "mail/alias/root", "flags": 0, "value": "Z2lsbGVz"}]')
     path = tmp_path / "table-consul.toml"
     path.write_text(f'[consul]\naddress = "file://{tmp_path}/export.json"\n')
     asked = re.search(r"printf '(config\|ready.*?)' \|", OPERATING.text)
@@ -166,7 +166,7 @@ def table(tmp_path_factory):
     """A table with one bad entry: output of ``status``, text file, and log through an outage and a restart."""
     folder = tmp_path_factory.mktemp("operating")
     metrics = f'[metrics]\ntextfile = "{folder}/table-consul-{{table}}.prom"'
-    settings = ('prefix = "mail"', f'snapshot = "{folder}/{{table}}.json"', "deadline = 0.5")
+    settings = (f'snapshot = "{folder}/{{table}}.json"', "deadline = 0.5")
 
     def status():
         command = (*CONTROL, "-c", str(path), "status")
@@ -180,23 +180,23 @@ def table(tmp_path_factory):
 
     log = []
     with FakeConsul() as fake:
-        fake.put(b"mail/aliases/alias/backup", b"|/usr/local/bin/backup")
-        fake.put(b"mail/aliases/alias/root", b"gilles")
+        fake.put(b"mail/alias/backup", b"|/usr/local/bin/backup")
+        fake.put(b"mail/alias/root", b"gilles")
         path = write_config(folder, *settings, more=metrics, address=fake.address)
         with Child(str(path)) as child:
-            child.handshake()
+            child.handshake(b"mail")
             for _ in eventually("the table follows Consul, and the text file is some seconds old"):
                 if "following" in (shown := status()) and "s old" in shown:
                     break
-            textfile = (folder / "table-consul-aliases.prom").read_text()
+            textfile = (folder / "table-consul-mail.prom").read_text()
             fake.stop()
-            logged(child, "aliases/ from Consul")
+            logged(child, "mail/ from Consul")
             fake.start()
-            logged(child, "aliases/ from Consul")
+            logged(child, "mail/ from Consul")
             child.end()
         fake.stop()
         with Child(str(path)) as child:
-            child.handshake()
+            child.handshake(b"mail")
             logged(child, " s old)")
             child.end()
     return SimpleNamespace(status=shown, textfile=textfile, log="".join(log))
@@ -218,11 +218,11 @@ def test_metrics_are_those_of_the_table(table):
 
 
 # Causes, addresses, paths, versions, and numbers with their nouns, which may be singular.
-VARIABLE = r"/var/\S+|\.\.\.(?: connection refused)?|https?://\S+|aliases/\S*|\d[\d.]*(?:-portable| [a-z ]+?s\b)?"
+VARIABLE = r"/var/\S+|\.\.\.(?: connection refused)?|https?://\S+|mail/\S*|\d[\d.]*(?:-portable| [a-z ]+?s\b)?"
 
 
 def test_log_lines_are_those_of_the_table(table):
-    """Every line except those that need an ACL, a full disk, half a million keys or a bug."""
+    """Every line except those that need an ACL, many entries or a bug."""
     described = [row[0].strip("`") for row in rows(OPERATING.section("## Logs"))]
     here = [line for line in described if re.search(r"speaks|entries (?:from|of)|from Consul:", line)]
     assert len(here) == 5

@@ -202,9 +202,9 @@ class _Checker:
         with contextlib.closing(access.Client(loaded.consul)) as client:
             version = self._version(client)
             if (loaded.consul.token or loaded.consul.token_file) and (problem := client.token_problem()):
-                self._report(
-                    client.address, f"{problem} (create a token with the rules that table-consulctl policy prints)"
-                )
+                where = f"Consul at {client.address}"
+                text = problem.removeprefix(where).lstrip(": ")
+                self._report(where, f"{text} (create a token with the rules that table-consulctl policy prints)")
                 return
             self.checked.append(f"Consul{version} at {client.address}")
             folders = {

@@ -40,6 +40,7 @@ WRITE_INTERVAL_SECONDS = 15.0
 FIRST_WRITE_SECONDS = 1.0
 # A bound on the descriptors and threads that local users can occupy.
 CONNECTIONS_MAX = 8
+INSTALL_HINT = "install table-consul[metrics] or python3-prometheus-client, then run: smtpctl update table NAME"
 
 # Errors contain no token, but any local user may read metrics, so whatever looks like one is removed.
 _TOKEN = re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b", re.IGNORECASE)
@@ -177,7 +178,7 @@ class Exporter(threading.Thread):
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
-            log.warning("no metrics: %s (install table-consul[metrics] and update the table)", problem)
+            log.warning("no metrics: %s (%s)", problem, INSTALL_HINT)
             return
         registry = CollectorRegistry()
         registry.register(self)
@@ -234,7 +235,9 @@ class Exporter(threading.Thread):
         try:
             result = action()
         except Exception as error:  # noqa: BLE001 - a failure is logged and must not end the thread
-            backoff.failure(error, time.monotonic(), 0.0)
+            # Without "[Errno 13]", which str() adds to the text of the system.
+            plain = OSError(error.strerror) if isinstance(error, OSError) and error.strerror else error
+            backoff.failure(plain, time.monotonic(), 0.0)
             return None
         backoff.success(time.monotonic())
         return result

@@ -1,9 +1,10 @@
-"""The imports of the package point one way, and pure modules import only pure ones."""
+"""The imports of the package point one way, pure modules import only pure ones, and ARCHITECTURE.md lists them all."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,10 @@ def test_part_imports_no_forbidden_module(part):
 def test_nothing_outside_ctl_imports_ctl():
     outside = [module for module in FILES if not module.startswith("table_consul.ctl")]
     assert sorted(m for m in outside if any(o.startswith("table_consul.ctl") for o in modules_imported(m))) == []
+
+
+def test_architecture_lists_every_module():
+    text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text()
+    listed = set(re.findall(r"`(?:\w+/)?(\w+)`", text))
+    names = {path.parent.name if path.stem == "__init__" else path.stem for path in FILES.values()}
+    assert sorted(names - listed - {"__main__", "table_consul", "ctl", "services", "sources"}) == []

@@ -168,6 +168,10 @@ class _Checker:
         for line in check_files(loaded):
             self._report(*line.split(": ", 1))
         self.checked.append(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
+        # Not a problem: mail servers with different tables may share one file.
+        if known and (unused := sorted(set(loaded.tables) - set(known))):
+            sections = ", ".join(f"[tables.{printable(name)}]" for name in unused)
+            self.checked.append(f"no table in smtpd.conf uses {sections}")
         if used := sorted(origin.removeprefix("environment: ") for origin in loaded.origins.values()):
             self.checked.append(f"with {', '.join(used)} from this environment, which smtpd may not have")
         uses = {name: known[name].uses if name in known else [] for name in tables}
@@ -182,7 +186,10 @@ class _Checker:
             except SourceError as error:
                 where, separator, problem = str(error).partition(": ")
                 hint = "start a majority of the servers" if "leader" in problem else "check that Consul runs there"
-                self._report(where if separator else "Consul", f"{problem or where} ({hint})", unknown=True)
+                # A token file that cannot be read is not a problem of Consul; some errors have a hint of their own.
+                own = type(error) is SourceError or problem.endswith(")")
+                text = (problem or where) + ("" if own else f" ({hint})")
+                self._report(where if separator else "Consul", text, unknown=True)
 
     def _consul(self, loaded: config.Config, tables: dict[str, Table], uses: dict[str, list[smtpdconf.Use]]) -> None:
         """Check Consul, the token and the folders.
@@ -195,9 +202,9 @@ class _Checker:
         with contextlib.closing(access.Client(loaded.consul)) as client:
             version = self._version(client)
             if (loaded.consul.token or loaded.consul.token_file) and (problem := client.token_problem()):
-                self._report(
-                    client.address, f"{problem} (create a token with the rules that table-consulctl policy prints)"
-                )
+                where = f"Consul at {client.address}"
+                text = problem.removeprefix(where).lstrip(": ")
+                self._report(where, f"{text} (create a token with the rules that table-consulctl policy prints)")
                 return
             self.checked.append(f"Consul{version} at {client.address}")
             folders = {

@@ -35,6 +35,8 @@ class Loaded(NamedTuple):
     """As `Source.entries`."""
     direct: bool = False
     """Each lookup reads a key or a folder from Consul, as configured or because of ``max_keys``."""
+    saved: bool = False
+    """Read from the snapshot file of the daemon, which may be some seconds older than Consul."""
 
 
 class Loader:
@@ -88,11 +90,12 @@ class Loader:
                 age = time.time() - written
                 when = f"written {duration(age)} ago" if age >= 0 else "dated in the future"
                 origin = f"{printable(path)}, {when}"
-                return self._mirrored(kept, origin, {each.key: each.value for each in exported})
+                loaded = self._mirrored(kept, origin, {each.key: each.value for each in exported})
+                return loaded._replace(saved=True)
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
-            loaded, index = reading.load_once(client, table, prefix, services, stored.update)
-            return self._mirrored(loaded, f"Consul at {client.address}, index {index}", stored)
+            found, index = reading.load_once(client, table, prefix, services, stored.update)
+            return self._mirrored(found, f"Consul at {client.address}, index {index}", stored)
 
     @functools.cached_property
     def _direct(self) -> Loaded:

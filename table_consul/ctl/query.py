@@ -82,6 +82,7 @@ def command(  # noqa: PLR0913 - the command line
     named, loader, responder = config.table(table), Loader(config, live=live), Responder()
     several = len(keys) > 1 or "-" in keys
     status = 0
+    origin = None
     for key in asked if op != "fetch" else [b""] * (count or 1):
         reply, used = ask(named, service, op, key, loader, responder)
         name = key.partition(b":")[0] if service == "auth" else key
@@ -106,7 +107,11 @@ def command(  # noqa: PLR0913 - the command line
         else:
             about = f"{table} {service}" if op == "fetch" else printable(name)
             _print(about, [name] if several else [], reply, steps or (), warning)
+        origin = used[-1][0].origin() if used and used[-1][0].saved else origin
         status = max(status, FAILED if warning else {Failed: FAILED, NotFound: NO}.get(type(reply), 0))
+    # For a person who has just edited a key: the daemon writes the file some seconds later.
+    if origin is not None and not (as_json or trace) and sys.stderr is not None and sys.stderr.isatty():
+        click.echo(f"read from {origin} (use --live to read Consul)", err=True)
     return status
 
 

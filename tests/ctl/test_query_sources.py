@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.control import control
+from tests.control import at_terminal, control
 from tests.ctl.queries import STORE, query, traced
 from tests.dialogue import Child, eventually
 from tests.fake_consul import VERSIONS, FakeConsul
@@ -124,6 +124,17 @@ def test_snapshot_is_read_by_default_and_consul_with_live(snapshot_conf, fake, t
     )
     assert traced(snapshot_conf, "alias", "root")[0] == f"source {tmp_path}/aliases.json, written 10 d ago"
     assert traced(snapshot_conf, "alias", "root", "--live")[0].startswith("source Consul at ")
+
+
+def test_snapshot_is_named_on_a_terminal(snapshot_conf, tmp_path):
+    status, shown = at_terminal("-c", snapshot_conf, "query", "aliases", "alias", "root", "nobody")
+    assert status == 1
+    *_, last = shown.splitlines()
+    assert last.startswith(f"read from {tmp_path}/aliases.json, written ")
+    assert last.endswith(" ago (use --live to read Consul)")
+    _, shown = at_terminal("-c", snapshot_conf, "query", "aliases", "alias", "root", "--live")
+    assert "read from" not in shown
+    assert query(snapshot_conf, "alias", "root").said == ""
 
 
 def test_snapshot_is_never_written(snapshot_conf, fake, tmp_path):

@@ -182,7 +182,7 @@ def test_address_that_another_process_serves_is_logged_once(tmp_path, exporter, 
         (tmp_path / "second.prom").unlink(missing_ok=True)
         export_second()
         assert read_textfile(tmp_path / "second.prom")["table_consul_build_info"] == {("second", __version__): 1}
-    assert caplog.text.count(f"metrics.listen unix://{path}: [Errno 98] Address already in use") == 1
+    assert caplog.text.count(f"metrics.listen unix://{path}: Address already in use; retrying") == 1
     assert scrape(path)["table_consul_build_info"] == BUILD_INFO
 
 

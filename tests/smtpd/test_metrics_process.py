@@ -224,7 +224,7 @@ def test_library_that_does_not_load_is_logged_once_and_requests_are_answered(tmp
         child.handshake()
         assert child.ask(b"table|0.1|0|aliases|lookup|alias|1|root") == b"lookup-result|1|found|gilles"
         # The thread that imports the library may be slower than the whole conversation.
-        read_log(child, f"{problem} (install table-consul[metrics]".encode())
+        read_log(child, f"{problem} (install table-consul[metrics] or python3-prometheus-client, then run: ".encode())
         assert child.end() == 0
         log = child.log()
     assert log.count("no metrics: ") == 1

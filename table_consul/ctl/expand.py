@@ -132,7 +132,7 @@ def _json(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> d
         "lookups": [
             {
                 "table": names[table],
-                "service": "userinfo" if table == "userinfo" else "alias",
+                "service": _service(table),
                 "key": json_text(key),
                 "result": OUTCOMES[type(reply)],
                 "answer": answer(reply),
@@ -154,11 +154,16 @@ def _lines(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> 
                 homes[key] = (reply.value or b"").split(b":", 2)[-1]
         elif isinstance(reply, Failed):
             answer = "error"
-        yield f"{'  ' * (nested + 1)}{names[table]}: {printable(key, UNCUT)}: {answer}"
+        folder = names[table] if names[table] == SYSTEM else f"{names[table]}/{_service(table)}"
+        yield f"{'  ' * (nested + 1)}{folder}: {printable(key, UNCUT)}: {answer}"
     for each in outcome.recipients:
         yield f"  -> {' '.join(filter(None, (_WORDS[each.kind], printable(bytes(each), UNCUT))))}{_remark(each, homes)}"
     if outcome.rejection is not None:
         yield f"  -> rejected: {outcome.rejection}{outcome.rejection and '; '}{printable(outcome.cause, UNCUT)}"
+
+
+def _service(table: str) -> str:
+    return "userinfo" if table == "userinfo" else "alias"
 
 
 def _remark(element: recipients.Element, homes: dict[bytes, bytes]) -> str:

@@ -90,9 +90,13 @@ class Table(msgspec.Struct, frozen=True):
     services: Annotated[tuple[str, ...], Meta(min_length=1, description="a list of one or more services")] = (
         DEFAULT_SERVICES
     )
-    deadline: Annotated[float, Meta(ge=0.05, le=60, description="between 0.05 and 60 seconds")] = 2.0
-    max_age: Annotated[float, Meta(gt=0, le=1e10, description="above 0 and at most 10000000000 seconds")] = 86400.0
-    hold_deletions: Annotated[float, Meta(ge=0, le=1e10, description="between 0 and 10000000000 seconds")] = 900.0
+    deadline: Annotated[float, Meta(ge=0.05, le=60, description="a number of seconds between 0.05 and 60")] = 2.0
+    max_age: Annotated[
+        float, Meta(gt=0, le=1e10, description="a number of seconds above 0 and at most 10000000000")
+    ] = 86400.0
+    hold_deletions: Annotated[
+        float, Meta(ge=0, le=1e10, description="a number of seconds between 0 and 10000000000")
+    ] = 900.0
     max_keys: Annotated[int, Meta(ge=1, le=10**9, description="a whole number between 1 and 1000000000")] = 2_000_000
     snapshot: str | None = None
     value_format: Literal["auto", "text", "json"] = "auto"

@@ -46,14 +46,14 @@ def test_expand_prints_lookups_as_they_nest_and_the_recipients(expand):
     done = expand("t", "Root@localhost", "--userinfo", "u", more="allow_commands = true")
     assert done.text.splitlines() == [
         "Root@localhost",
-        "    t: root: staff, eric@example.com",
-        "      t: staff: vera, again",
-        "        t: again: VERA+news, :include:/srv/list",
-        "        t: vera: not found",
-        "        u: vera: 1000:1000:/home/vera",
-        "          t: vera+news: not found",
-        "          t: vera: not found",
-        "          u: vera: 1000:1000:/home/vera",
+        "    t/alias: root: staff, eric@example.com",
+        "      t/alias: staff: vera, again",
+        "        t/alias: again: VERA+news, :include:/srv/list",
+        "        t/alias: vera: not found",
+        "        u/userinfo: vera: 1000:1000:/home/vera",
+        "          t/alias: vera+news: not found",
+        "          t/alias: vera: not found",
+        "          u/userinfo: vera: 1000:1000:/home/vera",
         "  -> eric@example.com (another domain: smtpd.conf decides)",
         "  -> user vera",
         "  -> user VERA",
@@ -81,7 +81,7 @@ def test_rejected_address_has_the_reply_of_smtpd_and_its_cause(expand, address, 
 def test_value_that_the_daemon_refuses_is_a_temporary_error_with_the_hint(expand):
     done = expand("t", "run", more="")
     assert (done.status, "set allow_commands = true" in done.text) == (2, True)
-    assert "    t: run: error\n" in done.text
+    assert "    t/alias: run: error\n" in done.text
 
 
 def test_exit_status_is_that_of_the_worst_address(expand):

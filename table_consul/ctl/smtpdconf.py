@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from table_consul.config import DEFAULT_PATH
 from table_consul.ctl.lexer import Token, statements
-from table_consul.errors import TableConsulError, printable
+from table_consul.errors import TableConsulError, printable, problem_of
 from table_consul.files import open_regular_file, read_bounded
 
 # In addition to the path that smtpd contains: OpenBSD, Debian, FreeBSD, Alpine, Fedora.
@@ -160,8 +160,7 @@ class _Reader:
         try:
             self.read(path, depth + 1)
         except (OSError, TableConsulError) as error:
-            what = getattr(error, "strerror", None) or str(error)
-            self.problems.append((where, f"cannot include {printable(path)}: {what.lower()}"))
+            self.problems.append((where, f"cannot include {printable(path)}: {problem_of(error)}"))
 
     def _take_uses(self, verb: str, statement: list[Token], path: str) -> None:
         for number, token in enumerate(statement[:-2]):

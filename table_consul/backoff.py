@@ -17,8 +17,7 @@ def delay(failures: int, chance: float) -> float:
     """Seconds to wait after a number of failures in a row: doubling up to a cap, then 0-25 % off by ``chance`` in 0..1.
 
     The jitter comes after the cap (as in Consul's own lib/retry), so that tables that lose Consul together do not
-    reconnect
-    together.
+    reconnect together.
     """
     return min(FIRST_PAUSE_SECONDS * 2.0 ** min(max(failures, 1) - 1, 16), LAST_PAUSE_SECONDS) * (1 - chance / 4)
 

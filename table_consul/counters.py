@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from table_consul.errors import ConfigError, SourceError
-from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.protocol import OPS, Failed, Found, NotFound, Request, Updated
 from table_consul.services import SERVICES, Table
 
 # From a reply out of memory to the longest deadline that is likely to be configured.
@@ -16,7 +16,6 @@ OUTCOMES: Mapping[type, str] = {Found: "found", NotFound: "not-found", Failed: "
 # In the dialects of 2020 each request names a table: a bound on how many names are counted separately.
 SUMS_MAX = 512
 OTHER = "(other)"
-OPS = frozenset({"check", "lookup", "fetch", "update"})
 
 Labels = tuple[str, str, str, type]
 """Table, service, operation, and type of the reply."""

@@ -74,6 +74,11 @@ def printable(data: bytes | str, limit: int = 120) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def problem_of(error: Exception) -> str:
+    """The text of an error; of an OSError the cause alone, because messages name the path themselves."""
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+
+
 def counted(number: int, singular: str, plural: str) -> str:
     """The number with its noun: ``1 entry``, ``2 entries``."""
     return f"{number} {singular if number == 1 else plural}"

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from table_consul.errors import SourceError, printable
+from table_consul.errors import SourceError, printable, problem_of
 
 if TYPE_CHECKING:
     import pwd
@@ -49,7 +49,7 @@ def explain_os_error(path: str, error: OSError) -> str:
     """Why the file cannot be read, with a fix if there is one."""
     if error.errno not in {errno.EACCES, errno.EPERM}:
         usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not a folder"}
-        return usual.get(error.errno or 0) or (error.strerror or str(error)).lower()
+        return usual.get(error.errno or 0) or problem_of(error)
     name, group = printable(path), smtpd_group()
     for folder in parents(path):
         if not os.access(folder, os.X_OK, effective_ids=True):
@@ -143,6 +143,20 @@ def _remove_leftovers(path: str) -> None:
                 if os.fstat(file.fileno()).st_uid == os.geteuid() and not os.path.islink(leftover):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.unlink(leftover)
+
+
+def replace_file(path: str, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """Replace a file in one step; ``mode`` and ``owner`` as for `AtomicWriter`.
+
+    Raises:
+        OSError: that failed; the old file is unchanged.
+    """
+    writer = AtomicWriter(path, mode=mode, owner=owner)
+    try:
+        writer.write(data)
+        writer.commit()
+    finally:
+        writer.discard()  # does nothing after commit
 
 
 class AtomicWriter:

@@ -20,14 +20,12 @@ class LargeObjectError(ValueError):
     """An object of the list is larger than it may be."""
 
 
-def split_list(
-    chunks: Iterable[bytes], most: int = OBJECT_BYTES, boundaries: re.Pattern[bytes] = OBJECTS
-) -> Iterator[bytearray]:
+def split_list(chunks: Iterable[bytes], boundaries: re.Pattern[bytes] = OBJECTS) -> Iterator[bytearray]:
     """Yield one list, which arrives in chunks, as lists of whole objects (or `STRINGS`), in linear time.
 
     Raises:
-        LargeObjectError: an object has more than ``most`` bytes.
-        ValueError: ``most`` bytes contain no object.
+        LargeObjectError: an object has more than `OBJECT_BYTES` bytes.
+        ValueError: so many bytes contain no object.
     """
     rest, searched = bytearray(), 0
     for chunk in chunks:
@@ -37,9 +35,9 @@ def split_list(
             del boundary  # it locks the buffer
             yield rest[:end] + b"]"
             rest[: end + 1] = b"["
-        elif len(rest) > most:
+        elif len(rest) > OBJECT_BYTES:
             if re.match(rb'\[\s*[{"]', rest):
-                raise LargeObjectError(f"an entry of more than {most >> 20} MiB")
-            raise ValueError(f"{most >> 20} MiB without an entry")
+                raise LargeObjectError(f"an entry of more than {OBJECT_BYTES >> 20} MiB")
+            raise ValueError(f"{OBJECT_BYTES >> 20} MiB without an entry")
         searched = max(0, len(rest) - _BOUNDARY_BYTES)
     yield rest

@@ -1,8 +1,7 @@
 """Read Consul's key-value store: entries, proven absence, or a SourceError, each within one deadline.
 
 This module contains the paths and parameters of Consul's HTTP API, and nothing about tables, services or mail. The
-Consul library
-(`Consul.kv.get`) builds path, parameters and headers; transport.py sends them.
+Consul library (`Consul.kv.get`) builds path, parameters and headers; transport.py sends them.
 """
 
 from __future__ import annotations

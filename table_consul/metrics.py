@@ -24,7 +24,7 @@ from table_consul import __version__
 from table_consul.backoff import Backoff
 from table_consul.counters import BOUNDS_SECONDS, OTHER, OUTCOMES
 from table_consul.errors import ConfigError, printable
-from table_consul.files import AtomicWriter
+from table_consul.files import replace_file
 from table_consul.services import SERVICES
 
 if TYPE_CHECKING:
@@ -223,12 +223,7 @@ class Exporter(threading.Thread):
     def _write(self, path: str, registry: CollectorRegistry) -> None:
         from prometheus_client import generate_latest
 
-        writer = AtomicWriter(path, mode=0o644)
-        try:
-            writer.write(generate_latest(registry) + self.comments())
-            writer.commit()
-        finally:
-            writer.discard()  # does nothing after commit
+        replace_file(path, generate_latest(registry) + self.comments(), mode=0o644)
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
         backoff = self._backoffs.setdefault(what, Backoff(what, f"retrying every {WRITE_INTERVAL_SECONDS:.0f} s"))

@@ -33,6 +33,8 @@ PURE = sorted(
         "sources.mirror",
         "sources.ranges",
         "ctl.files",
+        "ctl.foreign",
+        "ctl.lexer",
         "ctl.expansion",
         "ctl.records",
         "ctl.recipients",

@@ -10,7 +10,7 @@ import click
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl.main import FAILED, pass_config
 from table_consul.ctl.status import published_statuses
-from table_consul.errors import TableConsulError, counted, printable
+from table_consul.errors import TableConsulError, counted, printable, problem_of
 
 
 @click.command("accept")
@@ -64,5 +64,5 @@ def _update(table: str) -> None:
             return
         problem = printable((done.stderr or done.stdout).strip()) or f"exit status {done.returncode}"
     except OSError as error:
-        problem = f"smtpctl: {(error.strerror or str(error)).lower()}"
+        problem = f"smtpctl: {problem_of(error)}"
     raise TableConsulError(f"{problem} (run as root on the mail host: {shlex.join(arguments)})")

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +16,7 @@ import click
 from table_consul import config
 from table_consul.ctl import files, import_, main, writing
 from table_consul.ctl.files import LineProblem
-from table_consul.errors import SourceError, TableConsulError, counted, printable
+from table_consul.errors import SourceError, TableConsulError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.sources.export import export_entry
@@ -181,9 +180,7 @@ class _Edit(NamedTuple):
     def _confirm(self, plan: Plan) -> str:
         target = writing.Target.of(self.table, self.service)
         writing.echo_changes(plan.changes, target, hashed=self.service.hashed)
-        counts = Counter(change.kind for change in plan.changes)
-        what = ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES)
-        return _choice(f"{what}. Write? y(es), n(o), e(dit again)", "yne", "n")
+        return _choice(f"{writing.summary(plan.changes)}. Write? y(es), n(o), e(dit again)", "yne", "n")
 
 
 def _ask_again(problems: Sequence[LineProblem]) -> str:
@@ -207,7 +204,7 @@ def _run_editor(path: str, line: int) -> None:
         with _handling(lambda *_: None, signal.SIGINT, signal.SIGQUIT):  # which the terminal sends to both
             status = subprocess.run(command, check=False).returncode  # noqa: S603 - the operator's own
     except OSError as error:
-        raise TableConsulError(f"{editor}: {(error.strerror or str(error)).lower()} (set EDITOR)") from None
+        raise TableConsulError(f"{editor}: {problem_of(error)} (set EDITOR)") from None
     if status:
         raise TableConsulError(f"{editor}: exit status {status}; nothing was written")
 

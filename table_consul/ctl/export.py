@@ -14,9 +14,9 @@ import click
 from table_consul import config
 from table_consul.ctl import files
 from table_consul.ctl.files import FormatError
-from table_consul.ctl.main import NO, SERVICE, UNCUT, echo_problems, pass_config
+from table_consul.ctl.main import NO, SERVICE, UNCUT, echo_problems, is_terminal, pass_config
 from table_consul.errors import counted, printable
-from table_consul.files import AtomicWriter
+from table_consul.files import replace_file
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources.export import export_entry
@@ -69,9 +69,9 @@ def command(
     else:
         text, refused = _table_text(table, service, stored, skip=skip_refused)
     if file == "-":
-        click.echo(_readable(text) if sys.stdout is not None and sys.stdout.isatty() else text, nl=False)
+        click.echo(_readable(text) if is_terminal(sys.stdout) else text, nl=False)
     else:
-        replace_file(file, text, private=bool(service.fields))
+        write_file(file, text, private=bool(service.fields))
     return NO if refused else 0
 
 
@@ -115,7 +115,7 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, ski
     return text, len(problems)
 
 
-def replace_file(path: str, data: bytes, *, private: bool) -> None:
+def write_file(path: str, data: bytes, *, private: bool) -> None:
     """Replace the content of a file atomically: a reader finds all of the old content or all of the new.
 
     If ``private``, only this user may read the file. Otherwise an existing file keeps its mode and, if this user may
@@ -135,9 +135,4 @@ def replace_file(path: str, data: bytes, *, private: bool) -> None:
     os.umask(umask)
     mode = 0o600 if private else stat.S_IMODE(former.st_mode) if former else 0o666 & ~umask
     owner = None if private or former is None else (former.st_uid, former.st_gid)
-    writer = AtomicWriter(os.path.realpath(path), mode=mode, owner=owner)
-    try:
-        writer.write(data)
-        writer.commit()
-    finally:
-        writer.discard()  # does nothing after commit
+    replace_file(os.path.realpath(path), data, mode=mode, owner=owner)

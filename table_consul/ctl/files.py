@@ -184,8 +184,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
     """The entries as a ``file:`` table for smtpd, and the keys of the entries that such a table cannot hold.
 
     It is a list if no entry has a value, or if smtpd accepts only lists for the service. An entry that import would
-    read
-    differently from smtpd is left out as well.
+    read differently from smtpd is left out as well.
     """
     pairs = [(fold_key(key), b"" if service.lists_only else value) for key, value in entries]
     listed = not any(value for _, value in pairs) and not service.needs_value

@@ -6,8 +6,6 @@ Pure, like files.py. A line without an equivalent in smtpd is a problem, never a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
 
 from table_consul.ctl.files import (
     FileEntry,
@@ -18,36 +16,9 @@ from table_consul.ctl.files import (
     parse_lines,
     significant_lines,
 )
+from table_consul.ctl.lexer import Token, statements
 from table_consul.errors import printable
 from table_consul.services import Service, fold_key
-
-# As smtpd's parse.y, yylex: within quotes only the same quote is escaped, and a newline there or after \ is skipped.
-_TOKEN = re.compile(
-    rb"""(?P<skip>[ \t\r]+|\\\n|\#[^\n]*)|"(?P<double>(?:\\"|[^"])*)"|'(?P<single>(?:\\'|[^'])*)'"""
-    rb"""|\$(?P<macro>\w+)|(?P<mark>=>?|[\n{},])|(?P<word>[^ \t\r\n"'{}<>()!=#,][^ \t\r\n{}<>()!=#,]*)|.""",
-    re.VERBOSE,
-)
-_ESCAPED = re.compile(rb"\\([\"' \t])|\\?\n")
-
-
-class _Token(NamedTuple):
-    text: bytes
-    line: int
-    is_string: bool = False
-
-
-def _tokens(data: bytes, first: int, macros: dict[bytes, bytes]) -> Iterator[_Token]:
-    line, position = first, 0
-    for match in _TOKEN.finditer(data):
-        line, position = line + data.count(b"\n", position, match.start()), match.start()
-        if match["macro"] is not None:
-            if match["macro"] not in macros:
-                raise FormatError(f"line {line}: macro {printable(match['macro'])} is not defined")
-            yield from _tokens(macros[match["macro"]], line, {})
-        elif match.lastgroup in ("double", "single"):
-            yield _Token(_ESCAPED.sub(lambda found: found[1] or b"", match[match.lastgroup]), line, is_string=True)
-        elif match.lastgroup != "skip":
-            yield _Token(match[0], line, match.lastgroup == "word")
 
 
 def read_conf(data: bytes, service: Service, name: str, below: str | None) -> ParsedFile:
@@ -56,29 +27,19 @@ def read_conf(data: bytes, service: Service, name: str, below: str | None) -> Pa
     Raises:
         FormatError: there is no such table, or a brace is not closed.
     """
-    macros: dict[bytes, bytes] = {}
-    tables: dict[str, list[_Token]] = {}
+    tables: dict[str, list[Token]] = {}
     elsewhere: dict[str, str] = {}
-    statement: list[_Token] = []
-    inside: list[_Token] | None = None
-    for token in _tokens(data, 1, macros):
-        if inside is not None and token[::2] != (b"}", False):
-            inside.append(token)
-            continue
-        if inside is None and token[::2] not in ((b"\n", False), (b"{", False)):
-            statement.append(token)
-            continue
-        texts = [each.text for each in statement]
-        if token.text == b"{" and len(texts) == 2 and texts[0] == b"table":
-            inside = tables[texts[1].decode(errors="replace")] = []
-            continue
-        if len(texts) == 3 and texts[0] == b"table":
-            elsewhere[texts[1].decode(errors="replace")] = printable(texts[2])
-        elif len(texts) == 3 and texts[1] == b"=":
-            macros[texts[0]] = texts[2]
-        inside, statement = None, []
-    if inside is not None:
-        raise FormatError("the last table has no closing brace")
+    for statement in statements(data.decode(errors="surrogateescape"), {}):
+        for token in statement:
+            if token.kind == "macro":
+                raise FormatError(f"line {token.line}: macro {printable(token.text)} is not defined")
+        match statement:
+            case [Token("word", "table"), Token(_, table), Token("sign", "{"), *inside, Token("sign", "}")]:
+                tables[table] = inside
+            case [Token("word", "table"), Token(_, table), Token("sign", "{"), *_]:
+                raise FormatError(f"table {printable(table)} has no closing brace at its end")
+            case [Token("word", "table"), Token(_, table), Token(_, source)]:
+                elsewhere[table] = printable(source)
     wanted = name if below is None else below
     if wanted not in tables and wanted in elsewhere:
         raise FormatError(f"table {printable(wanted)} is {elsewhere[wanted]} (import the file that it is made from)")
@@ -88,24 +49,24 @@ def read_conf(data: bytes, service: Service, name: str, below: str | None) -> Pa
     return _inline_table(tables[wanted] if wanted in tables else next(iter(tables.values())), service)
 
 
-def _inline_table(tokens: list[_Token], service: Service) -> ParsedFile:
+def _inline_table(tokens: list[Token], service: Service) -> ParsedFile:
     """The entries of a table: KEY = VALUE or KEY, separated by commas or newlines (smtpd: parse.y, tableval_list)."""
     entries: list[FileEntry] = []
     problems: list[LineProblem] = []
     values = 0
     rest = iter(tokens)
-    for token in rest:
-        if token.is_string:
-            entries.append(FileEntry(fold_key(token.text), b"", token.line))
-        elif token.text in (b"=", b"=>") and entries:
+    for kind, text, line in rest:
+        if kind != "sign":
+            entries.append(FileEntry(fold_key(text.encode(errors="surrogateescape")), b"", line))
+        elif text in ("=", "=>") and entries:
             value = next(rest, None)
             values += 1
-            if value is None or not value.is_string or not value.text:
-                problems.append(LineProblem(token.line, "has no value", entries.pop().key))
+            if value is None or value.kind == "sign" or not value.text:
+                problems.append(LineProblem(line, "has no value", entries.pop().key))
             else:
-                entries[-1] = entries[-1]._replace(value=value.text)
-        elif token.text not in (b",", b"\n"):
-            problems.append(LineProblem(token.line, f"expected a key, not {printable(token.text)}"))
+                entries[-1] = entries[-1]._replace(value=value.text.encode(errors="surrogateescape"))
+        elif text != ",":
+            problems.append(LineProblem(line, f"expected a key, not {printable(text)}"))
     if entries and values and service.lists_only:
         problems, entries = [LineProblem(entries[0].line, kind_problem(service, listed=False))], []
     elif entries and not values and service.needs_value:

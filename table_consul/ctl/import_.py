@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from table_consul import config
 from table_consul.ctl import files, foreign, main, writing
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import json_text
-from table_consul.errors import SourceError, counted, printable
+from table_consul.errors import SourceError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
 
@@ -148,8 +147,7 @@ def _read(
     try:
         parsed = parse(_content(file), table, service, wanted, below, record=record)
     except (FormatError, SourceError, OSError) as error:
-        text = (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-        raise FormatError(f"{name}: {text}") from None
+        raise FormatError(f"{name}: {problem_of(error)}") from None
     for option, given, forms in (("--from", below is not None, ("export", "conf")), ("--record", record, ("passwd",))):
         if given and parsed.format not in forms:
             raise click.UsageError(
@@ -174,7 +172,7 @@ def _confirm(name: str, removals: str, *, ask: bool) -> None:
     Raises:
         FormatError: there is no terminal, or the answer is no.
     """
-    if not (ask and all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))):
+    if not (ask and main.is_terminal(sys.stdin) and main.is_terminal(sys.stderr)):
         raise FormatError(f"{name}: {removals}; nothing was written (to allow this, use --max-removals)")
     if not click.confirm(f"This {removals}. Continue?", err=True):
         raise FormatError(f"{name}: nothing was written")
@@ -321,8 +319,5 @@ def _echo_changes(plan: Plan, target: writing.Target, report: dict[str, Any]) ->
     writing.echo_changes(plan.changes, target, hashed=hashed, limit=limit, more=" (use --dry-run to list all)")
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
-    counts = Counter(change.kind for change in plan.changes)
     refused = f", {len(plan.refused)} refused" if plan.refused else ""
-    click.echo(
-        ", ".join(f"{counts[word]} to {word}" for word in writing.STYLES) + f", {plan.unchanged} unchanged{refused}"
-    )
+    click.echo(f"{writing.summary(plan.changes)}, {plan.unchanged} unchanged{refused}")

@@ -13,13 +13,13 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from msgspec.structs import replace
 
 from table_consul import __version__, config
-from table_consul.errors import TableConsulError, printable
+from table_consul.errors import TableConsulError, printable, problem_of
 from table_consul.services import SERVICES, Table
 
 NO = 1
@@ -165,6 +165,11 @@ def duration(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; it is None if the parent process has closed it."""
+    return stream is not None and stream.isatty()
+
+
 def terminal_columns() -> int:
     """The width to wrap text at: that of the terminal, but at least 40 and at most 100."""
     return max(40, min(shutil.get_terminal_size().columns, 100))
@@ -176,7 +181,7 @@ def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = No
     Beyond ``limit`` only the number of problems is printed. ``err`` prints to standard error, else standard output.
     """
     stream = sys.stderr if err else sys.stdout
-    columns = terminal_columns() if stream is not None and stream.isatty() else 0
+    columns = terminal_columns() if is_terminal(stream) else 0
     for where, what in problems[:limit]:
         if columns:
             click.secho(where, bold=True, err=err)
@@ -241,8 +246,8 @@ def _explanation(error: BaseException, *, debug: bool) -> Iterator[str]:
         case click.ClickException() | TableConsulError():  # the notes of a ConfigError are further errors
             yield from (str(error), *getattr(error, "__notes__", ()))
         case OSError():
-            what = (error.strerror or str(error)).lower()
-            yield what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
+            where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            yield where + problem_of(error)
         case _:
             if debug:
                 traceback.print_exception(error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from table_consul import config
-from table_consul.ctl import writing
+from table_consul.ctl import main, writing
 from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES, Service, Table, passwords
@@ -109,7 +109,7 @@ def _password() -> str:
     Raises:
         TableConsulError: the password is invalid.
     """
-    if sys.stdin is not None and sys.stdin.isatty():
+    if main.is_terminal(sys.stdin):
         password = str(click.prompt("New password", hide_input=True, confirmation_prompt="Repeat password"))
     else:
         try:

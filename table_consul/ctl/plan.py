@@ -96,8 +96,7 @@ def plan(
     ``prune`` removes entries that the file does not have, except folders, entries below ``others`` (folders of other
     services within this one) and records without a field of this service. With ``records`` the file's values are
     records of users, whose fields are merged into the stored records; without it, a change to a record that another
-    service also reads is a problem. With
-    ``skip``, entries with a problem are refused, and the others are kept.
+    service also reads is a problem. With ``skip``, entries with a problem are refused, and the others are kept.
     """
     planner = _Planner(table, service, stored, parsed, records=records)
     planner.compare()

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from table_consul.config import Config
 from table_consul.counters import OUTCOMES
-from table_consul.ctl.main import FAILED, NO, SERVICE, UNCUT, as_json, json_text, pass_config, terminal_columns
+from table_consul.ctl import main
 from table_consul.errors import EntryError, TableConsulError, counted, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
 from table_consul.responder import Responder
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @click.command("query")
 @click.argument("table", metavar="TABLE")
-@click.argument("service", type=SERVICE, metavar="SERVICE")
+@click.argument("service", type=main.SERVICE, metavar="SERVICE")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @click.option(
     "--op",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 )
 @click.option("--live", is_flag=True, help="Read Consul instead of the snapshot file.")
 @click.option("--trace", is_flag=True, help="Explain each answer on standard error.")
-@as_json
-@pass_config
+@main.as_json
+@main.pass_config
 def command(  # noqa: PLR0913 - the command line
     config: Config,
     *,
@@ -96,9 +96,9 @@ def command(  # noqa: PLR0913 - the command line
                 "table": table,
                 "service": service,
                 "op": op,
-                "key": None if op == "fetch" else json_text(name),
+                "key": None if op == "fetch" else main.json_text(name),
                 "result": OUTCOMES[type(reply)],
-                "value": None if value is None else json_text(value),
+                "value": None if value is None else main.json_text(value),
                 "reason": getattr(reply, "reason", None),
                 "warning": warning,
                 "trace": steps,
@@ -108,9 +108,9 @@ def command(  # noqa: PLR0913 - the command line
             about = f"{table} {service}" if op == "fetch" else printable(name)
             _print(about, [name] if several else [], reply, steps or (), warning)
         origin = used[-1][0].origin() if used and used[-1][0].saved else origin
-        status = max(status, FAILED if warning else {Failed: FAILED, NotFound: NO}.get(type(reply), 0))
+        status = max(status, main.FAILED if warning else {Failed: main.FAILED, NotFound: main.NO}.get(type(reply), 0))
     # For a person who has just edited a key: the daemon writes the file some seconds later.
-    if origin is not None and not (as_json or trace) and sys.stderr is not None and sys.stderr.isatty():
+    if origin is not None and not (as_json or trace) and main.is_terminal(sys.stderr):
         click.echo(f"read from {origin} (use --live to read Consul)", err=True)
     return status
 
@@ -125,7 +125,7 @@ def _questions(key: str, *, password: bool) -> Iterator[bytes]:
             "all users of this host can see a password on the command line (use USER alone, or - with USER:PASSWORD on"
             " standard input)"
         )
-    elif not sys.stdin.isatty():
+    elif not main.is_terminal(sys.stdin):
         raise click.UsageError("no terminal to prompt for the password (use - with USER:PASSWORD on standard input)")
     else:
         typed = click.prompt(
@@ -182,17 +182,17 @@ def _print(about: str, head: Sequence[bytes], reply: Reply, trace: Iterable[Step
     """Print a reply after ``head``: exact bytes, but on a terminal without control characters."""
     if isinstance(reply, Found):
         parts = [*head, b"found" if reply.value is None else reply.value]
-        if sys.stdout is not None and sys.stdout.isatty():
-            click.echo("\t".join(printable(part, UNCUT) for part in parts))
+        if main.is_terminal(sys.stdout):
+            click.echo("\t".join(printable(part, main.UNCUT) for part in parts))
         else:
             click.echo(b"\t".join(parts))
     elif isinstance(reply, Failed):
-        click.echo(f"{about}: error: {printable(reply.reason, UNCUT)}", err=True)
+        click.echo(f"{about}: error: {printable(reply.reason, main.UNCUT)}", err=True)
     else:
         click.echo(f"{about}: not found", err=True)
     if warning is not None:
         click.echo(f"{about}: warning: smtpd cannot use this value: {warning}", err=True)
-    columns = terminal_columns() if sys.stderr is not None and sys.stderr.isatty() else UNCUT
+    columns = main.terminal_columns() if main.is_terminal(sys.stderr) else main.UNCUT
     for step in trace:
         what = f"  {step.what:8} "
         click.echo(click.wrap_text(step.text, columns, what, " " * len(what)), err=True)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from table_consul.errors import UNDECODABLE, TableConsulError, printable
-from table_consul.files import AtomicWriter, open_regular_file
+from table_consul.errors import UNDECODABLE, TableConsulError, printable, problem_of
+from table_consul.files import open_regular_file, replace_file
 
 # The newest writes are kept; the last one always, whatever its size.
 KEPT = 100
@@ -60,16 +60,10 @@ def save(folder: str, write: Write) -> int:
             saved = numbers(folder)
             number = max(saved, default=0) + 1
             data = msgspec.json.encode(write)
-            writer = AtomicWriter(_path(folder, number))
-            try:
-                writer.write(data)
-                writer.commit()
-            finally:
-                writer.discard()  # does nothing after commit
+            replace_file(_path(folder, number), data)
             _remove_oldest(folder, saved, len(data))
     except OSError as error:
-        what = (error.strerror or str(error)).lower()
-        raise TableConsulError(f"{printable(folder)}: {what}; nothing was written ({_HINT})") from None
+        raise TableConsulError(f"{printable(folder)}: {problem_of(error)}; nothing was written ({_HINT})") from None
     return number
 
 

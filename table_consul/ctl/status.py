@@ -19,7 +19,7 @@ import msgspec
 
 from table_consul.config import VALIDATORS, Config, MetricsConfig
 from table_consul.ctl import nagios, smtpdconf
-from table_consul.ctl.main import FAILED, NO, as_json, duration, late_config, load_config, terminal_columns
+from table_consul.ctl.main import FAILED, NO, as_json, duration, is_terminal, late_config, load_config, terminal_columns
 from table_consul.ctl.state import Prefix, Status
 from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
 from table_consul.files import open_regular_file, read_bounded
@@ -345,7 +345,7 @@ def _caught_up(config: Config, status: Status, indexes: Indexes, asked: float) -
     """The status after its daemon has published what Consul had when ``asked``, or has had the time to."""
     by = asked + LAG_SECONDS + (0 if status.live else WRITE_INTERVAL_SECONDS)
     behind = _is_behind(status, indexes)
-    if behind and not status.live and sys.stderr.isatty():
+    if behind and not status.live and is_terminal(sys.stderr):
         click.echo(f"waiting for the next metrics in {status.place}", err=True)
     while behind and (status.taken or 0.0) <= asked + LAG_SECONDS and time.time() <= by:
         time.sleep(POLL_SECONDS)

@@ -135,7 +135,7 @@ def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -
 
 
 def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
-    if count < BAR_CHANGES or sys.stderr is None or not sys.stderr.isatty():
+    if count < BAR_CHANGES or not main.is_terminal(sys.stderr):
         yield from steps
         return
     with click.progressbar(length=count, label="writing", file=sys.stderr, width=0) as bar:
@@ -191,6 +191,12 @@ def echo_changes(
         click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
     if len(changes) > limit:
         click.echo(f"... and {len(changes) - limit} more{more}")
+
+
+def summary(changes: Sequence[Change]) -> str:
+    """How many changes there are of each kind."""
+    counts = Counter(change.kind for change in changes)
+    return ", ".join(f"{counts[word]} to {word}" for word in STYLES)
 
 
 def _description(change: dict[str, Any]) -> str:

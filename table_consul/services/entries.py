@@ -191,7 +191,7 @@ class Entries:
         """Whether matching a key may take so long that it needs the clock of its request."""
 
     def _updated_index(self, former: Entries | None) -> Index:
-        from table_consul.services.index import INDEXES, Addresses
+        from table_consul.services.index import INDEXES
 
         parts = self.parts
         if former is not None and former.index is not None:
@@ -200,8 +200,7 @@ class Entries:
             index.change(added, removed, parts.patterns(), parts.is_pattern)
             return index
         kind, delimiter = INDEXES[self.service.name], self.table.subaddress_delimiter.encode()
-        more = {"delimiter": delimiter} if kind is Addresses else {}
-        return kind(parts.patterns(), self.table.deadline / 10, parts.is_pattern, **more)
+        return kind(parts.patterns(), self.table.deadline / 10, parts.is_pattern, delimiter=delimiter)
 
     def __len__(self) -> int:
         return sum(len(part.values) for part in self.parts.parts)

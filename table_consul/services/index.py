@@ -19,7 +19,7 @@ from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
 from table_consul.services.forms import Forms, Steps
 from table_consul.services.judge import NOT_A_NETWORK
-from table_consul.services.regex import REGEX_SET_BYTES, REGEX_SET_SIZE, RegexSet, escape_warnings, regcomp
+from table_consul.services.regex import REGEX_SET_SIZE, RegexSet, escape_warnings, regcomp
 
 # Seconds for one instruction of an expression and one byte of the text, at worst with a hostile text; on a core of
 # 2020, rounded up.
@@ -50,13 +50,19 @@ class Index(ABC):
     """The entries of one service, prepared for matching. Never changed once built; any thread may read it."""
 
     def __init__(
-        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
+        self,
+        entries: Iterable[bytes] = (),
+        seconds: float = 0.2,
+        holds: Callable[[bytes], bool] | None = None,
+        *,
+        delimiter: bytes = match.DELIMITER,
     ) -> None:
         """``seconds`` bounds the time for one key; entries that exceed it are refused.
 
-        ``holds`` returns whether a normal form is itself an entry; such forms are not stored here.
+        ``holds`` returns whether a normal form is itself an entry; such forms are not stored here. ``delimiter`` is
+        where the tag of a user begins.
         """
-        self._seconds = seconds
+        self._seconds, self._delimiter = seconds, delimiter
         self._unusable: dict[bytes, list[str]] = {}
         """Entries with a problem, and why; most of them never match."""
         self._refused: dict[bytes, str] = {}
@@ -66,7 +72,12 @@ class Index(ABC):
         """Whether a key may take so long that `find` needs the clock of its request."""
         entries = [*entries]
         self._holds = holds or {*entries}.__contains__
+        self._clear()
         self._change(entries, (), entries)
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Set up an index without entries."""
 
     def change(
         self,
@@ -131,15 +142,12 @@ class Index(ABC):
 class _Hosts(Index):
     """Entries that end in a host name or a pattern of one. The part before it, the prefix, must be equal."""
 
-    def __init__(
-        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
-    ) -> None:
+    def _clear(self) -> None:
         self._forms = Forms()
         """Entries that are not written in lower case, with every run of ``*`` as one."""
         self._stems: dict[bytes, int] = {}
         """The stems of patterns, and how many patterns have each."""
         self._steps = Steps()
-        super().__init__(entries, seconds, holds)
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
         stems = self._stems
@@ -217,18 +225,6 @@ class Domains(_Hosts):
 class Addresses(_Hosts):
     """Mail addresses and patterns of them, as smtpd's table_mailaddr_match compares them."""
 
-    def __init__(
-        self,
-        entries: Iterable[bytes] = (),
-        seconds: float = 0.2,
-        holds: Callable[[bytes], bool] | None = None,
-        *,
-        delimiter: bytes = match.DELIMITER,
-    ) -> None:
-        """``delimiter`` is where the tag of a user begins."""
-        self._delimiter = delimiter
-        super().__init__(entries, seconds, holds)
-
     def _split(self, entry: bytes) -> tuple[bytes, bytes] | None:
         if match.text_to_mailaddr(entry) is None:
             return None
@@ -252,15 +248,12 @@ class Addresses(_Hosts):
 class Networks(Index):
     """IPv4 and IPv6 networks, and words such as ``local``, as smtpd's table_netaddr_match compares them."""
 
-    def __init__(
-        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
-    ) -> None:
+    def _clear(self) -> None:
         self._words = Forms()
         self._networks = {match.IPV4_BITS: Forms(), match.IPV6_BITS: Forms()}
         """By family, by the prefix of the network behind a 1, from which its length follows."""
         self._bits: dict[int, dict[int, int]] = {match.IPV4_BITS: {}, match.IPV6_BITS: {}}
         """By family, the lengths of prefixes, and how many have it."""
-        super().__init__(entries, seconds, holds)
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
         self._words, self._networks = Forms(self._words), {bits: Forms(each) for bits, each in self._networks.items()}
@@ -305,11 +298,8 @@ class Networks(Index):
 class HostAddresses(Index):
     """Addresses, compared by value: smtpd asks for ``[2001:db8::1]``. One written like the key takes precedence."""
 
-    def __init__(
-        self, entries: Iterable[bytes] = (), seconds: float = 0.2, holds: Callable[[bytes], bool] | None = None
-    ) -> None:
+    def _clear(self) -> None:
         self._addresses = Forms()
-        super().__init__(entries, seconds, holds)
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
         self._addresses = Forms(self._addresses)
@@ -338,24 +328,17 @@ class HostAddresses(Index):
 class Regexes(Index):
     """POSIX extended expressions, as smtpd's table_regex_match compares them; a search takes time linear in the key."""
 
-    def __init__(
-        self,
-        entries: Iterable[bytes] = (),
-        seconds: float = 0.2,
-        holds: Callable[[bytes], bool] | None = None,
-        set_bytes: int = REGEX_SET_BYTES,
-    ) -> None:
-        self._set_bytes = set_bytes
-        super().__init__(entries, seconds, holds)
-
-    def _change(self, _added: Iterable[bytes], _removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
-        """Compile all, in ascending order: the time limit bounds them to some thousand."""
+    def _clear(self) -> None:
         self._sets: list[RegexSet] = []
         self._next: dict[bytes, bytes] = {}
         self._size = 0
         self._room = min(int(self._seconds / MAX_KEY_BYTES / WIDTH_SECONDS), MAX_WIDTH)
         self._unusable = {}
         self._beyond: list[bytes] = []
+
+    def _change(self, _added: Iterable[bytes], _removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
+        """Compile all, in ascending order: the time limit bounds them to some thousand."""
+        self._clear()
         super()._change(sorted(entries), (), entries)
         self._refuse(self._beyond, "the regular expressions")
         self._close_set()
@@ -388,7 +371,7 @@ class Regexes(Index):
 
     def _close_set(self) -> None:
         if self._next:
-            self._sets.append(RegexSet(self._next, self._size, self._set_bytes))
+            self._sets.append(RegexSet(self._next, self._size))
         self._next, self._size = {}, 0
 
     def _find(self, key: bytes, seconds_left: SecondsLeft, /) -> bytes | None:

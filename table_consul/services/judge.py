@@ -137,14 +137,6 @@ def value_problem(table: Table, service: Service, key: bytes, value: bytes) -> s
     return None if judge is None else judge(table, key, value)
 
 
-def _alias(_table: Table, _key: bytes, value: bytes) -> str | None:
-    return _list_problem(value, element_problem)
-
-
-def _mailaddrmap(_table: Table, _key: bytes, value: bytes) -> str | None:
-    return _list_problem(value, _address_problem)
-
-
 def _list_problem(value: bytes, judge: Callable[[bytes], str | None]) -> str | None:
     """The first problem of an element, or that of the whole list if it is in another format."""
     if is_plain_list(value):
@@ -269,8 +261,8 @@ def _credential(service: str) -> Callable[[Table, bytes, bytes], str | None]:
 
 
 _VALUES: Mapping[str, Callable[[Table, bytes, bytes], str | None]] = {
-    "alias": _alias,
-    "mailaddrmap": _mailaddrmap,
+    "alias": lambda _table, _key, value: _list_problem(value, element_problem),
+    "mailaddrmap": lambda _table, _key, value: _list_problem(value, _address_problem),
     "userinfo": _userinfo,
     "source": _source,
     "addrname": _addrname,

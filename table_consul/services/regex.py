@@ -251,12 +251,12 @@ def regcomp(entry: bytes) -> Expression:
 class RegexSet:
     """Expressions, in ascending order of entries, compiled into one set, whose last member matches everything."""
 
-    def __init__(self, patterns: Mapping[bytes, bytes], size: int, max_bytes: int = REGEX_SET_BYTES) -> None:
+    def __init__(self, patterns: Mapping[bytes, bytes], size: int) -> None:
         """``patterns`` are in RE2's syntax, by entry; ``size`` is the sum of theirs."""
         self._entries = [*patterns]
         self.size = size
         re2 = import_module("re2")
-        self._set = re2.Set.SearchSet(_options(re2, max_bytes))
+        self._set = re2.Set.SearchSet(_options(re2, REGEX_SET_BYTES))
         try:
             for pattern in patterns.values():
                 self._set.Add(pattern)

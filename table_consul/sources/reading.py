@@ -82,21 +82,16 @@ def read_snapshot(
     former_hidden: Mapping[str, Hidden],
     take: Take,
 ) -> Snapshot:
-    """The `proven_snapshot` of this response, read by `read_pairs`."""
-    read_pairs(response, builder, take)
-    return proven_snapshot(client, response, builder, hidden, former_hidden)
-
-
-def read_pairs(response: kv.Response, builder: SnapshotBuilder, take: Take = lambda _pairs: None) -> None:
-    """Read the response into the builder; ``take`` gets the pairs."""
+    """The `proven_snapshot` of this response, which is read into the builder; ``take`` gets the pairs."""
     for found in response.pairs():
         pairs = [(pair.name.encode(), pair.value) for pair in found]
         builder.take(pairs)
         take(pairs)
+    return proven_snapshot(client, response, builder, hidden, former_hidden)
 
 
 def read_changes(response: kv.Response, builder: SnapshotBuilder, since: int) -> list[int]:
-    """As `read_pairs`; returns the indexes of the entries that were written after ``since``."""
+    """Read the response into the builder; returns the indexes of the entries that were written after ``since``."""
     changes: list[int] = []
     for found in response.pairs():
         builder.take([(pair.name.encode(), pair.value) for pair in found])

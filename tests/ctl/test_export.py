@@ -218,7 +218,7 @@ def test_file_that_may_hold_passwords_is_private(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o644)
-    export.replace_file(str(path), b"new", private=True)
+    export.write_file(str(path), b"new", private=True)
     assert (path.read_bytes(), mode(path)) == (b"new", 0o600)
     for service in ("credentials", "auth", "userinfo"):
         made = tmp_path / service
@@ -230,10 +230,10 @@ def test_other_file_keeps_its_mode_and_a_new_one_follows_the_umask(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o664)
-    export.replace_file(str(path), b"new", private=False)
+    export.write_file(str(path), b"new", private=False)
     assert (path.read_bytes(), mode(path)) == (b"new", 0o664)
     before = os.umask(0o027)
-    export.replace_file(str(tmp_path / "y"), b"new", private=False)
+    export.write_file(str(tmp_path / "y"), b"new", private=False)
     os.umask(before)
     assert mode(tmp_path / "y") == 0o640
 
@@ -244,21 +244,21 @@ def test_file_keeps_its_owner(tmp_path):
     path.write_text("old")
     path.chmod(0o640)
     os.chown(path, 12345, 54321)
-    export.replace_file(str(path), b"new", private=False)
+    export.write_file(str(path), b"new", private=False)
     status = path.stat()
     assert (status.st_uid, status.st_gid, mode(path), path.read_bytes()) == (12345, 54321, 0o640, b"new")
-    export.replace_file(str(path), b"hash", private=True)
+    export.write_file(str(path), b"hash", private=True)
     assert (path.stat().st_uid, mode(path)) == (0, 0o600)
 
 
 def test_export_writes_through_links_and_pipes(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
-    export.replace_file(str(tmp_path / "link"), b"new", private=False)
+    export.write_file(str(tmp_path / "link"), b"new", private=False)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == b"new"
     reader, writer = os.pipe()
-    export.replace_file(f"/dev/fd/{writer}", b"new", private=True)
+    export.write_file(f"/dev/fd/{writer}", b"new", private=True)
     assert os.read(reader, 10) == b"new"
     os.close(reader)
     os.close(writer)
@@ -273,7 +273,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        export.replace_file(str(path), b"new", private=False)
+        export.write_file(str(path), b"new", private=False)
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["x"])
 
 

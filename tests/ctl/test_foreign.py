@@ -184,6 +184,19 @@ def test_macro_and_continued_line_are_read_as_smtpd_reads_them():
 
 
 @pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        (b"# a comment \\\n that goes on }\ntable x { a }\n", [b"a"]),
+        (b"table x { a\\b, 'c\\'d', \"e\\'f\", \"g\nh\" }\n", [b"ab", b"c'd", b"e\\'f", b"gh"]),
+        (b"table x { a }\ninclude '/etc/more'\n{ m = b }\n", [b"a"]),
+        (b"table x { 'caf\xe9', 'caf\xc3\xa9' }\n", [b"caf\xe9", b"caf\xc3\xa9"]),
+    ],
+)
+def test_words_of_smtpd_conf_are_split_as_smtpd_splits_them(text, keys):
+    assert [key for key, _ in pairs(read(text, STRING, "conf"))] == keys
+
+
+@pytest.mark.parametrize(
     ("text", "name", "expected"),
     [
         (b"table x { a }\ntable y { b }\n", None, r"choose an inline table of this smtpd.conf: x, y"),

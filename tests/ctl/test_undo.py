@@ -166,7 +166,7 @@ def test_unknown_number_is_an_error(fake, folder):
 def test_failed_save_writes_nothing(fake, folder, monkeypatch, trouble):
     if trouble == "full":
         full = OSError(28, os.strerror(28))
-        monkeypatch.setattr(saves.AtomicWriter, "commit", lambda _self: (_ for _ in ()).throw(full))
+        monkeypatch.setattr("table_consul.files.AtomicWriter.commit", lambda _self: (_ for _ in ()).throw(full))
     elif trouble == "shared":
         folder.mkdir(mode=0o755)
     else:

@@ -129,8 +129,9 @@ def test_regex_without_google_re2_is_a_problem(monkeypatch):
 
 
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
-def test_regex_set_out_of_memory_is_an_error(memory):
-    index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)], set_bytes=memory)
+def test_regex_set_out_of_memory_is_an_error(memory, monkeypatch):
+    monkeypatch.setattr("table_consul.services.regex.REGEX_SET_BYTES", memory)
+    index = Regexes([b"^host-[0-9]+-%d\\.(foo|bar)" % n for n in range(40)])
     for key in (b"host-1-7.bar", b"host-1-77.bar"):
         with pytest.raises(EntryError, match="too much memory"):
             index.find(key)

@@ -216,6 +216,9 @@ class Ranges:
         self._list_at: float | None = None
         """When to list all names after a change; None if nothing has changed."""
         self._list_after = 0.0
+        self._began = 0.0
+        """When the latest response began, or the latest list of names."""
+        self._publish: Publish
 
     def interrupt(self) -> None:
         """Make `run` return soon; any thread may call this."""
@@ -230,6 +233,7 @@ class Ranges:
             Unsettled: the whole table must be read.
             SourceError: Consul cannot be read, or refuses one of the queries.
         """
+        self._publish = publish
         while (now := time.monotonic()) < self.until:
             for each in self._watched:
                 if each.due is not None and each.due <= now:
@@ -240,7 +244,7 @@ class Ranges:
                     self._list_names()
                     if not self._unexplained.keys().isdisjoint(late):
                         raise Unsettled("a change is in no range")
-                    publish(confirmed=not self._unexplained)
+                    self._publish(confirmed=not self._unexplained)
             late_at = map(self._late_at, self._unexplained.values())
             moments = [self.until, self._list_at, *late_at, *(each.due for each in self._watched)]
             first = min((each for each in moments if each is not None), default=math.inf)
@@ -250,7 +254,7 @@ class Ranges:
                 continue
             if answer is None:
                 return
-            self._take(*answer, publish)
+            self._take(*answer)
 
     def _ask(self, query: Query) -> None:
         """Query entries, or keys where only the index of the response is used."""
@@ -258,7 +262,7 @@ class Ranges:
         keys = whole or self._ranges[query].parts != ()
         query.ask(self._table, self._queries.most_wait, keys=keys, separator="/" if whole else None)
 
-    def _take(self, query: Query, answer: kv.Response | Exception, publish: Publish) -> None:
+    def _take(self, query: Query, answer: kv.Response | Exception) -> None:
         if query.outdated or query not in self._watched:
             if isinstance(answer, kv.Response):
                 answer.close()
@@ -270,20 +274,16 @@ class Ranges:
         elif isinstance(answer, Exception):
             raise answer
         else:
-            before, began = self.snapshot, time.monotonic()
-            self._process(query, answer, began)
-            ended = time.monotonic()
-            if self.snapshot is not before:
-                self.load_seconds = ended - began
-                publish(confirmed=False)
+            self._began = time.monotonic()
+            self._process(query, answer)
             if query is self._whole and not self._unexplained:
-                publish(confirmed=True)
+                self._publish(confirmed=True)
 
-    def _process(self, query: Query, response: kv.Response, began: float) -> None:
+    def _process(self, query: Query, response: kv.Response) -> None:
         """Read a response if it brings anything new."""
         state = query.state
         with response:
-            timed_out = state.index > 0 and began - query.asked >= query.wait
+            timed_out = state.index > 0 and self._began - query.asked >= query.wait
             if query.first and timed_out and response.index < state.index:
                 state = replace(state, index=response.index, seen=response.index)
             query.first = False
@@ -306,7 +306,7 @@ class Ranges:
                 self._find_new_keys(query.prefix)
         ended, query.answered = time.monotonic(), query.asked
         query.state, pause = mirror.next_query(
-            state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - began
+            state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - self._began
         )
         if changed and query is self._whole:
             pause = max(pause, sum(self._counts.values()) * PAUSE_SECONDS_PER_KEY)
@@ -376,7 +376,7 @@ class Ranges:
         snapshot = proven_snapshot(client, response, builder, {}, {})
         if snapshot.hidden:
             raise Unsettled("keys may be hidden")
-        self.snapshot, self._counts[prefix] = snapshot, builder.count
+        former, self.snapshot, self._counts[prefix] = self.snapshot, snapshot, builder.count
         self.index = max(self.index, response.index)
         several = len(changes) + lost > 1 or any(each > self._whole_index for each in self._explained)
         self._explained |= {response.index, *changes}
@@ -386,14 +386,17 @@ class Ranges:
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
         self._list_at = at if self._list_at is None else min(at, self._list_at)
+        if snapshot is not former:
+            self.load_seconds = time.monotonic() - self._began
+            self._publish(confirmed=False)
 
     def _list_names(self) -> None:
         """Find keys anywhere that are in no range, and read them."""
-        began = time.monotonic()
+        self._began = time.monotonic()
         self._find_new_keys(self._prefix)
         now = time.monotonic()
         self._list_at = None
-        self._list_after = now + (now - began) / LIST_SHARE
+        self._list_after = now + (now - self._began) / LIST_SHARE
 
     def _find_new_keys(self, below: bytes) -> None:
         """Find keys below this prefix that are in no range, and read them."""

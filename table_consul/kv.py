@@ -355,8 +355,12 @@ class Client:
         return response
 
     def all_names(self, prefix: bytes, *, timeout: float) -> Response:
-        """A response with the keys below the prefix, to read with `Response.names`; a context manager."""
-        return self._ask(prefix, timeout, steps=True, keys=True)
+        """A response with the keys below the prefix, to read with `Response.names`; a context manager.
+
+        Even with `stale`, the leader answers: an index or a name that is missing from a late response would otherwise
+        look as if nothing had changed.
+        """
+        return self._ask(prefix, timeout, steps=True, keys=True, consistency="consistent")
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from table_consul import kv
 from table_consul.errors import printable
 from table_consul.services import SERVICES, Table
+from table_consul.services.parts import REPLACEMENT
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState, Snapshot, SnapshotBuilder
 from table_consul.sources.ranges import RANGE_KEYS, Cut, Range, covers, gap
@@ -73,6 +74,7 @@ class Query(threading.Thread):
         self.due: float | None = 0.0
         """When to send the next query; None during a query."""
         self.asked = self.wait = 0.0
+        self.asked_index = 0
         self.answered = 0.0
         """When the latest query was sent whose response was processed."""
         self.outdated = False
@@ -87,7 +89,7 @@ class Query(threading.Thread):
 
     def ask(self, table: Table, most_wait: float, *, keys: bool, separator: str | None) -> None:
         """Send a query for changes after the latest index; ``keys``, ``separator`` as in `kv.Client.blocking_query`."""
-        self.due, self.asked = None, time.monotonic()
+        self.due, self.asked, self.asked_index = None, time.monotonic(), self.state.index
         # While this query does not wait the others do, and a restored snapshot ends them.
         state = replace(self.state, gap=False)
         self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
@@ -263,14 +265,17 @@ class Ranges:
         query.ask(self._table, self._queries.most_wait, keys=keys, separator="/" if whole else None)
 
     def _take(self, query: Query, answer: kv.Response | Exception) -> None:
+        query.due = 0.0  # also if this response ends the ranges: the next ones use the query again
         if query.outdated or query not in self._watched:
             if isinstance(answer, kv.Response):
+                if answer.index <= query.asked_index and time.monotonic() - query.asked < query.wait:
+                    query.state = replace(query.state, index=0)  # a restored snapshot may have ended the wait
                 answer.close()
-            query.outdated, query.due = False, 0.0
+            query.outdated = False
             if query not in self._watched:
                 self._queries.end(query)
         elif isinstance(answer, WaitCut):
-            query.state, query.due = mirror.after_cut(query.state, answer.seconds), 0.0
+            query.state = mirror.after_cut(query.state, answer.seconds)
         elif isinstance(answer, Exception):
             raise answer
         else:
@@ -284,10 +289,12 @@ class Ranges:
         state = query.state
         with response:
             timed_out = state.index > 0 and self._began - query.asked >= query.wait
-            if query.first and timed_out and response.index < state.index:
+            if query.first and timed_out and query is not self._whole and response.index < state.index:
                 state = replace(state, index=response.index, seen=response.index)
             query.first = False
             self._check(response, state.index)
+            if not state.index and response.index != state.seen:
+                raise Unsettled("a snapshot was restored")  # it may have entries with lower indexes anywhere
             changed = response.index != state.seen
             if changed and query is self._whole:
                 self._find_new_folders(response)
@@ -350,8 +357,9 @@ class Ranges:
                 changed |= self._read_changed(each.parts)
             elif not response.absent or self._counts[each.prefix]:
                 changed = True
+                index = response.index
                 with self._client.blocking_query(each.prefix, timeout=self._table.deadline) as response:
-                    self._check(response, 0)
+                    self._check(response, index)
                     self._read(each.prefix, response, self._client, known)
                 self._seen[each.prefix] = response.index
         return changed
@@ -366,12 +374,14 @@ class Ranges:
         elsewhere = sum(self._counts.values()) - before
         builder = SnapshotBuilder(self._table, prefix, self._services, self.snapshot, elsewhere=elsewhere)
         changes = read_changes(response, builder, since)
-        lost = sum(map(len, builder.missing_keys().values()))
+        missing = builder.missing_keys().values()
+        lost = sum(map(len, missing))
         if lost >= LEAST_LOSS and lost > before * LEAST_LOSS_SHARE:
             raise Unsettled("many keys are missing")
         if builder.count > self._most[prefix]:
             raise Unsettled("a range has grown too large")
-        if not builder.conclusive:
+        renamed = any(stored != folded for keys in missing for folded, stored in keys.items())
+        if not builder.conclusive or renamed:  # the lower-case key may be in another range
             raise Unsettled("keys differ only in case")
         snapshot = proven_snapshot(client, response, builder, {}, {})
         if snapshot.hidden:
@@ -393,9 +403,9 @@ class Ranges:
     def _list_names(self) -> None:
         """Find keys anywhere that are in no range, and read them."""
         self._began = time.monotonic()
+        self._list_at = None  # what is read below may need another list
         self._find_new_keys(self._prefix)
         now = time.monotonic()
-        self._list_at = None
         self._list_after = now + (now - self._began) / LIST_SHARE
 
     def _find_new_keys(self, below: bytes) -> None:
@@ -424,5 +434,5 @@ class Ranges:
 
 
 def can_be_listed(prefix: bytes) -> bool:
-    """Whether every version of Consul lists the keys below this prefix."""
-    return not kv.modern_name_problem(prefix.removesuffix(b"/"))
+    """Whether every version of Consul lists the keys below this prefix, which are not UTF-8 if it has U+FFFD."""
+    return REPLACEMENT not in prefix and not kv.modern_name_problem(prefix.removesuffix(b"/"))

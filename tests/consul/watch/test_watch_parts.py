@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import replace
+
 import pytest
 
 from tests.consul.watch.watching import ALIAS, PREFIX, ask, becomes, make_ranges_small
 from tests.dialogue import eventually
+from tests.fake_consul.store import Entry
 
 NAMES = [bytes([letter]) + b"%02d" % number for letter in b"abc" for number in range(30)]
 # Longer than any wait of a test.
@@ -26,7 +31,11 @@ def fake(fake):
 
 @pytest.fixture
 def source(fake, mirrored):
-    source = mirrored(fake.address)
+    return ready(fake, mirrored(fake.address))
+
+
+def ready(fake, source):
+    """Wait until ranges are watched."""
     for _ in eventually("ranges are watched", 10):
         if {ALIAS + each for each in (b"a", b"b", b"c")} <= {folder(each) for each in queries(fake)}:
             break
@@ -118,3 +127,60 @@ def test_part_with_too_many_new_keys_is_cut_again(fake, source):
     for number in range(100):
         becomes(source, b"new", b"b1x%02d" % number)
     assert PREFIX in read_since(fake, before)
+
+
+def test_edit_in_a_part_whose_index_a_late_server_returned_is_found(fake, mirrored):
+    source = ready(fake, mirrored(fake.address))
+    known = str(fake.index)
+
+    def handle(request):
+        answer = fake.consul(request)
+        if "keys" in request.params and folder(request) == ALIAS + b"b2" and "consistent" not in request.params:
+            answer.headers["X-Consul-Index"] = known
+        return answer
+
+    fake.handle = handle
+    with fake.store.changed:
+        fake.put(ALIAS + b"b21", b"new")
+        fake.put(ALIAS + b"b01", b"new")
+    becomes(source, b"new", b"b01")
+    becomes(source, b"new", b"b21")
+
+
+def test_entries_of_a_part_that_are_older_than_its_index_are_not_used(fake, mirrored):
+    source = ready(fake, mirrored(fake.address, consistency="stale"))
+    late = []
+
+    def handle(request):
+        answer = fake.consul(request)
+        if "recurse" in request.params and folder(request) == ALIAS + b"b2" and not late:
+            late.append(answer)
+            return old
+        return answer
+
+    old = fake.consul(next(each for each in fake.requests if folder(each) == PREFIX and "recurse" in each.params))
+    entries = [each for each in json.loads(old.body) if each["Key"].encode().startswith(ALIAS + b"b2")]
+    old.body = json.dumps(entries).encode()
+    old.headers["X-Consul-Index"] = str(max(each["ModifyIndex"] for each in entries))
+    fake.handle = handle
+    with fake.store.changed:
+        fake.put(ALIAS + b"b21", b"new")
+        fake.put(ALIAS + b"b01", b"new")
+    becomes(source, b"new", b"b01")
+    becomes(source, b"new", b"b21")
+
+
+def test_snapshot_with_older_parts_is_read(fake, source):
+    for _ in eventually("each range waits on an index of its own", 10):
+        latest = {folder(each): each.params["index"] for each in queries(fake)}
+        if [*latest.values()].count(str(fake.index)) <= 2:  # that of the newest range, and that of the whole table
+            break
+    time.sleep(0.2)
+    with fake.store.changed:
+        for key, entry in fake.store.entries.items():
+            fake.store.entries[key] = replace(entry, modified=8)
+        fake.store.entries[ALIAS + b"b23"] = Entry(b"restored", 0, 8, 8)
+        fake.store.entries[ALIAS + b"root"] = Entry(b"gilles", 0, 9, 9)
+        fake.store.index = 9
+        fake.store._notify(b"")
+    becomes(source, b"restored", b"b23")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from table_consul.errors import Forbidden
+from table_consul.errors import EntryError, Forbidden
 from table_consul.sources import ranged, ranges, watch
 from tests.consul.watch.watching import (
     ALIAS,
@@ -431,3 +431,82 @@ def test_cut_wait_is_repeated(fake, mirrored, monkeypatch):
     fake.put(ALIAS + b"b3", b"new")
     becomes(source, b"new", b"b3")
     stays_ranged(fake, before)
+
+
+@pytest.mark.usefixtures("no_late_query")
+@pytest.mark.parametrize("prefix", [ALIAS + b"c", PREFIX], ids=["range", "completeness"])
+def test_query_with_an_error_is_sent_again(fake, source, prefix):
+    refused = []
+
+    def handle(request):
+        if request.path == b"/v1/kv/" + prefix and "index" in request.params and not refused:
+            refused.append(len(fake.requests))
+            return Answer(500, {}, b"rpc error making call: EOF")
+        return fake.consul(request)
+
+    fake.handle = handle
+    fake.put(ALIAS + b"c1", b"new")
+    for _ in eventually("the query is sent again", 10):
+        later = fake.requests[refused[0] :] if refused else ()
+        if any(each.path == b"/v1/kv/" + prefix and "index" in each.params for each in later):
+            return
+
+
+@pytest.mark.usefixtures("no_late_query")
+def test_snapshot_restored_while_queries_are_outdated_is_read(fake, source):
+    before = len(lists(fake))
+    source.update()
+    reads_whole(fake, before)
+    time.sleep(0.1)
+    with fake.store.changed:
+        fake.store.entries[ALIAS + b"a1"] = Entry(b"restored", 0, 1, 1)
+        fake.reset_index(8)
+    becomes(source, b"restored", b"a1")
+
+
+@pytest.mark.usefixtures("no_late_query")
+def test_key_that_appears_during_a_list_of_names_is_found(fake, source):
+    done = []
+
+    def handle(request):
+        answer = fake.consul(request)
+        names = "keys" in request.params and not {"index", "separator"} & request.params.keys()
+        if names and request.path == b"/v1/kv/" + PREFIX and not done:
+            done.append(request)
+            with fake.store.changed:
+                fake.put(ALIAS + b"yves", b"new")
+                fake.put(ALIAS + b"zed", b"new")
+        return answer
+
+    fake.handle = handle
+    with fake.store.changed:
+        fake.put(ALIAS + b"zoe", b"new")
+        fake.put(ALIAS + b"a1", b"new")
+    for name in (b"zoe", b"zed", b"yves"):
+        becomes(source, b"new", name)
+
+
+def test_key_renamed_to_lower_case_is_always_found(fake, mirrored):
+    for number in range(6):
+        fake.put(ALIAS + b"Z%d" % number, b"old")
+    source = ranged_watch(fake, mirrored(fake.address))
+    with fake.store.changed:
+        fake.delete(ALIAS + b"Z1")
+        fake.put(ALIAS + b"z1", b"new")
+    answers = set()
+    for _ in eventually("the new key is found", 10):
+        answers.add(ask(source, b"z1"))
+        if b"new" in answers:
+            break
+    assert answers <= {b"old", b"new"}
+
+
+def test_key_that_is_not_utf8_is_an_error(fake, source):
+    with fake.store.changed:
+        fake.put(ALIAS + b"\x80", b"new")
+        fake.put(ALIAS + b"a1", b"new")
+    for _ in eventually("the key is an error", 10):
+        try:
+            ask(source, b"\x80")
+        except EntryError:
+            return

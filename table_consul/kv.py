@@ -286,7 +286,8 @@ class Client:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._library = _Library(consistency=settings.consistency, dc=settings.datacenter)
-        self._late = 0.0
+        self._late: dict[bytes, float] = {}
+        """By prefix, how many seconds after its timeout a list may start."""
         self._token, self._token_file = settings.token, settings.token_file
         if self._token_file is None:
             self._read_token()
@@ -332,7 +333,8 @@ class Client:
         Waiting on an index needs no such proof.
         """
         options: dict[str, Any] = {"keys": True, "separator": separator} if keys else {"recurse": True}
-        consistency, held = self._library.consistency, self._late
+        consistency, late = self._library.consistency, self._late.get(prefix, 0.0)
+        held = late
         if index:
             held += wait * (1 + 1 / 16)
             options |= {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
@@ -347,11 +349,11 @@ class Client:
             raise Unreachable(str(cut)) from cut
         except Unreachable:
             if self.transport.late:
-                self._late = min(max(timeout, 2 * self._late), self.late_seconds)
+                self._late[prefix] = min(max(timeout, 2 * late), self.late_seconds)
             raise
         if not index:
             took = time.monotonic() - began
-            self._late = min(max(0.0, 4 * took - timeout), self.late_seconds)
+            self._late[prefix] = min(max(0.0, 4 * took - timeout), self.late_seconds)
         return response
 
     def all_names(self, prefix: bytes, *, timeout: float) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -69,6 +70,19 @@ def test_prompt_list_restores_the_timeout(fake, client):
     with pytest.raises(Unreachable):
         query(client, timeout=0.1)
     assert time.monotonic() - began < 0.1 + SLACK
+
+
+def test_prompt_list_of_another_prefix_keeps_the_timeout_of_a_late_one(fake, client):
+    fake.put(b"t/a", b"x")
+    fake.handle = lambda request: (request.path == b"/v1/kv/t/" and request.stopping.wait(0.3)) or fake.consul(request)
+    with pytest.raises(Unreachable):
+        query(client, b"t/", timeout=0.1)
+    for _ in range(4):
+        query(client, b"t/a", timeout=0.1)
+        with contextlib.suppress(Unreachable):
+            assert query(client, b"t/", timeout=0.1).pairs == [(b"t/a", b"x")]
+            return
+    pytest.fail("the late list never arrives")
 
 
 def test_list_closed_before_its_first_byte_is_unreachable_and_not_a_cut_wait(fake, client, monkeypatch):

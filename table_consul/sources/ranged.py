@@ -90,8 +90,9 @@ class Query(threading.Thread):
     def ask(self, table: Table, most_wait: float, *, keys: bool, separator: str | None) -> None:
         """Send a query for changes after the latest index; ``keys``, ``separator`` as in `kv.Client.blocking_query`."""
         self.due, self.asked, self.asked_index = None, time.monotonic(), self.state.index
-        # While this query does not wait the others do, and a restored snapshot ends them.
-        state = replace(self.state, gap=False)
+        # While this query does not wait the others do, and a restored snapshot ends them. The first wait is short: if
+        # an agent's max_query_time ended it, the range's own index would look as if it went backwards.
+        state = replace(self.state, gap=self.first)
         self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
         ask = partial(self.client.blocking_query, self.prefix, keys=keys, separator=separator)
         self._questions.put(partial(ask, index=self.state.index, wait=self.wait, timeout=table.deadline))

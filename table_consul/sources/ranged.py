@@ -75,6 +75,7 @@ class Query(threading.Thread):
         """When to send the next query; None during a query."""
         self.asked = self.wait = 0.0
         self.asked_index = 0
+        """The index of the latest query."""
         self.answered = 0.0
         """When the latest query was sent whose response was processed."""
         self.outdated = False

@@ -193,7 +193,6 @@ def test_edit_in_a_small_folder_is_found(fake, source):
     stays_ranged(fake, before)
 
 
-@pytest.mark.usefixtures("no_late_query")
 def test_first_wait_of_a_range_is_shorter_than_the_max_query_time_of_an_agent(fake, mirrored, monkeypatch):
     monkeypatch.setattr(ranged.Queries, "most_wait", 300.0)
     ranged_watch(fake, mirrored(fake.address))
@@ -202,6 +201,7 @@ def test_first_wait_of_a_range_is_shorter_than_the_max_query_time_of_an_agent(fa
     assert {*waits} == {"10000ms"}
 
 
+@pytest.mark.usefixtures("no_late_query")
 def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
     monkeypatch.setattr(watch, "MOST_RANGES", 5)
     monkeypatch.setattr(ranges, "ASK_KEYS", 0)

@@ -77,7 +77,7 @@ def check(path: str | None) -> int:
 
 
 def serve(path: str | None) -> int:
-    """Answer smtpd until it closes the conversation and return the exit status, 2 if there was no conversation."""
+    """Answer smtpd until it closes the conversation and return the exit status, 2 if it sent nothing."""
     read_from, write_to = claim_stdio()
     environ = dict(os.environ)
     for variable in environ:

@@ -263,8 +263,7 @@ class Client:
     """
 
     chunk_bytes = 16 << 10
-    """Bytes per read. Decoding them holds Python's lock for about 50 microseconds, in which no reply is sent; the next
-    read releases it."""
+    """Bytes per read. Decoding them holds Python's lock for about 50 microseconds, in which no reply is sent."""
     discard_bytes = 64 << 10
     """The most to read of a body that is not needed, to keep the connection; a new one costs more."""
     body_bytes = 128 << 20
@@ -276,8 +275,7 @@ class Client:
     read_seconds = 10.0
     """The timeout of each chunk of a blocking query, for links as slow as 1.6 KB/s; the whole body has no timeout."""
     late_seconds = 30.0
-    """The most that a list may start after its timeout: Consul first encodes all of it. 1,000,000 entries take 2
-    seconds on an idle machine."""
+    """The most that a list may start after its timeout: Consul first encodes it, 1,000,000 entries in 2 seconds."""
     discard_seconds = 1.0
     """The timeout for discarding a body: after an early response to a blocking query, its deadline is far away."""
 
@@ -334,9 +332,8 @@ class Client:
         """
         options: dict[str, Any] = {"keys": True, "separator": separator} if keys else {"recurse": True}
         consistency, late = self._library.consistency, self._late.get(prefix, 0.0)
-        held = late
+        held = late + (wait * (1 + 1 / 16) if index else 0.0)
         if index:
-            held += wait * (1 + 1 / 16)
             options |= {"index": index, "wait": f"{max(1, round(wait * 1000))}ms"}
         else:
             options["consistency"] = "consistent" if consistency == "default" else consistency
@@ -352,8 +349,7 @@ class Client:
                 self._late[prefix] = min(max(timeout, 2 * late), self.late_seconds)
             raise
         if not index:
-            took = time.monotonic() - began
-            self._late[prefix] = min(max(0.0, 4 * took - timeout), self.late_seconds)
+            self._late[prefix] = min(max(0.0, 4 * (time.monotonic() - began) - timeout), self.late_seconds)
         return response
 
     def all_names(self, prefix: bytes, *, timeout: float) -> Response:

@@ -46,7 +46,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def pinned(wanted: set[str]) -> str:
-    """Return the pinned requirements of these extras, with hashes; the empty name stands for the mandatory ones."""
+    """Return the pinned requirements of these extras, with hashes; the empty name selects the required ones."""
     first, *others = (HERE / "requirements.txt").read_text().split("\n# extra: ")
     sections = {"": first} | dict(text.split("\n", 1) for text in others)
     return "\n".join(sections[extra] for extra in sorted(wanted))

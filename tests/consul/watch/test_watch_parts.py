@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.consul.watch.ranges.ranged_tables import waiting
 from tests.consul.watch.watching import ALIAS, PREFIX, ask, becomes, make_ranges_small
 from tests.dialogue import eventually
 from tests.fake_consul.store import Entry
@@ -37,7 +38,7 @@ def source(fake, mirrored):
 def ready(fake, source):
     """Wait until ranges are watched."""
     for _ in eventually("ranges are watched", 10):
-        if {ALIAS + each for each in (b"a", b"b", b"c")} <= {folder(each) for each in queries(fake)}:
+        if {ALIAS + each for each in (b"a", b"b", b"c")} <= {folder(each) for each in waiting(fake)}:
             break
     assert ask(source, b"a01") == b"old"
     return source
@@ -47,18 +48,13 @@ def folder(request):
     return request.path.removeprefix(b"/v1/kv/")
 
 
-def queries(fake):
-    """The blocking queries."""
-    return [request for request in fake.requests if "index" in request.params]
-
-
 def read_since(fake, before):
     """The prefixes of list requests without a wait."""
     return [folder(each) for each in fake.requests[before:] if "recurse" in each.params and "index" not in each.params]
 
 
 def test_query_for_a_range_with_parts_returns_only_names(fake, source):
-    waits = [each for each in queries(fake) if folder(each) == ALIAS + b"a"]
+    waits = [each for each in waiting(fake) if folder(each) == ALIAS + b"a"]
     assert waits
     assert all("keys" in each.params and "recurse" not in each.params for each in waits)
 
@@ -129,6 +125,15 @@ def test_part_with_too_many_new_keys_is_cut_again(fake, source):
     assert PREFIX in read_since(fake, before)
 
 
+def both_edits_are_found(fake, source):
+    """Edit two parts in one transaction, the later one first."""
+    with fake.store.changed:
+        fake.put(ALIAS + b"b21", b"new")
+        fake.put(ALIAS + b"b01", b"new")
+    becomes(source, b"new", b"b01")
+    becomes(source, b"new", b"b21")
+
+
 def test_edit_in_a_part_whose_index_a_late_server_returned_is_found(fake, mirrored):
     source = ready(fake, mirrored(fake.address))
     known = str(fake.index)
@@ -140,11 +145,7 @@ def test_edit_in_a_part_whose_index_a_late_server_returned_is_found(fake, mirror
         return answer
 
     fake.handle = handle
-    with fake.store.changed:
-        fake.put(ALIAS + b"b21", b"new")
-        fake.put(ALIAS + b"b01", b"new")
-    becomes(source, b"new", b"b01")
-    becomes(source, b"new", b"b21")
+    both_edits_are_found(fake, source)
 
 
 def test_entries_of_a_part_that_are_older_than_its_index_are_not_used(fake, mirrored):
@@ -163,16 +164,12 @@ def test_entries_of_a_part_that_are_older_than_its_index_are_not_used(fake, mirr
     old.body = json.dumps(entries).encode()
     old.headers["X-Consul-Index"] = str(max(each["ModifyIndex"] for each in entries))
     fake.handle = handle
-    with fake.store.changed:
-        fake.put(ALIAS + b"b21", b"new")
-        fake.put(ALIAS + b"b01", b"new")
-    becomes(source, b"new", b"b01")
-    becomes(source, b"new", b"b21")
+    both_edits_are_found(fake, source)
 
 
 def test_snapshot_with_older_parts_is_read(fake, source):
     for _ in eventually("each range waits on an index of its own", 10):
-        latest = {folder(each): each.params["index"] for each in queries(fake)}
+        latest = {folder(each): each.params["index"] for each in waiting(fake)}
         if [*latest.values()].count(str(fake.index)) <= 2:  # that of the newest range, and that of the whole table
             break
     time.sleep(0.2)

@@ -28,7 +28,7 @@ from table_consul.sources.reading import proven_snapshot, read_changes
 from table_consul.transport import WaitCut
 
 # How long a range may take to show a change that the completeness query has shown. After that the change is in no
-# range, or the query of its range hangs.
+# range, or the response of its range is slow.
 LATE_SECONDS = 0.5
 # After several changes, as in a transaction, the completeness query shows only the last: another may be in no range.
 # Therefore all names are listed, soon after several changes and later after one, for at most a hundredth of the time.
@@ -43,8 +43,6 @@ PAUSE_SECONDS_PER_KEY = 2e-6
 LEAST_WAIT_SECONDS = 1.0
 # The most to read of a response with nothing new, to keep the connection: enough for the completeness query.
 DISCARD_BYTES = 1 << 10
-# `queue.get` takes no infinite timeout.
-STEP_SECONDS = 3600.0
 # If a range misses so many keys, and this share of them, the whole table decides whether the deletion is held.
 LEAST_LOSS = 20
 LEAST_LOSS_SHARE = 0.1
@@ -78,6 +76,8 @@ class Query(threading.Thread):
         """The index of the latest query."""
         self.answered = 0.0
         """When the latest query was sent whose response was processed."""
+        self.overtaken = math.inf
+        """Since when its range is known to have changed during the query."""
         self.outdated = False
         """The response that it waits for no longer proves anything."""
         self.reload = False
@@ -91,6 +91,7 @@ class Query(threading.Thread):
     def ask(self, table: Table, most_wait: float, *, keys: bool, separator: str | None) -> None:
         """Send a query for changes after the latest index; ``keys``, ``separator`` as in `kv.Client.blocking_query`."""
         self.due, self.asked, self.asked_index = None, time.monotonic(), self.state.index
+        self.overtaken = math.inf
         # While this query does not wait the others do, and a restored snapshot ends them. The first wait is short: if
         # an agent's max_query_time ended it, the range's own index would look as if it went backwards.
         state = replace(self.state, gap=self.first)
@@ -207,14 +208,14 @@ class Ranges:
         self._rest = [*ranges.rest]
         self._since = index
         self._seen: dict[bytes, int] = {}
-        """The latest index of each range that was read without a blocking query; of all others at most `_since`."""
+        """The latest index of each range that was read since; of all others at most `_since`."""
         self._whole_index = index
         """The latest index of the completeness query."""
         self._explained = {index}
         """Indexes that ranges have shown since: their own and those of changed entries."""
-        self._deletions: list[tuple[int, int]] = []
-        """Also explained: after the first and up to the second index of each pair a key was deleted; Consul shows only
-        the latest deletion."""
+        self._reads: list[tuple[int, int, bool]] = []
+        """Of each range that has changed: its index at the former read and at this one, and whether a key was deleted.
+        Consul shows only the latest change of a key, and the latest deletion."""
         self._unexplained: dict[int, float] = {}
         """Indexes that the completeness query showed and no range has shown, and since when."""
         self._list_at: float | None = None
@@ -246,14 +247,13 @@ class Ranges:
                 late = [index for index, since in self._unexplained.items() if self._late_at(since) <= now]
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
-                    if not self._unexplained.keys().isdisjoint(late):
-                        raise Unsettled("a change is in no range")
+                    self._settle(late)
                     self._publish(confirmed=not self._unexplained)
             late_at = map(self._late_at, self._unexplained.values())
             moments = [self.until, self._list_at, *late_at, *(each.due for each in self._watched)]
             first = min((each for each in moments if each is not None), default=math.inf)
             try:
-                answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), STEP_SECONDS))
+                answer = self._answers.get(timeout=min(max(0.0, first - time.monotonic()), threading.TIMEOUT_MAX))
             except queue.Empty:
                 continue
             if answer is None:
@@ -305,7 +305,8 @@ class Ranges:
         if changed and query is self._whole:
             self._whole_index = response.index
             self._explained = {each for each in self._explained if each >= self._whole_index}
-            self._deletions = [each for each in self._deletions if each[1] >= self._whole_index]
+            oldest = min(self._unexplained, default=self._whole_index)
+            self._reads = [each for each in self._reads if each[1] >= oldest]
             self._read_changed(self._rest)
             if not self._is_explained(self._whole_index):
                 self._unexplained[self._whole_index] = time.monotonic()
@@ -313,6 +314,8 @@ class Ranges:
             found = self._read_changed(parts)
             if not found and not self._is_explained(response.index):
                 self._find_new_keys(query.prefix)
+        if changed:
+            self._seen[query.prefix] = response.index
         ended, query.answered = time.monotonic(), query.asked
         query.state, pause = mirror.next_query(
             state, response.index, changed=changed, timed_out=timed_out, load_seconds=ended - self._began
@@ -329,7 +332,7 @@ class Ranges:
         )
 
     def _is_explained(self, index: int) -> bool:
-        return index in self._explained or any(since < index <= until for since, until in self._deletions)
+        return index in self._explained or any(since < index <= until for since, until, lost in self._reads if lost)
 
     def _check(self, response: kv.Response, index: int) -> None:
         if response.filtered or response.behind:
@@ -392,8 +395,7 @@ class Ranges:
         self.index = max(self.index, response.index)
         several = len(changes) + lost > 1 or any(each > self._whole_index for each in self._explained)
         self._explained |= {response.index, *changes}
-        if lost:
-            self._deletions.append((since, response.index))
+        self._reads.append((since, response.index, lost > 0))
         self._unexplained = {each: at for each, at in self._unexplained.items() if not self._is_explained(each)}
         pause = (LIST_SOON_SECONDS if several else LIST_SECONDS) * (1 + random.random())  # noqa: S311 - jitter
         at = max(time.monotonic() + pause, self._list_after)
@@ -401,6 +403,24 @@ class Ranges:
         if snapshot is not former:
             self.load_seconds = time.monotonic() - self._began
             self._publish(confirmed=False)
+
+    def _settle(self, late: Iterable[int]) -> None:
+        """Account for changes that no range has shown although, since the latest list of names, every key is in one.
+
+        Raises:
+            Unsettled: the change was elsewhere, or a query hangs.
+        """
+        if self._unexplained.keys().isdisjoint(late):
+            return
+        for query, each in self._ranges.items():
+            if query.due is None and self._read_changed([each]):
+                query.overtaken = min(query.overtaken, time.monotonic())
+                if time.monotonic() - query.overtaken > self._table.deadline:
+                    raise Unsettled("a query hangs")
+        for index in self._unexplained.keys() & late:  # unless a later change of the same key has replaced it
+            if not any(since < index <= until for since, until, _ in self._reads):
+                raise Unsettled("a change is in no range")
+            del self._unexplained[index]
 
     def _list_names(self) -> None:
         """Find keys anywhere that are in no range, and read them."""

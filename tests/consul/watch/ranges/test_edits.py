@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from table_consul.sources import ranged, ranges, watch
 from tests.consul.watch.ranges.ranged_tables import (
+    LATE_SECONDS,
     LONG_LATE_SECONDS,
     NAMES,
     lists,
@@ -178,6 +179,56 @@ def test_edit_in_a_range_with_a_hanging_query_is_found(fake, source):
             pytest.fail("the edit is not seen")
     finally:
         over.set()
+
+
+def test_slow_response_of_a_range_does_not_read_the_whole_table(fake, source):
+    asked, read = threading.Event(), threading.Event()
+
+    def handle(request):
+        slow = request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params
+        if slow:
+            asked.set()
+        answer = fake.consul(request)
+        if slow:
+            read.wait(20)
+        return answer
+
+    before = len(lists(fake))
+    fake.handle = handle
+    fake.put(ALIAS + b"c1", b"seen")
+    becomes(source, b"seen", b"c1")
+    assert asked.wait(5)
+    fake.put(ALIAS + b"c1", b"new")
+    becomes(source, b"new", b"c1")
+    read.set()
+    fake.put(ALIAS + b"c1", b"newer")
+    becomes(source, b"newer", b"c1")
+    stays_ranged(fake, before)
+
+
+def test_change_replaced_before_its_range_is_read_does_not_read_the_whole_table(fake, source):
+    asked, replaced = threading.Event(), threading.Event()
+
+    def handle(request):
+        if request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params:
+            asked.set()
+            replaced.wait(20)
+        return fake.consul(request)
+
+    before = len(lists(fake))
+    fake.handle = handle
+    fake.put(ALIAS + b"c1", b"seen")
+    becomes(source, b"seen", b"c1")
+    assert asked.wait(5)
+    fake.put(ALIAS + b"c1", b"replaced")
+    for _ in eventually("the completeness query has returned", 5):
+        if any("keys" in each.params and each.params["index"] == str(fake.index) for each in waiting(fake)):
+            break
+    fake.put(ALIAS + b"c1", b"new")
+    replaced.set()
+    becomes(source, b"new", b"c1")
+    time.sleep(3 * LATE_SECONDS)
+    stays_ranged(fake, before)
 
 
 @pytest.mark.usefixtures("no_late_query")

@@ -410,12 +410,11 @@ class Ranges:
         Raises:
             Unsettled: the change was elsewhere, or a query hangs.
         """
-        if self._unexplained.keys().isdisjoint(late):
-            return
-        for query, each in self._ranges.items():
+        for query, each in self._ranges.items() if self._unexplained.keys() & late else ():
             if query.due is None and self._read_changed([each]):
                 query.overtaken = min(query.overtaken, time.monotonic())
                 if time.monotonic() - query.overtaken > self._table.deadline:
+                    self._queries.end(query)
                     raise Unsettled("a query hangs")
         for index in self._unexplained.keys() & late:  # unless a later change of the same key has replaced it
             if not any(since < index <= until for since, until, _ in self._reads):

@@ -153,36 +153,10 @@ def test_key_outside_every_range_is_found_beside_an_edit_in_a_range(fake, source
     becomes(source, b"new", b"zoe")
 
 
-def test_edit_in_a_range_with_a_hanging_query_is_found(fake, source):
-    over = threading.Event()
-
-    def handle(request):
-        answer = fake.consul(request)
-        if request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params:
-            over.wait(20)
-        return answer
-
-    def waits_for_more():
-        """Whether the completeness query waits on the newest index."""
-        return any("keys" in each.params and each.params.get("index") == str(fake.index) for each in fake.requests)
-
-    fake.handle = handle
-    try:
-        for name, value in ((b"c1", b"seen"), (b"c1", b"new"), *((b"a1", b"%d" % number) for number in range(200))):
-            fake.put(ALIAS + name, value)
-            for _ in eventually("the completeness query has returned", 5):
-                if waits_for_more():
-                    break
-            if ask(source, b"c1") == b"new":
-                break
-        else:
-            pytest.fail("the edit is not seen")
-    finally:
-        over.set()
-
-
-def test_slow_response_of_a_range_does_not_read_the_whole_table(fake, source):
-    asked, read = threading.Event(), threading.Event()
+@pytest.fixture
+def held(fake):
+    """Two events: a query for one range was sent, and its response and later ones are no longer held back."""
+    asked, released = threading.Event(), threading.Event()
 
     def handle(request):
         slow = request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params
@@ -190,20 +164,41 @@ def test_slow_response_of_a_range_does_not_read_the_whole_table(fake, source):
             asked.set()
         answer = fake.consul(request)
         if slow:
-            read.wait(20)
+            released.wait(20)
         return answer
 
-    before = len(lists(fake))
     fake.handle = handle
+    yield asked, released
+    released.set()
+
+
+def test_edit_is_found_although_the_response_of_its_range_is_slow(fake, source, held):
+    asked, released = held
+    before = len(lists(fake))
     fake.put(ALIAS + b"c1", b"seen")
     becomes(source, b"seen", b"c1")
     assert asked.wait(5)
     fake.put(ALIAS + b"c1", b"new")
     becomes(source, b"new", b"c1")
-    read.set()
+    released.set()
     fake.put(ALIAS + b"c1", b"newer")
     becomes(source, b"newer", b"c1")
     stays_ranged(fake, before)
+
+
+def test_query_that_hangs_reads_the_whole_table(fake, source, held):
+    asked, _ = held
+    before = len(lists(fake))
+    fake.put(ALIAS + b"c1", b"seen")
+    becomes(source, b"seen", b"c1")
+    assert asked.wait(5)
+    fake.put(ALIAS + b"c1", b"new")
+    becomes(source, b"new", b"c1")
+    time.sleep(1.5 * TABLE.deadline)
+    stays_ranged(fake, before)
+    fake.put(ALIAS + b"c1", b"newer")
+    becomes(source, b"newer", b"c1")
+    reads_whole(fake, before)
 
 
 def test_change_replaced_before_its_range_is_read_does_not_read_the_whole_table(fake, source):

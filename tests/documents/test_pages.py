@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import click
@@ -21,6 +20,7 @@ from table_consul.services import SERVICES
 from table_consul.services.regex import regcomp
 from tests.dialogue import Child, eventually, write_config
 from tests.documents.document import CONTROL, PAGES, ROOT, Document, page, rows, smtpd_check
+from tests.documents.manual import items, parts, source
 from tests.fake_consul import FakeConsul
 
 OPERATING, KEYS = page("docs/operating.md"), page("docs/keys.md")
@@ -142,23 +142,7 @@ def test_refused_expressions_are_those_of_the_table():
             assert table_consul_accepts(instead.strip("`").encode())
 
 
-# ---- operating.md: what the programs answer and write ----
-
-
-def test_dialogue_without_smtpd_is_answered(tmp_path):
-    (tmp_path / "export.json").write_text('[{"key": "mail/alias/root", "flags": 0, "value": "Z2lsbGVz"}]')
-    path = tmp_path / "table-consul.toml"
-    path.write_text(f'[consul]\naddress = "file://{tmp_path}/export.json"\n')
-    asked = re.search(r"printf '(config\|ready.*?)' \|", OPERATING.text)
-    assert asked is not None
-    answer = subprocess.run(
-        [sys.executable, "-m", "table_consul", str(path)],
-        input=asked[1].replace("\\n", "\n"),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert answer.endswith("register|ready\nlookup-result|1|found|gilles\n")
+# ---- operating.md: what the programs write ----
 
 
 @pytest.fixture(scope="module")
@@ -217,24 +201,20 @@ def test_metrics_are_those_of_the_table(table):
     assert sorted(row[0].strip("`") for row in rows(OPERATING.section("### Metrics"))) == sorted(published)
 
 
-# Causes, addresses, paths, versions, and numbers with their nouns, which may be singular.
-VARIABLE = r"/var/\S+|\.\.\.(?: connection refused)?|https?://\S+|mail/\S*|\d[\d.]*(?:-portable| [a-z ]+?s\b)?"
+# Addresses, paths, versions, and numbers with their nouns, which may be singular.
+VARIABLE = r"/var/\S+|https?://\S+|mail/\S*|(?:\.\.\.|\d[\d.]*)(?:-portable| [a-z ]+?s\b)?"
 
 
-def test_log_lines_are_those_of_the_table(table):
-    """Every line except those that need an ACL, many entries or a bug."""
+def test_log_lines_are_those_of_the_pages(table):
+    """The lines of the table here except those that need an ACL or a bug, and those of an outage in table-consul(8)."""
     described = [row[0].strip("`") for row in rows(OPERATING.section("## Logs"))]
-    here = [line for line in described if re.search(r"speaks|entries (?:from|of)|from Consul:", line)]
-    assert len(here) == 5
-    for line in here:
+    here = [line for line in described if re.search(r"speaks|entries from", line)]
+    diagnostics = items(parts(source("table-consul.8"), "Sh")["DIAGNOSTICS"])
+    outage = [head.strip('"') for head in diagnostics if " from Consul: " in head]
+    assert (len(here), len(outage)) == (3, 2)
+    for line in here + outage:
         pattern = ".*".join(re.escape(part) for part in re.split(VARIABLE, line))
         assert re.search(pattern, table.log), f"{line}\n{table.log}"
-
-
-def test_alerts_are_those_of_the_rules():
-    rules = (ROOT / "contrib/prometheus/table-consul.rules.yml").read_text()
-    described = [row[0].strip("`") for row in rows(OPERATING.section("### Alerts and a dashboard"))]
-    assert described == re.findall(r"^ *- alert: (\w+)$", rules, re.MULTILINE)
 
 
 def test_policies_of_the_page_are_those_of_the_project():

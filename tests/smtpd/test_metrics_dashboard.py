@@ -67,8 +67,3 @@ def test_documented_metrics_are_the_published_ones():
     documented = {*re.findall(r"^\| `(table_consul_\w+)`", DOCUMENT.read_text(), re.MULTILINE)}
     names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in published()}
     assert documented == names
-
-
-def test_every_alert_is_documented():
-    documented = re.findall(r"^\| `(TableConsul\w+)` \|", DOCUMENT.read_text(), re.MULTILINE)
-    assert documented == re.findall(r"- alert: (\w+)", RULES)

@@ -217,6 +217,12 @@ def test_log_lines_are_those_of_the_pages(table):
         assert re.search(pattern, table.log), f"{line}\n{table.log}"
 
 
+def test_alerts_are_those_of_the_rules():
+    rules = (ROOT / "contrib/prometheus/table-consul.rules.yml").read_text()
+    described = [row[0].strip("`") for row in rows(OPERATING.section("### Alerts and a dashboard"))]
+    assert described == re.findall(r"^ *- alert: (\w+)$", rules, re.MULTILINE)
+
+
 def test_policies_of_the_page_are_those_of_the_project():
     there = {path.name for path in (ROOT / "contrib/policies").glob("*.hcl")}
     assert there == set(re.findall(r"\(\.\./contrib/policies/([\w-]+\.hcl)\)", OPERATING.text))

@@ -57,9 +57,12 @@ class Commands(click.Group):
         context.meta[_ARGUMENTS] = [*arguments]
         return super().parse_args(context, arguments)
 
-    def format_help_text(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the summary without a blank line before it: the help fits 24 lines."""
-        formatter.write_text(self.help or "")
+    def get_help_option(self, context: click.Context) -> click.Option | None:
+        """The option --help, which its own output does not list: it fits 24 lines."""
+        option = super().get_help_option(context)
+        if option is not None:
+            option.hidden = True
+        return option
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -92,6 +92,11 @@ def test_help_fits_24_lines_of_80_columns(name):
     assert is_short(control(*([name] if name else []), "--help", COLUMNS="80").text)
 
 
+@pytest.mark.parametrize("name", ["", *main.COMMANDS])
+def test_usage_is_followed_by_a_blank_line(name):
+    assert control(*([name] if name else []), "--help", COLUMNS="80").text.splitlines()[1] == ""
+
+
 @pytest.mark.parametrize("program", [cli, procexec])
 def test_help_of_the_other_programs_fits_24_lines_of_80_columns(monkeypatch, program):
     monkeypatch.setenv("COLUMNS", "80")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from table_consul.ctl.txn import Progress, Store
 
 VALUE_CHARACTERS = 60
-# Fewer are written before a progress bar is of use.
-BAR_CHANGES = 1000
+# A write that takes longer has a progress bar.
+BAR_SECONDS = 1.0
 # Before writing; import --dry-run shows all.
 CHANGES_SHOWN = 100
 # More than these usually have one cause.
@@ -109,18 +110,20 @@ def open_store(settings: config.Config, token_file: str | None) -> Store:
 
 
 def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -> Iterator[Progress]:
-    """As `txn.write`, after saving the replaced entries; with a line in syslog, and a progress bar on a terminal.
+    """Save the replaced entries; then as `txn.write`, with a line in syslog, and a progress bar on a terminal.
 
     Raises:
         TableConsulError: the entries cannot be saved; nothing is written.
-        SourceError: as `txn.write`.
+        SourceError: as `txn.write`, during the iteration.
     """
+    if changes and undo.saves:
+        _save(target, changes, undo.folder)
+    return _written(target, changes, store)
+
+
+def _written(target: Target, changes: Sequence[Change], store: Store) -> Iterator[Progress]:
     from table_consul.ctl import txn
 
-    if not changes:
-        return
-    if undo.saves:
-        _save(target, changes, undo.folder)
     written: Counter[str] = Counter()
     conflicts = 0
     try:
@@ -135,12 +138,16 @@ def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -
 
 
 def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
-    if count < BAR_CHANGES or not main.is_terminal(sys.stderr):
-        yield from steps
-        return
-    with click.progressbar(length=count, label="writing", file=sys.stderr, width=0) as bar:
+    """The steps; on a terminal, with a progress bar once they have taken `BAR_SECONDS`."""
+    begun, done = time.monotonic(), 0
+    bar = click.progressbar(length=count, label="writing", file=sys.stderr, width=0)
+    with contextlib.ExitStack() as shown:
         for progress in steps:
-            bar.update(len(progress.written) + len(progress.conflicts))
+            done += len(progress.written) + len(progress.conflicts)
+            if bar.pos or (main.is_terminal(sys.stderr) and time.monotonic() - begun >= BAR_SECONDS):
+                if not bar.pos:
+                    shown.enter_context(bar)
+                bar.update(done - bar.pos)
             yield progress
 
 

@@ -309,10 +309,7 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
         "left_out": parsed.left_out,
         "written": 0,
         "conflicts": [],
-        **{
-            name: [{"line": each.line, "key": json_text(each.key), "text": each.text} for each in problems]
-            for name, problems in found.items()
-        },
+        **{name: writing.problem_documents(problems) for name, problems in found.items()},
     }
 
 

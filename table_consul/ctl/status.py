@@ -21,7 +21,16 @@ from table_consul.config import VALIDATORS, Config, MetricsConfig
 from table_consul.ctl import nagios, smtpdconf
 from table_consul.ctl.main import FAILED, NO, as_json, duration, is_terminal, late_config, load_config, terminal_columns
 from table_consul.ctl.state import Prefix, Status
-from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable, problem_of
+from table_consul.errors import (
+    UNDECODABLE,
+    ConfigError,
+    SourceError,
+    TableConsulError,
+    Unreachable,
+    counted,
+    printable,
+    problem_of,
+)
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
 

@@ -24,6 +24,7 @@ from table_consul.errors import TableConsulError, counted, printable
 from table_consul.services import Service, Table, fold_key
 
 if TYPE_CHECKING:
+    from table_consul.ctl.files import LineProblem
     from table_consul.ctl.plan import Change, Plan
     from table_consul.ctl.txn import Progress, Store
 
@@ -189,15 +190,29 @@ def documents(changes: Iterable[Change], target: Target, *, hashed: bool) -> Ite
         yield {"change": change.kind, "key": json_text(change.key[len(target.path) :]), **texts}
 
 
+def problem_documents(problems: Iterable[LineProblem]) -> list[dict[str, Any]]:
+    """The problems as --json prints them."""
+    return [{"line": each.line, "key": json_text(each.key), "text": each.text} for each in problems]
+
+
 def echo_changes(
-    changes: Sequence[Change], target: Target, *, hashed: bool, limit: int = CHANGES_SHOWN, more: str = ""
+    changes: Sequence[Change],
+    target: Target,
+    *,
+    hashed: bool,
+    limit: int = CHANGES_SHOWN,
+    more: str = "",
+    err: bool = False,
 ) -> None:
-    """Print the changes, one coloured line each; beyond ``limit``, their number and ``more``."""
+    """Print the changes, one coloured line each; beyond ``limit``, their number and ``more``.
+
+    ``err`` prints to standard error, else standard output.
+    """
     for change in documents(islice(changes, limit), target, hashed=hashed):
         sign, colour = STYLES[change["change"]]
-        click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
+        click.secho(f"{sign} {_description(change)}", fg=colour, err=err)
     if len(changes) > limit:
-        click.echo(f"... and {len(changes) - limit} more{more}")
+        click.echo(f"... and {len(changes) - limit} more{more}", err=err)
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -254,40 +269,65 @@ class Writer(NamedTuple):
         found = [(printable(self.target.path + each.key), each.text) for each in (*problems, *plan.refused)]
         main.echo_problems(found, limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
+            if self.as_json:
+                click.echo(self.document(plan.changes, hashed=service.hashed, refused=[*problems, *plan.refused]))
             hint = " (use --force to write it)" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
         self.show(plan.changes, hashed=service.hashed)
-        return self.apply(plan.changes, hashed=service.hashed) or (main.FAILED if plan.refused else 0)
+        return self.apply(plan.changes, hashed=service.hashed, refused=plan.refused)
 
-    def apply(self, changes: Sequence[Change], *, hashed: bool, skipped: Sequence[bytes] = (), again: str = "") -> int:
+    def apply(
+        self,
+        changes: Sequence[Change],
+        *,
+        hashed: bool,
+        skipped: Sequence[bytes] = (),
+        refused: Sequence[LineProblem] = (),
+        again: str = "",
+    ) -> int:
         """Write the changes, and return the exit status. ``skipped`` lists further keys to report as conflicts.
 
-        ``again`` is the hint after an interruption, when some of the changes are written.
+        ``refused`` are problems that have been printed. ``again`` is the hint after an interruption, when some of the
+        changes are written.
         """
         written, conflicts = 0, list(skipped)
+        steps = write(self.target, changes, self.store, self.undo)
         try:
-            for progress in write(self.target, changes, self.store, self.undo):
+            for progress in steps:
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
-            self._report(changes, written, conflicts, hashed=hashed)
+            if self.as_json:
+                click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
+            else:
+                main.echo_problems([(printable(key), self.conflict) for key in conflicts])
+                click.echo(f"{written} written" if changes else "nothing to write")
         except BaseException:
             if written:
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
+            if self.as_json:
+                with contextlib.suppress(OSError):  # standard output may be what failed
+                    click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
             raise
-        return main.FAILED if conflicts else 0
+        return main.FAILED if conflicts or refused else 0
 
-    def _report(self, changes: Sequence[Change], written: int, conflicts: Sequence[bytes], *, hashed: bool) -> None:
-        if self.as_json:
-            document = {
-                "table": self.target.table,
-                "service": self.target.service,
-                "path": json_text(self.target.path),
-                "changes": [*documents(changes, self.target, hashed=hashed)],
-                "written": written,
-                "conflicts": [json_text(key) for key in conflicts],
-            }
-            click.echo(json.dumps(document))
-        else:
-            main.echo_problems([(printable(key), self.conflict) for key in conflicts])
-            click.echo(f"{written} written" if changes else "nothing to write")
+    def document(
+        self,
+        changes: Sequence[Change],
+        written: int = 0,
+        conflicts: Sequence[bytes] = (),
+        *,
+        hashed: bool,
+        refused: Sequence[LineProblem],
+    ) -> str:
+        """The report that --json prints."""
+        report = {
+            "table": self.target.table,
+            "service": self.target.service,
+            "path": json_text(self.target.path),
+            "changes": [*documents(changes, self.target, hashed=hashed)],
+            "written": written,
+            "conflicts": [json_text(key) for key in conflicts],
+            "refused": problem_documents(refused),
+        }
+        return json.dumps(report)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from table_consul.ctl import txn, writing
+from table_consul.ctl import txn
 from tests.control import START, control, finished, start
 from tests.ctl.importing import alias_lines, entries, file, importer
 from tests.dialogue import TIMEOUT_SECONDS

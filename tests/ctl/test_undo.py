@@ -98,6 +98,7 @@ def test_outage_during_an_undo_names_the_command_that_writes_the_rest(consul, fo
     done = undo(consul)
     assert (done.status, len(entries(consul))) == (2, 36)
     assert "interrupted: 64 of 100 keys written (to write the rest, run table-consulctl undo 1)\n" in done.said
+    assert json.loads(undo(consul, "1", "--json").text)["written"] == 0
     monkeypatch.setattr(txn.Store, "transact", transact)
     assert (undo(consul, "1").status, entries(consul)) == (0, {})
 

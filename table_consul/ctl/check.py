@@ -29,6 +29,8 @@ KNOWN_FAULTS = {
     "1.22.4": "it ends requests after 30 seconds, including blocking queries (upgrade to 1.22.5)",
 }
 
+NO_LEADER = "start a majority of the servers"
+
 
 class Finding(msgspec.Struct, frozen=True):
     """A problem; if ``unknown``, one that prevents further checks."""
@@ -185,7 +187,8 @@ class _Checker:
                 self._consul(loaded, tables, uses)
             except SourceError as error:
                 where, separator, problem = str(error).partition(": ")
-                hint = "start a majority of the servers" if "leader" in problem else "check that Consul runs there"
+                hint = NO_LEADER if "leader" in problem else "check that Consul runs there"
+                hint = "join this agent to the servers" if "No known Consul servers" in problem else hint
                 # A token file that cannot be read is not a problem of Consul; some errors have a hint of their own.
                 own = type(error) is SourceError or problem.endswith(")")
                 text = (problem or where) + ("" if own else f" ({hint})")
@@ -200,9 +203,18 @@ class _Checker:
         from table_consul.ctl import access
 
         with contextlib.closing(access.Client(loaded.consul)) as client:
+            where = f"Consul at {client.address}"
+            leader = client.leader()
+            if leader:
+                self.checked.append(f"Consul leader {printable(leader)}")
+            elif leader is not None:
+                self._report("Consul leader", f"none, according to {client.address} ({NO_LEADER})", unknown=True)
+                return
             version = self._version(client)
-            if (loaded.consul.token or loaded.consul.token_file) and (problem := client.token_problem()):
-                where = f"Consul at {client.address}"
+            problem = client.token_problem()
+            if problem is not None and not access.has_token(loaded.consul):
+                self.checked.append(f"no token is configured, so Consul uses {access.ANONYMOUS}")
+            elif problem:
                 text = problem.removeprefix(where).lstrip(": ")
                 self._report(where, f"{text} (create a token with the rules that table-consulctl policy prints)")
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -187,7 +188,7 @@ class _Checker:
                 self._consul(loaded, tables, uses)
             except SourceError as error:
                 where, separator, problem = str(error).partition(": ")
-                hint = NO_LEADER if "leader" in problem else "check that Consul runs there"
+                hint = NO_LEADER if re.search("leader|rpc error", problem) else "check that Consul runs there"
                 hint = "join this agent to the servers" if "No known Consul servers" in problem else hint
                 # A token file that cannot be read is not a problem of Consul; some errors have a hint of their own.
                 own = type(error) is SourceError or problem.endswith(")")

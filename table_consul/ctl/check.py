@@ -79,6 +79,10 @@ class _Checker:
         self.findings: list[Finding] = []
         self.checked: list[str] = []
 
+    def _note(self, line: str) -> None:
+        if line not in self.checked:  # several configurations may name the same Consul
+            self.checked.append(line)
+
     def _report(self, where: str | bytes, problem: str, *, unknown: bool = False) -> None:
         finding = Finding(printable(where, UNCUT), printable(problem, UNCUT), unknown)
         if finding not in self.findings:
@@ -130,8 +134,8 @@ class _Checker:
             )
         for table in found.tables.values():
             if not table.uses:
-                self._report(table.where, f"table {printable(table.name)} is defined but never used")
-        self.checked.append(f"{printable(path)} ({counted(len(found.tables), 'table', 'tables')})")
+                self._report(table.where, f"table {printable(table.name)} is defined but never used (remove it)")
+        self._note(f"{printable(path)} ({counted(len(found.tables), 'table', 'tables')})")
         return found.tables
 
     def _program(self) -> None:
@@ -157,7 +161,7 @@ class _Checker:
             self._report(program, f"{current_user()} cannot run it: {lines[-1]} (run make install)")
         elif done.stdout.split()[-1:] != [__version__]:
             self._report(program, f"is {done.stdout.strip()}, but table-consulctl is {__version__} (run make install)")
-        self.checked.append(printable(program))
+        self._note(printable(program))
 
     def _configuration(self, file: str | None, names: Sequence[str], known: dict[str, smtpdconf.Declared]) -> None:
         try:
@@ -170,13 +174,13 @@ class _Checker:
             return
         for line in check_files(loaded):
             self._report(*line.split(": ", 1))
-        self.checked.append(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
+        self._note(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
         # Not a problem: mail servers with different tables may share one file.
         if known and (unused := sorted(set(loaded.tables) - set(known))):
             sections = ", ".join(f"[tables.{printable(name)}]" for name in unused)
-            self.checked.append(f"no table in smtpd.conf uses {sections}")
+            self._note(f"no table in smtpd.conf uses {sections}")
         if used := sorted(origin.removeprefix("environment: ") for origin in loaded.origins.values()):
-            self.checked.append(f"with {', '.join(used)} from this environment, which smtpd may not have")
+            self._note(f"with {', '.join(used)} from this environment, which smtpd may not have")
         uses = {name: known[name].uses if name in known else [] for name in tables}
         for name, table in tables.items():
             for services, where in uses[name]:
@@ -207,19 +211,19 @@ class _Checker:
             where = f"Consul at {client.address}"
             leader = client.leader()
             if leader:
-                self.checked.append(f"Consul leader {printable(leader)}")
+                self._note(f"Consul leader {printable(leader)}")
             elif leader is not None:
                 self._report("Consul leader", f"none, according to {client.address} ({NO_LEADER})", unknown=True)
                 return
             version = self._version(client)
             problem = client.token_problem()
             if problem is not None and not access.has_token(loaded.consul):
-                self.checked.append(f"no token is configured, so Consul uses {access.ANONYMOUS}")
+                self._note(f"no token is configured, so Consul uses {access.ANONYMOUS}")
             elif problem:
                 text = problem.removeprefix(where).lstrip(": ")
                 self._report(where, f"{text} (create a token with the rules that table-consulctl policy prints)")
                 return
-            self.checked.append(f"Consul{version} at {client.address}")
+            self._note(f"Consul{version} at {client.address}")
             folders = {
                 table.path(SERVICES[name]): None
                 for table in tables.values()

@@ -55,6 +55,23 @@ def test_missing_files_are_reported_with_their_key(load_config, config_file):
     ]
 
 
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ('[tables.t]\nservices = ["auth"]', "services: auth: the Python package crypt-r is not installed"),
+        ('[metrics]\nlisten = "127.0.0.1:9"', "metrics: the Python package prometheus-client is not installed"),
+        ("", None),
+    ],
+)
+def test_missing_package_is_reported(load_config, config_file, monkeypatch, more, problem):
+    assert check.check_files(load_config(more)) == []
+    monkeypatch.setattr(check, "find_spec", lambda _name: None)
+    lines = check.check_files(load_config(more))
+    assert [line.startswith(f"{config_file}: {problem} (install table-consul[") for line in lines] == [True] * bool(
+        problem
+    )
+
+
 def test_folder_in_place_of_a_file_is_reported_and_the_reverse(load_config, config_file):
     lines = check.check_files(load_config(f'[consul]\nca_file = "{config_file.parent}"\nca_path = "{config_file}"'))
     assert [line.rpartition(": ")[2] for line in lines] == ["is a folder", "not a folder"]

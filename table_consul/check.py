@@ -73,7 +73,8 @@ def _read_files(config: Config) -> Iterator[str]:
             problem = _malformed_export(path)
         if problem:
             unusable = True
-            yield f"{at[key]}: {printable(path)}: {problem}"
+            hint = " (correct the path, or create it)" if problem == "not found" else ""
+            yield f"{at[key]}: {printable(path)}: {problem}{hint}"
     if not unusable and any(address.startswith("https://") for address in consul.addresses):
         from table_consul.endpoint import tls_context
 
@@ -85,7 +86,7 @@ def _read_files(config: Config) -> Iterator[str]:
         yield f"{name}: {problem}"
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
         consequence = "a man in the middle can read the token and forge answers"
-        yield f"{at['tls_verify']}: TLS verification is off: {consequence}"
+        yield f"{at['tls_verify']}: TLS verification is off: {consequence} (turn it on)"
 
 
 def _written_files(config: Config) -> Iterator[str]:
@@ -164,7 +165,7 @@ def _unwritable(path: str, *, private: bool) -> str | None:
     """The problem with a file that must be replaceable by renaming; None if there is none."""
     folder = os.path.dirname(path)
     if not os.access(f"{folder}/", os.W_OK | os.X_OK, effective_ids=True):
-        return f"folder {printable(folder)} not found, or not writable by {current_user()}"
+        return f"folder {printable(folder)} not found, or not writable by {current_user()} (create it for this user)"
     with contextlib.suppress(OSError):  # it need not exist
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

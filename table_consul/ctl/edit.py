@@ -144,7 +144,8 @@ class _Edit(NamedTuple):
                 _run_editor(path, line)
                 with open(path, "rb") as file:
                     data = file.read()
-                planned, problems = self._judge(data)
+                with main.patience("checking the entries"):
+                    planned, problems = self._judge(data)
                 if not problems and not planned.changes:
                     return planned, problems, True
                 answer = self._ask_again(problems) if problems else self._confirm(planned)

@@ -116,7 +116,8 @@ def command(  # noqa: PLR0913 - the command line
         except SourceError:
             _echo_problems(name, parsed, parsed.problems, limit=limit)
             raise
-        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
+        with main.patience("checking the entries"):
+            planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
         _echo_problems(f"note: {name}", parsed, planned.notes, limit=limit)
         _echo_problems(name, parsed, sorted(planned.problems + planned.refused), limit=limit)
         report = _report(table, service, planned, parsed, dry_run=dry_run)

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from table_consul.ctl.txn import Progress, Store
 
 VALUE_CHARACTERS = 60
-# A write that takes longer has a progress bar.
-BAR_SECONDS = 1.0
 # Before writing; import --dry-run shows all.
 CHANGES_SHOWN = 100
 # More than these usually have one cause.
@@ -139,13 +137,13 @@ def _written(target: Target, changes: Sequence[Change], store: Store) -> Iterato
 
 
 def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
-    """The steps; on a terminal, with a progress bar once they have taken `BAR_SECONDS`."""
+    """The steps; on a terminal, with a progress bar once they have taken `main.PATIENCE_SECONDS`."""
     begun, done = time.monotonic(), 0
     bar = click.progressbar(length=count, label="writing", file=sys.stderr, width=0)
     with contextlib.ExitStack() as shown:
         for progress in steps:
             done += len(progress.written) + len(progress.conflicts)
-            if bar.pos or (main.is_terminal(sys.stderr) and time.monotonic() - begun >= BAR_SECONDS):
+            if bar.pos or (main.is_terminal(sys.stderr) and time.monotonic() - begun >= main.PATIENCE_SECONDS):
                 if not bar.pos:
                     shown.enter_context(bar)
                 bar.update(done - bar.pos)

@@ -164,7 +164,7 @@ def test_progress_bar_of_a_long_write_fits_a_terminal_of_40_columns(consul, tmp_
     path = file(tmp_path, alias_lines(1000))
     master, slave = pty.openpty()
     environ = {**os.environ, "CONSUL_HTTP_ADDR": consul.address, "COLUMNS": "40", "TERM": "xterm"}
-    patient = f"from table_consul.ctl import writing; writing.BAR_SECONDS = {seconds}; "
+    patient = f"from table_consul.ctl import main; main.PATIENCE_SECONDS = {seconds}; "
     process = subprocess.Popen(
         [sys.executable, "-c", patient + START, "import", "aliases", "alias", str(path)],
         env=environ,

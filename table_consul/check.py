@@ -9,6 +9,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from table_consul.errors import SourceError, printable
@@ -34,7 +35,7 @@ def check_files(config: Config) -> list[str]:
     a mail server starts even if a token is written only a second later.
     """
     with as_smtpd_user():
-        return [*_read_files(config), *_written_files(config)]
+        return [*_read_files(config), *_written_files(config), *_packages(config)]
 
 
 @contextlib.contextmanager
@@ -72,7 +73,8 @@ def _read_files(config: Config) -> Iterator[str]:
             problem = _malformed_export(path)
         if problem:
             unusable = True
-            yield f"{at[key]}: {printable(path)}: {problem}"
+            hint = " (correct the path, or create it)" if problem == "not found" else ""
+            yield f"{at[key]}: {printable(path)}: {problem}{hint}"
     if not unusable and any(address.startswith("https://") for address in consul.addresses):
         from table_consul.endpoint import tls_context
 
@@ -84,7 +86,7 @@ def _read_files(config: Config) -> Iterator[str]:
         yield f"{name}: {problem}"
     if not consul.tls_verify and any(address.startswith("https://") for address in consul.addresses):
         consequence = "a man in the middle can read the token and forge answers"
-        yield f"{at['tls_verify']}: TLS verification is off: {consequence}"
+        yield f"{at['tls_verify']}: TLS verification is off: {consequence} (turn it on)"
 
 
 def _written_files(config: Config) -> Iterator[str]:
@@ -110,6 +112,17 @@ def _written_files(config: Config) -> Iterator[str]:
     for key, path in (("defaults.snapshot", config.defaults.snapshot), ("metrics.textfile", config.metrics.textfile)):
         if path and "{table}" not in path and path not in reported:
             yield f"{name}: {key}: every table would write the same file (put {{table}} into its name)"
+
+
+def _packages(config: Config) -> Iterator[str]:
+    """The Python packages that the configuration requires, and that are not installed."""
+    name = printable(config.path or "environment")
+    tables = [*config.tables.values()] or [config.table(config.defaults.name)]
+    if any("auth" in table.services for table in tables) and not any(map(find_spec, ("crypt", "crypt_r"))):
+        yield f"{name}: services: auth: the Python package crypt-r is not installed (install table-consul[auth])"
+    if config.metrics != type(config.metrics)() and not find_spec("prometheus_client"):
+        hint = "install table-consul[metrics] or python3-prometheus-client"
+        yield f"{name}: metrics: the Python package prometheus-client is not installed ({hint})"
 
 
 def _malformed_export(path: str) -> str | None:
@@ -152,7 +165,7 @@ def _unwritable(path: str, *, private: bool) -> str | None:
     """The problem with a file that must be replaceable by renaming; None if there is none."""
     folder = os.path.dirname(path)
     if not os.access(f"{folder}/", os.W_OK | os.X_OK, effective_ids=True):
-        return f"folder {printable(folder)} not found, or not writable by {current_user()}"
+        return f"folder {printable(folder)} not found, or not writable by {current_user()} (create it for this user)"
     with contextlib.suppress(OSError):  # it need not exist
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
+from collections.abc import Iterator, Sequence
 
 import click
 
 from table_consul.config import Config, MetricsConfig
-from table_consul.ctl.main import FAILED, pass_config
+from table_consul.ctl.main import FAILED, as_json, pass_config
 from table_consul.ctl.status import published_statuses
 from table_consul.errors import TableConsulError, counted, printable, problem_of
 
 
 @click.command("accept")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
+@as_json
 @pass_config
-def command(config: Config, *, tables: tuple[str, ...]) -> int:
+def command(config: Config, *, tables: tuple[str, ...], as_json: bool) -> int:
     """Accept held deletions: the deleted entries of TABLE no longer answer.
 
     If most of a folder is deleted at once, its table keeps serving the deleted entries for hold_deletions seconds. If
@@ -33,27 +36,34 @@ def command(config: Config, *, tables: tuple[str, ...]) -> int:
       table-consulctl accept
       table-consulctl accept aliases
     """  # noqa: D301 - click does not wrap the lines after a \b
-    for name in dict.fromkeys(tables):
-        _update(config.table(name).name)
-        click.echo(f"{printable(name)}: accepted")
-    if tables:
-        return 0
+    outcomes = []
+    for table, held in _held(config, tables):
+        accepted = bool(held) or bool(tables)
+        if accepted:
+            _update(table)
+        outcomes.append({"table": table, "held": held, "accepted": accepted})
+        if not accepted and held is None:
+            text = "no metrics, so held deletions are unknown (name the table)"
+            click.echo(f"{printable(table)}: {text}", err=True)
+        elif not as_json:
+            count = f"accepted {counted(held, 'deletion', 'deletions')}" if held else "accepted"
+            click.echo(f"{printable(table)}: {count if accepted else 'holds no deletions'}")
+    if as_json:
+        click.echo(json.dumps({"tables": outcomes}))
+    return 0 if all(each["accepted"] or each["held"] is not None for each in outcomes) else FAILED
+
+
+def _held(config: Config, names: Sequence[str]) -> Iterator[tuple[str, int | None]]:
+    """Yield the tables with these names, or all, and the number of held deletions, None if it is unknown."""
+    for name in dict.fromkeys(names):
+        yield config.table(name).name, None
+    if names:
+        return
     if config.metrics == MetricsConfig():
         raise click.UsageError("missing TABLE: no metrics are configured, so held deletions are unknown (name a table)")
-    code, statuses = 0, published_statuses(config)
-    for status in statuses:
+    for status in published_statuses(config):
         held = sum(prefix.held or 0 for prefix in status.prefixes)
-        if status.place is None:
-            click.echo(
-                f"{printable(status.table)}: no metrics, so held deletions are unknown (name the table)", err=True
-            )
-            code = FAILED
-        elif held:
-            _update(status.table)
-            click.echo(f"{printable(status.table)}: accepted {counted(held, 'deletion', 'deletions')}")
-        else:
-            click.echo(f"{printable(status.table)}: holds no deletions")
-    return code
+        yield status.table, None if status.place is None else held
 
 
 def _update(table: str) -> None:

@@ -17,20 +17,19 @@ import msgspec
 from table_consul import kv
 from table_consul.config import ConsulConfig
 from table_consul.ctl.main import as_writer
-from table_consul.errors import Forbidden, SourceError
+from table_consul.errors import BadResponse, Forbidden, SourceError
 from table_consul.sources import PROBE
 from table_consul.transport import Request
 
 READ_SECONDS = 30.0
 # Consul accepts no more in one request (agent/acl_endpoint.go, ACLAuthorize).
 AUTHORIZATIONS_MAX = 64
-CLOSED = (
-    "the token may not read this folder; lookups return errors (grant the rules that table-consulctl policy prints)"
-)
-DENIED = "the token may not read this key; lookups return errors, or not-found before Consul 1.11 (change its policy)"
+ANONYMOUS = "the anonymous token"
+CLOSED = "{} may not read this folder; lookups return errors ({} the rules that table-consulctl policy prints)"
+DENIED = "{} may not read this key; lookups return errors, or not-found before Consul 1.11 (change its policy)"
 HIDING = (
-    "Consul hides keys of this folder from the token (change its policy; to list the keys, set CONSUL_HTTP_TOKEN to a"
-    " token that may list them)"
+    "Consul hides keys of this folder from {} (change its policy; to list the keys, set CONSUL_HTTP_TOKEN to a token"
+    " that may list them)"
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -93,7 +92,8 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
     reader, other = Client(settings), Client(others)
     with contextlib.closing(reader), contextlib.closing(other):
         closed = [folder for folder in folders if not reader.may_read(folder + PROBE)]
-        found = [Unreadable(each, CLOSED) for each in closed]
+        who, grant = ("the token", "grant") if has_token(settings) else (ANONYMOUS, "set token_file to a token with")
+        found = [Unreadable(each, CLOSED.format(who, grant)) for each in closed]
         opened = [folder for folder in folders if folder not in closed]
         keys: dict[str, None] = {}
         with contextlib.suppress(Forbidden):
@@ -104,12 +104,17 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
         below = [text for text in named if text.encode().startswith(tuple(opened)) and text.encode() not in opened]
         with contextlib.suppress(SourceError):  # no ACLs, or the endpoint is blocked
             denied = reader.denied([*dict.fromkeys([*keys, *below])])
-            found += [Unreadable(key.encode(), DENIED) for key in denied]
+            found += [Unreadable(key.encode(), DENIED.format(who)) for key in denied]
         for folder in opened:
             hides = reader.hides_keys(folder, timeout=READ_SECONDS)
             if hides and not any(each.where.startswith(folder) for each in found):
-                found.append(Unreadable(folder, HIDING))
+                found.append(Unreadable(folder, HIDING.format(who)))
         return Access(sorted(found), len(folders), len(keys), sorted(rules))
+
+
+def has_token(settings: ConsulConfig) -> bool:
+    """Whether a token is configured; otherwise Consul uses the anonymous token."""
+    return bool(settings.token or settings.token_file)
 
 
 def unwritable(settings: ConsulConfig, keys: Sequence[bytes]) -> list[str]:
@@ -145,13 +150,23 @@ class Client(kv.Client):
         agent: _Agent = self._ask_for("agent/self", _Agent, indexed=False)
         return agent.config.version
 
+    def leader(self) -> str | None:
+        """The address of the leader of the servers, empty if there is none; None if a proxy blocks the request."""
+        try:
+            found: str = self._ask_for("status/leader", str, indexed=False)
+        except (BadResponse, Forbidden):
+            return None
+        return found
+
     def token_problem(self) -> str | None:
-        """Consul's error for an unknown token; None if it knows the token, or has no ACLs."""
+        """Consul's error for this token; empty if it knows the token; None if it has no ACLs, or none are in sight."""
         try:
             self._ask_for("acl/token/self", _Links)
         except Forbidden as error:
-            return None if "disabled" in str(error) else str(error)
-        return None
+            return None if re.search("disabled|blocked", str(error)) else str(error)
+        except BadResponse:
+            return None
+        return ""
 
     def exists(self, folder: bytes) -> bool:
         """Whether the token sees any key in the folder."""

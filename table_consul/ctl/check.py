@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ KNOWN_FAULTS = {
     "1.21.5": "it rejects URLs that contain @, so single mail addresses cannot be read (upgrade to 1.21.6)",
     "1.22.4": "it ends requests after 30 seconds, including blocking queries (upgrade to 1.22.5)",
 }
+
+NO_LEADER = "start a majority of the servers"
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -75,6 +78,10 @@ class _Checker:
         self._default = default
         self.findings: list[Finding] = []
         self.checked: list[str] = []
+
+    def _note(self, line: str) -> None:
+        if line not in self.checked:  # several configurations may name the same Consul
+            self.checked.append(line)
 
     def _report(self, where: str | bytes, problem: str, *, unknown: bool = False) -> None:
         finding = Finding(printable(where, UNCUT), printable(problem, UNCUT), unknown)
@@ -127,8 +134,8 @@ class _Checker:
             )
         for table in found.tables.values():
             if not table.uses:
-                self._report(table.where, f"table {printable(table.name)} is defined but never used")
-        self.checked.append(f"{printable(path)} ({counted(len(found.tables), 'table', 'tables')})")
+                self._report(table.where, f"table {printable(table.name)} is defined but never used (remove it)")
+        self._note(f"{printable(path)} ({counted(len(found.tables), 'table', 'tables')})")
         return found.tables
 
     def _program(self) -> None:
@@ -154,7 +161,7 @@ class _Checker:
             self._report(program, f"{current_user()} cannot run it: {lines[-1]} (run make install)")
         elif done.stdout.split()[-1:] != [__version__]:
             self._report(program, f"is {done.stdout.strip()}, but table-consulctl is {__version__} (run make install)")
-        self.checked.append(printable(program))
+        self._note(printable(program))
 
     def _configuration(self, file: str | None, names: Sequence[str], known: dict[str, smtpdconf.Declared]) -> None:
         try:
@@ -167,13 +174,13 @@ class _Checker:
             return
         for line in check_files(loaded):
             self._report(*line.split(": ", 1))
-        self.checked.append(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
+        self._note(f"{printable(loaded.path or 'the defaults and the environment')}, as {current_user()}")
         # Not a problem: mail servers with different tables may share one file.
         if known and (unused := sorted(set(loaded.tables) - set(known))):
             sections = ", ".join(f"[tables.{printable(name)}]" for name in unused)
-            self.checked.append(f"no table in smtpd.conf uses {sections}")
+            self._note(f"no table in smtpd.conf uses {sections}")
         if used := sorted(origin.removeprefix("environment: ") for origin in loaded.origins.values()):
-            self.checked.append(f"with {', '.join(used)} from this environment, which smtpd may not have")
+            self._note(f"with {', '.join(used)} from this environment, which smtpd may not have")
         uses = {name: known[name].uses if name in known else [] for name in tables}
         for name, table in tables.items():
             for services, where in uses[name]:
@@ -185,7 +192,8 @@ class _Checker:
                 self._consul(loaded, tables, uses)
             except SourceError as error:
                 where, separator, problem = str(error).partition(": ")
-                hint = "start a majority of the servers" if "leader" in problem else "check that Consul runs there"
+                hint = NO_LEADER if re.search("leader|rpc error", problem) else "check that Consul runs there"
+                hint = "join this agent to the servers" if "No known Consul servers" in problem else hint
                 # A token file that cannot be read is not a problem of Consul; some errors have a hint of their own.
                 own = type(error) is SourceError or problem.endswith(")")
                 text = (problem or where) + ("" if own else f" ({hint})")
@@ -200,13 +208,22 @@ class _Checker:
         from table_consul.ctl import access
 
         with contextlib.closing(access.Client(loaded.consul)) as client:
+            where = f"Consul at {client.address}"
+            leader = client.leader()
+            if leader:
+                self._note(f"Consul leader {printable(leader)}")
+            elif leader is not None:
+                self._report("Consul leader", f"none, according to {client.address} ({NO_LEADER})", unknown=True)
+                return
             version = self._version(client)
-            if (loaded.consul.token or loaded.consul.token_file) and (problem := client.token_problem()):
-                where = f"Consul at {client.address}"
+            problem = client.token_problem()
+            if problem is not None and not access.has_token(loaded.consul):
+                self._note(f"no token is configured, so Consul uses {access.ANONYMOUS}")
+            elif problem:
                 text = problem.removeprefix(where).lstrip(": ")
                 self._report(where, f"{text} (create a token with the rules that table-consulctl policy prints)")
                 return
-            self.checked.append(f"Consul{version} at {client.address}")
+            self._note(f"Consul{version} at {client.address}")
             folders = {
                 table.path(SERVICES[name]): None
                 for table in tables.values()

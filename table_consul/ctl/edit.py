@@ -49,9 +49,7 @@ class Draft(NamedTuple):
     metavar="FORMAT",
     help="table (a file: table; default) or export (as stored).",
 )
-@writing.token_file
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(
     settings: config.Config,
     *,
@@ -60,6 +58,7 @@ def command(
     key: str | None,
     form: str,
     token_file: str | None,
+    as_json: bool,
     undo: writing.Undo,
 ) -> int:
     """Edit the entries of SERVICE in TABLE, or the entry of KEY, with $VISUAL or $EDITOR.
@@ -82,14 +81,16 @@ def command(
             folded = fold_key(os.fsencode(key))
             chosen = [each for each in chosen if fold_key(each.key[len(target.path) :]) == folded]
         draft = _export(target, chosen) if form == "export" else _table(table, service, chosen)
-        edit = _Edit(table, service, stored, draft, form)
+        edit = _Edit(table, service, stored, draft, form, as_json)
         with _handling(_abort, signal.SIGHUP, signal.SIGTERM):
-            planned = edit.run()
-        if planned is None:
-            click.echo("nothing was written")
-            return main.FAILED
+            planned, problems, confirmed = edit.run()
         conflict = "changed in Consul since the editor opened; skipped (edit it again)"
-        return writing.Writer(target, store, undo, conflict=conflict).apply(planned.changes, hashed=service.hashed)
+        writer = writing.Writer(target, store, undo, as_json, conflict)
+        if confirmed:
+            return writer.apply(planned.changes, hashed=service.hashed)
+        nothing = writer.document(planned.changes, hashed=service.hashed, refused=problems)
+        click.echo(nothing if as_json else "nothing was written")
+        return main.FAILED
 
 
 def _table(table: Table, service: Service, stored: Sequence[Stored]) -> Draft:
@@ -123,9 +124,11 @@ class _Edit(NamedTuple):
     stored: Sequence[Stored]
     draft: Draft
     form: str
+    as_json: bool
+    """Standard output is for the report, so the dialogue is on standard error."""
 
-    def run(self) -> Plan | None:
-        """The changes that the operator made and confirmed; None without confirmation.
+    def run(self) -> tuple[Plan, list[LineProblem], bool]:
+        """The changes that the operator made, their problems, and whether they are confirmed.
 
         Raises:
             TableConsulError: the editor fails.
@@ -141,12 +144,13 @@ class _Edit(NamedTuple):
                 _run_editor(path, line)
                 with open(path, "rb") as file:
                     data = file.read()
-                planned, problems = self._judge(data)
+                with main.patience("checking the entries"):
+                    planned, problems = self._judge(data)
                 if not problems and not planned.changes:
-                    return planned
-                answer = _ask_again(problems) if problems else self._confirm(planned)
+                    return planned, problems, True
+                answer = self._ask_again(problems) if problems else self._confirm(planned)
                 if answer != "e":
-                    return planned if answer == "y" else None
+                    return planned, problems, answer == "y"
                 line = problems[0].line if problems else 0
 
     def _judge(self, data: bytes) -> tuple[Plan, list[LineProblem]]:
@@ -179,21 +183,20 @@ class _Edit(NamedTuple):
 
     def _confirm(self, plan: Plan) -> str:
         target = writing.Target.of(self.table, self.service)
-        writing.echo_changes(plan.changes, target, hashed=self.service.hashed)
-        return _choice(f"{writing.summary(plan.changes)}. Write? y(es), n(o), e(dit again)", "yne", "n")
+        writing.echo_changes(plan.changes, target, hashed=self.service.hashed, err=self.as_json)
+        return self._choice(f"{writing.summary(plan.changes)}. Write? y(es), n(o), e(dit again)", "yne", "n")
 
+    def _ask_again(self, problems: Sequence[LineProblem]) -> str:
+        found = []
+        for line, text, key in problems:
+            what = f"{printable(key)}: {text}" if key else text
+            found.append((f"line {line}" if line else "file", printable(what, 1000)))
+        main.echo_problems(found, limit=writing.PROBLEMS_SHOWN)
+        return self._choice("e(dit again), q(uit)", "eq", "e")
 
-def _ask_again(problems: Sequence[LineProblem]) -> str:
-    found = []
-    for line, text, key in problems:
-        what = f"{printable(key)}: {text}" if key else text
-        found.append((f"line {line}" if line else "file", printable(what, 1000)))
-    main.echo_problems(found, limit=writing.PROBLEMS_SHOWN)
-    return _choice("e(dit again), q(uit)", "eq", "e")
-
-
-def _choice(text: str, letters: str, default: str) -> str:
-    return str(click.prompt(text, type=click.Choice(tuple(letters)), default=default, show_choices=False))
+    def _choice(self, text: str, letters: str, default: str) -> str:
+        kind = click.Choice(tuple(letters))
+        return str(click.prompt(text, type=kind, default=default, show_choices=False, err=self.as_json))
 
 
 def _run_editor(path: str, line: int) -> None:

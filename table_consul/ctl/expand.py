@@ -14,7 +14,7 @@ import msgspec
 
 from table_consul.config import Config
 from table_consul.counters import OUTCOMES
-from table_consul.ctl import recipients
+from table_consul.ctl import inclusions, recipients
 from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, json_text, pass_config
 from table_consul.ctl.query import ask
 from table_consul.errors import SourceError, printable
@@ -50,7 +50,7 @@ def command(
     """Show each lookup that smtpd makes for mail to ADDRESS, and the recipients.
 
     TABLE is the table of alias in smtpd.conf. Without --virtual, it expands every ADDRESS; with --virtual, only users
-    of this host. Other domains, included files and ~/.forward are not followed.
+    of this host. Included files and ~/.forward are read on this host. Other domains are not followed.
 
     Exit status: 0 smtpd accepts every ADDRESS, 1 it rejects one, 2 temporarily.
 
@@ -85,6 +85,8 @@ def command(
             virtual is not None and domain not in here and (domain in inside or lists("virtual", domain))
         ),
         delimiter=tables["alias"].subaddress_delimiter.encode(),
+        include=inclusions.include,
+        forward=inclusions.forward,
     )
     status = 0
     for address in addresses:
@@ -131,7 +133,7 @@ def _json(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> d
         "recipients": [{"kind": each.kind, "name": json_text(bytes(each))} for each in outcome.recipients],
         "lookups": [
             {
-                "table": names[table],
+                "table": names.get(table, SYSTEM),
                 "service": _service(table),
                 "key": json_text(key),
                 "result": OUTCOMES[type(reply)],
@@ -146,31 +148,33 @@ def _json(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> d
 def _lines(address: str, outcome: recipients.Outcome, names: dict[str, str]) -> Iterator[str]:
     yield printable(os.fsencode(address), UNCUT)
     homes = {}
+    unread = {lookup.key for lookup in outcome.lookups if isinstance(lookup.reply, Failed)}
     for table, key, reply, nested in outcome.lookups:
         answer = "not found"
         if isinstance(reply, Found):
-            answer = printable(reply.value or b"", UNCUT)
+            answer = printable(reply.value or b"(no recipients)", UNCUT)
             if table == "userinfo":
                 homes[key] = (reply.value or b"").split(b":", 2)[-1]
         elif isinstance(reply, Failed):
-            answer = "error"
-        folder = names[table] if names[table] == SYSTEM else f"{names[table]}/{_service(table)}"
-        yield f"{'  ' * (nested + 1)}{folder}: {printable(key, UNCUT)}: {answer}"
+            answer = "error" if table in names else reply.reason
+        folder = f"{names[table]}/{_service(table)}: " if table in names else ""
+        folder = f"{SYSTEM}: " if names.get(table) == SYSTEM else folder
+        yield f"{'  ' * (nested + 1)}{folder}{printable(key, UNCUT)}: {answer}"
     for each in outcome.recipients:
-        yield f"  -> {' '.join(filter(None, (_WORDS[each.kind], printable(bytes(each), UNCUT))))}{_remark(each, homes)}"
+        words = f"{_WORDS[each.kind]} {printable(bytes(each), UNCUT)}".lstrip()
+        yield f"  -> {words}{_remark(each, homes, unread)}"
     if outcome.rejection is not None:
         yield f"  -> rejected: {outcome.rejection}{outcome.rejection and '; '}{printable(outcome.cause, UNCUT)}"
 
 
 def _service(table: str) -> str:
-    return "userinfo" if table == "userinfo" else "alias"
+    return "alias" if table == "virtual" else table
 
 
-def _remark(element: recipients.Element, homes: dict[bytes, bytes]) -> str:
+def _remark(element: recipients.Element, homes: dict[bytes, bytes], unread: set[bytes]) -> str:
     if element.kind == "address":
         return " (another domain: smtpd.conf decides)"
-    if element.kind == "user":
-        home = homes.get(element.text.lower())
-        if home and os.path.lexists(os.path.join(home, b".forward")):
-            return f" ({printable(home)}/.forward exists)"
+    home = homes.get(element.text.lower(), b"") if element.kind == "user" else b""
+    if element.kind == "include" or home + b"/.forward" in unread:
+        return f" ({'~/.forward ' if home else ''}not read)"
     return ""

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,12 +17,13 @@ from table_consul import config
 from table_consul.ctl import files, foreign, main, writing
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
 from table_consul.ctl.main import json_text
-from table_consul.errors import SourceError, counted, printable, problem_of
+from table_consul.errors import SourceError, TableConsulError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Plan, Stored
+    from table_consul.ctl.txn import Progress
 
 # Enough for half a million users; /dev/zero does not fill the memory of the mail host.
 FILE_MAX_BYTES = 1 << 30
@@ -115,7 +116,8 @@ def command(  # noqa: PLR0913 - the command line
         except SourceError:
             _echo_problems(name, parsed, parsed.problems, limit=limit)
             raise
-        planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
+        with main.patience("checking the entries"):
+            planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
         _echo_problems(f"note: {name}", parsed, planned.notes, limit=limit)
         _echo_problems(name, parsed, sorted(planned.problems + planned.refused), limit=limit)
         report = _report(table, service, planned, parsed, dry_run=dry_run)
@@ -266,12 +268,14 @@ def _carry_out(
 ) -> None:
     """Write the changes, and update the report. Prints the changes first, unless the report has them."""
     as_json = "changes" in report
+    steps: Iterator[Progress] | None = None
     try:
         if not as_json:
             _echo_changes(plan, writer.target, report)
         if removals:
             _confirm(name, removals, ask=ask)
-        for progress in writing.write(writer.target, plan.changes, writer.store, writer.undo):
+        steps = writing.write(writer.target, plan.changes, writer.store, writer.undo)
+        for progress in steps:
             report["written"] += len(progress.written)
             report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
         if as_json:
@@ -281,9 +285,9 @@ def _carry_out(
             main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
             if plan.changes:
                 click.echo(f"{report['written']} written")
-    except FormatError:
-        raise
-    except BaseException:
+    except BaseException as error:
+        if steps is None and isinstance(error, TableConsulError):  # not confirmed, or the entries cannot be saved
+            raise
         keys = counted(len(plan.changes), "key", "keys")
         text = f"interrupted: {report['written']} of {keys} written"
         click.echo(f"{text} (run the same command again to finish)", err=True)
@@ -306,10 +310,7 @@ def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, d
         "left_out": parsed.left_out,
         "written": 0,
         "conflicts": [],
-        **{
-            name: [{"line": each.line, "key": json_text(each.key), "text": each.text} for each in problems]
-            for name, problems in found.items()
-        },
+        **{name: writing.problem_documents(problems) for name, problems in found.items()},
     }
 
 

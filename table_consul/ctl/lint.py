@@ -13,13 +13,13 @@ import click
 import msgspec
 
 from table_consul.config import Config
-from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, echo_problems, pass_config
+from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, echo_problems, pass_config, patience
 from table_consul.errors import Forbidden, SourceError, counted, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
 
 if TYPE_CHECKING:
-    from table_consul.ctl.loader import Loaded, Loader
+    from table_consul.ctl.loader import Loaded
 
 # lint reads a whole table even if the daemon reads it key by key.
 LIST_SECONDS = 30.0
@@ -83,7 +83,11 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     reports = []
     for table in chosen:
         try:
-            reports.append(_check(loader, config, table, paths))
+            data = {
+                service: loader.load(table, service) for service in map(SERVICES.__getitem__, table.readable_services)
+            }
+            with patience(f"checking {printable(table.name)}"):
+                reports.append(_check(data, config, table, paths))
         except (SourceError, OSError) as error:  # the other tables are still checked
             reports.append(Report(table.name, error=str(error)))
         if not as_json:
@@ -93,12 +97,10 @@ def command(config: Config, *, tables: tuple[str, ...], live: bool, as_json: boo
     return max(FAILED if report.error is not None else NO if report.problems else 0 for report in reports)
 
 
-def _check(loader: Loader, config: Config, table: Table, paths: Iterable[bytes]) -> Report:
+def _check(data: Mapping[Service, Loaded], config: Config, table: Table, paths: Iterable[bytes]) -> Report:
     """Every problem of this table. ``paths`` are folders that other tables read."""
     from table_consul import kv
 
-    services = [SERVICES[name] for name in table.readable_services]
-    data = {service: loader.load(table, service) for service in services}
     problems: list[Problem] = []
     if table.mode != "direct" and any(each.direct for each in data.values()):
         hint = "raise max_keys, which costs memory, or split the table"

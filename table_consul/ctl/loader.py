@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.config import Config
-from table_consul.ctl.main import duration
+from table_consul.ctl.main import duration, patience
 from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.files import open_regular_file
 from table_consul.services import Service, Table
@@ -63,7 +63,8 @@ class Loader:
         at = (table.name, prefix)
         if at not in self._loaded:
             try:
-                self._loaded[at] = self._load(table, number, prefix, services)
+                with patience(f"reading {printable(prefix)}"):
+                    self._loaded[at] = self._load(table, number, prefix, services)
             except TooLarge:
                 origin = f"{self._direct.origin()} (more than max_keys = {table.max_keys})"
                 self._loaded[at] = self._direct._replace(origin=lambda: origin)

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
@@ -26,6 +27,8 @@ NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
 FAILED = 2
 """Exit status of a failure: an error on the command line or in the configuration, or Consul is unreachable."""
+PATIENCE_SECONDS = 1.0
+"""Work that takes longer is shown on a terminal."""
 UNCUT = 1 << 30
 """The limit of `errors.printable` for data that is printed whole."""
 
@@ -57,9 +60,12 @@ class Commands(click.Group):
         context.meta[_ARGUMENTS] = [*arguments]
         return super().parse_args(context, arguments)
 
-    def format_help_text(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the summary without a blank line before it: the help fits 24 lines."""
-        formatter.write_text(self.help or "")
+    def get_help_option(self, context: click.Context) -> click.Option | None:
+        """The option --help, which its own output does not list: it fits 24 lines."""
+        option = super().get_help_option(context)
+        if option is not None:
+            option.hidden = True
+        return option
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -168,6 +174,21 @@ def duration(seconds: float) -> str:
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether a standard stream is a terminal; it is None if the parent process has closed it."""
     return stream is not None and stream.isatty()
+
+
+@contextlib.contextmanager
+def patience(text: str) -> Iterator[None]:
+    """Print the text to a terminal if the block takes longer than `PATIENCE_SECONDS`."""
+    if not is_terminal(sys.stderr):
+        yield
+        return
+    timer = threading.Timer(PATIENCE_SECONDS, lambda: click.secho(f"{text} ...", dim=True, err=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def terminal_columns() -> int:

@@ -1,13 +1,13 @@
 """Expand an address: the lookups that smtpd makes, in its order, and the resulting recipients.
 
-Pure. This follows smtpd's lka_session.c, aliases.c, expand.c and to.c; docstrings name the functions. Tables do not
-decide about other domains, included files and ~/.forward, so these are not followed.
+Pure. This follows smtpd's lka_session.c, aliases.c, forward.c, expand.c and to.c; docstrings name the functions. Other
+domains are not followed, because tables do not decide about them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from table_consul.ctl.expansion import EXPAND_DEPTH
@@ -21,6 +21,10 @@ Kind = Literal["user", "file", "command", "include", "address", "error"]
 _ORDER: tuple[Kind, ...] = ("user", "file", "command", "include", "address", "error")
 # An address is expanded again below each other address, so the depth alone does not limit the work.
 ELEMENTS_MAX = 200_000
+# smtpd: forward.c, MAX_EXPAND_NODES, which counts every element of the expansion so far.
+FORWARD_NODES = 100
+# smtpd: expand.c, expand_line, with LINE_MAX of limits.h.
+LINE_BYTES = 2048
 PERMANENT = "524 5.2.4 Mailing list expansion problem"
 TEMPORARY = "424 4.2.4 Mailing list expansion problem"
 
@@ -49,7 +53,7 @@ class Lookup(NamedTuple):
     """A lookup and its reply; ``nested`` is the number of aliases that lead to it."""
 
     table: str
-    """``alias``, ``virtual`` or ``userinfo``."""
+    """``alias``, ``virtual`` or ``userinfo``; ``include`` or ``forward`` for a file, whose path is the key."""
     key: bytes
     reply: Reply
     nested: int
@@ -66,8 +70,21 @@ class Outcome(NamedTuple):
     cause: str = ""
 
 
+class File(NamedTuple):
+    """A file that smtpd reads to expand an alias or a user."""
+
+    path: bytes
+    data: bytes | None = None
+    """None if it cannot be read."""
+    problem: str = ""
+    ignored: bool = False
+    """smtpd ignores this file because of the problem."""
+    reply: str = ""
+    """smtpd's reply to RCPT because of the problem."""
+
+
 class Tables(NamedTuple):
-    """The tables of the actions in smtpd.conf, and their domains."""
+    """The tables of the actions in smtpd.conf, their domains, and the files besides them."""
 
     lookup: Callable[[str, bytes], Reply]
     """Takes ``alias``, ``virtual`` or ``userinfo``, and a key."""
@@ -76,6 +93,10 @@ class Tables(NamedTuple):
     virtual: Callable[[bytes], bool] = lambda _domain: False
     """Whether addresses of this domain are looked up as ``virtual``."""
     delimiter: bytes = b"+"
+    include: Callable[[bytes], File] = File
+    """Takes the path of an included file."""
+    forward: Callable[[bytes], File | None] = lambda _userinfo: None
+    """Takes the answer of ``userinfo``; None if there is no ~/.forward."""
 
 
 class _Node(NamedTuple):
@@ -129,6 +150,48 @@ def parse_element(element: bytes) -> Element | None:
     return Element("user", element) if compiled(_USER).fullmatch(element) else None
 
 
+def parse_line(line: bytes) -> tuple[list[Element], str]:
+    """The elements of a line of a file until the first invalid one, and its problem (smtpd: expand.c, expand_line)."""
+    if len(line) >= LINE_BYTES:
+        return [], f"a line has more than {LINE_BYTES - 1} bytes"
+    found: list[Element] = []
+    problem = ""
+    while True:
+        try:
+            texts = split_list(line)
+            break
+        except EntryError:
+            problem, line = "a line ends inside a quote or an escape", line.rpartition(b",")[0]
+    for text in texts:
+        element = parse_element(text)
+        if element is None:
+            return found, f"an element {element_problem(text) or 'is invalid'}"
+        if element.kind != "include":  # smtpd does not nest them
+            found.append(element)
+    return found, problem
+
+
+def join_lines(data: bytes, continuation: bytes, comment: bytes) -> Iterator[bytes]:
+    """Yield the lines of a file without comments, continued ones joined (fparseln(3))."""
+    begun = b""
+    for line in data.split(b"\n"):
+        line = line.partition(b"\0")[0]  # noqa: PLW2901 - the end of a string in C
+        if comment and (found := compiled(rb"(?s)((?:[^\\#]|\\.)*)#").match(line)):
+            line = found[1]  # noqa: PLW2901
+        if line.endswith(continuation) and not _is_escaped(line):
+            begun += line[:-1]
+            continue
+        yield begun + line
+        begun = b""
+    yield begun
+
+
+def _is_escaped(line: bytes) -> bool:
+    """Whether a backslash escapes the last character."""
+    before = line[:-1]
+    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+
+
 def parse_address(address: bytes) -> Element:
     """The local part and the domain of a recipient (smtpd: to.c, text_to_mailaddr)."""
     local, at, domain = address.rpartition(b"@")
@@ -155,6 +218,10 @@ class _Expansion:
         self._queue: deque[_Node] = deque()
         self._seen: set[tuple[object, ...]] = set()
         self._count = 0
+        self._nodes = 1
+        """As ``_count``, without duplicates, and with the address."""
+        self._forwarded: set[int] = set()
+        """The numbers of the users whose ~/.forward was looked for."""
 
     def run(self, address: Element) -> None:
         """Expand breadth first, until nothing is left or something rejects the recipient."""
@@ -184,7 +251,7 @@ class _Expansion:
         local, domain = node.element.text.lower(), node.element.domain.lower()
         if self._tables.virtual(domain):
             found = self._virtual(node, local, domain)
-            if not found:
+            if found is None:
                 raise _RejectedError(PERMANENT, "no entry for this address")
             self._insert_all(found, node._replace(virtual=True))
         elif self._tables.local(domain):
@@ -196,7 +263,7 @@ class _Expansion:
         name = node.element.text
         if not node.same_user:
             found = self._virtual(node, name.lower(), b"") if node.virtual else self._alias(node, name.lower())
-            if found:
+            if found is not None:
                 self._insert_all(found, node)
                 return
         user = name.partition(self._tables.delimiter)[0]
@@ -205,25 +272,68 @@ class _Expansion:
             raise _RejectedError("550 Invalid recipient", f"no alias and no user {printable(user)}")
         # From here on smtpd does not treat the same name as a duplicate, and delivers to it again.
         self._seen.discard(node.identity)
+        if not (node.same_user and node.parent and node.parent.number in self._forwarded):
+            self._forwarded.add(node.number)
+            if self._forward(node, reply.value or b""):
+                return
         self.recipients.append(Element("user", user))
 
-    def _alias(self, node: _Node, name: bytes) -> list[Element]:
-        """The elements for a user, none if there is no alias (smtpd: aliases.c, aliases_get)."""
+    def _forward(self, node: _Node, userinfo: bytes) -> bool:
+        """Whether a ~/.forward replaces the user (smtpd: lka_session_forward_reply, forwards_get)."""
+        file = self._tables.forward(userinfo)
+        if file is None:
+            return False
+        lines = [parse_line(line) for line in join_lines(file.data or b"", b"\\", b"#")]
+        self._record(file, "forward", [element for found, _ in lines for element in found], node.depth)
+        before = self._nodes
+        for found, problem in lines:
+            self._insert_all(found, node)
+            if not problem and found and self._nodes > FORWARD_NODES:
+                problem = f"the expansion has more than {FORWARD_NODES} elements, which smtpd allows no .forward"  # noqa: PLW2901
+            if problem:
+                raise _RejectedError(TEMPORARY, f"{printable(file.path)}: {problem}")
+        if file.reply:
+            raise _RejectedError(file.reply, f"{printable(file.path)}: {file.problem}")
+        return self._nodes > before
+
+    def _include(self, path: bytes, nested: int) -> list[Element] | None:
+        """The elements of an included file, None if smtpd ignores it (smtpd: aliases.c, aliases_expand_include)."""
+        file = self._tables.include(path)
+        # smtpd means to accept comments here, but passes # as the sign of a continued line.
+        found = [each for line in join_lines(file.data or b"", b"#", b"") for each in parse_line(line)[0]]
+        self._record(file, "include", found, nested)
+        if file.data is None:
+            return None if file.ignored else [Element("include", path)]
+        return found
+
+    def _record(self, file: File, table: str, found: Iterable[Element], nested: int) -> None:
+        signs = {"command": b"|", "error": b"error:"}
+        text = b", ".join(signs.get(each.kind, b"") + bytes(each) for each in found)
+        reply = Failed(file.problem) if file.data is None else Found(text or None)
+        self.lookups.append(Lookup(table, file.path, reply, nested))
+
+    def _alias(self, node: _Node, name: bytes) -> list[Element] | None:
+        """The elements for a user, None if there is no alias (smtpd: aliases.c, aliases_get)."""
         return self._first(node, "alias", dict.fromkeys((name, name.partition(self._tables.delimiter)[0])))
 
-    def _virtual(self, node: _Node, local: bytes, domain: bytes) -> list[Element]:
+    def _virtual(self, node: _Node, local: bytes, domain: bytes) -> list[Element] | None:
         """The elements for an address, or for a user without a domain (smtpd: aliases.c, aliases_virtual_get)."""
         user, _, tag = local.partition(self._tables.delimiter)
         tagged = [local] if tag else []
         keys = [name + b"@" + domain for name in (*tagged, user)] + [*tagged, user]
         return self._first(node, "virtual", keys + ([b"@" + domain, b"@"] if domain else []))
 
-    def _first(self, node: _Node, table: str, keys: Collection[bytes]) -> list[Element]:
+    def _first(self, node: _Node, table: str, keys: Collection[bytes]) -> list[Element] | None:
         for key in keys:
             reply = self._ask(table, key, node.depth)
             if isinstance(reply, Found):
-                return self._elements(key, reply.value or b"")
-        return []
+                parts = [
+                    self._include(each.text, node.depth + 1) if each.kind == "include" else [each]
+                    for each in self._elements(key, reply.value or b"")
+                ]
+                followed = [part for part in parts if part is not None]
+                return [each for part in followed for each in part] if followed else None
+        return None
 
     def _elements(self, key: bytes, value: bytes) -> list[Element]:
         """The elements in the order in which smtpd keeps them, each once (smtpd: expand.c, expand_line)."""
@@ -259,4 +369,5 @@ class _Expansion:
         node = _Node(element, self._count, parent, parent.depth + 1, parent.virtual)
         if node.identity not in self._seen:
             self._seen.add(node.identity)
+            self._nodes += 1
             self._queue.append(node)

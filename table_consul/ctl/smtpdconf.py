@@ -141,7 +141,7 @@ class _Reader:
             for token in statement:
                 if token.kind == "macro":
                     where = f"{printable(path)}:{token.line}"
-                    self.problems.append((where, f"macro {printable(token.text)} is not defined"))
+                    self.problems.append((where, f"macro {printable(token.text)} is not defined (define it above)"))
             match statement:
                 case [Token("word", "include"), Token("string" | "word", name, line)]:
                     self._include(os.path.join("/", name), f"{printable(path)}:{line}", depth)
@@ -155,12 +155,12 @@ class _Reader:
 
     def _include(self, path: str, where: str, depth: int) -> None:
         if depth == DEPTH_MAX:
-            self.problems.append((where, f"includes are nested more than {DEPTH_MAX} deep"))
+            self.problems.append((where, f"includes are nested more than {DEPTH_MAX} deep (does one include itself?)"))
             return
         try:
             self.read(path, depth + 1)
         except (OSError, TableConsulError) as error:
-            self.problems.append((where, f"cannot include {printable(path)}: {problem_of(error)}"))
+            self.problems.append((where, f"cannot include {printable(path)}: {problem_of(error)} (correct the path)"))
 
     def _take_uses(self, verb: str, statement: list[Token], path: str) -> None:
         for number, token in enumerate(statement[:-2]):
@@ -169,7 +169,7 @@ class _Reader:
             where = f"{path}:{token.line}"
             name, before = statement[number + 1].text, statement[number - 1].text
             if name not in self.tables:
-                self.problems.append((where, f"table {printable(name)} is used but not defined"))
+                self.problems.append((where, f"table {printable(name)} is used but not defined (define it above)"))
             elif (table := self.tables[name]) is not None:
                 services = _IN_STATEMENT.get((verb, before)) or _SERVICES.get(before, ())
                 if before == "regex":

@@ -21,7 +21,16 @@ from table_consul.config import VALIDATORS, Config, MetricsConfig
 from table_consul.ctl import nagios, smtpdconf
 from table_consul.ctl.main import FAILED, NO, as_json, duration, is_terminal, late_config, load_config, terminal_columns
 from table_consul.ctl.state import Prefix, Status
-from table_consul.errors import UNDECODABLE, ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
+from table_consul.errors import (
+    UNDECODABLE,
+    ConfigError,
+    SourceError,
+    TableConsulError,
+    Unreachable,
+    counted,
+    printable,
+    problem_of,
+)
 from table_consul.files import open_regular_file, read_bounded
 from table_consul.metrics import LAST_ERROR, WRITE_INTERVAL_SECONDS
 
@@ -207,10 +216,14 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
                         prefix.state = "file"
                 return running
             text = f"last written {age:.0f} s ago, so the process has ended (remove the file if the table is gone)"
+        except FileNotFoundError as error:
+            text = f"{problem_of(error)} (check that smtpd runs, and its log)"
+        except ConnectionRefusedError as error:
+            gone = "; remove the socket if the table is gone" if place.startswith("unix://") else ""
+            text = f"{problem_of(error)}, so the process has ended (check that smtpd runs{gone})"
         except (OSError, http.client.HTTPException, SourceError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
-                status.state, status.healthy = "unknown", None
+            status.state, status.healthy = "unknown", None
         status.remarks.append(f"{place}: {text}")
     return status
 

@@ -17,6 +17,7 @@ import msgspec
 
 from table_consul import kv
 from table_consul.backoff import delay
+from table_consul.ctl.main import patience
 from table_consul.ctl.plan import Change, Stored
 from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
 from table_consul.sources import PROBE
@@ -75,9 +76,10 @@ class Store(kv.Client):
         """
         # An ACL shortens a list without an error; only the read of one key returns 403. If Consul does not answer, the
         # read also fails sooner than a list.
-        self.get(path + PROBE, timeout=WRITE_SECONDS)
-        pairs = self.list(path, timeout=READ_SECONDS)
-        return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in pairs]
+        with patience(f"reading {printable(path)}"):
+            self.get(path + PROBE, timeout=WRITE_SECONDS)
+            pairs = self.list(path, timeout=READ_SECONDS)
+            return [Stored(pair.key, pair.value or b"", pair.modify_index, pair.flags) for pair in pairs]
 
     def transact(self, changes: Sequence[Change], *, timeout: float) -> list[Change]:
         """Write all changes or none; if none, return those whose keys have changed since they were read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -23,12 +24,11 @@ from table_consul.errors import TableConsulError, counted, printable
 from table_consul.services import Service, Table, fold_key
 
 if TYPE_CHECKING:
+    from table_consul.ctl.files import LineProblem
     from table_consul.ctl.plan import Change, Plan
     from table_consul.ctl.txn import Progress, Store
 
 VALUE_CHARACTERS = 60
-# Fewer are written before a progress bar is of use.
-BAR_CHANGES = 1000
 # Before writing; import --dry-run shows all.
 CHANGES_SHOWN = 100
 # More than these usually have one cause.
@@ -109,18 +109,20 @@ def open_store(settings: config.Config, token_file: str | None) -> Store:
 
 
 def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -> Iterator[Progress]:
-    """As `txn.write`, after saving the replaced entries; with a line in syslog, and a progress bar on a terminal.
+    """Save the replaced entries; then as `txn.write`, with a line in syslog, and a progress bar on a terminal.
 
     Raises:
         TableConsulError: the entries cannot be saved; nothing is written.
-        SourceError: as `txn.write`.
+        SourceError: as `txn.write`, during the iteration.
     """
+    if changes and undo.saves:
+        _save(target, changes, undo.folder)
+    return _written(target, changes, store)
+
+
+def _written(target: Target, changes: Sequence[Change], store: Store) -> Iterator[Progress]:
     from table_consul.ctl import txn
 
-    if not changes:
-        return
-    if undo.saves:
-        _save(target, changes, undo.folder)
     written: Counter[str] = Counter()
     conflicts = 0
     try:
@@ -135,12 +137,16 @@ def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -
 
 
 def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
-    if count < BAR_CHANGES or not main.is_terminal(sys.stderr):
-        yield from steps
-        return
-    with click.progressbar(length=count, label="writing", file=sys.stderr, width=0) as bar:
+    """The steps; on a terminal, with a progress bar once they have taken `main.PATIENCE_SECONDS`."""
+    begun, done = time.monotonic(), 0
+    bar = click.progressbar(length=count, label="writing", file=sys.stderr, width=0)
+    with contextlib.ExitStack() as shown:
         for progress in steps:
-            bar.update(len(progress.written) + len(progress.conflicts))
+            done += len(progress.written) + len(progress.conflicts)
+            if bar.pos or (main.is_terminal(sys.stderr) and time.monotonic() - begun >= main.PATIENCE_SECONDS):
+                if not bar.pos:
+                    shown.enter_context(bar)
+                bar.update(done - bar.pos)
             yield progress
 
 
@@ -182,15 +188,29 @@ def documents(changes: Iterable[Change], target: Target, *, hashed: bool) -> Ite
         yield {"change": change.kind, "key": json_text(change.key[len(target.path) :]), **texts}
 
 
+def problem_documents(problems: Iterable[LineProblem]) -> list[dict[str, Any]]:
+    """The problems as --json prints them."""
+    return [{"line": each.line, "key": json_text(each.key), "text": each.text} for each in problems]
+
+
 def echo_changes(
-    changes: Sequence[Change], target: Target, *, hashed: bool, limit: int = CHANGES_SHOWN, more: str = ""
+    changes: Sequence[Change],
+    target: Target,
+    *,
+    hashed: bool,
+    limit: int = CHANGES_SHOWN,
+    more: str = "",
+    err: bool = False,
 ) -> None:
-    """Print the changes, one coloured line each; beyond ``limit``, their number and ``more``."""
+    """Print the changes, one coloured line each; beyond ``limit``, their number and ``more``.
+
+    ``err`` prints to standard error, else standard output.
+    """
     for change in documents(islice(changes, limit), target, hashed=hashed):
         sign, colour = STYLES[change["change"]]
-        click.echo(click.style(f"{sign} {_description(change)}", fg=colour))
+        click.secho(f"{sign} {_description(change)}", fg=colour, err=err)
     if len(changes) > limit:
-        click.echo(f"... and {len(changes) - limit} more{more}")
+        click.echo(f"... and {len(changes) - limit} more{more}", err=err)
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -247,40 +267,65 @@ class Writer(NamedTuple):
         found = [(printable(self.target.path + each.key), each.text) for each in (*problems, *plan.refused)]
         main.echo_problems(found, limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
+            if self.as_json:
+                click.echo(self.document(plan.changes, hashed=service.hashed, refused=[*problems, *plan.refused]))
             hint = " (use --force to write it)" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
         self.show(plan.changes, hashed=service.hashed)
-        return self.apply(plan.changes, hashed=service.hashed) or (main.FAILED if plan.refused else 0)
+        return self.apply(plan.changes, hashed=service.hashed, refused=plan.refused)
 
-    def apply(self, changes: Sequence[Change], *, hashed: bool, skipped: Sequence[bytes] = (), again: str = "") -> int:
+    def apply(
+        self,
+        changes: Sequence[Change],
+        *,
+        hashed: bool,
+        skipped: Sequence[bytes] = (),
+        refused: Sequence[LineProblem] = (),
+        again: str = "",
+    ) -> int:
         """Write the changes, and return the exit status. ``skipped`` lists further keys to report as conflicts.
 
-        ``again`` is the hint after an interruption, when some of the changes are written.
+        ``refused`` are problems that have been printed. ``again`` is the hint after an interruption, when some of the
+        changes are written.
         """
         written, conflicts = 0, list(skipped)
+        steps = write(self.target, changes, self.store, self.undo)
         try:
-            for progress in write(self.target, changes, self.store, self.undo):
+            for progress in steps:
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
-            self._report(changes, written, conflicts, hashed=hashed)
+            if self.as_json:
+                click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
+            else:
+                main.echo_problems([(printable(key), self.conflict) for key in conflicts])
+                click.echo(f"{written} written" if changes else "nothing to write")
         except BaseException:
             if written:
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
+            if self.as_json:
+                with contextlib.suppress(OSError):  # standard output may be what failed
+                    click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
             raise
-        return main.FAILED if conflicts else 0
+        return main.FAILED if conflicts or refused else 0
 
-    def _report(self, changes: Sequence[Change], written: int, conflicts: Sequence[bytes], *, hashed: bool) -> None:
-        if self.as_json:
-            document = {
-                "table": self.target.table,
-                "service": self.target.service,
-                "path": json_text(self.target.path),
-                "changes": [*documents(changes, self.target, hashed=hashed)],
-                "written": written,
-                "conflicts": [json_text(key) for key in conflicts],
-            }
-            click.echo(json.dumps(document))
-        else:
-            main.echo_problems([(printable(key), self.conflict) for key in conflicts])
-            click.echo(f"{written} written" if changes else "nothing to write")
+    def document(
+        self,
+        changes: Sequence[Change],
+        written: int = 0,
+        conflicts: Sequence[bytes] = (),
+        *,
+        hashed: bool,
+        refused: Sequence[LineProblem],
+    ) -> str:
+        """The report that --json prints."""
+        report = {
+            "table": self.target.table,
+            "service": self.target.service,
+            "path": json_text(self.target.path),
+            "changes": [*documents(changes, self.target, hashed=hashed)],
+            "written": written,
+            "conflicts": [json_text(key) for key in conflicts],
+            "refused": problem_documents(refused),
+        }
+        return json.dumps(report)

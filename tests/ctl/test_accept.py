@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from table_consul.ctl import main
@@ -50,6 +52,18 @@ def test_table_whose_metrics_are_missing_is_named(tmp_path, smtpctl, accept):
     code, out, err = accept(configured(tmp_path, more="[tables.domains]"))
     assert (code, out) == (2, "aliases: accepted 30 deletions\n")
     assert err == "domains: no metrics, so held deletions are unknown (name the table)\n"
+
+
+def test_json_reports_each_table(tmp_path, smtpctl, accept):
+    publish(tmp_path, "aliases", **HELD)
+    code, out, err = accept(configured(tmp_path, more="[tables.domains]"), "--json")
+    assert (code, err.startswith("domains: no metrics")) == (2, True)
+    assert json.loads(out) == {
+        "tables": [
+            {"table": "aliases", "held": 30, "accepted": True},
+            {"table": "domains", "held": None, "accepted": False},
+        ]
+    }
 
 
 def test_accept_without_names_and_metrics_is_an_error(tmp_path, smtpctl, accept):

@@ -153,11 +153,57 @@ def test_version_of_consul_with_a_known_fault_is_reported(host, version, problem
     assert problem is None or problem in done.text
 
 
-def test_cluster_without_a_leader_is_status_2(host):
+def test_cluster_without_a_leader_is_one_line_and_status_2(host):
     with FakeConsul() as fake:
         fake.leader = False
         done = check(host, address=fake.address)
-    assert (done.status, "(start a majority of the servers)" in done.text) == (2, True), done.text
+    line = f"Consul leader: none, according to {fake.address} (start a majority of the servers)\n"
+    assert (done.status, done.text) == (2, line)
+
+
+def test_leader_is_among_what_was_checked(host, filled):
+    assert "checked: Consul leader 127.0.0.1:" in check(host, address=filled).said
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_proxy_for_keys_alone_is_not_a_problem(host, status):
+    with FakeConsul() as fake:
+        fake.put(b"aliases/alias/root", b"gilles")
+        fake.put(b"aliases/domain/example.org", b"")
+        body = b"Endpoint is blocked by agent configuration\n" if status == 403 else b"not found"
+        fake.handle = lambda r: fake.consul(r) if r.path.startswith(b"/v1/kv/") else Answer(status, {}, body)
+        token = host / "token"
+        token.write_text("x")
+        token.chmod(0o640)
+        done = check(host, address=fake.address, more=f'token_file = "{token}"\n')
+    assert (done.status, done.text) == (0, ""), done.text
+
+
+def test_agent_without_servers_is_reported_with_a_hint(host):
+    with FakeConsul() as fake:
+        fake.handle = lambda _request: Answer(500, {}, b"No known Consul servers")
+        done = check(host, address=fake.address)
+    assert (done.status, "No known Consul servers (join this agent to the servers)\n" in done.text) == (2, True)
+
+
+@pytest.mark.parametrize("rules", ["", 'key_prefix "aliases/alias/" { policy = "read" }'])
+def test_without_a_token_the_anonymous_token_is_named(host, rules):
+    with FakeConsul() as fake:
+        fake.tokens["anonymous"] = rules
+        fake.put(b"aliases/alias/root", b"gilles")
+        done = check(host, address=fake.address)
+    problem = "the anonymous token may not read this folder; lookups return errors (set token_file to a token with"
+    closed = ["aliases/alias/", "aliases/domain/"] if not rules else ["aliases/domain/"]
+    assert done.status == 1
+    assert [line.partition(": ")[0] for line in done.text.splitlines() if problem in line] == closed, done.text
+    assert "checked: no token is configured, so Consul uses the anonymous token\n" in done.said
+
+
+def test_without_a_token_a_real_consul_uses_the_anonymous_token(host, consul_with_acl):
+    consul_with_acl.kv_put("aliases/alias/root", "gilles")
+    done = check(host, address=f"http://{consul_with_acl.address}")
+    assert (done.status, "the token" in done.text, done.text.count("the anonymous token may not")) == (1, False, 2)
+    assert "no token is configured" in done.said
 
 
 def test_json_has_problems_and_a_summary(host, filled, consul):

@@ -168,6 +168,35 @@ def test_edit_of_records_changes_fields(edit, fake, tmp_path):
     assert found == {b"vera": record | {"uid": 1001}, b"eric": {"password": HASH, "quota": 5}}
 
 
+# --json.
+
+
+def test_json_reports_what_was_written_and_conflicts(edit, fake):
+    fake.put(PATH + b"new", b"x")
+    conflict = f"import urllib.request; open_ = urllib.request.Request({fake.address + '/v1/kv/aliases/alias/root'!r}, "
+    conflict += "b'by hand', method='PUT'); urllib.request.urlopen(open_); "
+    step = conflict + "text = text.replace('root:\\tgilles', 'root: vera').replace('new:\\tx', 'new: y')"
+    done, _ = edit(step, arguments=("aliases", "alias", "--json"), answers=["y"])
+    report = json.loads(done.text)
+    assert (done.status, report["written"], report["conflicts"]) == (2, 1, ["aliases/alias/root"]), done.said
+    assert report["changes"][0] == {"change": "change", "key": "new", "from": "x", "to": "y"}
+    assert "Write?" in done.said
+    assert "~ new x -> y" in done.said
+
+
+def test_json_reports_refused_entries(edit, fake):
+    done, _ = edit("text += 'bad: |/bin/sh\\n'", arguments=("aliases", "alias", "--json"), answers=["q"])
+    report = json.loads(done.text)
+    assert (done.status, report["written"], values(fake)) == (2, 0, BEFORE)
+    assert [(each["key"], "allow_commands" in each["text"]) for each in report["refused"]] == [("bad", True)]
+
+
+def test_json_of_unconfirmed_changes_reports_nothing_written(edit, fake):
+    done, _ = edit("text = text.replace('gilles', 'vera')", arguments=("aliases", "alias", "--json"), answers=["n"])
+    report = json.loads(done.text)
+    assert (done.status, report["written"], len(report["changes"]), values(fake)) == (2, 0, 2, BEFORE)
+
+
 # Refused entries.
 
 

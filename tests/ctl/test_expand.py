@@ -15,7 +15,7 @@ from tests.dialogue import TIMEOUT_SECONDS, write_config, write_source
 STORE = {
     "t/alias/root": "staff, eric@example.com",
     "t/alias/staff": "vera, again",
-    "t/alias/again": "VERA+news, :include:/srv/list",
+    "t/alias/again": "VERA+news, :include:/nonexistent/list",
     "t/alias/gone": "error:550 left the company",
     "t/alias/later": "error:451 try again",
     "t/alias/loop": "loop2",
@@ -48,7 +48,8 @@ def test_expand_prints_lookups_as_they_nest_and_the_recipients(expand):
         "Root@localhost",
         "    t/alias: root: staff, eric@example.com",
         "      t/alias: staff: vera, again",
-        "        t/alias: again: VERA+news, :include:/srv/list",
+        "        t/alias: again: VERA+news, :include:/nonexistent/list",
+        "          /nonexistent/list: no such file or directory; smtpd ignores it",
         "        t/alias: vera: not found",
         "        u/userinfo: vera: 1000:1000:/home/vera",
         "          t/alias: vera+news: not found",
@@ -57,7 +58,6 @@ def test_expand_prints_lookups_as_they_nest_and_the_recipients(expand):
         "  -> eric@example.com (another domain: smtpd.conf decides)",
         "  -> user vera",
         "  -> user VERA",
-        "  -> the recipients in /srv/list",
     ]
     assert (done.status, done.said) == (0, "")
 
@@ -99,20 +99,13 @@ def test_without_userinfo_users_are_those_of_the_system(expand):
         ("vera+tag@example.org", ["vera+tag@example.org", "vera@example.org", "vera@", "vera", "vera"], []),
         ("team@example.net", ["team@example.net", "vera@example.org", "vera@", "vera", "vera"], ["out@example.com"]),
         ("x@a.example.com", ["x@a.example.com", "x", "@a.example.com", "@", "vera@", "vera", "vera"], []),
-        ("root", ["root", "staff", "again", "vera", "vera"], ["eric@example.com"]),
+        ("root", ["root", "staff", "again", "/nonexistent/list", "vera"], ["eric@example.com"]),
     ],
 )
 def test_virtual_addresses_come_from_options_domains_or_keys(expand, address, asked, relayed):
     answer = json.loads(expand("t", address, "--virtual", "v", "--userinfo", "u", "--json").text)
     assert [each["key"] for each in answer["lookups"]][: len(asked)] == asked
     assert [each["name"] for each in answer["recipients"] if each["kind"] == "address"] == relayed
-
-
-def test_forward_file_of_a_recipient_is_noted(expand, tmp_path):
-    (tmp_path / ".forward").write_text("elsewhere@example.org\n")
-    store = {"t/alias/a": "vera+tag", "u/userinfo/vera": f"1000:1000:{tmp_path}"}
-    done = expand("t", "a", "--userinfo", "u", store=store)
-    assert done.text.endswith(f"  -> user vera ({tmp_path}/.forward exists)\n")
 
 
 def test_json_has_a_line_for_each_address(expand):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from table_consul.ctl import txn, writing
+from table_consul.ctl import txn
 from tests.control import START, control, finished, start
 from tests.ctl.importing import alias_lines, entries, file, importer
 from tests.dialogue import TIMEOUT_SECONDS
@@ -159,12 +159,14 @@ def test_json_report_is_written_on_an_interruption(consul, between, monkeypatch)
     assert (done.status, json.loads(done.text)["written"]) == (2, 64)
 
 
-def test_progress_bar_fits_a_terminal_of_40_columns(consul, tmp_path):
-    path = file(tmp_path, alias_lines(writing.BAR_CHANGES))
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (1000.0, False)])
+def test_progress_bar_of_a_long_write_fits_a_terminal_of_40_columns(consul, tmp_path, seconds, shown):
+    path = file(tmp_path, alias_lines(1000))
     master, slave = pty.openpty()
     environ = {**os.environ, "CONSUL_HTTP_ADDR": consul.address, "COLUMNS": "40", "TERM": "xterm"}
+    patient = f"from table_consul.ctl import main; main.PATIENCE_SECONDS = {seconds}; "
     process = subprocess.Popen(
-        [sys.executable, "-c", START, "import", "aliases", "alias", str(path)],
+        [sys.executable, "-c", patient + START, "import", "aliases", "alias", str(path)],
         env=environ,
         stdout=subprocess.DEVNULL,
         stderr=slave,
@@ -178,7 +180,7 @@ def test_progress_bar_fits_a_terminal_of_40_columns(consul, tmp_path):
         pass  # end of file on a terminal
     os.close(master)
     assert process.wait(TIMEOUT_SECONDS) == 0
-    assert b"100%" in seen
+    assert (b"100%" in seen, b"writing" in seen) == (shown, shown)
     lines = seen.replace(b"\x1b[?25l", b"").replace(b"\x1b[?25h", b"").replace(b"\n", b"\r").split(b"\r")
     assert [line for line in lines if len(line.decode()) > 40] == []
 

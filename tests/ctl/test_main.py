@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import click
 import pytest
@@ -90,6 +91,11 @@ def is_short(text):
 @pytest.mark.parametrize("name", ["", *main.COMMANDS])
 def test_help_fits_24_lines_of_80_columns(name):
     assert is_short(control(*([name] if name else []), "--help", COLUMNS="80").text)
+
+
+@pytest.mark.parametrize("name", ["", *main.COMMANDS])
+def test_usage_is_followed_by_a_blank_line(name):
+    assert control(*([name] if name else []), "--help", COLUMNS="80").text.splitlines()[1] == ""
 
 
 @pytest.mark.parametrize("program", [cli, procexec])
@@ -230,6 +236,23 @@ def test_system_error_is_one_line(stand_in, conf):
         b"",
         b"table-consulctl: /etc/mail/\\x1b: permission denied\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [(("lint", "t"), "reading t/ ..."), (("unset", "t", "alias", "x"), "reading t/alias/ ...")]
+)
+def test_work_of_more_than_a_second_is_shown_on_a_terminal(fake, monkeypatch, arguments, text):
+    def slow(request):
+        time.sleep(0.2)
+        return fake.consul(request)
+
+    fake.handle = slow
+    monkeypatch.setattr(main, "PATIENCE_SECONDS", 0.05)
+    assert text not in control(*arguments, CONSUL_HTTP_ADDR=fake.address).said
+    monkeypatch.setattr(main, "is_terminal", lambda _stream: True)
+    assert f"{text}\n" in control(*arguments, CONSUL_HTTP_ADDR=fake.address).said
+    monkeypatch.setattr(main, "PATIENCE_SECONDS", 60.0)
+    assert text not in control(*arguments, CONSUL_HTTP_ADDR=fake.address).said
 
 
 @pytest.fixture

@@ -65,6 +65,24 @@ def test_port_without_listener_means_not_running(tmp_path, run_status):
     assert (outcome[0], only_table(outcome)["state"]) == (1, "not running")
 
 
+def test_socket_of_an_ended_process_is_reported_with_a_hint(tmp_path, run_status):
+    with socket.socket(socket.AF_UNIX) as ended:
+        ended.bind(f"{tmp_path}/aliases.sock")
+    path = configured(tmp_path, metrics=f'listen = "unix://{tmp_path}/{{table}}.sock"')
+    outcome = run_status(path, "aliases", "--json")
+    (remark,) = only_table(outcome)["remarks"]
+    assert (outcome[0], only_table(outcome)["state"]) == (1, "not running")
+    hint = "(check that smtpd runs; remove the socket if the table is gone)"
+    assert remark.endswith(f"aliases.sock: connection refused, so the process has ended {hint}")
+    assert "connection refused, so" in run_status(path, "aliases", "--nagios")[1]
+
+
+def test_missing_socket_is_reported_with_a_hint(tmp_path, run_status):
+    path = configured(tmp_path, metrics=f'listen = "unix://{tmp_path}/{{table}}.sock"')
+    (remark,) = only_table(run_status(path, "aliases", "--json"))["remarks"]
+    assert remark.endswith("aliases.sock: no such file or directory (check that smtpd runs, and its log)")
+
+
 def test_silent_listener_is_unknown_within_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         listen = f"127.0.0.1:{silent.getsockname()[1]}"

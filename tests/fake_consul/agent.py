@@ -105,8 +105,8 @@ def _unknown(fake: FakeConsul, path: bytes) -> Answer:
     return Error(404, f"Invalid URL path: {what}\n").answer
 
 
-def _leader(_fake: FakeConsul, _request: Request) -> Answer:
-    return Answer(200, JSON.copy(), b'"127.0.0.1:8300"')
+def _leader(fake: FakeConsul, _request: Request) -> Answer:
+    return Answer(200, JSON.copy(), b'"127.0.0.1:8300"' if fake.leader else b'""')
 
 
 def identify(fake: FakeConsul, request: Request) -> Identity:

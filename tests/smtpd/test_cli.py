@@ -249,5 +249,5 @@ def test_check_without_a_default_file_checks_the_environment(default_path, capsy
     monkeypatch.setenv("CONSUL_HTTP_TOKEN_FILE", "/nowhere")
     assert (cli.main(["--check"]), capsys.readouterr().err) == (
         2,
-        "environment: CONSUL_HTTP_TOKEN_FILE: /nowhere: not found\n",
+        "environment: CONSUL_HTTP_TOKEN_FILE: /nowhere: not found (correct the path, or create it)\n",
     )

@@ -12,6 +12,9 @@ from table_consul import check, files, kv
 from table_consul.errors import SourceError
 from tests.smtpd.configuration import SECRET
 
+HINT = "(correct the path, or create it)"
+MAKE = "(create it for this user)"
+
 
 @pytest.fixture(autouse=True)
 def _no_smtpd(monkeypatch, open_folder):
@@ -36,6 +39,7 @@ def test_good_configuration_has_no_problems(load_config, tmp_path):
 
 
 def test_missing_files_are_reported_with_their_key(load_config, config_file):
+    user = files.current_user()
     loaded = load_config(
         '[consul]\naddress = "file:///no/export"\ntoken_file = "/no/token"\nca_file = "/no/ca"\n'
         '[defaults]\nsnapshot = "/no/{table}"\n[metrics]\ntextfile = "/no/{table}.prom"',
@@ -43,16 +47,33 @@ def test_missing_files_are_reported_with_their_key(load_config, config_file):
         CONSUL_CLIENT_KEY="/no/key",
     )
     assert check.check_files(loaded) == [
-        f"{config_file}: consul.token_file: /no/token: not found",
-        f"{config_file}: consul.ca_file: /no/ca: not found",
-        "environment: CONSUL_CLIENT_CERT: /no/cert: not found",
-        "environment: CONSUL_CLIENT_KEY: /no/key: not found",
-        f"{config_file}: consul.address: /no/export: not found",
+        f"{config_file}: consul.token_file: /no/token: not found {HINT}",
+        f"{config_file}: consul.ca_file: /no/ca: not found {HINT}",
+        f"environment: CONSUL_CLIENT_CERT: /no/cert: not found {HINT}",
+        f"environment: CONSUL_CLIENT_KEY: /no/key: not found {HINT}",
+        f"{config_file}: consul.address: /no/export: not found {HINT}",
         *(
-            f"{config_file}: {key} of table consul: folder /no not found, or not writable by {files.current_user()}"
+            f"{config_file}: {key} of table consul: folder /no not found, or not writable by {user} {MAKE}"
             for key in ("snapshot", "metrics.textfile")
         ),
     ]
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ('[tables.t]\nservices = ["auth"]', "services: auth: the Python package crypt-r is not installed"),
+        ('[metrics]\nlisten = "127.0.0.1:9"', "metrics: the Python package prometheus-client is not installed"),
+        ("", None),
+    ],
+)
+def test_missing_package_is_reported(load_config, config_file, monkeypatch, more, problem):
+    assert check.check_files(load_config(more)) == []
+    monkeypatch.setattr(check, "find_spec", lambda _name: None)
+    lines = check.check_files(load_config(more))
+    assert [line.startswith(f"{config_file}: {problem} (install table-consul[") for line in lines] == [True] * bool(
+        problem
+    )
 
 
 def test_folder_in_place_of_a_file_is_reported_and_the_reverse(load_config, config_file):
@@ -100,7 +121,7 @@ def test_folder_in_place_of_a_file_to_write_is_reported(load_config, tmp_path, s
 
 
 def test_unverified_tls_is_reported(load_config):
-    text = "TLS verification is off: a man in the middle can read the token and forge answers"
+    text = "TLS verification is off: a man in the middle can read the token and forge answers (turn it on)"
     (line,) = check.check_files(load_config('[consul]\naddress = "https://c"\ntls_verify = false'))
     assert line.endswith(f"/table-consul.toml: consul.tls_verify: {text}")
     (line,) = check.check_files(load_config('[consul]\naddress = "https://c"', CONSUL_HTTP_SSL_VERIFY="false"))
@@ -163,7 +184,7 @@ def test_root_checks_as_the_user_of_smtpd(as_nobody, load_config, config_file, t
         f"{config_file}: consul.token_file: {tmp_path}/token: {unreadable}",
         f"{config_file}: consul.cert_file: {tmp_path}/cert: {unreadable}",
         f"{config_file}: consul.key_file: {tmp_path}/closed/key: {user} cannot enter folder {tmp_path}/closed ",
-        f"{config_file}: snapshot of table consul: folder {tmp_path} not found, or not writable by {user}",
+        f"{config_file}: snapshot of table consul: folder {tmp_path} not found, or not writable by {user} {MAKE}",
     ]
     lines = check.check_files(loaded)
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts

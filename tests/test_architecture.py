@@ -38,6 +38,7 @@ PURE = sorted(
         "ctl.expansion",
         "ctl.records",
         "ctl.recipients",
+        "ctl.tree",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from table_consul.ctl.expansion import EXPAND_DEPTH
+from table_consul.ctl.tree import Entry, Key, Tree
 from table_consul.errors import EntryError, printable
 from table_consul.protocol import Failed, Found, Reply
 from table_consul.services import compiled
@@ -113,16 +114,17 @@ class _Node(NamedTuple):
         return self.parent is not None and self.element.kind == "user" and self.element == self.parent.element
 
     @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for nodes that smtpd treats as duplicates (smtpd: expand.c, expand_cmp)."""
-        by_user = self._ancestor("user") if self.element.kind in ("file", "command") else None
-        return (self.element, self.same_user, self._ancestor("address"), by_user)
+    def key(self) -> Key:
+        """The order of nodes, equal for duplicates (smtpd: expand.c, expand_cmp)."""
+        kind, text, domain = self.element
+        by_user = self._ancestor("user") if kind in ("file", "command") else -1
+        return Key(_ORDER.index(kind), self.same_user, 0, text, domain, self._ancestor("address"), by_user)
 
-    def _ancestor(self, kind: Kind) -> int | None:
+    def _ancestor(self, kind: Kind) -> int:
         node = self.parent
         while node is not None and node.element.kind != kind:
             node = node.parent
-        return None if node is None else node.number
+        return -1 if node is None else node.number
 
 
 class _RejectedError(Exception):
@@ -199,7 +201,7 @@ def parse_address(address: bytes) -> Element:
 
 
 def expand(address: bytes, tables: Tables) -> Outcome:
-    """The outcome for a recipient, in time linear in the elements that smtpd expands."""
+    """The outcome for a recipient, in almost linear time in the elements that smtpd expands."""
     expansion = _Expansion(tables)
     try:
         expansion.run(parse_address(address))
@@ -216,16 +218,20 @@ class _Expansion:
         self.lookups: list[Lookup] = []
         self.recipients: list[Element] = []
         self._queue: deque[_Node] = deque()
-        self._seen: set[tuple[object, ...]] = set()
+        self._tree = Tree()
+        self._entries: dict[int, Entry] = {}
+        """The users in the tree, by number."""
         self._count = 0
         self._nodes = 1
         """As ``_count``, without duplicates, and with the address."""
-        self._forwarded: set[int] = set()
-        """The numbers of the users whose ~/.forward was looked for."""
+        self._forwarded: dict[int, bool] = {}
+        """The numbers of the users whose ~/.forward was looked for, and whether their uid is 0."""
 
     def run(self, address: Element) -> None:
         """Expand breadth first, until nothing is left or something rejects the recipient."""
-        self._queue.append(_Node(address, 0))
+        root = _Node(address, 0)
+        self._tree.insert(root.key)
+        self._queue.append(root)
         while self._queue:
             self._expand(self._queue.popleft())
         if not self.recipients:
@@ -244,6 +250,9 @@ class _Expansion:
             self._expand_address(node)
         elif element.kind == "user":
             self._expand_user(node)
+        elif node.parent and self._forwarded.get(node.parent.number):
+            where = printable(bytes(element))
+            raise _RejectedError("451 Temporary failure", f"{where}: no command or file in a .forward of uid 0")
         else:
             self.recipients.append(element)
 
@@ -270,25 +279,29 @@ class _Expansion:
         reply = self._ask("userinfo", user.lower(), node.depth)
         if not isinstance(reply, Found):
             raise _RejectedError("550 Invalid recipient", f"no alias and no user {printable(user)}")
-        # From here on smtpd does not treat the same name as a duplicate, and delivers to it again.
-        self._seen.discard(node.identity)
-        if not (node.same_user and node.parent and node.parent.number in self._forwarded):
-            self._forwarded.add(node.number)
-            if self._forward(node, reply.value or b""):
+        # From here on smtpd does not treat the same name as a duplicate, and delivers to it again (realuser).
+        entry = self._entries[node.number]
+        entry.key = entry.key._replace(real=1, text=entry.key.text.replace(self._tables.delimiter, b"\0", 1))
+        forwarded = node.same_user and node.parent and node.parent.number in self._forwarded
+        node = node._replace(element=Element("user", user))
+        if not forwarded:
+            userinfo = reply.value or b""
+            self._forwarded[node.number] = userinfo.lstrip(b"0").startswith(b":")
+            if self._forward(node, userinfo):
                 return
-        self.recipients.append(Element("user", user))
+        self.recipients.append(node.element)
 
     def _forward(self, node: _Node, userinfo: bytes) -> bool:
         """Whether a ~/.forward replaces the user (smtpd: lka_session_forward_reply, forwards_get)."""
         file = self._tables.forward(userinfo)
         if file is None:
             return False
-        lines = [parse_line(line) for line in join_lines(file.data or b"", b"\\", b"#")]
+        lines = [parse_line(line) for line in join_lines(file.data, b"\\", b"#")] if file.data else []
         self._record(file, "forward", [element for found, _ in lines for element in found], node.depth)
         before = self._nodes
         for found, problem in lines:
             self._insert_all(found, node)
-            if not problem and found and self._nodes > FORWARD_NODES:
+            if not problem and self._nodes > FORWARD_NODES:
                 problem = f"the expansion has more than {FORWARD_NODES} elements, which smtpd allows no .forward"  # noqa: PLW2901
             if problem:
                 raise _RejectedError(TEMPORARY, f"{printable(file.path)}: {problem}")
@@ -309,7 +322,7 @@ class _Expansion:
     def _record(self, file: File, table: str, found: Iterable[Element], nested: int) -> None:
         signs = {"command": b"|", "error": b"error:"}
         text = b", ".join(signs.get(each.kind, b"") + bytes(each) for each in found)
-        reply = Failed(file.problem) if file.data is None else Found(text or None)
+        reply = Failed(file.problem) if file.problem else Found(text or None)
         self.lookups.append(Lookup(table, file.path, reply, nested))
 
     def _alias(self, node: _Node, name: bytes) -> list[Element] | None:
@@ -367,7 +380,8 @@ class _Expansion:
         if self._count > ELEMENTS_MAX:
             raise _RejectedError("", f"more than {ELEMENTS_MAX} recipients; smtpd may run out of memory")
         node = _Node(element, self._count, parent, parent.depth + 1, parent.virtual)
-        if node.identity not in self._seen:
-            self._seen.add(node.identity)
+        if (entry := self._tree.insert(node.key)) is not None:
+            if element.kind == "user":
+                self._entries[node.number] = entry
             self._nodes += 1
             self._queue.append(node)

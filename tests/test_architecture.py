@@ -38,7 +38,6 @@ PURE = sorted(
         "ctl.expansion",
         "ctl.records",
         "ctl.recipients",
-        "ctl.tree",
     }
 )
 WORLD = {"socket", "http", "ssl", "os", "sys", "threading", "time", "logging", "pathlib", "io", "subprocess", "random"}

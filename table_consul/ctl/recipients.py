@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from table_consul.ctl.expansion import EXPAND_DEPTH
-from table_consul.ctl.tree import Entry, Key, Tree
 from table_consul.errors import EntryError, printable
 from table_consul.protocol import Failed, Found, Reply
 from table_consul.services import compiled
@@ -114,17 +113,16 @@ class _Node(NamedTuple):
         return self.parent is not None and self.element.kind == "user" and self.element == self.parent.element
 
     @property
-    def key(self) -> Key:
-        """The order of nodes, equal for duplicates (smtpd: expand.c, expand_cmp)."""
-        kind, text, domain = self.element
-        by_user = self._ancestor("user") if kind in ("file", "command") else -1
-        return Key(_ORDER.index(kind), self.same_user, 0, text, domain, self._ancestor("address"), by_user)
+    def identity(self) -> tuple[object, ...]:
+        """Equal for nodes that smtpd treats as duplicates (smtpd: expand.c, expand_cmp)."""
+        by_user = self._ancestor("user") if self.element.kind in ("file", "command") else None
+        return (self.element, self.same_user, self._ancestor("address"), by_user)
 
-    def _ancestor(self, kind: Kind) -> int:
+    def _ancestor(self, kind: Kind) -> int | None:
         node = self.parent
         while node is not None and node.element.kind != kind:
             node = node.parent
-        return -1 if node is None else node.number
+        return None if node is None else node.number
 
 
 class _RejectedError(Exception):
@@ -201,7 +199,7 @@ def parse_address(address: bytes) -> Element:
 
 
 def expand(address: bytes, tables: Tables) -> Outcome:
-    """The outcome for a recipient, in almost linear time in the elements that smtpd expands."""
+    """The outcome for a recipient, in time linear in the elements that smtpd expands."""
     expansion = _Expansion(tables)
     try:
         expansion.run(parse_address(address))
@@ -218,9 +216,7 @@ class _Expansion:
         self.lookups: list[Lookup] = []
         self.recipients: list[Element] = []
         self._queue: deque[_Node] = deque()
-        self._tree = Tree()
-        self._entries: dict[int, Entry] = {}
-        """The users in the tree, by number."""
+        self._seen: set[tuple[object, ...]] = set()
         self._count = 0
         self._nodes = 1
         """As ``_count``, without duplicates, and with the address."""
@@ -229,9 +225,7 @@ class _Expansion:
 
     def run(self, address: Element) -> None:
         """Expand breadth first, until nothing is left or something rejects the recipient."""
-        root = _Node(address, 0)
-        self._tree.insert(root.key)
-        self._queue.append(root)
+        self._queue.append(_Node(address, 0))
         while self._queue:
             self._expand(self._queue.popleft())
         if not self.recipients:
@@ -279,9 +273,8 @@ class _Expansion:
         reply = self._ask("userinfo", user.lower(), node.depth)
         if not isinstance(reply, Found):
             raise _RejectedError("550 Invalid recipient", f"no alias and no user {printable(user)}")
-        # From here on smtpd does not treat the same name as a duplicate, and delivers to it again (realuser).
-        entry = self._entries[node.number]
-        entry.key = entry.key._replace(real=1, text=entry.key.text.replace(self._tables.delimiter, b"\0", 1))
+        # From here on smtpd does not treat the same name as a duplicate, and delivers to it again.
+        self._seen.discard(node.identity)
         forwarded = node.same_user and node.parent and node.parent.number in self._forwarded
         node = node._replace(element=Element("user", user))
         if not forwarded:
@@ -380,8 +373,7 @@ class _Expansion:
         if self._count > ELEMENTS_MAX:
             raise _RejectedError("", f"more than {ELEMENTS_MAX} recipients; smtpd may run out of memory")
         node = _Node(element, self._count, parent, parent.depth + 1, parent.virtual)
-        if (entry := self._tree.insert(node.key)) is not None:
-            if element.kind == "user":
-                self._entries[node.number] = entry
+        if node.identity not in self._seen:
+            self._seen.add(node.identity)
             self._nodes += 1
             self._queue.append(node)

@@ -97,21 +97,6 @@ def test_empty_file_is_shown_as_such(expand, home):
     assert f"      {path}: (no recipients)\n" in expand("a", a=f"vera, :include:{path}").text
 
 
-def test_duplicate_that_smtpd_misses_remains():
-    """smtpd changes keys in its tree, and then misses joerg there; tests/e2e/test_expand.py compares many cases."""
-    aliases = {b"list@example.org": b":include:/list", b"eric": b"joerg, eric"}
-    tables = recipients.Tables(
-        lambda use, key: (
-            Found(b"1:1:/" if use == "userinfo" else aliases[key]) if use == "userinfo" or key in aliases else NOT_FOUND
-        ),
-        local=lambda _: False,
-        virtual=lambda _: True,
-        include=lambda path: recipients.File(path, b"gilles\neric\njoerg\n"),
-    )
-    found = [each.text for each in recipients.expand(b"list@example.org", tables).recipients]
-    assert found == [b"gilles", b"joerg", b"eric", b"joerg"]
-
-
 def test_folder_is_an_empty_file(expand, home):
     done = expand("a", a=f":include:{home}")
     assert f"      {home}: a folder, which smtpd reads as an empty file\n" in done.text

@@ -25,17 +25,17 @@ CONF = {
 }
 # Included files, in /lists.
 LISTS = {
-    "users": "gilles, eric+x\njoerg",
+    "users": "gilles, eric+x\nida",
     "empty": "",
     "blank": "\n , ,\n\n",
-    "comments": "# a comment\ngilles\n#\n# another\neric # more\njoerg\n",
-    "joined": "gilles,\\\neric\njoerg, \\,\n",
-    "crlf": "gilles\r\n\r\neric, joerg\r\n",
+    "comments": "# a comment\ngilles\n#\n# another\neric # more\nida\n",
+    "joined": "gilles,\\\neric\nida, \\,\n",
+    "crlf": "gilles\r\n\r\neric, ida\r\n",
     "nested": ":include:/lists/users, eric\n:include:/lists/users\n",
     "nested-alone": ":include:/lists/users\n",
     "others": "vera@example.com, short5@example.org, in-users@example.org\n",
-    "invalid": "gilles, a b, eric\njoerg\n",
-    "quote": 'gilles, "eric\njoerg\n',
+    "invalid": "gilles, a b, eric\nida\n",
+    "quote": 'gilles, "eric\nida\n',
     "long": "x" * 2048 + "\ngilles\n",
     "special": "|cat, /tmp/file, gilles, |cat\n",
     "refused": "gilles, error:550 no list\n",
@@ -62,7 +62,7 @@ INCLUDES = {
 # The files ~/.forward of users with their homes in /homes.
 FORWARDS = {
     "user": "gilles",
-    "several": "gilles, eric+x\njoerg\n",
+    "several": "gilles, eric+x\nida\n",
     "self": "forward-self\n",
     "self-and-user": "forward-self-and-user, gilles",
     "self-with-tag": "forward-self-with-tag+x",
@@ -83,11 +83,11 @@ FORWARDS = {
     "empty": "",
     "blank": "\n",
     "comment": "# nobody\n",
-    "comments": "# a comment\ngilles # more\n\n, eric\njoerg#",
+    "comments": "# a comment\ngilles # more\n\n, eric\nida#",
     "comment-escaped": "gilles, eric\\#x\n",
     "joined-comment": "#\\\ngilles, \\#\n",
-    "joined": "gilles,\\\n er\\\nic, \\\n# a comment\n joerg\\",
-    "escaped": "gilles, \\eric\n\\joerg, \\forward-escaped\n",
+    "joined": "gilles,\\\n er\\\nic, \\\n# a comment\n ida\\",
+    "escaped": "gilles, \\eric\n\\ida, \\forward-escaped\n",
     "crlf": "gilles\r\neric\r\n\r\n",
     "invalid": "gilles, a b\n",
     "quote": 'gilles, "eric\n',
@@ -153,7 +153,7 @@ MORE = {
     "twice-forward": "forward-user, forward-user+x",
 }
 USERS = {
-    **{name: f"{1000 + n}:1000:/home/{name}" for n, name in enumerate(("gilles", "eric", "joerg"))},
+    **{name: f"{1000 + n}:1000:/home/{name}" for n, name in enumerate(("gilles", "eric", "joerg", "ida"))},
     **{f"forward-{name}": f"1000:1000:/homes/{name}" for name in FORWARDS},
     **{f"root-{name}": f"0:0:/homes/root-{name}" for name in ("user", "command", "file")},
     "in-self": "1000:1000:/homes/user",
@@ -183,6 +183,8 @@ from table_consul.ctl.main import main
 for arguments in json.loads(sys.argv[1]):
     main(arguments)
 """
+# smtpd misses some duplicates, because it changes keys in its tree, and delivers the mail twice; expand shows one.
+TWICE = ("beside-users", "beside-forwards", "both", "twice-forward")
 LOOKUP = re.compile(r'lookup: lookup "(.*)" as (\w+) in table proc:\w+ -> (none|error|")')
 RESULTS = {"none": "not-found", "error": "error", '"': "found"}
 
@@ -227,7 +229,7 @@ def test_expand_makes_the_lookups_of_smtpd_with_the_same_result(consul, smtpd, k
     server.smtpctl("pause", "mta")
     until(lambda: [server.smtpctl("remove", "all"), server.queue()][1], [])
     keys = dict.fromkeys(key if "@" in key else f"{key}@example.org" for key in DATA[kind])
-    addresses = [key for key in keys if not key.startswith("@")]
+    addresses = [key for key in keys if not key.startswith(("@", *TWICE))]
     addresses += ["NoBody@example.org", "gilles+Unknown@example.org", "gilles+known@example.org", "x+@example.org"]
     addresses += [f"{name}@example.org" for name in (*USERS, *TAGGED) if f"{name}@example.org" not in keys]
     options = ["--virtual", "t"] if kind == "virtual" else []

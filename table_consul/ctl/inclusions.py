@@ -32,7 +32,11 @@ def include(path: bytes) -> File:
             if not definite:
                 return _unreadable(path)
             return File(path, problem=f"not readable by {current_user()}; smtpd ignores it", ignored=True)
+        except IsADirectoryError:
+            return File(path, b"", problem="a folder, which smtpd reads as an empty file")
         except OSError as error:
+            if error.errno == errno.EINVAL:  # of open_regular_file
+                return File(path, problem=f"not followed: {problem_of(error)}")
             return File(path, problem=f"{problem_of(error)}; smtpd ignores it", ignored=True)
         except SourceError as error:
             return File(path, problem=f"not followed: {error}")

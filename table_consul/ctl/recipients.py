@@ -220,8 +220,8 @@ class _Expansion:
         self._count = 0
         self._nodes = 1
         """As ``_count``, without duplicates, and with the address."""
-        self._forwarded: set[int] = set()
-        """The numbers of the users whose ~/.forward was looked for."""
+        self._forwarded: dict[int, bool] = {}
+        """The numbers of the users whose ~/.forward was looked for, and whether their uid is 0."""
 
     def run(self, address: Element) -> None:
         """Expand breadth first, until nothing is left or something rejects the recipient."""
@@ -244,6 +244,9 @@ class _Expansion:
             self._expand_address(node)
         elif element.kind == "user":
             self._expand_user(node)
+        elif node.parent and self._forwarded.get(node.parent.number):
+            where = printable(bytes(element))
+            raise _RejectedError("451 Temporary failure", f"{where}: no command or file in a .forward of uid 0")
         else:
             self.recipients.append(element)
 
@@ -272,23 +275,26 @@ class _Expansion:
             raise _RejectedError("550 Invalid recipient", f"no alias and no user {printable(user)}")
         # From here on smtpd does not treat the same name as a duplicate, and delivers to it again.
         self._seen.discard(node.identity)
-        if not (node.same_user and node.parent and node.parent.number in self._forwarded):
-            self._forwarded.add(node.number)
-            if self._forward(node, reply.value or b""):
+        forwarded = node.same_user and node.parent and node.parent.number in self._forwarded
+        node = node._replace(element=Element("user", user))
+        if not forwarded:
+            userinfo = reply.value or b""
+            self._forwarded[node.number] = userinfo.lstrip(b"0").startswith(b":")
+            if self._forward(node, userinfo):
                 return
-        self.recipients.append(Element("user", user))
+        self.recipients.append(node.element)
 
     def _forward(self, node: _Node, userinfo: bytes) -> bool:
         """Whether a ~/.forward replaces the user (smtpd: lka_session_forward_reply, forwards_get)."""
         file = self._tables.forward(userinfo)
         if file is None:
             return False
-        lines = [parse_line(line) for line in join_lines(file.data or b"", b"\\", b"#")]
+        lines = [parse_line(line) for line in join_lines(file.data, b"\\", b"#")] if file.data else []
         self._record(file, "forward", [element for found, _ in lines for element in found], node.depth)
         before = self._nodes
         for found, problem in lines:
             self._insert_all(found, node)
-            if not problem and found and self._nodes > FORWARD_NODES:
+            if not problem and self._nodes > FORWARD_NODES:
                 problem = f"the expansion has more than {FORWARD_NODES} elements, which smtpd allows no .forward"  # noqa: PLW2901
             if problem:
                 raise _RejectedError(TEMPORARY, f"{printable(file.path)}: {problem}")
@@ -309,7 +315,7 @@ class _Expansion:
     def _record(self, file: File, table: str, found: Iterable[Element], nested: int) -> None:
         signs = {"command": b"|", "error": b"error:"}
         text = b", ".join(signs.get(each.kind, b"") + bytes(each) for each in found)
-        reply = Failed(file.problem) if file.data is None else Found(text or None)
+        reply = Failed(file.problem) if file.problem else Found(text or None)
         self.lookups.append(Lookup(table, file.path, reply, nested))
 
     def _alias(self, node: _Node, name: bytes) -> list[Element] | None:

@@ -97,6 +97,12 @@ def test_empty_file_is_shown_as_such(expand, home):
     assert f"      {path}: (no recipients)\n" in expand("a", a=f"vera, :include:{path}").text
 
 
+def test_folder_is_an_empty_file(expand, home):
+    done = expand("a", a=f":include:{home}")
+    assert f"      {home}: a folder, which smtpd reads as an empty file\n" in done.text
+    assert results(done)[0].startswith("rejected: 524 ")
+
+
 def test_alias_of_ignored_files_alone_is_not_an_alias(expand):
     done = expand("vera", vera=":include:/nonexistent/list")
     assert (done.status, results(done)) == (0, ["user vera"])
@@ -111,7 +117,7 @@ def test_alias_of_an_empty_file_has_no_recipient(expand, home):
 
 
 def test_device_and_large_file_do_not_stop_expand(expand, home):
-    assert "/dev/zero: a device, not a file; smtpd ignores it" in expand("a", a="vera, :include:/dev/zero").text
+    assert "/dev/zero: not followed: a device, not a file\n" in expand("a", a="vera, :include:/dev/zero").text
     path = home / "list"
     with path.open("wb") as file:
         file.truncate(inclusions.INCLUDE_BYTES + 1)
@@ -137,6 +143,34 @@ def test_user_in_the_own_forward_file_is_delivered_to(expand, home, text):
     (home / "vera").mkdir()
     put(home / "vera" / ".forward", text)
     assert results(expand("vera"))[-1] == "user vera"
+
+
+@pytest.mark.parametrize("text", ["eric|eric+x", "eric+x|524", "eric+y|524"])
+def test_tag_is_cut_before_a_user_is_compared_with_the_forward_file(expand, home, text):
+    text, _, rejected = text.partition("|")
+    (home / "eric").mkdir()
+    put(home / "eric" / ".forward", text)
+    found = results(expand("eric+x"))
+    assert found == ["user eric"] if rejected == "eric+x" else found[0].startswith("rejected: 524 ")
+
+
+@pytest.mark.parametrize("text", ["|cat", "/tmp/file"])
+@pytest.mark.parametrize("uid", ["0", "1"])
+def test_forward_file_of_root_must_not_name_commands_or_files(text, uid):
+    tables = recipients.Tables(
+        lambda use, _: Found(f"{uid}:0:/".encode()) if use == "userinfo" else NOT_FOUND,
+        lambda _: True,
+        forward=lambda _: recipients.File(b"/.forward", text.encode()),
+    )
+    rejection = "451 Temporary failure" if uid == "0" else None
+    assert recipients.expand(b"root", tables).rejection == rejection
+
+
+@pytest.mark.parametrize(("text", "status"), [("", 0), ("\n", 2), ("# nobody\n", 2)])
+def test_forward_file_without_recipients_also_limits_the_elements(expand, home, text, status):
+    (home / "vera").mkdir()
+    put(home / "vera" / ".forward", text)
+    assert expand("a", a=",".join(["vera", *(f"eric+{n}" for n in range(100))])).status == status
 
 
 @pytest.mark.parametrize("text", ["", "\n# nothing\n", ":include:/etc/passwd"])

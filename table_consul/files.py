@@ -22,7 +22,6 @@ _SUFFIX = ".table-consul.tmp"
 TOKEN = re.compile(r"[\x21-\x7e]+")
 """An ACL token: text that a header can contain unchanged."""
 
-MISSING = "not found (correct the path, or create it)"
 FOLDER = "is a folder (name a file)"
 
 # The user of OpenBSD, Debian, and Arch Linux.
@@ -51,7 +50,8 @@ def version_of(status: os.stat_result) -> tuple[int, int, int]:
 def explain_os_error(path: str, error: OSError) -> str:
     """Why the file cannot be read, with a fix."""
     if error.errno not in {errno.EACCES, errno.EPERM}:
-        usual = {errno.ENOENT: MISSING, errno.EISDIR: FOLDER, errno.ENOTDIR: "not a folder (correct the path)"}
+        missing = "not found (correct the path, or create it)"
+        usual = {errno.ENOENT: missing, errno.EISDIR: FOLDER, errno.ENOTDIR: "not a folder (correct the path)"}
         return usual.get(error.errno or 0) or f"{problem_of(error)} (check the path)"
     name, group = printable(path), smtpd_group()
     for folder in parents(path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from table_consul.errors import SourceError, printable
 from table_consul.files import (
+    FOLDER,
     TOKEN,
     current_user,
     explain_os_error,
@@ -73,8 +74,7 @@ def _read_files(config: Config) -> Iterator[str]:
             problem = _malformed_export(path)
         if problem:
             unusable = True
-            hint = " (correct the path, or create it)" if problem == "not found" else ""
-            yield f"{at[key]}: {printable(path)}: {problem}{hint}"
+            yield f"{at[key]}: {printable(path)}: {problem}"
     if not unusable and any(address.startswith("https://") for address in consul.addresses):
         from table_consul.endpoint import tls_context
 
@@ -133,7 +133,7 @@ def _malformed_export(path: str) -> str | None:
             for _ in iter_export(file):
                 pass
     except SourceError as error:
-        return str(error)
+        return f"{error} (try: consul kv export > {printable(path)})"
     return None
 
 
@@ -147,7 +147,7 @@ def _unreadable(path: str, *, folder: bool = False, secret: bool = False) -> str
     mode = os.fstat(handle).st_mode
     os.close(handle)
     if stat.S_ISDIR(mode) and not folder:
-        return "is a folder"
+        return FOLDER
     if os.geteuid() == 0:
         needs = "but smtpd runs tables as an unprivileged user"
         for each in dict.fromkeys((*parents(name), *parents(os.path.realpath(path)))):
@@ -169,7 +169,7 @@ def _unwritable(path: str, *, private: bool) -> str | None:
     with contextlib.suppress(OSError):  # it need not exist
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            return "is a folder"
+            return FOLDER
         if private and mode & 0o077:
             return "other users can read this snapshot (try: chmod 0600)"
     return None

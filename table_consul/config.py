@@ -128,14 +128,14 @@ def _absolute_path(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError("must be an absolute path (smtpd starts tables in /)")
     if value.endswith("/") or not value.isprintable():
-        raise ValueError("must not end in / or contain unprintable characters")
+        raise ValueError("must not end in / or contain unprintable characters (remove them)")
     return value
 
 
 def _visible_ascii(value: str) -> str:
     """The value, which becomes part of an HTTP request."""
     if not re.fullmatch(r"[!-~]+", value):
-        raise ValueError("must be visible ASCII characters, without spaces or line breaks")
+        raise ValueError("must be visible ASCII characters, without spaces or line breaks (remove all others)")
     return value
 
 
@@ -161,7 +161,7 @@ def _host_port(text: str, default_port: int) -> tuple[str, int] | None:
 def _host_name(value: str) -> str:
     """The host name without a port, as the consul command drops it (consul: api/api.go, SetupTLSConfig)."""
     if (found := _host_port(value, 443)) is None:
-        raise ValueError(f"invalid host name {_quoted(value)}")
+        raise ValueError(f"invalid host name {_quoted(value)} (use the name in Consul's certificate)")
     return found[0]
 
 
@@ -176,7 +176,7 @@ def _table_name(value: str) -> str:
 def _consul_path(value: str) -> str:
     path = value.removeprefix("/").removesuffix("/")
     if not path.isprintable() or any(segment in {"", ".", ".."} for segment in path.split("/")):
-        raise ValueError(f"invalid Consul path {_quoted(value)} (segments must be printable, and not empty, . or ..)")
+        raise ValueError(f"invalid Consul path {_quoted(value)} (use printable segments, not empty, . or ..)")
     return path
 
 
@@ -190,7 +190,7 @@ def _services(value: tuple[str, ...]) -> tuple[str, ...]:
 def _delimiter(value: str) -> str:
     """The character, as smtpd allows it (smtpd: parse.y, sub-addr-delim)."""
     if not re.fullmatch("[!-?A-~]", value):
-        raise ValueError("must be one visible ASCII character other than @, as in `smtp sub-addr-delim`")
+        raise ValueError("must be one visible ASCII character other than @ (use that of `smtp sub-addr-delim`)")
     return value
 
 
@@ -198,7 +198,7 @@ def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
     mistakes = _Mistakes()
     normal = tuple(dict.fromkeys(mistakes.check("", _address, value) for value in values))
     if len(values) > 1 and any(each.startswith("file://") for each in values):
-        mistakes.append("file:// cannot be combined with other addresses")
+        mistakes.append("file:// cannot be combined with other addresses (remove it or the others)")
     if mistakes:
         raise ValueError(*mistakes)
     return normal
@@ -209,7 +209,7 @@ def _address(value: str) -> str:
     if scheme in {"unix", "file"}:
         # linux: unix(7), sun_path holds 108 bytes, the last of which is NUL; OpenBSD's holds 104.
         if scheme == "unix" and len(rest.encode("utf-8", "surrogateescape")) > 103:
-            raise ValueError("must be a socket path of at most 103 bytes")
+            raise ValueError("must be a socket path of at most 103 bytes (use a shorter path)")
         return f"{scheme}://{_absolute_path(rest)}"
     if scheme in PORTS and (found := _host_port(rest.removesuffix("/"), PORTS[scheme])):
         host = f"[{found[0]}]" if ":" in found[0] else found[0]
@@ -232,7 +232,7 @@ def _listen_address(value: str) -> str:
 def _boolean(value: str) -> bool:
     """The boolean in a variable, as the consul command reads it (Go's strconv.ParseBool)."""
     if not re.fullmatch("1|t|T|TRUE|true|True|0|f|F|FALSE|false|False", value):
-        raise ValueError(f"must be true or false (or 1, 0, t, f), not {_quoted(value)}")
+        raise ValueError(f"must be a boolean, not {_quoted(value)} (use true or false)")
     return value[0] in "1tT"
 
 
@@ -269,7 +269,7 @@ def _convert(field: FieldInfo, raw: object) -> Any:  # noqa: ANN401 - of the typ
     try:
         value = msgspec.convert(raw, field.type)
     except msgspec.ValidationError:
-        raise ValueError(f"must be {_expected(field.type)}") from None
+        raise ValueError(f"must be {_expected(field.type)} {_example(field)}") from None
     return VALIDATORS.get(field.encode_name, lambda valid: valid)(value)
 
 
@@ -279,6 +279,14 @@ def _expected(form: Any) -> str:  # noqa: ANN401 - a type as annotations spell i
     if choices := [each for each in get_args(form) if isinstance(each, str)]:
         return f"one of {', '.join(choices)}"
     return "true or false" if form is bool else "a string"
+
+
+def _example(field: FieldInfo) -> str:
+    """A hint in parentheses: the default in TOML, or how to write a string."""
+    default = field.default[:1] if isinstance(field.default, tuple) else field.default
+    if field.type in {str, str | None}:
+        return "(write it in quotes)"
+    return f"(try: {field.encode_name} = {msgspec.json.encode(default).decode()})"
 
 
 def _suggestion(word: str, options: Collection[str]) -> str:
@@ -312,7 +320,7 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         if path is not None or not missing:
             raise ConfigError(f"{at}: {explain_os_error(file, error)}") from None
     except (SourceError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{at}: cannot be read as TOML: {printable(str(error))}") from None
+        raise ConfigError(f"{at}: cannot be read as TOML: {_syntax_problem(error)}") from None
     keys = {**KEYS, "tables": {"*": KEYS["tables"]}}
     sections = mistakes.section({**{name: {} for name in KEYS}, **(document or {})}, at, "", keys)
     origins = _environment(sections["consul"], environ, at, mistakes)
@@ -333,6 +341,15 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         tables=tables,
         origins=origins,
     )
+
+
+def _syntax_problem(error: Exception) -> str:
+    """The text of an error of the parser, with a hint."""
+    text = printable(str(error))
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return f"{text.removesuffix(')')}; correct it there)"
+    hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "name a TOML file"
+    return f"{text} ({hint})"
 
 
 def _table(defaults: Table, name: str, own: dict[str, Any]) -> Table:
@@ -356,7 +373,7 @@ class _Mistakes(list[str]):
     def section(self, raw: object, file: str, name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a section in their normal form, by the fields of its Struct."""
         if not isinstance(raw, dict):
-            self.append(f"{file}: {name}: must be a [{name}] section")
+            self.append(f"{file}: {name}: must be a section (write [{name}] on a line of its own)")
             return {}
         values: dict[str, Any] = {}
         for key, value in raw.items():
@@ -399,7 +416,8 @@ def _http_addr(value: str, tls: bool | None) -> tuple[str, ...]:  # noqa: FBT001
     """CONSUL_HTTP_ADDR as a list of addresses, as the consul command takes it (consul: api/api.go, NewClient)."""
     scheme = value.partition("://")[0] if "://" in value else "http"
     if scheme == "file" or (scheme == "unix" and tls):
-        raise ValueError(f"the consul command does not support {scheme}://{' with TLS' if tls else ''}")
+        hint = "set address in the configuration" if scheme == "file" else "unset CONSUL_HTTP_SSL"
+        raise ValueError(f"the consul command does not support {scheme}://{' with TLS' if tls else ''} ({hint})")
     # "Never revert to http if TLS was explicitly requested."
     if scheme == "http":
         value = f"{'https' if tls else 'http'}://{value.removeprefix('http://')}"

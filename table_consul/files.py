@@ -22,6 +22,8 @@ _SUFFIX = ".table-consul.tmp"
 TOKEN = re.compile(r"[\x21-\x7e]+")
 """An ACL token: text that a header can contain unchanged."""
 
+FOLDER = "is a folder (name a file)"
+
 # The user of OpenBSD, Debian, and Arch Linux.
 _SMTPD_NAMES = ("_smtpd", "opensmtpd", "smtpd")
 
@@ -46,10 +48,11 @@ def version_of(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def explain_os_error(path: str, error: OSError) -> str:
-    """Why the file cannot be read, with a fix if there is one."""
+    """Why the file cannot be read, with a fix."""
     if error.errno not in {errno.EACCES, errno.EPERM}:
-        usual = {errno.ENOENT: "not found", errno.EISDIR: "is a folder", errno.ENOTDIR: "not a folder"}
-        return usual.get(error.errno or 0) or problem_of(error)
+        missing = "not found (correct the path, or create it)"
+        usual = {errno.ENOENT: missing, errno.EISDIR: FOLDER, errno.ENOTDIR: "not a folder (correct the path)"}
+        return usual.get(error.errno or 0) or f"{problem_of(error)} (check the path)"
     name, group = printable(path), smtpd_group()
     for folder in parents(path):
         if not os.access(folder, os.X_OK, effective_ids=True):

@@ -16,7 +16,16 @@ from table_consul import __version__, config
 from table_consul.check import as_smtpd_user, check_files
 from table_consul.ctl import smtpdconf
 from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, echo_problems, late_config, load_config
-from table_consul.errors import BadResponse, ConfigError, Forbidden, SourceError, TableConsulError, counted, printable
+from table_consul.errors import (
+    BadResponse,
+    ConfigError,
+    Forbidden,
+    SourceError,
+    TableConsulError,
+    counted,
+    printable,
+    problem_of,
+)
 from table_consul.files import current_user
 from table_consul.services import SERVICES, Table
 
@@ -31,6 +40,18 @@ KNOWN_FAULTS = {
 }
 
 NO_LEADER = "start a majority of the servers"
+FORBIDDEN = "create a token with the rules that table-consulctl policy prints"
+# For errors with these words.
+HINTS = {
+    "No known Consul servers": "join this agent to the servers",
+    "leader|rpc error": NO_LEADER,
+    "rate limit": "raise limits in Consul's configuration",
+    "certificate verification": "check ca_file and tls_server_name",
+}
+# Other texts in parentheses, such as that of a proxy, are not hints.
+_HINT = re.compile(
+    r"\((?:add|check|no token|raise|remove|rename|set|should|smtpd's user|this host|upgrade|use) [^()]*\)$"
+)
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -115,17 +136,18 @@ class _Checker:
             path = path or smtpdconf.locate()
             found = smtpdconf.read(path)
         except OSError as error:
-            self._report(path or "", f"{(error.strerror or str(error)).lower()} (run this as root)", unknown=True)
+            hint = "run this as root" if isinstance(error, PermissionError) else "correct the path"
+            self._report(path or "smtpd", f"{problem_of(error)} ({hint})", unknown=True)
             return None
         except TableConsulError as error:
-            self._report("smtpd.conf", str(error), unknown=True)
+            self._report(path or "smtpd.conf", _with_hint(str(error), "correct the path"), unknown=True)
             return None
         program = smtpdconf.program()
         if program is not None and os.geteuid() == 0:
             done = _run(program, "-n", "-f", path)
             if done.returncode:
                 for line in done.stderr.splitlines() or [f"exit status {done.returncode}"]:
-                    self._report(path, f"smtpd -n: {line}")
+                    self._report(path, f"smtpd -n: {line} (see smtpd.conf(5))")
         for where, problem in found.problems:
             self._report(where, problem)
         if not found.tables:
@@ -192,11 +214,7 @@ class _Checker:
                 self._consul(loaded, tables, uses)
             except SourceError as error:
                 where, separator, problem = str(error).partition(": ")
-                hint = NO_LEADER if re.search("leader|rpc error", problem) else "check that Consul runs there"
-                hint = "join this agent to the servers" if "No known Consul servers" in problem else hint
-                # A token file that cannot be read is not a problem of Consul; some errors have a hint of their own.
-                own = type(error) is SourceError or problem.endswith(")")
-                text = (problem or where) + ("" if own else f" ({hint})")
+                text = _with_hint(problem or where, _hint(error, problem or where))
                 self._report(where if separator else "Consul", text, unknown=True)
 
     def _consul(self, loaded: config.Config, tables: dict[str, Table], uses: dict[str, list[smtpdconf.Use]]) -> None:
@@ -221,7 +239,7 @@ class _Checker:
                 self._note(f"no token is configured, so Consul uses {access.ANONYMOUS}")
             elif problem:
                 text = problem.removeprefix(where).lstrip(": ")
-                self._report(where, f"{text} (create a token with the rules that table-consulctl policy prints)")
+                self._report(where, _with_hint(text, FORBIDDEN))
                 return
             self._note(f"Consul{version} at {client.address}")
             folders = {
@@ -253,6 +271,25 @@ class _Checker:
         if number in KNOWN_FAULTS:
             self._report(f"Consul {printable(version)}", KNOWN_FAULTS[number])
         return f" {printable(version)}"
+
+
+def _hint(error: SourceError, problem: str) -> str:
+    """How to fix an error, of which ``problem`` is the text without the place."""
+    for words, hint in HINTS.items():
+        if re.search(words, problem):
+            return hint
+    for kind, hint in ((Forbidden, FORBIDDEN), (BadResponse, "check that this is Consul's address")):
+        if isinstance(error, kind):
+            return hint
+    # A file that cannot be read is not a problem of Consul.
+    return "correct this file" if type(error) is SourceError else "check that Consul runs there"
+
+
+def _with_hint(text: str, hint: str) -> str:
+    """The text, with the hint unless it ends in one already."""
+    if _HINT.search(text):
+        return text
+    return f"{text[:-1]}; {hint})" if text.endswith(")") else f"{text} ({hint})"
 
 
 def _services(table: Table, uses: Sequence[smtpdconf.Use]) -> Iterator[str]:

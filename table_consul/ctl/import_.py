@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,14 +15,12 @@ import click
 from table_consul import config
 from table_consul.ctl import files, foreign, main, writing
 from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
-from table_consul.ctl.main import json_text
-from table_consul.errors import SourceError, TableConsulError, counted, printable, problem_of
+from table_consul.errors import SourceError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
 
 if TYPE_CHECKING:
     from table_consul.ctl.plan import Plan, Stored
-    from table_consul.ctl.txn import Progress
 
 # Enough for half a million users; /dev/zero does not fill the memory of the mail host.
 FILE_MAX_BYTES = 1 << 30
@@ -120,27 +117,36 @@ def command(  # noqa: PLR0913 - the command line
             planned = plan.plan(table, service, parsed, stored, prune=prune, records=record, skip=skip, others=others)
         _echo_problems(f"note: {name}", parsed, planned.notes, limit=limit)
         _echo_problems(name, parsed, sorted(planned.problems + planned.refused), limit=limit)
-        report = _report(table, service, planned, parsed, dry_run=dry_run)
-        if as_json:
-            report["changes"] = [*writing.documents(planned.changes, target, hashed=service.hashed)]
+        conflict = "changed in Consul since it was read; skipped (run the import again)"
+        report = _report(planned, parsed, dry_run=dry_run)
+        writer = writing.Writer(target, store, undo, as_json, conflict, report)
         removals = _excessive_removals(planned, stored, max_removals)
         del stored
+        changes, status = planned.changes, 0
         if dry_run:
             if not as_json:
                 _echo_changes(planned, target, report)
             _warn(removals, main.as_writer(settings.consul, token_file), planned)
         elif not planned.problems:
             ask = bool(removals) and file != "-" and not as_json
-            _carry_out(name, planned, report, writing.Writer(target, store, undo), removals, ask=ask)
+
+            def prepare() -> None:
+                if not as_json:
+                    _echo_changes(planned, target, report)
+                if removals:
+                    _confirm(name, removals, ask=ask)
+
+            again = " (run the same command again to finish)"
+            status = writer.apply(changes, hashed=service.hashed, refused=planned.refused, again=again, prepare=prepare)
     if as_json and (dry_run or planned.problems):
-        click.echo(json.dumps(report))
+        click.echo(writer.document(changes, hashed=service.hashed, refused=planned.refused))
     if planned.problems:
         count = counted(len(planned.problems), "problem", "problems")
         hint = "fix them: --prune requires readable lines" if skip_refused else "use --skip-refused to write the rest"
         raise FormatError(f"{name}: {count} (read as {parsed.format}); nothing was written ({hint})")
-    if report["conflicts"] or (planned.refused and not skip):
+    if status or (planned.refused and not skip):
         return main.FAILED
-    return main.NO if planned.refused or (dry_run and planned.changes) else 0
+    return main.NO if planned.refused or (dry_run and changes) else 0
 
 
 def _read(
@@ -263,54 +269,18 @@ def _echo_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem
     main.echo_problems(echoed, limit=limit)
 
 
-def _carry_out(
-    name: str, plan: Plan, report: dict[str, Any], writer: writing.Writer, removals: str, *, ask: bool
-) -> None:
-    """Write the changes, and update the report. Prints the changes first, unless the report has them."""
-    as_json = "changes" in report
-    steps: Iterator[Progress] | None = None
-    try:
-        if not as_json:
-            _echo_changes(plan, writer.target, report)
-        if removals:
-            _confirm(name, removals, ask=ask)
-        steps = writing.write(writer.target, plan.changes, writer.store, writer.undo)
-        for progress in steps:
-            report["written"] += len(progress.written)
-            report["conflicts"] += [json_text(change.key) for change in progress.conflicts]
-        if as_json:
-            click.echo(json.dumps(report))
-        else:
-            conflict = "changed in Consul since it was read; skipped (run the import again)"
-            main.echo_problems([(printable(key), conflict) for key in report["conflicts"]])
-            if plan.changes:
-                click.echo(f"{report['written']} written")
-    except BaseException as error:
-        if steps is None and isinstance(error, TableConsulError):  # not confirmed, or the entries cannot be saved
-            raise
-        keys = counted(len(plan.changes), "key", "keys")
-        text = f"interrupted: {report['written']} of {keys} written"
-        click.echo(f"{text} (run the same command again to finish)", err=True)
-        if as_json:
-            with contextlib.suppress(OSError):  # standard output may be what failed
-                click.echo(json.dumps(report))
-        raise
-
-
-def _report(table: Table, service: Service, plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
-    """The document that --json prints, without the changes."""
-    found = {"notes": plan.notes, "problems": plan.problems, "refused": plan.refused}
+def _report(plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
+    """Further fields for `writing.Writer.document`. It fills in the empty ones, which are here for their order."""
     return {
-        "table": table.name,
-        "service": service.name,
-        "path": json_text(table.path(service)),
         "format": parsed.format,
         "dry_run": dry_run,
         "unchanged": plan.unchanged,
         "left_out": parsed.left_out,
         "written": 0,
         "conflicts": [],
-        **{name: writing.problem_documents(problems) for name, problems in found.items()},
+        "notes": writing.problem_documents(plan.notes),
+        "problems": writing.problem_documents(plan.problems),
+        "refused": [],
     }
 
 

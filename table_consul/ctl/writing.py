@@ -10,8 +10,9 @@ import sys
 import syslog
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -251,6 +252,8 @@ class Writer(NamedTuple):
     undo: Undo
     as_json: bool = False
     conflict: str = "changed in Consul since it was read; skipped (run the command again)"
+    report: Mapping[str, Any] = MappingProxyType({})
+    """Further fields that --json prints."""
 
     def show(self, changes: Sequence[Change], *, hashed: bool) -> None:
         """Print the changes, unless the command prints JSON at its end."""
@@ -272,7 +275,8 @@ class Writer(NamedTuple):
             hint = " (use --force to write it)" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
         self.show(plan.changes, hashed=service.hashed)
-        return self.apply(plan.changes, hashed=service.hashed, refused=plan.refused)
+        status = self.apply(plan.changes, hashed=service.hashed, refused=plan.refused)
+        return main.FAILED if plan.refused else status
 
     def apply(
         self,
@@ -282,15 +286,22 @@ class Writer(NamedTuple):
         skipped: Sequence[bytes] = (),
         refused: Sequence[LineProblem] = (),
         again: str = "",
+        prepare: Callable[[], None] | None = None,
     ) -> int:
         """Write the changes, and return the exit status. ``skipped`` lists further keys to report as conflicts.
 
         ``refused`` are problems that have been printed. ``again`` is the hint after an interruption, when some of the
-        changes are written.
+        changes are written. ``prepare`` shows the changes and asks; an interruption is then reported in any case.
+
+        Raises:
+            TableConsulError: ``prepare`` raised it, the entries cannot be saved, or Consul does not answer.
         """
         written, conflicts = 0, list(skipped)
-        steps = write(self.target, changes, self.store, self.undo)
+        steps: Iterator[Progress] | None = None
         try:
+            if prepare:
+                prepare()
+            steps = write(self.target, changes, self.store, self.undo)
             for progress in steps:
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
@@ -298,16 +309,19 @@ class Writer(NamedTuple):
                 click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
             else:
                 main.echo_problems([(printable(key), self.conflict) for key in conflicts])
-                click.echo(f"{written} written" if changes else "nothing to write")
-        except BaseException:
-            if written:
+                if changes or not prepare:
+                    click.echo(f"{written} written" if changes else "nothing to write")
+        except BaseException as error:
+            if steps is None and isinstance(error, TableConsulError):  # not confirmed, or the entries cannot be saved
+                raise
+            if written or prepare:
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
             if self.as_json:
                 with contextlib.suppress(OSError):  # standard output may be what failed
                     click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
             raise
-        return main.FAILED if conflicts or refused else 0
+        return main.FAILED if conflicts else 0
 
     def document(
         self,
@@ -323,6 +337,7 @@ class Writer(NamedTuple):
             "table": self.target.table,
             "service": self.target.service,
             "path": json_text(self.target.path),
+            **self.report,
             "changes": [*documents(changes, self.target, hashed=hashed)],
             "written": written,
             "conflicts": [json_text(key) for key in conflicts],

@@ -57,7 +57,7 @@ def iter_export(file: BinaryIO) -> Iterator[Exported]:
             yield from (Exported(each.key.encode(), each.value or b"", each.flags) for each in entries)
             count += len(entries)
     except UNDECODABLE as error:
-        after = f" (after {counted(count, 'entry', 'entries')})" if count else ""
+        after = f", after {counted(count, 'entry', 'entries')}" if count else ""
         raise SourceError(f"not the output of `consul kv export`: {error}{after}") from None
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from table_consul import __version__
+from table_consul.ctl import smtpdconf
 from tests.control import control
 from tests.ctl.hosts import CONF, program
 from tests.fake_consul import Answer, FakeConsul
+from tests.smtpd.configuration import HINT
 
 
 def check(host, *arguments, address, more="", **environ):
     (host / "c.toml").write_text(f'[consul]\naddress = "{address}"\n{more}')
-    return control("-c", host / "c.toml", "check", *arguments, **environ)
+    done = control("-c", host / "c.toml", "check", *arguments, **environ)
+    if "--json" not in arguments:
+        assert [line for line in done.text.splitlines() if not HINT.search(line)] == []
+    return done
 
 
 @pytest.fixture
@@ -93,13 +99,13 @@ def test_section_without_a_table_in_smtpd_conf_is_named_but_not_a_problem(host, 
 
 def test_unreadable_token_file_is_not_blamed_on_consul(host, filled):
     done = check(host, address=filled, more='token_file = "/none"\n')
-    assert (done.status, "token file /none: No such file or directory\n" in done.text) == (2, True)
+    assert (done.status, "token file /none: No such file or directory (correct this file)\n" in done.text) == (2, True)
     assert "check that Consul runs there" not in done.text
 
 
 def test_missing_smtpd_conf_is_status_2_and_named_tables_are_checked(host, filled):
     done = check(host, "aliases", "--smtpd-conf", f"{host}/none", address=filled)
-    assert (done.status, done.text) == (2, f"{host}/none: no such file or directory (run this as root)\n")
+    assert (done.status, done.text) == (2, f"{host}/none: no such file or directory (correct the path)\n")
 
 
 def test_unknown_token_is_reported_once(host, consul_with_acl):
@@ -184,6 +190,62 @@ def test_agent_without_servers_is_reported_with_a_hint(host):
         fake.handle = lambda _request: Answer(500, {}, b"No known Consul servers")
         done = check(host, address=fake.address)
     assert (done.status, "No known Consul servers (join this agent to the servers)\n" in done.text) == (2, True)
+
+
+JSON = {"Content-Type": "application/json", "X-Consul-Index": "1", "X-Consul-Knownleader": "true"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (Answer(500, {}, b"a secret"), "500 (text not quoted: it may contain the token; check that Consul runs there)"),
+        (Answer(502, {}, b"Bad Gateway (nginx)"), "502 Bad Gateway (nginx; check that Consul runs there)"),
+        (Answer(429, {}, b"rate limit exceeded"), "429 rate limit exceeded (raise limits in Consul's configuration)"),
+        (Answer(500, {}, b"No cluster leader"), "500 No cluster leader (start a majority of the servers)"),
+        (Answer(400, {}, b"Missing key name"), "400 Missing key name (check that this is Consul's address)"),
+        (Answer(302, {}, b""), "302 (check that this is Consul's address)"),
+        (Answer(200, JSON, b"[1"), "; check that this is Consul's address)"),
+        (Answer(200, {}, b"[]"), "status 200, but not from Consul's key-value store (check that this is Consul's addr"),
+        (Answer(429, {}, b"Your IP is issuing too many concurrent connections"), "(raise limits.http_max_conns_per_c"),
+        (Answer(400, {}, b"Invalid key name, keys should respect the"), "(upgrade Consul 1.21.5, or set disable_http"),
+    ],
+)
+def test_every_error_of_consul_has_one_hint(host, answer, problem):
+    token = host / "token"
+    token.write_text("x")
+    token.chmod(0o640)
+    more = f'token_file = "{token}"\n' if answer.body == b"a secret" else ""
+    with FakeConsul() as fake:
+        fake.handle = lambda r: answer if r.path.startswith(b"/v1/kv/") else Answer(404)
+        done = check(host, address=fake.address, more=more)
+        (line,) = done.text.splitlines()
+    assert (done.status, line.startswith(f"Consul at {fake.address}"), problem in line) == (2, True, True), line
+
+
+def test_server_without_tls_has_a_hint(host, fake):
+    done = check(host, address=fake.address.replace("http:", "https:"))
+    assert (done.status, "did not speak TLS (should the address be http://?)\n" in done.text) == (2, True), done.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs smtpd -n")
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("echo /x.conf:3: syntax error >&2; exit 1", "/x.conf:3: syntax error"),
+        ("exit 3", "exit status 3"),
+    ],
+)
+def test_error_of_smtpd_has_a_hint(host, filled, script, problem):
+    smtpd = host / "bin" / "smtpd"
+    smtpd.write_text(smtpd.read_text().replace("\nexit\n", f"\n{script}\nexit\n"))
+    done = check(host, address=filled)
+    assert (done.status, done.text) == (1, f"{host}/smtpd.conf: smtpd -n: {problem} (see smtpd.conf(5))\n")
+
+
+def test_smtpd_conf_that_is_too_large_has_a_hint(host, filled, monkeypatch):
+    monkeypatch.setattr(smtpdconf, "SIZE_MAX", 1)
+    done = check(host, address=filled)
+    assert (done.status, done.text) == (2, f"{host}/smtpd.conf: larger than 0 MiB (correct the path)\n")
 
 
 @pytest.mark.parametrize("rules", ["", 'key_prefix "aliases/alias/" { policy = "read" }'])

@@ -14,6 +14,7 @@ from table_consul import config
 from table_consul.child import Bridge
 from table_consul.errors import ConfigError
 from tests.dialogue import TIMEOUT_SECONDS, write_config
+from tests.smtpd.configuration import HINT
 from tests.smtpd.procexec import Clock
 
 
@@ -40,6 +41,7 @@ def config_errors(config_file, load_config):
             load_config(text, **environ)
         lines = [str(caught.value), *getattr(caught.value, "__notes__", [])]
         assert not any("\n" in line for line in lines)
+        assert [line for line in lines if not HINT.search(line)] == []
         return [line.removeprefix(f"{config_file}: ") for line in lines]
 
     return config_errors

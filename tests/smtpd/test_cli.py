@@ -83,7 +83,7 @@ def test_check_reports_every_error_on_its_own_line(tmp_path, capsys):
 
 
 def test_check_of_a_missing_file_exits_with_2(tmp_path, capsys):
-    assert (2, f"{tmp_path}/none.toml: not found\n") == (
+    assert (2, f"{tmp_path}/none.toml: not found (correct the path, or create it)\n") == (
         cli.main(["--check", f"{tmp_path}/none.toml"]),
         capsys.readouterr().err,
     )

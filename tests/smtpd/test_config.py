@@ -143,11 +143,13 @@ def test_bad_address_is_named(config_errors, written, message):
 
 def test_file_address_cannot_be_combined_with_servers(config_errors):
     (line,) = config_errors('[consul]\naddress = ["http://c:1", "file:///x"]')
-    assert line == "consul.address: file:// cannot be combined with other addresses"
+    assert line == "consul.address: file:// cannot be combined with other addresses (remove it or the others)"
 
 
 def test_empty_list_of_addresses_is_refused(config_errors):
-    assert config_errors("[consul]\naddress = []") == ["consul.address: must be an address or a list of addresses"]
+    hint = '(try: address = ["http://127.0.0.1:8500"])'
+    message = f"consul.address: must be an address or a list of addresses {hint}"
+    assert config_errors("[consul]\naddress = []") == [message]
 
 
 # ---- imports ----

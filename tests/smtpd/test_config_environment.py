@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from table_consul import config
-from tests.smtpd.configuration import ABSOLUTE_PATH, ADDRESS_HINT, CERT_AND_KEY, SECRET, VARIABLES, VISIBLE_ASCII
+from tests.smtpd.configuration import (
+    ABSOLUTE_PATH,
+    ADDRESS_HINT,
+    CERT_AND_KEY,
+    HOST_NAME,
+    SECRET,
+    VARIABLES,
+    VISIBLE_ASCII,
+)
 
 ENVIRONMENT = {
     "CONSUL_HTTP_ADDR": "https://c:8501",
@@ -95,25 +103,22 @@ def test_booleans_of_the_environment_are_those_of_go(load_config, text):
     assert load_config(CONSUL_HTTP_SSL_VERIFY=text).consul.tls_verify is expected
 
 
-BOOLEANS = "must be true or false (or 1, 0, t, f)"
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("CONSUL_HTTP_SSL_VERIFY", "no", f"{BOOLEANS}, not 'no'"),
+        ("CONSUL_HTTP_SSL_VERIFY", "no", "must be a boolean, not 'no' (use true or false)"),
         ("CONSUL_HTTP_ADDR", "http://[::1", f"invalid address 'http://[::1' {ADDRESS_HINT}"),
         ("CONSUL_CACERT", "ca.pem", ABSOLUTE_PATH),
-        ("CONSUL_CACERT", "/ca/", "must not end in / or contain unprintable characters"),
+        ("CONSUL_CACERT", "/ca/", "must not end in / or contain unprintable characters (remove them)"),
         ("CONSUL_CAPATH", "ca", ABSOLUTE_PATH),
         ("CONSUL_HTTP_TOKEN", "a b", VISIBLE_ASCII),
         ("CONSUL_HTTP_TOKEN_FILE", "token", ABSOLUTE_PATH),
         ("CONSUL_CLIENT_CERT", "/c", f"set without key_file {CERT_AND_KEY}"),
         ("CONSUL_CLIENT_KEY", "/k", f"set without cert_file {CERT_AND_KEY}"),
-        ("CONSUL_TLS_SERVER_NAME", "a b", "invalid host name 'a b'"),
+        ("CONSUL_TLS_SERVER_NAME", "a b", f"invalid host name 'a b' {HOST_NAME}"),
         ("CONSUL_NAMESPACE", "a b", VISIBLE_ASCII),
         ("CONSUL_PARTITION", "ä", VISIBLE_ASCII),
-        ("CONSUL_HTTP_SSL", "yes", f"{BOOLEANS}, not 'yes'"),
+        ("CONSUL_HTTP_SSL", "yes", "must be a boolean, not 'yes' (use true or false)"),
     ],
 )
 def test_bad_variable_is_named(config_errors, variable, value, message):
@@ -123,11 +128,15 @@ def test_bad_variable_is_named(config_errors, variable, value, message):
 def test_environment_rejects_a_file_address(config_errors):
     (line,) = config_errors(CONSUL_HTTP_ADDR="file:///x")
     assert line.startswith("environment: CONSUL_HTTP_ADDR: the consul command does not support file://")
+    assert line.endswith("(set address in the configuration)")
 
 
 def test_environment_rejects_tls_over_a_unix_socket(config_errors):
     (line,) = config_errors(CONSUL_HTTP_ADDR="unix:///s", CONSUL_HTTP_SSL="1")
-    assert line == "environment: CONSUL_HTTP_ADDR: the consul command does not support unix:// with TLS"
+    assert (
+        line
+        == "environment: CONSUL_HTTP_ADDR: the consul command does not support unix:// with TLS (unset CONSUL_HTTP_SSL)"
+    )
 
 
 def test_empty_variables_are_unset(load_config, config_file):

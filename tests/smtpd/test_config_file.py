@@ -35,7 +35,7 @@ def test_default_file_that_is_a_folder_is_an_error(tmp_path, monkeypatch):
 
 
 def test_missing_file_is_reported(tmp_path):
-    with pytest.raises(ConfigError, match=r"/none: not found$"):
+    with pytest.raises(ConfigError, match=r"/none: not found \(correct the path, or create it\)$"):
         config.load(str(tmp_path / "none"), {})
 
 
@@ -48,23 +48,23 @@ def test_impossible_path_is_a_config_error(path):
 def test_empty_path_is_not_the_default_path(config_file, monkeypatch):
     config_file.write_text("")
     monkeypatch.setattr(config, "DEFAULT_PATH", str(config_file))
-    with pytest.raises(ConfigError, match=r"^: not found$"):
+    with pytest.raises(ConfigError, match=r"^: not found \(correct"):
         config.load("", {})
 
 
 def test_folder_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r": is a folder$"):
+    with pytest.raises(ConfigError, match=r": is a folder \(name a file\)$"):
         config.load(str(tmp_path), {})
 
 
 def test_named_pipe_without_writer_is_refused_without_waiting(config_file):
     os.mkfifo(config_file)
-    with pytest.raises(ConfigError, match=r": a named pipe, not a file$"):
+    with pytest.raises(ConfigError, match=r": a named pipe, not a file \(check the path\)$"):
         config.load(str(config_file), {})
 
 
 def test_device_is_refused():
-    with pytest.raises(ConfigError, match=r"^/dev/zero: a device, not a file$"):
+    with pytest.raises(ConfigError, match=r"^/dev/zero: a device, not a file \(check the path\)$"):
         config.load("/dev/zero", {})
 
 

@@ -172,12 +172,7 @@ class _Checker:
         if not os.path.exists(program):
             self._report(program, f"not found (run make install LIBEXECDIR={folders[0]})")
             return
-        try:
-            done = _run(program, "--version")
-        except (OSError, subprocess.TimeoutExpired) as error:
-            text = (getattr(error, "strerror", None) or "no answer in time").lower()
-            self._report(program, f"{current_user()} cannot run it: {text} (run make install)")
-            return
+        done = _run(program, "--version")
         if done.returncode:
             lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
             self._report(program, f"{current_user()} cannot run it: {lines[-1]} (run make install)")
@@ -299,13 +294,18 @@ def _services(table: Table, uses: Sequence[smtpdconf.Use]) -> Iterator[str]:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - no shell
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=PROGRAM_SECONDS,
-        encoding="utf-8",
-        errors="backslashreplace",
-        check=False,
-        cwd="/",
-    )
+    """The finished program; one that cannot be started, or does not end in time, fails with the reason."""
+    try:
+        return subprocess.run(  # noqa: S603 - no shell
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROGRAM_SECONDS,
+            encoding="utf-8",
+            errors="backslashreplace",
+            check=False,
+            cwd="/",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = problem_of(error) if isinstance(error, OSError) else f"no answer in {PROGRAM_SECONDS:g} s"
+        return subprocess.CompletedProcess(command, 1, "", reason)

@@ -233,9 +233,11 @@ def test_server_without_tls_has_a_hint(host, fake):
     [
         ("echo /x.conf:3: syntax error >&2; exit 1", "/x.conf:3: syntax error"),
         ("exit 3", "exit status 3"),
+        ("exec sleep 20", "no answer in 2 s"),
     ],
 )
-def test_error_of_smtpd_has_a_hint(host, filled, script, problem):
+def test_error_of_smtpd_has_a_hint(host, filled, script, problem, monkeypatch):
+    monkeypatch.setattr("table_consul.ctl.check.PROGRAM_SECONDS", 2.0)
     smtpd = host / "bin" / "smtpd"
     smtpd.write_text(smtpd.read_text().replace("\nexit\n", f"\n{script}\nexit\n"))
     done = check(host, address=filled)

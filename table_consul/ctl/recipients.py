@@ -177,7 +177,7 @@ def join_lines(data: bytes, continuation: bytes, comment: bytes) -> Iterator[byt
     for line in data.split(b"\n"):
         line = line.partition(b"\0")[0]  # noqa: PLW2901 - the end of a string in C
         if comment and (found := compiled(rb"(?s)((?:[^\\#]|\\.)*)#").match(line)):
-            line = found[1]  # noqa: PLW2901
+            line = found[1]  # noqa: PLW2901 - the part before the comment
         if line.endswith(continuation) and not _is_escaped(line):
             begun += line[:-1]
             continue
@@ -294,10 +294,9 @@ class _Expansion:
         before = self._nodes
         for found, problem in lines:
             self._insert_all(found, node)
-            if not problem and self._nodes > FORWARD_NODES:
-                problem = f"the expansion has more than {FORWARD_NODES} elements, which smtpd allows no .forward"  # noqa: PLW2901
-            if problem:
-                raise _RejectedError(TEMPORARY, f"{printable(file.path)}: {problem}")
+            if problem or self._nodes > FORWARD_NODES:
+                cause = problem or f"more than {FORWARD_NODES} elements, smtpd's limit for an expansion with a .forward"
+                raise _RejectedError(TEMPORARY, f"{printable(file.path)}: {cause}")
         if file.reply:
             raise _RejectedError(file.reply, f"{printable(file.path)}: {file.problem}")
         return self._nodes > before
@@ -319,7 +318,7 @@ class _Expansion:
         self.lookups.append(Lookup(table, file.path, reply, nested))
 
     def _alias(self, node: _Node, name: bytes) -> list[Element] | None:
-        """The elements for a user, None if there is no alias (smtpd: aliases.c, aliases_get)."""
+        """The elements for a user, None without an alias (smtpd: aliases.c, aliases_get)."""
         return self._first(node, "alias", dict.fromkeys((name, name.partition(self._tables.delimiter)[0])))
 
     def _virtual(self, node: _Node, local: bytes, domain: bytes) -> list[Element] | None:

@@ -154,44 +154,37 @@ def test_key_outside_every_range_is_found_beside_an_edit_in_a_range(fake, source
 
 
 @pytest.fixture
-def held(fake):
-    """Two events: a query for one range was sent, and its response and later ones are no longer held back."""
+def held(fake, source):
+    """An event: until it is set, no further query for the range of c1 gets a response."""
     asked, released = threading.Event(), threading.Event()
 
     def handle(request):
-        slow = request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params
-        if slow:
+        if request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params:
             asked.set()
-        answer = fake.consul(request)
-        if slow:
             released.wait(20)
-        return answer
+        return fake.consul(request)
 
     fake.handle = handle
-    yield asked, released
+    fake.put(ALIAS + b"c1", b"seen")
+    becomes(source, b"seen", b"c1")
+    assert asked.wait(5)
+    yield released
     released.set()
 
 
 def test_edit_is_found_although_the_response_of_its_range_is_slow(fake, source, held):
-    asked, released = held
     before = len(lists(fake))
-    fake.put(ALIAS + b"c1", b"seen")
-    becomes(source, b"seen", b"c1")
-    assert asked.wait(5)
     fake.put(ALIAS + b"c1", b"new")
     becomes(source, b"new", b"c1")
-    released.set()
+    held.set()
     fake.put(ALIAS + b"c1", b"newer")
     becomes(source, b"newer", b"c1")
     stays_ranged(fake, before)
 
 
-def test_query_that_hangs_reads_the_whole_table(fake, source, held):
-    asked, _ = held
+@pytest.mark.usefixtures("held")
+def test_query_that_hangs_reads_the_whole_table(fake, source):
     before = len(lists(fake))
-    fake.put(ALIAS + b"c1", b"seen")
-    becomes(source, b"seen", b"c1")
-    assert asked.wait(5)
     fake.put(ALIAS + b"c1", b"new")
     becomes(source, b"new", b"c1")
     time.sleep(1.5 * TABLE.deadline)
@@ -201,26 +194,14 @@ def test_query_that_hangs_reads_the_whole_table(fake, source, held):
     reads_whole(fake, before)
 
 
-def test_change_replaced_before_its_range_is_read_does_not_read_the_whole_table(fake, source):
-    asked, replaced = threading.Event(), threading.Event()
-
-    def handle(request):
-        if request.path == b"/v1/kv/" + ALIAS + b"c" and "index" in request.params:
-            asked.set()
-            replaced.wait(20)
-        return fake.consul(request)
-
+def test_change_replaced_before_its_range_is_read_does_not_read_the_whole_table(fake, source, held):
     before = len(lists(fake))
-    fake.handle = handle
-    fake.put(ALIAS + b"c1", b"seen")
-    becomes(source, b"seen", b"c1")
-    assert asked.wait(5)
     fake.put(ALIAS + b"c1", b"replaced")
     for _ in eventually("the completeness query has returned", 5):
         if any("keys" in each.params and each.params["index"] == str(fake.index) for each in waiting(fake)):
             break
     fake.put(ALIAS + b"c1", b"new")
-    replaced.set()
+    held.set()
     becomes(source, b"new", b"c1")
     time.sleep(3 * LATE_SECONDS)
     stays_ranged(fake, before)

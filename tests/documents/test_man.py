@@ -8,12 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import pytest
 
-from table_consul import cli, config, ctl, procexec
+from table_consul import cli, config, procexec
 from table_consul.ctl import main
 from table_consul.failures import refusal
 from table_consul.fallback import explain
@@ -156,13 +155,6 @@ def test_diagnostics_are_literal():
     for line in logged_lines():
         found = [each for each in patterns if re.fullmatch(".*".join(map(re.escape, each.split("..."))), line)]
         assert len(found) == 1, line
-
-
-def test_conflicts_of_every_command_are_literal():
-    heads = items(parts(source("table-consulctl.8"), "Sh")["DIAGNOSTICS"])
-    named = {head.strip('"').removeprefix("...: ") for head in heads if "changed in Consul since" in head}
-    modules = [path.read_text() for path in Path(ctl.__path__[0]).glob("*.py")]
-    assert named == {text for each in modules for text in re.findall(r'"(changed in Consul since.*)"', each)}
 
 
 @pytest.mark.parametrize("page", NAMES)

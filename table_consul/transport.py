@@ -67,6 +67,7 @@ class WaitCut(Unreachable):
 
 class Request(NamedTuple):
     path: str
+    """Not quoted; surrogates stand for bytes that are not UTF-8 (PEP 383)."""
     params: Sequence[tuple[str, Any]]
     headers: Mapping[str, str]
     method: str = "GET"
@@ -160,7 +161,7 @@ class Transport(Exchange):
 
     def _send(self, request: Request, by: float, held: float) -> requests.Response:
         query = urllib.parse.urlencode([*request.params, *self._scope])
-        target = urllib.parse.quote(request.path, safe="/") + ("?" + query if query else "")
+        target = urllib.parse.quote(request.path, safe="/", errors="surrogateescape") + ("?" + query if query else "")
         self._prepared.method, self._prepared.body = request.method, request.body
         self._indexed = request.indexed
         self._prepared.headers = requests.structures.CaseInsensitiveDict({**_HEADERS, **request.headers})

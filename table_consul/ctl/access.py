@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from table_consul import kv
 from table_consul.config import ConsulConfig
 from table_consul.ctl.main import as_writer
 from table_consul.errors import BadResponse, Forbidden, SourceError
+from table_consul.services.parts import REPLACEMENT
 from table_consul.sources import PROBE
 from table_consul.transport import Request
 
@@ -31,7 +32,13 @@ HIDING = (
     "Consul hides keys of this folder from {} (change its policy; to list the keys, set CONSUL_HTTP_TOKEN to a token"
     " that may list them)"
 )
+# What Consul may list as U+FFFD: a byte that is not UTF-8, and U+FFFD itself.
+REPLACED = (*(bytes([byte]) for byte in range(0x80, 0x100)), REPLACEMENT)
+REPLACEMENTS_MAX = 8
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+T = TypeVar("T")
 
 
 class _Link(msgspec.Struct, rename={"id": "ID", "name": "Name"}):
@@ -132,7 +139,7 @@ def _strings(rules: str) -> Iterator[str]:
 
 
 class Client(kv.Client):
-    """A client that also reads ACLs; like `kv.Client`, not for use by two threads at once."""
+    """A client that also reads ACLs, and names that are not UTF-8; not for use by two threads at once."""
 
     def may_read(self, key: bytes) -> bool:
         try:
@@ -173,6 +180,19 @@ class Client(kv.Client):
         with self._ask(folder, READ_SECONDS, keys=True, separator="/") as response:
             return not response.absent
 
+    def stored_as(self, listed: bytes) -> list[bytes]:
+        """The stored keys that Consul lists under this name, with U+FFFD for each byte that is not UTF-8.
+
+        A prefix is compared with the stored bytes, so every byte is tried in the place of each U+FFFD; empty if there
+        are more than `REPLACEMENTS_MAX`.
+        """
+        first, *others = listed.split(REPLACEMENT)
+        found = [first] if len(others) <= REPLACEMENTS_MAX else []
+        for part in others:
+            tried = [key + byte + part for key in found for byte in REPLACED]
+            found = [key for key in tried if listed.decode() in self._listed(key, list[str], keys=True)]
+        return [key for key in found if self._listed(key, list[kv.Pair])]
+
     def denied(self, keys: Sequence[str], access: str = "read") -> list[str]:
         """The keys among these that the token may not read, or write.
 
@@ -198,6 +218,12 @@ class Client(kv.Client):
             for policy in policies:
                 with contextlib.suppress(SourceError):
                     yield policy.name, other._ask_for(f"acl/policy/{policy.id}", _Policy).rules
+
+    def _listed(self, key: bytes, kind: type[list[T]], **options: bool) -> list[T]:
+        """The response for a key, or a prefix, that need not be UTF-8."""
+        name = key.decode(errors="surrogateescape")
+        with kv.Response(self, self._send(lambda: self._library.kv.get(name, **options), READ_SECONDS)) as response:
+            return [] if response.absent else response.decoded(msgspec.json.Decoder(kind))
 
     def _ask_for(self, path: str, kind: Any, body: bytes | None = None, *, indexed: bool = True) -> Any:  # noqa: ANN401 - of this kind
         def build() -> Request:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import click
 import msgspec
@@ -17,6 +18,7 @@ from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, chosen_tables, ech
 from table_consul.errors import Forbidden, SourceError, counted, printable
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries
+from table_consul.services.parts import REPLACEMENT
 
 if TYPE_CHECKING:
     from table_consul.ctl.loader import Loaded
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 LIST_SECONDS = 30.0
 # In the summary of a table; each key or folder has its own line before.
 PLACES_SHOWN = 3
+# Names that are not UTF-8 take some hundred requests each.
+RESOLVED_MAX = 20
 FOLDER = "the key ends in /, so it is a folder, and its value is never read (move the value to the key without the /)"
 UNSAFE_KEY = (
     "no URL can name this key (an empty segment, . or .., or a control character), so neither the UI nor "
     "`consul kv put` can change it{unfound} (use `consul kv delete -recurse` with a prefix that no other key has)"
+)
+NOT_UTF8 = (
+    "the key is not UTF-8 or has a U+FFFD, so no lookup finds it (delete it with the HTTP request DELETE /v1/kv/{})"
 )
 MISSING = "no keys in this folder (check the name of the table, `prefix` and `paths`)"
 RENAME = " (store the entry under another key, and delete this one with `table-consulctl import --prune`)"
@@ -120,8 +127,9 @@ def _check(data: Mapping[Service, Loaded], config: Config, table: Table, paths: 
     if failure is not None and not entries:
         raise failure
     pairs = {key: value for source in data.values() for key, value in source.pairs.items()}
+    stored = _stored(config, data)
     for each in entries:
-        problems += sorted(_of_service(each, pairs), key=lambda problem: problem.key)
+        problems += sorted(_of_service(each, pairs, stored), key=lambda problem: problem.key)
     problems += _unused_records(entries)
     folders = {each.path for each in entries}
     if any(folder.startswith(table.root) for folder in folders):
@@ -146,8 +154,27 @@ def _hidden(config: Config, table: Table, data: Mapping[Service, Loaded]) -> Seq
     return access.check(config.consul, [*folders]).unreadable if folders else []
 
 
-def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterator[Problem]:
-    """Yield the problems of a service's entries, and those of keys in its folder that are not entries."""
+def _stored(config: Config, data: Mapping[Service, Loaded]) -> Mapping[bytes, Sequence[bytes]]:
+    """The keys that are not UTF-8, by the name that Consul lists, as far as a few requests find them."""
+    from table_consul.ctl import access
+
+    live = [each for each in data.values() if each.origin().startswith("Consul")]
+    listed = {key: None for each in live for key in each.pairs if REPLACEMENT in key}
+    stored: dict[bytes, Sequence[bytes]] = {}
+    if listed:
+        # Consul 1.21.5 refuses to read such names.
+        with contextlib.closing(access.Client(config.consul)) as client, contextlib.suppress(SourceError):
+            stored = {key: client.stored_as(key) for key in [*listed][:RESOLVED_MAX]}
+    return stored
+
+
+def _of_service(
+    entries: Entries, pairs: Mapping[bytes, bytes | None], stored: Mapping[bytes, Sequence[bytes]]
+) -> Iterator[Problem]:
+    """Yield the problems of a service's entries, and those of keys in its folder that are not entries.
+
+    ``stored`` has keys that are not UTF-8, by the name that Consul lists.
+    """
     from table_consul.ctl import expansion
     from table_consul.kv import is_url_safe, modern_name_problem
 
@@ -156,7 +183,7 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
     refused = {key: text for key in own if is_url_safe(key) and (text := modern_name_problem(key))}
     unsafe = {problem.key for problem in entries.warnings.values() if not is_url_safe(problem.key)}
     for key, text in entries.problems:  # smtpd may reject the same key
-        if key in unsafe:
+        if key in unsafe or stored.get(key):
             continue  # reported below
         more = f"; {refused.pop(key)}{RENAME}" if key in refused else ""
         yield Problem(printable(key, UNCUT), text + more, name)
@@ -166,6 +193,8 @@ def _of_service(entries: Entries, pairs: Mapping[bytes, bytes | None]) -> Iterat
             yield Problem(printable(entries.path + entries.original_case.get(key, key), UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
     for key in own:
+        for each in stored.get(key, ()):
+            yield Problem(printable(each, UNCUT), NOT_UTF8.format(quote(each, safe="/@")), name)
         if key.endswith(b"/"):
             if pairs[key]:
                 yield Problem(printable(key, UNCUT), FOLDER, name)

@@ -20,11 +20,16 @@ from table_consul.errors import EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
+from table_consul.services.parts import REPLACEMENT
 from table_consul.services.values import parse_value
 
 # Consul accepts 512 KB per transaction (txn_max_req_len), with the key and in base64; smtpd accepts far less.
 VALUE_MAX_BYTES = 376 << 10
 
+_NOT_UTF8 = (
+    "the key may have other bytes than Consul lists, and a transaction names only UTF-8 (delete it over HTTP;"
+    " table-consulctl lint --live prints the request)"
+)
 _SHARED = "stored as a record that several services read (edit it in Consul, or use --record with a passwd file)"
 
 
@@ -259,7 +264,7 @@ class _Planner:
             folder = not key or key.endswith(b"/") or old.key.startswith(others)
             if folder or key in self._file or fold_key(key) in self._now.incomplete:
                 continue
-            self.changes[key] = Change(old.key, old, None, old_answer=_answer(self._now, key))
+            self._replace(key, old, None)
             if len(self._sharing) > 1 and not self._verbatim and record_of(self._table, self._service, old.value):
                 self._add_problem(key, _SHARED)
 
@@ -268,7 +273,12 @@ class _Planner:
         old = self._stored[key]
         record = None if self._exported else record_of(self._table, self._service, old.value)
         value = None if record is None else records.without_value(self._service, record)
+        self._replace(key, old, value)
+
+    def _replace(self, key: bytes, old: Stored, value: bytes | None) -> None:
         self.changes[key] = Change(old.key, old, value, old.flags, _answer(self._now, key))
+        if REPLACEMENT in key:
+            self._add_problem(key, _NOT_UTF8)
 
     def expand(self) -> None:
         """Find the aliases that smtpd can expand now, but not after the changes."""
@@ -333,7 +343,7 @@ def _invalid(service: Service, name: bytes, change: Change) -> str:
     if change.value is not None and len(change.value) > VALUE_MAX_BYTES:
         return f"the value has {len(change.value)} bytes, but a transaction of Consul holds at most {VALUE_MAX_BYTES}"
     if change.old is not None:
-        return ""
+        return _NOT_UTF8 if REPLACEMENT in change.key else ""
     if not is_url_safe(change.key):
         hint = '; or store it as the value of another key, and set fetch = "values"'
         text = "no URL can name this key (use UTF-8 without control characters, //, and the segments . and ..)"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NOT_UTF8 = (
     "the key is not UTF-8 (Consul lists its bytes as U+FFFD), so no lookup finds it; delete it over HTTP, by its bytes"
-    " (DELETE /v1/kv/FOLDER/%80)"
+    " (table-consulctl lint --live prints the request)"
 )
 WRONG_CASE = "smtpd asks in lower case, so mode direct never finds this key; rename it"
 

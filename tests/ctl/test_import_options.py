@@ -49,6 +49,14 @@ def test_prune_keeps_the_stored_entry_of_a_refused_one(consul):
     assert (done.status, entries(consul)) == (1, {"root": b"gilles", "bad": b"x"})
 
 
+def test_prune_keeps_and_reports_a_key_that_is_not_utf8(consul):
+    consul.request("PUT", "/v1/kv/aliases/alias/a%80", b"x")
+    consul.kv_put("aliases/alias/old", "x")
+    done = importer(consul, "aliases", "alias", "-", "--prune", "--skip-refused", stdin=b"root: x\n")
+    assert (done.status, entries(consul)) == (1, {"root": b"x", "a\ufffd": None})
+    assert "a\ufffd: the key may have other bytes than Consul lists" in done.said
+
+
 def test_prune_rejects_a_file_with_unreadable_lines(consul):
     consul.kv_put("aliases/alias/none", "x")
     done = importer(consul, "aliases", "alias", "-", "--prune", "--skip-refused", stdin=b"root: x\nnone:\n")

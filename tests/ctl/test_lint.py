@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 from collections import Counter
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -363,3 +364,64 @@ def test_keys_that_no_url_can_name_are_reported_with_a_hint_that_works(consul, t
         assert kv("delete", "-recurse", beginning).returncode == 0
     done = control("-c", path, "lint", "aliases")
     assert (done.status, done.text, "1 entry, no problems" in done.said) == (0, "", True)
+
+
+reads_any_name = pytest.mark.parametrize("fake", [each for each in VERSIONS if each != "1.21.5"], indirect=True)
+# Consul lists the first three alike, and so the next two. A byte may be the first of a longer key in UTF-8.
+NOT_UTF8 = ("%80", "%81", "%C3", "a%FFb%FE", "a%FEb%FF", "%E2%82x", "caf%E9@example.org")
+UTF8 = ("\u00e9", "\u20acx", "a", "a\u00ffb\u00fe")
+
+
+def stored_keys(report):
+    return {line.split(":")[0] for line in report.splitlines() if "not UTF-8" in line}
+
+
+def deletions(report):
+    return set(re.findall(r"DELETE /v1/kv/aliases/alias/([^)]*)", report))
+
+
+@reads_any_name
+def test_keys_that_are_not_utf8_are_reported_by_their_bytes(fake, live):
+    for name in NOT_UTF8:
+        fake.put(b"aliases/alias/" + unquote_to_bytes(name), b"eric")
+    result = live({f"aliases/alias/{name}": b"eric" for name in UTF8})
+    assert deletions(result.text) == {*NOT_UTF8}
+    assert stored_keys(result.text) == {
+        "aliases/alias/" + re.sub("%(..)", lambda x: "\\x" + x[1].lower(), n) for n in NOT_UTF8
+    }
+    for name in NOT_UTF8:
+        fake.delete(b"aliases/alias/" + unquote_to_bytes(name))
+    assert "not UTF-8" not in live({}).text
+
+
+@pytest.mark.parametrize("fake", ["1.21.5"], indirect=True)
+def test_keys_that_consul_does_not_read_are_reported_as_it_lists_them(fake, live):
+    fake.put(b"aliases/alias/\x80", b"eric")
+    assert "aliases/alias/\ufffd: the key is not UTF-8" in live({"aliases/alias/a": b"eric"}).text
+
+
+@reads_any_name
+def test_replacement_character_itself_is_reported_by_its_bytes(fake, live):
+    result = live({"aliases/alias/\ufffd": b"eric", "aliases/alias/a\ufffd\ufffd": b"eric"})
+    assert deletions(result.text) == {"%EF%BF%BD", "a%EF%BF%BD%EF%BF%BD"}
+
+
+def test_keys_with_too_many_bytes_that_are_not_utf8_are_reported_as_listed(fake, live):
+    fake.put(b"aliases/alias/" + b"\x80" * 30, b"eric")
+    result = live({"aliases/alias/a": b"eric"})
+    assert "lint --live prints the request" in result.text
+    assert len(stored_keys(result.text)) == 1
+
+
+@pytest.mark.real
+def test_reported_request_deletes_a_key_that_is_not_utf8_from_a_real_consul(consul, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(f'[consul]\naddress = "http://{consul.address}"\n')
+    for name in NOT_UTF8:
+        consul.request("PUT", f"/v1/kv/aliases/alias/{name}", b"eric")
+    reported = deletions(control("-c", path, "lint", "aliases").text)
+    assert reported == {*NOT_UTF8}
+    for name in reported:
+        consul.request("DELETE", f"/v1/kv/aliases/alias/{name}")
+    consul.kv_put("aliases/alias/root", "eric")
+    assert control("-c", path, "lint", "aliases").status == 0

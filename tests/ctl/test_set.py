@@ -220,6 +220,12 @@ def test_new_user_beside_records_of_one_service_is_a_record(run, fake):
     assert json.loads(values(fake, b"users/credentials/")["eric"]) == {"password": HASH}
 
 
+def test_unset_reports_a_key_that_no_transaction_can_name(consul):
+    consul.request("PUT", "/v1/kv/aliases/alias/a%80", b"x")
+    done = control("unset", "aliases", "alias", "a\ufffd", CONSUL_HTTP_ADDR=consul.address)
+    assert (done.status, "the key may have other bytes than Consul lists" in done.said) == (2, True)
+
+
 def test_unset_removes_the_field_and_then_the_record(people, fake):
     record = {key: RECORD[key] for key in ("password", "uid", "gid", "home")}
     fake.put(b"people/vera", json.dumps(record).encode())

@@ -9,7 +9,12 @@ import msgspec
 
 
 class TableConsulError(Exception):
-    """Root of all errors that this package raises on purpose."""
+    """Root of all errors that this package raises on purpose. Their text ends in the hint, in parentheses."""
+
+    def __init__(self, text: str = "", hint: str = "") -> None:
+        super().__init__(f"{text} ({hint})" if hint else text)
+        self.hint = hint
+        """What to do, as an imperative; empty if that depends on where the error occurs."""
 
 
 class ConfigError(TableConsulError):

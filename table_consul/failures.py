@@ -31,6 +31,13 @@ _OWN_WORDS = re.compile(
     rb"|rpc error (?:making call|getting client)|failed to get conn|i/o (?:deadline reached|timeout)|EOF"
     rb"|connection re(?:fused|set by peer)|leadership lost while committing log|node is not the leader"
 )
+# By words of Consul's errors.
+NO_LEADER = "start a majority of the servers"
+_HINTS = {
+    "No known Consul servers": "join this agent to the servers",
+    "leader|rpc error": NO_LEADER,
+    "rate limit": "raise limits in Consul's configuration",
+}
 
 
 class BadRequest(BadResponse):
@@ -59,26 +66,26 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
     reply = f"{status} {excerpt(body, token=token)}".rstrip()
     if status in (401, 403):
         if "Access is restricted" in reply:
-            return Forbidden(f"{consul} rejects writes from this host: {reply} (add it to allow_write_http_from)")
+            return Forbidden(f"{consul} rejects writes from this host: {reply}", "add it to allow_write_http_from")
         if "Endpoint is blocked" in reply:
-            return Forbidden(f"{consul}: {reply} (check http_config.block_endpoints)")
+            return Forbidden(f"{consul}: {reply}", "check http_config.block_endpoints")
         if not token:
-            return Forbidden(f"{consul}: {reply} (no token is configured: set token_file)")
+            return Forbidden(f"{consul}: {reply}", "no token is configured: set token_file")
         return Forbidden(f"{consul} rejects the token: {reply}")
     if "Enterprise feature" in reply:
         setting = "partition" if "Partitions" in reply else "namespace"
-        return SourceError(f"{consul}: {reply} (remove {setting} from the configuration)")
+        return SourceError(f"{consul}: {reply}", f"remove {setting} from the configuration")
     # 1.21.5 rejects the `@` of mail addresses (hashicorp/consul#22835), later versions a leading or trailing blank. If
     # this counted as an outage, one recipient could block the lookups of all others.
     if "invalid key name" in reply.lower():
         hint = "rename the key, or set disable_kv_key_validation in Consul's configuration"
         if "should respect" in reply:
             hint = "upgrade Consul 1.21.5, or set disable_http_unprintable_char_filter in its configuration"
-        return BadName(f"{consul} rejects the name of this key: {reply} ({hint})")
+        return BadName(f"{consul} rejects the name of this key: {reply}", hint)
     if "too many concurrent connections" in reply:
-        return TooManyConnections(f"{consul}: {reply} (raise limits.http_max_conns_per_client)")
+        return TooManyConnections(f"{consul}: {reply}", "raise limits.http_max_conns_per_client")
     kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse
-    return kind(f"{consul}: {reply}")
+    return kind(f"{consul}: {reply}", next((hint for words, hint in _HINTS.items() if re.search(words, reply)), ""))
 
 
 def broken_exchange(consul: str, error: Exception, *, fresh: bool = False) -> SourceError:
@@ -90,10 +97,19 @@ def broken_exchange(consul: str, error: Exception, *, fresh: bool = False) -> So
     cause = cause_of(error)
     if fresh and isinstance(cause, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError):  # RemoteDisconnected too
         hint = "this host may have too many connections: check limits.http_max_conns_per_client"
-        return TooManyConnections(f"{consul}: {reason_of(cause)} ({hint})")
+        return TooManyConnections(f"{consul}: {reason_of(cause)}", hint)
     ended = isinstance(cause, OSError | http.client.IncompleteRead)
     kind = BadResponse if isinstance(cause, http.client.HTTPException) and not ended else Unreachable
-    return kind(f"{consul}: {reason_of(cause)}")
+    return kind(f"{consul}: {reason_of(cause)}", _tls_hint(cause))
+
+
+def _tls_hint(error: BaseException) -> str:
+    match error:
+        case ssl.SSLCertVerificationError():
+            return "check ca_file and tls_server_name"
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+            return "should the address be http://?"
+    return ""
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -120,7 +136,7 @@ def reason_of(error: BaseException) -> str:
         case ssl.SSLCertVerificationError():
             return f"certificate verification failed: {error.verify_message}"
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
-            return "the server did not speak TLS (should the address be http://?)"
+            return "the server did not speak TLS"
         case OSError(strerror=str(text)):
             return text.lower()
     return printable(f"{type(error).__name__}: {error}")

@@ -451,8 +451,8 @@ class Client:
             try:
                 token = read_token(self._token_file)
             except OSError as error:
-                hint = " (smtpd's user must be able to read it)" if isinstance(error, PermissionError) else ""
-                raise SourceError(f"{origin}: {error.strerror}{hint}") from error
+                hint = "smtpd's user must be able to read it" if isinstance(error, PermissionError) else ""
+                raise SourceError(f"{origin}: {error.strerror}", hint) from error
         # Without a token, Consul may return 404 for keys that exist.
         if token is not None and not TOKEN.fullmatch(token):
             raise SourceError(f"{origin} is empty or not one line of printable ASCII")

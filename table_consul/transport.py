@@ -24,6 +24,7 @@ from table_consul.endpoint import Endpoint, Exchange
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
 from table_consul.failures import (
     BROKEN,
+    NO_LEADER,
     BadRequest,
     TooManyConnections,
     broken_exchange,
@@ -185,6 +186,8 @@ class Transport(Exchange):
                 self.next_address()
             if time.monotonic() >= by:
                 break
+        if len(failures) == 1:
+            raise failures[0]
         # Of several failures, the most specific one counts: if an address answers, it is not an outage.
         kinds = [each for each in (BadResponse, TooManyConnections) if any(isinstance(f, each) for f in failures)]
         raise (*kinds, Unreachable)[0]("; ".join(map(str, failures)))
@@ -239,7 +242,7 @@ class Transport(Exchange):
         is_index = re.fullmatch("[0-9]{1,30}", index) is not None and 0 < int(index) <= _MAX_INDEX
         # Stale reads prefer old data to none, but such a server cannot prove that a key is absent.
         if leader == "false" and (status == 404 or not self._stale):
-            raise Unreachable(f"Consul at {self.address} has no cluster leader")
+            raise Unreachable(f"Consul at {self.address} has no cluster leader", NO_LEADER)
         if leader not in ("true", "false") or not is_index:
             raise self.bad(f"status {status}, but not from Consul's key-value store", _beginning(response))
         if status == 404 and self.is_behind(response):

@@ -75,4 +75,4 @@ def _update(table: str) -> None:
         problem = printable((done.stderr or done.stdout).strip()) or f"exit status {done.returncode}"
     except OSError as error:
         problem = f"smtpctl: {problem_of(error)}"
-    raise TableConsulError(f"{problem} (run as root on the mail host: {shlex.join(arguments)})")
+    raise TableConsulError(problem, f"run as root on the mail host: {shlex.join(arguments)}")

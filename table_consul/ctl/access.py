@@ -165,15 +165,21 @@ class Client(kv.Client):
             return None
         return found
 
-    def token_problem(self) -> str | None:
-        """Consul's error for this token; empty if it knows the token; None if it has no ACLs, or none are in sight."""
+    def knows_token(self) -> bool:
+        """Whether Consul knows this token, False if it has no ACLs or a proxy blocks the request.
+
+        Raises:
+            Forbidden: Consul does not know the token.
+        """
         try:
             self._ask_for("acl/token/self", _Links)
         except Forbidden as error:
-            return None if re.search("disabled|blocked", str(error)) else str(error)
+            if not re.search("disabled|blocked", str(error)):
+                raise
+            return False
         except BadResponse:
-            return None
-        return ""
+            return False
+        return True
 
     def exists(self, folder: bytes) -> bool:
         """Whether the token sees any key in the folder."""

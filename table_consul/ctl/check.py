@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from table_consul.errors import (
     Forbidden,
     SourceError,
     TableConsulError,
+    Unreachable,
     counted,
     printable,
     problem_of,
@@ -39,19 +39,13 @@ KNOWN_FAULTS = {
     "1.22.4": "it ends requests after 30 seconds, including blocking queries (upgrade to 1.22.5)",
 }
 
-NO_LEADER = "start a majority of the servers"
-FORBIDDEN = "create a token with the rules that table-consulctl policy prints"
-# For errors with these words.
-HINTS = {
-    "No known Consul servers": "join this agent to the servers",
-    "leader|rpc error": NO_LEADER,
-    "rate limit": "raise limits in Consul's configuration",
-    "certificate verification": "check ca_file and tls_server_name",
+# For errors without a hint of their own, by kind.
+HINTS: dict[type[SourceError], str] = {
+    Forbidden: "create a token with the rules that table-consulctl policy prints",
+    BadResponse: "check that this is Consul's address",
+    Unreachable: "check that Consul runs there",
+    SourceError: "correct this file",
 }
-# Other texts in parentheses, such as that of a proxy, are not hints.
-_HINT = re.compile(
-    r"\((?:add|check|no token|raise|remove|rename|set|should|smtpd's user|this host|upgrade|use) [^()]*\)$"
-)
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -140,7 +134,8 @@ class _Checker:
             self._report(path or "smtpd", f"{problem_of(error)} ({hint})", unknown=True)
             return None
         except TableConsulError as error:
-            self._report(path or "smtpd.conf", _with_hint(str(error), "correct the path"), unknown=True)
+            hint = "" if error.hint else " (correct the path)"
+            self._report(path or "smtpd.conf", f"{error}{hint}", unknown=True)
             return None
         program = smtpdconf.program()
         if program is not None and os.geteuid() == 0:
@@ -208,9 +203,8 @@ class _Checker:
             try:
                 self._consul(loaded, tables, uses)
             except SourceError as error:
-                where, separator, problem = str(error).partition(": ")
-                text = _with_hint(problem or where, _hint(error, problem or where))
-                self._report(where if separator else "Consul", text, unknown=True)
+                where, separator, problem = _with_hint(error).partition(": ")
+                self._report(where if separator else "Consul", problem or where, unknown=True)
 
     def _consul(self, loaded: config.Config, tables: dict[str, Table], uses: dict[str, list[smtpdconf.Use]]) -> None:
         """Check Consul, the token and the folders.
@@ -219,6 +213,7 @@ class _Checker:
             SourceError: it cannot be read.
         """
         from table_consul.ctl import access
+        from table_consul.failures import NO_LEADER
 
         with contextlib.closing(access.Client(loaded.consul)) as client:
             where = f"Consul at {client.address}"
@@ -229,13 +224,15 @@ class _Checker:
                 self._report("Consul leader", f"none, according to {client.address} ({NO_LEADER})", unknown=True)
                 return
             version = self._version(client)
-            problem = client.token_problem()
-            if problem is not None and not access.has_token(loaded.consul):
+            try:
+                has_acls = client.knows_token()
+            except Forbidden as error:
+                if access.has_token(loaded.consul):
+                    self._report(where, _with_hint(error).removeprefix(where).lstrip(": "))
+                    return
+                has_acls = True
+            if has_acls and not access.has_token(loaded.consul):
                 self._note(f"no token is configured, so Consul uses {access.ANONYMOUS}")
-            elif problem:
-                text = problem.removeprefix(where).lstrip(": ")
-                self._report(where, _with_hint(text, FORBIDDEN))
-                return
             self._note(f"Consul{version} at {client.address}")
             folders = {
                 table.path(SERVICES[name]): None
@@ -268,23 +265,12 @@ class _Checker:
         return f" {printable(version)}"
 
 
-def _hint(error: SourceError, problem: str) -> str:
-    """How to fix an error, of which ``problem`` is the text without the place."""
-    for words, hint in HINTS.items():
-        if re.search(words, problem):
-            return hint
-    for kind, hint in ((Forbidden, FORBIDDEN), (BadResponse, "check that this is Consul's address")):
-        if isinstance(error, kind):
-            return hint
-    # A file that cannot be read is not a problem of Consul.
-    return "correct this file" if type(error) is SourceError else "check that Consul runs there"
-
-
-def _with_hint(text: str, hint: str) -> str:
-    """The text, with the hint unless it ends in one already."""
-    if _HINT.search(text):
-        return text
-    return f"{text[:-1]}; {hint})" if text.endswith(")") else f"{text} ({hint})"
+def _with_hint(error: SourceError) -> str:
+    """The text of the error; with the hint for its kind, if it has none of its own."""
+    if error.hint:
+        return str(error)
+    hint = next(hint for kind, hint in HINTS.items() if isinstance(error, kind))
+    return f"{error} ({hint})"
 
 
 def _services(table: Table, uses: Sequence[smtpdconf.Use]) -> Iterator[str]:

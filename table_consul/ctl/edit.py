@@ -207,7 +207,7 @@ def _run_editor(path: str, line: int) -> None:
         with _handling(lambda *_: None, signal.SIGINT, signal.SIGQUIT):  # which the terminal sends to both
             status = subprocess.run(command, check=False).returncode  # noqa: S603 - the operator's own
     except OSError as error:
-        raise TableConsulError(f"{editor}: {problem_of(error)} (set EDITOR)") from None
+        raise TableConsulError(f"{editor}: {problem_of(error)}", "set EDITOR") from None
     if status:
         raise TableConsulError(f"{editor}: exit status {status}; nothing was written")
 

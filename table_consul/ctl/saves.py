@@ -63,7 +63,7 @@ def save(folder: str, write: Write) -> int:
             replace_file(_path(folder, number), data)
             _remove_oldest(folder, saved, len(data))
     except OSError as error:
-        raise TableConsulError(f"{printable(folder)}: {problem_of(error)}; nothing was written ({_HINT})") from None
+        raise TableConsulError(f"{printable(folder)}: {problem_of(error)}; nothing was written", _HINT) from None
     return number
 
 
@@ -74,7 +74,7 @@ def _locked(folder: str) -> Iterator[None]:
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise TableConsulError(f"{printable(folder)}: must belong to this user, with mode 0700 ({_HINT})")
+            raise TableConsulError(f"{printable(folder)}: must belong to this user, with mode 0700", _HINT)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -109,7 +109,7 @@ def load(folder: str, number: int) -> Write:
         with _locked(folder), open(path, "rb", opener=open_regular_file) as file:
             return _DECODER.decode(file.read())
     except FileNotFoundError:
-        raise TableConsulError(f"{printable(folder)}: no write {number} (run undo --list)") from None
+        raise TableConsulError(f"{printable(folder)}: no write {number}", "run undo --list") from None
     except UNDECODABLE as error:
         raise TableConsulError(f"{printable(path)}: damaged: {error}") from None
 

@@ -104,7 +104,7 @@ def locate() -> str:
     for path in (*built_in(rb"\0(/[\w/.-]+/smtpd\.conf)\0"), *PATHS):
         if os.path.exists(path):
             return path
-    raise TableConsulError("smtpd.conf not found (use --smtpd-conf)")
+    raise TableConsulError("smtpd.conf not found", "use --smtpd-conf")
 
 
 def read(path: str) -> SmtpdConf:

@@ -176,7 +176,7 @@ def published_statuses(config: Config, tables: Sequence[str] = ()) -> list[Statu
         import prometheus_client.parser  # noqa: F401 - without it the daemons publish nothing either
     except ImportError:
         raise TableConsulError(
-            "prometheus_client is missing (install table-consul[metrics] or python3-prometheus-client)"
+            "prometheus_client is missing", "install table-consul[metrics] or python3-prometheus-client"
         ) from None
     known = {*config.tables, *published_tables(config), *smtpdconf.tables_of(config.path)}
     wanted = tables or sorted(known) or (config.defaults.name,)

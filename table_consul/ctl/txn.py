@@ -94,8 +94,9 @@ class Store(kv.Client):
             key = printable(changes[each.op_index].key)
             if "permission denied" in each.what.lower():
                 raise Forbidden(
-                    f"Consul at {self.address}: the token may not write {key} (for the policy it needs, run"
-                    " table-consulctl policy --write TABLE; for another token, use --token-file)"
+                    f"Consul at {self.address}: the token may not write {key}",
+                    "for the policy it needs, run table-consulctl policy --write TABLE; for another token, use"
+                    " --token-file",
                 )
             if "index is stale" not in each.what:
                 raise BadResponse(f"Consul at {self.address} rejects the write of {key}: {printable(each.what)}")

@@ -272,8 +272,8 @@ class Writer(NamedTuple):
         if problems and not (force and plan.changes):
             if self.as_json:
                 click.echo(self.document(plan.changes, hashed=service.hashed, refused=[*problems, *plan.refused]))
-            hint = " (use --force to write it)" if plan.changes and force is not None else ""
-            raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written{hint}")
+            hint = "use --force to write it" if plan.changes and force is not None else ""
+            raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written", hint)
         self.show(plan.changes, hashed=service.hashed)
         status = self.apply(plan.changes, hashed=service.hashed, refused=plan.refused)
         return main.FAILED if plan.refused else status

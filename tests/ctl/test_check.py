@@ -198,13 +198,16 @@ JSON = {"Content-Type": "application/json", "X-Consul-Index": "1", "X-Consul-Kno
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (Answer(500, {}, b"a secret"), "500 (text not quoted: it may contain the token; check that Consul runs there)"),
-        (Answer(502, {}, b"Bad Gateway (nginx)"), "502 Bad Gateway (nginx; check that Consul runs there)"),
+        (
+            Answer(500, {}, b"a secret"),
+            "500 (text not quoted: it may contain the token) (check that Consul runs there)",
+        ),
+        (Answer(502, {}, b"Bad Gateway (nginx)"), "502 Bad Gateway (nginx) (check that Consul runs there)"),
         (Answer(429, {}, b"rate limit exceeded"), "429 rate limit exceeded (raise limits in Consul's configuration)"),
         (Answer(500, {}, b"No cluster leader"), "500 No cluster leader (start a majority of the servers)"),
         (Answer(400, {}, b"Missing key name"), "400 Missing key name (check that this is Consul's address)"),
         (Answer(302, {}, b""), "302 (check that this is Consul's address)"),
-        (Answer(200, JSON, b"[1"), "; check that this is Consul's address)"),
+        (Answer(200, JSON, b"[1"), ") (check that this is Consul's address)"),
         (Answer(200, {}, b"[]"), "status 200, but not from Consul's key-value store (check that this is Consul's addr"),
         (Answer(429, {}, b"Your IP is issuing too many concurrent connections"), "(raise limits.http_max_conns_per_c"),
         (Answer(400, {}, b"Invalid key name, keys should respect the"), "(upgrade Consul 1.21.5, or set disable_http"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -268,27 +269,30 @@ class ConsulUI:
         return self._act("Confirm Delete")
 
     def log_in(self, secret: str) -> None:
-        """Log in with the secret of a token; no token may be logged in.
-
-        Raises:
-            Refused: the UI reported an error.
-        """
+        """Log in with the secret of a token; no token may be logged in."""
         self._browser.open(self._keys)
         if self._modern:
             self._browser.click(AUTH_MENU)
         self._browser.click(AUTH_ENTRY if self._modern else "header label", "Log in")
         self._browser.see("input[name='auth[SecretID]']").send_keys(secret)
-        self._act("Log in", "button[type=submit]")
+        self._browser.click("button[type=submit]", "Log in")
+        self._browser.wait(self._has_token, "a login")
 
     def log_out(self) -> None:
-        """Log out. Raises the same as ``log_in``."""
+        """Log out."""
         self._browser.open(self._keys)
         if self._modern:
             self._browser.click(AUTH_MENU)
-            self._act("Log out", AUTH_ENTRY)
+            self._browser.click(AUTH_ENTRY, "Log out")
         else:
             self._browser.click("header label", "Logout")
-            self._act("Logout", "button[role=menuitem]")
+            self._browser.click("button[role=menuitem]", "Logout")
+        self._browser.wait(lambda: not self._has_token(), "a logout")
+
+    def _has_token(self) -> bool:
+        """Whether a token is logged in; the page may lose the notification of a change when it loads itself again."""
+        stored = self._browser.driver.execute_script("return localStorage.getItem('consul:token')")
+        return bool(stored and json.loads(stored).get("AccessorID"))
 
     def _type(self, value: str, *, code: bool) -> None:
         field = self._browser.see(f"{EDITOR}, {PLAIN}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import http.client
+import io
 import ipaddress
 import os
 import socket
@@ -14,6 +16,7 @@ import time
 import urllib.parse
 import warnings
 from concurrent.futures import Future
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import urllib3
@@ -22,7 +25,6 @@ import urllib3.connection
 from table_consul.errors import SourceError
 from table_consul.failures import reason_of
 from table_consul.files import open_regular_file, version_of
-from table_consul.http_response import HTTPResponse
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about versions of optional dependencies
@@ -52,6 +54,8 @@ def _seconds_until(moment: float) -> float:
     return left
 
 
+MAX_INTERIM = 16
+"""Interim responses (1xx) before the one that counts."""
 # The size of the kernel's receive buffer; the headers of a response have about 400 bytes.
 NARROW_BYTES = 4 << 10
 
@@ -94,10 +98,52 @@ class _TLSSocket(_DeadlineMixin, ssl.SSLSocket):
     pass
 
 
+class _Reader(io.BufferedReader):
+    last = b""
+    """The last line read, empty at the end of the connection."""
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self.last = super().readline(size)
+        return self.last
+
+
+class _HTTPResponse(http.client.HTTPResponse):
+    """http.client's response, which also skips all interim responses and rejects truncated headers.
+
+    http.client skips only 100: after a 103, the real response would stay on the connection and pass for that of the
+    next request. If the connection ends within the headers, http.client treats them as complete.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
+        super().__init__(*args, **kwargs)
+        self.fp: _Reader = _Reader(self.fp.detach())
+        self._interim = 0
+
+    def begin(self) -> None:
+        """Read the headers.
+
+        Raises:
+            OSError: the connection broke.
+            http.client.HTTPException: invalid or truncated HTTP, or too many interim responses.
+        """
+        super().begin()
+        if not self.fp.last:
+            raise http.client.IncompleteRead(b"")
+
+    def _read_status(self) -> tuple[str, int, str]:
+        version, status, reason = super()._read_status()  # type: ignore[misc]  # typeshed leaves it out
+        if 100 <= status < 200 and status != HTTPStatus.SWITCHING_PROTOCOLS:
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise http.client.BadStatusLine(f"{status} {reason}")
+            status = HTTPStatus.CONTINUE  # which the parent skips, with its headers
+        return version, status, reason
+
+
 class _Connection(urllib3.connection.HTTPConnection):
     """A connection of the pool; also for TLS and unix sockets, because `Endpoint` opens it."""
 
-    response_class = HTTPResponse
+    response_class = _HTTPResponse
 
     def __init__(self, *args: Any, endpoint: Endpoint, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
         super().__init__(*args, **kwargs)

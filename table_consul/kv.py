@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
+from table_consul.body import OBJECTS, STRINGS, LargeObjectError, body_of, split_list
 from table_consul.errors import (
     UNDECODABLE,
     BadResponse,
@@ -31,8 +32,6 @@ from table_consul.errors import (
 )
 from table_consul.failures import BROKEN, cause_of
 from table_consul.files import TOKEN, read_token
-from table_consul.gzip_body import body_of
-from table_consul.json_list import OBJECTS, STRINGS, LargeObjectError, split_list
 from table_consul.transport import Request, Transport, WaitCut
 
 with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from table_consul import __version__
+from table_consul.body import Read, body_of
 from table_consul.endpoint import Endpoint, Exchange
 from table_consul.errors import BadResponse, SourceError, Unreachable, printable
 from table_consul.failures import (
@@ -32,7 +33,6 @@ from table_consul.failures import (
     excerpt,
     refusal,
 )
-from table_consul.gzip_body import Read, body_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about versions of optional dependencies

@@ -10,9 +10,9 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
+from table_consul.body import split_list
 from table_consul.errors import UNDECODABLE, SourceError, counted
 from table_consul.files import open_regular_file, version_of
-from table_consul.json_list import split_list
 from table_consul.log import warn_of_problems
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries

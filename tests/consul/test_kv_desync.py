@@ -9,8 +9,8 @@ import time
 import msgspec
 import pytest
 
+from table_consul.endpoint import MAX_INTERIM
 from table_consul.errors import BadResponse, SourceError, Unreachable
-from table_consul.http_response import MAX_INTERIM
 from tests.consul.clients import INVALID, ROOT, TRUE, failure
 from tests.fake_consul import Answer, entry
 

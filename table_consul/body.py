@@ -1,9 +1,17 @@
-"""Split a JSON list into smaller lists, so that each step is short and no body is in memory as a whole."""
+"""The body of a response in pieces of bounded size: decompressed, and a JSON list split into smaller lists.
+
+Each step is short, so that the answering thread gets Python's lock between two, and no body is in memory as a whole.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import requests
 
 # The last boundary between two objects of a list. A JSON string cannot contain it: the quote would end the string, and
 # no letter follows the end of a string. The search runs from the end, in linear time.
@@ -14,6 +22,38 @@ _BOUNDARY_BYTES = 69
 
 OBJECT_BYTES = 8 << 20
 """More than the JSON of any entry; a value has at most 512 KiB by default (limits.kv_max_value_size)."""
+
+Read = Callable[[int], bytes]
+"""Returns the next part of a body, of at most this many bytes; empty at the end."""
+
+
+def body_of(response: requests.Response) -> Read:
+    """The function that reads the body; for a compressed body, it may raise zlib.error."""
+    read: Read = response.raw.read
+    return _Gzip(read).read if response.headers.get("Content-Encoding") == "gzip" else read
+
+
+class _Gzip:
+    """One gzip member, with nothing after it. Each step releases Python's lock, and returns no more than requested.
+
+    urllib3 decompresses all that it has read in one step: 16 KB can become 16 MB.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._inflate = zlib.decompressobj(wbits=31)
+
+    def read(self, size: int) -> bytes:
+        inflate = self._inflate
+        while not inflate.eof:
+            data = inflate.unconsumed_tail or self._read(size)
+            if piece := inflate.decompress(data, size):
+                return piece
+            if not data and not inflate.eof:
+                raise zlib.error("truncated")
+        if inflate.unused_data or self._read(size):
+            raise zlib.error("trailing data")
+        return b""
 
 
 class LargeObjectError(ValueError):

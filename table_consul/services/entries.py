@@ -59,7 +59,8 @@ class EntriesBuilder:
         if self._former is not None and self._former.table.same_entries(table):
             before = self._former.table
             same_deadline = before.deadline == table.deadline or not (service.hashed or service.patterns)
-            self._reusable = self._former if same_deadline and before.services == table.services else None
+            same_readers = before.services == table.services and before.paths == table.paths
+            self._reusable = self._former if same_deadline and same_readers else None
         self._rest_is_known = not below or self._reusable is not None
         # A value returned by parse_value is valid unchanged, unless it would be decoded again. Warned values are
         # judged again, and so are expressions, which depend on their original case.

@@ -77,6 +77,14 @@ class TestBuilder:
         with pytest.raises(EntryError, match="aliases/domain/: too many patterns"):
             built.find(b"zz")
 
+    def test_key_is_judged_again_when_a_service_stops_sharing_the_folder(self):
+        shared = replace(TABLE, services=("alias", "string"), paths={"alias": "people", "string": "people"})
+        former = entries("alias", (b"gilles chehade", b"gilles"), table=shared)
+        alone = replace(shared, paths={"alias": "people"})
+        built = self.build((b"gilles chehade", b"gilles"), former=former, table=alone).finish()
+        assert former.problems == []
+        assert built.problems == entries("alias", (b"gilles chehade", b"gilles"), table=alone).problems != []
+
     def test_missing_keys_survive_a_change_of_settings(self):
         former = entries("alias", (b"Root", b"gilles"))
         table = replace(TABLE, allow_commands=True)

@@ -128,6 +128,25 @@ def test_regex_without_google_re2_is_a_problem(monkeypatch):
     assert [entry for entry, remedy in index.problems if "google-re2" in remedy] == [b"a", b"b"]
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("def f(:", "reinstall it"),
+        ("raise ImportError('undefined symbol')", "reinstall it"),
+        ("raise RuntimeError('bug')", "reinstall it"),
+        ("raise SystemExit('needs Python 3.14')", "reinstall it"),
+        ("from re import compile, error, purge", "replace it"),
+    ],
+)
+def test_broken_re2_is_a_problem_of_the_expressions_only(text, hint, tmp_path, monkeypatch):
+    (tmp_path / "re2.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "re2", None)
+    monkeypatch.delitem(sys.modules, "re2")
+    problems = Regexes([b"a", b"b"]).problems
+    assert [entry for entry, remedy in problems if "google-re2" in remedy and hint in remedy] == [b"a", b"b"]
+
+
 @pytest.mark.parametrize("memory", [1, 2_000, 20_000])
 def test_regex_set_out_of_memory_is_an_error(memory, monkeypatch):
     monkeypatch.setattr("table_consul.services.regex.REGEX_SET_BYTES", memory)

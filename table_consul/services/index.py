@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
-from table_consul.errors import EntryError
+from table_consul.errors import ConfigError, EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
 from table_consul.services.forms import Forms, Steps
 from table_consul.services.judge import NOT_A_NETWORK
-from table_consul.services.regex import REGEX_SET_SIZE, RegexSet, escape_warnings, regcomp
+from table_consul.services.regex import REGEX_SET_SIZE, RegexSet, escape_warnings, package, regcomp
 
 # Seconds for one instruction of an expression and one byte of the text, at worst with a hostile text; on a core of
 # 2020, rounded up.
@@ -29,7 +29,9 @@ WIDTH_SECONDS = 2e-9
 TIMED_SECONDS = 0.001
 # A bound on the memory of RE2 that does not grow with the deadline.
 MAX_WIDTH = 150_000
-STARS = "the patterns with *"
+_TOO_SLOW = "of this service would take more than a tenth of the deadline to match; simplify or delete some"
+SLOW_STARS, SLOW_EXPRESSIONS = f"the patterns with * {_TOO_SLOW}", f"the regular expressions {_TOO_SLOW}"
+TOO_MANY = "too many patterns to match all within a tenth of the deadline; simplify or delete some"
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
 
 
@@ -66,7 +68,8 @@ class Index(ABC):
         self._unusable: dict[bytes, list[str]] = {}
         """Entries with a problem, and why; most of them never match."""
         self._refused: dict[bytes, str] = {}
-        """Entries for which there is no time, and why."""
+        """Entries that cannot be matched, although they may be valid, and why."""
+        self._reason = TOO_MANY
         self._first_refused: bytes | None = None
         self.timed = False
         """Whether a key may take so long that `find` needs the clock of its request."""
@@ -111,10 +114,9 @@ class Index(ABC):
     def _remove(self, entry: bytes) -> None:
         """Remove one that was added; its problems are forgotten."""
 
-    def _refuse(self, entries: Iterable[bytes], what: str) -> None:
-        """Leave out entries for which there is no time."""
-        text = f"{what} of this service would take more than a tenth of the deadline to match; simplify or delete some"
-        self._refused = dict.fromkeys(entries, text)
+    def _refuse(self, entries: Iterable[bytes], text: str, reason: str = TOO_MANY) -> None:
+        """Leave out entries that cannot be matched, with the problem of each; ``reason`` is the error of a key."""
+        self._refused, self._reason = dict.fromkeys(entries, text), reason
         self._first_refused = min(self._refused, default=None)
 
     @property
@@ -131,7 +133,7 @@ class Index(ABC):
         found = self._find(key, seconds_left)
         refused = self._first_refused
         if refused is not None and (found is None or refused < found):
-            raise EntryError("too many patterns to match all within a tenth of the deadline; simplify or delete some")
+            raise EntryError(self._reason)
         return found
 
     @abstractmethod
@@ -156,7 +158,7 @@ class _Hosts(Index):
         if self._refused or self._stems.keys() != stems.keys():
             self._steps = Steps()
             refused = {each for each in sorted(self._stems) if not self._steps.add(each.split(b"*"), self._seconds)}
-            self._refuse((entry for entry in entries if self._stem(entry) in refused) if refused else (), STARS)
+            self._refuse((entry for entry in entries if self._stem(entry) in refused) if refused else (), SLOW_STARS)
             self.timed = self._steps.seconds > TIMED_SECONDS
 
     def _add(self, entry: bytes) -> None:
@@ -339,8 +341,13 @@ class Regexes(Index):
     def _change(self, _added: Iterable[bytes], _removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
         """Compile all, in ascending order: the time limit bounds them to some thousand."""
         self._clear()
-        super()._change(sorted(entries), (), entries)
-        self._refuse(self._beyond, "the regular expressions")
+        try:
+            package()
+        except ConfigError as error:
+            self._refuse(entries, str(error), str(error))
+        else:
+            super()._change(sorted(entries), (), entries)
+            self._refuse(self._beyond, SLOW_EXPRESSIONS)
         self._close_set()
         self.timed = bool(self._sets)
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from types import ModuleType
 from typing import NamedTuple
 
-from table_consul.errors import EntryError
+from table_consul.errors import ConfigError, EntryError
 from table_consul.services import compiled
 
 CLASSES = {
@@ -226,21 +226,21 @@ class Expression(NamedTuple):
     """Takes time linear in the text; None where the expression is not found."""
 
 
-def _package() -> ModuleType:
+def package() -> ModuleType:
     """RE2, which is imported for the first expression, because few tables have any.
 
     Raises:
-        EntryError: it is missing or broken, or another package has its name.
+        ConfigError: it is missing or broken, or another package has its name.
     """
     need = "regular expressions need the Python package google-re2"
     try:
         re2 = import_module("re2")
     except ModuleNotFoundError:
-        raise EntryError(f"{need}; install it") from None
+        raise ConfigError(f"{need}; install it") from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken package may raise anything
-        raise EntryError(f"{need}, which cannot be loaded ({type(error).__name__}); reinstall it") from None
+        raise ConfigError(f"{need}, which cannot be loaded ({type(error).__name__}); reinstall it") from None
     if not (hasattr(re2, "Options") and hasattr(re2, "Set")):
-        raise EntryError(f"{need}, but another package is installed as re2; replace it")
+        raise ConfigError(f"{need}, but another package is installed as re2; replace it")
     return re2
 
 
@@ -249,8 +249,9 @@ def regcomp(entry: bytes) -> Expression:
 
     Raises:
         EntryError: not such an expression, or one that cannot be matched in linear time; the text has a hint.
+        ConfigError: RE2 cannot be used.
     """
-    re2 = _package()
+    re2 = package()
     pattern = posix_to_re2(entry)
     try:
         compiled_pattern = re2.compile(pattern, _options(re2, REGEX_BYTES))

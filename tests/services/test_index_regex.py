@@ -121,11 +121,21 @@ def test_regex_escape_of_another_dialect_is_a_problem():
     assert "[0-9]" in remedy
 
 
-def test_regex_without_google_re2_is_a_problem(monkeypatch):
+def test_regex_without_google_re2_is_a_problem_and_proves_no_absence(monkeypatch):
     monkeypatch.setitem(sys.modules, "re2", None)
     index = Regexes([b"a", b"b"])
-    assert index.find(b"a") is None
+    with pytest.raises(EntryError, match="google-re2; install it"):
+        index.find(b"a")
     assert [entry for entry, remedy in index.problems if "google-re2" in remedy] == [b"a", b"b"]
+
+
+def test_regexes_match_again_once_google_re2_is_installed(monkeypatch):
+    pytest.importorskip("re2")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "re2", None)
+        index = Regexes([b"a"])
+    index.change([b"b"], [], [b"a", b"b"], {b"a", b"b"}.__contains__)
+    assert (index.find(b"a"), index.find(b"c"), index.problems) == (b"a", None, [])
 
 
 @pytest.mark.parametrize(

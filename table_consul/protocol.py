@@ -86,7 +86,7 @@ class Failed(msgspec.Struct, frozen=True):
     """A temporary error: smtpd keeps the message and logs the reason. ``cause`` is for our own log."""
 
     reason: str
-    cause: Exception | None = None
+    cause: BaseException | None = None
 
 
 Reply = Found | NotFound | Updated | Failed

@@ -98,7 +98,7 @@ class Server:
                     try:
                         reply = answer(event, arrived)
                         replies.append(session.send(event, reply))
-                    except Exception as error:  # noqa: BLE001 - smtpd would not outlive the process
+                    except BaseException as error:  # noqa: BLE001 - also sys.exit(): smtpd would not outlive the process
                         reply = _failure(error)
                         replies.append(session.send(event, reply))
                     now = clock()
@@ -196,7 +196,7 @@ class Server:
             self._complaints.add(text)
             log.warning("%s", text)
 
-    def _log_traceback(self, error: Exception) -> None:
+    def _log_traceback(self, error: BaseException) -> None:
         at = error.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next
@@ -218,7 +218,9 @@ def claim_stdio() -> tuple[int, int]:
     return read_from, write_to
 
 
-def _failure(error: Exception) -> Failed:
+def _failure(error: BaseException) -> Failed:
+    if isinstance(error, KeyboardInterrupt):  # at a terminal; smtpd has its tables ignore the signal
+        raise error
     if isinstance(error, TableConsulError):
         return Failed(str(error), error)
     return Failed(f"internal error ({type(error).__name__}); see the log of table-consul", error)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import sys
@@ -137,6 +138,19 @@ def test_exception_is_an_error_and_is_logged_once(caplog):
         b"lookup-result|2",
     ]
     assert [record.exc_info[0] for record in caplog.records] == [KeyError]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), GeneratorExit()])
+def test_exception_that_would_end_the_process_is_an_error(error, caplog):
+    def lookup(*_):
+        raise error
+
+    answers = replies_to(LOOKUPS, caplog, lookup=lookup).splitlines()[-2:]
+    assert [answer.split(b" (")[0] for answer in answers] == [
+        b"lookup-result|1|error|internal error",
+        b"lookup-result|2|error|internal error",
+    ]
+    assert [record.exc_info[0] for record in caplog.records] == [type(error)]
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])

@@ -33,7 +33,7 @@ def run(module: str) -> int:
     ignore_signals()
     try:
         main = importlib.import_module(module).main
-    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken package may raise anything
         return serve(error)
     return int(main())
 
@@ -52,7 +52,7 @@ def ignore_signals() -> None:
             signal.signal(number, lambda *_: None)
 
 
-def serve(error: Exception) -> int:
+def serve(error: BaseException) -> int:
     """Answer smtpd with this error until it closes the conversation; returns the exit status, 2 if there was none.
 
     Raises:
@@ -73,7 +73,7 @@ def serve(error: Exception) -> int:
     return 0 if conversation.begun else 2
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """The error and a hint, as one printable line."""
     text = f"table-consul cannot be loaded: {type(error).__name__}: {error}"
     text = "".join(c if c.isprintable() else "?" for c in text[:300])

@@ -175,7 +175,7 @@ class Exporter(threading.Thread):
     def run(self) -> None:
         try:
             from prometheus_client import CollectorRegistry
-        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken package may raise anything
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
             log.warning("no metrics: %s (%s)", problem, INSTALL_HINT)

@@ -130,7 +130,7 @@ def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
         from table_consul import log
         from table_consul.child import Bridge
         from table_consul.server import Server, claim_stdio
-    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken package may raise anything
         fallback.serve(error)
         return True
 

@@ -38,7 +38,7 @@ def packages() -> Iterator[None]:
     """Turn whatever an import in this block raises, as from a broken package, into an error reply."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TableConsulError(explain(error)) from error
 
 

@@ -49,6 +49,7 @@ def launcher(tmp_path):
         "raise ImportError('undefined symbol: _PyLong_New\\nabi')",
         "def f(:",
         "raise RuntimeError('bug')",
+        "raise SystemExit('this package needs Python 3.14')",
     ],
     indirect=True,
 )
@@ -161,14 +162,15 @@ def test_fallback_imports_only_the_standard_library():
 
 
 @pytest.mark.parametrize("name", ["requests", "consul", "urllib3"])
-def test_package_missing_after_the_start_is_an_error_reply_and_logged_once(tmp_path, name):
-    (tmp_path / f"{name}.py").write_text("def f(:")
+@pytest.mark.parametrize(("text", "kind"), [("def f(:", b"SyntaxError"), ("raise SystemExit('no')", b"SystemExit")])
+def test_package_missing_after_the_start_is_an_error_reply_and_logged_once(tmp_path, name, text, kind):
+    (tmp_path / f"{name}.py").write_text(text)
     path = write_config(tmp_path, address="http://127.0.0.1:1")
     with Child(str(path), environ={"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}) as child:
         child.handshake()
         for number in range(2):
             answer = child.ask(ROOT % number)
-            reason = b"lookup-result|%08x|error|table-consul cannot be loaded: SyntaxError: " % number
+            reason = b"lookup-result|%08x|error|table-consul cannot be loaded: %b: " % (number, kind)
             assert answer.startswith(reason)
         assert child.end() == 0
         assert (child.log().count("cannot be loaded"), child.log().count("Traceback")) == (1, 0)

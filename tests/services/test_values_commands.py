@@ -122,6 +122,7 @@ def test_alias_that_discards_mail_needs_no_permission(raw):
         b"/dev/null, /etc/x",
         b":include:/dev/null",
         b"/dev/null;x",
+        b'/dev/null\\"',
     ],
 )
 def test_alias_that_only_looks_like_discarding_is_rejected(raw):

@@ -299,6 +299,10 @@ def read_passwd(data: bytes, service: Service, *, record: bool = False) -> Parse
         master = len(fields) == 10 and not fields[5].startswith(b"/") and fields[8].startswith(b"/")
         if master and b"=" not in fields[7]:
             del fields[4:7]
+        # shadow(5): name, password, five numbers of days, which are neither ids nor a home, a date, and nothing.
+        days = len(fields) == 9 and not b"".join(fields[2:]).strip(b"0123456789")
+        if days and (fields[4] or not fields[3]):
+            del fields[2:]
         user, password, uid, gid, _, home = (*fields, b"", b"", b"", b"")[:6]
         return user, value_of(password, uid, gid, home)
 

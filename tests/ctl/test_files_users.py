@@ -34,6 +34,19 @@ def test_shadow_gives_hashes_and_locked_accounts():
     ]
 
 
+@pytest.mark.parametrize("days", [b"19000:0:99999:7:::", b"19000:7:99999:7:30:20000:", b"19000::::::", b":::::20000:"])
+def test_shadow_days_are_neither_ids_nor_a_home(days):
+    line = b"vera:%b:%b" % (HASH, days)
+    assert "no uid and gid" in problems(read_passwd(line, USERINFO))[1]
+    ((_, record),) = pairs(read_passwd(line, CREDENTIALS, record=True))
+    assert json.loads(record) == {"password": HASH.decode()}
+
+
+def test_dovecot_user_without_home_in_nine_fields_is_not_shadow():
+    line = b"vera:%b:1000:100:::::" % HASH
+    assert pairs(read_passwd(line, USERINFO)) == [(b"vera", b"1000:100:")]
+
+
 def test_dovecot_user_may_have_an_address_and_a_hash_with_scheme():
     text = b"# users\nvera@example.org:{BLF-CRYPT}%b:1000:1000::/srv/mail/vera::quota=1G\n" % HASH
     assert pairs(read_passwd(text, CREDENTIALS)) == [(b"vera@example.org", b"{BLF-CRYPT}" + HASH)]

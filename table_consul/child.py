@@ -21,7 +21,7 @@ from table_consul.services import DEFAULT_SERVICES, SERVICES
 
 # A child that has not answered the handshake by then is one of 2020, and can still answer before the deadline.
 HANDSHAKE_SECONDS = 1.0
-# How long a child that is known to speak smtpd-tables may take to start. Until then every reply is an error.
+# How long a child may take to register, or in the dialect of 2020 to reply at all. Until then every reply is an error.
 START_SECONDS = 30.0
 # smtpd has 13 services. A child that keeps registering would delay the reply and exhaust the memory.
 MAX_REGISTRATIONS = 100
@@ -36,6 +36,7 @@ EXIT_SECONDS = 1.0
 _HANDSHAKE = "config|smtpd-version|7.5.0-procexec\nconfig|protocol|0.1\nconfig|tablename|{}\nconfig|ready\n"
 _NEWLINE, _RETURN = b"\n\r"  # numbers: searching for one takes a tenth of the time
 Command = Callable[[], Sequence[str]]
+STARTING = Failed("the table is still starting")
 _RESULTS = {op: f"{op}-result".encode() for op in OPS}
 
 
@@ -63,6 +64,8 @@ class Child:
         self._handshake_done = dialect == "procexec"
         self.registered: list[str] = []
         self._templates: dict[tuple[str, str, str], bytes] = {}
+        self._unanswered: tuple[str, bytes] | None = None
+        """Operation and id of the request that a starting child of 2020 has not answered yet."""
         self._buffer = b""
         self._socket, theirs = socket.socketpair()
         # struct timeval: two numbers of 4 or of 8 bytes, depending on the system's time_t.
@@ -121,11 +124,15 @@ class Child:
     def ask(self, request: Request, deadline: float) -> Reply:
         """The child's reply by the deadline, a time on the clock; Failed if it does not take this request, or not yet.
 
+        A child of 2020 has no handshake, so it may be starting until its first reply.
+
         Raises:
             ChildError: no valid reply; a late one could not be distinguished from the reply to the next request.
         """
         if not self._handshake_done and not self.shake_hands(deadline):
-            return Failed("the table is still starting")
+            return STARTING
+        if self._unanswered is not None and not self._catch_up(*self._unanswered):
+            return STARTING
         op, key = request.op, request.key
         assert self.dialect is not None
         names = op, request.table, request.service
@@ -152,7 +159,14 @@ class Child:
                 raise ChildError("not reading its input")
         line = self._read_line(deadline)
         if line is None:
-            raise ChildError("no reply before the deadline")
+            if self.confirmed or self._buffer or self._clock() >= self._started + START_SECONDS:
+                raise ChildError("no reply before the deadline")
+            self._unanswered = op, ident
+            return STARTING
+        return self._reply(op, ident, line)
+
+    def _reply(self, op: str, ident: bytes, line: bytes) -> Reply:
+        assert self.dialect is not None
         reply = parse_reply(self.dialect, op, ident, line)
         if reply is None:
             if line.startswith(b"register|"):
@@ -160,6 +174,17 @@ class Child:
             raise ChildError(f"unexpected reply to {op}: {printable(line)!r}")
         self.confirmed = True
         return reply
+
+    def _catch_up(self, op: str, ident: bytes) -> bool:
+        """Whether the child has now answered its first request, which got an error; the reply is dropped."""
+        line = self._read_line(self._clock())
+        if line is None:
+            if self._clock() >= self._started + START_SECONDS:
+                raise ChildError(f"no reply within {START_SECONDS:.0f} s")
+            return False
+        self._reply(op, ident, line)
+        self._unanswered = None
+        return True
 
     def close(self, timeout: float = 0.0) -> None:
         """End the process: by end of file, and by SIGKILL if it has not exited after so many seconds."""

@@ -12,10 +12,11 @@ import time
 import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
-from table_consul.child import START_SECONDS, Child, ChildError
+from table_consul.child import HANDSHAKE_SECONDS, START_SECONDS, Child, ChildError
 from table_consul.protocol import Failed, Found, Request
 from table_consul.services import DEFAULT_SERVICES
 from tests.dialogue import TIMEOUT_SECONDS, eventually
+from tests.e2e.programs import OF_2020
 from tests.rig.waiting import wait_for
 from tests.smtpd.procexec import OF_TODAY, ROOT, RUN, table_program
 
@@ -120,6 +121,33 @@ def test_child_whose_dialect_is_known_may_start_slowly(make_program, make_bridge
         if reply != Failed("the table is still starting"):
             break
     assert reply == Found(b"gilles")
+
+
+@pytest.mark.parametrize("text", [OF_TODAY, OF_2020])
+def test_child_that_starts_later_than_the_deadline_answers_in_the_end(make_program, make_bridge, clock, tmp_path, text):
+    started = tmp_path / "started"
+    late = f"import os, time\nwhile not os.path.exists({str(started)!r}): time.sleep(0.01)\n"
+    made = make_bridge(make_program(late + text), deadline=0.1)
+    made.services("users")
+    clock.ahead += HANDSHAKE_SECONDS
+    assert [made.answer(ROOT, clock()) for _ in range(3)] == [Failed("the table is still starting")] * 3
+    started.touch()
+    for _ in eventually("an answer"):
+        reply = made.answer(ROOT, clock())
+        if isinstance(reply, Found):
+            break
+        if reply != Failed("the table is still starting"):  # its dialect turned out to be another
+            clock.ahead += LAST_PAUSE_SECONDS
+    assert reply.value.startswith(b"gilles")
+
+
+def test_child_of_2020_without_any_reply_is_replaced_after_the_start_timeout(make_program, make_child, clock):
+    silent = make_child(make_program(SILENT), "users", "procexec")
+    for _ in range(2):
+        assert silent.ask(ROOT, clock()) == Failed("the table is still starting")
+    clock.ahead += START_SECONDS
+    with pytest.raises(ChildError, match="no reply within 30 s"):
+        silent.ask(ROOT, clock())
 
 
 SILENT = "#!/bin/sh\nexec sleep 99\n"

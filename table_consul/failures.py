@@ -31,6 +31,8 @@ _OWN_WORDS = re.compile(
     rb"|rpc error (?:making call|getting client)|failed to get conn|i/o (?:deadline reached|timeout)|EOF"
     rb"|connection re(?:fused|set by peer)|leadership lost while committing log|node is not the leader"
 )
+# Go's HTTP server limits the headers of a request, and a proxy its URL. Only the key makes a request this long.
+_TOO_LONG = (414, 431)
 # By words of Consul's errors.
 NO_LEADER = "start a majority of the servers"
 _HINTS = {
@@ -82,6 +84,10 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
         if "should respect" in reply:
             hint = "upgrade Consul 1.21.5, or set disable_http_unprintable_char_filter in its configuration"
         return BadName(f"{consul} rejects the name of this key: {reply}", hint)
+    if status == 400 and not body:  # Consul's filter of unprintable characters; its other responses have a text
+        return BadName(f"{consul} rejects the name of this key: {reply}", "remove unprintable characters from it")
+    if status in _TOO_LONG:
+        return BadName(f"{consul} rejects the name of this key: {reply}", "shorten it")
     if "too many concurrent connections" in reply:
         return TooManyConnections(f"{consul}: {reply}", "raise limits.http_max_conns_per_client")
     kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse

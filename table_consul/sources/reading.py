@@ -71,7 +71,7 @@ def _read_each(
         except Forbidden as error:
             yield key, Forbidden(f"the token may not read everything under {printable(path)}: {error}")
         except BadName:
-            pass  # Consul 1.21.5 refuses the names of most mail addresses (hashicorp/consul#22835).
+            pass  # Consul 1.21.5 refuses most mail addresses (hashicorp/consul#22835); a transaction writes any name.
 
 
 def read_snapshot(

@@ -115,7 +115,7 @@ def test_lists_are_accepted_in_any_order_and_with_repeated_keys():
 
 
 @pytest.mark.real
-def test_undecodable_keys_of_a_real_consul_stop_no_table(consul, tmp_path):
+def test_poison_keys_in_a_real_consul_stop_no_table(consul, tmp_path):
     def put(name, value):
         url = f"http://{consul.address}/v1/kv/poison/alias/{name}"
         urllib.request.urlopen(urllib.request.Request(url, value, method="PUT"), timeout=5).close()
@@ -133,8 +133,12 @@ def test_undecodable_keys_of_a_real_consul_stop_no_table(consul, tmp_path):
         put("root", b"eric")
         wait_for(lambda: ask(b"root") == b"found|eric", 10, lambda: "the edit is not in the answer")
         put("%82", b"x")
+        consul.kv_txn({"poison/alias/no\u00a0break": "x"})  # no URL can contain it
+        wait_for(lambda: ask("no\u00a0break".encode()) == b"found|x", 10, lambda: "the edit is not in the answer")
+        consul.kv_delete("poison/alias/no", recurse=True)
         put("zz", b"last")
         wait_for(lambda: ask(b"zz") == b"found|last", 10, lambda: "the edit is not in the answer")
+        assert ask("no\u00a0break".encode()) == b"not-found"
         assert ask("\u00e9".encode()) == b"found|x"
         assert ask(b"nobody") == b"not-found"
         child.wire.shutdown(1)

@@ -91,13 +91,37 @@ def test_failed_proof_of_absence_leaves_the_last_good_copy(fake, mirrored):
     becomes(source, b"eric")
 
 
-@pytest.mark.parametrize("version", ["1.21.5"])
-def test_deletion_of_a_key_with_a_refused_name_is_accepted(fake, mirrored):
-    fake.put(ALIAS + b"user@example.org", b"x")
+@pytest.mark.parametrize(
+    ("version", "name", "status"),
+    [
+        ("1.21.5", b"user@example.org", 500),
+        ("1.8.7", "no\u00a0break".encode(), 400),
+        ("1.22", "soft\u00adhyphen".encode(), 400),
+        ("1.22", "\u00e9".encode() * 5000, 431),  # Consul's own limit is 1 MiB
+        ("1.22", b"for.a.proxy" * 1000, 414),
+    ],
+    ids=["1.21.5", "no-break space", "soft hyphen", "long", "long for a proxy"],
+)
+def test_deletion_of_a_key_with_a_refused_name_is_accepted(fake, mirrored, name, status):
+    refused = []
+
+    def limited(request):
+        answer = fake.consul(request)
+        if len(request.key) >= 10_000:
+            answer = Answer(status, {"Connection": "close"}, b"Too Long")
+        refused.extend([answer.status] * (request.key == ALIAS + name))
+        return answer
+
+    fake.put(ALIAS + name, b"x")
+    fake.handle = limited
     source = mirrored(fake.address)
-    assert ask(source, b"user@example.org") == b"x"
-    fake.delete(ALIAS + b"user@example.org")
-    becomes(source, None, b"user@example.org")
+    assert ask(source, name) == b"x"
+    fake.delete(ALIAS + name)
+    becomes(source, None, name)
+    assert refused == [status]
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    assert source.watches[0].backoff.total == 0
 
 
 @pytest.mark.parametrize("refusal", [Answer(302, {"Location": "/"}), Answer(451)], ids=["302", "451"])

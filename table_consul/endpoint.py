@@ -108,10 +108,11 @@ class _Reader(io.BufferedReader):
 
 
 class _HTTPResponse(http.client.HTTPResponse):
-    """http.client's response, which also skips all interim responses and rejects truncated headers.
+    """http.client's response, which also skips all interim responses, and rejects truncated headers and bad chunks.
 
     http.client skips only 100: after a 103, the real response would stay on the connection and pass for that of the
-    next request. If the connection ends within the headers, http.client treats them as complete.
+    next request. If the connection ends within the headers, http.client treats them as complete. A chunk of negative
+    size makes it raise an error that is not an HTTPException.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the parent's
@@ -138,6 +139,12 @@ class _HTTPResponse(http.client.HTTPResponse):
                 raise http.client.BadStatusLine(f"{status} {reason}")
             status = HTTPStatus.CONTINUE  # which the parent skips, with its headers
         return version, status, reason
+
+    def _read_next_chunk_size(self) -> int:
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]  # as above
+        if size < 0:
+            raise ValueError  # as for a size that is not a number
+        return size
 
 
 class _Connection(urllib3.connection.HTTPConnection):

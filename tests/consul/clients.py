@@ -69,6 +69,11 @@ def body(text, **headers):
     return lambda request: Answer(200, TRUE | headers, text)
 
 
+def _negative_chunk(status):
+    head = b"HTTP/1.1 %b\r\nX-Consul-Index: 5\r\nX-Consul-Knownleader: true\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return lambda request: request.send(head % status + b"-2\r\nx\r\n")
+
+
 GOOD = entry(ROOT, "Zg==")
 INVALID = {
     "html": (html, BadResponse),
@@ -112,6 +117,10 @@ INVALID = {
         lambda request: request.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
         SourceError,
     ),
+    **{
+        f"a negative chunk in {status}": (_negative_chunk(status), SourceError)
+        for status in (b"200 OK", b"500 Internal Server Error")
+    },
 }
 
 

@@ -46,7 +46,8 @@ log = logging.getLogger("table_consul")
 # A connection that closes sooner was idle for too long, or its server restarted. Later, a timeout has cut the wait: 30
 # seconds in Consul 1.22.4 (http_config.write_timeout), or that of a proxy.
 LEAST_CUT_SECONDS = 2.0
-_GATEWAY_TIMEOUTS = (502, 504)  # A proxy reports a wait that its own timeout, or Consul's, has cut.
+# With these a proxy reports a wait that its own timeout, or Consul's, has cut; 503: Varnish and Envoy, 524: Cloudflare.
+_GATEWAY_TIMEOUTS = (408, 502, 503, 504, 524)
 # A server that has not heard from its leader for longer may lack entries; consistency = "stale" still reads from it.
 MAX_STALE_SECONDS = 10.0
 _HEADERS = {"User-Agent": f"table-consul/{__version__}", "Accept": "application/json"}

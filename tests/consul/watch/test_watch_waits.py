@@ -104,7 +104,7 @@ def test_cut_wait_is_not_an_outage_and_the_next_is_shorter(fake, mirrored, waits
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.parametrize("status", [408, 502, 503, 504, 524])
 @pytest.mark.usefixtures("quick_cuts")
 def test_wait_ended_by_a_proxy_page_is_not_an_outage(fake, mirrored, waits_of, caplog, status):
     waits_of(0.5)
@@ -126,7 +126,7 @@ def test_wait_ended_by_a_proxy_page_is_not_an_outage(fake, mirrored, waits_of, c
 
 
 @pytest.mark.parametrize("version", ["1.22"])
-@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.parametrize("status", [408, 502, 503, 504, 524])
 def test_immediate_proxy_page_is_an_outage(fake, mirrored, status):
     source = mirrored(fake.address)
     settled(source)

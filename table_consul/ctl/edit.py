@@ -202,11 +202,11 @@ class _Edit(NamedTuple):
 def _run_editor(path: str, line: int) -> None:
     """Run the editor on the file, at a line if there is one."""
     editor = main.editor()
-    command = [*shlex.split(editor), *([f"+{line}"] if line else []), path]
     try:
+        command = [*shlex.split(editor), *([f"+{line}"] if line else []), path]
         with _handling(lambda *_: None, signal.SIGINT, signal.SIGQUIT):  # which the terminal sends to both
             status = subprocess.run(command, check=False).returncode  # noqa: S603 - the operator's own
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second from shlex
         raise TableConsulError(f"{editor}: {problem_of(error)}", "set EDITOR") from None
     if status:
         raise TableConsulError(f"{editor}: exit status {status}; nothing was written")

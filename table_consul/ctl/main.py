@@ -143,7 +143,8 @@ def command_line() -> str:
 
 def editor() -> str:
     """The command of the operator's editor, which may have arguments."""
-    return os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    chosen = (os.environ.get(name, "").strip() for name in ("VISUAL", "EDITOR"))
+    return next(filter(None, chosen), "vi")
 
 
 def operator() -> str:

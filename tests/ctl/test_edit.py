@@ -31,10 +31,10 @@ def fake():
 def edit(fake, tmp_path):
     """Runs `edit` with an editor of these steps and these answers; the outcome and the editor."""
 
-    def run(*steps, arguments=("aliases", "alias"), answers=b"", before=()):
+    def run(*steps, arguments=("aliases", "alias"), answers=b"", before=(), visual=""):
         editor = Editor(tmp_path, *steps)
         stdin = answers if isinstance(answers, bytes) else "\n".join(answers).encode() + b"\n"
-        environ = {"CONSUL_HTTP_ADDR": fake.address, "EDITOR": editor.command, "VISUAL": ""}
+        environ = {"CONSUL_HTTP_ADDR": fake.address, "EDITOR": editor.command, "VISUAL": visual}
         return control(*before, "edit", *arguments, stdin=stdin, **environ), editor
 
     return run
@@ -254,6 +254,17 @@ def test_editor_that_fails_writes_nothing(edit, fake, step):
 def test_missing_editor_is_one_line(fake):
     done = control("edit", "aliases", "alias", CONSUL_HTTP_ADDR=fake.address, VISUAL="/nonexistent -w")
     assert (done.status, done.said) == (2, "table-consulctl: /nonexistent -w: no such file or directory (set EDITOR)\n")
+
+
+@pytest.mark.parametrize(("command", "said"), [("vi '", "No closing quotation"), ("\\", "No escaped character")])
+def test_editor_that_no_shell_could_split_is_one_line(fake, command, said):
+    done = control("edit", "aliases", "alias", CONSUL_HTTP_ADDR=fake.address, VISUAL=command)
+    assert (done.status, done.said) == (2, f"table-consulctl: {command}: {said} (set EDITOR)\n")
+
+
+def test_blank_editor_is_as_if_unset(edit, fake):
+    done, editor = edit("text = text.replace('gilles', 'vera')", answers="y", visual=" ")
+    assert (done.status, values(fake)[b"root"], len(editor.opened)) == (0, b"vera", 1)
 
 
 def test_closed_terminal_leaves_no_file(fake, tmp_path):

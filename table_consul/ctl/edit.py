@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -72,6 +73,8 @@ def command(
     Examples:
       table-consulctl edit aliases alias
     """  # noqa: D301 - click does not wrap the lines after a \b
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        raise TableConsulError("a standard stream is closed, so edit could not ask before it writes")
     table, service = settings.table(table_name), SERVICES[service_name]
     target = writing.Target.with_note(table, service)
     with contextlib.closing(writing.open_store(settings, token_file)) as store:

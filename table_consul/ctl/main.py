@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import click
 from msgspec.structs import replace
@@ -175,6 +175,17 @@ def duration(seconds: float) -> str:
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether a standard stream is a terminal; it is None if the parent process has closed it."""
     return stream is not None and stream.isatty()
+
+
+def standard_input() -> BinaryIO:
+    """Standard input in bytes.
+
+    Raises:
+        TableConsulError: the parent process has closed it.
+    """
+    if sys.stdin is None:
+        raise TableConsulError("standard input: closed")
+    return sys.stdin.buffer
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def command(  # noqa: PLR0913 - the command line
 
 def _questions(key: str, *, password: bool) -> Iterator[bytes]:
     if key == "-":
-        yield from filter(None, (line.rstrip(b"\r\n") for line in sys.stdin.buffer))
+        yield from filter(None, (line.rstrip(b"\r\n") for line in main.standard_input()))
     elif not password:
         yield os.fsencode(key)
     elif ":" in key:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 
 import click
 
@@ -69,9 +68,7 @@ def _value(text: str) -> bytes:
     """The value from the command line, or from standard input without the newline at its end."""
     if text != "-":
         return os.fsencode(text)
-    if sys.stdin is None:
-        raise TableConsulError("standard input: closed")
-    data: bytes = sys.stdin.buffer.read(VALUE_MAX_BYTES + 1)
+    data = main.standard_input().read(VALUE_MAX_BYTES + 1)
     if len(data) > VALUE_MAX_BYTES:
         raise TableConsulError(f"standard input: more than {VALUE_MAX_BYTES >> 20} MiB")
     return data.rstrip(b"\r\n")

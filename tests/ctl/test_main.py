@@ -16,7 +16,9 @@ from table_consul import __version__, cli, procexec
 from table_consul.config import ConsulConfig
 from table_consul.ctl import main
 from tests.control import START, control, finished, start
+from tests.ctl.editors import Editor
 from tests.dialogue import write_config, write_source
+from tests.fake_consul import FakeConsul
 
 HEAVY = ("consul", "requests", "urllib3", "table_consul.kv")
 
@@ -325,6 +327,26 @@ def test_closed_standard_streams_are_not_a_traceback(conf):
     command = [sys.executable, "-c", START, "-c", str(conf), "query", "aliases", "alias", "root"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- <&-', "sh", *command], stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", [["query", "aliases", "alias", "-"], ["set", "aliases", "alias", "root", "-"]])
+def test_closed_standard_input_is_one_line(tmp_path, arguments):
+    with FakeConsul() as fake:
+        command = [sys.executable, "-c", START, "-c", str(write_config(tmp_path, address=fake.address)), *arguments]
+        done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (2, b"table-consulctl: standard input: closed\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_edit_that_could_not_ask_opens_no_editor(tmp_path, closed):
+    editor = Editor(tmp_path, "text = 'root: eric'")
+    with FakeConsul() as fake:
+        command = [sys.executable, "-c", START, "edit", "aliases", "alias"]
+        environ = {**os.environ, "CONSUL_HTTP_ADDR": fake.address, "VISUAL": editor.command}
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+        done = subprocess.run(shell, stderr=subprocess.PIPE, env=environ, check=False)
+    assert (done.returncode, b"a standard stream is closed" in done.stderr, done.stderr.count(b"\n")) == (2, True, 1)
+    assert not (tmp_path / "opened.jsonl").exists()
 
 
 def test_shell_completion_exits_with_0(monkeypatch, capsys):

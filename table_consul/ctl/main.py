@@ -251,8 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errors="backslashreplace"
         )  # as for standard error: a key may have letters that the terminal lacks
     width = terminal_columns() - 2  # without it, click never goes below 50
+    color = False if os.environ.get("NO_COLOR") else None  # None: colours on a terminal
     try:
-        status = program.main(argv, prog_name="table-consulctl", standalone_mode=False, terminal_width=width)
+        status = program.main(
+            argv, prog_name="table-consulctl", standalone_mode=False, terminal_width=width, color=color
+        )
         if sys.stdout is not None:  # None if the parent process has closed it
             sys.stdout.flush()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - every error becomes one line

@@ -15,7 +15,7 @@ import pytest
 from table_consul import __version__, cli, procexec
 from table_consul.config import ConsulConfig
 from table_consul.ctl import main
-from tests.control import START, control, finished, start
+from tests.control import START, at_terminal, control, finished, start
 from tests.ctl.editors import Editor
 from tests.dialogue import write_config, write_source
 from tests.fake_consul import FakeConsul
@@ -347,6 +347,12 @@ def test_edit_that_could_not_ask_opens_no_editor(tmp_path, closed):
         done = subprocess.run(shell, stderr=subprocess.PIPE, env=environ, check=False)
     assert (done.returncode, b"a standard stream is closed" in done.stderr, done.stderr.count(b"\n")) == (2, True, 1)
     assert not (tmp_path / "opened.jsonl").exists()
+
+
+@pytest.mark.parametrize(("value", "coloured"), [("1", False), ("", True)])
+def test_no_color_turns_colours_off(conf, value, coloured):
+    status, shown = at_terminal("-c", conf, "lint", "consul", NO_COLOR=value)
+    assert (status, "\x1b[" in shown) == (1, coloured), shown
 
 
 def test_shell_completion_exits_with_0(monkeypatch, capsys):

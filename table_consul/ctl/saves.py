@@ -110,6 +110,8 @@ def load(folder: str, number: int) -> Write:
             return _DECODER.decode(file.read())
     except FileNotFoundError:
         raise TableConsulError(f"{printable(folder)}: no write {number}", "run undo --list") from None
+    except OSError as error:
+        raise TableConsulError(f"{printable(path)}: {problem_of(error)}") from None
     except UNDECODABLE as error:
         raise TableConsulError(f"{printable(path)}: damaged: {error}") from None
 

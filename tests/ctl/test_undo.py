@@ -149,6 +149,14 @@ def test_list_skips_a_damaged_file(fake, folder):
     assert undo(fake).status == 2
 
 
+def test_list_skips_a_file_that_cannot_be_read(fake, folder):
+    saves.save(str(folder), write())
+    (folder / "000002.json").mkdir()
+    done = undo(fake, "--list", "--json")
+    assert (done.status, [each["number"] for each in json.loads(done.text)["writes"]]) == (0, [1])
+    assert done.said == f"{folder}/000002.json: is a directory\n"
+
+
 def test_dry_run_and_no_undo_save_nothing(fake, folder):
     for option in ("--dry-run", "--no-undo"):
         importer(fake, "aliases", "alias", "-", option, stdin=b"root: eric\n")

@@ -13,9 +13,6 @@ from table_consul.ctl.files import FileEntry, ParsedFile
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES
 
-# Far more than smtpd accepts.
-VALUE_MAX_BYTES = 1 << 20
-
 
 @click.command("set")
 @click.argument("table_name", metavar="TABLE")
@@ -66,9 +63,11 @@ def command(  # noqa: PLR0913 - the command line
 
 def _value(text: str) -> bytes:
     """The value from the command line, or from standard input without the newline at its end."""
+    from table_consul.ctl import plan
+
     if text != "-":
         return os.fsencode(text)
-    data = main.standard_input().read(VALUE_MAX_BYTES + 1)
-    if len(data) > VALUE_MAX_BYTES:
-        raise TableConsulError(f"standard input: more than {VALUE_MAX_BYTES >> 20} MiB")
+    data = main.standard_input().read(plan.VALUE_MAX_BYTES + 1)
+    if len(data) > plan.VALUE_MAX_BYTES:
+        raise TableConsulError(f"standard input: more than the {plan.VALUE_MAX_BYTES} bytes that Consul accepts")
     return data.rstrip(b"\r\n")

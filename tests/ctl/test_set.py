@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from table_consul.ctl import main, txn
+from table_consul.ctl import main, plan, txn
 from tests.control import control, finished, start
 from tests.ctl.importing import HASH, entries
 from tests.dialogue import write_config
@@ -100,6 +100,23 @@ def test_force_writes_what_lint_would_report(run, fake):
     done = run("set", "aliases", "alias", "root", "|/bin/sh", "--force")
     assert (done.status, "|command" in done.said) == (0, True)
     assert values(fake) == {"root": b"|/bin/sh"}
+
+
+@pytest.mark.parametrize("more", [[], ["--force"]])
+def test_value_that_consul_would_refuse_is_never_written(run, fake, tmp_path, more):
+    folder = tmp_path / "undo"
+    done = run(
+        "set",
+        "t",
+        "string",
+        "x",
+        "-",
+        *more,
+        stdin=b"x" * (plan.VALUE_MAX_BYTES + 1),
+        TABLE_CONSUL_UNDO_DIR=str(folder),
+    )
+    assert (done.status, "385024 bytes that Consul accepts" in done.said, "--force" in done.said) == (2, True, False)
+    assert not folder.exists()
 
 
 def test_key_that_no_url_can_name_is_refused_even_with_force(run, fake):

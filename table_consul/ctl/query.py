@@ -65,7 +65,7 @@ def command(  # noqa: PLR0913 - the command line
     \b
     Examples:
       table-consulctl query aliases alias root postmaster --trace
-      cut -d: -f1 /etc/aliases | table-consulctl query aliases alias -
+      grep -o '^[^#: ]*' /etc/aliases | table-consulctl query aliases alias -
       table-consulctl query aliases source --op fetch --count 3
       table-consulctl query aliases auth vera
     """  # noqa: D301 - click does not wrap the lines after a \b

@@ -273,8 +273,9 @@ def _parsed(data: bytes, table: str) -> Status:
         raise SourceError("contains values that table-consul does not write")  # NaN among them
     tables = {labels.get("table", "") for name, labels, _ in own if name == "build_info"}
     if table not in tables:
+        hint = "name that table, or add {table} to the place" if tables else "add {table} to its name"
         others = ", ".join(sorted(map(printable, tables))) or "other programs"
-        raise SourceError(f"contains only metrics of {others} (add {{table}} to its name)")
+        raise SourceError(f"contains only metrics of {others} ({hint})")
     status = Status(table, "direct", healthy=True)
     prefixes: dict[str, tuple[Prefix, dict[str, float]]] = {}
     for name, labels, value in own:

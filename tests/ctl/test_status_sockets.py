@@ -43,7 +43,11 @@ def stranger():
     [
         (200, b"<html>hello</html>", "not Prometheus metrics"),
         (404, b"", "returned status 404"),
-        (200, numbers("domains").encode(), "contains only metrics of domains (add {table} to its name)"),
+        (
+            200,
+            numbers("domains").encode(),
+            "contains only metrics of domains (name that table, or add {table} to the place)",
+        ),
     ],
 )
 def test_other_server_at_the_port_is_unknown(tmp_path, run_status, stranger, monkeypatch, code, body, remark):

@@ -26,6 +26,8 @@ from table_consul.services import SERVICES, Table
 NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
 FAILED = 2
+# Of a Nagios plugin, whose 2 is CRITICAL.
+NAGIOS_UNKNOWN = 3
 """Exit status of a failure: an error on the command line or in the configuration, or Consul is unreachable."""
 PATIENCE_SECONDS = 1.0
 """Work that takes longer is shown on a terminal."""
@@ -267,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (AttributeError, OSError, ValueError):  # Python would report the unwritten rest at exit
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0 if isinstance(error, SystemExit) and error.code == 0 else FAILED  # shell completion exits with 0
+        if isinstance(error, SystemExit) and error.code == 0:  # shell completion
+            return 0
+        return NAGIOS_UNKNOWN if "--nagios" in argv else FAILED
     return status if isinstance(status, int) else 0
 
 

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from table_consul.ctl.main import UNCUT, duration
+from table_consul.ctl.main import NAGIOS_UNKNOWN, UNCUT, duration
 from table_consul.errors import counted, printable
 
 if TYPE_CHECKING:
     from table_consul.ctl.state import Prefix, Status
 
-OK, WARNING, CRITICAL, UNKNOWN = range(4)
+OK, WARNING, CRITICAL, UNKNOWN = 0, 1, 2, NAGIOS_UNKNOWN
 NAMES = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 # The worst first.
 _ORDER = (CRITICAL, WARNING, UNKNOWN, OK)

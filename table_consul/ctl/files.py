@@ -32,6 +32,8 @@ _TRANSPORT = re.compile(
     rb"|[a-z0-9_-]+:\[)",
     re.MULTILINE,
 )
+# A port after the host and its colon, as in Postfix's smtp_sasl_password_maps: [HOST]:PORT USER:PASSWORD.
+_SASL_PORT = re.compile(rb"(?:[0-9]+|smtps?|submissions?)[ \t]+[^ \t:]+:.", re.DOTALL)
 _TABLE_ENTRY = re.compile(rb"(\[[^\]]*\]|(?!\[)[^ \t:]*)(?:.[ \t]*(.*))?", re.DOTALL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Windows editors write it before UTF-8 text."""
@@ -159,6 +161,11 @@ def read_table(data: bytes, service: Service) -> ParsedFile:
             raise FormatError("has no value, but the first entry of the file has one")
         if value.startswith((b": ", b":\t")):
             raise FormatError("has a blank before its colon, so smtpd would read the colon as part of the value")
+        if service.hashed and text[len(key) :].startswith(b":") and _SASL_PORT.match(value):
+            raise FormatError(
+                "has the port of a Postfix sasl_passwd map, which smtpd would read as part of the user"
+                " (write LABEL USER:PASSWORD)"
+            )
         return key, value
 
     return parse_lines("table", lines, parse)

@@ -80,6 +80,27 @@ def test_bad_table_line_is_a_problem_with_its_number(text, line, expected):
     assert expected in problems(files.read_table(text, STRING))[line]
 
 
+@pytest.mark.parametrize("host", [b"[smtp.example.net]", b"smtp.example.net"])
+@pytest.mark.parametrize("port", [b"587", b"submission", b"smtps"])
+def test_port_of_a_postfix_sasl_passwd_map_is_a_problem(host, port):
+    text = b"label mailer:secret\n%b:%b  gilles@example.net:secret\n" % (host, port)
+    parsed = read(text, CREDENTIALS, "auto")
+    assert "the port of a Postfix sasl_passwd map" in problems(parsed)[2]
+    assert [entry.key for entry in parsed.entries] == [b"label"]
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        (b"smtp.example.net gilles:secret", b"gilles:secret"),
+        (b"smtp.example.net:587:secret", b"587:secret"),
+        (b"smtp.example.net\t587 gilles:secret", b"587 gilles:secret"),
+    ],
+)
+def test_relay_credentials_without_a_port_are_read_as_smtpd_reads_them(line, value):
+    assert pairs(read(line, CREDENTIALS, "table")) == [(b"smtp.example.net", value)]
+
+
 def test_list_for_a_service_with_values_is_one_problem():
     assert list(problems(files.read_table(b"\nroot\neric\ngilles\n", ALIAS))) == [2]
 

@@ -25,7 +25,7 @@ def read_conf(data: bytes, service: Service, name: str, below: str | None) -> Pa
     """The entries of the inline table ``below`` of an smtpd.conf; if None, of ``name``, or else of the only one.
 
     Raises:
-        FormatError: there is no such table, or a brace is not closed.
+        FormatError: there is no such table, or smtpd rejects it.
     """
     tables: dict[str, list[Token]] = {}
     elsewhere: dict[str, str] = {}
@@ -50,7 +50,11 @@ def read_conf(data: bytes, service: Service, name: str, below: str | None) -> Pa
 
 
 def _inline_table(tokens: list[Token], service: Service) -> ParsedFile:
-    """The entries of a table: KEY = VALUE or KEY, separated by commas or newlines (smtpd: parse.y, tableval_list)."""
+    """The entries of a table: KEY = VALUE or KEY, separated by commas or newlines (smtpd: parse.y, tableval_list).
+
+    Raises:
+        FormatError: there is something else in the table, so smtpd rejects it.
+    """
     entries: list[FileEntry] = []
     problems: list[LineProblem] = []
     values = 0
@@ -58,15 +62,17 @@ def _inline_table(tokens: list[Token], service: Service) -> ParsedFile:
     for kind, text, line in rest:
         if kind != "sign":
             entries.append(FileEntry(fold_key(text.encode(errors="surrogateescape")), b"", line))
-        elif text in ("=", "=>") and entries:
+        elif text in ("=", "=>") and entries and not entries[-1].value:
             value = next(rest, None)
             values += 1
             if value is None or value.kind == "sign" or not value.text:
                 problems.append(LineProblem(line, "has no value", entries.pop().key))
             else:
                 entries[-1] = entries[-1]._replace(value=value.text.encode(errors="surrogateescape"))
-        elif text != ",":
-            problems.append(LineProblem(line, f"expected a key, not {printable(text)}"))
+        elif text != ",":  # the words beside it are parts of one that needs quotes
+            raise FormatError(
+                f"line {line}: expected a key, not {printable(text)} (put a text that contains it in quotes)"
+            )
     if entries and values and service.lists_only:
         problems, entries = [LineProblem(entries[0].line, kind_problem(service, listed=False))], []
     elif entries and not values and service.needs_value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from table_consul.ctl.files import FormatError, read_aliases
 from table_consul.services import SERVICES
 from tests.ctl.importing import entries, importer
-from tests.ctl.parsed import ALIAS, DOMAIN, STRING, pairs, problems, read
+from tests.ctl.parsed import ALIAS, CREDENTIALS, DOMAIN, STRING, pairs, problems, read
 
-RELAYHOST, NETADDR = SERVICES["relayhost"], SERVICES["netaddr"]
+RELAYHOST, NETADDR, MAILADDR = SERVICES["relayhost"], SERVICES["netaddr"], SERVICES["mailaddr"]
 
 # aliases(5).
 
@@ -227,7 +229,6 @@ def test_only_inline_table_needs_no_name():
     [
         (b"table x { a,\n b = c }", STRING, 1, "has no value"),
         (b"table x { a = }", STRING, 1, "has no value"),
-        (b"table x {\n a = b\n (\n }", STRING, 3, "expected a key, not ("),
         (b"table x {\n a = b }", NETADDR, 2, "as a mapping, but netaddr requires a list"),
         (b"table x {\n a }", ALIAS, 2, "but alias requires values"),
         (b"table x { a = }", NETADDR, 1, "has no value"),
@@ -235,6 +236,23 @@ def test_only_inline_table_needs_no_name():
 )
 def test_bad_inline_table_is_a_problem_with_its_line(text, service, line, expected):
     assert expected in problems(read(text, service, "auto"))[line]
+
+
+@pytest.mark.parametrize(
+    ("inside", "service", "sign"),
+    [
+        (b"label = user:pa=ss", CREDENTIALS, "="),
+        (b"label = user:pa(ss", CREDENTIALS, "("),
+        (b"label = user:pa!ss, other = user:x", CREDENTIALS, "!"),
+        (b"192.0.2.0/24, !192.0.2.1", NETADDR, "!"),
+        (b"@example.org", MAILADDR, "@"),
+        (b"= b", ALIAS, "="),
+        (b"a\n (\n", STRING, "("),
+    ],
+)
+def test_word_that_needs_quotes_is_never_read_in_part(inside, service, sign):
+    with pytest.raises(FormatError, match=rf"line \d: expected a key, not {re.escape(sign)} \("):
+        read(b"table x { %b }\n" % inside, service, "auto")
 
 
 def test_inline_table_is_imported_by_its_name(consul):

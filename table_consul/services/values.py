@@ -6,12 +6,13 @@ an error; a suspicious one is served unchanged, and judge.py warns. No message c
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import msgspec
 
 from table_consul.errors import UNDECODABLE, EntryError
-from table_consul.services import DEFAULT_KEY, Service, Table, passwords
+from table_consul.services import DEFAULT_KEY, Service, Table, compiled, passwords
 from table_consul.services.elements import is_plain_list, split_list
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
@@ -21,6 +22,10 @@ ID_MAX = 4294967295
 # smtpd puts the key before the value and splits again (table.c, table_parse_lookup): the 0 of a key "gilles:0" would
 # become the uid.
 _COLON_IN_KEY = "the key contains a colon, which smtpd takes as the end of the user name"
+
+# A JSON object that is not read as one: after white space, or without the quotes that a shell removes. {CRYPT}$6$... is
+# text.
+_LIKE_AN_OBJECT = rb"\s*\{\s*(?:[\"']|[A-Za-z_]+\s*:)"
 
 # The file that is always allowed; smtpd rejects the one in quotes, which a lint warning reports.
 _DISCARDS = (b"/dev/null", b'"/dev/null"')
@@ -64,12 +69,12 @@ def _decode(table: Table, service: Service, key: bytes, raw: bytes) -> bytes:
     raw = raw.strip() if strict else raw.rstrip()
     decoded: str | list[str] | dict[str, object] | None = None
     if raw.startswith((b'"', b"[")) or (service.fields and raw.startswith(b"{")):
-        try:
+        with contextlib.suppress(*UNDECODABLE):
             decoded = msgspec.json.decode(raw, type=str | list[str] | dict[str, object])
-        except UNDECODABLE:
-            # Only an object begins with a brace and a quote; {CRYPT}$6$... is text.
-            if raw.startswith(b"{") and (strict or raw[1:].lstrip().startswith((b'"', b"'"))):
-                raise EntryError("the value starts like a JSON object but is not valid JSON") from None
+    if decoded is None and service.fields and compiled(rb"\{" if strict else _LIKE_AN_OBJECT).match(raw):
+        if raw[:1].isspace():
+            raise EntryError("the value has white space before a JSON object (remove it)")
+        raise EntryError("the value starts like a JSON object but is not valid JSON")
     if isinstance(decoded, dict):
         return _from_record(service, key, decoded)
     if decoded is None:

@@ -171,6 +171,28 @@ def test_relay_password_in_a_record_may_contain_a_colon():
     assert "the key contains a colon" in refusal(record(password="se:cret"), "credentials", key=b"la:bel")
 
 
-@pytest.mark.parametrize("raw", [b'{"password": "hunter2"', b"{'password': 'hunter2'}", b'{"a": ' + b"[" * 100000])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"password": "hunter2"',
+        b"{'password': 'hunter2'}",
+        b'{"a": ' + b"[" * 100000,
+        b"{password:%b,uid:1000,gid:1000}" % SHA512,
+        b'{ password: "hunter2" }',
+    ],
+)
 def test_broken_json_object_is_rejected(raw):
     assert refusal(raw, "credentials") == "the value starts like a JSON object but is not valid JSON"
+
+
+@pytest.mark.parametrize("service", ["credentials", "auth", "userinfo"])
+@pytest.mark.parametrize("space", [b" ", b"\t", b"\n", b"\r\n "])
+def test_white_space_before_a_record_is_rejected(service, space):
+    text = "the value has white space before a JSON object (remove it)"
+    assert refusal(space + record(**USER), service) == text
+    assert read(space + record(**USER), service, value_format="json") == read(record(**USER), service)
+
+
+@pytest.mark.parametrize("raw", [b" user:secret", b"{1:secret", b"{PLAIN}secret"])
+def test_user_of_a_relay_is_not_a_json_object(raw):
+    assert read(raw, "credentials") == raw

@@ -186,8 +186,10 @@ class _Planner:
             record = None if self._exported else record_of(table, service, old.value)
             value = entry.value
             if record is not None and self._records:
-                joined: records.Record = record | msgspec.json.decode(value)
-                value = old.value if joined == record else msgspec.json.encode(joined)
+                fields: records.Record = msgspec.json.decode(value)
+                # 1000.0 equals 1000, but is not an id.
+                same = all(name in record and _is_same(record[name], field) for name, field in fields.items())
+                value = old.value if same else msgspec.json.encode(record | fields)
             answer = _answer(self._now, key)
             if value == old.value or not (self._verbatim or answer is None or answer != _answer(wanted, entry.key)):
                 self.unchanged += 1
@@ -328,6 +330,10 @@ def _parsed(table: Table, service: Service, key: bytes, value: bytes) -> bytes |
     with contextlib.suppress(EntryError):
         return parse_value(table, service, key, value)
     return None
+
+
+def _is_same(old: object, new: object) -> bool:
+    return type(old) is type(new) and old == new
 
 
 def _answer(entries: Entries, key: bytes) -> bytes | None:

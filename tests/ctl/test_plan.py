@@ -258,6 +258,15 @@ def test_records_are_merged():
     assert (again.changes, again.unchanged) == ([], 1)
 
 
+@pytest.mark.parametrize("uid", [b"1000.0", b"1e3"])
+def test_number_that_is_not_an_id_is_changed_in_a_record(uid):
+    there = [(b"vera", b'{"uid": %b, "gid": 100, "quota": 5}' % uid)]
+    new = b'{"uid":1000,"gid":100}'
+    (change,) = planned(USERINFO, [(b"vera", new)], there, name="passwd", records=True).changes
+    assert change.value == b'{"uid":1000,"gid":100,"quota":5}'
+    assert change.new_answer == b"1000:100:"
+
+
 def test_prune_keeps_records_without_a_field_of_the_service():
     there = [(b"eric", b'{"password": "*"}'), (b"vera", b"1:1:/home/vera")]
     assert signs(planned(USERINFO, [(b"x", b"2:2:/x")], there, prune=True), USERINFO) == [

@@ -19,7 +19,7 @@ from table_consul.ctl.records import record_of
 from table_consul.errors import EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
-from table_consul.services.entries import Entries
+from table_consul.services.entries import WRONG_CASE, Entries
 from table_consul.services.parts import REPLACEMENT
 from table_consul.services.values import parse_value
 
@@ -193,6 +193,8 @@ class _Planner:
             answer = _answer(self._now, key)
             if value == old.value or not (self._verbatim or answer is None or answer != _answer(wanted, entry.key)):
                 self.unchanged += 1
+                if key != entry.key and self._now.only_lower_case and not self._edits:  # edit shows untouched entries
+                    self._add_problem(key, WRONG_CASE)
             elif record is not None and self._edits:
                 if (merged := self._merged(key, record, value)) is not None:
                     self.changes[key] = Change(old.key, old, merged, old.flags, answer)

@@ -226,6 +226,11 @@ class Entries:
         """Folded key to the stored one, where they differ."""
         return {key: note.stored for key, note in self.parts.notes() if note.stored != key}
 
+    @property
+    def only_lower_case(self) -> bool:
+        """Whether no lookup finds a key in another case, because each reads the folded key from Consul."""
+        return self.table.mode == "direct" and not self.service.patterns and self.service.name != "source"
+
     @cached_property
     def spelling(self) -> list[Problem]:
         """Keys that are never looked up, because one that differs only in case takes precedence."""
@@ -251,15 +256,14 @@ class Entries:
 
     def problems_of(self, parts: Iterable[Part]) -> Iterator[Problem]:
         """The problems of these parts, without those of the index."""
-        wrong_case = self.table.mode == "direct" and not self.service.patterns and self.service.name != "source"
         for part in parts:
-            for key, note in part.notes.items() if wrong_case or part.flawed else ():
+            for key, note in part.notes.items() if self.only_lower_case or part.flawed else ():
                 if note.error is not None and not note.incomplete:
                     yield self._problem(note, note.error)
                 yield from self._variants(note)
                 if note.warning is not None:
                     yield self._problem(note, note.warning)
-                if wrong_case and note.stored != key:
+                if self.only_lower_case and note.stored != key:
                     yield self._problem(note, WRONG_CASE)
 
     def index_problems(self) -> Iterator[Problem]:

@@ -79,6 +79,16 @@ def test_upper_case_entry_is_changed_under_its_stored_key():
     assert signs(plan) == [("~", b"Root", b"eric")]
 
 
+@pytest.mark.parametrize(("service", "count"), [(ALIAS, 1), (DOMAIN, 0)])
+@pytest.mark.parametrize("name", ["table", "export"])
+def test_key_in_another_case_is_never_unchanged_in_direct_mode(service, count, name):
+    there, direct = [(b"Root.example", b"gilles")], replace(TABLE, mode="direct")
+    made = planned(service, [(b"root.example", b"gilles")], there, table=direct, name=name)
+    assert (made.changes, [problem.key for problem in made.problems]) == ([], [b"Root.example"][:count])
+    assert all("mode direct never finds this key; rename it" in problem.text for problem in made.problems)
+    assert planned(service, there, there, table=direct, name="export").problems == []
+
+
 def test_case_variant_that_answers_is_changed_and_the_other_pruned():
     there = [(b"Root", b"gilles"), (b"root", b"gilles")]
     assert signs(planned(ALIAS, [(b"root", b"eric")], there)) == [("~", b"root", b"eric")]

@@ -191,7 +191,9 @@ class _Planner:
                 same = all(name in record and _is_same(record[name], field) for name, field in fields.items())
                 value = old.value if same else msgspec.json.encode(record | fields)
             answer = _answer(self._now, key)
-            if value == old.value or not (self._verbatim or answer is None or answer != _answer(wanted, entry.key)):
+            flags = entry.flags if self._parsed.restores else entry.flags or old.flags
+            stored_alike = (value, flags) == (old.value, old.flags)
+            if stored_alike or not (self._verbatim or answer is None or answer != _answer(wanted, entry.key)):
                 self.unchanged += 1
                 if key != entry.key and self._now.only_lower_case and not self._edits:  # edit shows untouched entries
                     self._add_problem(key, WRONG_CASE)
@@ -203,7 +205,7 @@ class _Planner:
             elif record is None and self._records and (owner := self._overwritten_service(key, old.value, value)):
                 self._add_problem(key, f"would overwrite the stored {owner} value, which the file does not have")
             else:
-                self.changes[key] = Change(old.key, old, value, entry.flags or old.flags, answer)
+                self.changes[key] = Change(old.key, old, value, flags, answer)
 
     def _add(self, key: bytes, entry: FileEntry) -> None:
         value: bytes | None = entry.value

@@ -98,6 +98,16 @@ def test_case_variant_that_answers_is_changed_and_the_other_pruned():
     ]
 
 
+@pytest.mark.parametrize(("flags", "there"), [(0, 42), (7, 0), (7, 42)])
+@pytest.mark.parametrize("value", [b"x", b"y"])
+def test_backup_restores_flags(flags, there, value):
+    old = Stored(TABLE.path(ALIAS) + b"a", value, 10, there)
+    backup = ParsedFile("export", [FileEntry(b"a", b"x", 1, flags)], [], restores=True)
+    (change,) = plan.plan(TABLE, ALIAS, backup, [old]).changes
+    assert (change.value, change.flags) == (b"x", flags)
+    assert plan.plan(TABLE, ALIAS, backup, [old._replace(value=b"x", flags=flags)]).changes == []
+
+
 def test_flags_survive_a_change_and_come_with_an_export():
     old = Stored(TABLE.path(ALIAS) + b"a", b"x", 10, 42)
     export = ParsedFile("export", [FileEntry(b"a", b"y", 1, 0), FileEntry(b"b", b"y", 2, 7)], [])

@@ -98,6 +98,8 @@ dist: $(VENV)/.stamp ## build the sdist and the wheel in dist/, reproducibly
 # The new package is built beside the old one and then replaces it. Restart smtpd afterwards: a running table imports
 # parts of the package when it first needs them.
 install: ## install the programs, pages and examples (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
+	@case '$(APPDIR)' in */table-consul) ;; *) \
+	    echo 'APPDIR: must end with /table-consul, because the whole folder is replaced'; exit 1;; esac
 	rm -rf '$(APP).new' '$(APP).old'
 	umask 022 && mkdir -p '$(APP).new' && \
 	    $(PYTHON) -I contrib/install/dependencies.py '$(APP).new' '$(EXTRAS)' '$(WHEELS)' && \
@@ -139,7 +141,7 @@ install-files:
 	        '$(EXAMPLES)' && chmod -R u=rwX,go=rX '$(EXAMPLES)'
 
 uninstall: ## remove what install installed (with the same variables), but no configuration or data
-	rm -rf '$(APP)' '$(APP).new' '$(APP).old'
+	case '$(APPDIR)' in */table-consul) rm -rf '$(APP)' '$(APP).new' '$(APP).old';; esac
 	rm -f '$(LIBEXEC)/table-consul' '$(LIBEXEC)/table-procexec' '$(SBIN)/table-consulctl'
 	for page in man/*.[58]; do rm -f "$(MAN)/man$${page##*.}/$${page#man/}"; done
 	rm -f '$(BASHCOMP)/table-consulctl' '$(ZSHCOMP)/_table-consulctl' '$(FISHCOMP)/table-consulctl.fish'

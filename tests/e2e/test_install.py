@@ -195,6 +195,24 @@ def test_installed_packages_of_python_are_used(tree, tmp_path):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("appdir", ["", "/", "/site", "/table-consul/"])
+def test_folder_with_files_of_others_is_neither_replaced_nor_removed(tree, tmp_path, appdir):
+    """An empty ``APPDIR``, as packagers set it, makes it the whole of ``DESTDIR``."""
+    root = tmp_path / "root"
+    others = {root / "etc/passwd", root / "site/consul/__init__.py", root / "table-consul/other"}
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    options = (f"PYTHON={sys.executable}", f"DESTDIR={root}", "PREFIX=/usr", f"APPDIR={appdir}")
+    refused = subprocess.run(("make", "install", *options), cwd=tree, capture_output=True, text=True, check=False)
+    assert (refused.returncode, "APPDIR: must end with /table-consul" in refused.stdout) == (2, True)
+    make(tree, "install-files", *options)
+    assert (root / "usr/sbin/table-consulctl").exists()
+    make(tree, "uninstall", *options)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == others
+
+
+@pytest.mark.timeout(300)
 def test_wheels_with_other_hashes_are_refused(tree, python, tmp_path):
     (tmp_path / "wheels").mkdir()
     for path in (tree.parent / "wheels").iterdir():

@@ -146,6 +146,7 @@ uninstall: ## remove what install installed (with the same variables), but no co
 	for page in man/*.[58]; do rm -f "$(MAN)/man$${page##*.}/$${page#man/}"; done
 	rm -f '$(BASHCOMP)/table-consulctl' '$(ZSHCOMP)/_table-consulctl' '$(FISHCOMP)/table-consulctl.fish'
 	rm -rf '$(EXAMPLES)'
+	rmdir '$(DESTDIR)$(PREFIX)/share/doc/table-consul' 2>/dev/null || true
 
 clean: ## remove the files of the other targets
 	rm -rf $(VENV) dist build bench/build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -182,7 +182,7 @@ def test_upgrade_removes_the_older_version_and_keeps_other_files(installed, tree
     assert files_of(installed) == before - {"lib/table-consul.new/half"}
     make(tree, "uninstall", *variables(installed))
     assert files_of(installed) == set(others)
-    assert not app.exists()
+    assert [path for path in installed.rglob("*") if "table-consul" in path.name] == []
 
 
 @pytest.mark.timeout(300)

@@ -65,9 +65,11 @@ def pip() -> list[str]:
 def main(folder: str, extras: str, wheels: str) -> None:
     """Install into a folder every extra that lacks a package."""
     project = tomllib.loads((HERE / "../../pyproject.toml").read_text())["project"]
-    groups = {"": project["dependencies"]} | {
-        extra: project["optional-dependencies"][extra] for extra in filter(None, extras.split(","))
-    }
+    optional = project["optional-dependencies"]
+    chosen = list(filter(None, extras.split(",")))
+    if unknown := [extra for extra in chosen if extra not in optional]:
+        sys.exit(f"EXTRAS: unknown extra {unknown[0]!r} (use a list of {','.join(sorted(optional))})")
+    groups = {"": project["dependencies"]} | {extra: optional[extra] for extra in chosen}
     lacking = {extra: [text for each in group if (text := missing(each))] for extra, group in groups.items()}
     wanted = {extra for extra, texts in lacking.items() if texts}
     for text in (each for texts in lacking.values() for each in texts):

@@ -212,6 +212,31 @@ def test_folder_with_files_of_others_is_neither_replaced_nor_removed(tree, tmp_p
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == others
 
 
+OLD_PYTHON = """\
+#!/bin/sh
+exec {} -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[2])' "$@"
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("python", "extras", "reason"),
+    [
+        (OLD_PYTHON, "", "Python 3.11 or later is required: set PYTHON"),
+        ("", "metrics regex", "EXTRAS: unknown extra 'metrics regex' (use a list of auth,metrics,regex)"),
+    ],
+    ids=["python", "extras"],
+)
+def test_install_that_cannot_work_ends_with_the_reason(tree, tmp_path, python, extras, reason):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(python.format(sys.executable))
+    stand_in.chmod(0o755)
+    options = (f"PYTHON={stand_in if python else sys.executable}", f"EXTRAS={extras}", *variables(tmp_path / "usr"))
+    done = subprocess.run(("make", "install", *options), cwd=tree, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, reason)
+    assert files_of(tmp_path / "usr") == set()
+
+
 @pytest.mark.timeout(300)
 def test_wheels_with_other_hashes_are_refused(tree, python, tmp_path):
     (tmp_path / "wheels").mkdir()

@@ -282,6 +282,26 @@ def test_token_file_readable_only_by_root_works(container, service, tmp_path):
     assert mail.exec("stat", "-c", "%a %U %G", "/run/table-consul/token").stdout == "440 root opensmtpd\n"
 
 
+def test_missing_token_file_does_not_stop_smtpd(container, service, tmp_path):
+    first = container(service=service, volumes=tmp_path / "volumes")
+    consul = Consul(first, tmp_path / "consul")
+    consul.wait_for_health()
+    consul("kv", "put", "consul/userinfo/*", "5000:5000:/var/vmail/%n")
+    first.start()
+    first.wait_for_health(said="250")
+    copy = tmp_path / "volumes/var-lib-table-consul/consul.json"
+    wait_for(lambda: copy.exists() and "consul/userinfo/*" in copy.read_text(), 20, lambda: "no copy on disk")
+    first.stop()
+    # For a bind mount without a source Docker makes a folder.
+    for missing in ("/run/secrets/consul", "/tmp"):
+        environment = {"CONSUL_HTTP_TOKEN_FILE": missing}
+        mail = container(service=service, environment=environment, volumes=tmp_path / "volumes")
+        mail.start()
+        assert mail.wait_for_health(said="250") == "mail for postmaster: 250"
+        assert f"CONSUL_HTTP_TOKEN_FILE: {missing}" in mail.log
+        mail.stop()
+
+
 def bootstrapped(consul):
     try:
         consul.token = json.loads(consul("acl", "bootstrap", "-format=json"))["SecretID"]

@@ -173,8 +173,10 @@ def test_systemd_starts_smtpd_after_consul_and_again_when_it_fails(package):
         host.sh(f"""
             {PARTS} mv /tmp/archives/*.deb /var/cache/apt/archives
             {APT} purge opensmtpd
-            {APT} --no-install-recommends install /mnt/new.deb systemd procps
+            {APT} --no-install-recommends install systemd procps
         """)
+        said = host.sh(f"{APT} --no-install-recommends install /mnt/new.deb 2>&1")
+        assert said.endswith(f"\nSetting up table-consul ({__version__}) ...\n")
         assert host.sh("stat -c '%U:%G %a' /etc/mail/table-consul.toml") == "root:root 640\n"
         host.sh(f"{APT} --no-install-recommends install opensmtpd")
         assert host.sh(OWNERS) == "root:opensmtpd 640\nroot:opensmtpd 770\n"

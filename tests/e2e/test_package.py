@@ -188,6 +188,24 @@ def test_systemd_starts_smtpd_after_consul_and_again_when_it_fails(package):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("purge", ["apt-get -q -y purge", "dpkg --purge"])
+def test_next_group_with_the_number_of_smtpd_s_may_read_nothing(package, purge):
+    """The purge of opensmtpd deletes its group, and the next group gets its number."""
+    with _or_skip():
+        host = deb.Host("7.6", CONF, {})
+    with contextlib.closing(host):
+        host.sh(f"""
+            {PARTS} mv /tmp/archives/*.deb /var/cache/apt/archives
+            {APT} --no-install-recommends install /mnt/new.deb
+            {purge} opensmtpd
+            groupadd --gid 101 another
+        """)
+        assert host.sh(OWNERS) == "root:root 640\nroot:root 770\n"
+        host.sh(f"{APT} --no-install-recommends install opensmtpd")
+        assert host.sh(OWNERS) == "root:opensmtpd 640\nroot:opensmtpd 770\n"
+
+
+@pytest.mark.timeout(300)
 def test_lintian_finds_no_problem(package):
     with bare.Layer(deb.build_root(), {"/mnt/deb": package.parent}) as layer:
         said = layer.run(f"lintian --allow-root --fail-on=error,warning /mnt/deb/{package.name}")

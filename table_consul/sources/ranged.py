@@ -245,6 +245,9 @@ class Ranges:
                     self._ask(each)
             if self._answers.empty():
                 late = [index for index, since in self._unexplained.items() if self._late_at(since) <= now]
+                if late and self._whole.prefix != self._prefix:
+                    late = self._below(late)
+                    self._publish(confirmed=not self._unexplained)
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
                     self._settle(late)
@@ -403,6 +406,13 @@ class Ranges:
         if snapshot is not former:
             self.load_seconds = time.monotonic() - self._began
             self._publish(confirmed=False)
+
+    def _below(self, late: Iterable[int]) -> list[int]:
+        """Those of these changes that are below the prefix; the name without the slash begins other names, too."""
+        with self._client.all_names(self._prefix, timeout=self._table.deadline) as response:
+            self._check(response, 0)
+        self._unexplained = {each: since for each, since in self._unexplained.items() if each <= response.index}
+        return [each for each in late if each in self._unexplained]
 
     def _settle(self, late: Iterable[int]) -> None:
         """Account for changes that no range has shown although, since the latest list of names, every key is in one.

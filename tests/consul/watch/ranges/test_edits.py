@@ -252,3 +252,23 @@ def test_entries_stay_confirmed_while_nothing_changes(fake, mirrored):
     while time.monotonic() < ends:
         assert ask(source, b"a1") == b"old"
         time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("no_late_query")
+def test_edit_of_a_folder_whose_name_begins_alike_does_not_read_the_whole_table(fake, mirrored):
+    for name in NAMES:
+        fake.put(b"shared/all/" + name, b"old")
+    source = mirrored(fake.address, replace(TABLE, services=("string",), paths={"string": "shared/all"}))
+    for _ in eventually("ranges are watched", 10):
+        if any(request.path == b"/v1/kv/shared/all/c" for request in waiting(fake)):
+            break
+    before = len(lists(fake))
+    edited = time.monotonic()
+    fake.put(b"shared/allowed/a1", b"new")
+    for _ in eventually("the table is confirmed", 10):
+        if source.watches[0].mirror.state[1] > edited:
+            break
+    for name in (b"a1", b"zoe"):
+        fake.put(b"shared/all/" + name, b"new")
+        becomes(source, b"new", name, service="string")
+    assert b"shared/all/" not in lists(fake)[before:]

@@ -161,6 +161,18 @@ class Queries:
         if self._by_prefix.get(query.prefix) is query:
             del self._by_prefix[query.prefix]
 
+    def end_idle(self) -> None:
+        """End the queries that do not wait for Consul; to be called while no ranges are watched."""
+        while not self.answers.empty():
+            if (answered := self.answers.get()) is not None:
+                query, answer = answered
+                query.due = 0.0
+                if isinstance(answer, kv.Response):
+                    answer.close()
+        for query in [*self._by_prefix.values()]:
+            if query.due is not None:
+                self.end(query)
+
     def close(self) -> None:
         """End all queries."""
         for query in [*self._by_prefix.values()]:

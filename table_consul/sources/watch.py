@@ -127,6 +127,8 @@ class Watch(threading.Thread):
                 pause = self._turn() * (0.5 + random.random())  # noqa: S311 - jitter, not a secret
                 if (ranges := self._cut()) is not None:
                     pause = self._watch_ranges(ranges)
+                else:
+                    self._queries.end_idle()
             except SourceError as error:
                 pause = self._fail(error)
             except Exception as error:
@@ -150,6 +152,7 @@ class Watch(threading.Thread):
             if not self.too_large:
                 log.warning("%s: falling back to direct mode (one Consul read per lookup)", error)
             self.too_large, self.mirror.state = True, None
+            self._queries.close()
             pause = TOO_LARGE_SECONDS
         else:
             pause = self.backoff.failure(error, time.monotonic(), random.random())  # noqa: S311 - jitter, not a secret

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from table_consul.errors import EntryError, Forbidden
 from table_consul.sources import watch
 from tests.consul.watch.ranges.ranged_tables import (
+    NAMES,
     ended,
     lists,
     ranged_watch,
@@ -22,6 +24,7 @@ from tests.consul.watch.ranges.ranged_tables import (
 from tests.consul.watch.watching import (
     ALIAS,
     PREFIX,
+    TABLE,
     ask,
     becomes,
     lines,
@@ -107,6 +110,27 @@ def test_closing_a_watch_ends_its_queries(fake, mirrored):
     before = watching_threads()
     ranged_watch(fake, mirrored(fake.address)).close()
     ended(before)
+
+
+def test_queries_end_when_the_table_is_small_again(fake, mirrored, waits_of):
+    waits_of(0.3)
+    before = watching_threads()
+    source = ranged_watch(fake, mirrored(fake.address, replace(TABLE, hold_deletions=0.0)))
+    for name in NAMES[:20]:
+        fake.delete(ALIAS + name)
+    becomes(source, None, NAMES[19])
+    ended({*before, *source.watches})
+
+
+def test_queries_end_when_the_table_is_too_large(fake, mirrored):
+    before = watching_threads()
+    source = ranged_watch(fake, mirrored(fake.address, replace(TABLE, max_keys=len(NAMES) + 3)))
+    for number in range(3):
+        fake.put(ALIAS + b"a2%d" % number, b"new")
+    for _ in eventually("the table is too large", 10):
+        if source.watches[0].too_large:
+            break
+    ended({*before, *source.watches})
 
 
 def test_outage_ends_ranges_and_recovery_reads_the_changes(fake, source, caplog):

@@ -279,7 +279,7 @@ class Watch(threading.Thread):
             if changed:
                 self._report(former, snapshot)
             self._file.finish(snapshot, changed=changed)
-            if changed and self._file.dirty:
+            if self._file.dirty:
                 ranges.until = min(ranges.until, time.monotonic() + RANGED_WRITE_SECONDS)
 
         self._ranges = ranges

@@ -30,6 +30,7 @@ from tests.consul.watch.watching import (
     lines,
     logged,
     snapshot_entries,
+    written,
 )
 from tests.dialogue import eventually
 from tests.fake_consul.messages import Answer
@@ -182,6 +183,16 @@ def test_file_is_written_after_an_edit_in_a_range(fake, mirrored, copied, monkey
     for _ in eventually("the file is written", 10):
         if snapshot_entries(Path(path)).get((ALIAS + b"b3").decode()) == b"new":
             return
+
+
+def test_removed_file_is_written_again_without_an_edit(fake, mirrored, copied, monkeypatch, waits_of):
+    waits_of(0.3)
+    monkeypatch.setattr(watch, "RANGED_WRITE_SECONDS", 0.2)
+    ranged_watch(fake, mirrored(fake.address, copied))
+    path = Path(copied.snapshot)
+    written(path, {(ALIAS + b"a1").decode(): b"old"})
+    path.unlink()
+    written(path, {(ALIAS + b"a1").decode(): b"old"})
 
 
 @pytest.mark.usefixtures("no_late_query")

@@ -122,6 +122,28 @@ def _cost(groups: Iterable[_Group], most: int) -> int:
 
 def _split(group: _Group, askable: Callable[[bytes], bool]) -> list[_Group]:
     """The group split by the character after the common prefix of its keys; empty if it cannot be split."""
+    stem, depth, _ = _narrowed(group)
+    found: dict[bytes, list[bytes]] = {}
+    for key in group.keys:
+        if len(key) == depth:
+            return []  # the key that ends here would be in no part
+        found.setdefault(key[depth : depth + _width(key[depth])], []).append(key)
+    parts: list[_Group] = []
+    for character, keys in found.items():
+        part = _Group(stem + character, depth + len(character), keys)
+        if not askable(part.prefix):
+            part = _narrowed(part)
+        if askable(part.prefix):
+            parts.append(part)
+        elif deeper := _split(part, askable):
+            parts += deeper
+        else:
+            return []
+    return parts
+
+
+def _narrowed(group: _Group) -> _Group:
+    """The group with the longest prefix that all of its keys have."""
     lowest = highest = group.keys[0]
     for at in range(0, len(group.keys), _STEP):
         step = group.keys[at : at + _STEP]
@@ -131,22 +153,7 @@ def _split(group: _Group, askable: Callable[[bytes], bool]) -> list[_Group]:
         depth += 1
     while depth > group.depth and _inside_character(lowest, depth):
         depth -= 1
-    stem = group.prefix + lowest[group.depth : depth]
-    found: dict[bytes, list[bytes]] = {}
-    for key in group.keys:
-        if len(key) == depth:
-            return []  # the key that ends here would be in no part
-        found.setdefault(key[depth : depth + _width(key[depth])], []).append(key)
-    parts: list[_Group] = []
-    for character, keys in found.items():
-        part = _Group(stem + character, depth + len(character), keys)
-        if askable(part.prefix):
-            parts.append(part)
-        elif deeper := _split(part, askable):
-            parts += deeper
-        else:
-            return []
-    return parts
+    return _Group(group.prefix + lowest[group.depth : depth], depth, group.keys)
 
 
 def _inside_character(key: bytes, at: int) -> bool:

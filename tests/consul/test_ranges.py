@@ -92,6 +92,13 @@ def test_no_range_has_a_prefix_that_no_url_can_name(small, first):
     assert found is None or all(map(askable, prefixes(found)))
 
 
+@pytest.mark.parametrize("name", [b" lead", b".hidden"])
+def test_single_key_below_a_prefix_that_no_url_can_name_does_not_prevent_a_cut(small, name):
+    found = cut({FOLDER: [name, *(b"%c%d" % (letter, number) for letter in b"abc" for number in range(4))]}, askable)
+    assert FOLDER + name in prefixes(found)
+    assert covers(sorted(prefixes(found)), [FOLDER + name])
+
+
 def test_multibyte_characters_are_not_cut(small):
     names = [f"{letter}{number}".encode() for letter in "äöüéß日本語" for number in range(10)]
     found = cut({FOLDER: names}, askable)

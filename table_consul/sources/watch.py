@@ -248,7 +248,8 @@ class Watch(threading.Thread):
         folders = {}
         for each in snapshot.entries.values():
             stored = each.original_case.get
-            folders[each.path] = [stored(key, key) for mapping in (each.values, each.errors) for key in mapping]
+            keys = [stored(key, key) for mapping in (each.values, each.errors) for key in mapping]
+            folders[each.path] = keys + [key for _, note in each.parts.notes() for key in note.variants]
         outer = tuple(folders)
         for path in outer:
             direct = path.startswith(self.prefix) and path.count(b"/") == self.prefix.count(b"/") + 1

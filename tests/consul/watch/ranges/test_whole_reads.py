@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import EntryError, Forbidden
-from table_consul.sources import watch
+from table_consul.sources import ranged, watch
 from tests.consul.watch.ranges.ranged_tables import (
     NAMES,
     ended,
@@ -286,3 +286,24 @@ def test_key_that_is_not_utf8_is_an_error(fake, source):
             ask(source, b"\x80")
         except EntryError:
             return
+
+
+def test_keys_that_differ_only_in_case_are_in_ranges(fake, mirrored, monkeypatch):
+    monkeypatch.setattr(ranged, "MOST_REST", 4)
+    for name in NAMES:
+        fake.put(ALIAS + name.upper(), b"capital")
+    source = ranged_watch(fake, mirrored(fake.address))
+    before = len(lists(fake))
+    with fake.store.changed:  # names are listed soon after several changes
+        fake.put(ALIAS + b"a1", b"new")
+        fake.put(ALIAS + b"a2", b"new")
+    becomes(source, b"new", b"a2")
+    for _ in eventually("all names are listed", 10):
+        late = [
+            each for each in fake.requests if "keys" in each.params and not {"index", "separator"} & each.params.keys()
+        ]
+        if any(each.path == b"/v1/kv/" + PREFIX for each in late):
+            break
+    fake.put(ALIAS + b"f1", b"new")
+    becomes(source, b"new", b"f1")
+    stays_ranged(fake, before)

@@ -8,7 +8,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from table_consul.sources import ranged, ranges, watch
+from table_consul.sources import queries, ranged, ranges, watch
 from tests.consul.watch.ranges.ranged_tables import (
     LATE_SECONDS,
     LONG_LATE_SECONDS,
@@ -122,7 +122,7 @@ def test_edit_in_a_small_folder_is_found(fake, source):
 
 
 def test_first_wait_of_a_range_is_shorter_than_the_max_query_time_of_an_agent(fake, mirrored, monkeypatch):
-    monkeypatch.setattr(ranged.Queries, "most_wait", 300.0)
+    monkeypatch.setattr(queries.Queries, "most_wait", 300.0)
     ranged_watch(fake, mirrored(fake.address))
     waits = [request.params["wait"] for request in waiting(fake) if request.path.startswith(b"/v1/kv/" + ALIAS)]
     assert waits

@@ -90,8 +90,8 @@ def command(
         conflict = "changed in Consul since the editor opened; skipped (edit it again)"
         writer = writing.Writer(target, store, undo, as_json, conflict)
         if confirmed:
-            return writer.apply(planned.changes, hashed=service.hashed)
-        nothing = writer.document(planned.changes, hashed=service.hashed, refused=problems)
+            return writer.apply(planned.changes)
+        nothing = writer.document(planned.changes, refused=problems)
         click.echo(nothing if as_json else "nothing was written")
         return main.FAILED
 
@@ -186,7 +186,7 @@ class _Edit(NamedTuple):
 
     def _confirm(self, plan: Plan) -> str:
         target = writing.Target.of(self.table, self.service)
-        writing.echo_changes(plan.changes, target, hashed=self.service.hashed, err=self.as_json)
+        writing.echo_changes(plan.changes, target, err=self.as_json)
         return self._choice(f"{writing.summary(plan.changes)}. Write? y(es), n(o), e(dit again)", "yne", "n")
 
     def _ask_again(self, problems: Sequence[LineProblem]) -> str:

@@ -137,9 +137,9 @@ def command(  # noqa: PLR0913 - the command line
                     _confirm(name, removals, ask=ask)
 
             again = " (run the same command again to finish)"
-            status = writer.apply(changes, hashed=service.hashed, refused=planned.refused, again=again, prepare=prepare)
+            status = writer.apply(changes, refused=planned.refused, again=again, prepare=prepare)
     if as_json and (dry_run or planned.problems):
-        click.echo(writer.document(changes, hashed=service.hashed, refused=planned.refused))
+        click.echo(writer.document(changes, refused=planned.refused))
     if planned.problems:
         count = counted(len(planned.problems), "problem", "problems")
         hint = "fix them: --prune requires readable lines" if skip_refused else "use --skip-refused to write the rest"
@@ -286,8 +286,7 @@ def _report(plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
 
 def _echo_changes(plan: Plan, target: writing.Target, report: dict[str, Any]) -> None:
     limit = len(plan.changes) if report["dry_run"] else writing.CHANGES_SHOWN
-    hashed = SERVICES[target.service].hashed
-    writing.echo_changes(plan.changes, target, hashed=hashed, limit=limit, more=" (use --dry-run to list all)")
+    writing.echo_changes(plan.changes, target, limit=limit, more=" (use --dry-run to list all)")
     if report["left_out"]:
         click.echo(f"skipped {counted(report['left_out'], 'entry', 'entries')} in other folders", err=True)
     refused = f", {len(plan.refused)} refused" if plan.refused else ""

@@ -66,9 +66,7 @@ def command(
         value = prefix + _hash(_password(), (scheme,) if scheme else SCHEMES[:2])
         parsed = ParsedFile("text", [FileEntry(key, value, 1)], [])
         planned = plan.plan_edits(table, service, parsed, stored)
-        status = writing.Writer(writing.Target.of(table, service), store, undo, as_json).judge_and_apply(
-            planned, service
-        )
+        status = writing.Writer(writing.Target.of(table, service), store, undo, as_json).judge_and_apply(planned)
         if locked and not status:
             click.echo(f"note: {printable(key)} was locked and can now log in", err=True)
         return status

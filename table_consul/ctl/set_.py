@@ -58,7 +58,7 @@ def command(  # noqa: PLR0913 - the command line
             click.echo(f"note: {printable(target.path)} has no entries yet", err=True)
         planned = plan.plan_edits(table, service, parsed, stored)
         writer = writing.Writer(target, store, undo, as_json)
-        return writer.judge_and_apply(planned, service, force=force)
+        return writer.judge_and_apply(planned, force=force)
 
 
 def _value(text: str) -> bytes:

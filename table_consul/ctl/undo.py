@@ -56,15 +56,15 @@ def command(
         raise TableConsulError(f"{printable(folder)}: no saved writes")
     chosen = numbers[0] if number is None else number
     saved = saves.load(folder, chosen)
-    target = writing.Target(saved.table, saved.service, saved.path.encode())
     hashed = saved.service not in SERVICES or SERVICES[saved.service].hashed
+    target = writing.Target(saved.table, saved.service, saved.path.encode(), hashed)
     with contextlib.closing(writing.open_store(settings, token_file)) as store:
         changes, changed = _changes(saved, store.entries(target.path))
         conflict = "changed in Consul since it was written; skipped"
         writer = writing.Writer(target, store, undo, as_json, conflict)
-        writer.show(changes, hashed=hashed)
+        writer.show(changes)
         again = f" (to write the rest, run table-consulctl undo {chosen})"
-        return writer.apply(changes, hashed=hashed, skipped=changed, again=again)
+        return writer.apply(changes, skipped=changed, again=again)
 
 
 def _changes(saved: Write, stored: Sequence[Stored]) -> tuple[list[Change], list[bytes]]:

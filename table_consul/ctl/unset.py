@@ -51,7 +51,7 @@ def command(
         main.echo_problems([(printable(key), "not found") for key in missing])
         parsed = ParsedFile("text", [], [])
         planned = plan.plan_edits(table, service, parsed, stored, [*dict.fromkeys(found.values())])
-        status = writing.Writer(target, store, undo, as_json).judge_and_apply(planned, service, force=force)
+        status = writing.Writer(target, store, undo, as_json).judge_and_apply(planned, force=force)
         return status or (main.NO if missing else 0)
 
 

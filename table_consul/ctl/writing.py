@@ -45,10 +45,12 @@ class Target(NamedTuple):
     table: str
     service: str
     path: bytes
+    hashed: bool
+    """Its values are not shown."""
 
     @classmethod
     def of(cls, table: Table, service: Service) -> Target:
-        return cls(table.name, service.name, table.path(service))
+        return cls(table.name, service.name, table.path(service), service.hashed)
 
     @classmethod
     def with_note(cls, table: Table, service: Service) -> Target:
@@ -181,10 +183,10 @@ def _log(target: Target, written: Counter[str], conflicts: int) -> None:
     syslog.syslog(syslog.LOG_NOTICE, f"{who}: {' '.join(what)}: {counts}{more}")
 
 
-def documents(changes: Iterable[Change], target: Target, *, hashed: bool) -> Iterator[dict[str, Any]]:
-    """The changes as --json prints them; ``hashed`` ones without their values."""
+def documents(changes: Iterable[Change], target: Target) -> Iterator[dict[str, Any]]:
+    """The changes as --json prints them."""
     for change in changes:
-        answers = {} if hashed else {"from": change.old_answer, "to": change.new_answer}
+        answers = {} if target.hashed else {"from": change.old_answer, "to": change.new_answer}
         texts = {name: None if answer is None else json_text(answer) for name, answer in answers.items()}
         yield {"change": change.kind, "key": json_text(change.key[len(target.path) :]), **texts}
 
@@ -198,7 +200,6 @@ def echo_changes(
     changes: Sequence[Change],
     target: Target,
     *,
-    hashed: bool,
     limit: int = CHANGES_SHOWN,
     more: str = "",
     err: bool = False,
@@ -207,7 +208,7 @@ def echo_changes(
 
     ``err`` prints to standard error, else standard output.
     """
-    for change in documents(islice(changes, limit), target, hashed=hashed):
+    for change in documents(islice(changes, limit), target):
         sign, colour = STYLES[change["change"]]
         click.secho(f"{sign} {_description(change)}", fg=colour, err=err)
     if len(changes) > limit:
@@ -255,12 +256,12 @@ class Writer(NamedTuple):
     report: Mapping[str, Any] = MappingProxyType({})
     """Further fields that --json prints."""
 
-    def show(self, changes: Sequence[Change], *, hashed: bool) -> None:
+    def show(self, changes: Sequence[Change]) -> None:
         """Print the changes, unless the command prints JSON at its end."""
         if not self.as_json:
-            echo_changes(changes, self.target, hashed=hashed)
+            echo_changes(changes, self.target)
 
-    def judge_and_apply(self, plan: Plan, service: Service, *, force: bool | None = None) -> int:
+    def judge_and_apply(self, plan: Plan, *, force: bool | None = None) -> int:
         """Write a plan that has no problems, and return the exit status.
 
         Raises:
@@ -271,18 +272,17 @@ class Writer(NamedTuple):
         main.echo_problems(found, limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
             if self.as_json:
-                click.echo(self.document(plan.changes, hashed=service.hashed, refused=[*problems, *plan.refused]))
+                click.echo(self.document(plan.changes, refused=[*problems, *plan.refused]))
             hint = "use --force to write it" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written", hint)
-        self.show(plan.changes, hashed=service.hashed)
-        status = self.apply(plan.changes, hashed=service.hashed, refused=plan.refused)
+        self.show(plan.changes)
+        status = self.apply(plan.changes, refused=plan.refused)
         return main.FAILED if plan.refused else status
 
     def apply(
         self,
         changes: Sequence[Change],
         *,
-        hashed: bool,
         skipped: Sequence[bytes] = (),
         refused: Sequence[LineProblem] = (),
         again: str = "",
@@ -306,7 +306,7 @@ class Writer(NamedTuple):
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
             if self.as_json:
-                click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
+                click.echo(self.document(changes, written, conflicts, refused=refused))
             else:
                 main.echo_problems([(printable(key), self.conflict) for key in conflicts])
                 if changes or not prepare:
@@ -319,7 +319,7 @@ class Writer(NamedTuple):
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
             if self.as_json:
                 with contextlib.suppress(OSError):  # standard output may be what failed
-                    click.echo(self.document(changes, written, conflicts, hashed=hashed, refused=refused))
+                    click.echo(self.document(changes, written, conflicts, refused=refused))
             raise
         return main.FAILED if conflicts else 0
 
@@ -329,7 +329,6 @@ class Writer(NamedTuple):
         written: int = 0,
         conflicts: Sequence[bytes] = (),
         *,
-        hashed: bool,
         refused: Sequence[LineProblem],
     ) -> str:
         """The report that --json prints."""
@@ -338,7 +337,7 @@ class Writer(NamedTuple):
             "service": self.target.service,
             "path": json_text(self.target.path),
             **self.report,
-            "changes": [*documents(changes, self.target, hashed=hashed)],
+            "changes": [*documents(changes, self.target)],
             "written": written,
             "conflicts": [json_text(key) for key in conflicts],
             "refused": problem_documents(refused),

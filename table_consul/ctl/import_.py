@@ -60,10 +60,7 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
 )
 @click.option("--from", "below", metavar="NAME", help="Import this folder of an export, or table of smtpd.conf.")
 @click.option("--record", is_flag=True, help="Write the users of a passwd file as JSON records.")
-@writing.token_file
-@main.as_json
-@writing.with_undo
-@main.pass_config
+@writing.options
 def command(  # noqa: PLR0913 - the command line
     settings: config.Config,
     *,

@@ -61,9 +61,6 @@ class Target(NamedTuple):
         return cls.of(table, service)
 
 
-token_file = click.option("--token-file", metavar="PATH", help="Read the ACL token to write with from PATH.")
-
-
 force = click.option("--force", is_flag=True, help="Write even what lint would report.")
 
 
@@ -74,22 +71,20 @@ class Undo(NamedTuple):
     saves: bool
 
 
-def with_undo(function: Callable[..., int]) -> Callable[..., int]:
-    """Add the options of undo, and pass them to the command as one `Undo`."""
+def options(function: Callable[..., int]) -> Callable[..., int]:
+    """Add the options of every command that writes, those of undo as one `Undo`, and pass the configuration."""
+    with_config = main.pass_config(function)
 
-    @functools.wraps(function)
-    def called(*arguments: Any, no_undo: bool, undo_dir: str | None, **options: Any) -> int:  # noqa: ANN401 - the command's
+    @functools.wraps(with_config)
+    def called(*, no_undo: bool, undo_dir: str | None, **arguments: Any) -> int:  # noqa: ANN401 - the command's
         default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
-        return function(*arguments, undo=Undo(undo_dir or default, not no_undo), **options)
+        return with_config(undo=Undo(undo_dir or default, not no_undo), **arguments)
 
     help_text = "Save the replaced entries in PATH."
     folder = click.option("--undo-dir", metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=help_text)
-    return folder(click.option("--no-undo", is_flag=True, help="Do not save the replaced entries.")(called))
-
-
-def options(function: Callable[..., int]) -> Callable[..., int]:
-    """Add the options that set, unset, passwd and undo share, and pass the configuration."""
-    return token_file(main.as_json(with_undo(main.pass_config(function))))
+    token_file = click.option("--token-file", metavar="PATH", help="Read the ACL token to write with from PATH.")
+    no_undo = click.option("--no-undo", is_flag=True, help="Do not save the replaced entries.")
+    return token_file(main.as_json(folder(no_undo(called))))
 
 
 def check_address(settings: config.Config) -> None:
@@ -111,19 +106,8 @@ def open_store(settings: config.Config, token_file: str | None) -> Store:
     return txn.Store(replace(main.as_writer(settings.consul, token_file), consistency="consistent"))
 
 
-def write(target: Target, changes: Sequence[Change], store: Store, undo: Undo) -> Iterator[Progress]:
-    """Save the replaced entries; then as `txn.write`, with a line in syslog, and a progress bar on a terminal.
-
-    Raises:
-        TableConsulError: the entries cannot be saved; nothing is written.
-        SourceError: as `txn.write`, during the iteration.
-    """
-    if changes and undo.saves:
-        _save(target, changes, undo.folder)
-    return _written(target, changes, store)
-
-
 def _written(target: Target, changes: Sequence[Change], store: Store) -> Iterator[Progress]:
+    """As `txn.write`, with a line in syslog, and a progress bar on a terminal."""
     from table_consul.ctl import txn
 
     written: Counter[str] = Counter()
@@ -301,7 +285,9 @@ class Writer(NamedTuple):
         try:
             if prepare:
                 prepare()
-            steps = write(self.target, changes, self.store, self.undo)
+            if changes and self.undo.saves:
+                _save(self.target, changes, self.undo.folder)
+            steps = _written(self.target, changes, self.store)
             for progress in steps:
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]

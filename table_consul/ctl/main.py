@@ -26,9 +26,9 @@ from table_consul.services import SERVICES, Table
 NO = 1
 """Exit status of a command whose answer is no: not found, problems, differences."""
 FAILED = 2
-# Of a Nagios plugin, whose 2 is CRITICAL.
-NAGIOS_UNKNOWN = 3
 """Exit status of a failure: an error on the command line or in the configuration, or Consul is unreachable."""
+NAGIOS_UNKNOWN = 3
+"""That of a Nagios plugin, whose 2 is CRITICAL."""
 PATIENCE_SECONDS = 1.0
 """Work that takes longer is shown on a terminal."""
 UNCUT = 1 << 30

@@ -59,8 +59,7 @@ def as_smtpd_user() -> Iterator[None]:
 def _read_files(config: Config) -> Iterator[str]:
     consul = config.consul
     files = {key: getattr(consul, key) for key in ("token_file", "ca_file", "cert_file", "key_file", "ca_path")}
-    if consul.addresses[0].startswith("file://"):
-        files["address"] = consul.addresses[0].removeprefix("file://")
+    files["address"] = consul.file
     name = printable(config.path or "")
     at = {**{key: f"{name}: consul.{key}" for key in (*files, "tls_verify")}, **config.origins}
     unusable = False

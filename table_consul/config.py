@@ -54,6 +54,12 @@ class ConsulConfig(msgspec.Struct, frozen=True):
     partition: str | None = None
     consistency: Literal["default", "stale", "consistent"] = "default"
 
+    @property
+    def file(self) -> str | None:
+        """The file that is read instead of Consul, None if there is none."""
+        scheme, _, path = self.addresses[0].partition("://")
+        return path if scheme == "file" else None
+
     def __repr__(self) -> str:
         """Without the token, which must not be printed with a configuration."""
         return f"ConsulConfig({', '.join(self.addresses)})"

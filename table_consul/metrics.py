@@ -111,7 +111,7 @@ class _Failures(NamedTuple):
 
 def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
     assert tables.config is not None  # or there would be no exporter
-    now, is_file = time.monotonic(), tables.config.consul.addresses[0].startswith("file://")
+    now = time.monotonic()
     for table, watch in tables.watches():
         labels = (table, printable(watch.prefix))
         yield "too_large", labels, int(watch.too_large)
@@ -132,7 +132,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
             for service in snapshot.entries:
                 yield "service_hidden", (*labels, service), int(service in snapshot.hidden)
     for prefix in _failures(own, tables):
-        if not is_file:
+        if tables.config.consul.file is None:
             yield "up", prefix.labels, int(prefix.up)
             yield "failures", prefix.labels, prefix.total
         if prefix.total:

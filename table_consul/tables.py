@@ -234,12 +234,11 @@ class Tables:
         if mirrored is not None and not mirrored.by_service[service.name].too_large:
             return mirrored
         assert self.config is not None
-        address = self.config.consul.addresses[0]
-        if address.startswith("file://"):
+        if self.config.consul.file is not None:
             if self._file is None:
                 with packages():
                     from table_consul.sources.export import FileSource
-                self._file = FileSource(address.removeprefix("file://"))
+                self._file = FileSource(self.config.consul.file)
             return self._file
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
             with packages():

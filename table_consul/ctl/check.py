@@ -199,7 +199,7 @@ class _Checker:
                 if services and not set(services) & set(table.services):
                     text = f"smtpd looks up {' or '.join(services)} in table {printable(name)} (add it to `services`)"
                     self._report(where, text)
-        if not loaded.consul.addresses[0].startswith("file://"):
+        if loaded.consul.file is None:
             try:
                 self._consul(loaded, tables, uses)
             except SourceError as error:

@@ -91,9 +91,8 @@ def _stored(settings: config.Config, table: Table, service: Service) -> Sequence
     from table_consul.ctl import loader, plan, txn
 
     path = table.path(service)
-    address = settings.consul.addresses[0]
-    if address.startswith("file://"):
-        exported, _ = loader.read_file(address.removeprefix("file://"))
+    if settings.consul.file is not None:
+        exported, _ = loader.read_file(settings.consul.file)
         return [plan.Stored(each.key, each.value, 0, each.flags) for each in exported if each.key.startswith(path)]
     with contextlib.closing(txn.Store(settings.consul)) as store:
         return store.entries(path)

@@ -75,8 +75,8 @@ class Loader:
         return found
 
     def _load(self, table: Table, number: int, prefix: bytes, services: Sequence[str]) -> Loaded:
-        scheme, _, file = self._config.consul.addresses[0].partition("://")
-        if scheme == "file":
+        file = self._config.consul.file
+        if file is not None:
             pairs = [(each.key, each.value) for each in self._read_file(file)[0]]
             builder = mirror.SnapshotBuilder(replace(table, max_keys=len(pairs)), prefix, services, None)
             builder.take(pairs)

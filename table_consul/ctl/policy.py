@@ -46,7 +46,7 @@ def command(config: Config, *, tables: tuple[str, ...], write: bool, key_list: b
       table-consulctl policy | consul acl policy create -name mail -rules -
       table-consulctl policy aliases --check
     """  # noqa: D301 - click does not wrap the lines after a \b
-    if config.consul.addresses[0].startswith("file://"):
+    if config.consul.file is not None:
         raise click.ClickException(
             f"{config.consul.addresses[0]} requires no policy: the tables are not read from Consul"
         )

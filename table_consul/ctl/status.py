@@ -147,7 +147,7 @@ def _print(config: Config, tables: Sequence[str], *, offline: bool, as_json: boo
         click.echo(f"table-consulctl: {NOT_CONFIGURED.format(path=path)}", err=True)
         return FAILED
     statuses = published_statuses(config, tables)
-    if not offline and not config.consul.addresses[0].startswith("file://"):
+    if not offline and config.consul.file is None:
         statuses = _compare(config, statuses)
     healthy = min((status.healthy for status in _worst(statuses)), key=_ORDER)
     if as_json:
@@ -210,7 +210,7 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
             if age <= STALE_SECONDS:
                 running = _parsed(data, table)
                 running.place, running.taken, running.live = place, taken, live
-                if config.consul.addresses[0].startswith("file://"):
+                if config.consul.file is not None:
                     running.state, running.remarks = "file", [f"read from {config.consul.addresses[0]}"]
                     for prefix in running.prefixes:  # published after an error
                         prefix.state = "file"

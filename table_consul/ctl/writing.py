@@ -89,8 +89,8 @@ def options(function: Callable[..., int]) -> Callable[..., int]:
 
 def check_address(settings: config.Config) -> None:
     """Raise UsageError if the tables are read from a file."""
-    if (address := settings.consul.addresses[0]).startswith("file://"):
-        name = click.get_current_context().info_name
+    if settings.consul.file is not None:
+        name, address = click.get_current_context().info_name, settings.consul.addresses[0]
         raise click.UsageError(f"{name} writes to Consul, but the configured address is {address}")
 
 

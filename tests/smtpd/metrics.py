@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from table_consul import __version__
+from table_consul.config import ConsulConfig
 from table_consul.counters import Counters
 from table_consul.errors import ConfigError
 from table_consul.services import Table
@@ -110,7 +111,7 @@ def fake_tables(*watches, counters=None, address="http://127.0.0.1:8500", textfi
     """The parts of Tables that metrics read, without its cache of layouts."""
     return SimpleNamespace(
         config=SimpleNamespace(
-            consul=SimpleNamespace(addresses=(address,)),
+            consul=ConsulConfig((address,)),
             metrics=SimpleNamespace(textfile=textfile and str(textfile), listen=listen and str(listen)),
             table=table_layout,
         ),

@@ -6,7 +6,6 @@ A new Python, or an interrupted upgrade, must not end the mail server: mail wait
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import select
@@ -22,6 +21,7 @@ SERVICES = (
     *("alias", "domain", "credentials", "netaddr", "userinfo", "source", "mailaddr"),
     *("addrname", "mailaddrmap", "relayhost", "string", "regex"),
 )
+READ_SIZE = 65536
 OPS = (b"check", b"lookup", b"fetch", b"update")
 # The binary dialect of OpenSMTPD up to 7.5; imsg.py has the details.
 _HEADER, _ANSWER = Struct("=IHHII"), Struct("=IHHIIi")
@@ -64,11 +64,10 @@ def serve(error: BaseException) -> int:
     conversation = Conversation(reason)
     logging = threading.Thread(target=_log, args=(reason,), daemon=True)  # syslog may block
     logging.start()
-    with contextlib.suppress(OSError):  # smtpd is gone
-        while not conversation.closed and (data := _read()):
-            replies = conversation.receive(data)
-            while replies:
-                replies = replies[_write(0 if conversation.binary else 1, replies) :]
+    while not conversation.closed and (data := read(0)):
+        replies = conversation.receive(data)
+        if not write(0 if conversation.binary else 1, replies):
+            break
     logging.join(1.0)
     return 0 if conversation.begun else 2
 
@@ -131,20 +130,27 @@ class Conversation:
         return b""
 
 
-def _read() -> bytes:
+def read(fd: int) -> bytes:
+    """The next data from smtpd; empty at end of file."""
     while True:
         try:
-            return os.read(0, 65536)
+            return os.read(fd, READ_SIZE)
         except BlockingIOError:
-            select.select([0], [], [])
+            select.select([fd], [], [])
+        except OSError:
+            return b""  # a reset, because smtpd died: the same as end of file
 
 
-def _write(descriptor: int, data: bytes) -> int:
-    while True:
+def write(fd: int, data: bytes) -> bool:
+    """Write all data; False if smtpd is gone."""
+    while data:
         try:
-            return os.write(descriptor, data)
+            data = data[os.write(fd, data) :]
         except BlockingIOError:
-            select.select([], [descriptor], [])
+            select.select([], [fd], [])
+        except OSError:
+            return False
+    return True
 
 
 def _log(text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Protocol, TypeVar
 from table_consul import imsg
 from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
-from table_consul.fallback import ignore_signals
+from table_consul.fallback import ignore_signals, read, write
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
 from table_consul.services import DEFAULT_SERVICES
 
@@ -22,7 +21,6 @@ T = TypeVar("T")
 
 log = logging.getLogger("table_consul")
 
-READ_SIZE = 65536
 # Replies to many waiting requests are gathered into one write, until this much time has passed.
 GATHER_SECONDS = 0.001
 # Each complaint is logged once; a bound on how many are remembered.
@@ -72,10 +70,10 @@ class Server:
 
     def serve(self, read_from: int, write_to: int) -> bool:
         """Answer on these descriptors until smtpd closes the conversation; False if it used none of its dialects."""
-        data = _read(read_from)
+        data = read(read_from)
         # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
         wire = read_from if imsg.speaks(data) else write_to
-        return self._converse(data, partial(_read, read_from), partial(_write, wire))
+        return self._converse(data, partial(read, read_from), partial(write, wire))
 
     def run(self, read: Callable[[], bytes], write: Callable[[bytes], bool]) -> bool:
         """As `serve`; ``read`` returns the next data, nothing at the end, and ``write`` False if smtpd is gone."""
@@ -231,25 +229,3 @@ def _keeps_case_of_passwords(version: str) -> bool:
     major, _, rest = version.partition(".")
     minor = rest.partition(".")[0]
     return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (7, 9)
-
-
-def _read(fd: int) -> bytes:
-    while True:
-        try:
-            return os.read(fd, READ_SIZE)
-        except BlockingIOError:
-            select.select([fd], [], [])
-        except OSError:
-            return b""  # a reset, because smtpd died: the same as end of file
-
-
-def _write(fd: int, data: bytes) -> bool:
-    """Write all data; False if smtpd is gone."""
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:
-            select.select([], [fd], [])
-        except OSError:
-            return False
-    return True

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from table_consul import server
 from table_consul.errors import ConfigError, EntryError, SourceError, TableConsulError, Unreachable
 from table_consul.protocol import Failed, Found, NotFound, Updated
 from table_consul.server import MAX_COMPLAINTS, Server
@@ -256,7 +255,7 @@ def test_non_blocking_descriptors_are_waited_for(tables, monkeypatch):
                     HELLO + ROOT % 1 * 30 if len(waited) == 1 else socket.SHUT_WR
                 )
 
-        monkeypatch.setattr(server.select, "select", select)
+        monkeypatch.setattr("select.select", select)
         tables.values[b"root"] = b"x" * 2000
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         assert Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())

@@ -73,15 +73,12 @@ class Server:
         data = read(read_from)
         # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
         wire = read_from if imsg.speaks(data) else write_to
-        return self._converse(data, partial(read, read_from), partial(write, wire))
+        return self.run(data, partial(read, read_from), partial(write, wire))
 
-    def run(self, read: Callable[[], bytes], write: Callable[[bytes], bool]) -> bool:
-        """As `serve`; ``read`` returns the next data, nothing at the end, and ``write`` False if smtpd is gone."""
-        return self._converse(read(), read, write)
-
-    def _converse(  # noqa: PLR0912 - one loop: a call for each request would be a tenth of what it costs
+    def run(  # noqa: PLR0912 - one loop: a call for each request would be a tenth of what it costs
         self, data: bytes, read: Callable[[], bytes], write: Callable[[bytes], bool]
     ) -> bool:
+        """As `serve`; ``read`` returns what follows the first data, nothing at the end; ``write`` as in `fallback`."""
         if imsg.speaks(data):
             self._session = imsg.Session()
         session, answer, counters, clock = self._session, self._answerer.answer, self._counters, self._clock

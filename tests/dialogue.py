@@ -113,11 +113,11 @@ def read_transcript(path: Path) -> Dialogue:
 def converse(tables: Tables, chunks: Iterable[bytes]) -> bytes:
     """All bytes that the server writes when it reads these chunks one at a time."""
     written: list[bytes] = []
-    arriving = iter(chunks)
+    arriving = filter(None, chunks)
     server = Server(
         tables, lambda _name: None, counters=tables.counters, procexec_reply=tables.procexec_reply, clock=lambda: 0.0
     )
-    server.run(lambda: next((chunk for chunk in arriving if chunk), b""), lambda data: written.append(data) or True)
+    server.run(next(arriving, b""), lambda: next(arriving, b""), lambda data: written.append(data) or True)
     return b"".join(written)
 
 

@@ -183,7 +183,7 @@ def test_different_complaints_take_bounded_memory(tables, monkeypatch):
     monkeypatch.setattr(logging.getLogger("table_consul"), "disabled", True)
     lines = (b"%080d\n" % number for number in range(3 * MAX_COMPLAINTS))
     tracemalloc.start()
-    Server(tables, lambda _: None).run(lambda: next(lines, b""), lambda _: True)
+    Server(tables, lambda _: None).run(next(lines), lambda: next(lines, b""), lambda _: True)
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 300 * MAX_COMPLAINTS
@@ -205,9 +205,8 @@ class TestWrites:
             now[0] += step
             return now[0]
 
-        chunks = iter([data])
         server = Server(tables, lambda _: None, clock=clock)
-        assert server.run(lambda: next(chunks, b""), lambda data: written.append(data) or not gone)
+        assert server.run(data, bytes, lambda data: written.append(data) or not gone)
         return [len(data.splitlines()) for data in written]
 
     def test_quick_answers_are_gathered(self, tables):

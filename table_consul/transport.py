@@ -198,10 +198,14 @@ class Transport(Exchange):
         try:
             response = self._endpoints[self._current].send(self._prepared, stream=True)
             try:
-                return self._validated(response, min(held, time.monotonic() - max(began, self.connected_at)))
-            except BaseException:
+                self._validate(response, min(held, time.monotonic() - max(began, self.connected_at)))
+            except BaseException as error:
+                if isinstance(error, SourceError):
+                    self.disconnect()
                 response.close()
                 raise
+            else:
+                return response
         except BROKEN as error:
             cause, waited = cause_of(error), time.monotonic() - max(began, self.connected_at)
             self.late |= isinstance(cause, TimeoutError) and (self.connected_at >= began or not self.connected)
@@ -217,20 +221,12 @@ class Transport(Exchange):
             self.answer_by += waited
         return self._attempt(held, again=True)
 
-    def _validated(self, response: requests.Response, waited: float) -> requests.Response:
-        """The response, if it is valid; otherwise disconnects.
+    def _validate(self, response: requests.Response, waited: float) -> None:
+        """Check status and headers of a response.
 
         Raises:
             SourceError: the response is an error, or invalid.
         """
-        try:
-            self._validate(response, waited)
-        except SourceError:
-            self.disconnect()
-            raise
-        return response
-
-    def _validate(self, response: requests.Response, waited: float) -> None:
         write = self._prepared.method != "GET"
         status, headers = response.status_code, response.headers
         # 409: nothing was written, and the body names the conflict.

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import SourceError, TooLarge, printable
+from table_consul.errors import SourceError, TooLarge, counted, printable
 from table_consul.log import warn_of_problems
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries, Problem
@@ -309,8 +309,8 @@ class Watch(threading.Thread):
         self.reloads += 1
         prefix = printable(self.prefix)
         if former is None:
-            noun = "entry" if snapshot.size == 1 else "entries"
-            log.info("%s: %d %s from Consul at %s", prefix, snapshot.size, noun, self._client.address)
+            count = counted(snapshot.size, "entry", "entries")
+            log.info("%s: %s from Consul at %s", prefix, count, self._client.address)
         before = {} if former is None else former.hidden
         if snapshot.hidden.keys() != {name for name, each in before.items() if each.error is not mirror.NOTHING_YET}:
             if names := ", ".join(snapshot.hidden):
@@ -337,8 +337,8 @@ class Watch(threading.Thread):
             held = former is not None and name in former.held
             if left * 2 < count and name not in snapshot.hidden and not held:
                 path = printable(self._table.path(SERVICES[name]))
-                noun, verb = "entry" if count == 1 else "entries", "is" if left == 1 else "are"
-                log.warning("%s: %d of %d %s deleted at once; %d %s left", path, count - left, count, noun, left, verb)
+                former_entries, rest = counted(count, "entry", "entries"), counted(left, "is", "are")
+                log.warning("%s: %d of %s deleted at once; %s left", path, count - left, former_entries, rest)
 
     def _warn_of_holds(self, former: Snapshot | None, snapshot: Snapshot) -> None:
         """Log the holds that have begun or ended."""

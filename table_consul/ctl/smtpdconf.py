@@ -76,7 +76,6 @@ class Declared(NamedTuple):
 class SmtpdConf(NamedTuple):
     """The parts of smtpd.conf that concern table-consul."""
 
-    path: str
     tables: dict[str, Declared]
     problems: list[tuple[str, str]]
 
@@ -115,7 +114,7 @@ def read(path: str) -> SmtpdConf:
     """
     reader = _Reader()
     reader.read(path)
-    return SmtpdConf(path, {name: table for name, table in reader.tables.items() if table is not None}, reader.problems)
+    return SmtpdConf({name: table for name, table in reader.tables.items() if table is not None}, reader.problems)
 
 
 def tables_of(config: str | None) -> set[str]:

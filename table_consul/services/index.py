@@ -356,7 +356,7 @@ class Regexes(Index):
 
     def _add(self, entry: bytes) -> None:
         try:
-            _, pattern, size, width, _ = regcomp(entry)
+            pattern, size, width, _ = regcomp(entry)
         except EntryError as error:
             self._unusable[entry] = [str(error)]
             return

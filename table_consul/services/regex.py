@@ -215,7 +215,6 @@ def _options(re2: ModuleType, max_mem: int) -> object:
 class Expression(NamedTuple):
     """A POSIX extended expression that RE2 can match."""
 
-    entry: bytes
     pattern: bytes
     """In RE2's syntax."""
     size: int
@@ -261,7 +260,7 @@ def regcomp(entry: bytes) -> Expression:
     literals = sum(map(bool, compiled(_LITERAL).findall(pattern)))
     width = size - literals * 7 // 8
     # Long repetitions are long chains, and each byte follows many of their instructions.
-    return Expression(entry, pattern, size, width + width * width // 500, compiled_pattern.search)
+    return Expression(pattern, size, width + width * width // 500, compiled_pattern.search)
 
 
 class RegexSet:

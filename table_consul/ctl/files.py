@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,8 +36,6 @@ _TRANSPORT = re.compile(
 # A port after the host and its colon, as in Postfix's smtp_sasl_password_maps: [HOST]:PORT USER:PASSWORD.
 _SASL_PORT = re.compile(rb"(?:[0-9]+|smtps?|submissions?)[ \t]+[^ \t:]+:.", re.DOTALL)
 _TABLE_ENTRY = re.compile(rb"(\[[^\]]*\]|(?!\[)[^ \t:]*)(?:.[ \t]*(.*))?", re.DOTALL)
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Windows editors write it before UTF-8 text."""
 
 
 class FormatError(TableConsulError):
@@ -207,7 +206,7 @@ def table_text(service: Service, entries: Iterable[tuple[bytes, bytes]]) -> tupl
         if service.name == "alias":
             readings.append(read_aliases(line).entries)
         same = all([each[:2] for each in entries] == [(key, value)] for entries in readings)
-        if same and len(key) <= MAX_KEY_BYTES and b"\0" not in line and not line.startswith(BYTE_ORDER_MARK):
+        if same and len(key) <= MAX_KEY_BYTES and b"\0" not in line and not line.startswith(BOM_UTF8):
             lines.append(line)
         else:
             left_out.append(key)

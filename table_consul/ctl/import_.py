@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +227,7 @@ def parse(
     if nul >= 0:
         line = data.count(b"\n", 0, nul) + 1
         raise FormatError(f"not text: line {line} contains a NUL byte (decompress the file, or convert it to UTF-8)")
-    data = data.removeprefix(files.BYTE_ORDER_MARK)
+    data = data.removeprefix(BOM_UTF8)  # of Windows editors
     form = files.detect_format(data, service) if wanted == "auto" else wanted
     if form == "export":
         folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))

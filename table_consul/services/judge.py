@@ -7,6 +7,7 @@ because smtpd's rules may change. No text contains any part of a value.
 from __future__ import annotations
 
 import functools
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 
 from table_consul.errors import EntryError
@@ -26,7 +27,6 @@ from table_consul.services.match import MAILADDR_PART_BYTES, dotted_quad, inet6_
 # smtpd: LINE_MAX, the buffer of table_parse_lookup; limits.h of Linux, HOST_NAME_MAX. Without the NUL.
 LINE_BYTES = 2047
 HOST_BYTES = 64
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # The one problem that may be intended; it does not count as a refused entry.
 NOT_A_NETWORK = (
     "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
@@ -131,7 +131,7 @@ def value_problem(table: Table, service: Service, key: bytes, value: bytes) -> s
     """Why smtpd rejects or misreads a valid value of `parse_value`, with a hint; None if nothing looks wrong."""
     if not value and service.needs_value:
         return f"missing value: {service.name} requires one"
-    if value.startswith(BYTE_ORDER_MARK):
+    if value.startswith(BOM_UTF8):
         return "the value begins with a byte order mark (remove it)"
     judge = _VALUES.get(service.name)
     return None if judge is None else judge(table, key, value)

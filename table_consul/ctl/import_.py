@@ -186,17 +186,13 @@ def _confirm(name: str, removals: str, *, ask: bool) -> None:
 
 def _warn(text: str, consul: config.ConsulConfig, plan: Plan) -> None:
     """Warn about what a dry run does not reach: removals to confirm (``text``), and a token that may not write."""
-    from table_consul.ctl import access
+    from table_consul.ctl import access, txn
 
     if text:
         click.echo(f"warning: {text}, which requires confirmation or --max-removals", err=True)
     sample = plan.changes[:: len(plan.changes) // access.AUTHORIZATIONS_MAX + 1]
     if denied := access.unwritable(consul, [change.key for change in sample]):
-        click.echo(
-            f"warning: the token may not write {printable(denied[0])} (for the policy it needs, run table-consulctl"
-            " policy --write TABLE; for another token, use --token-file)",
-            err=True,
-        )
+        click.echo(f"warning: the token may not write {printable(denied[0])} ({txn.POLICY_HINT})", err=True)
 
 
 def _content(file: str) -> bytes:

@@ -35,6 +35,7 @@ READ_SECONDS = 60.0
 WRITE_SECONDS = 10.0
 # Longer than the election of a leader, and than the period in which Consul's rate limit answers 429.
 RETRY_SECONDS = 15.0
+POLICY_HINT = "for the policy it needs, run table-consulctl policy --write TABLE; for another token, use --token-file"
 
 
 class _Failure(msgspec.Struct, rename="pascal"):
@@ -93,11 +94,7 @@ class Store(kv.Client):
         for each in failures:
             key = printable(changes[each.op_index].key)
             if "permission denied" in each.what.lower():
-                raise Forbidden(
-                    f"Consul at {self.address}: the token may not write {key}",
-                    "for the policy it needs, run table-consulctl policy --write TABLE; for another token, use"
-                    " --token-file",
-                )
+                raise Forbidden(f"Consul at {self.address}: the token may not write {key}", POLICY_HINT)
             if "index is stale" not in each.what:
                 raise BadResponse(f"Consul at {self.address} rejects the write of {key}: {printable(each.what)}")
         return [changes[each.op_index] for each in failures]

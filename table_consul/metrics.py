@@ -15,6 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -206,24 +207,26 @@ class Exporter(threading.Thread):
         lines = ([*each.labels, printable(_TOKEN.sub("...", each.text), 200)] for each in last)
         return b"".join(LAST_ERROR + msgspec.json.encode(line) + b"\n" for line in lines)
 
+    def text(self, registry: CollectorRegistry) -> bytes:
+        """All metrics and comments, in the format that Prometheus reads."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(registry) + self.comments()
+
     def export(self, registry: CollectorRegistry) -> None:
         """Write the file once, and start or stop the server if the configuration has changed."""
         assert self._tables.config is not None  # or there would be no exporter
         metrics = self._tables.config.metrics
         textfile, listen = ((s or "").replace("{table}", self._table) for s in (metrics.textfile, metrics.listen))
+        text = partial(self.text, registry)
         if textfile:
-            self._guarded(f"metrics.textfile {textfile}", lambda: self._write(textfile, registry))
+            self._guarded(f"metrics.textfile {textfile}", lambda: replace_file(textfile, text(), mode=0o644))
         if self._server is not None and self._server.listen != listen:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
         if listen and self._server is None:
-            self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, registry, self.comments))
-
-    def _write(self, path: str, registry: CollectorRegistry) -> None:
-        from prometheus_client import generate_latest
-
-        replace_file(path, generate_latest(registry) + self.comments(), mode=0o644)
+            self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, text))
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
         backoff = self._backoffs.setdefault(what, Backoff(what, f"retrying every {WRITE_INTERVAL_SECONDS:.0f} s"))
@@ -242,9 +245,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        from prometheus_client import generate_latest
-
-        body = generate_latest(self.server.registry) + self.server.comments()
+        body = self.server.text()
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
@@ -256,7 +257,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serves a registry over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``.
+    """Serves a text over HTTP at ``127.0.0.1:PORT``, ``[::1]:PORT`` or ``unix:///PATH``.
 
     Raises:
         OSError: the address cannot be bound.
@@ -265,16 +266,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(
-        self,
-        listen: str,
-        registry: CollectorRegistry,
-        comments: Callable[[], bytes] = bytes,
-        client_seconds: float = 5.0,
-    ) -> None:
+    def __init__(self, listen: str, text: Callable[[], bytes], client_seconds: float = 5.0) -> None:
         self.listen = listen
-        self.registry = registry
-        self.comments = comments
+        self.text = text
         handler: Any = type("Handler", (_Handler,), {"timeout": client_seconds})
         self._opened: list[socket.socket] = []
         if listen.startswith("unix://"):

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import stat
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,8 @@ def serve():
     servers = []
 
     def start(listen, **more):
-        servers.append(Server(str(listen), registered(Exporter("aliases", fake_tables())), **more))
+        exporter = Exporter("aliases", fake_tables())
+        servers.append(Server(str(listen), partial(exporter.text, registered(exporter)), **more))
 
     yield start
     for server in servers:

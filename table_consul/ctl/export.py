@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from table_consul import config
-from table_consul.ctl import files
+from table_consul.ctl import files, writing
 from table_consul.ctl.files import FormatError
 from table_consul.ctl.main import NO, SERVICE, UNCUT, echo_problems, is_terminal, pass_config
 from table_consul.errors import counted, printable
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from table_consul.ctl.plan import Stored
 
 FORMATS = ("table", "aliases", "export")
-PROBLEMS_SHOWN = 20
 
 
 @click.command("export")
@@ -107,7 +106,7 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, ski
     problems += [(path + key, "cannot be written to a file: table") for key in left_out]
     problems += entries.spelling
     if problems:
-        echo_problems([(printable(key), what) for key, what in problems], limit=PROBLEMS_SHOWN)
+        echo_problems([(printable(key), what) for key, what in problems], limit=writing.PROBLEMS_SHOWN)
         count = f"{len(problems)} of {counted(len(stored), 'entry', 'entries')} cannot be written in this format"
         if not skip:
             raise FormatError(f"{count}; use --format export, or --skip-refused to write the rest")

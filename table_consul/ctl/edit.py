@@ -77,7 +77,7 @@ def command(
         raise TableConsulError("a standard stream is closed, so edit could not ask before it writes")
     table, service = settings.table(table_name), SERVICES[service_name]
     target = writing.Target.with_note(table, service)
-    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+    with writing.open_store(settings, token_file) as store:
         stored = store.entries(target.path)
         chosen = [each for each in stored if not each.key.endswith(b"/")]
         if key is not None:

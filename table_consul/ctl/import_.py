@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
@@ -105,7 +104,7 @@ def command(  # noqa: PLR0913 - the command line
     # A line that cannot be read may be that of any stored entry, which --prune would remove.
     skip = skip_refused and not (prune and parsed.problems)
     limit = None if dry_run else writing.PROBLEMS_SHOWN
-    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+    with writing.open_store(settings, token_file) as store:
         try:
             stored = store.entries(path) if parsed.entries else []
         except SourceError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -60,7 +59,7 @@ def command(
     if scheme == "argon2" and "auth" not in table.services:
         raise click.UsageError("--scheme argon2 requires the service auth (crypt(3) of smtpd cannot verify argon2)")
     key, _ = writing.folded_key(table, SERVICES["credentials"], os.fsencode(user))
-    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+    with writing.open_store(settings, token_file) as store:
         service, stored, former = _former(table, store, key)
         prefix, locked = _label(key, former)
         value = prefix + _hash(_password(), (scheme,) if scheme else SCHEMES[:2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import click
@@ -52,7 +51,7 @@ def command(  # noqa: PLR0913 - the command line
         raise TableConsulError(f"{printable(name)}: {problem}; nothing was written")
     parsed = ParsedFile("text", [FileEntry(name, _value(value), 1)], [])
     target = writing.Target.with_note(table, service)
-    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+    with writing.open_store(settings, token_file) as store:
         stored = store.entries(target.path)
         if not stored:
             click.echo(f"note: {printable(target.path)} has no entries yet", err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ def command(
     saved = saves.load(folder, chosen)
     hashed = saved.service not in SERVICES or SERVICES[saved.service].hashed
     target = writing.Target(saved.table, saved.service, saved.path.encode(), hashed)
-    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+    with writing.open_store(settings, token_file) as store:
         changes, changed = _changes(saved, store.entries(target.path))
         conflict = "changed in Consul since it was written; skipped"
         writer = writing.Writer(target, store, undo, as_json, conflict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
@@ -44,7 +43,7 @@ def command(
 
     table, service = settings.table(table_name), SERVICES[service_name]
     target = writing.Target.of(table, service)
-    with contextlib.closing(writing.open_store(settings, token_file)) as store:
+    with writing.open_store(settings, token_file) as store:
         stored = store.entries(target.path)
         found = dict(_found(keys, [each.key[len(target.path) :] for each in stored]))
         missing = [key for key in dict.fromkeys(keys) if key not in found]

@@ -94,8 +94,9 @@ def check_address(settings: config.Config) -> None:
         raise click.UsageError(f"{name} writes to Consul, but the configured address is {address}")
 
 
-def open_store(settings: config.Config, token_file: str | None) -> Store:
-    """A client that writes with the operator's token.
+@contextlib.contextmanager
+def open_store(settings: config.Config, token_file: str | None) -> Iterator[Store]:
+    """A client that writes with the operator's token, open within the block.
 
     Raises:
         UsageError: the tables are read from a file.
@@ -103,7 +104,9 @@ def open_store(settings: config.Config, token_file: str | None) -> Store:
     from table_consul.ctl import txn
 
     check_address(settings)
-    return txn.Store(replace(main.as_writer(settings.consul, token_file), consistency="consistent"))
+    consul = replace(main.as_writer(settings.consul, token_file), consistency="consistent")
+    with contextlib.closing(txn.Store(consul)) as store:
+        yield store
 
 
 def _written(target: Target, changes: Sequence[Change], store: Store) -> Iterator[Progress]:

@@ -45,10 +45,7 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
 @click.option("--skip-refused", is_flag=True, help="Skip entries that smtpd could not use; write the rest.")
 @click.option(
-    "--max-removals",
-    metavar="N",
-    callback=_check_number,
-    help="Ask before removing more than N or N% of the entries.",
+    "--max-removals", metavar="N", callback=_check_number, help="Ask before removing more than N or N% of the entries."
 )
 @click.option(
     "--format",

@@ -248,10 +248,8 @@ def program(context: click.Context, path: str | None, debug: bool) -> None:  # n
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. Every error becomes one line on standard error."""
     argv = sys.argv[1:] if arguments is None else list(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # as for standard error: a key may have letters that the terminal lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error: the terminal may lack letters of a key
+        sys.stdout.reconfigure(errors="backslashreplace")
     width = terminal_columns() - 2  # without it, click never goes below 50
     color = False if os.environ.get("NO_COLOR") else None  # None: colours on a terminal
     try:

@@ -21,12 +21,7 @@ from table_consul.services import SERVICES, Table
 @click.command("policy")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
 @click.option("--write", is_flag=True, help="Grant write access, which mail servers do not need.")
-@click.option(
-    "--list",
-    "key_list",
-    is_flag=True,
-    help="Grant list as well, for acl.enable_key_list_policy.",
-)
+@click.option("--list", "key_list", is_flag=True, help="Grant list as well, for acl.enable_key_list_policy.")
 @click.option("--check", is_flag=True, help="List what the configured token may not read.")
 @as_json
 @pass_config

@@ -184,12 +184,7 @@ def problem_documents(problems: Iterable[LineProblem]) -> list[dict[str, Any]]:
 
 
 def echo_changes(
-    changes: Sequence[Change],
-    target: Target,
-    *,
-    limit: int = CHANGES_SHOWN,
-    more: str = "",
-    err: bool = False,
+    changes: Sequence[Change], target: Target, *, limit: int = CHANGES_SHOWN, more: str = "", err: bool = False
 ) -> None:
     """Print the changes, one coloured line each; beyond ``limit``, their number and ``more``.
 

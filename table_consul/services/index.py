@@ -83,11 +83,7 @@ class Index(ABC):
         """Set up an index without entries."""
 
     def change(
-        self,
-        added: Sequence[bytes],
-        removed: Sequence[bytes],
-        entries: Iterable[bytes],
-        holds: Callable[[bytes], bool],
+        self, added: Sequence[bytes], removed: Sequence[bytes], entries: Iterable[bytes], holds: Callable[[bytes], bool]
     ) -> None:
         """Update this copy of an index to ``entries``, which differ from its own by those added and removed."""
         self._holds = holds

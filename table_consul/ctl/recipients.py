@@ -15,6 +15,7 @@ from table_consul.errors import EntryError, printable
 from table_consul.protocol import Failed, Found, Reply
 from table_consul.services import compiled
 from table_consul.services.elements import COMMAND_BYTES, USER_BYTES, element_problem, split_list
+from table_consul.services.values import LINE_MAX
 
 Kind = Literal["user", "file", "command", "include", "address", "error"]
 # smtpd keeps the elements of a value in this order (smtpd.h, enum expand_type).
@@ -23,8 +24,6 @@ _ORDER: tuple[Kind, ...] = ("user", "file", "command", "include", "address", "er
 ELEMENTS_MAX = 200_000
 # smtpd: forward.c, MAX_EXPAND_NODES, which counts every element of the expansion so far.
 FORWARD_NODES = 100
-# smtpd: expand.c, expand_line, with LINE_MAX of limits.h.
-LINE_BYTES = 2048
 PERMANENT = "524 5.2.4 Mailing list expansion problem"
 TEMPORARY = "424 4.2.4 Mailing list expansion problem"
 
@@ -152,8 +151,8 @@ def parse_element(element: bytes) -> Element | None:
 
 def parse_line(line: bytes) -> tuple[list[Element], str]:
     """The elements of a line of a file until the first invalid one, and its problem (smtpd: expand.c, expand_line)."""
-    if len(line) >= LINE_BYTES:
-        return [], f"a line has more than {LINE_BYTES - 1} bytes"
+    if len(line) >= LINE_MAX:
+        return [], f"a line has more than {LINE_MAX - 1} bytes"
     found: list[Element] = []
     problem = ""
     while True:

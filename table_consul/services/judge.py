@@ -23,9 +23,9 @@ from table_consul.services.elements import (
     split_list,
 )
 from table_consul.services.match import MAILADDR_PART_BYTES, dotted_quad, inet6_pton, is_address, text_to_mailaddr
+from table_consul.services.values import LINE_MAX
 
-# smtpd: LINE_MAX, the buffer of table_parse_lookup; limits.h of Linux, HOST_NAME_MAX. Without the NUL.
-LINE_BYTES = 2047
+# limits.h of Linux, HOST_NAME_MAX. Without the NUL.
 HOST_BYTES = 64
 # The one problem that may be intended; it does not count as a refused entry.
 NOT_A_NETWORK = (
@@ -162,8 +162,8 @@ def _address_problem(element: bytes) -> str | None:
 
 
 def _userinfo(_table: Table, key: bytes, value: bytes) -> str | None:
-    if len(key) + 1 + len(value) > LINE_BYTES:
-        return f"user name and value together have more than {LINE_BYTES} bytes; smtpd rejects them"
+    if len(key) + 1 + len(value) >= LINE_MAX:
+        return f"user name and value together have more than {LINE_MAX - 1} bytes; smtpd rejects them"
     return None
 
 

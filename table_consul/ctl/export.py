@@ -75,10 +75,8 @@ def command(
 
 
 def _export_text(stored: Sequence[Stored]) -> bytes:
-    text = bytearray(b"[")
-    for each in stored:
-        text += (b",\n" if len(text) > 1 else b"\n") + export_entry(each.key, each.value, each.flags)
-    return bytes(text + (b"\n]\n" if stored else b"]\n"))
+    entries = [export_entry(each.key, each.value, each.flags) for each in stored]
+    return b"[\n" + b",\n".join(entries) + b"\n]\n" if entries else b"[]\n"
 
 
 def _readable(text: bytes) -> str:

@@ -188,6 +188,7 @@ class AtomicWriter:
             raise
 
     def write(self, data: bytes) -> None:
+        """Append data."""
         self._file.write(data)
 
     def commit(self) -> None:

@@ -116,13 +116,16 @@ class Transport(Exchange):
 
     @property
     def address(self) -> str:
+        """The address in use."""
         return self._endpoints[self._current].address
 
     def next_address(self) -> None:
+        """Use the next address from now on."""
         self._current = (self._current + 1) % len(self._endpoints)
 
     @property
     def address_count(self) -> int:
+        """How many addresses there are."""
         return len(self._endpoints)
 
     def send(self, request: Request, *, by: float, held: float = 0.0) -> requests.Response:

@@ -139,6 +139,7 @@ class EntriesBuilder:
         return self._drafts.settle() and self._rest_is_known
 
     def parts(self) -> Parts:
+        """The parts of the entries."""
         return self._drafts.finish()
 
     def finish(self) -> Entries:

@@ -99,6 +99,7 @@ class DirectSource:
         self._client.reload()
 
     def close(self) -> None:
+        """Close the connection to Consul."""
         self._client.close()
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:

@@ -122,6 +122,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
+        """How many entries there are."""
         return sum(len(entries) for entries in self.entries.values())
 
     @property

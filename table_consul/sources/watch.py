@@ -407,6 +407,7 @@ class MirrorSource:
         self._connect().reload()  # the clients of the watches belong to their threads
 
     def close(self) -> None:
+        """Stop watching."""
         for watch in self.watches:
             watch.stop()
         if self._direct is not None:

@@ -141,7 +141,7 @@ class _HTTPResponse(http.client.HTTPResponse):
         return version, status, reason
 
     def _read_next_chunk_size(self) -> int:
-        size: int = super()._read_next_chunk_size()  # type: ignore[misc]  # as above
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]  # typeshed leaves it out
         if size < 0:
             raise ValueError  # as for a size that is not a number
         return size

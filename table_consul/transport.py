@@ -69,7 +69,7 @@ class WaitCut(Unreachable):
 
 class Request(NamedTuple):
     path: str
-    """Not quoted; surrogates stand for bytes that are not UTF-8 (PEP 383)."""
+    """Not quoted; a byte that is not UTF-8 is a surrogate (PEP 383)."""
     params: Sequence[tuple[str, Any]]
     headers: Mapping[str, str]
     method: str = "GET"

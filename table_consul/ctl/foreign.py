@@ -25,7 +25,7 @@ def read_conf(data: bytes, service: Service, name: str, below: str | None) -> Pa
     """The entries of the inline table ``below`` of an smtpd.conf; if None, of ``name``, or else of the only one.
 
     Raises:
-        FormatError: there is no such table, or smtpd rejects it.
+        FormatError: the file has no table of this name, or smtpd rejects the table.
     """
     tables: dict[str, list[Token]] = {}
     elsewhere: dict[str, str] = {}

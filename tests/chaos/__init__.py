@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.rig import cache
 from tests.rig.consul import ConsulCluster
+
+LONG = os.environ.get("TABLE_CONSUL_CHAOS") == "long"
+"""Whether the faults are those of `make chaos`: more of them, for longer."""
 
 
 def cluster_or_skip(*, acl: bool = False, client_agent: bool = False) -> ConsulCluster:

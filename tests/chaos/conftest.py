@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-import os
+from tests.chaos import LONG
 
-collect_ignore = [] if os.environ.get("TABLE_CONSUL_CHAOS") == "long" else ["test_tombstones.py"]
+collect_ignore = [] if LONG else ["test_tombstones.py"]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.chaos import cluster_or_skip
+from tests.chaos import LONG, cluster_or_skip
 from tests.chaos.asker import raise_priority
 from tests.chaos.client import ENTRIES, FILLER, SLOW_SECONDS, STEADY, Client, Judgement, number_of
 from tests.chaos.history import HOT, Writer
@@ -27,7 +27,6 @@ from tests.rig.waiting import wait_for
 
 pytestmark = [pytest.mark.real, pytest.mark.alone]
 
-LONG = os.environ.get("TABLE_CONSUL_CHAOS") == "long"
 HEALTHY_SECONDS = 5.0 if LONG else 1.0
 ILL_SECONDS = 30.0 if LONG else 4.0
 # For faults with an early effect.

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import Counter
 
 import pytest
 
-from tests.chaos import cluster_or_skip
+from tests.chaos import LONG, cluster_or_skip
 from tests.e2e import table_files
 from tests.rig.waiting import wait_for
 
 pytestmark = pytest.mark.real
 
-LONG = os.environ.get("TABLE_CONSUL_CHAOS") == "long"
 ILL_SECONDS = 30.0 if LONG else 6.0
 LOCAL = """
 table consul consul:/etc/mail/table-consul.toml

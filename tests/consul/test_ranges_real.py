@@ -70,7 +70,7 @@ def unlimited_consul():
 
 
 @settings(max_examples=40, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=1, max_size=40))
+@given(st.lists(st.lists(WRITES, min_size=1, max_size=12).map(dict), min_size=25, max_size=40))
 def test_answers_after_random_writes_agree_with_consul(unlimited_consul, steady, transactions):
     table = Table(f"model{next(numbers)}", services=("alias", "domain"))
     written = dict.fromkeys(steady, "steady")

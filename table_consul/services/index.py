@@ -18,7 +18,6 @@ from math import inf
 from table_consul.errors import ConfigError, EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
 from table_consul.services.forms import Forms, Steps
-from table_consul.services.judge import NOT_A_NETWORK
 from table_consul.services.regex import REGEX_SET_SIZE, RegexSet, escape_warnings, package, regcomp
 
 # Seconds for one instruction of an expression and one byte of the text, at worst with a hostile text; on a core of
@@ -281,7 +280,7 @@ class Networks(Index):
     @property
     def problems(self) -> list[tuple[bytes, str]]:
         """As in every index, and the words that are neither a network nor ``local``."""
-        return [*super().problems, *((word, NOT_A_NETWORK) for word in self._words if word.lower() != b"local")]
+        return [*super().problems, *((word, match.NOT_A_NETWORK) for word in self._words if word.lower() != b"local")]
 
     def _find(self, key: bytes, _seconds_left: SecondsLeft, /) -> bytes | None:
         address = match.text_to_netaddr(key)

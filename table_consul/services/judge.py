@@ -27,11 +27,6 @@ from table_consul.services.values import LINE_MAX
 
 # limits.h of Linux, HOST_NAME_MAX. Without the NUL.
 HOST_BYTES = 64
-# The one problem that may be intended; it does not count as a refused entry.
-NOT_A_NETWORK = (
-    "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
-    "2001:db8::/32, [2001:db8::/32] or local)"
-)
 
 # The keys that a session can ask for, apart from their length (smtpd: util.c, valid_localpart and valid_domainpart;
 # the client's name in filters is <unknown> if it has none). A * is a pattern only in host names, and only in domain and

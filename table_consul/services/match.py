@@ -14,6 +14,11 @@ DELIMITER = b"+"
 IPV4_BITS, IPV6_BITS = 32, 128
 # smtpd: openbsd-compat/inet_net_pton.c, INET6_ADDRSTRLEN + sizeof("/128"), without the NUL.
 IPV6_BYTES = 50
+# The one problem that may be intended; it does not count as a refused entry.
+NOT_A_NETWORK = (
+    "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
+    "2001:db8::/32, [2001:db8::/32] or local)"
+)
 
 _IPV4 = rb"([0-9]+(?:\.[0-9]+){0,3})(?:/([0-9]+))?"
 _IPV4_HEX = rb"0[xX]([0-9a-fA-F]{1,8})(?:/([0-9]+))?"

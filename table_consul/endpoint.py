@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import urllib3
 import urllib3.connection
+import urllib3.exceptions
 
-from table_consul.errors import SourceError
-from table_consul.failures import reason_of
+from table_consul.errors import SourceError, printable
 from table_consul.files import open_regular_file, version_of
 
 with warnings.catch_warnings():
@@ -319,3 +319,33 @@ def tls_context(settings: ConsulConfig) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     context.sslsocket_class = _TLSSocket
     return context
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error of the socket, TLS or http.client that urllib3 and requests wrap."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError | http.client.HTTPException) and not isinstance(inner, requests.RequestException):
+            return inner
+        inner = inner.__context__  # urllib3 gives some of its own errors no __cause__
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """The reason, as part of one log line."""
+    match error:
+        case TimeoutError():
+            return "no answer in time"
+        case http.client.RemoteDisconnected():
+            return "connection closed without a response"
+        case http.client.IncompleteRead():
+            return "response truncated"
+        case http.client.HTTPException() | urllib3.exceptions.HTTPError():
+            return f"invalid HTTP response ({type(error).__name__})"
+        case ssl.SSLCertVerificationError():
+            return f"certificate verification failed: {error.verify_message}"
+        case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
+            return "the server did not speak TLS"
+        case OSError(strerror=str(text)):
+            return text.lower()
+    return printable(f"{type(error).__name__}: {error}")

@@ -58,6 +58,18 @@ class BadResponse(SourceError):
     kind = "bad-response"
 
 
+class BadRequest(BadResponse):
+    """Consul rejects this request. Another address would reject it too; other requests may succeed."""
+
+
+class TooManyConnections(Unreachable):
+    """Consul accepts no further connections from this host; open ones still work."""
+
+
+class BadName(BadRequest):
+    """Consul rejects the name of this key, whether the key exists or not."""
+
+
 class TooLarge(SourceError):
     """More data than may be held in memory; the table falls back to direct mode."""
 

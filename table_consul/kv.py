@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from table_consul.body import OBJECTS, STRINGS, LargeObjectError, body_of, split_list
+from table_consul.endpoint import cause_of
 from table_consul.errors import (
     UNDECODABLE,
     BadResponse,
@@ -30,9 +31,8 @@ from table_consul.errors import (
     counted,
     printable,
 )
-from table_consul.failures import BROKEN, cause_of
 from table_consul.files import TOKEN, read_token
-from table_consul.transport import Request, Transport, WaitCut
+from table_consul.transport import BROKEN, Request, Transport, WaitCut
 
 with warnings.catch_warnings():
     # python-consul2 dates from 2020: Python warns about its syntax, and it warns about its own deprecations.

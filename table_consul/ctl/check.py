@@ -213,7 +213,7 @@ class _Checker:
             SourceError: it cannot be read.
         """
         from table_consul.ctl import access
-        from table_consul.failures import NO_LEADER
+        from table_consul.transport import NO_LEADER
 
         with contextlib.closing(access.Client(loaded.consul)) as client:
             where = f"Consul at {client.address}"

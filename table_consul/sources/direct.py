@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from table_consul import kv
 from table_consul.backoff import Backoff
-from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable, printable
-from table_consul.failures import BadRequest
+from table_consul.errors import BadRequest, Forbidden, SourceError, TooLarge, Unreachable, printable
 from table_consul.log import warn_of_problems
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from table_consul import kv
-from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable, printable
-from table_consul.failures import BadName
+from table_consul.errors import BadName, BadResponse, Forbidden, SourceError, Unreachable, printable
 from table_consul.services import SERVICES, Table, fold_key
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder

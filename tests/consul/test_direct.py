@@ -5,8 +5,7 @@ import logging
 import pytest
 
 from table_consul.backoff import LAST_PAUSE_SECONDS
-from table_consul.errors import BadResponse, EntryError, Forbidden, SourceError, TooLarge, Unreachable
-from table_consul.failures import BadRequest
+from table_consul.errors import BadRequest, BadResponse, EntryError, Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries
 from table_consul.sources.direct import CACHE_SECONDS, REFUSED_KEY_SECONDS, DirectSource

@@ -9,8 +9,7 @@ import pytest
 
 from table_consul import kv
 from table_consul.config import ConsulConfig
-from table_consul.errors import BadResponse, Unreachable
-from table_consul.failures import TooManyConnections
+from table_consul.errors import BadResponse, TooManyConnections, Unreachable
 from table_consul.transport import Endpoint
 from tests.consul.clients import GOOD, INVALID, ROOT, SLACK, Silent, closed_port, each_version, failure
 from tests.fake_consul import Answer, FakeConsul, entry, html, stall, trickle

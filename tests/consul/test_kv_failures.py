@@ -8,8 +8,7 @@ import urllib.parse
 import pytest
 
 from table_consul import kv
-from table_consul.errors import BadResponse, Forbidden, SourceError, Unreachable
-from table_consul.failures import BadName, BadRequest
+from table_consul.errors import BadName, BadRequest, BadResponse, Forbidden, SourceError, Unreachable
 from tests.consul.clients import ROOT, TRUE, failure
 from tests.fake_consul import Answer, FakeConsul, entry
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from table_consul import kv
-from table_consul.failures import TooManyConnections
+from table_consul.errors import TooManyConnections
 from tests.consul.clients import ROOT, config
 from tests.consul.real import agent_or_skip, url
 from tests.dialogue import eventually

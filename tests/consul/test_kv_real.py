@@ -11,8 +11,7 @@ import pytest
 
 from table_consul import kv
 from table_consul.config import ConsulConfig
-from table_consul.errors import BadResponse, Forbidden, Unreachable
-from table_consul.failures import BadName, BadRequest
+from table_consul.errors import BadName, BadRequest, BadResponse, Forbidden, Unreachable
 from tests.rig.consul import consul_version
 
 pytestmark = pytest.mark.real

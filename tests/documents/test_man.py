@@ -14,12 +14,12 @@ import pytest
 
 from table_consul import cli, config, procexec
 from table_consul.ctl import main
-from table_consul.failures import refusal
 from table_consul.fallback import explain
 from table_consul.protocol import Request
 from table_consul.responder import Responder
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import NOT_UTF8
+from table_consul.transport import refusal
 from tests.documents.document import CONTROL, written
 from tests.documents.manual import MAN, NAMES, flags, items, marked, parts, source, stated_default
 

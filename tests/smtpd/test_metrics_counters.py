@@ -12,8 +12,7 @@ from prometheus_client import generate_latest
 from table_consul.backoff import Backoff
 from table_consul.child import ChildError
 from table_consul.counters import SUMS_MAX, Counters
-from table_consul.errors import Forbidden, SourceError, TooLarge, Unreachable
-from table_consul.failures import BadName
+from table_consul.errors import BadName, Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.metrics import Exporter
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.sources.hold import ACCEPTED, Held

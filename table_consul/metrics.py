@@ -23,9 +23,9 @@ import msgspec
 
 from table_consul import __version__
 from table_consul.backoff import Backoff
-from table_consul.counters import BOUNDS_SECONDS, OTHER, OUTCOMES
 from table_consul.errors import ConfigError, printable
 from table_consul.files import replace_file
+from table_consul.responder import BOUNDS_SECONDS, OTHER, OUTCOMES
 from table_consul.services import SERVICES
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from table_consul import imsg
-from table_consul.counters import Counters
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
 from table_consul.fallback import ignore_signals, read, write
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
+from table_consul.responder import Counters
 from table_consul.services import DEFAULT_SERVICES
 
 A = TypeVar("A")

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from table_consul.config import Config
-from table_consul.counters import Counters
 from table_consul.errors import ConfigError, SourceError, TableConsulError
 from table_consul.fallback import explain
 from table_consul.protocol import Failed, Reply, Request, Updated
-from table_consul.responder import Responder, replies_from
+from table_consul.responder import Counters, Responder, replies_from
 from table_consul.services import DEFAULT_SERVICES, SERVICES, Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import Source

@@ -27,7 +27,6 @@ PURE = sorted(
         "protocol",
         "imsg",
         "responder",
-        "counters",
         "sources",
         "sources.hold",
         "sources.mirror",

@@ -13,13 +13,12 @@ import click
 import msgspec
 
 from table_consul.config import Config
-from table_consul.counters import OUTCOMES
 from table_consul.ctl import inclusions, recipients
 from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, json_text, pass_config
 from table_consul.ctl.query import ask
 from table_consul.errors import SourceError, printable
 from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply
-from table_consul.responder import Responder
+from table_consul.responder import OUTCOMES, Responder
 from table_consul.services import SERVICES, Table
 
 if TYPE_CHECKING:

@@ -13,11 +13,10 @@ import msgspec
 from msgspec.structs import replace
 
 from table_consul.config import Config
-from table_consul.counters import OUTCOMES
 from table_consul.ctl import main
 from table_consul.errors import EntryError, TableConsulError, counted, printable
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request
-from table_consul.responder import Responder
+from table_consul.responder import OUTCOMES, Responder
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.entries import Entries
 from table_consul.services.values import parse_value

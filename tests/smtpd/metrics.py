@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from table_consul import __version__
 from table_consul.config import ConsulConfig
-from table_consul.counters import Counters
 from table_consul.errors import ConfigError
+from table_consul.responder import Counters
 from table_consul.services import Table
 from tests.dialogue import eventually, write_config
 

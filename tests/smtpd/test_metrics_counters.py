@@ -11,10 +11,10 @@ from prometheus_client import generate_latest
 
 from table_consul.backoff import Backoff
 from table_consul.child import ChildError
-from table_consul.counters import SUMS_MAX, Counters
 from table_consul.errors import BadName, Forbidden, SourceError, TooLarge, Unreachable
 from table_consul.metrics import Exporter
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
+from table_consul.responder import SUMS_MAX, Counters
 from table_consul.sources.hold import ACCEPTED, Held
 from table_consul.sources.mirror import Mirror, Snapshot
 from tests.smtpd.metrics import fake_tables, parse_samples, registered, table_layout

@@ -58,7 +58,7 @@ no metrics are configured. Add to {path}:
     [metrics]
     textfile = "/var/lib/prometheus/node-exporter/table-consul-{{table}}.prom"
     # or, without node_exporter, instead of textfile:
-    listen = "unix:///run/table-consul/{{table}}.sock"
+    listen = "unix:///run/table-consul/metrics/{{table}}.sock"
 
 smtpd's unprivileged user must be able to write to the folder. Then run: smtpctl update table NAME"""
 

@@ -73,7 +73,7 @@ def test_configuration_of_the_debian_package_needs_no_edit():
     found = config.load(str(ROOT / "debian/table-consul.toml"), {})
     assert found.consul.addresses == ("http://127.0.0.1:8500",)
     assert found.consul.token_file is None
-    assert found.table("aliases").snapshot == "/var/lib/table-consul/aliases.json"
+    assert found.table("aliases").snapshot == "/var/lib/table-consul/snapshots/aliases.json"
 
 
 @pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])

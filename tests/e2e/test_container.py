@@ -206,7 +206,7 @@ def test_health_check_fails_while_mail_waits(container, service, tmp_path):
     consul.wait_for_health()
     consul("kv", "put", "consul/userinfo/*", "5000:5000:/var/vmail/%n")
     first.wait_for_health(said="mail for postmaster: 250")
-    copy = volumes / "var-lib-table-consul" / "consul.json"
+    copy = volumes / "var-lib-table-consul" / "snapshots" / "consul.json"
     wait_for(lambda: copy.exists() and "consul/userinfo/*" in copy.read_text(), 20, lambda: "no copy on disk")
     consul.stop()
     assert not consul.healthy
@@ -289,7 +289,7 @@ def test_missing_token_file_does_not_stop_smtpd(container, service, tmp_path):
     consul("kv", "put", "consul/userinfo/*", "5000:5000:/var/vmail/%n")
     first.start()
     first.wait_for_health(said="250")
-    copy = tmp_path / "volumes/var-lib-table-consul/consul.json"
+    copy = tmp_path / "volumes/var-lib-table-consul/snapshots/consul.json"
     wait_for(lambda: copy.exists() and "consul/userinfo/*" in copy.read_text(), 20, lambda: "no copy on disk")
     first.stop()
     # For a bind mount without a source Docker makes a folder.

@@ -33,7 +33,7 @@ OURS = r"""
 find / -xdev \( -path /mnt -o -path /opt -o -path /var/log -o -path /var/cache/apt \) -prune -o \
     \( -name '*table?consul*' -o -name '*procexec*' -o -path '/etc/mail*' \) -print
 """
-OWNERS = "stat -c '%U:%G %a' /etc/mail/table-consul.toml /var/lib/table-consul"
+OWNERS = "stat -c '%U:%G %a' /etc/mail/table-consul.toml /var/lib/table-consul/snapshots"
 LOOPBACK = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 1))"
 
 
@@ -82,7 +82,7 @@ def test_next_message_follows_the_key(host, consul):
     host.start()
     deliver(host, consul, "gilles", "before")
     deliver(host, consul, "eric", "after")
-    assert host.exists("/var/lib/table-consul/aliases.json")
+    assert host.exists("/var/lib/table-consul/snapshots/aliases.json")
 
 
 @pytest.mark.timeout(120)
@@ -150,14 +150,16 @@ wait_for() { for _ in $(seq 100); do "$@" >/dev/null && return; sleep 0.1; done;
 table() { pgrep -f libexec/opensmtpd/table-consul; }
 wait_for smtpctl show status
 wait_for table
-systemctl show --property After,Restart opensmtpd.service
-stat -c '%n %U:%G %a' /run/table-consul /var/lib/table-consul
+systemctl show --property After,Restart,RuntimeDirectory,StateDirectory opensmtpd.service
+su -s /bin/sh opensmtpd -c 'touch /var/lib/table-consul/snapshots/kept'
 first=$(table)
 kill -KILL $first
 echo 'Subject: hello' | sendmail root
 restarted() { table && [ "$(table)" != $first ]; }
 wait_for restarted
 systemctl show --property NRestarts,ActiveState opensmtpd.service
+stat -c '%n %U:%G %a' /run/table-consul /run/table-consul/* /var/lib/table-consul /var/lib/table-consul/*
+stat -c '%n %U' /var/lib/table-consul/snapshots/kept
 second=$(table)
 dpkg --install /mnt/new.deb
 [ "$(table)" != $second ] && echo "upgraded: restarted"
@@ -184,7 +186,14 @@ def test_systemd_starts_smtpd_after_consul_and_again_when_it_fails(package):
         said = host.boot(SERVICE).splitlines()
     assert any(line.startswith("After=") and "consul.service" in line for line in said), said
     assert {"Restart=on-failure", "NRestarts=1", "ActiveState=active", "upgraded: restarted"} <= {*said}, said
-    assert {"/run/table-consul root:opensmtpd 775", "/var/lib/table-consul root:opensmtpd 770"} <= {*said}, said
+    assert {"RuntimeDirectory=table-consul", "StateDirectory=table-consul"} <= {*said}, said
+    assert {
+        "/run/table-consul root:root 755",
+        "/run/table-consul/metrics root:opensmtpd 775",
+        "/var/lib/table-consul root:root 755",
+        "/var/lib/table-consul/snapshots root:opensmtpd 770",
+        "/var/lib/table-consul/snapshots/kept opensmtpd",
+    } <= {*said}, said
 
 
 @pytest.mark.timeout(300)

@@ -30,6 +30,7 @@ TIMED_SECONDS = 0.001
 MAX_WIDTH = 150_000
 _TOO_SLOW = "of this service would take more than a tenth of the deadline to match; simplify or delete some"
 SLOW_STARS, SLOW_EXPRESSIONS = f"the patterns with * {_TOO_SLOW}", f"the regular expressions {_TOO_SLOW}"
+SLOW_NAME = "the regular expressions take more than a tenth of the deadline to match this name; simplify them"
 TOO_MANY = "too many patterns to match all within a tenth of the deadline; simplify or delete some"
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
 
@@ -323,13 +324,18 @@ class HostAddresses(Index):
 
 
 class Regexes(Index):
-    """POSIX extended expressions, as smtpd's table_regex_match compares them; a search takes time linear in the key."""
+    """POSIX extended expressions, as smtpd's table_regex_match compares them; a search takes time linear in the key.
+
+    Which expressions have room is estimated; a search for a hostile name, which may take longer, ends at the limit.
+    """
 
     def _clear(self) -> None:
         self._sets: list[RegexSet] = []
         self._next: dict[bytes, bytes] = {}
         self._size = 0
         self._room = min(int(self._seconds / MAX_KEY_BYTES / WIDTH_SECONDS), MAX_WIDTH)
+        # A set may begin when half of the time has passed.
+        self._set_size = min(int(self._seconds / 2 / MAX_KEY_BYTES / INSTRUCTION_SECONDS), REGEX_SET_SIZE)
         self._unusable = {}
         self._beyond: list[bytes] = []
 
@@ -364,7 +370,7 @@ class Regexes(Index):
             self._beyond.append(entry)
             return
         self._room -= width
-        if self._size + size > REGEX_SET_SIZE:
+        if self._size + size > self._set_size:
             self._close_set()
         self._next[entry] = pattern
         self._size += size
@@ -377,8 +383,12 @@ class Regexes(Index):
         self._next, self._size = {}, 0
 
     def _find(self, key: bytes, seconds_left: SecondsLeft, /) -> bytes | None:
+        begun = seconds_left()
         for each in self._sets:
-            _check_time(each.size * len(key) * INSTRUCTION_SECONDS, seconds_left)
+            needed = each.size * len(key) * INSTRUCTION_SECONDS
+            _check_time(needed, seconds_left)
+            if begun - seconds_left() + needed > self._seconds:
+                raise EntryError(SLOW_NAME)
             if (entry := each.find(key)) is not None:
                 return entry
         return None

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 from copy import copy
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -175,6 +175,14 @@ def test_key_is_not_matched_when_too_little_time_is_left(service):
     with pytest.raises(EntryError, match="too little time left before the deadline"):
         index.find(HOSTILE[service], lambda: 1e-4)
     assert index.find(HOSTILE[service], lambda: 60.0) == walk(service, COSTLY[service], HOSTILE[service])
+
+
+def test_name_that_takes_more_than_a_tenth_of_the_deadline_is_an_error_whatever_is_left():
+    index = Regexes([b"(a|b)*a(a|b){20}x%d" % n for n in range(1000)], 0.2)
+    slow, fast = count(), count()
+    assert index.find(HOSTILE["regex"], lambda: 60.0 - 1e-5 * next(fast)) is None
+    with pytest.raises(EntryError, match="more than a tenth of the deadline to match this name; simplify them"):
+        index.find(HOSTILE["regex"], lambda: 60.0 - 0.03 * next(slow))
 
 
 def test_ordinary_patterns_are_not_refused_or_timed():

@@ -6,6 +6,7 @@ A new Python, or an interrupted upgrade, must not end the mail server: mail wait
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import select
@@ -63,12 +64,14 @@ def serve(error: BaseException) -> int:
     reason = explain(error)
     conversation = Conversation(reason)
     logging = threading.Thread(target=_log, args=(reason,), daemon=True)  # syslog may block
-    logging.start()
+    with contextlib.suppress(RuntimeError):  # too many threads
+        logging.start()
     while not conversation.closed and (data := read(0)):
         replies = conversation.receive(data)
         if not write(0 if conversation.binary else 1, replies):
             break
-    logging.join(1.0)
+    if logging.ident is not None:
+        logging.join(1.0)
     return 0 if conversation.begun else 2
 
 

@@ -39,7 +39,7 @@ class Handler(logging.Handler):
         self._changed = threading.Condition()
         self._queue: deque[tuple[Write, str, str]] = deque()
         self._dropped = 0
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        self._writer: threading.Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -51,13 +51,18 @@ class Handler(logging.Handler):
                 self._queue.append((self.write, record.levelname, text))
             else:
                 self._dropped += 1
+            if self._writer is None:
+                writer = threading.Thread(target=self._run, name="log", daemon=True)
+                with contextlib.suppress(RuntimeError):  # too many threads; the next line tries again
+                    writer.start()
+                    self._writer = writer
             self._changed.notify_all()
         return None
 
     def flush(self) -> None:
         """Wait until all lines are written, for at most `FLUSH_SECONDS`; logging calls this when the process ends."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue, FLUSH_SECONDS)
+            self._changed.wait_for(lambda: not self._queue or self._writer is None, FLUSH_SECONDS)
 
     def _run(self) -> None:
         while True:

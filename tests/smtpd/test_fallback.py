@@ -17,7 +17,7 @@ from table_consul import fallback
 from table_consul.services import DEFAULT_SERVICES
 from tests.dialogue import TIMEOUT_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config
 from tests.smtpd.imsg import ALIAS, CHECK, FETCH, LOOKUP, UPDATE, message, opening, question
-from tests.smtpd.process import ROOT
+from tests.smtpd.process import NO_THREADS, ROOT
 from tests.smtpd.procexec import Smtpd
 
 PACKAGE = Path(table_consul.__file__).parent
@@ -64,6 +64,13 @@ def test_lines_are_answered_with_the_reason_which_is_logged_once(broken):
         assert (child.quiet(), child.end()) == (True, 0)
         assert child.log().count("table-consul: ERROR: table-consul cannot be loaded: ") == 1
         assert (child.log().count("\n"), child.log().count("restart smtpd")) == (1, 1)
+
+
+def test_limit_of_threads_does_not_end_the_program(broken):
+    with Child(environ=broken, command=[sys.executable, "-c", NO_THREADS]) as child:
+        child.handshake()
+        assert child.ask(ROOT % 1).startswith(b"lookup-result|00000001|error|")
+        assert child.end() == 0
 
 
 def test_signals_do_not_end_the_program(broken):

@@ -68,6 +68,18 @@ def test_lines_carry_the_table_name(stderr):
     assert stderr.getvalue() == "table-consul[aliases]: INFO: hello there\n"
 
 
+def test_line_without_a_thread_is_written_with_the_first_that_has_one(stderr, monkeypatch):
+    def fail(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        log.start("info", "stderr", "aliases")
+        logger().info("first")
+    logger().info("second")
+    assert stderr.getvalue() == "table-consul[aliases]: INFO: first\ntable-consul[aliases]: INFO: second\n"
+
+
 def test_lines_have_no_table_before_its_name_is_known(stderr):
     log.start("info", "stderr", "")
     logger().warning("hello")

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.dialogue import TIMEOUT_SECONDS, TRANSCRIPTS, Child, read_transcript, write_config, write_source
-from tests.smtpd.process import ROOT, start_child
+from tests.smtpd.process import NO_THREADS, ROOT, start_child
 
 HANDSHAKE = b"config|tablename|aliases\nconfig|ready\n"
 
@@ -167,6 +167,13 @@ def test_bug_is_an_error_reply_and_the_next_request_is_answered(entries_config):
         assert child.ask(ROOT % 3) == b"lookup-result|00000003|found|gilles"
         assert child.end() == 0
         assert (child.log().count("internal error; please report it"), child.log().count("\x1b")) == (1, 0)
+
+
+def test_limit_of_threads_does_not_end_the_program(entries_config):
+    with Child(entries_config, command=[sys.executable, "-c", NO_THREADS]) as child:
+        child.handshake()
+        assert child.ask(ROOT % 1) == b"lookup-result|00000001|found|gilles"
+        assert child.end() == 0
 
 
 # ---- secrets ----

@@ -14,12 +14,15 @@ smtpd runs the program if it is installed in OpenSMTPD's libexec folder as ``tab
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from table_consul import log
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
 from table_consul.server import Server, claim_stdio
 from table_consul.services import DEFAULT_SERVICES
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Check = Callable[[str, str, str], bool]
 Lookup = Callable[[str, str, str], str | None]
@@ -49,21 +52,33 @@ class Callbacks(NamedTuple):
         key = request.key.decode("utf-8", "surrogateescape")
         if request.op == "update":
             if self.update is not None:
-                self.update(table)
+                _call(self.update, table)
             return Updated()
         if service not in self.registered:
             return Failed(f"service {service} is not among the services of this table")
         if request.op == "check" and self.check is not None:
-            return Found() if self.check(table, service, key) else NotFound()
+            return Found() if _call(self.check, table, service, key) else NotFound()
         if request.op in ("check", "lookup") and self.lookup is not None:
-            value = self.lookup(table, service, key)
+            value = _call(self.lookup, table, service, key)
         elif request.op == "fetch" and self.fetch is not None:
-            value = self.fetch(table, service)
+            value = _call(self.fetch, table, service)
         else:
             return Failed(f"this table does not implement {request.op}")
         if value is None:
             return NotFound()
         return Found() if request.op == "check" else Found(value.encode("utf-8", "surrogateescape"))
+
+
+def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The result of a function. A coroutine counts as true, so every key would be in the table.
+
+    Raises:
+        TypeError: the result is a coroutine.
+    """
+    result = function(*args, **kwargs)
+    if hasattr(result, "__await__"):
+        raise TypeError("the function returns a coroutine (write def instead of async def)")
+    return result
 
 
 def serve(

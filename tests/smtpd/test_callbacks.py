@@ -159,6 +159,17 @@ def test_invalid_reply_value_is_an_error(value, caplog):
     assert [b"|error|" in answer for answer in answers] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("check", "check"), ("check", "lookup"), ("lookup", "lookup"), ("fetch", "fetch"), ("update", "update")],
+)
+def test_coroutine_is_an_error(op, name):
+    coroutine = asyncio.sleep(0)
+    with pytest.raises(TypeError, match="returns a coroutine"):
+        answered(asked(op), **{name: lambda *_: coroutine})
+    coroutine.close()
+
+
 def test_serve_answers_on_standard_input(tmp_path):
     program = tmp_path / "table-x"
     program.write_text(

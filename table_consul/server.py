@@ -146,7 +146,7 @@ class Server:
         elif cause is None or isinstance(cause, TableConsulError):
             self._warn_once(reply.reason)
         else:
-            self._log_traceback(cause)
+            self._log_traceback(cause, secret=request.service == "auth")
 
     def _begin(self, events: list[Event]) -> None:
         """Note the table's name when the dialect is known, at the end of the handshake or with the first request."""
@@ -191,14 +191,18 @@ class Server:
             self._complaints.add(text)
             log.warning("%s", text)
 
-    def _log_traceback(self, error: BaseException) -> None:
+    def _log_traceback(self, error: BaseException, *, secret: bool = False) -> None:
+        """Log each kind of exception once; if ``secret``, without its text, which may contain the key: a password."""
         at = error.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         kind = f"{type(error).__name__} at {at and (at.tb_frame.f_code.co_filename, at.tb_lineno)}"
         if kind not in self._complaints:
             self._complaints.add(kind)
-            log.error("internal error; please report it", exc_info=error)
+            if secret:
+                log.error("internal error; please report it: %s", kind)
+            else:
+                log.error("internal error; please report it", exc_info=error)
 
 
 def claim_stdio() -> tuple[int, int]:

@@ -114,10 +114,10 @@ def test_only_chosen_services_are_registered_and_answered():
     assert reply == Failed("service domain is not among the services of this table")
 
 
-def replies_to(lines, caplog, **functions):
+def replies_to(lines, caplog, services=DEFAULT_SERVICES, **functions):
     """The replies of a server over these functions to these lines."""
     given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
-    answerer = Callbacks(*given.values(), DEFAULT_SERVICES)
+    answerer = Callbacks(*given.values(), services)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(lines)
@@ -138,6 +138,13 @@ def test_exception_is_an_error_and_is_logged_once(caplog):
         b"lookup-result|2",
     ]
     assert [record.exc_info[0] for record in caplog.records] == [KeyError]
+
+
+def test_log_of_an_exception_contains_no_password(caplog):
+    login = b"config|smtpd-version|7.9.0\nconfig|ready\ntable|0.1|0|t|check|auth|1|gilles:hunter2\n"
+    answers = replies_to(login, caplog, services=["auth"], check=lambda _table, _service, key: {}[key])
+    assert answers.splitlines()[-1] == b"check-result|1|error|internal error (KeyError); see the log of table-consul"
+    assert ("KeyError at " in caplog.text, __file__ in caplog.text, "hunter2" in caplog.text) == (True, True, False)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), GeneratorExit()])

@@ -19,7 +19,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 from table_consul import log
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
 from table_consul.server import Server, claim_stdio
-from table_consul.services import DEFAULT_SERVICES
+from table_consul.services import DEFAULT_SERVICES, SERVICES
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,7 +102,12 @@ def serve(
         update: called with the table's name after ``smtpctl update table``.
         services: the services to register, by their names in smtpd-tables(7).
         program: the name at the start of each log line.
+
+    Raises:
+        ValueError: a service that smtpd does not know; smtpd would exit when it is registered.
     """
+    if isinstance(services, str) or not SERVICES.keys() >= {*services}:
+        raise ValueError(f"services must be a list of {', '.join(SERVICES)}: {services!r}")
     log.start("info", "auto", "", program)
     answerer = Callbacks(check, lookup, fetch, update, services)
     Server(answerer, lambda table: log.start("info", "auto", table, program)).serve(*claim_stdio())

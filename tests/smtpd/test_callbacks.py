@@ -189,6 +189,12 @@ def test_serve_answers_on_standard_input(tmp_path):
         assert child.rest() == b""
 
 
+@pytest.mark.parametrize("services", ["alias", ["aliases"], ["alias", ""]])
+def test_services_that_smtpd_does_not_know_are_not_registered(services):
+    with pytest.raises(ValueError, match="services must be a list of alias, domain,"):
+        callbacks.serve(lookup=lambda *_: None, services=services)
+
+
 def test_example_in_the_documentation_runs(monkeypatch):
     served = {}
     monkeypatch.setattr(callbacks, "serve", lambda **functions: served.update(functions))

@@ -214,7 +214,16 @@ def claim_stdio() -> tuple[int, int]:
     os.dup2(nowhere, 0)
     os.dup2(2, 1)
     os.close(nowhere)
+    os.register_at_fork(after_in_child=partial(_leave_socket, read_from, write_to))
     return read_from, write_to
+
+
+def _leave_socket(*descriptors: int) -> None:
+    """In a process that a function of `callbacks` forks: only the process that smtpd started may answer it."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor, inheritable=False)
+    os.close(nowhere)
 
 
 def _failure(error: BaseException) -> Failed:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -187,6 +189,45 @@ def test_serve_answers_on_standard_input(tmp_path):
         assert child.handshake() == [b"alias"]
         assert child.ask(b"table|0.1|0|t|lookup|alias|1|root") == b"lookup-result|1|found|ROOT"
         assert child.rest() == b""
+
+
+FORKS = """
+import os, signal, sys
+from table_consul import callbacks
+
+def lookup(table, service, key):
+    number = os.fork()
+    if number == 0:
+        if key == "exit":
+            sys.exit(0)
+        if key == "stay":
+            signal.pause()
+        return "child"
+    if key != "stay":
+        os.waitpid(number, 0)
+    return f"parent of {number}"
+
+callbacks.serve(lookup=lookup)
+"""
+
+
+@pytest.mark.parametrize("key", [b"return", b"exit"])
+def test_forked_process_does_not_answer(key):
+    with Child(command=[sys.executable, "-c", FORKS]) as child:
+        child.handshake()
+        assert child.ask(b"table|0.1|0|t|lookup|alias|1|" + key).startswith(b"lookup-result|1|found|parent of ")
+        assert (child.rest(), child.end()) == (b"", 0)
+
+
+def test_forked_process_does_not_keep_the_socket_open():
+    with Child(command=[sys.executable, "-c", FORKS]) as child:
+        child.handshake()
+        forked = int(child.ask(b"table|0.1|0|t|lookup|alias|1|stay").rpartition(b" ")[2])
+        child.process.kill()
+        try:
+            assert child.rest() == b""
+        finally:
+            os.kill(forked, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("services", ["alias", ["aliases"], ["alias", ""]])

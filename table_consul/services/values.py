@@ -27,8 +27,9 @@ _COLON_IN_KEY = "the key contains a colon, which smtpd takes as the end of the u
 # text.
 _LIKE_AN_OBJECT = rb"\s*\{\s*(?:[\"']|[A-Za-z_]+\s*:)"
 
-# The file that is always allowed; smtpd rejects the one in quotes, which a lint warning reports.
-_DISCARDS = (b"/dev/null", b'"/dev/null"')
+# The file that is always allowed, and how sendmail's aliases(5) may write it; smtpd rejects a file name in quotes.
+_DISCARD = b"/dev/null"
+_QUOTED_DISCARD = rb'((?:\A|,)[ \t]*)"/dev/null"(?=[ \t]*(?:,|\Z))'
 
 
 class MissingFields(EntryError):
@@ -50,6 +51,8 @@ def parse_value(table: Table, service: Service, key: bytes, raw: bytes | None) -
     text = _decode(table, service, key, raw or b"").rstrip()
     if service.joined:
         text = _join_lines(text)
+    if service.name == "alias" and b'"' in text:
+        text = compiled(_QUOTED_DISCARD).sub(rb"\1" + _DISCARD, text)
     if text and not is_valid_reply_value(text):
         raise EntryError(f"the value contains a line break or a NUL; {service.name} takes a single line")
     if service.hashed:
@@ -136,7 +139,7 @@ def _validate(table: Table, service: Service, key: bytes, text: bytes) -> None:
             return
         for element in elements:
             unquoted = element.removeprefix(b'"').lower()
-            if unquoted.startswith((b"|", b"/", b":include:", b"include:")) and element not in _DISCARDS:
+            if unquoted.startswith((b"|", b"/", b":include:", b"include:")) and element != _DISCARD:
                 raise EntryError(
                     "the value contains a |command, a /file or an :include:, which would let anyone who can write this "
                     "key run commands on this host; set allow_commands = true to permit them"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from table_consul.errors import EntryError
 from table_consul.services.elements import element_problem, is_plain_list, split_list
 from tests.services.expansion import alias_type, expand_line_split, text_to_expandnode
-from tests.services.parsing import COMMANDS, read, refusal
+from tests.services.parsing import COMMANDS, TABLE, read, refusal
 from tests.services.strategies import ELEMENTS, LINES
 
 
@@ -101,7 +101,6 @@ def test_alias_users_addresses_and_errors_need_no_permission(raw):
     [
         b"/dev/null",
         b"gilles, /dev/null",
-        b'gilles, "/dev/null"',
         b"\\/dev/null",
         b" /dev/null\n",
         b'["/dev/null", "eric"]',
@@ -110,6 +109,17 @@ def test_alias_users_addresses_and_errors_need_no_permission(raw):
 def test_alias_that_discards_mail_needs_no_permission(raw):
     assert b"/dev/null" in read(raw)
     assert read(b'"/dev/null"') == b"/dev/null"
+
+
+@pytest.mark.parametrize("table", [TABLE, COMMANDS])
+@pytest.mark.parametrize("value_format", ["auto", "text"])
+def test_quotes_around_dev_null_which_smtpd_rejects_are_removed(table, value_format):
+    def served(raw):
+        return read(raw, table=table, value_format=value_format)
+
+    assert served(b'"/dev/null"') == b"/dev/null"
+    assert served(b'gilles, "/dev/null" ,"/dev/null"') == b"gilles, /dev/null ,/dev/null"
+    assert served(b'gilles\n"/dev/null"') == b"gilles, /dev/null"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def command(
         parsed = ParsedFile("text", [], [])
         planned = plan.plan_edits(table, service, parsed, stored, [*dict.fromkeys(found.values())])
         status = writing.Writer(target, store, undo, as_json).judge_and_apply(planned, force=force)
+        gone = set(found.values())
+        folded = {fold_key(key): key for key in gone}
+        for each in stored:
+            key = each.key[len(target.path) :]
+            if key not in gone and (other := folded.get(fold_key(key))):
+                problem = f"differs only in case from {printable(other)} and still answers (remove it too)"
+                click.echo(f"note: {printable(each.key)}: {problem}", err=True)
         return status or (main.NO if missing else 0)
 
 

@@ -61,6 +61,20 @@ def test_unset_removes_an_entry_and_reports_an_absent_one(consul):
     assert entries(consul) == {"b": b"y"}
 
 
+def test_unset_reports_a_key_in_another_case_that_still_answers(consul):
+    consul.kv_txn({"users/credentials/Vera": HASH, "users/credentials/vera": OTHER})
+    environ = {"CONSUL_HTTP_ADDR": consul.address}
+    done = control("unset", "users", "credentials", "vera", **environ)
+    note = "note: users/credentials/Vera: differs only in case from vera and still answers (remove it too)\n"
+    assert (done.status, done.said) == (0, note)
+    assert control("query", "users", "credentials", "vera", **environ).text == f"{HASH}\n"
+    done = control("unset", "users", "credentials", "VERA", **environ)
+    assert (done.status, done.said, entries(consul, "users/credentials/")) == (0, "", {})
+    consul.kv_txn({"users/credentials/Vera": HASH, "users/credentials/vera": OTHER})
+    done = control("unset", "users", "credentials", "Vera", "vera", **environ)
+    assert (done.status, done.said, entries(consul, "users/credentials/")) == (0, "", {})
+
+
 def test_token_without_write_permission_is_reported_with_a_hint(consul_with_acl):
     secret = consul_with_acl.token('key_prefix "aliases/" { policy = "read" }')
     environ = {"CONSUL_HTTP_ADDR": consul_with_acl.address, "CONSUL_HTTP_TOKEN": secret}

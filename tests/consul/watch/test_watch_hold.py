@@ -162,6 +162,19 @@ def test_replacement_by_an_empty_consul_is_held_for_folders_of_any_size(fake, mi
     assert (ask(source), ask(source, b"example.org", "domain"), held(source)) == (b"eric", b"example.org", 2)
 
 
+def test_restored_backup_that_lacks_a_few_entries_is_not_held(filled, mirrored, waits_of):
+    waits_of(0.3)
+    source = mirrored(filled.address)
+    settled(source)
+    filled.stop()
+    filled.store = Store()
+    for key in (DOMAIN + b"example.org", *(ALIAS + name for name in NAMES[:-5])):
+        filled.put(key, b"gilles")
+    filled.start()
+    becomes(source, None, LAST)
+    assert (ask(source, NAMES[0]), held(source)) == (b"gilles", 0)
+
+
 def test_hold_survives_an_outage(filled, mirrored):
     source = mirrored(filled.address)
     settled(source)
@@ -199,6 +212,17 @@ def test_restart_restores_held_entries_except_credentials(filled, mirrored, copi
     again = mirrored(filled.address, copied)
     settled(again)
     assert (ask(again, LAST), ask(again, LAST, "credentials"), held(again)) == (b"gilles", None, 30)
+
+
+def test_restart_without_a_snapshot_ends_the_hold(filled, mirrored):
+    source = mirrored(filled.address)
+    settled(source)
+    delete(filled)
+    is_held(source, 30)
+    source.close()
+    again = mirrored(filled.address)
+    settled(again)
+    assert (ask(again, LAST), held(again)) == (None, 0)
 
 
 def test_accepted_deletions_are_gone_from_the_snapshot_file(filled, mirrored, copied, tmp_path):

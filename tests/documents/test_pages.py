@@ -103,6 +103,14 @@ def test_targets_of_make_exist(page):
     assert sorted(set(named) - targets) == []
 
 
+def test_installs_with_an_extra_keep_those_of_the_default():
+    """An install replaces the last one with all of its packages."""
+    default = re.search(r"^EXTRAS = (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split(",")
+    named = [extras.split(",") for page in PAGES for extras in re.findall(r"EXTRAS=([\w,]+)", page.text)]
+    assert named
+    assert [extras for extras in named if not {*default} < {*extras}] == []
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("release", ["6.8", "7.9"])
 @every_block("smtpd")

@@ -18,8 +18,14 @@ from collections.abc import Sequence
 
 from table_consul import __version__, fallback
 
-# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine. The folder of this program comes first.
-LIBEXEC = ("/usr/libexec/opensmtpd", "/usr/libexec/smtpd", "/usr/local/libexec/opensmtpd", "/usr/lib/opensmtpd")
+# Where OpenSMTPD keeps its tables: Debian, OpenBSD, FreeBSD, Alpine, Arch. The folder of this program comes first.
+LIBEXEC = (
+    "/usr/libexec/opensmtpd",
+    "/usr/local/libexec/smtpd",
+    "/usr/local/libexec/opensmtpd",
+    "/usr/lib/opensmtpd",
+    "/usr/lib/smtpd/opensmtpd",
+)
 
 USAGE = """\
 table-procexec [--dialect DIALECT] [--deadline SECONDS] [--restart]

@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from table_consul import __version__, config
-from tests.documents.document import CONTRIB, ROOT
+from table_consul import __version__, config, procexec
+from tests.documents.document import CONTRIB, ROOT, page, rows
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONTROL = (ROOT / "debian/control").read_text()
@@ -53,6 +53,13 @@ def test_debian_package_depends_on_what_pyproject_requires():
     assert optional == lowest(each for extra in extras for each in extra)
     assert "opensmtpd" in field("Recommends")
     assert "consul" in field("Suggests")
+
+
+def test_table_procexec_finds_commands_in_the_folders_of_the_page():
+    table = rows(page("CONTRIBUTING.md").section("### Where smtpd looks"))
+    folders = {row[1].strip("`") for row in table if row[1].startswith("`/")}
+    assert len(folders) == 5
+    assert folders == {*procexec.LIBEXEC}
 
 
 def test_debian_changelog_names_the_version():

@@ -196,6 +196,8 @@ def test_value_is_read_from_standard_input(run, fake):
 def test_value_is_the_answer_of_smtpd(run, fake):
     assert run("set", "aliases", "string", "k", '"quoted"').status == 0
     assert run("query", "aliases", "string", "k").text == '"quoted"\n'
+    assert run("set", "aliases", "string", "k", " v ").status == 0
+    assert run("query", "aliases", "string", "k").text == " v\n"
 
 
 def test_json_reports_what_was_written_but_no_hash(run):

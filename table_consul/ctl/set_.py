@@ -18,7 +18,7 @@ from table_consul.services import SERVICES
 @click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
 @click.argument("key", metavar="KEY")
 @click.argument("value", metavar="[VALUE]", default="")
-@writing.force
+@click.option("--force", is_flag=True, help="Write even what lint would report.")
 @writing.options
 def command(  # noqa: PLR0913 - the command line
     settings: config.Config,

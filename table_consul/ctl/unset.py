@@ -18,7 +18,7 @@ from table_consul.services import SERVICES, fold_key
 @click.argument("table_name", metavar="TABLE")
 @click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
-@writing.force
+@click.option("--force", is_flag=True, help="Remove an alias even if another one needs it.")
 @writing.options
 def command(
     settings: config.Config,

@@ -61,9 +61,6 @@ class Target(NamedTuple):
         return cls.of(table, service)
 
 
-force = click.option("--force", is_flag=True, help="Write even what lint would report.")
-
-
 class Undo(NamedTuple):
     """The folder of saved writes, and whether this command saves what it replaces."""
 

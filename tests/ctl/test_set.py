@@ -75,6 +75,10 @@ def test_unset_reports_a_key_in_another_case_that_still_answers(consul):
     assert (done.status, done.said, entries(consul, "users/credentials/")) == (0, "", {})
 
 
+def test_help_of_unset_describes_its_force():
+    assert "--force            Remove an alias even if another one needs it." in control("unset", "--help").text
+
+
 def test_token_without_write_permission_is_reported_with_a_hint(consul_with_acl):
     secret = consul_with_acl.token('key_prefix "aliases/" { policy = "read" }')
     environ = {"CONSUL_HTTP_ADDR": consul_with_acl.address, "CONSUL_HTTP_TOKEN": secret}

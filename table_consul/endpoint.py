@@ -306,14 +306,18 @@ def tls_context(settings: ConsulConfig) -> ssl.SSLContext:
     try:
         for path in _tls_files(settings):
             os.close(open_regular_file(path, os.O_RDONLY))  # OpenSSL would wait for the writer of a named pipe
-        context = ssl.create_default_context(cafile=settings.ca_file, capath=settings.ca_path)
+        # create_default_context would write session keys to $SSLKEYLOGFILE and, since Python 3.13, check private CAs
+        # more strictly than RFC 5280 requires and the consul command does.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if settings.ca_file or settings.ca_path:
+            context.load_verify_locations(settings.ca_file, settings.ca_path)
+        else:
+            context.load_default_certs()
         if settings.cert_file:
             # Without the password function, OpenSSL would prompt on the terminal.
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
     except OSError as error:
         raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {reason_of(error)}") from error
-    # Since 3.13, Python checks private CAs more strictly than RFC 5280 requires and the consul command does.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if not settings.tls_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from table_consul import endpoint
 from table_consul.errors import SourceError, Unreachable
 from table_consul.services import SERVICES, Table
 from table_consul.sources.direct import DirectSource
@@ -77,9 +78,18 @@ def test_named_pipe_as_tls_file_does_not_block(secure, connect, authority, tmp_p
     assert str(error).endswith(": a named pipe, not a file")
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", ["pipe", "missing/keys.log", "keys.log"])
+def test_environment_discloses_no_session_keys_and_does_not_block(secure, connect, monkeypatch, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / name))
+    assert connect(secure.address, tls_verify=False).get(ROOT, timeout=2).value == b"gilles"
+    assert not (tmp_path / "keys.log").exists()
+
+
 def test_unusable_tls_file_is_parsed_once_a_version(secure, connect, authority, tmp_path, monkeypatch):
-    parsed, honest = [], ssl.create_default_context
-    monkeypatch.setattr(ssl, "create_default_context", lambda **files: (parsed.append(files), honest(**files))[1])
+    parsed, honest = [], endpoint.tls_context
+    monkeypatch.setattr(endpoint, "tls_context", lambda settings: (parsed.append(settings), honest(settings))[1])
     path = tmp_path / "ca.pem"
     client = connect(secure.address, tls_server_name="consul.example", ca_file=str(path))
     for text, error in (("no certificate", str(path)), ("none either", str(path))):

@@ -63,7 +63,7 @@ def named(monkeypatch):
 
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory):
-    """A folder with ca.pem, server.pem, client.pem and their keys.
+    """A folder with ca.pem, server.pem, client.pem and their keys, and leaf.pem, which the CA middle.pem has signed.
 
     The server is consul.example, and server.dc1.consul as Consul's agents call themselves.
     """
@@ -80,11 +80,17 @@ def authority(tmp_path_factory):
     (folder / "extensions").write_text(
         "subjectAltName=DNS:consul.example,DNS:server.dc1.consul\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
-    for name in ("server", "client"):
+    (folder / "middle.extensions").write_text("basicConstraints=critical,CA:TRUE\n")
+    for name, issuer, extensions in (
+        ("server", "ca", "extensions"),
+        ("client", "ca", "extensions"),
+        ("middle", "ca", "middle.extensions"),
+        ("leaf", "middle", "extensions"),
+    ):
         openssl(f"req {key} -keyout {name}.key -out {name}.csr -subj /CN={name}")
         openssl(
-            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions"
-            f" -out {name}.pem"
+            f"x509 -req -in {name}.csr -CA {issuer}.pem -CAkey {issuer}.key -CAcreateserial -days 2"
+            f" -extfile {extensions} -out {name}.pem"
         )
     openssl("rehash .")
     return folder

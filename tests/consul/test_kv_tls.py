@@ -33,6 +33,15 @@ def test_tls_with_a_private_authority_and_a_server_name(secure, connect, authori
         assert len({request.connection for request in secure.requests}) == 1
 
 
+def test_tls_trusts_an_intermediate_authority_alone_as_the_consul_command_does(secure, connect, authority):
+    secure.context.load_cert_chain(authority / "leaf.pem", authority / "leaf.key")
+    for name in ("middle.pem", "leaf.pem"):
+        trust = {"tls_server_name": "consul.example", "ca_file": str(authority / name)}
+        assert connect(secure.address, **trust).get(ROOT, timeout=2).value == b"gilles"
+    error = failure(connect(secure.address, tls_server_name="consul.example", ca_file=str(authority / "client.pem")))
+    assert "certificate verification failed" in str(error)
+
+
 def test_tls_sends_the_server_name_it_verifies(secure, connect, authority):
     seen = []
     secure.context.sni_callback = lambda sock, name, context: seen.append(name)

@@ -9,6 +9,7 @@ import http.client
 import io
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import threading
@@ -56,6 +57,8 @@ def _seconds_until(moment: float) -> float:
 
 MAX_INTERIM = 16
 """Interim responses (1xx) before the one that counts."""
+# OpenSSL's names of TLS alerts (RFC 8446, 6.2) about the client certificate.
+CLIENT_CERTIFICATE = re.compile("_ALERT_(.*CERTIFICATE.*|UNKNOWN_CA)")
 # The size of the kernel's receive buffer; the headers of a response have about 400 bytes.
 NARROW_BYTES = 4 << 10
 
@@ -95,7 +98,13 @@ class _Socket(_DeadlineMixin, socket.socket):
 
 
 class _TLSSocket(_DeadlineMixin, ssl.SSLSocket):
-    pass
+    def sendall(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the signature of the socket
+        try:
+            super().sendall(*args, **kwargs)
+        except ssl.SSLEOFError:
+            # With TLS 1.3 a server rejects the client certificate after the handshake. Reading raises its reason.
+            self.recv_into(bytearray(1))
+            raise
 
 
 class _Reader(io.BufferedReader):
@@ -352,6 +361,8 @@ def reason_of(error: BaseException) -> str:
             return f"certificate verification failed: {error.verify_message}"
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
             return "the server did not speak TLS"
+        case ssl.SSLError(reason=str(reason)) if alert := CLIENT_CERTIFICATE.search(reason):
+            return f"client certificate missing or rejected: {alert[1].replace('_', ' ').lower()}"
         case OSError(strerror=str(text)):
             return text.lower()
     return printable(f"{type(error).__name__}: {error}")

@@ -25,7 +25,7 @@ import urllib3.exceptions
 
 from table_consul import __version__
 from table_consul.body import Read, body_of
-from table_consul.endpoint import Endpoint, Exchange, cause_of, reason_of
+from table_consul.endpoint import CLIENT_CERTIFICATE, Endpoint, Exchange, cause_of, reason_of
 from table_consul.errors import (
     BadName,
     BadRequest,
@@ -392,4 +392,6 @@ def _tls_hint(error: BaseException) -> str:
             return "check ca_file and tls_server_name"
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
             return "should the address be http://?"
+        case ssl.SSLError(reason=str(reason)) if CLIENT_CERTIFICATE.search(reason):
+            return "check cert_file and key_file"
     return ""

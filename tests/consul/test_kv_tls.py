@@ -7,7 +7,7 @@ import time
 import pytest
 
 from table_consul import endpoint
-from table_consul.errors import SourceError, Unreachable
+from table_consul.errors import SourceError, TooManyConnections, Unreachable
 from table_consul.services import SERVICES, Table
 from table_consul.sources.direct import DirectSource
 from tests.consul.clients import GOOD, ROOT, Silent, failure
@@ -66,9 +66,23 @@ def test_tls_with_a_client_certificate(secure, connect, authority):
     secure.context.verify_mode = ssl.CERT_REQUIRED
     secure.context.load_verify_locations(authority / "ca.pem")
     trust = {"tls_server_name": "consul.example", "ca_file": str(authority / "ca.pem")}
-    assert isinstance(failure(connect(secure.address, **trust), timeout=2), Unreachable)
+    assert str(failure(connect(secure.address, **trust), timeout=2)).endswith(
+        ": client certificate missing or rejected: certificate required (check cert_file and key_file)"
+    )
     own = {"cert_file": str(authority / "client.pem"), "key_file": str(authority / "client.key")}
     assert connect(secure.address, **trust, **own).get(ROOT, timeout=2).value == b"gilles"
+
+
+def test_rejected_client_certificate_does_not_pass_for_too_many_connections(secure, connect, authority):
+    """Consul closes the connection after its alert, often before the request is sent."""
+    secure.context.verify_mode = ssl.CERT_REQUIRED
+    secure.context.load_verify_locations(authority / "ca.pem")
+    trust = {"tls_server_name": "consul.example", "ca_file": str(authority / "ca.pem"), "token": "x"}
+    own = {"cert_file": str(authority / "leaf.pem"), "key_file": str(authority / "leaf.key")}
+    for _ in range(50):
+        error = failure(connect(secure.address, **trust, **own), timeout=2)
+        assert str(error).endswith(": unknown ca (check cert_file and key_file)")
+        assert not isinstance(error, TooManyConnections)
 
 
 @pytest.mark.parametrize("option", ["ca_file", "cert_file"])

@@ -65,6 +65,7 @@ _OWN_WORDS = re.compile(
     rb"|ACL support disabled|Access is restricted|Endpoint is blocked by agent configuration"
     rb'|Invalid query parameter: "(?:ns|partition)" - (?:Namespaces|Partitions) are a Consul Enterprise feature'
     rb"|Cannot specify \?stale with \?consistent|Invalid (?:index|wait time)|Missing key name|Failed to parse body"
+    rb"|Client sent an HTTP request to an HTTPS server"
     rb"|(?i:invalid key name)(?:, leading/trailing spaces are not allowed|, path traversal is not allowed|, keys should"
     rb" respect the)?|Request body(?=\(\d+ bytes\) too large)|Transaction contains too many operations"
     rb"|rate limit exceeded(?: for operation that can only be performed by the leader)?(?:, try again later)?"
@@ -365,6 +366,8 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
         return BadName(f"{consul} rejects the name of this key: {reply}", "remove unprintable characters from it")
     if status in _TOO_LONG:
         return BadName(f"{consul} rejects the name of this key: {reply}", "shorten it")
+    if "to an HTTPS server" in reply:  # the address is wrong; another may be right
+        return BadResponse(f"{consul}: {reply}", "should the address be https://?")
     if "too many concurrent connections" in reply:
         return TooManyConnections(f"{consul}: {reply}", "raise limits.http_max_conns_per_client")
     kind = Unreachable if status == 429 or status >= 500 else BadRequest if status >= 400 else BadResponse

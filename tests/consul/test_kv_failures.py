@@ -142,6 +142,16 @@ def test_limits_and_outages_are_quoted_and_fail_over(answered, fake, connect, st
         assert connect(fake.address, other.address, token=TOKEN).get(ROOT, timeout=1).value == b"gilles"
 
 
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_http_to_a_tls_port_is_reported_with_a_hint_and_fails_over(answered, fake, connect, token):
+    error = answered(400, "Client sent an HTTP request to an HTTPS server.\n", token)
+    assert ": 400 Client sent an HTTP request to an HTTPS server" in str(error)
+    assert str(error).endswith("(should the address be https://?)")
+    with FakeConsul() as other:
+        other.put(ROOT, b"gilles")
+        assert connect(fake.address, other.address, token=token).get(ROOT, timeout=1).value == b"gilles"
+
+
 @pytest.mark.parametrize(
     ("setting", "text"),
     [

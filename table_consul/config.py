@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tomllib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -320,7 +321,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     document: dict[str, Any] | None = None
     try:
         with open(file, "rb", opener=open_regular_file) as opened:
-            document = tomllib.loads(read_bounded(opened, SIZE_MAX).decode())
+            text = read_bounded(opened, SIZE_MAX).removeprefix(BOM_UTF8)  # of Windows editors
+            document = tomllib.loads(text.decode())
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.islink(file)
         if path is not None or not missing:

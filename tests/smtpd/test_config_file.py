@@ -34,6 +34,11 @@ def test_default_file_that_is_a_folder_is_an_error(tmp_path, monkeypatch):
         config.load(None, {})
 
 
+def test_byte_order_mark_of_windows_editors_is_ignored(config_file):
+    config_file.write_bytes(b'\xef\xbb\xbf[defaults]\r\nprefix = "mail"\r\n')
+    assert config.load(str(config_file), {}).defaults.prefix == "mail"
+
+
 def test_missing_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"/none: not found \(correct the path, or create it\)$"):
         config.load(str(tmp_path / "none"), {})

@@ -28,13 +28,15 @@ FOLDER = "is a folder (name a file)"
 _SMTPD_NAMES = ("_smtpd", "opensmtpd", "smtpd")
 
 
-def open_regular_file(path: str, flags: int) -> int:
+def open_regular_file(path: str, flags: int, *, folder: int | None = None) -> int:
     """An opener for open() that rejects pipes, which may block, and devices, which may never end.
+
+    A relative path is one in the open ``folder``, if that is given.
 
     Raises:
         OSError: as open(2), or the path is a pipe or a device.
     """
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=folder)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # open() itself refuses folders
         return descriptor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -68,15 +69,15 @@ def save(folder: str, write: Write) -> int:
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Make other writers of the folder wait. The folder must belong to this user, because undo trusts its files."""
+def _locked(folder: str) -> Iterator[int]:
+    """The descriptor of the folder; other writers wait. It must belong to this user, because undo trusts its files."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise TableConsulError(f"{printable(folder)}: must belong to this user, with mode 0700", _HINT)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -106,8 +107,11 @@ def load(folder: str, number: int) -> Write:
     """
     path = _path(folder, number)
     try:
-        with _locked(folder), open(path, "rb", opener=open_regular_file) as file:
-            return _DECODER.decode(file.read())
+        # Another user may own the folder above, and exchange this one after the check of its owner.
+        with _locked(folder) as descriptor:
+            opener = functools.partial(open_regular_file, folder=descriptor)
+            with open(os.path.basename(path), "rb", opener=opener) as file:
+                return _DECODER.decode(file.read())
     except FileNotFoundError:
         raise TableConsulError(f"{printable(folder)}: no write {number}", "run undo --list") from None
     except OSError as error:

@@ -193,6 +193,20 @@ def test_save_of_another_user_is_refused(folder, monkeypatch):
         saves.load(str(folder), 1)
 
 
+def test_folder_that_is_exchanged_after_its_check_is_not_read(folder, monkeypatch):
+    """The user of smtpd may rename folders in /var/lib/table-consul, but must not choose what root's undo writes."""
+    saves.save(str(folder), write(1))
+    forged = folder.with_name("forged")
+    saves.save(str(forged), write(2))
+
+    def exchange(*_lock):
+        folder.rename(folder.with_name("former"))
+        forged.rename(folder)
+
+    monkeypatch.setattr(saves.fcntl, "flock", exchange)
+    assert saves.load(str(folder), 1) == write(1)
+
+
 def test_oldest_saves_beyond_the_limits_are_removed(folder, monkeypatch):
     monkeypatch.setattr(saves, "KEPT", 3)
     for number in range(5):

@@ -95,14 +95,17 @@ def _written_files(config: Config) -> Iterator[str]:
     for table in list(config.tables.values()) or [config.table(config.defaults.name)]:
         textfile = config.metrics.textfile and config.metrics.textfile.replace("{table}", table.name)
         listen = (config.metrics.listen or "").removeprefix("unix://").replace("{table}", table.name)
-        socket = listen if listen.startswith("/") else None
-        for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile), ("metrics.listen", socket)):
+        for key, path in (("snapshot", table.snapshot), ("metrics.textfile", textfile), ("metrics.listen", listen)):
             if not path:
                 continue
             at = f"{name}: {key} of table {printable(table.name)}"
-            problem = _unwritable(path, private=key == "snapshot")
+            is_file = path.startswith("/")
+            problem = _unwritable(path, private=key == "snapshot") if is_file else None
             if path in owners:
-                problem = f"same file as for table {printable(owners[path])} (put {{table}} into its name)"
+                what, fix = "file", "put {table} into its name"
+                if not is_file:
+                    what, fix = "address", "use unix:///PATH with {table}"
+                problem = f"same {what} as for table {printable(owners[path])} ({fix})"
             if problem:
                 yield f"{at}: {problem}"
                 reported.add(path)

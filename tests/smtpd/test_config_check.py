@@ -250,3 +250,11 @@ def test_export_file_that_cannot_be_parsed_is_reported(load_config, tmp_path, co
 def test_folder_of_the_metrics_socket_must_exist(load_config):
     (line,) = problems(load_config('[metrics]\nlisten = "unix:///no/{table}.sock"'))
     assert "metrics.listen of table consul: folder /no not found" in line
+
+
+def test_loopback_port_of_two_tables_is_reported(load_config, monkeypatch):
+    monkeypatch.setattr(check, "find_spec", lambda _name: object())
+    text = '[metrics]\nlisten = "127.0.0.1:9102"\n[tables.a]\n'
+    assert problems(load_config(text)) == []
+    (line,) = problems(load_config(f"{text}[tables.b]"))
+    assert line.endswith("metrics.listen of table b: same address as for table a (use unix:///PATH with {table})")

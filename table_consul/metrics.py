@@ -114,7 +114,7 @@ def _sources(own: str, tables: Tables) -> Iterator[tuple[Any, ...]]:
     assert tables.config is not None  # or there would be no exporter
     now = time.monotonic()
     for table, watch in tables.watches():
-        labels = (table, printable(watch.prefix))
+        labels = (table, watch.prefix.decode())
         yield "too_large", labels, int(watch.too_large)
         if watch.too_large:
             continue
@@ -147,7 +147,7 @@ def _failures(own: str, tables: Tables) -> list[_Failures]:
     for table, watch in tables.watches():
         if not watch.too_large:
             last, up = watch.backoff, watch.index > 0 and watch.backoff.since is None
-            labels = (table, printable(watch.prefix))
+            labels = (table, watch.prefix.decode())
             found.append(_Failures(labels, up, last.total, last.last_kind, last.last_error, last.failed_at))
     # The other tables read Consul, or the file, once per request.
     failures = counters.failures.copy()

@@ -337,7 +337,7 @@ def _compare(config: Config, statuses: list[Status]) -> list[Status]:
     with contextlib.closing(kv.Client(config.consul)) as client:
         for name, prefix in folders:
             table = config.table(name)
-            paths = {printable(path): path for path in table.folders()}
+            paths = {path.decode(): path for path in table.folders()}
             try:
                 if isinstance(error, Unreachable):  # one timeout is enough
                     raise error

@@ -136,6 +136,12 @@ def test_failures_of_several_outages_add_up():
     assert seen == [(0, 1), (2, 0), (3, 0), (3, 1), (6, 0)]
 
 
+def test_long_prefixes_have_series_of_their_own():
+    prefixes = [b"/".join((b"mail" * 40, last)) for last in (b"a/", b"b/")]
+    samples = collect(fake_tables(*(watch(prefix=prefix) for prefix in prefixes)))
+    assert samples["table_consul_up"] == {(prefix.decode(), "aliases"): 1 for prefix in prefixes}
+
+
 def test_table_too_large_to_mirror_is_published_as_direct():
     tables = fake_tables(watch(too_large=True, index=0))
     count_replies(tables.counters, 0.0, (request(), Found))

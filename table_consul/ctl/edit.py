@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -85,7 +84,7 @@ def command(
             chosen = [each for each in chosen if fold_key(each.key[len(target.path) :]) == folded]
         draft = _export(target, chosen) if form == "export" else _table(table, service, chosen)
         edit = _Edit(table, service, stored, draft, form, as_json)
-        with _handling(_abort, signal.SIGHUP, signal.SIGTERM):
+        with writing.interruptible():
             planned, problems, confirmed = edit.run()
         conflict = "changed in Consul since the editor opened; skipped (edit it again)"
         writer = writing.Writer(target, store, undo, as_json, conflict)
@@ -207,24 +206,9 @@ def _run_editor(path: str, line: int) -> None:
     editor = main.editor()
     try:
         command = [*shlex.split(editor), *([f"+{line}"] if line else []), path]
-        with _handling(lambda *_: None, signal.SIGINT, signal.SIGQUIT):  # which the terminal sends to both
+        with writing.handling(lambda *_: None, signal.SIGINT, signal.SIGQUIT):  # which the terminal sends to both
             status = subprocess.run(command, check=False).returncode  # noqa: S603 - the operator's own
     except (OSError, ValueError) as error:  # the second from shlex
         raise TableConsulError(f"{editor}: {problem_of(error)}", "set EDITOR") from None
     if status:
         raise TableConsulError(f"{editor}: exit status {status}; nothing was written")
-
-
-def _abort(*_: object) -> None:
-    raise click.Abort
-
-
-@contextlib.contextmanager
-def _handling(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
-    """Have signals call the handler. A child process inherits ignored signals, but not handlers."""
-    former = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, before in former.items():
-            signal.signal(number, before)

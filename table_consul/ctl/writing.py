@@ -6,11 +6,12 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import syslog
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -106,7 +107,7 @@ def open_store(settings: config.Config, token_file: str | None) -> Iterator[Stor
         yield store
 
 
-def _written(target: Target, changes: Sequence[Change], store: Store) -> Iterator[Progress]:
+def _written(target: Target, changes: Sequence[Change], store: Store) -> Generator[Progress, None, None]:
     """As `txn.write`, with a line in syslog, and a progress bar on a terminal."""
     from table_consul.ctl import txn
 
@@ -224,6 +225,29 @@ def folded_key(table: Table, service: Service, key: bytes) -> tuple[bytes, str |
     return name, problem
 
 
+@contextlib.contextmanager
+def handling(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    """Have signals call the handler, except those that nohup(1) ignores. A child process does not inherit a handler."""
+    former = {number: signal.getsignal(number) for number in numbers}
+    former = {number: before for number, before in former.items() if before is not signal.SIG_IGN}
+    for number in former:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)
+
+
+def interruptible() -> contextlib.AbstractContextManager[None]:
+    """Let a closed terminal and SIGTERM interrupt the block as ^C does."""
+    return handling(_abort, signal.SIGHUP, signal.SIGTERM)
+
+
+def _abort(*_: object) -> None:
+    raise click.Abort
+
+
 class Writer(NamedTuple):
     """Writes the changes of one command, and reports the result."""
 
@@ -275,8 +299,19 @@ class Writer(NamedTuple):
         Raises:
             TableConsulError: ``prepare`` raised it, the entries cannot be saved, or Consul does not answer.
         """
+        with interruptible():
+            return self._apply(changes, skipped, refused, again, prepare)
+
+    def _apply(
+        self,
+        changes: Sequence[Change],
+        skipped: Sequence[bytes],
+        refused: Sequence[LineProblem],
+        again: str,
+        prepare: Callable[[], None] | None,
+    ) -> int:
         written, conflicts = 0, list(skipped)
-        steps: Iterator[Progress] | None = None
+        steps: Generator[Progress, None, None] | None = None
         try:
             if prepare:
                 prepare()
@@ -295,6 +330,8 @@ class Writer(NamedTuple):
         except BaseException as error:
             if steps is None and isinstance(error, TableConsulError):  # not confirmed, or the entries cannot be saved
                 raise
+            if steps is not None:
+                steps.close()  # which logs what is written
             if written or prepare:
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)

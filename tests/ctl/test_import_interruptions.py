@@ -190,3 +190,23 @@ def test_interrupted_import_counts_a_single_key(consul, between, monkeypatch):
     between(1, consul.kill)
     done = importer(consul, "aliases", "alias", "-", stdin=alias_lines(1))
     assert (done.status, "interrupted: 0 of 1 key written (" in done.said) == (2, True), done.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_is_reported_and_logged_as_an_interrupt(consul, between, monkeypatch, number):
+    logged = []
+    monkeypatch.setattr("syslog.syslog", lambda _priority, text: logged.append(text))
+    former = signal.signal(number, lambda *_: None)  # without a handler the signal would end the tests
+    between(2, lambda: signal.raise_signal(number))
+    done = importer(consul, "aliases", "alias", "-", "--json", stdin=alias_lines(100))
+    signal.signal(number, former)
+    assert (done.status, "interrupted: 64 of 100 keys written" in done.said) == (2, True)
+    assert json.loads(done.text)["written"] == len(entries(consul)) == 64
+    assert [text.partition(": ")[2] for text in logged] == ["import aliases alias: 64 added, 0 changed, 0 removed"]
+
+
+def test_hangup_that_nohup_ignores_does_not_interrupt(consul, between):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    between(2, lambda: signal.raise_signal(signal.SIGHUP))
+    done = importer(consul, "aliases", "alias", "-", stdin=alias_lines(100))
+    assert (done.status, signal.signal(signal.SIGHUP, former)) == (0, signal.SIG_IGN), done.said

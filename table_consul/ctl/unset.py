@@ -50,7 +50,8 @@ def command(
         main.echo_problems([(printable(key), "not found") for key in missing])
         parsed = ParsedFile("text", [], [])
         planned = plan.plan_edits(table, service, parsed, stored, [*dict.fromkeys(found.values())])
-        status = writing.Writer(target, store, undo, as_json).judge_and_apply(planned, force=force)
+        report = {"not_found": [main.json_text(os.fsencode(key)) for key in missing]}
+        status = writing.Writer(target, store, undo, as_json, report=report).judge_and_apply(planned, force=force)
         gone = set(found.values())
         folded = {fold_key(key): key for key in gone}
         for each in stored:

@@ -284,3 +284,10 @@ def test_invalid_value_never_replaces_a_record(people, fake, value):
 def test_help_fits_a_terminal_of_24_lines(name):
     assert name in main.COMMANDS
     assert len(control(name, "--help", COLUMNS="80").text.splitlines()) <= 24
+
+
+def test_json_report_of_unset_lists_the_keys_that_are_not_found(run, fake):
+    fake.put(b"aliases/alias/a", b"x")
+    done = run("unset", "aliases", "alias", "a", "nobody", "--json")
+    report = json.loads(done.text)
+    assert (done.status, report["written"], report["not_found"]) == (1, 1, ["nobody"])

@@ -328,11 +328,11 @@ class Writer(NamedTuple):
                 if changes or not prepare:
                     click.echo(f"{written} written" if changes else "nothing to write")
         except BaseException as error:
-            if steps is None and isinstance(error, TableConsulError):  # not confirmed, or the entries cannot be saved
-                raise
+            # Without steps it is not confirmed, or the entries cannot be saved.
+            begun = steps is not None or not isinstance(error, TableConsulError)
             if steps is not None:
                 steps.close()  # which logs what is written
-            if written or prepare:
+            if begun and (written or prepare):
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
             if self.as_json:

@@ -259,3 +259,11 @@ def test_token_with_write_permission_writes(consul_with_acl):
     token = consul_with_acl.token('key_prefix "aliases/" { policy = "write" }')
     done = importer(consul_with_acl, "aliases", "alias", "-", stdin=b"root: gilles\n", token=token)
     assert (done.status, entries(consul_with_acl)) == (0, {"root": b"gilles"})
+
+
+def test_json_report_is_written_if_too_many_removals_prevent_the_import(consul):
+    consul.kv_txn({f"aliases/alias/user{number}": "x" for number in range(30)})
+    done = importer(consul, "aliases", "alias", "-", "--prune", "--json", stdin=b"root: gilles\n")
+    assert (done.status, "removes 30 of 30 entries; nothing was written" in done.said) == (2, True)
+    report = json.loads(done.text)
+    assert (report["written"], len(report["changes"]), len(entries(consul))) == (0, 31, 30)

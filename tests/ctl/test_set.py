@@ -291,3 +291,10 @@ def test_json_report_of_unset_lists_the_keys_that_are_not_found(run, fake):
     done = run("unset", "aliases", "alias", "a", "nobody", "--json")
     report = json.loads(done.text)
     assert (done.status, report["written"], report["not_found"]) == (1, 1, ["nobody"])
+
+
+def test_json_report_is_written_if_the_entries_cannot_be_saved(run, fake):
+    done = run("set", "aliases", "alias", "root", "gilles", "--json", "--undo-dir", "/dev/null/undo")
+    report = json.loads(done.text)
+    assert (done.status, report["written"], report["changes"][0]["key"]) == (2, 0, "root")
+    assert ("nothing was written" in done.said, values(fake)) == (True, {})

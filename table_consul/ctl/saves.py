@@ -1,7 +1,7 @@
 """The saved writes: one file each, in a folder that only this user can enter.
 
-The files are numbered, and no number is reused while the folder is in use. ``replaced`` in a file is the output of
-`consul kv export` for these keys before the write, ``written`` the output after it.
+The files are numbered, and the number of a write is not reused while the folder is in use. ``replaced`` in a file is
+the output of `consul kv export` for these keys before the write, ``written`` the output after it.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ def save(folder: str, write: Write) -> int:
     except OSError as error:
         raise TableConsulError(f"{printable(folder)}: {problem_of(error)}; nothing was written", _HINT) from None
     return number
+
+
+def discard(folder: str, number: int) -> None:
+    """Remove a write that changed nothing, so that undo does not take it for the newest."""
+    with contextlib.suppress(OSError):
+        os.unlink(_path(folder, number))
 
 
 @contextlib.contextmanager

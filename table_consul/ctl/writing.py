@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from table_consul import config
 from table_consul.ctl import main
 from table_consul.ctl.main import json_text
-from table_consul.errors import TableConsulError, counted, printable
+from table_consul.errors import Forbidden, TableConsulError, counted, printable
 from table_consul.services import Service, Table, fold_key
 
 if TYPE_CHECKING:
@@ -138,12 +138,12 @@ def _with_bar(steps: Iterator[Progress], count: int) -> Iterator[Progress]:
             yield progress
 
 
-def _save(target: Target, changes: Sequence[Change], folder: str) -> None:
+def _save(target: Target, changes: Sequence[Change], folder: str) -> int:
     from table_consul.ctl import saves
     from table_consul.ctl.saves import Entry
 
     old, new = [each.old for each in changes], [each for each in changes if each.value is not None]
-    saves.save(
+    return saves.save(
         folder,
         saves.Write(
             time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -310,17 +310,21 @@ class Writer(NamedTuple):
         again: str,
         prepare: Callable[[], None] | None,
     ) -> int:
-        written, conflicts = 0, list(skipped)
+        from table_consul.ctl import saves
+
+        written, conflicts, number = 0, list(skipped), 0
         steps: Generator[Progress, None, None] | None = None
         try:
             if prepare:
                 prepare()
             if changes and self.undo.saves:
-                _save(self.target, changes, self.undo.folder)
+                number = _save(self.target, changes, self.undo.folder)
             steps = _written(self.target, changes, self.store)
             for progress in steps:
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
+            if number and not written:
+                saves.discard(self.undo.folder, number)
             if self.as_json:
                 click.echo(self.document(changes, written, conflicts, refused=refused))
             else:
@@ -332,6 +336,8 @@ class Writer(NamedTuple):
             begun = steps is not None or not isinstance(error, TableConsulError)
             if steps is not None:
                 steps.close()  # which logs what is written
+            if number and not written and isinstance(error, Forbidden):  # other errors may leave a write unconfirmed
+                saves.discard(self.undo.folder, number)
             if begun and (written or prepare):
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)

@@ -65,6 +65,44 @@ def test_undo_skips_a_key_that_has_changed_since(consul, folder):
     assert (report["written"], report["conflicts"]) == (0, ["aliases/alias/root"])
 
 
+def test_write_that_the_token_may_not_make_is_not_the_newest(consul_with_acl, folder):
+    environ = {"CONSUL_HTTP_ADDR": consul_with_acl.address, "CONSUL_HTTP_TOKEN": consul_with_acl.management_token}
+    assert control("set", "aliases", "alias", "root", "gilles", **environ).status == 0
+    reader = consul_with_acl.token('key_prefix "aliases/" { policy = "read" }')
+    assert control("set", "aliases", "alias", "vera", "x", **{**environ, "CONSUL_HTTP_TOKEN": reader}).status == 2
+    assert saves.numbers(str(folder)) == [1]
+    done = control("undo", **environ)
+    assert (done.status, done.text, entries(consul_with_acl)) == (0, "- root gilles\n1 written\n", {})
+
+
+def test_write_that_skips_every_key_is_not_the_newest(consul, folder, monkeypatch):
+    importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n")
+    transact = txn.Store.transact
+
+    def race(store, changes, **options):
+        consul.kv_put("aliases/alias/vera", "by hand")
+        return transact(store, changes, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(txn.Store, "transact", race)
+        assert importer(consul, "aliases", "alias", "-", stdin=b"vera: x\n").status == 2
+    assert (undo(consul).text, entries(consul)) == ("- root eric\n1 written\n", {"vera": b"by hand"})
+
+
+def test_write_that_may_have_reached_consul_can_be_undone(consul, folder, monkeypatch):
+    transact = txn.Store.transact
+
+    def lose_the_reply(store, changes, **options):
+        transact(store, changes, **options)
+        raise Unreachable("no response in time")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(txn, "RETRY_SECONDS", 0.0)
+        patch.setattr(txn.Store, "transact", lose_the_reply)
+        assert importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n").status == 2
+    assert (entries(consul), undo(consul).status, entries(consul)) == ({"root": b"eric"}, 0, {})
+
+
 def test_undo_restores_flags_and_bytes(consul, folder):
     consul.request("PUT", "/v1/kv/aliases/string/k?flags=42", b"\xff\x00")
     before = consul.request("GET", "/v1/kv/aliases/string/k")[0]

@@ -243,7 +243,10 @@ class _Socket(socket.socket):
 def _fetch(place: str, timeout: float, *, live: bool) -> tuple[bytes, float]:
     if not live:
         with open(place, "rb", opener=open_regular_file) as file:
-            return read_bounded(file, SIZE_MAX), os.fstat(file.fileno()).st_mtime
+            written = os.fstat(file.fileno()).st_mtime
+            if written - time.time() > STALE_SECONDS:
+                raise SourceError("dated in the future, so the process may have ended (check the clock)")
+            return read_bounded(file, SIZE_MAX), written
     path = place.removeprefix("unix://")
     connection = http.client.HTTPConnection(place if path == place else "localhost", timeout=timeout)
     with contextlib.closing(connection):

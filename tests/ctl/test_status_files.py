@@ -44,6 +44,14 @@ def test_stale_file_means_not_running(tmp_path, run_status):
     assert "last written 100 s ago" in only_table(stale)["remarks"][0]
 
 
+def test_file_from_the_future_does_not_prove_that_the_process_runs(tmp_path, run_status):
+    path = publish(tmp_path, **FOLLOWING)
+    os.utime(path, (time.time() + 100,) * 2)
+    outcome = run_status(configured(tmp_path), "--offline", "--json")
+    assert (outcome[0], only_table(outcome)["state"], only_table(outcome)["healthy"]) == (2, "unknown", None)
+    assert "dated in the future" in only_table(outcome)["remarks"][0]
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -136,7 +136,10 @@ def _list_problem(value: bytes, judge: Callable[[bytes], str | None]) -> str | N
     """The first problem of an element, or that of the whole list if it is in another format."""
     if is_plain_list(value):
         return None
-    problems = ((number, judge(element)) for number, element in enumerate(split_list(value), 1))
+    elements = split_list(value)
+    if not elements:
+        return "the value contains only commas, so smtpd finds no element (write an element, or delete the key)"
+    problems = ((number, judge(element)) for number, element in enumerate(elements, 1))
     number, text = next(((number, text) for number, text in problems if text is not None), (0, None))
     if text is None:
         return None

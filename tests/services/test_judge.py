@@ -173,6 +173,13 @@ def test_list_in_another_format_with_an_open_quote_is_an_error_that_names_the_fo
     assert why in refusal(raw)
 
 
+@pytest.mark.parametrize("service", ["alias", "mailaddrmap"])
+@pytest.mark.parametrize("raw", [b",", b" , ,,"])
+def test_list_of_commas_is_served_and_reported(service, raw):
+    assert dict(entries(service, (b"k", raw)).values) == {b"k": raw.strip()}
+    assert "the value contains only commas" in problem_of(service, b"k", raw)
+
+
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [

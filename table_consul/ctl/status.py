@@ -220,7 +220,10 @@ def status_of(config: Config, table: str, *, timeout: float = ANSWER_SECONDS) ->
             text = f"{problem_of(error)} (check that smtpd runs, and its log)"
         except ConnectionRefusedError as error:
             gone = "; remove the socket if the table is gone" if place.startswith("unix://") else ""
-            text = f"{problem_of(error)}, so the process has ended (check that smtpd runs{gone})"
+            status.remarks.append(
+                f"{place}: {problem_of(error)}, so the process has ended (check that smtpd runs{gone})"
+            )
+            return status  # its text file may still be new
         except (OSError, http.client.HTTPException, SourceError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
             status.state, status.healthy = "unknown", None

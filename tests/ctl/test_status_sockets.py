@@ -12,7 +12,7 @@ import pytest
 
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl import status
-from tests.ctl.published import configured, numbers, only_table
+from tests.ctl.published import FOLLOWING, configured, numbers, only_table, publish
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):
@@ -79,6 +79,15 @@ def test_socket_of_an_ended_process_is_reported_with_a_hint(tmp_path, run_status
     hint = "(check that smtpd runs; remove the socket if the table is gone)"
     assert remark.endswith(f"aliases.sock: connection refused, so the process has ended {hint}")
     assert "connection refused, so" in run_status(path, "aliases", "--nagios")[1]
+
+
+def test_new_text_file_of_a_process_whose_socket_is_refused_is_not_trusted(tmp_path, run_status):
+    publish(tmp_path, **FOLLOWING)
+    with socket.socket(socket.AF_UNIX) as ended:
+        ended.bind(f"{tmp_path}/aliases.sock")
+    lines = f'textfile = "{tmp_path}/{{table}}.prom"\nlisten = "unix://{tmp_path}/{{table}}.sock"'
+    outcome = run_status(configured(tmp_path, metrics=lines), "aliases", "--json")
+    assert (outcome[0], only_table(outcome)["state"]) == (1, "not running")
 
 
 def test_missing_socket_is_reported_with_a_hint(tmp_path, run_status):

@@ -67,7 +67,10 @@ class Child:
         self._unanswered: tuple[str, bytes] | None = None
         """Operation and id of the request that a starting child of 2020 has not answered yet."""
         self._buffer = b""
-        self._socket, theirs = socket.socketpair()
+        try:
+            self._socket, theirs = socket.socketpair()
+        except OSError as error:
+            raise ChildError(f"cannot be run: {error.strerror or error}") from error
         # struct timeval: two numbers of 4 or of 8 bytes, depending on the system's time_t.
         size = len(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 64))
         timeval = pack({8: "=ii", 16: "=qq"}[size], 0, int(WAIT_SECONDS * 1_000_000))

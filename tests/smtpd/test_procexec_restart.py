@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -92,6 +93,18 @@ def test_failed_start_is_the_error_of_the_first_question(make_bridge, clock):
     reply = made.answer(ROOT, clock.stopped())
     assert isinstance(reply, Failed)
     assert reply.reason == "table-x: cannot be run: No such file or directory; it will be restarted"
+
+
+def test_start_without_a_free_descriptor_is_the_error_of_the_first_question(make_bridge, clock, monkeypatch):
+    def socketpair():
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    monkeypatch.setattr("socket.socketpair", socketpair)
+    made = make_bridge("/nowhere/table-x")
+    assert not made.suits_smtpd("users")
+    reply = made.answer(ROOT, clock.stopped())
+    assert isinstance(reply, Failed)
+    assert reply.reason == "table-x: cannot be run: Too many open files in system; it will be restarted"
 
 
 # The child answers the handshake only once this file exists.

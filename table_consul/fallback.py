@@ -139,9 +139,16 @@ def read(fd: int) -> bytes:
         try:
             return os.read(fd, READ_SIZE)
         except BlockingIOError:
-            select.select([fd], [], [])
+            _wait(fd, select.POLLIN)
         except OSError:
             return b""  # a reset, because smtpd died: the same as end of file
+
+
+def _wait(fd: int, event: int) -> None:
+    """Wait for an event; select(2) does not take descriptors above 1,023."""
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()
 
 
 def write(fd: int, data: bytes) -> bool:
@@ -150,7 +157,7 @@ def write(fd: int, data: bytes) -> bool:
         try:
             data = data[os.write(fd, data) :]
         except BlockingIOError:
-            select.select([], [fd], [])
+            _wait(fd, select.POLLOUT)
         except OSError:
             return False
     return True

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
+import resource
+import select
 import socket
 import struct
 import threading
@@ -13,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from table_consul.errors import ConfigError, EntryError, SourceError, TableConsulError, Unreachable
+from table_consul.fallback import read
 from table_consul.protocol import Failed, Found, NotFound, Updated
 from table_consul.server import MAX_COMPLAINTS, Server
 from table_consul.services import DEFAULT_SERVICES
@@ -244,21 +248,41 @@ def test_non_blocking_descriptors_are_waited_for(tables, monkeypatch):
     with ours, theirs:
         theirs.setblocking(False)
 
-        def select(read, write, _):
-            waited.append("read" if read else "write")
-            if write or waited.count("read") == 2:
-                while len(ours.recv(65536)) == 65536:
-                    pass
-            if read:
-                (ours.sendall if len(waited) == 1 else ours.shutdown)(
-                    HELLO + ROOT % 1 * 30 if len(waited) == 1 else socket.SHUT_WR
-                )
+        class Poll:
+            def register(self, _fd, event):
+                self.event = event
 
-        monkeypatch.setattr("select.select", select)
+            def poll(self):
+                waited.append(self.event)
+                if self.event == select.POLLOUT or waited.count(select.POLLIN) == 2:
+                    while len(ours.recv(65536)) == 65536:
+                        pass
+                if self.event == select.POLLIN:
+                    (ours.sendall if len(waited) == 1 else ours.shutdown)(
+                        HELLO + ROOT % 1 * 30 if len(waited) == 1 else socket.SHUT_WR
+                    )
+
+        monkeypatch.setattr("select.poll", Poll)
         tables.values[b"root"] = b"x" * 2000
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         assert Server(tables, lambda _: None).serve(theirs.fileno(), theirs.fileno())
-    assert {"read", "write"} == {*waited}
+    assert {select.POLLIN, select.POLLOUT} == {*waited}
+
+
+def test_descriptor_above_1023_is_waited_for():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+        high = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD, 1500)
+        try:
+            theirs.setblocking(False)
+            sender = threading.Timer(0.05, ours.sendall, [b"late"])
+            sender.start()
+            assert read(high) == b"late"
+        finally:
+            os.close(high)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 LINES = st.one_of(

@@ -195,8 +195,8 @@ def test_failed_commit_of_a_snapshot_logs_one_line(fake, mirrored, copied, tmp_p
 def test_disk_without_any_space_logs_one_line_without_an_outage(fake, mirrored, copied, tmp_path, monkeypatch, caplog):
     honest = os.open
 
-    def full(path, flags, *mode):
-        made = honest(path, flags, *mode)
+    def full(path, flags, *mode, **folder):
+        made = honest(path, flags, *mode, **folder)
         if not str(path).endswith(".tmp"):
             return made
         os.close(made)

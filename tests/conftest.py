@@ -50,6 +50,7 @@ SLOW = {
 
 # How long an example takes depends on the load of the machine.
 hypothesis.settings.register_profile("table-consul", deadline=None)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("table-consul")
 
 

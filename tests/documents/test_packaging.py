@@ -56,7 +56,7 @@ def test_debian_package_depends_on_what_pyproject_requires():
 
 
 def test_table_procexec_finds_commands_in_the_folders_of_the_page():
-    table = rows(page("CONTRIBUTING.md").section("### Where smtpd looks"))
+    table = rows(page("docs/packaging.md").section("## Where smtpd looks"))
     folders = {row[1].strip("`") for row in table if row[1].startswith("`/")}
     assert len(folders) == 5
     assert folders == {*procexec.LIBEXEC}

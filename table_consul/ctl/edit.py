@@ -57,9 +57,7 @@ def command(
     service_name: str,
     key: str | None,
     form: str,
-    token_file: str | None,
-    as_json: bool,
-    undo: writing.Undo,
+    options: writing.Options,
 ) -> int:
     """Edit the entries of SERVICE in TABLE, or the entry of KEY, with $VISUAL or $EDITOR.
 
@@ -76,22 +74,22 @@ def command(
         raise TableConsulError("a standard stream is closed, so edit could not ask before it writes")
     table, service = settings.table(table_name), SERVICES[service_name]
     target = writing.Target.with_note(table, service)
-    with writing.open_store(settings, token_file) as store:
+    with writing.open_store(settings, options) as store:
         stored = store.entries(target.path)
         chosen = [each for each in stored if not each.key.endswith(b"/")]
         if key is not None:
             folded = fold_key(os.fsencode(key))
             chosen = [each for each in chosen if fold_key(each.key[len(target.path) :]) == folded]
         draft = _export(target, chosen) if form == "export" else _table(table, service, chosen)
-        edit = _Edit(table, service, stored, draft, form, as_json)
+        edit = _Edit(table, service, stored, draft, form, options.as_json)
         with writing.interruptible():
             planned, problems, confirmed = edit.run()
         conflict = "changed in Consul since the editor opened; skipped (edit it again)"
-        writer = writing.Writer(target, store, undo, as_json, conflict)
+        writer = writing.Writer(target, store, options, conflict)
         if confirmed:
             return writer.apply(planned.changes)
         nothing = writer.document(planned.changes, refused=problems)
-        click.echo(nothing if as_json else "nothing was written")
+        click.echo(nothing if options.as_json else "nothing was written")
         return main.FAILED
 
 

@@ -68,9 +68,7 @@ def command(  # noqa: PLR0913 - the command line
     dry_run: bool,
     skip_refused: bool,
     max_removals: str | None,
-    token_file: str | None,
-    undo: writing.Undo,
-    as_json: bool,
+    options: writing.Options,
     table_name: str,
     service_name: str,
     file: str,
@@ -101,7 +99,7 @@ def command(  # noqa: PLR0913 - the command line
     # A line that cannot be read may be that of any stored entry, which --prune would remove.
     skip = skip_refused and not (prune and parsed.problems)
     limit = None if dry_run else writing.PROBLEMS_SHOWN
-    with writing.open_store(settings, token_file) as store:
+    with writing.open_store(settings, options) as store:
         try:
             stored = store.entries(path) if parsed.entries else []
         except SourceError:
@@ -113,26 +111,26 @@ def command(  # noqa: PLR0913 - the command line
         _echo_problems(name, parsed, sorted(planned.problems + planned.refused), limit=limit)
         conflict = "changed in Consul since it was read; skipped (run the import again)"
         report = _report(planned, parsed, dry_run=dry_run)
-        writer = writing.Writer(target, store, undo, as_json, conflict, report)
+        writer = writing.Writer(target, store, options, conflict, report)
         removals = _excessive_removals(planned, stored, max_removals)
         del stored
         changes, status = planned.changes, 0
         if dry_run:
-            if not as_json:
+            if not options.as_json:
                 _echo_changes(planned, target, report)
-            _warn(removals, main.as_writer(settings.consul, token_file), planned)
+            _warn(removals, main.as_writer(settings.consul, options.token_file), planned)
         elif not planned.problems:
-            ask = bool(removals) and file != "-" and not as_json
+            ask = bool(removals) and file != "-" and not options.as_json
 
             def prepare() -> None:
-                if not as_json:
+                if not options.as_json:
                     _echo_changes(planned, target, report)
                 if removals:
                     _confirm(name, removals, ask=ask)
 
             again = " (run the same command again to finish)"
             status = writer.apply(changes, refused=planned.refused, again=again, prepare=prepare)
-    if as_json and (dry_run or planned.problems):
+    if options.as_json and (dry_run or planned.problems):
         click.echo(writer.document(changes, refused=planned.refused))
     if planned.problems:
         count = counted(len(planned.problems), "problem", "problems")

@@ -37,9 +37,7 @@ def command(
     table_name: str,
     user: str,
     scheme: str | None,
-    token_file: str | None,
-    as_json: bool,
-    undo: writing.Undo,
+    options: writing.Options,
 ) -> int:
     """Ask for a password twice, and write its hash for USER.
 
@@ -59,13 +57,13 @@ def command(
     if scheme == "argon2" and "auth" not in table.services:
         raise click.UsageError("--scheme argon2 requires the service auth (crypt(3) of smtpd cannot verify argon2)")
     key, _ = writing.folded_key(table, SERVICES["credentials"], os.fsencode(user))
-    with writing.open_store(settings, token_file) as store:
+    with writing.open_store(settings, options) as store:
         service, stored, former = _former(table, store, key)
         prefix, locked = _label(key, former)
         value = prefix + _hash(_password(), (scheme,) if scheme else SCHEMES[:2])
         parsed = ParsedFile("text", [FileEntry(key, value, 1)], [])
         planned = plan.plan_edits(table, service, parsed, stored)
-        status = writing.Writer(writing.Target.of(table, service), store, undo, as_json).judge_and_apply(planned)
+        status = writing.Writer(writing.Target.of(table, service), store, options).judge_and_apply(planned)
         if locked and not status:
             click.echo(f"note: {printable(key)} was locked and can now log in", err=True)
         return status

@@ -20,7 +20,7 @@ from table_consul.services import SERVICES
 @click.argument("value", metavar="[VALUE]", default="")
 @click.option("--force", is_flag=True, help="Write even what lint would report.")
 @writing.options
-def command(  # noqa: PLR0913 - the command line
+def command(
     settings: config.Config,
     *,
     table_name: str,
@@ -28,9 +28,7 @@ def command(  # noqa: PLR0913 - the command line
     key: str,
     value: str,
     force: bool,
-    token_file: str | None,
-    as_json: bool,
-    undo: writing.Undo,
+    options: writing.Options,
 ) -> int:
     """Store VALUE under KEY. If VALUE is -, it is read from standard input.
 
@@ -51,12 +49,12 @@ def command(  # noqa: PLR0913 - the command line
         raise TableConsulError(f"{printable(name)}: {problem}; nothing was written")
     parsed = ParsedFile("text", [FileEntry(name, _value(value), 1)], [])
     target = writing.Target.with_note(table, service)
-    with writing.open_store(settings, token_file) as store:
+    with writing.open_store(settings, options) as store:
         stored = store.entries(target.path)
         if not stored:
             click.echo(f"note: {printable(target.path)} has no entries yet", err=True)
         planned = plan.plan_edits(table, service, parsed, stored)
-        writer = writing.Writer(target, store, undo, as_json)
+        writer = writing.Writer(target, store, options)
         return writer.judge_and_apply(planned, force=force)
 
 

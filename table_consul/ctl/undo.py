@@ -29,9 +29,7 @@ def command(
     *,
     number: int | None,
     listed: bool,
-    token_file: str | None,
-    as_json: bool,
-    undo: writing.Undo,
+    options: writing.Options,
 ) -> int:
     """Restore the entries that write N replaced; without N, the newest write.
 
@@ -46,10 +44,10 @@ def command(
     """  # noqa: D301 - click does not wrap the lines after a \b
     from table_consul.ctl import saves
 
-    folder = undo.folder
+    folder = options.undo_folder
     numbers = saves.numbers(folder)
     if listed:
-        _print_list(folder, numbers, as_json=as_json)
+        _print_list(folder, numbers, as_json=options.as_json)
         return 0
     if number is None and not numbers:
         raise TableConsulError(f"{printable(folder)}: no saved writes")
@@ -57,10 +55,10 @@ def command(
     saved = saves.load(folder, chosen)
     hashed = saved.service not in SERVICES or SERVICES[saved.service].hashed
     target = writing.Target(saved.table, saved.service, saved.path.encode(), hashed)
-    with writing.open_store(settings, token_file) as store:
+    with writing.open_store(settings, options) as store:
         changes, changed = _changes(saved, store.entries(target.path))
         conflict = "changed in Consul since it was written; skipped"
-        writer = writing.Writer(target, store, undo, as_json, conflict)
+        writer = writing.Writer(target, store, options, conflict)
         writer.show(changes)
         again = f" (to write the rest, run table-consulctl undo {chosen})"
         return writer.apply(changes, skipped=changed, again=again)

@@ -27,9 +27,7 @@ def command(
     service_name: str,
     keys: tuple[str, ...],
     force: bool,
-    token_file: str | None,
-    as_json: bool,
-    undo: writing.Undo,
+    options: writing.Options,
 ) -> int:
     """Remove each KEY. From the record of a user, only the fields of SERVICE are removed.
 
@@ -43,7 +41,7 @@ def command(
 
     table, service = settings.table(table_name), SERVICES[service_name]
     target = writing.Target.of(table, service)
-    with writing.open_store(settings, token_file) as store:
+    with writing.open_store(settings, options) as store:
         stored = store.entries(target.path)
         found = dict(_found(keys, [each.key[len(target.path) :] for each in stored]))
         missing = [key for key in dict.fromkeys(keys) if key not in found]
@@ -51,7 +49,7 @@ def command(
         parsed = ParsedFile("text", [], [])
         planned = plan.plan_edits(table, service, parsed, stored, [*dict.fromkeys(found.values())])
         report = {"not_found": [main.json_text(os.fsencode(key)) for key in missing]}
-        status = writing.Writer(target, store, undo, as_json, report=report).judge_and_apply(planned, force=force)
+        status = writing.Writer(target, store, options, report=report).judge_and_apply(planned, force=force)
         gone = set(found.values())
         folded = {fold_key(key): key for key in gone}
         for each in stored:

@@ -62,21 +62,32 @@ class Target(NamedTuple):
         return cls.of(table, service)
 
 
-class Undo(NamedTuple):
-    """The folder of saved writes, and whether this command saves what it replaces."""
+class Options(NamedTuple):
+    """The options of every command that writes."""
 
-    folder: str
+    token_file: str | None
+    as_json: bool
+    undo_folder: str
+    """The folder of saved writes."""
     saves: bool
+    """Whether the replaced entries are saved there."""
 
 
 def options(function: Callable[..., int]) -> Callable[..., int]:
-    """Add the options of every command that writes, those of undo as one `Undo`, and pass the configuration."""
+    """Add the options of every command that writes, and pass them as one `Options`, after the configuration."""
     with_config = main.pass_config(function)
 
     @functools.wraps(with_config)
-    def called(*, no_undo: bool, undo_dir: str | None, **arguments: Any) -> int:  # noqa: ANN401 - the command's
+    def called(
+        *,
+        token_file: str | None,
+        as_json: bool,
+        undo_dir: str | None,
+        no_undo: bool,
+        **arguments: Any,  # noqa: ANN401 - those of the command
+    ) -> int:
         default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
-        return with_config(undo=Undo(undo_dir or default, not no_undo), **arguments)
+        return with_config(options=Options(token_file, as_json, undo_dir or default, not no_undo), **arguments)
 
     help_text = "Save the replaced entries in PATH."
     folder = click.option("--undo-dir", metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=help_text)
@@ -93,7 +104,7 @@ def check_address(settings: config.Config) -> None:
 
 
 @contextlib.contextmanager
-def open_store(settings: config.Config, token_file: str | None) -> Iterator[Store]:
+def open_store(settings: config.Config, options: Options) -> Iterator[Store]:
     """A client that writes with the operator's token, open within the block.
 
     Raises:
@@ -102,7 +113,7 @@ def open_store(settings: config.Config, token_file: str | None) -> Iterator[Stor
     from table_consul.ctl import txn
 
     check_address(settings)
-    consul = replace(main.as_writer(settings.consul, token_file), consistency="consistent")
+    consul = replace(main.as_writer(settings.consul, options.token_file), consistency="consistent")
     with contextlib.closing(txn.Store(consul)) as store:
         yield store
 
@@ -253,15 +264,14 @@ class Writer(NamedTuple):
 
     target: Target
     store: Store
-    undo: Undo
-    as_json: bool = False
+    options: Options
     conflict: str = "changed in Consul since it was read; skipped (run the command again)"
     report: Mapping[str, Any] = MappingProxyType({})
     """Further fields that --json prints."""
 
     def show(self, changes: Sequence[Change]) -> None:
         """Print the changes, unless the command prints JSON at its end."""
-        if not self.as_json:
+        if not self.options.as_json:
             echo_changes(changes, self.target)
 
     def judge_and_apply(self, plan: Plan, *, force: bool | None = None) -> int:
@@ -274,7 +284,7 @@ class Writer(NamedTuple):
         found = [(printable(self.target.path + each.key), each.text) for each in (*problems, *plan.refused)]
         main.echo_problems(found, limit=PROBLEMS_SHOWN)
         if problems and not (force and plan.changes):
-            if self.as_json:
+            if self.options.as_json:
                 click.echo(self.document(plan.changes, refused=[*problems, *plan.refused]))
             hint = "use --force to write it" if plan.changes and force is not None else ""
             raise TableConsulError(f"{counted(len(problems), 'problem', 'problems')}; nothing was written", hint)
@@ -317,15 +327,15 @@ class Writer(NamedTuple):
         try:
             if prepare:
                 prepare()
-            if changes and self.undo.saves:
-                number = _save(self.target, changes, self.undo.folder)
+            if changes and self.options.saves:
+                number = _save(self.target, changes, self.options.undo_folder)
             steps = _written(self.target, changes, self.store)
             for progress in steps:
                 written += len(progress.written)
                 conflicts += [change.key for change in progress.conflicts]
             if number and not written:
-                saves.discard(self.undo.folder, number)
-            if self.as_json:
+                saves.discard(self.options.undo_folder, number)
+            if self.options.as_json:
                 click.echo(self.document(changes, written, conflicts, refused=refused))
             else:
                 main.echo_problems([(printable(key), self.conflict) for key in conflicts])
@@ -337,11 +347,11 @@ class Writer(NamedTuple):
             if steps is not None:
                 steps.close()  # which logs what is written
             if number and not written and isinstance(error, Forbidden):  # other errors may leave a write unconfirmed
-                saves.discard(self.undo.folder, number)
+                saves.discard(self.options.undo_folder, number)
             if begun and (written or prepare):
                 keys = counted(len(changes), "key", "keys")
                 click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
-            if self.as_json:
+            if self.options.as_json:
                 with contextlib.suppress(OSError):  # standard output may be what failed
                     click.echo(self.document(changes, written, conflicts, refused=refused))
             raise

@@ -20,6 +20,7 @@ from table_consul.errors import SourceError, printable
 from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply
 from table_consul.responder import OUTCOMES, Responder
 from table_consul.services import SERVICES, Table
+from table_consul.services.elements import Element
 
 if TYPE_CHECKING:
     from table_consul.ctl.loader import Loader
@@ -170,7 +171,7 @@ def _service(table: str) -> str:
     return "alias" if table == "virtual" else table
 
 
-def _remark(element: recipients.Element, homes: dict[bytes, bytes], unread: set[bytes]) -> str:
+def _remark(element: Element, homes: dict[bytes, bytes], unread: set[bytes]) -> str:
     if element.kind == "address":
         return " (another domain: smtpd.conf decides)"
     home = homes.get(element.text.lower(), b"") if element.kind == "user" else b""

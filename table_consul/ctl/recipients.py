@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from table_consul.ctl.expansion import EXPAND_DEPTH
 from table_consul.errors import EntryError, printable
 from table_consul.protocol import Failed, Found, Reply
 from table_consul.services import compiled
-from table_consul.services.elements import COMMAND_BYTES, USER_BYTES, element_problem, split_list
+from table_consul.services.elements import COMMAND_BYTES, Element, Kind, element_problem, parse_element, split_list
 from table_consul.services.values import LINE_MAX
 
-Kind = Literal["user", "file", "command", "include", "address", "error"]
 # smtpd keeps the elements of a value in this order (smtpd.h, enum expand_type).
 _ORDER: tuple[Kind, ...] = ("user", "file", "command", "include", "address", "error")
 # An address is expanded again below each other address, so the depth alone does not limit the work.
@@ -26,26 +25,6 @@ ELEMENTS_MAX = 200_000
 FORWARD_NODES = 100
 PERMANENT = "524 5.2.4 Mailing list expansion problem"
 TEMPORARY = "424 4.2.4 Mailing list expansion problem"
-
-_ERROR = rb"(?s):?(?i:error):([45][0-9]{2} [A-Za-z0-9].*)"
-_INCLUDE = rb"(?s):?(?i:include):(/.*)"
-_COMMAND = rb'(?s)\|(.*)|"\|(.*)"'
-_FILE = rb"(?s)(/.*)"
-_LOCAL_PART = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+"
-_DOMAIN = rb"[A-Za-z0-9.-]+"
-_USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
-
-
-class Element(NamedTuple):
-    """An element of an alias, as smtpd reads it."""
-
-    kind: Kind
-    text: bytes
-    domain: bytes = b""
-    """Only for an address, whose local part is ``text``."""
-
-    def __bytes__(self) -> bytes:
-        return self.text + b"@" + self.domain if self.kind == "address" and self.domain else self.text
 
 
 class Lookup(NamedTuple):
@@ -127,26 +106,6 @@ class _Node(NamedTuple):
 class _RejectedError(Exception):
     def __init__(self, reply: str, cause: str) -> None:
         super().__init__(reply, cause)
-
-
-def parse_element(element: bytes) -> Element | None:
-    """The element as smtpd parses it; None if smtpd rejects it (smtpd: to.c, text_to_expandnode)."""
-    special: tuple[tuple[Kind, bytes], ...] = (
-        ("error", _ERROR),
-        ("include", _INCLUDE),
-        ("command", _COMMAND),
-        ("file", _FILE),
-    )
-    for kind, expression in special:
-        if match := compiled(expression).fullmatch(element):
-            text = next(group for group in match.groups() if group is not None)
-            return Element(kind, text) if len(text) <= COMMAND_BYTES else None
-    local, at, domain = element.partition(b"@")
-    if at and local and domain:
-        if compiled(_LOCAL_PART).fullmatch(local) and compiled(_DOMAIN).fullmatch(domain):
-            return Element("address", local[:USER_BYTES], domain[:USER_BYTES])
-        element = local  # alias_is_address has truncated it there
-    return Element("user", element) if compiled(_USER).fullmatch(element) else None
 
 
 def parse_line(line: bytes) -> tuple[list[Element], str]:

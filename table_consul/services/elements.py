@@ -6,6 +6,7 @@ Pure: bytes in, text out, following the functions of smtpd that are named. No te
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -20,11 +21,16 @@ COMMAND_BYTES = 1023
 _PLAIN = rb"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*(?:@[A-Za-z0-9][A-Za-z0-9-]*(?:\.[A-Za-z0-9-]+)*)?"
 _PLAIN_LIST = rb"%b(?:, ?%b)*" % (_PLAIN, _PLAIN)
 _USER = rb"[A-Za-z0-9_.+-]{1,%d}" % USER_BYTES
-# Two users, an error reply, an :include:, a |command or a /file (smtpd: to.c, text_to_expandnode).
-_ELEMENT = (
-    rb"%b|[A-Za-z0-9!#$%%*/?|^{}`~&'+=_.-]+@[A-Za-z0-9.-]+"
-    rb'|(?s:(?::?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])|:?(?i:include):(?=/)|\||"\|(?=.*"\Z)|(?=/)).{0,%d})'
-) % (_USER, COMMAND_BYTES)
+_LOCAL_PART = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+"
+_DOMAIN = rb"[A-Za-z0-9.-]+"
+Kind = Literal["user", "file", "command", "include", "address", "error"]
+# All but users and addresses.
+_SPECIAL: tuple[tuple[Kind, bytes], ...] = (
+    ("error", rb"(?s):?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])(.{0,%d})" % COMMAND_BYTES),
+    ("include", rb"(?s):?(?i:include):(?=/)(.{0,%d})" % COMMAND_BYTES),
+    ("command", rb'(?s)\|(.{0,%d})|"\|(.{0,%d})"' % (COMMAND_BYTES, COMMAND_BYTES - 1)),
+    ("file", rb"(?s)(?=/)(.{0,%d})" % COMMAND_BYTES),
+)
 # A placeholder that sendmail or Postfix fills in.
 _TEMPLATE = rb"(?:%[0-9a-z]|[$\\][0-9]|\$\{[0-9]\})@"
 
@@ -62,6 +68,31 @@ _CAUSES = (
     (rb"\A[^@]*\Z", f"is neither a user (letters, digits and _.+-, at most {USER_BYTES}) nor an address"),
     (rb"@", "is neither a user nor an address (a domain is letters, digits, - and .)"),
 )
+
+
+class Element(NamedTuple):
+    """An element of an alias, as smtpd reads it."""
+
+    kind: Kind
+    text: bytes
+    domain: bytes = b""
+    """Only for an address, whose local part is ``text``."""
+
+    def __bytes__(self) -> bytes:
+        return self.text + b"@" + self.domain if self.kind == "address" and self.domain else self.text
+
+
+def parse_element(element: bytes) -> Element | None:
+    """The element as smtpd parses it; None if smtpd rejects it (smtpd: to.c, text_to_expandnode)."""
+    for kind, expression in _SPECIAL:
+        if match := compiled(expression).fullmatch(element):
+            return Element(kind, match[match.lastindex or 0])
+    local, at, domain = element.partition(b"@")
+    if at and local and domain:
+        if compiled(_LOCAL_PART).fullmatch(local) and compiled(_DOMAIN).fullmatch(domain):
+            return Element("address", local[:USER_BYTES], domain[:USER_BYTES])
+        element = local  # alias_is_address has truncated it there
+    return Element("user", element) if compiled(_USER).fullmatch(element) else None
 
 
 def cause(text: bytes, causes: Iterable[tuple[bytes, str]]) -> str | None:
@@ -119,11 +150,12 @@ def list_format(text: bytes) -> str | None:
 
 
 def element_problem(element: bytes) -> str | None:
-    """Why smtpd rejects or misreads an element of an alias, with a hint; None if it does not (smtpd: to.c)."""
-    if compiled(_ELEMENT).fullmatch(element):
+    """Why smtpd rejects or misreads an element of an alias, with a hint; None if it does not."""
+    parsed = parse_element(element)
+    truncated = parsed is not None and parsed.kind == "user" and b"@" in element
+    if parsed is not None and not truncated:
         if compiled(_TEMPLATE).match(element):
             return "begins with a placeholder, which smtpd does not fill in (write an alias for each user)"
         return None
-    truncated = compiled(_USER + rb"@(?s:.)").match(element)
     effect = "delivers to the local user before the @ instead" if truncated else "rejects the whole alias because of it"
     return f"{cause(element, _CAUSES)}; smtpd {effect}"

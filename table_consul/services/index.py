@@ -12,7 +12,7 @@ whose cost is an estimate, also check the clock.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from math import inf
 
 from table_consul.errors import ConfigError, EntryError
@@ -250,33 +250,30 @@ class Networks(Index):
         self._words = Forms()
         self._networks = {match.IPV4_BITS: Forms(), match.IPV6_BITS: Forms()}
         """By family, by the prefix of the network behind a 1, from which its length follows."""
-        self._bits: dict[int, dict[int, int]] = {match.IPV4_BITS: {}, match.IPV6_BITS: {}}
-        """By family, the lengths of prefixes, and how many have it."""
+        self._bits: dict[int, set[int]] = {match.IPV4_BITS: set(), match.IPV6_BITS: set()}
+        """By family, the lengths of prefixes, and perhaps of some that were removed."""
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
         self._words, self._networks = Forms(self._words), {bits: Forms(each) for bits, each in self._networks.items()}
-        self._bits = {family: {**bits} for family, bits in self._bits.items()}
+        self._bits = {family: {*bits} for family, bits in self._bits.items()}
         super()._change(added, removed, entries)
 
-    def _add(self, entry: bytes) -> None:
+    def _place(self, entry: bytes) -> tuple[Forms, Hashable]:
+        """The forms that include the entry, and its form."""
         network = match.text_to_netaddr(entry)
         if network is None:
-            self._words.add(entry.lower(), entry)
-            return
+            return self._words, entry.lower()
         family, number, bits = network
-        self._networks[family].add(1 << bits | number >> (family - bits), entry)
-        self._bits[family][bits] = self._bits[family].get(bits, 0) + 1
+        self._bits[family].add(bits)
+        return self._networks[family], 1 << bits | number >> (family - bits)
+
+    def _add(self, entry: bytes) -> None:
+        forms, form = self._place(entry)
+        forms.add(form, entry)
 
     def _remove(self, entry: bytes) -> None:
-        network = match.text_to_netaddr(entry)
-        if network is None:
-            self._words.remove(entry.lower(), entry)
-            return
-        family, number, bits = network
-        self._networks[family].remove(1 << bits | number >> (family - bits), entry)
-        self._bits[family][bits] -= 1
-        if not self._bits[family][bits]:
-            del self._bits[family][bits]
+        forms, form = self._place(entry)
+        forms.remove(form, entry)
 
     @property
     def problems(self) -> list[tuple[bytes, str]]:

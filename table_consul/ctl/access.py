@@ -70,18 +70,11 @@ class _Authorization(msgspec.Struct, rename="pascal"):
     allow: bool
 
 
-class Unreadable(NamedTuple):
-    """A key, or a folder, that the token may not read in full, and the consequence."""
-
-    where: bytes
-    text: str
-
-
 class Access(NamedTuple):
-    """The unreadable keys and folders, and how much was checked."""
+    """What the token may not read, and how much was checked."""
 
-    unreadable: list[Unreadable]
-    folders: int
+    unreadable: list[tuple[bytes, str]]
+    """Each key, or folder, that the token may not read in full, and the consequence."""
     keys: int
     policies: list[str]
     """The names of the policies whose rules could be read."""
@@ -100,7 +93,7 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
     with contextlib.closing(reader), contextlib.closing(other):
         closed = [folder for folder in folders if not reader.may_read(folder + PROBE)]
         who, grant = ("the token", "grant") if has_token(settings) else (ANONYMOUS, "set token_file to a token with")
-        found = [Unreadable(each, CLOSED.format(who, grant)) for each in closed]
+        found = [(each, CLOSED.format(who, grant)) for each in closed]
         opened = [folder for folder in folders if folder not in closed]
         keys: dict[str, None] = {}
         with contextlib.suppress(Forbidden):
@@ -111,12 +104,12 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
         below = [text for text in named if text.encode().startswith(tuple(opened)) and text.encode() not in opened]
         with contextlib.suppress(SourceError):  # no ACLs, or the endpoint is blocked
             denied = reader.denied([*dict.fromkeys([*keys, *below])])
-            found += [Unreadable(key.encode(), DENIED.format(who)) for key in denied]
+            found += [(key.encode(), DENIED.format(who)) for key in denied]
         for folder in opened:
             hides = reader.hides_keys(folder, timeout=READ_SECONDS)
-            if hides and not any(each.where.startswith(folder) for each in found):
-                found.append(Unreadable(folder, HIDING.format(who)))
-        return Access(sorted(found), len(folders), len(keys), sorted(rules))
+            if hides and not any(where.startswith(folder) for where, _ in found):
+                found.append((folder, HIDING.format(who)))
+        return Access(sorted(found), len(keys), sorted(rules))
 
 
 def has_token(settings: ConsulConfig) -> bool:

@@ -77,7 +77,7 @@ def _check(config: Config, tables: Iterable[Table]) -> int:
     found = access.check(config.consul, [*folders])
     echo_problems([(printable(where, UNCUT), text) for where, text in found.unreadable], err=False)
     counts = (
-        counted(found.folders, "folder", "folders"),
+        counted(len(folders), "folder", "folders"),
         counted(found.keys, "key", "keys"),
         counted(len(found.policies), "policy", "policies"),
     )

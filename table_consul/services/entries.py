@@ -287,7 +287,7 @@ class Entries:
     def _error(self, entry: bytes, text: str) -> EntryError:
         return EntryError(str(Problem(self._stored(entry), text)))
 
-    def find(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
+    def find(self, key: bytes, seconds_left: SecondsLeft = None) -> bytes | None:
         """The entry, good or bad, of this folded key; None if there is none. The default entry is ignored.
 
         Raises:
@@ -295,12 +295,12 @@ class Entries:
         """
         if self.index is not None:
             try:
-                return self.index.find(key) if seconds_left is None else self.index.find(key, seconds_left)
+                return self.index.find(key, seconds_left)
             except EntryError as error:
                 raise EntryError(str(Problem(self.path, str(error)))) from None
         return key if self.parts.has(key) else None
 
-    def contains(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bool:
+    def contains(self, key: bytes, seconds_left: SecondsLeft = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
 
         Raises:
@@ -328,7 +328,7 @@ class Entries:
         part = self.parts.of(key)
         return key not in part.values or (key in part.notes and part.notes[key].incomplete)
 
-    def lookup(self, key: bytes, seconds_left: SecondsLeft | None = None) -> bytes | None:
+    def lookup(self, key: bytes, seconds_left: SecondsLeft = None) -> bytes | None:
         """The value of the key, never empty, or None when the key is not in the table.
 
         Raises:

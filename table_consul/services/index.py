@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from math import inf
 
 from table_consul.errors import ConfigError, EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled, match
@@ -35,16 +34,12 @@ TOO_MANY = "too many patterns to match all within a tenth of the deadline; simpl
 TOO_LONG = f"longer than {MAX_KEY_BYTES} bytes, the longest key that smtpd asks for; shorten it"
 
 
-SecondsLeft = Callable[[], float]
-"""Returns how much is left of the deadline of a request."""
-
-
-def forever() -> float:
-    return inf
+SecondsLeft = Callable[[], float] | None
+"""Returns how much is left of the deadline of a request; None without a deadline."""
 
 
 def _check_time(needed: float, seconds_left: SecondsLeft) -> None:
-    if seconds_left() < needed:
+    if seconds_left is not None and seconds_left() < needed:
         raise EntryError("too little time left before the deadline to match the patterns")
 
 
@@ -120,7 +115,7 @@ class Index(ABC):
         """Entries that cannot be used, each with the cause and a hint. They affect no other entry."""
         return [*((entry, text) for entry, texts in self._unusable.items() for text in texts), *self._refused.items()]
 
-    def find(self, key: bytes, seconds_left: SecondsLeft = forever) -> bytes | None:
+    def find(self, key: bytes, seconds_left: SecondsLeft = None) -> bytes | None:
         """The lowest entry, in byte order, of those that match the key; None if there is none.
 
         Raises:

@@ -195,7 +195,6 @@ class Endpoint(requests.adapters.HTTPAdapter):
         self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._resolution: Future[list[Any]] | None = None
         self._context: ssl.SSLContext | None = None
-        self._broken: tuple[object, SourceError] | None = None
         self._pool = self._new_pool()
 
     def _new_pool(self) -> urllib3.HTTPConnectionPool:
@@ -259,15 +258,11 @@ class Endpoint(requests.adapters.HTTPAdapter):
         raise failure
 
     def _tls_context(self) -> ssl.SSLContext:
-        """A context with the TLS files; those that cannot be used are not parsed again until one of them changes."""
         versions = [version_of(os.stat(path)) for path in _tls_files(self._settings) if os.path.exists(path)]
-        if self._broken is not None and self._broken[0] == versions:
-            raise self._broken[1].with_traceback(None)
-        try:
-            return _shared_tls_context(self._settings, *versions)
-        except SourceError as error:
-            self._broken = versions, error
-            raise
+        context = _shared_tls_context(self._settings, *versions)
+        if isinstance(context, SourceError):
+            raise context.with_traceback(None)
+        return context
 
     def _resolve(self) -> list[Any]:
         if self._url.scheme == "unix":
@@ -301,9 +296,15 @@ def _tls_files(settings: ConsulConfig) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _shared_tls_context(settings: ConsulConfig, *_versions: object) -> ssl.SSLContext:
-    """One context for all connections of a process, because each context holds all CA certificates."""
-    return tls_context(settings)
+def _shared_tls_context(settings: ConsulConfig, *_versions: object) -> ssl.SSLContext | SourceError:
+    """One context for all connections of a process, because each holds all CA certificates.
+
+    If a file cannot be used it is the error, so that the files are not parsed again until one of them changes.
+    """
+    try:
+        return tls_context(settings)
+    except SourceError as error:
+        return error
 
 
 def tls_context(settings: ConsulConfig) -> ssl.SSLContext:

@@ -88,18 +88,17 @@ def command(  # noqa: PLR0913 - the command line
 
     table, service = settings.table(table_name), SERVICES[service_name]
     path = table.path(service)
-    writing.check_address(settings)
     name = "standard input" if file == "-" else printable(file)
-    parsed = _read(name, file, table, service, wanted, below, record=record)
-    if prune and not parsed.entries and not parsed.problems:
-        raise FormatError(f"{name}: no entries; --prune would remove every stored entry")
     folders = {each.path(other) for each in (table, *settings.tables.values()) for other in SERVICES.values()}
     others = [folder for folder in folders if folder.startswith(path) and folder != path]
-    target = writing.Target.with_note(table, service)
-    # A line that cannot be read may be that of any stored entry, which --prune would remove.
-    skip = skip_refused and not (prune and parsed.problems)
     limit = None if dry_run else writing.PROBLEMS_SHOWN
     with writing.open_store(settings, options) as store:
+        parsed = _read(name, file, table, service, wanted, below, record=record)
+        if prune and not parsed.entries and not parsed.problems:
+            raise FormatError(f"{name}: no entries; --prune would remove every stored entry")
+        target = writing.Target.with_note(table, service)
+        # A line that cannot be read may be that of any stored entry, which --prune would remove.
+        skip = skip_refused and not (prune and parsed.problems)
         try:
             stored = store.entries(path) if parsed.entries else []
         except SourceError:
@@ -258,17 +257,14 @@ def _echo_problems(name: str, parsed: ParsedFile, problems: Sequence[LineProblem
 
 
 def _report(plan: Plan, parsed: ParsedFile, *, dry_run: bool) -> dict[str, Any]:
-    """Further fields for `writing.Writer.document`. It fills in the empty ones, which are here for their order."""
+    """Further fields for `writing.Writer.document`."""
     return {
         "format": parsed.format,
         "dry_run": dry_run,
         "unchanged": plan.unchanged,
         "left_out": parsed.left_out,
-        "written": 0,
-        "conflicts": [],
         "notes": writing.problem_documents(plan.notes),
         "problems": writing.problem_documents(plan.problems),
-        "refused": [],
     }
 
 

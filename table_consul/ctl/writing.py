@@ -96,13 +96,6 @@ def options(function: Callable[..., int]) -> Callable[..., int]:
     return token_file(main.as_json(folder(no_undo(called))))
 
 
-def check_address(settings: config.Config) -> None:
-    """Raise UsageError if the tables are read from a file."""
-    if settings.consul.file is not None:
-        name, address = click.get_current_context().info_name, settings.consul.addresses[0]
-        raise click.UsageError(f"{name} writes to Consul, but the configured address is {address}")
-
-
 @contextlib.contextmanager
 def open_store(settings: config.Config, options: Options) -> Iterator[Store]:
     """A client that writes with the operator's token, open within the block.
@@ -112,7 +105,9 @@ def open_store(settings: config.Config, options: Options) -> Iterator[Store]:
     """
     from table_consul.ctl import txn
 
-    check_address(settings)
+    if settings.consul.file is not None:
+        name, address = click.get_current_context().info_name, settings.consul.addresses[0]
+        raise click.UsageError(f"{name} writes to Consul, but the configured address is {address}")
     consul = replace(main.as_writer(settings.consul, options.token_file), consistency="consistent")
     with contextlib.closing(txn.Store(consul)) as store:
         yield store

@@ -15,9 +15,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
@@ -29,7 +28,7 @@ from table_consul.responder import BOUNDS_SECONDS, OTHER, OUTCOMES
 from table_consul.services import SERVICES
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+    from prometheus_client.registry import Collector
 
     from table_consul.tables import Tables
 
@@ -175,17 +174,15 @@ class Exporter(threading.Thread):
 
     def run(self) -> None:
         try:
-            from prometheus_client import CollectorRegistry
+            from prometheus_client import generate_latest  # noqa: F401 - whether `text` can import it
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken package may raise anything
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             problem = f"{missing} is not installed" if missing else f"{type(error).__name__}: {error}"
             log.warning("no metrics: %s (%s)", problem, INSTALL_HINT)
             return
-        registry = CollectorRegistry()
-        registry.register(self)
         pause = FIRST_WRITE_SECONDS
         while True:
-            self.export(registry)
+            self.export()
             pause = FIRST_WRITE_SECONDS if self.changed.wait(pause) else WRITE_INTERVAL_SECONDS
             self.changed.clear()
 
@@ -207,26 +204,25 @@ class Exporter(threading.Thread):
         lines = ([*each.labels, printable(_TOKEN.sub("...", each.text), 200)] for each in last)
         return b"".join(LAST_ERROR + msgspec.json.encode(line) + b"\n" for line in lines)
 
-    def text(self, registry: CollectorRegistry) -> bytes:
+    def text(self) -> bytes:
         """All metrics and comments, in the format that Prometheus reads."""
         from prometheus_client import generate_latest
 
-        return generate_latest(registry) + self.comments()
+        return generate_latest(cast("Collector", self)) + self.comments()
 
-    def export(self, registry: CollectorRegistry) -> None:
+    def export(self) -> None:
         """Write the file once, and start or stop the server if the configuration has changed."""
         assert self._tables.config is not None  # or there would be no exporter
         metrics = self._tables.config.metrics
         textfile, listen = ((s or "").replace("{table}", self._table) for s in (metrics.textfile, metrics.listen))
-        text = partial(self.text, registry)
         if textfile:
-            self._guarded(f"metrics.textfile {textfile}", lambda: replace_file(textfile, text(), mode=0o644))
+            self._guarded(f"metrics.textfile {textfile}", lambda: replace_file(textfile, self.text(), mode=0o644))
         if self._server is not None and self._server.listen != listen:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
         if listen and self._server is None:
-            self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, text))
+            self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, self.text))
 
     def _guarded(self, what: str, action: Callable[[], Any]) -> Any:  # noqa: ANN401 - that of the action
         backoff = self._backoffs.setdefault(what, Backoff(what, f"retrying every {WRITE_INTERVAL_SECONDS:.0f} s"))

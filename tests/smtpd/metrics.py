@@ -7,7 +7,6 @@ import http.client
 import socket
 from types import SimpleNamespace
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from table_consul import __version__
@@ -99,12 +98,6 @@ def table_layout(name):
     if name == "..":
         raise ConfigError("no such name")
     return Table(name or "consul", deadline=2.0)
-
-
-def registered(collector):
-    registry = CollectorRegistry()
-    registry.register(collector)
-    return registry
 
 
 def fake_tables(*watches, counters=None, address="http://127.0.0.1:8500", textfile=None, listen=None):

@@ -7,7 +7,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from prometheus_client import generate_latest
 
 from table_consul.backoff import Backoff
 from table_consul.child import ChildError
@@ -17,7 +16,7 @@ from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.responder import SUMS_MAX, Counters
 from table_consul.sources.hold import ACCEPTED, Held
 from table_consul.sources.mirror import Mirror, Snapshot
-from tests.smtpd.metrics import fake_tables, parse_samples, registered, table_layout
+from tests.smtpd.metrics import fake_tables, parse_samples, table_layout
 
 
 def request(service="alias", op="lookup", table="aliases"):
@@ -99,7 +98,7 @@ def test_counters_can_be_read_while_requests_are_counted():
 
 
 def collect(tables):
-    return parse_samples(generate_latest(registered(Exporter("aliases", tables))).decode())
+    return parse_samples(Exporter("aliases", tables).text().decode())
 
 
 def watch(**more):

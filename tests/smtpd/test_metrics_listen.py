@@ -6,7 +6,6 @@ import contextlib
 import socket
 import stat
 import threading
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from table_consul import __version__
 from table_consul.metrics import CONNECTIONS_MAX, Exporter, Server
 from tests.dialogue import eventually
-from tests.smtpd.metrics import BUILD_INFO, connect, fake_tables, read_textfile, registered, scrape
+from tests.smtpd.metrics import BUILD_INFO, connect, fake_tables, read_textfile, scrape
 
 
 @pytest.fixture
@@ -24,14 +23,13 @@ def exporter():
 
     def make(tables, table="aliases"):
         exporter = Exporter(table, tables)
-        registry = registered(exporter)
-        made.append((exporter, tables, registry))
-        return lambda: exporter.export(registry)
+        made.append((exporter, tables))
+        return exporter.export
 
     yield make
-    for exporter, tables, registry in made:
+    for exporter, tables in made:
         tables.config.metrics = SimpleNamespace(textfile=None, listen=None)
-        exporter.export(registry)
+        exporter.export()
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def serve():
 
     def start(listen, **more):
         exporter = Exporter("aliases", fake_tables())
-        servers.append(Server(str(listen), partial(exporter.text, registered(exporter)), **more))
+        servers.append(Server(str(listen), exporter.text, **more))
 
     yield start
     for server in servers:

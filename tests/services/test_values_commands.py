@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
-from table_consul.services.elements import element_problem, is_plain_list, split_list
+from table_consul.services.elements import element_problem, is_plain_list, parse_element, split_list
 from tests.services.expansion import alias_type, expand_line_split, text_to_expandnode
 from tests.services.parsing import COMMANDS, TABLE, read, refusal
 from tests.services.strategies import ELEMENTS, LINES
@@ -181,6 +181,16 @@ def test_element_has_a_problem_where_smtpd_rejects_or_truncates_it(element):
     problem = element_problem(element)
     effect = "rejects" if kind is None else "delivers" if kind == "username" and b"@" in element else ""
     assert (problem is not None and f"smtpd {effect}" in problem) is bool(effect)
+
+
+@settings(deadline=None)
+@given(ELEMENTS)
+@example(b"|" + b"x" * 1020 + b"@example.org")
+@example(b'"|' + b"x" * 1023 + b'"')
+def test_element_is_parsed_as_by_smtpd(element):
+    kind, parsed = text_to_expandnode(element), parse_element(element)
+    names = {"filter": "command", "filename": "file", "username": "user"}
+    assert (parsed and parsed.kind) == names.get(kind, kind)
 
 
 @pytest.mark.parametrize("raw", [b"o'brien@example.org", b"gilles@example.org\\"])

@@ -375,11 +375,11 @@ class Regexes(Index):
         self._next, self._size = {}, 0
 
     def _find(self, key: bytes, seconds_left: SecondsLeft, /) -> bytes | None:
-        begun = seconds_left()
+        begun = seconds_left() if seconds_left else 0.0
         for each in self._sets:
             needed = each.size * len(key) * INSTRUCTION_SECONDS
             _check_time(needed, seconds_left)
-            if begun - seconds_left() + needed > self._seconds:
+            if seconds_left and begun - seconds_left() + needed > self._seconds:
                 raise EntryError(SLOW_NAME)
             if (entry := each.find(key)) is not None:
                 return entry

@@ -75,7 +75,7 @@ def _read_files(config: Config) -> Iterator[str]:
             unusable = True
             yield f"{at[key]}: {printable(path)}: {problem}"
     if not unusable and any(address.startswith("https://") for address in consul.addresses):
-        from table_consul.endpoint import tls_context
+        from table_consul.connection import tls_context
 
         try:
             tls_context(consul)

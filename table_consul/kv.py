@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from table_consul.body import OBJECTS, STRINGS, LargeObjectError, body_of, split_list
-from table_consul.endpoint import cause_of
+from table_consul.connection import cause_of
 from table_consul.errors import (
     UNDECODABLE,
     BadResponse,

@@ -25,7 +25,7 @@ import urllib3.exceptions
 
 from table_consul import __version__
 from table_consul.body import Read, body_of
-from table_consul.endpoint import CLIENT_CERTIFICATE, Endpoint, Exchange, cause_of, reason_of
+from table_consul.connection import CLIENT_CERTIFICATE, Endpoint, Exchange, cause_of, reason_of
 from table_consul.errors import (
     BadName,
     BadRequest,

@@ -31,10 +31,10 @@ PURE = sorted(
         "sources.hold",
         "sources.mirror",
         "sources.ranges",
-        "ctl.files",
-        "ctl.foreign",
+        "ctl.formats",
+        "ctl.maps",
         "ctl.lexer",
-        "ctl.expansion",
+        "ctl.loops",
         "ctl.records",
         "ctl.recipients",
     }

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from table_consul import config
-from table_consul.ctl import files, import_, main, writing
-from table_consul.ctl.files import LineProblem
+from table_consul.ctl import formats, import_, main, writing
+from table_consul.ctl.formats import LineProblem
 from table_consul.errors import SourceError, TableConsulError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table, fold_key
 from table_consul.services.entries import Entries
@@ -97,7 +97,7 @@ def _table(table: Table, service: Service, stored: Sequence[Stored]) -> Draft:
     """The entries as `export` writes them, with comments that list the entries left out."""
     path = table.path(service)
     entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
-    text, left_out = files.table_text(service, sorted(entries.values.items()))
+    text, left_out = formats.table_text(service, sorted(entries.values.items()))
     keys = {key: entries.original_case.get(key, key) for key in entries.values if key not in left_out}
     problems = [(key, error.text) for key, error in entries.errors.items() if key not in entries.incomplete]
     problems += [(key, "cannot be written in this format") for key in left_out]
@@ -163,7 +163,7 @@ class _Edit(NamedTuple):
         path, exported = self.table.path(self.service), self.form == "export"
         try:
             parsed = import_.parse(data, self.table, self.service, self.form, path.decode())
-        except (files.FormatError, SourceError) as error:
+        except (formats.FormatError, SourceError) as error:
             return none, [LineProblem(0, str(error))]
         if parsed.left_out:
             return none, [

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from table_consul import config
-from table_consul.ctl import files, writing
-from table_consul.ctl.files import FormatError
+from table_consul.ctl import formats, writing
+from table_consul.ctl.formats import FormatError
 from table_consul.ctl.main import NO, SERVICE, UNCUT, echo_problems, is_terminal, pass_config
 from table_consul.errors import counted, printable
 from table_consul.files import replace_file
@@ -99,7 +99,7 @@ def _table_text(table: Table, service: Service, stored: Sequence[Stored], *, ski
     """The text of the file, and the number of entries left out."""
     path = table.path(service)
     entries = Entries(table, service, ((each.key[len(path) :], each.value) for each in stored))
-    text, left_out = files.table_text(service, sorted(entries.values.items()))
+    text, left_out = formats.table_text(service, sorted(entries.values.items()))
     problems = [(error.key, error.text) for key, error in entries.errors.items() if key not in entries.incomplete]
     problems += [(path + key, "cannot be written to a file: table") for key in left_out]
     problems += entries.spelling

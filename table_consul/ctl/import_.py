@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from table_consul import config
-from table_consul.ctl import files, foreign, main, writing
-from table_consul.ctl.files import FormatError, LineProblem, ParsedFile
+from table_consul.ctl import formats, main, maps, writing
+from table_consul.ctl.formats import FormatError, LineProblem, ParsedFile
 from table_consul.errors import SourceError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table
 from table_consul.sources.export import iter_export
@@ -50,10 +50,10 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
 @click.option(
     "--format",
     "wanted",
-    type=click.Choice(files.FORMATS),
+    type=click.Choice(formats.FORMATS),
     default="auto",
     metavar="FORMAT",
-    help=f"{', '.join(files.FORMATS[:-1])} or {files.FORMATS[-1]}.",
+    help=f"{', '.join(formats.FORMATS[:-1])} or {formats.FORMATS[-1]}.",
 )
 @click.option("--from", "below", metavar="NAME", help="Import this folder of an export, or table of smtpd.conf.")
 @click.option("--record", is_flag=True, help="Write the users of a passwd file as JSON records.")
@@ -203,10 +203,10 @@ def _content(file: str) -> bytes:
 def parse(
     data: bytes, table: Table, service: Service, wanted: str, below: str | None = None, *, record: bool = False
 ) -> ParsedFile:
-    """The entries of a file in the format ``wanted``, one of `files.FORMATS`, for a service of the table.
+    """The entries of a file in the format ``wanted``, one of `formats.FORMATS`, for a service of the table.
 
     ``below`` is the folder of an export, or the table of an smtpd.conf, to import; ``record`` is for
-    `files.read_passwd`.
+    `formats.read_passwd`.
 
     Raises:
         FormatError: the file is not text, is not in this format, or could be in several.
@@ -217,20 +217,20 @@ def parse(
         line = data.count(b"\n", 0, nul) + 1
         raise FormatError(f"not text: line {line} contains a NUL byte (decompress the file, or convert it to UTF-8)")
     data = data.removeprefix(BOM_UTF8)  # of Windows editors
-    form = files.detect_format(data, service) if wanted == "auto" else wanted
+    form = formats.detect_format(data, service) if wanted == "auto" else wanted
     if form == "export":
         folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
-        return files.entries_of_export([*iter_export(io.BytesIO(data))], service, table.path(service), folder)
+        return formats.entries_of_export([*iter_export(io.BytesIO(data))], service, table.path(service), folder)
     if form == "conf":
-        return foreign.read_conf(data, service, table.name, below)
+        return maps.read_conf(data, service, table.name, below)
     if form == "transport" and service.name == "relayhost":
-        return foreign.read_transport(data)
+        return maps.read_transport(data)
     if form == "aliases" and service.name == "alias":
-        return foreign.without_domains(files.read_aliases(data, cautious=wanted == "auto"))
+        return maps.without_domains(formats.read_aliases(data, cautious=wanted == "auto"))
     if form == "passwd" and service.fields:
-        return files.read_passwd(data, service, record=record)
+        return formats.read_passwd(data, service, record=record)
     if form == "table":
-        return files.read_table(data, service)
+        return formats.read_table(data, service)
     raise FormatError(f"the format {form} is not for the service {service.name}")
 
 

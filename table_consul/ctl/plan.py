@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from table_consul.ctl import expansion, records
-from table_consul.ctl.files import FileEntry, LineProblem, ParsedFile
+from table_consul.ctl import loops, records
+from table_consul.ctl.formats import FileEntry, LineProblem, ParsedFile
 from table_consul.ctl.records import record_of
 from table_consul.errors import EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
@@ -296,8 +296,8 @@ class _Planner:
             if change.value is None:
                 after.pop(fold_key(key), None)
         delimiter = self._table.subaddress_delimiter.encode()
-        if found := dict(expansion.failures(after, delimiter)):
-            for key in found.keys() - dict(expansion.failures(before, delimiter)):
+        if found := dict(loops.failures(after, delimiter)):
+            for key in found.keys() - dict(loops.failures(before, delimiter)):
                 self._add_problem(self._now.original_case.get(key, key), found[key])
 
     @cached_property

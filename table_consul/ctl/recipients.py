@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from table_consul.ctl.expansion import EXPAND_DEPTH
+from table_consul.ctl.loops import EXPAND_DEPTH
 from table_consul.errors import EntryError, printable
 from table_consul.protocol import Failed, Found, Reply
 from table_consul.services import compiled

@@ -8,7 +8,7 @@ import click
 
 from table_consul import config
 from table_consul.ctl import main, writing
-from table_consul.ctl.files import FileEntry, ParsedFile
+from table_consul.ctl.formats import FileEntry, ParsedFile
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES
 

@@ -9,7 +9,7 @@ import click
 
 from table_consul import config
 from table_consul.ctl import main, writing
-from table_consul.ctl.files import ParsedFile
+from table_consul.ctl.formats import ParsedFile
 from table_consul.errors import printable
 from table_consul.services import SERVICES, fold_key
 

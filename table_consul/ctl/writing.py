@@ -26,7 +26,7 @@ from table_consul.errors import Forbidden, TableConsulError, counted, printable
 from table_consul.services import Service, Table, fold_key
 
 if TYPE_CHECKING:
-    from table_consul.ctl.files import LineProblem
+    from table_consul.ctl.formats import LineProblem
     from table_consul.ctl.plan import Change, Plan
     from table_consul.ctl.txn import Progress, Store
 

@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 
-from table_consul.endpoint import MAX_INTERIM
+from table_consul.connection import MAX_INTERIM
 from table_consul.errors import BadResponse, SourceError, Unreachable
 from tests.consul.clients import INVALID, ROOT, TRUE, failure
 from tests.fake_consul import Answer, entry

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from table_consul import endpoint
+from table_consul import connection
 from table_consul.errors import SourceError, TooManyConnections, Unreachable
 from table_consul.services import SERVICES, Table
 from table_consul.sources.direct import DirectSource
@@ -111,8 +111,8 @@ def test_environment_discloses_no_session_keys_and_does_not_block(secure, connec
 
 
 def test_unusable_tls_file_is_parsed_once_a_version(secure, connect, authority, tmp_path, monkeypatch):
-    parsed, honest = [], endpoint.tls_context
-    monkeypatch.setattr(endpoint, "tls_context", lambda settings: (parsed.append(settings), honest(settings))[1])
+    parsed, honest = [], connection.tls_context
+    monkeypatch.setattr(connection, "tls_context", lambda settings: (parsed.append(settings), honest(settings))[1])
     path = tmp_path / "ca.pem"
     client = connect(secure.address, tls_server_name="consul.example", ca_file=str(path))
     for text, error in (("no certificate", str(path)), ("none either", str(path))):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from table_consul.ctl import files, import_, plan
-from table_consul.ctl.files import FileEntry, ParsedFile
+from table_consul.ctl import formats, import_, plan
+from table_consul.ctl.formats import FileEntry, ParsedFile
 from table_consul.ctl.plan import Change, Stored
 from table_consul.services import SERVICES
 from table_consul.services.entries import Entries
@@ -319,7 +319,7 @@ def test_import_of_an_export_changes_nothing(entries, name):
     service = SERVICES[name]
     there = stored(service, entries.items())
     exported = [(each.key, each.value, each.flags) for each in there]
-    again = files.entries_of_export(exported, service, TABLE.path(service))
+    again = formats.entries_of_export(exported, service, TABLE.path(service))
     made = plan.plan(TABLE, service, again, there, prune=True)
     assert (made.changes, made.problems) == ([], [])
 
@@ -328,7 +328,7 @@ def test_import_of_an_export_changes_nothing(entries, name):
 def test_import_of_a_table_file_changes_nothing(entries, name):
     service = SERVICES[name]
     there = stored(service, entries.items())
-    text, _ = files.table_text(service, sorted(Entries(TABLE, service, entries.items()).values.items()))
+    text, _ = formats.table_text(service, sorted(Entries(TABLE, service, entries.items()).values.items()))
     again = import_.parse(text, TABLE, service, "auto")
     assert again.problems == []
     made = plan.plan(TABLE, service, again, there)

@@ -1,13 +1,13 @@
 """Read tables of other formats: inline tables of smtpd.conf(5), and Postfix's virtual(5) and transport(5) maps.
 
-Pure, like files.py. A line without an equivalent in smtpd is a problem, never a guess.
+Pure, like formats.py. A line without an equivalent in smtpd is a problem, never a guess.
 """
 
 from __future__ import annotations
 
 import re
 
-from table_consul.ctl.files import (
+from table_consul.ctl.formats import (
     FileEntry,
     FormatError,
     LineProblem,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from table_consul.ctl.files import read_passwd
+from table_consul.ctl.formats import read_passwd
 from table_consul.services import SERVICES
 from tests.ctl.parsed import CREDENTIALS, HASH, USERINFO, pairs, problems, read
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from table_consul.ctl import files
-from table_consul.ctl.files import FormatError, read_aliases
+from table_consul.ctl import formats
+from table_consul.ctl.formats import FormatError, read_aliases
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES
 from table_consul.sources.export import export_entry
@@ -45,12 +45,12 @@ contents = st.binary(max_size=300) | st.lists(
     ],
 )
 def test_mapping_line_is_read_as_smtpd_reads_it(line, key, value):
-    assert pairs(files.read_table(line + b"\n", STRING)) == [(key, value)]
+    assert pairs(formats.read_table(line + b"\n", STRING)) == [(key, value)]
 
 
 def test_file_without_values_is_a_list_of_whole_lines():
     text = b"# domains\n\n  example.org  \n*.Example.NET\n\t# more\nexample.com"
-    assert pairs(files.read_table(text, DOMAIN)) == [
+    assert pairs(formats.read_table(text, DOMAIN)) == [
         (b"example.org", b""),
         (b"*.example.net", b""),
         (b"example.com", b""),
@@ -58,11 +58,11 @@ def test_file_without_values_is_a_list_of_whole_lines():
 
 
 def test_list_comment_forces_a_list():
-    assert pairs(files.read_table(b"#  @list \na b\nc: d\n", STRING)) == [(b"a b", b""), (b"c: d", b"")]
+    assert pairs(formats.read_table(b"#  @list \na b\nc: d\n", STRING)) == [(b"a b", b""), (b"c: d", b"")]
 
 
 def test_list_comment_after_the_first_entry_is_ignored():
-    assert pairs(files.read_table(b"a b\n# @list\nc d\n", STRING)) == [(b"a", b"b"), (b"c", b"d")]
+    assert pairs(formats.read_table(b"a b\n# @list\nc d\n", STRING)) == [(b"a", b"b"), (b"c", b"d")]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_list_comment_after_the_first_entry_is_ignored():
     ],
 )
 def test_bad_table_line_is_a_problem_with_its_number(text, line, expected):
-    assert expected in problems(files.read_table(text, STRING))[line]
+    assert expected in problems(formats.read_table(text, STRING))[line]
 
 
 @pytest.mark.parametrize("host", [b"[smtp.example.net]", b"smtp.example.net"])
@@ -102,7 +102,7 @@ def test_relay_credentials_without_a_port_are_read_as_smtpd_reads_them(line, val
 
 
 def test_list_for_a_service_with_values_is_one_problem():
-    assert list(problems(files.read_table(b"\nroot\neric\ngilles\n", ALIAS))) == [2]
+    assert list(problems(formats.read_table(b"\nroot\neric\ngilles\n", ALIAS))) == [2]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_export_entries_are_read_back_unchanged():
     ],
 )
 def test_detect_format_recognizes_each_format(text, service, name):
-    assert files.detect_format(text, SERVICES[service]) == name
+    assert formats.detect_format(text, SERVICES[service]) == name
 
 
 @pytest.mark.parametrize(
@@ -317,19 +317,19 @@ def test_hash_with_fields_after_it_is_a_passwd_line(service, password, rest):
     "rest", [b":5000:5000", b":5000:5000:", b":5000:5000::", b":5000:5000::/srv/eric", b"::::/srv/eric"]
 )
 def test_ids_after_a_password_make_a_passwd_line(password, rest):
-    assert files.detect_format(b"eric:" + password + rest, CREDENTIALS) == "passwd"
+    assert formats.detect_format(b"eric:" + password + rest, CREDENTIALS) == "passwd"
 
 
 @pytest.mark.parametrize("data", [b'{"a": 1}', b' {"a":\n "b"}\n', b'["a", "b"]\n', b"{}"])
 @pytest.mark.parametrize("service", ["alias", "domain", "credentials"])
 def test_detect_format_rejects_other_json(data, service):
     with pytest.raises(FormatError, match="JSON, but not the output of `consul kv export`"):
-        files.detect_format(data, SERVICES[service])
+        formats.detect_format(data, SERVICES[service])
 
 
 def test_detect_format_rejects_lines_that_fit_two_formats():
     with pytest.raises(FormatError, match="passwd entries in 1 of 2 lines"):
-        files.detect_format(b"vera:*:1:1::/home/vera:/bin/sh\neric 1:1:/home/eric\n", USERINFO)
+        formats.detect_format(b"vera:*:1:1::/home/vera:/bin/sh\neric 1:1:/home/eric\n", USERINFO)
 
 
 def _tar():
@@ -363,7 +363,7 @@ def test_byte_order_mark_is_not_part_of_the_first_key():
 
 @given(contents, st.sampled_from([SERVICES[name] for name in ("alias", "domain", "userinfo", "string", "credentials")]))
 def test_any_file_gives_entries_and_problems_with_existing_lines(data, service):
-    for wanted in files.FORMATS:
+    for wanted in formats.FORMATS:
         if (wanted == "passwd" and not service.fields) or (wanted == "aliases" and service != ALIAS):
             continue
         try:
@@ -397,7 +397,7 @@ consul_keys = texts.map(lambda key: key.decode(errors="ignore").encode().lower()
 )
 def test_table_text_is_read_back_unchanged(entries, name):
     service = SERVICES[name]
-    text, left_out = files.table_text(service, entries.items())
+    text, left_out = formats.table_text(service, entries.items())
     expected = {key: value for key, value in entries.items() if key not in left_out}
     parsed = read(text, service, "auto")
     found = dict(pairs(parsed))
@@ -409,11 +409,11 @@ def test_table_text_is_read_back_unchanged(entries, name):
 
 
 def test_table_text_for_a_service_of_lists_has_no_values():
-    assert files.table_text(DOMAIN, [(b"a", b"x"), (b"b", b"")]) == (b"# @list\na\nb\n", [])
+    assert formats.table_text(DOMAIN, [(b"a", b"x"), (b"b", b"")]) == (b"# @list\na\nb\n", [])
 
 
 def test_table_text_marks_a_list_that_looks_like_a_mapping():
-    assert files.table_text(STRING, [(b"a b", b""), (b"c", b"")]) == (b"# @list\na b\nc\n", [])
+    assert formats.table_text(STRING, [(b"a b", b""), (b"c", b"")]) == (b"# @list\na b\nc\n", [])
 
 
 @pytest.mark.parametrize(
@@ -430,4 +430,4 @@ def test_table_text_marks_a_list_that_looks_like_a_mapping():
     ],
 )
 def test_table_text_names_the_keys_it_cannot_hold(key, value):
-    assert files.table_text(ALIAS, [(b"root", b"gilles"), (key, value)]) == (b"root:\tgilles\n", [key])
+    assert formats.table_text(ALIAS, [(b"root", b"gilles"), (key, value)]) == (b"root:\tgilles\n", [key])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from table_consul.ctl.files import FormatError, read_aliases
+from table_consul.ctl.formats import FormatError, read_aliases
 from table_consul.services import SERVICES
 from tests.ctl.importing import entries, importer
 from tests.ctl.parsed import ALIAS, CREDENTIALS, DOMAIN, STRING, pairs, problems, read

@@ -99,6 +99,20 @@ def test_upgrade_does_not_disturb_the_running_smtpd(host, consul):
 
 
 @pytest.mark.timeout(120)
+def test_upgrade_does_not_follow_a_link_of_smtpd_s_user(host):
+    """Before the package, an administrator may have given /var/lib/table-consul to that user."""
+    host.stop()
+    host.sh("""
+        rm -r /var/lib/table-consul/snapshots
+        chown opensmtpd:opensmtpd /var/lib/table-consul
+        su -s /bin/sh opensmtpd -c 'ln -s /etc/mail /var/lib/table-consul/snapshots'
+        dpkg --install /mnt/new.deb
+    """)
+    assert host.sh("stat -c '%U:%G %a' /etc/mail /var/lib/table-consul") == "root:root 755\n" * 2
+    assert host.sh(OWNERS) == "root:opensmtpd 640\nroot:opensmtpd 770\n"
+
+
+@pytest.mark.timeout(120)
 def test_removed_dependency_defers_mail_and_smtpd_keeps_running(host, consul):
     host.stop()
     host.sh("dpkg --remove --force-depends python3-msgspec")

@@ -343,12 +343,13 @@ class Writer(NamedTuple):
                 steps.close()  # which logs what is written
             if number and not written and isinstance(error, Forbidden):  # other errors may leave a write unconfirmed
                 saves.discard(self.options.undo_folder, number)
-            if begun and (written or prepare):
-                keys = counted(len(changes), "key", "keys")
-                click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
             if self.options.as_json:
                 with contextlib.suppress(OSError):  # standard output may be what failed
                     click.echo(self.document(changes, written, conflicts, refused=refused))
+            if begun and (written or prepare):
+                keys = counted(len(changes), "key", "keys")
+                with contextlib.suppress(OSError):  # the terminal may be closed
+                    click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
             raise
         return main.FAILED if conflicts else 0
 

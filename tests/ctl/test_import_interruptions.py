@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import click
 import pytest
 
 from table_consul.ctl import txn
@@ -203,6 +205,24 @@ def test_termination_is_reported_and_logged_as_an_interrupt(consul, between, mon
     assert (done.status, "interrupted: 64 of 100 keys written" in done.said) == (2, True)
     assert json.loads(done.text)["written"] == len(entries(consul)) == 64
     assert [text.partition(": ")[2] for text in logged] == ["import aliases alias: 64 added, 0 changed, 0 removed"]
+
+
+def test_json_report_is_written_after_the_terminal_has_been_closed(consul, between, monkeypatch):
+    echo, former = click.echo, signal.signal(signal.SIGHUP, lambda *_: None)
+
+    def closed(text, *, err=False):
+        if err:
+            raise OSError(errno.EIO, "Input/output error")
+        echo(text)
+
+    def close():
+        monkeypatch.setattr(click, "echo", closed)
+        signal.raise_signal(signal.SIGHUP)
+
+    between(2, close)
+    done = importer(consul, "aliases", "alias", "-", "--json", stdin=alias_lines(100))
+    signal.signal(signal.SIGHUP, former)
+    assert (done.status, json.loads(done.text)["written"]) == (2, 64)
 
 
 def test_hangup_that_nohup_ignores_does_not_interrupt(consul, between):

@@ -146,7 +146,7 @@ class Server:
         elif cause is None or isinstance(cause, TableConsulError):
             self._warn_once(reply.reason)
         else:
-            self._log_traceback(cause, secret=request.service == "auth")
+            self._log_traceback(cause, secret=request.service in ("auth", "credentials"))
 
     def _begin(self, events: list[Event]) -> None:
         """Note the table's name when the dialect is known, at the end of the handshake or with the first request."""
@@ -192,7 +192,7 @@ class Server:
             log.warning("%s", text)
 
     def _log_traceback(self, error: BaseException, *, secret: bool = False) -> None:
-        """Log each kind of exception once; if ``secret``, without its text, which may contain the key: a password."""
+        """Log each kind of exception once; if ``secret``, without its text, which may contain a password."""
         at = error.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next

@@ -149,6 +149,14 @@ def test_log_of_an_exception_contains_no_password(caplog):
     assert ("KeyError at " in caplog.text, __file__ in caplog.text, "hunter2" in caplog.text) == (True, True, False)
 
 
+def test_log_of_an_exception_contains_no_value_of_credentials(caplog):
+    def lookup(*_):
+        raise ValueError("gilles:$6$hash is not a hash")
+
+    replies_to(LOOKUPS.replace(b"|alias|", b"|credentials|"), caplog, services=["credentials"], lookup=lookup)
+    assert ("ValueError at " in caplog.text, "$6$hash" in caplog.text) == (True, False)
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), GeneratorExit()])
 def test_exception_that_would_end_the_process_is_an_error(error, caplog):
     def lookup(*_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
@@ -12,7 +13,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from table_consul import kv
-from table_consul.errors import printable
+from table_consul.errors import SourceError, printable
 from table_consul.services import Table
 from table_consul.sources import mirror
 from table_consul.sources.mirror import QueryState
@@ -52,7 +53,8 @@ class Query(threading.Thread):
         """It waits on the index of the whole table, which may be above its own."""
         self._answers = answers
         self._questions: queue.SimpleQueue[Callable[[], kv.Response] | None] = queue.SimpleQueue()
-        self.start()
+        with contextlib.suppress(RuntimeError):  # a limit of processes or memory; `ask` reports it
+            self.start()
 
     def ask(self, table: Table, most_wait: float, *, keys: bool, separator: str | None) -> None:
         """Send a query for changes after the latest index; ``keys``, ``separator`` as in `kv.Client.blocking_query`."""
@@ -62,6 +64,10 @@ class Query(threading.Thread):
         # an agent's max_query_time ended it, the range's own index would look as if it went backwards.
         state = replace(self.state, gap=self.first)
         self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
+        if not self.is_alive():
+            text = "cannot start another thread"
+            self._answers.put((self, SourceError(text, "raise the limit of processes or memory for smtpd")))
+            return
         ask = partial(self.client.blocking_query, self.prefix, keys=keys, separator=separator)
         self._questions.put(partial(ask, index=self.state.index, wait=self.wait, timeout=table.deadline))
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import EntryError, Forbidden
-from table_consul.sources import ranged, watch
+from table_consul.sources import queries, ranged, watch
 from tests.consul.watch.ranges.ranged_tables import (
     NAMES,
     ended,
@@ -88,6 +88,30 @@ def test_server_that_refuses_a_range_causes_no_outage(fake, mirrored, caplog, re
     for number, name in enumerate((b"a1", b"c1", b"f1")):
         fake.put(ALIAS + name, b"%d" % number)
         becomes(source, b"%d" % number, name)
+    assert lines(caplog) == []
+
+
+def test_table_is_watched_as_a_whole_if_threads_cannot_start(fake, mirrored, caplog, monkeypatch):
+    start, starts = queries.Query.start, []
+
+    def start_two(query):
+        starts.append(query)
+        if len(starts) > 2:
+            raise RuntimeError("can't start new thread")
+        start(query)
+
+    monkeypatch.setattr(queries.Query, "start", start_two)
+    monkeypatch.setattr(watch, "RANGED_SECONDS", 60.0)
+    caplog.set_level(logging.INFO)
+    source = mirrored(fake.address)
+    for _ in eventually("the table is watched as a whole", 10):
+        if any("reading the whole table: cannot start another thread" in line for line in lines(caplog, logging.INFO)):
+            break
+    for number, name in enumerate((b"a1", b"c1", b"f1")):
+        fake.put(ALIAS + name, b"%d" % number)
+        becomes(source, b"%d" % number, name)
+    time.sleep(0.5)
+    assert len(lists(fake)) < 10
     assert lines(caplog) == []
 
 

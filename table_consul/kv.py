@@ -294,8 +294,17 @@ class Client:
         """The address in use, for a log line."""
         return self.transport.address
 
-    def get(self, key: bytes, *, timeout: float) -> Pair | None:
-        """The entry of exactly this key; None if Consul proves that there is none."""
+    @property
+    def stale(self) -> bool:
+        """Whether any server may answer, which proves no absence."""
+        return bool(self._library.consistency == "stale")
+
+    def get(self, key: bytes, *, timeout: float, proven: bool = True) -> Pair | None:
+        """The entry of exactly this key; None if there is none, which without ``proven`` may be wrong.
+
+        A server that has just started, and a new leader, answer before they have read their log: entries look absent.
+        Only a consistent read waits for that, so it repeats a read that finds nothing, even with `stale`.
+        """
 
         def read(response: Response) -> Pair | None:
             if response.absent:
@@ -305,7 +314,11 @@ class Client:
                 raise response.bad("returned a different key from the one requested")
             return pairs[0]
 
-        return self._read(read, key, timeout)
+        by = time.monotonic() + timeout
+        pair = self._read(read, key, timeout)
+        if pair is not None or not proven or self._library.consistency == "consistent":
+            return pair
+        return self._read(read, key, by - time.monotonic(), consistency="consistent")
 
     def blocking_query(
         self,
@@ -367,23 +380,29 @@ class Client:
         """Every key below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
         return self._complete(prefix, *self.visible_keys(prefix, timeout=timeout))
 
-    def visible(self, prefix: bytes, *, timeout: float) -> tuple[Sequence[Pair], bool]:
-        """The entries below the prefix that the token may read, and whether an ACL hides others."""
+    def visible(self, prefix: bytes, *, timeout: float, proven: bool = False) -> tuple[Sequence[Pair], bool]:
+        """The entries below the prefix that the token may read, and whether an ACL hides others.
+
+        ``proven``: even with `stale` none is missing.
+        """
 
         def read(response: Response) -> tuple[Sequence[Pair], bool]:
             return [*chain.from_iterable(response.pairs())], response.filtered
 
-        return self._read(read, prefix, timeout, recurse=True)
+        return self._read(read, prefix, timeout, recurse=True, **self._consistency(proven=proven))
 
-    def visible_keys(self, prefix: bytes, *, timeout: float) -> tuple[Sequence[bytes], bool]:
-        """The keys below the prefix that the token may read, and whether an ACL hides others."""
+    def visible_keys(self, prefix: bytes, *, timeout: float, proven: bool = False) -> tuple[Sequence[bytes], bool]:
+        """As `visible`, without the values."""
 
         def read(response: Response) -> tuple[Sequence[bytes], bool]:
             names = [] if response.absent else response.decoded(_NAMES)
             response.check_below(names)
             return [name.encode() for name in names], response.filtered
 
-        return self._read(read, prefix, timeout, keys=True)
+        return self._read(read, prefix, timeout, keys=True, **self._consistency(proven=proven))
+
+    def _consistency(self, *, proven: bool) -> dict[str, str]:
+        return {} if self.stale and not proven else {"consistency": "consistent"}
 
     def hides_keys(self, prefix: bytes, *, timeout: float) -> bool:
         """Whether Consul reports that an ACL hides keys below the prefix (from 1.11 on, to requests with a token)."""
@@ -425,11 +444,12 @@ class Client:
         raise AssertionError
 
     def _ask(self, key: bytes, timeout: float, held: float = 0.0, *, steps: bool = False, **options: Any) -> Response:  # noqa: ANN401 - the library's
-        """Request a key; with ``options``, the keys below a prefix, which unlike a key may be empty or end in /."""
-        if not is_url_safe(key.removesuffix(b"/") if options else key) and (key or not options):
+        """Request a key, or the keys below a prefix, which unlike a key may be empty or end in /."""
+        lists = not options.keys().isdisjoint(("keys", "recurse"))
+        if not is_url_safe(key.removesuffix(b"/") if lists else key) and (key or not lists):
             raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
-        raw = self._send(lambda: self._library.kv.get(name, **options)._replace(compress=bool(options)), timeout, held)
+        raw = self._send(lambda: self._library.kv.get(name, **options)._replace(compress=lists), timeout, held)
         return Response(self, raw, key, steps=steps)
 
     def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:

@@ -40,7 +40,7 @@ class DirectSource:
         self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
         self._next_refusal_log: dict[bytes, float] = {}
-        self._cache: dict[tuple[str, str], tuple[float, Entries, SourceError | None]] = {}
+        self._cache: dict[tuple[str, str, bool], tuple[float, Entries, SourceError | None]] = {}
         self._original_cases: dict[bytes, tuple[float, Mapping[bytes, bytes] | TooLarge]] = {}
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
@@ -53,7 +53,10 @@ class DirectSource:
         """
         path = table.path(service)
         if key is None or service.patterns:
-            entries, hidden = self._list(table, service, path, deadline, cached=key is not None)
+            cached = key is not None
+            entries, hidden = self._list(table, service, path, deadline, cached=cached)
+            if hidden is None and self._client.stale and not holds_answer(entries, key):
+                entries, hidden = self._list(table, service, path, deadline, cached=cached, proven=True)
             if hidden is not None and not holds_answer(entries, key):
                 raise hidden.with_traceback(None)
             return entries
@@ -109,23 +112,24 @@ class DirectSource:
         return [] if pair is None else [(key, pair.value)]
 
     def _list(
-        self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool
+        self, table: Table, service: Service, path: bytes, deadline: float, *, cached: bool, proven: bool = False
     ) -> tuple[Entries, SourceError | None]:
-        """All entries, and an error if some are missing."""
-        until, former, error = self._cache.get((table.name, service.name), (0.0, None, None))
+        """All entries, and an error if some are missing; ``proven`` as in `kv.Client.visible`."""
+        until, former, error = self._cache.get((table.name, service.name, proven), (0.0, None, None))
         began = self._clock()
         if former is not None and began < until and (cached or isinstance(error, TooLarge)):
             return former, error
         pairs: Sequence[kv.Pair] = ()
         try:
-            pairs, hides = self._ask(path, deadline, lambda left: self._client.visible(path, timeout=left))
+            read = lambda left: self._client.visible(path, timeout=left, proven=proven)  # noqa: E731
+            pairs, hides = self._ask(path, deadline, read)
             error = Forbidden(f"Consul hides keys under {printable(path)} from the token") if hides else None
             if not pairs:
-                self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
+                self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left, proven=False))
         except TooLarge as too_large:
             error = too_large
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))
-        self._cache[table.name, service.name] = (self._expiry(began), entries, error)
+        self._cache[table.name, service.name, proven] = (self._expiry(began), entries, error)
         logged = set() if former is None else set(former.problems)
         warn_of_problems(table.name, [problem for problem in entries.problems if problem not in logged])
         return entries, error
@@ -141,7 +145,8 @@ class DirectSource:
         began = self._clock()
         if began >= until:
             try:
-                keys, _ = self._ask(path, deadline, lambda left: self._client.visible_keys(path, timeout=left))
+                read = lambda left: self._client.visible_keys(path, timeout=left, proven=True)  # noqa: E731
+                keys, _ = self._ask(path, deadline, read)
                 stored = (key[len(path) :] for key in reversed(keys))  # the first variant takes precedence
                 found = {fold_key(key): key for key in stored if fold_key(key) != key}
             except TooLarge as error:

@@ -11,6 +11,7 @@ class Client:
     """Returns values or raises errors; each read takes `takes` seconds of its own clock."""
 
     address = "http://consul:8500"
+    stale = False
 
     def __init__(self):
         self.now = 100.0
@@ -33,15 +34,15 @@ class Client:
         if error is not None:
             raise error
 
-    def get(self, key, *, timeout):
+    def get(self, key, *, timeout, proven=True):
         self._take("get", key, timeout)
         return Pair(key.decode(), self.store[key], 1) if key in self.store else None
 
-    def visible(self, prefix, *, timeout):
+    def visible(self, prefix, *, timeout, proven=False):
         self._take("list", prefix, timeout)
         return [Pair(k.decode(), v, 1) for k, v in sorted(self.store.items()) if k.startswith(prefix)], self.hides
 
-    def visible_keys(self, prefix, *, timeout):
+    def visible_keys(self, prefix, *, timeout, proven=False):
         self._take("keys", prefix, timeout)
         return [key for key in sorted(self.store) if key.startswith(prefix)], self.hides
 

@@ -6,13 +6,15 @@ import contextlib
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.config import ConsulConfig
 from table_consul.errors import Forbidden, SourceError
 from table_consul.services import SERVICES, Table
 from table_consul.sources.direct import DirectSource
-from tests.fake_consul import VERSIONS, FakeConsul
+from tests.consul.clients import TRUE
+from tests.fake_consul import VERSIONS, Answer, FakeConsul
 
 TABLE = Table("aliases", prefix="mail", deadline=2.0)
 ALIAS, USERS = b"mail/aliases/alias/", b"mail/aliases/userinfo/"
@@ -87,3 +89,28 @@ def test_name_that_consul_refuses_is_an_error_and_others_are_answered(direct, fa
         with pytest.raises(SourceError, match="rejects the name"):
             lookup(direct, b"u%20x")
     assert lookup(direct, b"root") == b"gilles"
+
+
+@pytest.mark.parametrize("consistency", ["default", "stale"])
+def test_server_that_has_not_read_its_log_yet_makes_no_key_absent(fake, consistency):
+    def starting(request):
+        if "consistent" in request.params:
+            return fake.consul(request)
+        return Answer(404, TRUE)
+
+    fake.put(b"mail/aliases/alias/Vera", b"eric")
+    fake.put(b"mail/aliases/mailaddr/@example.org", b"")
+    fake.put(b"mail/aliases/source/192.0.2.1", b"")
+    fake.handle = starting
+    direct = DirectSource(kv.Client(ConsulConfig(addresses=(fake.address,), consistency=consistency)))
+
+    def found(service, key, table=TABLE):
+        return direct.entries(table, SERVICES[service], key, time.monotonic() + 2)
+
+    assert found("alias", b"root").lookup(b"root") == b"gilles"
+    assert found("alias", b"nobody").lookup(b"nobody") is None
+    assert found("alias", b"vera", replace(TABLE, mode="mirror")).lookup(b"vera") == b"eric"
+    assert found("mailaddr", b"x@example.org").find(b"x@example.org") is not None
+    assert found("mailaddr", b"x@example.net").find(b"x@example.net") is None
+    assert [*found("source", None).values] == [b"192.0.2.1"]
+    direct.close()

@@ -98,8 +98,9 @@ def test_datacenter_namespace_partition_and_consistency_are_parameters(fake, con
     fake.handle = lambda request: Answer(404, TRUE)
     client = connect(fake.address, datacenter="dc 1&x", namespace="ns", partition="p", consistency="stale")
     client.get(ROOT, timeout=1)
-    expected = {"dc": "dc 1&x", "ns": "ns", "partition": "p", "stale": "1"}
-    assert fake.requests[-1].params == expected
+    scope = {"dc": "dc 1&x", "ns": "ns", "partition": "p"}
+    expected = scope | {"stale": "1"}
+    assert [request.params for request in fake.requests] == [expected, scope | {"consistent": "1"}]
     client.list(b"consul/", timeout=1)
     assert fake.requests[-1].params == expected | {"recurse": "1"}
     connect(fake.address, consistency="consistent").keys(b"consul/", timeout=1)

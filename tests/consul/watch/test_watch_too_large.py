@@ -56,7 +56,7 @@ def test_table_that_grows_too_large_is_read_directly_until_it_shrinks(fake, sour
         if one.too_large:
             break
     asked = len(fake.requests)
-    assert (ask_table(source), ask_table(source, b"4"), len(fake.requests) - asked) == (b"gilles", None, 2)
+    assert (ask_table(source), ask_table(source, b"4"), len(fake.requests) - asked) == (b"gilles", None, 3)
     fake.delete(ALIAS + b"one too many")
     source.update()
     for _ in eventually("no longer too large", 10):

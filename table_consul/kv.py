@@ -295,15 +295,15 @@ class Client:
         return self.transport.address
 
     @property
-    def stale(self) -> bool:
-        """Whether any server may answer, which proves no absence."""
-        return bool(self._library.consistency == "stale")
+    def consistency(self) -> str:
+        """The configured consistency of reads: ``default``, ``stale`` or ``consistent``."""
+        return str(self._library.consistency)
 
-    def get(self, key: bytes, *, timeout: float, proven: bool = True) -> Pair | None:
-        """The entry of exactly this key; None if there is none, which without ``proven`` may be wrong.
+    def get(self, key: bytes, *, timeout: float, proven: bool = False) -> Pair | None:
+        """The entry of exactly this key; None if there is none, which only ``proven`` proves.
 
         A server that has just started, and a new leader, answer before they have read their log: entries look absent.
-        Only a consistent read waits for that, so it repeats a read that finds nothing, even with `stale`.
+        Only a consistent read waits for that.
         """
 
         def read(response: Response) -> Pair | None:
@@ -314,11 +314,7 @@ class Client:
                 raise response.bad("returned a different key from the one requested")
             return pairs[0]
 
-        by = time.monotonic() + timeout
-        pair = self._read(read, key, timeout)
-        if pair is not None or not proven or self._library.consistency == "consistent":
-            return pair
-        return self._read(read, key, by - time.monotonic(), consistency="consistent")
+        return self._read(read, key, timeout, **({"consistency": "consistent"} if proven else {}))
 
     def blocking_query(
         self,
@@ -402,7 +398,7 @@ class Client:
         return self._read(read, prefix, timeout, keys=True, **self._consistency(proven=proven))
 
     def _consistency(self, *, proven: bool) -> dict[str, str]:
-        return {} if self.stale and not proven else {"consistency": "consistent"}
+        return {} if self.consistency == "stale" and not proven else {"consistency": "consistent"}
 
     def hides_keys(self, prefix: bytes, *, timeout: float) -> bool:
         """Whether Consul reports that an ACL hides keys below the prefix (from 1.11 on, to requests with a token)."""

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from table_consul import kv
@@ -55,7 +56,7 @@ class DirectSource:
         if key is None or service.patterns:
             cached = key is not None
             entries, hidden = self._list(table, service, path, deadline, cached=cached)
-            if hidden is None and self._client.stale and not holds_answer(entries, key):
+            if hidden is None and self._client.consistency == "stale" and not holds_answer(entries, key):
                 entries, hidden = self._list(table, service, path, deadline, cached=cached, proven=True)
             if hidden is not None and not holds_answer(entries, key):
                 raise hidden.with_traceback(None)
@@ -108,7 +109,10 @@ class DirectSource:
         if not kv.is_url_safe(path + key):
             # A transaction can write such a key (api-docs/txn), but no URL can read it.
             raise SourceError(f"{printable(path + key)}: cannot be read from Consul: no URL can contain this key")
-        pair = self._ask(path, deadline, lambda left: self._client.get(path + key, timeout=left), one_key=True)
+        read = partial(self._client.get, path + key)
+        pair = self._ask(path, deadline, lambda left: read(timeout=left), one_key=True)
+        if pair is None and self._client.consistency != "consistent":
+            pair = self._ask(path, deadline, lambda left: read(timeout=left, proven=True), one_key=True)
         return [] if pair is None else [(key, pair.value)]
 
     def _list(
@@ -125,7 +129,7 @@ class DirectSource:
             pairs, hides = self._ask(path, deadline, read)
             error = Forbidden(f"Consul hides keys under {printable(path)} from the token") if hides else None
             if not pairs:
-                self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left, proven=False))
+                self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
         except TooLarge as too_large:
             error = too_large
         entries = Entries(table, service, ((pair.key[len(path) :], pair.value) for pair in pairs))

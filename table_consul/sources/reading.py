@@ -50,7 +50,7 @@ def _why_hidden(client: kv.Client, table: Table, service: str, *, filtered: bool
     """
     path = table.path(SERVICES[service])
     try:
-        client.get(path + PROBE, timeout=table.deadline, proven=False)
+        client.get(path + PROBE, timeout=table.deadline)
         hides = filtered and client.hides_keys(path, timeout=table.deadline)
     except Forbidden as error:
         return Forbidden(f"the token may not read everything under {printable(path)}: {error}")
@@ -66,7 +66,7 @@ def _read_each(
         if not kv.is_url_safe(path + key):
             continue
         try:
-            yield key, client.get(path + key, timeout=table.deadline)
+            yield key, client.get(path + key, timeout=table.deadline, proven=True)
         except Forbidden as error:
             yield key, Forbidden(f"the token may not read everything under {printable(path)}: {error}")
         except BadName:

@@ -11,7 +11,7 @@ class Client:
     """Returns values or raises errors; each read takes `takes` seconds of its own clock."""
 
     address = "http://consul:8500"
-    stale = False
+    consistency = "consistent"
 
     def __init__(self):
         self.now = 100.0
@@ -34,7 +34,7 @@ class Client:
         if error is not None:
             raise error
 
-    def get(self, key, *, timeout, proven=True):
+    def get(self, key, *, timeout, proven=False):
         self._take("get", key, timeout)
         return Pair(key.decode(), self.store[key], 1) if key in self.store else None
 

@@ -100,6 +100,7 @@ def test_datacenter_namespace_partition_and_consistency_are_parameters(fake, con
     client.get(ROOT, timeout=1)
     scope = {"dc": "dc 1&x", "ns": "ns", "partition": "p"}
     expected = scope | {"stale": "1"}
+    client.get(ROOT, timeout=1, proven=True)
     assert [request.params for request in fake.requests] == [expected, scope | {"consistent": "1"}]
     client.list(b"consul/", timeout=1)
     assert fake.requests[-1].params == expected | {"recurse": "1"}

@@ -14,7 +14,7 @@ import msgspec
 from table_consul import __version__, config
 from table_consul.check import as_smtpd_user, check_files
 from table_consul.ctl import smtpdconf
-from table_consul.ctl.main import FAILED, NO, UNCUT, as_json, echo_problems, late_config, load_config
+from table_consul.ctl.main import FAILED, FILE, NO, UNCUT, as_json, echo_problems, late_config, load_config
 from table_consul.errors import (
     BadResponse,
     ConfigError,
@@ -58,7 +58,9 @@ class Finding(msgspec.Struct, frozen=True):
 
 @click.command("check")
 @click.argument("tables", metavar="[TABLE]...", nargs=-1)
-@click.option("--smtpd-conf", "path", metavar="PATH", help="Read this smtpd.conf, not the one that smtpd reads.")
+@click.option(
+    "--smtpd-conf", "path", type=FILE, metavar="PATH", help="Read this smtpd.conf, not the one that smtpd reads."
+)
 @as_json
 @late_config
 @click.pass_context

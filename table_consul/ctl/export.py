@@ -14,7 +14,7 @@ import click
 from table_consul import config
 from table_consul.ctl import formats, writing
 from table_consul.ctl.formats import FormatError
-from table_consul.ctl.main import NO, SERVICE, UNCUT, echo_problems, is_terminal, pass_config
+from table_consul.ctl.main import FILE, NO, SERVICE, UNCUT, echo_problems, is_terminal, pass_config
 from table_consul.errors import counted, printable
 from table_consul.files import replace_file
 from table_consul.services import SERVICES, Service, Table
@@ -30,7 +30,7 @@ FORMATS = ("table", "aliases", "export")
 @click.command("export")
 @click.argument("table_name", metavar="TABLE")
 @click.argument("service_name", metavar="SERVICE", type=SERVICE)
-@click.argument("file", metavar="[FILE]", default="-")
+@click.argument("file", type=FILE, metavar="[FILE]", default="-")
 @click.option(
     "--format",
     "wanted",

@@ -40,7 +40,7 @@ def _check_number(_context: click.Context, _option: click.Parameter, text: str |
 @click.command("import")
 @click.argument("table_name", metavar="TABLE")
 @click.argument("service_name", metavar="SERVICE", type=main.SERVICE)
-@click.argument("file", metavar="FILE")
+@click.argument("file", type=main.FILE, metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
 @click.option("--prune", is_flag=True, help="Remove entries that FILE does not have.")
 @click.option("--skip-refused", is_flag=True, help="Skip entries that smtpd could not use; write the rest.")

@@ -84,6 +84,8 @@ class Commands(click.Group):
 
 
 SERVICE = click.Choice(tuple(SERVICES))
+FILE = click.Path(readable=False)
+"""Makes the shell complete names of files; the file itself is checked where it is opened."""
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
@@ -93,7 +95,7 @@ def _choose_config(context: click.Context, _option: click.Parameter, path: str |
 
 
 # -c may also follow the command.
-late_config = click.option("-c", "--config", hidden=True, expose_value=False, callback=_choose_config)
+late_config = click.option("-c", "--config", type=FILE, hidden=True, expose_value=False, callback=_choose_config)
 
 
 def pass_config(function: Callable[..., int]) -> Callable[..., int]:
@@ -232,7 +234,7 @@ def echo_problems(problems: Sequence[tuple[str, str]], *, limit: int | None = No
     invoke_without_command=True,  # else click exits with 0 up to 8.1, and with 2 from 8.2 on
     subcommand_metavar="COMMAND [ARGS]...",
 )
-@click.option("-c", "--config", "path", metavar="CONFIG", help=f"Read CONFIG, not {config.DEFAULT_PATH}.")
+@click.option("-c", "--config", "path", type=FILE, metavar="CONFIG", help=f"Read CONFIG, not {config.DEFAULT_PATH}.")
 @click.option("--debug", is_flag=True, help="Log at level debug, with tracebacks of internal errors.")
 @click.version_option(__version__, "--version", message="table-consulctl %(version)s")
 @click.pass_context

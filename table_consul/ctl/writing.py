@@ -89,9 +89,12 @@ def options(function: Callable[..., int]) -> Callable[..., int]:
         default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
         return with_config(options=Options(token_file, as_json, undo_dir or default, not no_undo), **arguments)
 
-    help_text = "Save the replaced entries in PATH."
-    folder = click.option("--undo-dir", metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=help_text)
-    token_file = click.option("--token-file", metavar="PATH", help="Read the ACL token to write with from PATH.")
+    folder_help = "Save the replaced entries in PATH."
+    folder = click.option(
+        "--undo-dir", type=main.FILE, metavar="PATH", envvar="TABLE_CONSUL_UNDO_DIR", help=folder_help
+    )
+    file_help = "Read the ACL token to write with from PATH."
+    token_file = click.option("--token-file", type=main.FILE, metavar="PATH", help=file_help)
     no_undo = click.option("--no-undo", is_flag=True, help="Do not save the replaced entries.")
     return token_file(main.as_json(folder(no_undo(called))))
 

@@ -297,6 +297,26 @@ def test_examples_of_commands_are_accepted():
         command(words[0]).make_context(words[0], words[1:])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-c",
+        "query -c",
+        "check --smtpd-conf",
+        "import mail alias",
+        "import --token-file",
+        "set --undo-dir",
+        "export mail alias",
+    ],
+)
+def test_shell_completes_names_of_files(words):
+    """Without its own completion the shell does so everywhere."""
+    words = {"COMP_WORDS": f"table-consulctl {words} /et", "COMP_CWORD": str(len(words.split()) + 1)}
+    asked = {**os.environ, **words, "_TABLE_CONSULCTL_COMPLETE": "bash_complete"}
+    done = subprocess.run(CONTROL, env=asked, capture_output=True, text=True, check=False)
+    assert done.stdout == "file,/et\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_works_as_documented(shell):
     assert f"_TABLE_CONSULCTL_COMPLETE={shell}_source table-consulctl" in source("table-consulctl.8")

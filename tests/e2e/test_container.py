@@ -302,6 +302,31 @@ def test_missing_token_file_does_not_stop_smtpd(container, service, tmp_path):
         mail.stop()
 
 
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder of volumes, in which those for mail and on-disk snapshots belong to root and are read-only."""
+    folders = [tmp_path / "volumes" / name for name in ("var-vmail", "var-lib-table-consul")]
+    for path in folders:
+        (path / "snapshots").mkdir(parents=True)
+        cache.run("mount", "--bind", path, path)
+        cache.run("mount", "-o", "remount,bind,ro", path)
+    yield tmp_path / "volumes"
+    for path in folders:
+        cache.run("umount", path)
+
+
+def test_read_only_volumes_do_not_stop_smtpd(container, service, read_only, tmp_path):
+    mail = container(service=service, volumes=read_only)
+    consul = Consul(mail, tmp_path / "consul")
+    consul.wait_for_health()
+    consul("kv", "put", "consul/userinfo/*", "5000:5000:/var/vmail/%n")
+    mail.start()
+    mail.wait_for_health(said="250")
+    assert "chown: changing ownership of '/var/lib/table-consul/snapshots': Read-only file system" in mail.log
+    assert mail.send("root@mail.example.org", "later") == 250
+    wait_for(lambda: "result=TempFail" in mail.log, 20, lambda: mail.log)
+
+
 def bootstrapped(consul):
     try:
         consul.token = json.loads(consul("acl", "bootstrap", "-format=json"))["SecretID"]

@@ -99,13 +99,14 @@ def test_upgrade_does_not_disturb_the_running_smtpd(host, consul):
 
 
 @pytest.mark.timeout(120)
-def test_upgrade_does_not_follow_a_link_of_smtpd_s_user(host):
+@pytest.mark.parametrize("command", ["ln -s /etc/mail", "touch", "mkfifo", "mkdir -m 0777"])
+def test_upgrade_replaces_what_smtpd_s_user_left_for_the_folder_of_snapshots(host, command):
     """Before the package, an administrator may have given /var/lib/table-consul to that user."""
     host.stop()
-    host.sh("""
+    host.sh(f"""
         rm -r /var/lib/table-consul/snapshots
         chown opensmtpd:opensmtpd /var/lib/table-consul
-        su -s /bin/sh opensmtpd -c 'ln -s /etc/mail /var/lib/table-consul/snapshots'
+        su -s /bin/sh opensmtpd -c '{command} /var/lib/table-consul/snapshots'
         dpkg --install /mnt/new.deb
     """)
     assert host.sh("stat -c '%U:%G %a' /etc/mail /var/lib/table-consul") == "root:root 755\n" * 2

@@ -64,6 +64,8 @@ def pip() -> list[str]:
 
 def main(folder: str, extras: str, wheels: str) -> None:
     """Install into a folder every extra that lacks a package."""
+    if " " in sys.executable:  # in the first line of a program
+        sys.exit(f"PYTHON: {sys.executable} contains a space, so no program can start with it")
     project = tomllib.loads((HERE / "../../pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     chosen = list(filter(None, extras.split(",")))

@@ -238,6 +238,18 @@ def test_install_that_cannot_work_ends_with_the_reason(tree, tmp_path, python, e
 
 
 @pytest.mark.timeout(300)
+def test_python_that_no_program_can_start_with_is_refused(tree, tmp_path, monkeypatch):
+    """The first line of a program cannot quote the path of its Python, and smtpd exits if a table does not start."""
+    cache.run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "my python")
+    monkeypatch.setenv("PATH", f"{tmp_path}/my python/bin:/usr/bin:/bin")
+    command = ("make", "install", *variables(tmp_path / "usr"))
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    reason = f"PYTHON: {tmp_path}/my python/bin/python3 contains a space, so no program can start with it"
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, reason)
+    assert files_of(tmp_path / "usr") == set()
+
+
+@pytest.mark.timeout(300)
 def test_wheels_with_other_hashes_are_refused(tree, python, tmp_path):
     (tmp_path / "wheels").mkdir()
     for path in (tree.parent / "wheels").iterdir():

@@ -230,6 +230,24 @@ def test_next_group_with_the_number_of_smtpd_s_may_read_nothing(package, purge):
 
 
 @pytest.mark.timeout(300)
+def test_upgrade_leaves_the_folder_of_another_smtpd_alone(package):
+    """An OpenSMTPD that is not Debian's runs tables as _smtpd."""
+    with _or_skip():
+        host = deb.Host("7.6", CONF, {})
+    with contextlib.closing(host):
+        host.sh(f"""
+            {PARTS} mv /tmp/archives/*.deb /var/cache/apt/archives
+            {APT} purge opensmtpd
+            {APT} --no-install-recommends install /mnt/new.deb
+            groupadd --system _smtpd
+            chgrp _smtpd /etc/mail/table-consul.toml
+            install -d -g _smtpd -m 0770 /var/lib/table-consul/snapshots
+            dpkg --install /mnt/new.deb
+        """)
+        assert host.sh(OWNERS) == "root:_smtpd 640\nroot:_smtpd 770\n"
+
+
+@pytest.mark.timeout(300)
 def test_lintian_finds_no_problem(package):
     with bare.Layer(deb.build_root(), {"/mnt/deb": package.parent}) as layer:
         said = layer.run(f"lintian --allow-root --fail-on=error,warning /mnt/deb/{package.name}")

@@ -44,7 +44,7 @@ LEAST_LOSS_SHARE = 0.1
 
 
 class Publish(Protocol):
-    def __call__(self, *, confirmed: bool) -> None: ...
+    def __call__(self, confirmed: float | None = None) -> None: ...
 
 
 class Unsettled(Exception):
@@ -116,7 +116,7 @@ class Ranges:
     def run(self, publish: Publish) -> None:
         """Keep `snapshot` up to date until `interrupt`, or until `until`.
 
-        ``publish`` is called when it has changed, and when Consul has ``confirmed`` all of it.
+        ``publish`` is called when it has changed, and with the time up to which Consul has ``confirmed`` all of it.
 
         Raises:
             Unsettled: the whole table must be read.
@@ -127,15 +127,17 @@ class Ranges:
             for each in self._watched:
                 if each.due is not None and each.due <= now:
                     self._ask(each)
-            if self._answers.empty():
+            # Answers explain changes for less, but when a table is written all the time there is always one.
+            overdue = min(self._unexplained.values(), default=now) < now - self._table.deadline
+            if overdue or self._answers.empty():
                 late = [index for index, since in self._unexplained.items() if self._late_at(since) <= now]
                 if late and self._whole.prefix != self._prefix:
                     late = self._below(late)
-                    self._publish(confirmed=not self._unexplained)
+                    self._confirm()
                 if late or (self._list_at is not None and self._list_at <= now):
                     self._list_names()
                     self._settle(late)
-                    self._publish(confirmed=not self._unexplained)
+                    self._confirm()
             late_at = map(self._late_at, self._unexplained.values())
             moments = [self.until, self._list_at, *late_at, *(each.due for each in self._watched)]
             first = min((each for each in moments if each is not None), default=math.inf)
@@ -170,8 +172,15 @@ class Ranges:
         else:
             self._began = time.monotonic()
             self._process(query, answer)
-            if query is self._whole and not self._unexplained:
-                self._publish(confirmed=True)
+            if query is self._whole:
+                self._confirm()
+
+    def _confirm(self) -> None:
+        """Publish the snapshot as confirmed up to the oldest change that no range has shown.
+
+        If a key is rewritten again and again, there is always one: ranges show only the latest of its changes.
+        """
+        self._publish(min(self._unexplained.values(), default=time.monotonic()))
 
     def _process(self, query: Query, response: kv.Response) -> None:
         """Read a response if it brings anything new."""
@@ -289,7 +298,7 @@ class Ranges:
         self._list_at = at if self._list_at is None else min(at, self._list_at)
         if snapshot is not former:
             self.load_seconds = time.monotonic() - self._began
-            self._publish(confirmed=False)
+            self._publish()
 
     def _below(self, late: Iterable[int]) -> list[int]:
         """Those of these changes that are below the prefix; the name without the slash begins other names, too."""

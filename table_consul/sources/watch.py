@@ -271,11 +271,11 @@ class Watch(threading.Thread):
         if self._file.dirty:
             ranges.until = began + RANGED_WRITE_SECONDS
 
-        def publish(*, confirmed: bool) -> None:
+        def publish(confirmed: float | None = None) -> None:
             if self._stopped or self.mirror.state is None:
                 return
             (former, moment), snapshot = self.mirror.state, ranges.snapshot
-            self.mirror.state = (snapshot, time.monotonic() if confirmed else moment)
+            self.mirror.state = (snapshot, moment if confirmed is None else max(moment, confirmed))
             self.index, self.load_seconds = ranges.index, ranges.load_seconds
             changed = snapshot is not former
             if changed:

@@ -254,6 +254,17 @@ def test_entries_stay_confirmed_while_nothing_changes(fake, mirrored):
         time.sleep(0.05)
 
 
+def test_entries_stay_confirmed_while_one_key_is_rewritten_again_and_again(fake, mirrored):
+    table = replace(TABLE, max_age=1.5)
+    source = ranged_watch(fake, mirrored(fake.address, table))
+    ends, count = time.monotonic() + 3 * table.max_age, 0
+    while time.monotonic() < ends:
+        count += 1
+        fake.put(ALIAS + b"a2", b"%d" % count)
+        assert ask(source, b"a1") == b"old"
+        time.sleep(0.005)
+
+
 @pytest.mark.usefixtures("no_late_query")
 def test_edit_of_a_folder_whose_name_begins_alike_does_not_read_the_whole_table(fake, mirrored):
     for name in NAMES:

@@ -244,7 +244,8 @@ class Tables:
                 from table_consul.sources.watch import MirrorSource
             former = self._former.pop(table.name, None)
             mirrored = self._mirrors[table.name] = MirrorSource(table, self._connect(), former)
-            return mirrored
+            if not mirrored.by_service[service.name].too_large:
+                return mirrored
         return self._read_directly()
 
     def _connect(self) -> Callable[[], kv.Client]:

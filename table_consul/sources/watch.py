@@ -95,9 +95,13 @@ class Watch(threading.Thread):
         self._interrupt()
 
     def adopt(self, former: Watch) -> None:
-        """Start from the data of a stopped watch, as far as it watched the same entries."""
+        """Start from the data of a stopped watch, as far as it watched the same entries.
+
+        If there were too many, they are still read directly until this watch has listed them.
+        """
         if self.prefix != former.prefix:
             return
+        self.too_large = former.too_large
         self.backoff = copy.copy(former.backoff)  # so that the end of its outage is logged
         if (state := former.mirror.state) is not None:
             snapshot, confirmed = state
@@ -118,7 +122,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         try:
-            if self.mirror.state is None and (loaded := self._file.load()) is not None:
+            if self.mirror.state is None and not self.too_large and (loaded := self._file.load()) is not None:
                 snapshot, age = loaded
                 self.mirror.state = (snapshot, time.monotonic() - age)
         except Exception:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from table_consul import kv
-from table_consul.config import ConsulConfig
+from table_consul.config import Config, ConsulConfig
 from table_consul.errors import TooLarge
 from table_consul.sources.watch import MirrorSource
 from table_consul.tables import MAX_MIRRORED_TABLES
@@ -19,6 +20,7 @@ from tests.consul.watch.watching import (
     becomes,
     lines,
     settled,
+    written,
 )
 from tests.dialogue import eventually
 
@@ -66,6 +68,33 @@ def test_table_that_grows_too_large_is_read_directly_until_it_shrinks(fake, sour
     assert ask_table(source) == b"gilles"
     assert [request for request in fake.requests[asked:] if "recurse" not in request.params] == []
     assert "mail/aliases/: no longer too large, serving it from memory again" in lines(caplog)
+
+
+def test_update_of_an_unrelated_setting_keeps_reading_a_table_that_is_too_large_directly(fake, sources, copied):
+    table = replace(copied, max_keys=2)
+    source = sources(fake.address, table)
+    assert ask_table(source) == b"gilles"
+    written(Path(copied.snapshot), {"mail/aliases/alias/root": b"gilles"})
+    fake.put(ALIAS + b"newer", b"eric")
+    ((_, one),) = source.watches()
+    for _ in eventually("too large", 10):
+        if one.too_large:
+            break
+    assert ask_table(source, b"newer") == b"eric"
+    slow = threading.Event()
+
+    def handle(request):
+        if "recurse" in request.params:
+            slow.wait(10)
+        return fake.consul(request)
+
+    fake.handle = handle
+    source.box[0] = Config(None, consul=ConsulConfig(addresses=(fake.address,)), defaults=replace(table, max_age=60.0))
+    source.update()
+    try:
+        assert [ask_table(source, b"newer") for _ in range(2)] == [b"eric", b"eric"]
+    finally:
+        slow.set()
 
 
 def state_is_none(source):

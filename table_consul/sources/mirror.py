@@ -53,18 +53,21 @@ class QueryState(msgspec.Struct, frozen=True):
 
 
 def next_query(
-    state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float
+    state: QueryState, index: int, *, changed: bool, timed_out: bool, load_seconds: float, waited: float = 0.0
 ) -> tuple[QueryState, float]:
     """The next state of a watch after a response, and the seconds to pause before the next query.
 
     ``timed_out``: Consul held the query for the whole wait. ``load_seconds`` count from the first byte. The index to
     wait on restarts at 0 if the index goes backwards (a restored snapshot, a deleted newest key), because waiting for a
-    number that the store has yet to reach hides every edit until then. It also restarts if a wait ends early with the
-    index that it waited on: when a snapshot is restored, it returns the former contents. Indexes are at least 1.
+    number that the store has yet to reach hides every edit until then. It also restarts, and everything is read, if a
+    wait `ended_early`; the next waits are shorter than the ``waited`` seconds, because an agent's max_query_time ends
+    waits in the same way. Indexes are at least 1.
     """
     backwards = index < state.index
-    early = index == state.index > 0 and not timed_out
+    early = ended_early(state, index, timed_out=timed_out)
     idle, pause, longest = 0, 0.0, state.longest_wait
+    if early:
+        longest = min(longest, max(waited / 2, SHORT_WAIT_SECONDS))
     if timed_out:
         longest = min(longest * WAIT_GROWTH, MOST_WAIT_SECONDS)
     elif state.index == 0:
@@ -75,9 +78,17 @@ def next_query(
     else:
         idle = state.idle + 1
         pause = min(LEAST_PAUSE_SECONDS * 2.0 ** min(idle, 10), MOST_PAUSE_SECONDS)
-    seen = 0 if backwards else max(index, 1)
-    index = 0 if early else seen
-    return replace(state, index=index, seen=seen, idle=idle, gap=not timed_out, longest_wait=longest), pause
+    seen = 0 if backwards or early else max(index, 1)
+    return replace(state, index=seen, seen=seen, idle=idle, gap=not timed_out, longest_wait=longest), pause
+
+
+def ended_early(state: QueryState, index: int, *, timed_out: bool) -> bool:
+    """Whether a wait ended early with the index that it waited on, because a snapshot was restored.
+
+    The response has the former contents. Those of the snapshot may have the same index, and keys that were deleted: the
+    index falls when Consul forgets a deletion, after 15 minutes.
+    """
+    return index == state.index > 0 and not timed_out
 
 
 def after_cut(state: QueryState, waited: float) -> QueryState:

@@ -191,7 +191,12 @@ class Ranges:
                 state = replace(state, index=response.index, seen=response.index)
             query.first = False
             self._check(response, state.index)
-            if not state.index and response.index != state.seen:
+            if early := mirror.ended_early(state, response.index, timed_out=timed_out):
+                waited = self._began - query.asked
+                query.state, _ = mirror.next_query(
+                    state, response.index, changed=False, timed_out=False, load_seconds=0.0, waited=waited
+                )
+            if early or not state.index:
                 raise Unsettled("a snapshot was restored")  # it may have entries with lower indexes anywhere
             changed = response.index != state.seen
             if changed and query is self._whole:

@@ -231,7 +231,12 @@ class Watch(threading.Thread):
         self.backoff.success(ended)
         self.index, self.load_seconds = response.index, ended - began
         self._state, pause = mirror.next_query(
-            seen, self.index, changed=changed, timed_out=timed_out, load_seconds=self.load_seconds
+            seen,
+            self.index,
+            changed=changed,
+            timed_out=timed_out,
+            load_seconds=self.load_seconds,
+            waited=began - asked,
         )
         self._attempted.set()
         return pause

@@ -75,11 +75,20 @@ def test_next_query_waits_on_the_same_index():
     assert next_query(waiting(7), **result(7, timed_out=True)) == (waiting(7, gap=False), 0.0)
 
 
-def test_early_answer_with_the_same_index_is_followed_by_a_read_without_an_index():
+def test_early_answer_with_the_same_index_is_followed_by_a_read_of_everything():
     state, pause = next_query(waiting(7), **result(7))
-    assert (state.index, state.seen, pause > 0) == (0, 7, True)
-    assert next_query(state, **result(7))[0] == waiting(7, idle=1)
+    assert (state.index, state.seen, pause > 0) == (0, 0, True)
+    assert next_query(state, **result(7))[0] == waiting(7, idle=1, longest_wait=SHORT_WAIT_SECONDS)
     assert next_query(state, **result(3, changed=True))[0].index == 3
+
+
+@pytest.mark.parametrize(
+    ("longest", "waited", "expected"), [(300.0, 60.0, 30.0), (300.0, 0.1, SHORT_WAIT_SECONDS), (5.0, 60.0, 5.0)]
+)
+def test_early_end_shortens_the_next_waits(longest, waited, expected):
+    state = waiting(7, longest_wait=longest)
+    assert next_query(state, **result(7), waited=waited)[0].longest_wait == expected
+    assert next_query(state, **result(8), waited=waited)[0].longest_wait == longest
 
 
 # ---- the pause ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 
 import pytest
@@ -136,6 +137,26 @@ def test_restored_snapshot_of_the_current_state_hides_no_edit(open_consul, mirro
     _snapshot(open_consul, _snapshot(open_consul))
     open_consul.kv_put("mail/aliases/alias/root", "after it")
     becomes(source, b"after it")
+
+
+def test_restored_snapshot_with_the_same_index_is_read(open_consul, mirrored):
+    with agent_or_skip() as other:
+        fill(other)
+        other.kv_put("mail/aliases/alias/vip", "x")
+        indexes = dict.fromkeys((open_consul, other), 0)
+        for _ in eventually("the newest entry has the same index in both"):
+            agent = min(indexes, key=lambda each: indexes[each])
+            agent.kv_put("mail/aliases/alias/root", str(time.monotonic()))
+            indexes[agent] = agent.request("GET", "/v1/kv/mail/aliases/alias/root")[0]["ModifyIndex"]
+            if len({*indexes.values()}) == 1:
+                break
+        source = mirrored(url(open_consul))
+        settled(source)
+        time.sleep(0.5)
+        assert (ask(source, b"vip"), source.watches[0].index) == (None, indexes[other])
+        _snapshot(open_consul, _snapshot(other))
+        becomes(source, b"x", b"vip")
+        assert source.watches[0].index == indexes[other]
 
 
 def test_first_key_of_a_fresh_consul_is_seen(mirrored):

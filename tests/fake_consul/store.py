@@ -88,6 +88,13 @@ class Store:
                 self.entries[key] = replace(entry, created=min(entry.created, index), modified=index)
             self._notify(b"")
 
+    def restore_entries(self, entries: dict[bytes, Entry]) -> None:
+        """Replace all entries, with their indexes, as a restored snapshot does; every wait ends, as in `restore`."""
+        with self.changed:
+            self.entries = dict(entries)
+            self._tombstones.clear()
+            self._notify(b"")
+
     def listed(self, prefix: bytes, after: int, end: float, stopping: threading.Event) -> Listing:
         """The entries below a prefix once its index exceeds `after`, or when the wait ends."""
         with self.changed:

@@ -67,6 +67,25 @@ def test_restored_snapshot_with_the_same_index_is_read(fake, mirrored, waits_of)
     becomes(source, b"eric")
 
 
+def test_restored_snapshot_with_the_same_index_returns_a_deleted_key(fake, mirrored, waits_of):
+    waits_of(0.2)
+    fake.put(ALIAS + b"vip", b"x")
+    fake.put(ROOT, b"eric")
+    source = mirrored(fake.address)
+    settled(source)
+    index, saved = source.watches[0].index, dict(fake.store.entries)
+    fake.delete(ALIAS + b"vip")
+    becomes(source, None, b"vip")
+    fake.store.reap()
+    for _ in eventually("the index is that of the snapshot", 10):
+        if source.watches[0].index == index:
+            break
+    for _ in eventually("the key is back", 10):
+        fake.store.restore_entries(saved)  # repeated, because one between two waits ends neither
+        if ask(source, b"vip") == b"x":
+            break
+
+
 def test_index_that_goes_backwards_while_a_key_is_hidden_is_seen(fake, mirrored, waits_of):
     waits_of(0.2)
     fake.put(ALIAS + b"vip", b"x")

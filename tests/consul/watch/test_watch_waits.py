@@ -76,6 +76,16 @@ def test_index_reset_between_queries_is_seen_after_a_short_wait(fake, mirrored, 
     becomes(mirrored(fake.address), b"restored")
 
 
+def test_agent_with_a_short_max_query_time_causes_few_reads(fake, mirrored, monkeypatch):
+    monkeypatch.setattr("table_consul.sources.mirror.MOST_WAIT_SECONDS", 5.0)
+    monkeypatch.setattr("table_consul.sources.mirror.SHORT_WAIT_SECONDS", 0.05)
+    fake.max_query_time = 0.4
+    settled(mirrored(fake.address))
+    enough(fake, 7)
+    assert [each for each in waits(fake) if each > 0.4] == [5.0]
+    assert consistent_reads(fake) == 2
+
+
 @reports_hidden_keys
 def test_wait_is_short_while_keys_are_hidden(fake, mirrored, short):
     fake.denied = (ALIAS + b"vip",)

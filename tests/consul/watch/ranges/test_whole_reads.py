@@ -264,6 +264,23 @@ def test_snapshot_restored_while_queries_are_outdated_is_read(fake, source):
     becomes(source, b"restored", b"a1")
 
 
+def test_restored_snapshot_with_the_same_index_returns_a_deleted_key(fake, mirrored, monkeypatch):
+    monkeypatch.setattr("table_consul.sources.mirror.MOST_WAIT_SECONDS", 0.3)
+    fake.put(ALIAS + b"f5", b"newest")
+    source = ranged_watch(fake, mirrored(fake.address))
+    index, saved = source.watches[0].index, dict(fake.store.entries)
+    fake.delete(ALIAS + b"b3")
+    becomes(source, None, b"b3")
+    fake.store.reap()
+    for _ in eventually("the index is that of the snapshot", 10):
+        if source.watches[0].index == index:
+            break
+    for _ in eventually("the key is back", 10):
+        fake.store.restore_entries(saved)  # repeated, because one between two waits ends neither
+        if ask(source, b"b3") == b"old":
+            break
+
+
 @pytest.mark.usefixtures("no_late_query")
 def test_key_that_appears_during_a_list_of_names_is_found(fake, source):
     done = []

@@ -27,6 +27,10 @@ READ_SECONDS = 30.0
 AUTHORIZATIONS_MAX = 64
 ANONYMOUS = "the anonymous token"
 CLOSED = "{} may not read this folder; lookups return errors ({} the rules that table-consulctl policy prints)"
+UNLISTED = (
+    "{} may not list this folder; lookups that need the list return errors ({} the rules that table-consulctl policy"
+    " --list prints)"
+)
 DENIED = "{} may not read this key; lookups return errors, or not-found before Consul 1.11 (change its policy)"
 HIDING = (
     "Consul hides keys of this folder from {} (change its policy; to list the keys, set CONSUL_HTTP_TOKEN to a token"
@@ -106,7 +110,11 @@ def check(settings: ConsulConfig, folders: Sequence[bytes], *, operator: bool = 
             denied = reader.denied([*dict.fromkeys([*keys, *below])])
             found += [(key.encode(), DENIED.format(who)) for key in denied]
         for folder in opened:
-            hides = reader.hides_keys(folder, timeout=READ_SECONDS)
+            try:
+                hides = reader.hides_keys(folder, timeout=READ_SECONDS)
+            except Forbidden:  # acl.enable_key_list_policy
+                found.append((folder, UNLISTED.format(who, grant)))
+                continue
             if hides and not any(where.startswith(folder) for where, _ in found):
                 found.append((folder, HIDING.format(who)))
         return Access(sorted(found), len(keys), sorted(rules))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.consul.real import agent_or_skip
 from tests.control import control
 from tests.fake_consul import FakeConsul
 from tests.rig.consul import consul_version
@@ -92,6 +93,20 @@ def test_token_of_the_daemon_finds_the_folder_of_a_denied_key_where_consul_repor
     reported = consul_version() >= (1, 11)
     assert (done.status, places(done)) == ((1, ["t/alias/"]) if reported else (0, [])), done.said
     assert ("Consul hides keys of this folder" in done.text) is reported
+
+
+def test_token_without_the_rule_list_is_found_where_consul_requires_it(tmp_path):
+    hcl = 'acl { enabled = true\n default_policy = "deny"\n enable_key_list_policy = true }\n'
+    with agent_or_skip(hcl=hcl) as agent:
+        agent.management_token = agent.bootstrap()
+        agent.kv_txn(STORE)
+        path = config(tmp_path, f"http://{agent.address}", agent.token(DENY))
+        done = control("-c", path, "policy", "--check")
+        assert (done.status, places(done)) == (1, ["t/alias/", "t/domain/", "t/string/"]), done.said
+        assert done.text.count("may not list this folder") == 3
+        path = config(tmp_path, f"http://{agent.address}", agent.token(READ.replace("read", "list")))
+        done = control("-c", path, "policy", "--check")
+        assert (done.status, done.text) == (0, ""), done.said
 
 
 def test_forbidden_folder_is_found_with_any_token(run):

@@ -92,8 +92,11 @@ def ended_early(state: QueryState, index: int, *, timed_out: bool) -> bool:
 
 
 def after_cut(state: QueryState, waited: float) -> QueryState:
-    """The next state of a watch whose query was cut after so many seconds, by a proxy's or Consul's own timeout."""
-    return replace(state, longest_wait=min(state.longest_wait, waited / 2))
+    """The next state of a watch whose query was cut after so many seconds, by a proxy's or Consul's own timeout.
+
+    Or its server ended, and a load balancer sends the next query to one with a lower index, which lets it wait.
+    """
+    return replace(state, gap=True, longest_wait=min(state.longest_wait, waited / 2))
 
 
 def wait_seconds(state: QueryState, max_age: float, *, hidden: bool, held_for: float = math.inf) -> float:

@@ -167,6 +167,7 @@ class Ranges:
                 self._queries.end(query)
         elif isinstance(answer, WaitCut):
             query.state = mirror.after_cut(query.state, answer.seconds)
+            query.first |= query is self._whole  # the server may have ended, and with it all queries
         elif isinstance(answer, Exception):
             raise answer
         else:

@@ -113,6 +113,19 @@ def test_cut_wait_is_not_an_outage_and_the_next_is_shorter(fake, mirrored, waits
     assert source.watches[0].backoff.total == 0
 
 
+@pytest.mark.parametrize("version", ["1.22.4"])
+@pytest.mark.usefixtures("quick_cuts")
+def test_wait_after_a_cut_is_short(fake, mirrored, monkeypatch):
+    monkeypatch.setattr("table_consul.sources.mirror.SHORT_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("table_consul.sources.mirror.MOST_WAIT_SECONDS", 9.0)
+    fake.write_timeout = 1.0
+    settled(mirrored(fake.address))
+    enough(fake, 4)
+    first, cut, after, longer = waits(fake)[:4]
+    assert (first, cut, after) == (0.2, 9.0, 0.2)
+    assert 0.4 < longer < 0.7
+
+
 @pytest.mark.parametrize("version", ["1.22"])
 @pytest.mark.parametrize("status", [408, 502, 503, 504, 524])
 @pytest.mark.usefixtures("quick_cuts")

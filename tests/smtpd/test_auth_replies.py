@@ -138,6 +138,7 @@ def test_star_in_auth_is_not_a_default_entry():
 
 class Client:
     address = "http://consul:8500"
+    consistency = "consistent"
 
     def __init__(self, **store):
         self.store = {f"users/{key.replace('_', '/', 1)}".encode(): value for key, value in store.items()}
@@ -150,7 +151,7 @@ class Client:
             raise self.errors[key]
         return Pair(key, self.store[key], 1) if key in self.store else None
 
-    def visible_keys(self, prefix, *, timeout):
+    def visible_keys(self, prefix, *, timeout, proven):
         return [key for key in self.store if key.startswith(prefix)], False
 
 

@@ -14,7 +14,6 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
@@ -32,12 +31,7 @@ from table_consul.errors import (
     printable,
 )
 from table_consul.files import TOKEN, read_token
-from table_consul.transport import BROKEN, Request, Transport, WaitCut
-
-with warnings.catch_warnings():
-    # python-consul2 dates from 2020: Python warns about its syntax, and it warns about its own deprecations.
-    warnings.simplefilter("ignore")
-    from consul import base
+from table_consul.transport import BROKEN, Library, Request, Transport, WaitCut
 
 if TYPE_CHECKING:
     import requests
@@ -65,33 +59,6 @@ class Pair(msgspec.Struct, rename="pascal", gc=False):
 
 _PAIRS = msgspec.json.Decoder(list[Pair])
 _NAMES = msgspec.json.Decoder(list[str])
-
-# The library reads some CONSUL_* variables; `config` reads all of them.
-base.os = SimpleNamespace(getenv=lambda _name, default=None: default)
-
-
-class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has no types
-    """The library's HTTP client, which sends nothing: it returns the request for `Transport.send`.
-
-    The library's callback is not called: it accepts any 404 as absence and any base64 as a value, and differs between
-    python-consul2 and py-consul.
-    """
-
-    def get(self, _callback: object, path: str, params: Any = None, headers: Any = None, **_extra: Any) -> Request:  # noqa: ANN401 - the library's
-        return Request(path, params or (), headers or {})
-
-    def put(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the library's
-        raise NotImplementedError("table-consul only reads")
-
-    delete = post = put
-
-    def close(self) -> None:
-        """Does nothing; py-consul requires it."""
-
-
-class _Library(base.Consul):  # type: ignore[misc]  # the library has no types
-    def http_connect(self, *_args: object, **_kwargs: object) -> _RequestBuilder:
-        return _RequestBuilder()
 
 
 class Response:
@@ -282,7 +249,7 @@ class Client:
         self.transport = Transport(settings)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._library = _Library(consistency=settings.consistency, dc=settings.datacenter)
+            self._library = Library(consistency=settings.consistency, dc=settings.datacenter)
         self._late: dict[bytes, float] = {}
         """By prefix, how many seconds after its timeout a list may start."""
         self._token, self._token_file = settings.token, settings.token_file

@@ -19,6 +19,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import urllib3.exceptions
@@ -38,8 +39,11 @@ from table_consul.errors import (
 )
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # about versions of optional dependencies
+    # requests warns about versions of optional dependencies. python-consul2 dates from 2020: Python warns about its
+    # syntax, and it warns about its own deprecations.
+    warnings.simplefilter("ignore")
     import requests
+    from consul import base
 
 if TYPE_CHECKING:
     from table_consul.config import ConsulConfig
@@ -105,6 +109,36 @@ class Request(NamedTuple):
     """Whether gzip is worth its CPU time if the response crosses a network."""
     indexed: bool = True
     """Whether the response comes from the servers' data, and must have their index."""
+
+
+# The library reads some CONSUL_* variables; `config` reads all of them.
+base.os = SimpleNamespace(getenv=lambda _name, default=None: default)
+
+
+class _RequestBuilder(base.HTTPClient):  # type: ignore[misc]  # the library has no types
+    """The library's HTTP client, which sends nothing: it returns the request for `Transport.send`.
+
+    The library's callback is not called: it accepts any 404 as absence and any base64 as a value, and differs between
+    python-consul2 and py-consul.
+    """
+
+    def get(self, _callback: object, path: str, params: Any = None, headers: Any = None, **_extra: Any) -> Request:  # noqa: ANN401 - the library's
+        return Request(path, params or (), headers or {})
+
+    def put(self, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the library's
+        raise NotImplementedError("table-consul only reads")
+
+    delete = post = put
+
+    def close(self) -> None:
+        """Does nothing; py-consul requires it."""
+
+
+class Library(base.Consul):  # type: ignore[misc]  # the library has no types
+    """Consul's client, whose methods return the request instead of sending it."""
+
+    def http_connect(self, *_args: object, **_kwargs: object) -> _RequestBuilder:
+        return _RequestBuilder()
 
 
 class Transport(Exchange):

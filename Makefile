@@ -23,6 +23,8 @@ WHEELS =
 
 # One worker for each processor, up to four; WORKERS=0 runs one test after the other and prints each result immediately.
 WORKERS = auto
+# Tests start hundreds of processes, each of which would compile the package if the environment forbids compiled files.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 PARALLEL = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # DESTDIR, for packages, prefixes each path that is written to, but appears in no file. APPDIR contains the package.
@@ -56,10 +58,10 @@ demo: $(VENV)/.stamp ## show mail to root follow a key in Consul
 	$(BIN)/python -m tests.rig.demo
 
 test: $(VENV)/.stamp ## run all tests, with a real Consul and real OpenSMTPDs if possible
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
 
-quick: $(VENV)/.stamp ## run the tests that need neither root nor network, with one version of Consul: a minute
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not real and not slow' -k 'not 1.8.7 and not 1.21.5 and not 1.22.4' \
+quick: $(VENV)/.stamp ## run the tests that need neither root nor network, with one version of Consul
+	$(PYTEST) $(PARALLEL) -m 'not real and not slow' -k 'not 1.8.7 and not 1.21.5 and not 1.22.4' \
 	    --hypothesis-profile=quick $(ARGS)
 
 lint: $(VENV)/.stamp ## run ruff and mypy --strict
@@ -68,7 +70,7 @@ lint: $(VENV)/.stamp ## run ruff and mypy --strict
 	$(BIN)/mypy
 
 cover: $(VENV)/.stamp ## run the tests that need no root, with branch coverage
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not real' --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not real' --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 chaos: $(VENV)/.stamp ## run the long version of tests/chaos: a cluster of three that loses its members
 	TABLE_CONSUL_CHAOS=long $(BIN)/python -m pytest -s tests/chaos $(ARGS)

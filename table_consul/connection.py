@@ -328,7 +328,7 @@ def tls_context(settings: ConsulConfig) -> ssl.SSLContext:
             context.load_cert_chain(settings.cert_file, settings.key_file, password=lambda: b"")
     except OSError as error:
         raise SourceError(f"TLS files {', '.join(_tls_files(settings))}: {reason_of(error)}") from error
-    # As the consul command: whatever ca_file contains is trusted, even an intermediate CA whose root it lacks.
+    # As the consul command does, trust every certificate in ca_file, even an intermediate CA without its root.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if not settings.tls_verify:
         context.check_hostname = False

@@ -23,7 +23,7 @@ from table_consul.services.regex import REGEX_SET_SIZE, RegexSet, escape_warning
 # 2020, rounded up.
 INSTRUCTION_SECONDS = 20e-9
 WIDTH_SECONDS = 2e-9
-# A wait for Python's lock, of some milliseconds, says nothing about a name.
+# A wait for Python's lock takes some milliseconds for any name.
 LEAST_LIMIT_SECONDS = 0.02
 # A match that takes less needs no clock.
 TIMED_SECONDS = 0.001

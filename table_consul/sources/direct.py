@@ -125,8 +125,8 @@ class DirectSource:
             return former, error
         pairs: Sequence[kv.Pair] = ()
         try:
-            read = lambda left: self._client.visible(path, timeout=left, proven=proven)  # noqa: E731
-            pairs, hides = self._ask(path, deadline, read)
+            read = partial(self._client.visible, path, proven=proven)
+            pairs, hides = self._ask(path, deadline, lambda left: read(timeout=left))
             error = Forbidden(f"Consul hides keys under {printable(path)} from the token") if hides else None
             if not pairs:
                 self._ask(path, deadline, lambda left: self._client.get(path + PROBE, timeout=left))
@@ -149,8 +149,8 @@ class DirectSource:
         began = self._clock()
         if began >= until:
             try:
-                read = lambda left: self._client.visible_keys(path, timeout=left, proven=True)  # noqa: E731
-                keys, _ = self._ask(path, deadline, read)
+                read = partial(self._client.visible_keys, path, proven=True)
+                keys, _ = self._ask(path, deadline, lambda left: read(timeout=left))
                 stored = (key[len(path) :] for key in reversed(keys))  # the first variant takes precedence
                 found = {fold_key(key): key for key in stored if fold_key(key) != key}
             except TooLarge as error:

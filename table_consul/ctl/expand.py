@@ -113,6 +113,8 @@ def _system_user(name: bytes) -> Reply:
 def _domains(loader: Loader, table: Table) -> set[bytes]:
     """The domains of the keys; direct mode reads keys one by one, and knows none in advance."""
     folder = table.path(SERVICES["alias"])
+    if "alias" not in table.services:
+        return set()
     try:
         loaded = loader.load(table, SERVICES["alias"])
     except SourceError:  # the lookups report it

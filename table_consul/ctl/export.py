@@ -70,7 +70,7 @@ def command(
     if file == "-":
         click.echo(_readable(text) if is_terminal(sys.stdout) else text, nl=False)
     else:
-        write_file(file, text, private=bool(service.fields))
+        write_file(file, text, private=any(each.fields for each in table.sharing(service)))
     return NO if refused else 0
 
 

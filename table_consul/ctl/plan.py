@@ -153,8 +153,7 @@ class _Planner:
         self._exported = parsed.format == "export"
         self._records, self._edits, self._verbatim = records, edits, records or self._exported
         self._path = table.path(service)
-        others = (SERVICES[name] for name in table.readable_services if name != service.name)
-        self._sharing = [service, *(other for other in others if table.path(other) == self._path)]
+        self._sharing = table.sharing(service)
         self._stored = {each.key[len(self._path) :]: each for each in stored}
         self._now = Entries(table, service, ((key, old.value) for key, old in self._stored.items()))
         self._file: dict[bytes, FileEntry] = {}

@@ -51,7 +51,9 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, table: Table, service: Service) -> Target:
-        return cls(table.name, service.name, table.path(service), service.hashed)
+        # Users' values are shown without the fields of other services, and all others whole.
+        readers = [service] if service.fields else table.sharing(service)
+        return cls(table.name, service.name, table.path(service), any(each.hashed for each in readers))
 
     @classmethod
     def with_note(cls, table: Table, service: Service) -> Target:

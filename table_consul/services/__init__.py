@@ -123,6 +123,11 @@ class Table(msgspec.Struct, frozen=True):
         more = ("credentials",) if "auth" in self.services and "credentials" not in self.services else ()
         return (*self.services, *more)
 
+    def sharing(self, service: Service) -> list[Service]:
+        """The services that read the folder of this service: itself first."""
+        others = (SERVICES[name] for name in self.readable_services if name != service.name)
+        return [service, *(other for other in others if self.path(other) == self.path(service))]
+
     def same_entries(self, other: Table) -> bool:
         """Whether an entry of the same folder means the same in both, whatever their other settings are."""
         unrelated = (

@@ -177,8 +177,9 @@ def unverified_services(services: Iterable[str], former: Snapshot | None, *, fil
     return [name for name in services if filtered or former is None or former.restored or name in former.hidden]
 
 
-def sample(keys: Sequence[bytes], most: int = MAX_ABSENCE_CHECKS) -> Sequence[bytes]:
-    """All of the keys; if there are more than ``most``, so many from all over the list."""
+def sample(keys: Sequence[bytes]) -> Sequence[bytes]:
+    """All of the keys; if there are more than `MAX_ABSENCE_CHECKS`, so many from all over the list."""
+    most = MAX_ABSENCE_CHECKS
     return keys if len(keys) <= most else [keys[number * len(keys) // most] for number in range(most)]
 
 

@@ -108,6 +108,12 @@ def test_virtual_addresses_come_from_options_domains_or_keys(expand, address, as
     assert [each["name"] for each in answer["recipients"] if each["kind"] == "address"] == relayed
 
 
+def test_virtual_table_that_does_not_serve_aliases_is_a_temporary_error(expand):
+    answer = expand("t", "vera@example.org", "--virtual", "v", more='[tables.v]\nservices = ["domain"]')
+    assert (answer.status, answer.err) == (2, b"")
+    assert "service alias is not among the services of table 'v'" in answer.text
+
+
 def test_json_has_a_line_for_each_address(expand):
     first, second = map(json.loads, expand("t", "gone", "vera", "--userinfo", "u", "--json").text.splitlines())
     assert (first["accepted"], first["reply"], first["recipients"]) == (False, "550 left the company", [])

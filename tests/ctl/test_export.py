@@ -323,3 +323,13 @@ def test_entries_that_cannot_be_written_are_counted(tmp_path, keys, count):
     write_source(tmp_path, {f"aliases/alias/{key}": b"x" for key in keys})
     done = control("-c", path, "export", "aliases", "alias")
     assert (done.status, f"{count} cannot be written in this format" in done.said) == (2, True), done.said
+
+
+@pytest.mark.parametrize("wanted", ["table", "export"])
+def test_file_is_private_if_another_service_of_the_folder_has_passwords(tmp_path, wanted):
+    source = write_source(tmp_path, {"users/vera@example.org": b"$6$salt$hash"})
+    paths = 'services = ["mailaddr", "credentials"]\npaths = { mailaddr = "users", credentials = "users" }'
+    config = write_config(tmp_path, paths, address=f"file://{source}")
+    path = tmp_path / "file"
+    assert control("-c", config, "export", "t", "mailaddr", path, "--format", wanted).status == 0
+    assert mode(path) == 0o600

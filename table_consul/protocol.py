@@ -117,6 +117,8 @@ class Session:
         self._config: dict[str, str] = {}
         self._pipes = 0
         """How many ``|`` the table's name has; only the handshake contains the name as a whole."""
+        self._breaks_keys = False
+        """Whether this smtpd sends a login with a line break as several lines (before 7.8.0p1: smtpd: table_proc.c)."""
         self._seen: dict[tuple[bytes, bytes, bytes], tuple[str, str, str]] = {}
         """Table, operation and service of earlier checks and lookups, as text."""
 
@@ -129,6 +131,10 @@ class Session:
             del lines[0]
             self._overlong = False
         events: list[Event] = []
+        if self._breaks_keys and len(lines) > 1:
+            # smtpd waits for each reply, so the other lines are a stranger's, and it would exit on a reply to them.
+            events.append(self._broken_key(lines[0]))
+            lines.clear()
         seen = self._seen if len(data) <= MAX_LINE else {}
         for line in lines:
             try:
@@ -170,6 +176,7 @@ class Session:
         key, _, value = rest.decode("utf-8", "backslashreplace").partition("|")
         if key == "ready":
             self._pipes = self._config.get("tablename", "").count("|")
+            self._breaks_keys = "smtpd-version" in self._config and not is_7_9(self._config["smtpd-version"])
             return Ready(dict(self._config))
         if len(self._config) < 64:  # only a bound; smtpd 7.9 sends three
             self._config[key] = value
@@ -179,6 +186,10 @@ class Session:
         head = line[:HEAD_BYTES] if line.startswith(b"table|") else b""
         event = DIALECTS[self.dialect](head, self._pipes) if self.dialect else None
         return Malformed(f"line longer than {MAX_LINE} bytes", event if isinstance(event, Request) else None)
+
+    def _broken_key(self, line: bytes) -> Malformed:
+        event = self._event(line)
+        return Malformed("the key contains a line break", event if isinstance(event, Request) else None)
 
     def register(self, services: Iterable[str]) -> bytes:
         """The reply to Ready. smtpd exits when an unknown service is registered, or none."""
@@ -214,6 +225,13 @@ class Session:
         elif reply.__class__ is Updated and request.op == "update":
             return head + request.id + (b"|ok\n" if self.dialect == "smtpd-tables" else b"|updated\n")
         raise ReplyError(f"{type(reply).__name__} is not a reply to {request.op}")
+
+
+def is_7_9(version: str) -> bool:
+    """Whether this version of smtpd is 7.9 or later."""
+    major, _, rest = version[:20].partition(".")
+    minor = rest.partition(".")[0]
+    return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (7, 9)
 
 
 _HEADS = {op: f"{op}-result|".encode() for op in OPS}

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from table_consul import imsg
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
 from table_consul.fallback import ignore_signals, read, write
-from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session
+from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session, is_7_9
 from table_consul.responder import Counters
 from table_consul.services import DEFAULT_SERVICES
 
@@ -169,7 +169,7 @@ class Server:
 
     def _services(self, config: Mapping[str, str]) -> list[str]:
         services = self._answerer.services(config.get("tablename", ""))
-        if "auth" in services and not _keeps_case_of_passwords(config.get("smtpd-version", "")):
+        if "auth" in services and not is_7_9(config.get("smtpd-version", "")):  # smtpd: table.c, table_lookup
             log.warning("not registering auth: OpenSMTPD before 7.9 lower-cases the password")
             services = [name for name in services if name != "auth"]
         return services
@@ -232,10 +232,3 @@ def _failure(error: BaseException) -> Failed:
     if isinstance(error, TableConsulError):
         return Failed(str(error), error)
     return Failed(f"internal error ({type(error).__name__}); see the log of table-consul", error)
-
-
-def _keeps_case_of_passwords(version: str) -> bool:
-    """Whether this smtpd leaves passwords as they are: 7.9 and later (smtpd: table.c, table_lookup)."""
-    major, _, rest = version.partition(".")
-    minor = rest.partition(".")[0]
-    return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) >= (7, 9)

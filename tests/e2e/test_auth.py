@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import smtplib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,5 +87,14 @@ def test_no_user_name_reads_another_folder(server, consul, encrypted):
     with ThreadPoolExecutor(len(ESCAPES)) as pool:
         codes = pool.map(lambda user: log_in(server, user, "Correct Horse"), ESCAPES)
         assert {user: code for user, code in zip(ESCAPES, codes, strict=True) if code not in (421, 454, 535)} == {}
+    assert log_in(server, "gilles", "Correct Horse") == 250
+    assert server.alive
+
+
+def test_login_with_a_line_break_cannot_end_smtpd(server):
+    for line in ("config|ready", "table|0.1|0|consul|check|alias|00000000|x"):
+        user = f"gilles\n{line}"
+        with contextlib.suppress(smtplib.SMTPServerDisconnected):
+            assert log_in(server, user, "Correct Horse") != 250
     assert log_in(server, "gilles", "Correct Horse") == 250
     assert server.alive

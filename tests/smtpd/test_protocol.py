@@ -106,6 +106,16 @@ def test_handshake_has_the_parameters_of_smtpd():
     assert [Ready({"smtpd-version": "7.9.0-portable", "protocol": "0.1", "tablename": "a|b"})] == events(said)
 
 
+@pytest.mark.parametrize("rest", [b"table|0.1|0|t|check|alias|2|x", b"config|ready", b"x", b""])
+def test_key_with_a_line_break_is_one_request_and_an_error(rest):
+    made = Session()
+    made.receive_data(b"config|smtpd-version|7.6.0-portable\nconfig|tablename|t\nconfig|ready\n")
+    asked = Request("lookup", b"1", "t", "credentials", b"gilles")
+    line = b"table|0.1|0|t|lookup|credentials|1|gilles\n"
+    assert [Malformed("the key contains a line break", asked)] == made.receive_data(line + rest + b"\n")
+    assert [asked] == made.receive_data(line)
+
+
 def test_endless_handshake_takes_bounded_memory():
     (ready,) = events(b"".join(b"config|%d|x\n" % n for n in range(1000)) + HELLO)
     assert len(ready.config) == 64

@@ -106,6 +106,8 @@ class DirectSource:
         self._client.close()
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
+        if not key or key.endswith(b"/"):
+            return []  # a folder, which is no entry; smtpd asks for the empty tag of a listener without one
         if not kv.is_url_safe(path + key):
             # A transaction can write such a key (api-docs/txn), but no URL can read it.
             raise SourceError(f"{printable(path + key)}: cannot be read from Consul: no URL can contain this key")

@@ -51,14 +51,11 @@ def test_bad_value_is_an_entry_error(client, direct):
 @pytest.mark.parametrize(
     "key",
     [
-        b"",
-        b"/",
         b".",
         b"..",
         b"../../other/secret",
         b"a/../../../other/secret",
         b"x//y",
-        b"root/",
         b"/root",
         b"a/./b",
         b"\x00",
@@ -72,6 +69,13 @@ def test_bad_value_is_an_entry_error(client, direct):
 def test_key_that_no_url_can_name_is_an_error_without_a_request(client, direct, key):
     with pytest.raises(SourceError, match="no URL can contain this key"):
         bucket(direct, key=key)
+    assert client.asked == []
+
+
+@pytest.mark.parametrize("key", [b"", b"/", b"root/"])
+def test_folder_is_no_entry_and_needs_no_request(client, direct, key):
+    client.store[b"mail/aliases/string/" + key] = b"x"
+    assert not bucket(direct, "string", key).contains(key)
     assert client.asked == []
 
 

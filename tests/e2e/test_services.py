@@ -56,6 +56,14 @@ def test_recipients_are_looked_up_as_mail_addresses(consul, smtpd):
     assert asked(server, "mailaddr") == [("eric@localhost", "true"), ("gilles@localhost", "false")]
 
 
+def test_listener_without_a_tag_has_none_of_the_tags_in_direct_mode(consul, smtpd):
+    consul.kv_put("consul/string/in", "")
+    rules = 'match tag <consul> from any for local reject\nmatch from any for local action "local"'
+    server = smtpd(HEAD + rules, table_files(consul, mode="direct"))
+    assert server.send("eric@localhost")["eric@localhost"][0] == 250
+    assert asked(server, "string") == [("", "false")]
+
+
 @pytest.fixture
 def submission(consul, smtpd, root):
     """Starts an smtpd where gilles may log in, with these options of its listener and its rule."""

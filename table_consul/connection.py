@@ -274,7 +274,11 @@ class Endpoint(requests.adapters.HTTPAdapter):
         if resolution is None:
             resolution = Future()
             arguments = (resolution, self._host, self._port)
-            threading.Thread(target=_getaddrinfo, args=arguments, name=f"resolve {self._host}", daemon=True).start()
+            thread = threading.Thread(target=_getaddrinfo, args=arguments, name=f"resolve {self._host}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # a limit of processes or memory; an address that needs no thread may work
+                raise OSError(errno.EAGAIN, "cannot start another thread") from None
             self._resolution = resolution
         try:
             return resolution.result(_seconds_until(self.exchange.connect_by))

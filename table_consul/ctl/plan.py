@@ -18,7 +18,7 @@ from table_consul.ctl.formats import FileEntry, LineProblem, ParsedFile
 from table_consul.ctl.records import record_of
 from table_consul.errors import EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
-from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, fold_key
+from table_consul.services import MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.entries import WRONG_CASE, Entries
 from table_consul.services.parts import REPLACEMENT
 from table_consul.services.values import parse_value

@@ -209,8 +209,18 @@ def test_address_is_resolved_again_after_a_thread_could_not_be_started(fake, con
     client = connect(fake.address.replace("127.0.0.1", "localhost"))
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no thread")))
-        with pytest.raises(RuntimeError):
-            client.get(ROOT, timeout=1)
+        assert "cannot start another thread" in str(failure(client, timeout=1))
+    assert client.get(ROOT, timeout=1).value == b"gilles"
+
+
+def test_address_that_needs_no_thread_is_used_while_none_can_be_started(fake, connect, monkeypatch):
+    def start(thread, real=threading.Thread.start):
+        if thread.name.startswith("resolve"):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    client = connect(fake.address.replace("127.0.0.1", "localhost"), fake.address)
+    monkeypatch.setattr(threading.Thread, "start", start)
     assert client.get(ROOT, timeout=1).value == b"gilles"
 
 

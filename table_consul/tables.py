@@ -242,8 +242,9 @@ class Tables:
         if table.mode == "mirror" and mirrored is None and len(self._mirrors) < MAX_MIRRORED_TABLES:
             with packages():
                 from table_consul.sources.watch import MirrorSource
-            former = self._former.pop(table.name, None)
+            former = self._former.get(table.name)
             mirrored = self._mirrors[table.name] = MirrorSource(table, self._connect(), former)
+            self._former.pop(table.name, None)
             if not mirrored.by_service[service.name].too_large:
                 return mirrored
         return self._read_directly()

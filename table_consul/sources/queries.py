@@ -25,6 +25,9 @@ DISCARD_BYTES = 1 << 10
 
 Answer = tuple["Query", "kv.Response | Exception"]
 
+# An error and its hint.
+NO_THREAD = ("cannot start another thread", "raise the limit of processes or memory for smtpd")
+
 
 class Query(threading.Thread):
     """A thread that sends blocking queries on a connection of its own, and queues the responses for the watch."""
@@ -65,8 +68,7 @@ class Query(threading.Thread):
         state = replace(self.state, gap=self.first)
         self.wait = min(mirror.wait_seconds(state, table.max_age, hidden=False), most_wait)
         if not self.is_alive():
-            text = "cannot start another thread"
-            self._answers.put((self, SourceError(text, "raise the limit of processes or memory for smtpd")))
+            self._answers.put((self, SourceError(*NO_THREAD)))
             return
         ask = partial(self.client.blocking_query, self.prefix, keys=keys, separator=separator)
         self._questions.put(partial(ask, index=self.state.index, wait=self.wait, timeout=table.deadline))

@@ -24,7 +24,7 @@ from table_consul.services.entries import Entries, Problem
 from table_consul.sources import hold, mirror
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
-from table_consul.sources.queries import Queries
+from table_consul.sources.queries import NO_THREAD, Queries
 from table_consul.sources.ranged import Ranges, Unsettled, can_be_listed
 from table_consul.sources.ranges import LEAST_KEYS, MOST_RANGES, cut
 from table_consul.sources.reading import hidden_services, read_snapshot
@@ -384,7 +384,12 @@ class MirrorSource:
                 watch.adopt(each)
             self.watches.append(watch)
             self.by_service.update(dict.fromkeys(names, watch))
-            watch.start()
+        try:
+            for watch in self.watches:
+                watch.start()
+        except RuntimeError:
+            self.close()
+            raise SourceError(*NO_THREAD) from None
 
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entries of the service, from memory; waits only before the first load.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import socket
 import sys
+import threading
 import time
 import weakref
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from table_consul.services.entries import Entries
 from table_consul.sources import direct, watch
 from table_consul.sources.mirror import Hidden, Mirror, Snapshot
 from table_consul.tables import MAX_MIRRORED_TABLES, MAX_NAMES, Tables
-from tests.dialogue import open_tables, write_config, write_source
+from tests.dialogue import eventually, open_tables, write_config, write_source
 
 ALIAS = SERVICES["alias"]
 
@@ -271,6 +272,31 @@ def test_changed_configuration_starts_a_watch_before_a_request(opened, unused, t
     write_config(tmp_path, "max_age = 7", address=unused)
     found.update()
     assert [name for name, _ in found.watches()] == ["t"]
+
+
+def test_mirror_whose_threads_cannot_all_start_runs_none_and_keeps_former_data(opened, unused, monkeypatch, tmp_path):
+    paths = 'paths = { domain = "shared" }'
+    found = opened(paths, address=unused)
+    found.warm_up("t")
+    table, watches = found.table("t"), [each for _, each in found.watches()]
+    entries = {name: Entries(table, SERVICES[name], []) for name in table.folders()[b"t/"]}
+    entries["alias"] = Entries(table, ALIAS, [(b"root", b"gilles")])
+    watches[0].mirror.state = (Snapshot(entries, {}), time.monotonic())
+
+    def start(thread, real=watch.Watch.start):
+        if thread.prefix == b"shared/":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watch.Watch, "start", start)
+        write_config(tmp_path, paths, "deadline = 1", address=unused)
+        with pytest.raises(SourceError, match="cannot start another thread"):
+            found.update()
+        for _ in eventually("no thread of the mirror is left", 10):
+            if not any(thread.name.startswith("watch t/") for thread in threading.enumerate()):
+                break
+    assert lookup(found, "t") == b"gilles"
 
 
 def test_update_without_a_change_keeps_every_source(opened, unused):

@@ -234,6 +234,7 @@ class Tables:
             return mirrored
         assert self.config is not None
         if self.config.consul.file is not None:
+            self._former.clear()
             if self._file is None:
                 with packages():
                     from table_consul.sources.export import FileSource
@@ -247,6 +248,7 @@ class Tables:
             self._former.pop(table.name, None)
             if not mirrored.by_service[service.name].too_large:
                 return mirrored
+        self._former.pop(table.name, None)
         return self._read_directly()
 
     def _connect(self) -> Callable[[], kv.Client]:

@@ -299,6 +299,22 @@ def test_mirror_whose_threads_cannot_all_start_runs_none_and_keeps_former_data(o
     assert lookup(found, "t") == b"gilles"
 
 
+@pytest.mark.parametrize("to", ["direct", "file"])
+def test_entries_of_a_table_that_is_no_longer_mirrored_are_freed(opened, unused, tmp_path, to):
+    found = opened(address=unused)
+    found.warm_up("t")
+    mirrored = weakref.ref(found.source(found.table("t"), ALIAS))
+    if to == "file":
+        write_config(tmp_path)
+    else:
+        write_config(tmp_path, 'mode = "direct"', address=unused)
+    found.update()
+    for _ in eventually("the mirror is freed", 10):
+        gc.collect()
+        if mirrored() is None:
+            break
+
+
 def test_update_without_a_change_keeps_every_source(opened, unused):
     found = opened(more='[tables.large]\nmode = "direct"', address=unused)
     made = [found.source(found.table(name), ALIAS) for name in ("a", "large")]

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from table_consul import __version__, config, log
+from table_consul import __version__, config
 from table_consul.errors import ConfigError
+from table_consul.log import start as start_log
 from table_consul.server import Server, claim_stdio
 from table_consul.tables import Tables
 
@@ -88,7 +89,7 @@ def serve(path: str | None) -> int:
 
     def load() -> config.Config:
         loaded = config.load(path, environ)
-        log.start(loaded.log.level, loaded.log.target, table_name)
+        start_log(loaded.log.level, loaded.log.target, table_name)
         if table_name:
             report(loaded)
         return loaded
@@ -97,7 +98,7 @@ def serve(path: str | None) -> int:
         nonlocal table_name
         table_name = name
         settings = tables.config.log if tables.config else config.LogConfig()
-        log.start(settings.level, settings.target, name)
+        start_log(settings.level, settings.target, name)
         if tables.config is not None:
             report(tables.config)
 

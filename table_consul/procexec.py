@@ -133,8 +133,8 @@ def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
     try:
         import logging
 
-        from table_consul import log
         from table_consul.child import Bridge
+        from table_consul.log import start as start_log
         from table_consul.server import Server, claim_stdio
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken package may raise anything
         fallback.serve(error)
@@ -142,14 +142,14 @@ def _bridge(options: argparse.Namespace, beside: str, hello: bytes) -> bool:
 
     name, *arguments = options.command
     table = hello.partition(b"config|tablename|")[2].partition(b"\n")[0].decode("utf-8", "backslashreplace")
-    log.start("info", "auto", table, "table-procexec")
+    start_log("info", "auto", table, "table-procexec")
     bridge = Bridge(name, lambda: [find(name, beside), *arguments], options.dialect, options.deadline)
     try:
         if hello:
             if bridge.suits_smtpd(table):
                 return False
             logging.getLogger("table_consul").info("%s: does not register with smtpd; translating its replies", name)
-        Server(bridge, lambda table: log.start("info", "auto", table, "table-procexec")).serve(*claim_stdio())
+        Server(bridge, lambda table: start_log("info", "auto", table, "table-procexec")).serve(*claim_stdio())
     finally:
         bridge.close()
     return True

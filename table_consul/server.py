@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol, TypeVar
 
-from table_consul import imsg
 from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
 from table_consul.fallback import ignore_signals, read, write
+from table_consul.imsg import Session as BinarySession
+from table_consul.imsg import speaks
 from table_consul.protocol import Event, Failed, Malformed, Ready, Reply, Request, Session, is_7_9
 from table_consul.responder import Counters
 from table_consul.services import DEFAULT_SERVICES
@@ -63,7 +64,7 @@ class Server:
         self._on_table_name = on_table_name
         self._counters = counters
         self._clock = clock
-        self._session: Session | imsg.Session = Session(procexec_reply)
+        self._session: Session | BinarySession = Session(procexec_reply)
         self._complaints: set[str] = set()
         self._begun = False
         self._to_warm_up: str | None = None
@@ -72,15 +73,15 @@ class Server:
         """Answer on these descriptors until smtpd closes the conversation; False if it used none of its dialects."""
         data = read(read_from)
         # smtpd: smtpd.c, fork_proc_backend; up to 7.5 standard output is not the socket.
-        wire = read_from if imsg.speaks(data) else write_to
+        wire = read_from if speaks(data) else write_to
         return self.run(data, partial(read, read_from), partial(write, wire))
 
     def run(  # noqa: PLR0912 - one loop: a call for each request would be a tenth of what it costs
         self, data: bytes, read: Callable[[], bytes], write: Callable[[bytes], bool]
     ) -> bool:
         """As `serve`; ``read`` returns what follows the first data, nothing at the end; ``write`` as in `fallback`."""
-        if imsg.speaks(data):
-            self._session = imsg.Session()
+        if speaks(data):
+            self._session = BinarySession()
         session, answer, counters, clock = self._session, self._answerer.answer, self._counters, self._clock
         while data:
             arrived = last_write = clock()

@@ -144,7 +144,7 @@ def test_empty_input_without_standard_error_exits_with_2(wire, tmp_path, monkeyp
 
 
 def test_bad_configuration_is_logged_at_start(wire, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cli.log, "start", lambda *_: None)
+    monkeypatch.setattr(cli, "start_log", lambda *_: None)
     (tmp_path / "bad.toml").write_text("x = 1\n")
     wire.shutdown(socket.SHUT_WR)
     cli.main([str(tmp_path / "bad.toml")])
@@ -154,7 +154,7 @@ def test_bad_configuration_is_logged_at_start(wire, tmp_path, monkeypatch, caplo
 
 def test_log_uses_the_table_name_from_smtpd(wire, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(cli.log, "start", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(cli, "start_log", lambda *arguments: started.append(arguments))
     wire.sendall(b"config|tablename|aliases\nconfig|ready\n")
     wire.shutdown(socket.SHUT_WR)
     cli.main([str(write_config(tmp_path, more='[log]\nlevel = "debug"\ntarget = "syslog"'))])
@@ -203,7 +203,7 @@ def logged(wire, caplog, *dialogue):
 @pytest.fixture
 def no_handlers(monkeypatch):
     """Keep the log handlers of the test."""
-    monkeypatch.setattr(cli.log, "start", lambda *_: None)
+    monkeypatch.setattr(cli, "start_log", lambda *_: None)
 
 
 def test_default_file_is_used_and_logged(wire, default_path, no_handlers, caplog):

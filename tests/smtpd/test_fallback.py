@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -88,6 +89,27 @@ def test_launcher_answers_without_its_package(launcher):
         reason = b"table-consul cannot be loaded: ModuleNotFoundError: No module named 'table_consul'"
         assert child.ask(ROOT % 1).startswith(b"lookup-result|00000001|error|" + reason)
         assert child.end() == 0
+
+
+def test_empty_module_after_a_power_failure_does_not_end_the_program(tmp_path):
+    """pip syncs no file."""
+    config = write_config(tmp_path)
+    shutil.copytree(PACKAGE, tmp_path / "table_consul", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import sys, table_consul.cli; print(*(n for n in sys.modules if n.startswith('table_consul.')))"
+    listed = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, check=True)
+    launcher = (sys.executable, "-Bc", 'from table_consul import fallback; fallback.run("table_consul.cli")', config)
+    ended = []
+    for name in {*listed.stdout.split()} - {"table_consul.fallback"}:
+        path = Path(tmp_path, *name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        whole = path.read_bytes()
+        path.write_bytes(b"")
+        dialogue = f"config|ready\n{ROOT.decode() % 1}\n"
+        done = subprocess.run(launcher, input=dialogue, cwd=tmp_path, capture_output=True, text=True, check=False)
+        if not done.stdout.rpartition("register|ready\n")[2].startswith("lookup-result|00000001|"):
+            ended.append((name, done.stderr))
+        path.write_bytes(whole)
+    assert (len(listed.stdout.split()) > 20, ended) == (True, [])
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ install: ## install the programs, pages and examples (DESTDIR, PREFIX, LIBEXECDI
 	@case '$(APPDIR)' in */table-consul) ;; *) \
 	    echo 'APPDIR: must end with /table-consul, because the whole folder is replaced'; exit 1;; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is required: set PYTHON")'
+	if [ ! -e '$(APP)' ] && [ -e '$(APP).old' ]; then mv '$(APP).old' '$(APP)'; fi # was interrupted
 	rm -rf '$(APP).new' '$(APP).old'
 	umask 022 && mkdir -p '$(APP).new' && \
 	    $(PYTHON) -I contrib/install/dependencies.py '$(APP).new' '$(EXTRAS)' '$(WHEELS)' && \

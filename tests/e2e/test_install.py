@@ -150,6 +150,16 @@ def test_program_whose_package_does_not_load_answers_smtpd_with_the_reason(insta
 
 
 @pytest.mark.timeout(300)
+def test_failed_install_after_an_interrupted_one_restores_the_older_version(installed, tree, python, tmp_path):
+    app = installed / "lib/table-consul"
+    app.rename(app.with_name("table-consul.old"))
+    app.with_name("table-consul.new").mkdir()
+    failed = ("make", "install", f"PYTHON={python}", "WHEELS=/nowhere", *variables(installed))
+    assert subprocess.run(failed, cwd=tree, capture_output=True, check=False).returncode != 0
+    assert ask(installed / "libexec/table-consul", tmp_path) == "lookup-result|1|found|gilles"
+
+
+@pytest.mark.timeout(300)
 def test_upgrade_removes_the_older_version_and_keeps_other_files(installed, tree):
     app = installed / "lib/table-consul"
     for name in (
@@ -160,7 +170,7 @@ def test_upgrade_removes_the_older_version_and_keeps_other_files(installed, tree
     ):
         (app / name).parent.mkdir(exist_ok=True)
         (app / name).write_text("of an older version\n")
-    (app.with_name("table-consul.new")).mkdir()
+    (app.with_name("table-consul.new")).mkdir(exist_ok=True)
     (app.with_name("table-consul.new") / "half").write_text("of an install that was broken off\n")
     (installed / "libexec/table-consul").write_text("of an older version\n")
     others = ("libexec/table-ldap", "sbin/consul", "share/man/man8/smtpd.8", "lib/other/x")

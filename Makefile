@@ -98,8 +98,8 @@ dist: $(VENV)/.stamp ## build the sdist and the wheel in dist/, reproducibly
 	$(BIN)/python -m build --no-isolation .
 	$(BIN)/twine check --strict dist/*
 
-# The new package is built beside the old one and then replaces it. Restart smtpd afterwards: a running table imports
-# parts of the package when it first needs them.
+# The new package is built beside the old one and then replaces it, when it is on disk: a renamed file may be empty after
+# a power failure. Restart smtpd afterwards: a running table imports parts of the package when it first needs them.
 install: ## install the programs, pages and examples (DESTDIR, PREFIX, LIBEXECDIR, EXTRAS; WHEELS=DIR: no network)
 	@case '$(APPDIR)' in */table-consul) ;; *) \
 	    echo 'APPDIR: must end with /table-consul, because the whole folder is replaced'; exit 1;; esac
@@ -112,6 +112,7 @@ install: ## install the programs, pages and examples (DESTDIR, PREFIX, LIBEXECDI
 	    find '$(APP).new/table_consul' -name __pycache__ -prune -exec rm -r {} + && \
 	    $(PYTHON) -m compileall -q -s '$(APP).new' -p '$(APPDIR)' '$(APP).new/table_consul'
 	chmod -R u=rwX,go=rX '$(APP).new'
+	sync
 	if [ -e '$(APP)' ]; then mv '$(APP)' '$(APP).old'; fi
 	mv '$(APP).new' '$(APP)'
 	rm -rf '$(APP).old'
@@ -123,7 +124,7 @@ install-files:
 	umask 022 && mkdir -p '$(LIBEXEC)' '$(SBIN)' '$(MAN)/man5' '$(MAN)/man8'
 	python=$$($(PYTHON) -c 'import sys; print(sys.executable)') && umask 022 && appdir='$(APPDIR)' && \
 	install_program() { \
-	    { printf '#!%s -I\n' "$$python" && cat; } >"$$1.new" && chmod 755 "$$1.new" && mv "$$1.new" "$$1"; \
+	    { printf '#!%s -I\n' "$$python" && cat; } >"$$1.new" && chmod 755 "$$1.new" && sync && mv "$$1.new" "$$1"; \
 	} && \
 	path="$${appdir:+sys.path.insert(0, \"$$appdir\")}" && \
 	for module in cli:table-consul procexec:table-procexec; do \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -193,6 +194,25 @@ def test_upgrade_removes_the_older_version_and_keeps_other_files(installed, tree
     make(tree, "uninstall", *variables(installed))
     assert files_of(installed) == set(others)
     assert [path for path in installed.rglob("*") if "table-consul" in path.name] == []
+
+
+SYNC = """\
+#!/bin/sh
+find {place} -path '*/table-consul.new/table_consul/cli.py' -o -name 'table-*.new' -type f >>{said}
+"""
+
+
+@pytest.mark.timeout(300)
+def test_files_are_on_disk_before_they_replace_others(tree, tmp_path, monkeypatch):
+    """After a power failure a renamed file may be empty, and smtpd exits if a table does not start."""
+    said, sync = tmp_path / "said", tmp_path / "bin/sync"
+    sync.parent.mkdir()
+    sync.write_text(SYNC.format(place=tmp_path / "usr", said=said))
+    sync.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sync.parent}:{os.environ['PATH']}")
+    make(tree, "install", f"PYTHON={sys.executable}", *variables(tmp_path / "usr"))
+    names = {f"{name}.new" for name in PROGRAMS} | {"lib/table-consul.new/table_consul/cli.py"}
+    assert {str(Path(line).relative_to(tmp_path / "usr")) for line in said.read_text().splitlines()} == names
 
 
 @pytest.mark.timeout(300)

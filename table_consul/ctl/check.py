@@ -172,7 +172,9 @@ class _Checker:
         done = _run(program, "--version")
         if done.returncode:
             lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-            self._report(program, f"{current_user()} cannot run it: {lines[-1]} (run make install)")
+            # Such as a Python below /root, which make install writes into the program if it is root's.
+            python = " with a PYTHON that this user can run" if lines == ["permission denied"] else ""
+            self._report(program, f"{current_user()} cannot run it: {lines[-1]} (run make install{python})")
         elif done.stdout.split()[-1:] != [__version__]:
             self._report(program, f"is {done.stdout.strip()}, but table-consulctl is {__version__} (run make install)")
         self._note(printable(program))

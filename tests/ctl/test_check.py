@@ -79,6 +79,15 @@ def test_program_that_smtpd_cannot_start_is_reported(host, filled, text, problem
     )
 
 
+def test_python_that_smtpd_s_user_cannot_run_is_reported_with_the_remedy(host, filled):
+    """`make install` as root writes root's own Python into the program, and installing it again changes nothing."""
+    (host / "python").touch(mode=0o600)
+    (host / "libexec/table-consul").write_text(f"#!{host}/python\n")
+    done = check(host, address=filled)
+    hint = "cannot run it: permission denied (run make install with a PYTHON that this user can run)"
+    assert (done.status, hint in done.text) == (1, True), done.text
+
+
 def test_missing_program_is_reported_with_the_folder(host, filled):
     (host / "libexec" / "table-consul").unlink()
     done = check(host, address=filled)

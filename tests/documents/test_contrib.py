@@ -27,6 +27,13 @@ def test_smtpd_accepts_the_example(release, through):
     assert smtpd_check(release, text) == "configuration OK\n"
 
 
+def test_listeners_of_the_example_do_not_share_a_port():
+    """`smtpd -n` accepts an address beside 0.0.0.0, but smtpd exits on Linux: listen: Address already in use."""
+    text = (CONTRIB / "smtpd.conf.example").read_text()
+    ports = re.findall(r"^listen on \S+(?: port (\d+))?", text, re.MULTILINE)
+    assert sorted(port or "25" for port in ports) == ["25", "587"]
+
+
 # ---- contrib/terraform ----
 
 # From the documentation of the provider (registry.terraform.io/providers/hashicorp/consul, version 2.21).

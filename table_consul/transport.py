@@ -385,7 +385,8 @@ def refusal(consul: str, status: int, body: bytes, *, token: bool) -> SourceErro
             return Forbidden(f"{consul}: {reply}", "check http_config.block_endpoints")
         if not token:
             return Forbidden(f"{consul}: {reply}", "no token is configured: set token_file")
-        return Forbidden(f"{consul} rejects the token: {reply}")
+        done = "denies the token access" if "Permission denied" in reply else "rejects the token"
+        return Forbidden(f"{consul} {done}: {reply}")
     if "Enterprise feature" in reply:
         setting = "partition" if "Partitions" in reply else "namespace"
         return SourceError(f"{consul}: {reply}", f"remove {setting} from the configuration")

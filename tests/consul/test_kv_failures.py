@@ -94,7 +94,14 @@ def test_403_with_a_token_is_forbidden(answered):
     text = "Permission denied: token with AccessorID '5c1b' lacks permission 'key:read' on \"aliases/alias/vera@x\""
     error = answered(403, text)
     assert isinstance(error, Forbidden)
-    assert str(error).endswith("rejects the token: 403 Permission denied ... lacks permission 'key:read'")
+    assert str(error).endswith("denies the token access: 403 Permission denied ... lacks permission 'key:read'")
+
+
+def test_403_for_an_unknown_token_is_forbidden(answered):
+    for text in ("ACL not found", "token does not exist: ACL not found"):
+        error = answered(403, text)
+        assert isinstance(error, Forbidden)
+        assert str(error).endswith("rejects the token: 403 ACL not found")
 
 
 @pytest.mark.parametrize("text", ["Permission denied", "ACL not found", ""])

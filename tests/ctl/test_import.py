@@ -250,7 +250,7 @@ def test_token_without_read_permission_is_not_an_empty_table(consul_with_acl):
     consul_with_acl.kv_put("aliases/alias/root", "eric")
     for token in (consul_with_acl.token('key_prefix "other/" { policy = "write" }'), None):
         done = importer(consul_with_acl, "aliases", "alias", "-", "--prune", stdin=b"root: gilles\n", token=token)
-        reason = "rejects the token: 403" if token else "no token is configured"
+        reason = "denies the token access: 403" if token else "no token is configured"
         assert (done.status, reason in done.said) == (2, True), done.said
     assert entries(consul_with_acl) == {"root": b"eric"}
 

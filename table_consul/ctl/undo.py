@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from table_consul import config
-from table_consul.ctl import writing
+from table_consul.ctl import main, writing
 from table_consul.errors import TableConsulError, printable
 from table_consul.services import SERVICES
 
@@ -35,7 +35,7 @@ def command(
 
     A key that has changed since is listed and skipped. An undo is a write, so it can be undone too.
 
-    Exit status: 0 everything is as before the write, 2 something was not restored.
+    Exit status: 0 everything is as before the write, 2 something was not restored or listed.
 
     \b
     Examples:
@@ -47,8 +47,7 @@ def command(
     folder = options.undo_folder
     numbers = saves.numbers(folder)
     if listed:
-        _print_list(folder, numbers, as_json=options.as_json)
-        return 0
+        return _print_list(folder, numbers, as_json=options.as_json)
     if number is None and not numbers:
         raise TableConsulError(f"{printable(folder)}: no saved writes")
     chosen = numbers[0] if number is None else number
@@ -88,25 +87,32 @@ def _by_key(entries: Sequence[Entry]) -> dict[bytes, tuple[bytes, int]]:
     return {each.key.encode(): (each.value, each.flags) for each in entries}
 
 
-def _print_list(folder: str, numbers: Sequence[int], *, as_json: bool) -> None:
-    documents = [*_documents(folder, numbers)]
+def _print_list(folder: str, numbers: Sequence[int], *, as_json: bool) -> int:
+    """Print the writes, and return the exit status."""
+    problems: dict[str, None] = {}  # that of the folder is one problem, not one for each write
+    documents = [*_documents(folder, numbers, problems)]
+    for problem in problems:
+        click.echo(problem, err=True)
+    status = main.FAILED if problems else 0
     if as_json:
         click.echo(json.dumps({"folder": os.fsdecode(folder), "writes": documents}))
-        return
+        return status
     for each in documents:
         counts = f"+{each['added']} ~{each['changed']} -{each['removed']}"
         words = (each["time"], each["user"], each["table"], each["service"], counts)
         click.echo(f"{each['number']:>4}  {'  '.join(map(printable, words))}")
+    return status
 
 
-def _documents(folder: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _documents(folder: str, numbers: Sequence[int], problems: dict[str, None]) -> Iterator[dict[str, Any]]:
+    """Yield what is listed of each write; the problems of those that cannot be read go to ``problems``."""
     from table_consul.ctl import saves
 
     for number in numbers:
         try:
             saved = saves.load(folder, number)
         except TableConsulError as error:
-            click.echo(str(error), err=True)
+            problems[str(error)] = None
             continue
         before, after = _by_key(saved.replaced), _by_key(saved.written)
         yield {

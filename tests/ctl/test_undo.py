@@ -182,7 +182,7 @@ def test_list_skips_a_damaged_file(fake, folder):
     saves.save(str(folder), write())
     (folder / "000002.json").write_text("{")
     done = undo(fake, "--list")
-    assert (done.status, len(done.text.splitlines())) == (0, 1)
+    assert (done.status, len(done.text.splitlines())) == (2, 1)
     assert "000002.json: damaged" in done.said
     assert undo(fake).status == 2
 
@@ -191,8 +191,17 @@ def test_list_skips_a_file_that_cannot_be_read(fake, folder):
     saves.save(str(folder), write())
     (folder / "000002.json").mkdir()
     done = undo(fake, "--list", "--json")
-    assert (done.status, [each["number"] for each in json.loads(done.text)["writes"]]) == (0, [1])
+    assert (done.status, [each["number"] for each in json.loads(done.text)["writes"]]) == (2, [1])
     assert done.said == f"{folder}/000002.json: is a directory\n"
+
+
+def test_list_reports_the_problem_of_the_folder_once_and_fails(fake, folder):
+    for number in range(3):
+        saves.save(str(folder), write(number))
+    folder.chmod(0o755)
+    done = undo(fake, "--list", "--json")
+    assert (done.status, json.loads(done.text)["writes"]) == (2, [])
+    assert (done.said.count("must belong to this user"), len(done.said.splitlines())) == (1, 1)
 
 
 def test_dry_run_and_no_undo_save_nothing(fake, folder):

@@ -174,7 +174,8 @@ def write(
     While Consul is unreachable, a transaction is retried for `RETRY_SECONDS`; ``on_retry`` is called once.
 
     Raises:
-        SourceError: as `Store.transact`. Yielded changes are written; those of the current transaction may be.
+        SourceError: as `Store.transact`. Yielded changes are written; those of the current transaction may be, unless
+            it is Forbidden.
     """
     for batch in batches(changes, store.scope):
         conflicts: list[Change] = []
@@ -191,6 +192,10 @@ def write(
                     on_retry(error)
                 sleep(wait)
                 continue
+            except Forbidden as error:
+                if failures:  # an attempt before may be written
+                    raise SourceError(str(error)) from error
+                raise
             if not stale:
                 break
             left = [change for change in left if change not in stale]

@@ -11,7 +11,7 @@ import syslog
 import pytest
 
 from table_consul.ctl import saves, txn
-from table_consul.errors import TableConsulError, Unreachable
+from table_consul.errors import Forbidden, TableConsulError, Unreachable
 from tests.control import control
 from tests.ctl.importing import alias_lines, entries, importer
 from tests.rig.consul import consul_binary
@@ -100,6 +100,22 @@ def test_write_that_may_have_reached_consul_can_be_undone(consul, folder, monkey
         patch.setattr(txn, "RETRY_SECONDS", 0.0)
         patch.setattr(txn.Store, "transact", lose_the_reply)
         assert importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n").status == 2
+    assert (entries(consul), undo(consul).status, entries(consul)) == ({"root": b"eric"}, 0, {})
+
+
+def test_write_of_unknown_fate_can_be_undone_if_its_retry_is_forbidden(consul, folder, monkeypatch):
+    transact, failures = txn.Store.transact, [Unreachable("no response in time"), Forbidden("403")]
+
+    def lose_the_reply_then_the_token(store, changes, **options):
+        if len(failures) == 2:
+            transact(store, changes, **options)
+        raise failures.pop(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(txn, "delay", lambda *_: 0.0)
+        patch.setattr(txn.Store, "transact", lose_the_reply_then_the_token)
+        assert importer(consul, "aliases", "alias", "-", stdin=b"root: eric\n").status == 2
+    assert failures == []
     assert (entries(consul), undo(consul).status, entries(consul)) == ({"root": b"eric"}, 0, {})
 
 

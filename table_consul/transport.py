@@ -84,6 +84,7 @@ _TOO_LONG = (414, 431)
 NO_LEADER = "start a majority of the servers"
 _HINTS = {
     "No known Consul servers": "join this agent to the servers",
+    "No path to datacenter": "check datacenter in the configuration",
     "leader|rpc error": NO_LEADER,
     "rate limit": "raise limits in Consul's configuration",
 }

@@ -201,6 +201,13 @@ def test_agent_without_servers_is_reported_with_a_hint(host):
     assert (done.status, "No known Consul servers (join this agent to the servers)\n" in done.text) == (2, True)
 
 
+def test_unknown_datacenter_is_reported_with_a_hint(host):
+    with FakeConsul() as fake:
+        done = check(host, address=fake.address, more='datacenter = "mars"\n')
+    hint = "500 No path to datacenter (check datacenter in the configuration)\n"
+    assert (done.status, hint in done.text) == (2, True), done.text
+
+
 JSON = {"Content-Type": "application/json", "X-Consul-Index": "1", "X-Consul-Knownleader": "true"}
 
 

@@ -142,7 +142,8 @@ def as_writer(consul: config.ConsulConfig, token_file: str | None) -> config.Con
 
 def command_line() -> str:
     """The command that runs, as a shell takes it."""
-    return shlex.join(["table-consulctl", *click.get_current_context().meta[_ARGUMENTS]])
+    # An argument need not be UTF-8, but the saves of undo are.
+    return json_text(os.fsencode(shlex.join(["table-consulctl", *click.get_current_context().meta[_ARGUMENTS]])))
 
 
 def editor() -> str:

@@ -184,6 +184,14 @@ def test_save_is_private_and_has_user_time_and_command(fake, folder, monkeypatch
     assert (saved["replaced"], [each["key"] for each in saved["written"]]) == ([], ["aliases/alias/root"])
 
 
+def test_command_that_is_not_utf_8_is_saved_with_escapes(fake, folder, tmp_path):
+    path = tmp_path / os.fsdecode(b"alias\xe9")
+    path.write_bytes(b"root: eric\n")
+    assert importer(fake, "aliases", "alias", path).status == 0
+    assert "alias\\xe9" in saves.load(str(folder), 1).command
+    assert undo(fake).status == 0
+
+
 def test_list_shows_the_newest_first(fake, folder):
     for value in (b"gilles", b"eric"):
         importer(fake, "aliases", "alias", "-", stdin=b"root: " + value)

@@ -49,7 +49,9 @@ def control(*arguments: object, stdin: bytes = b"", **environ: str) -> Done:
 
 def start(*arguments: object, **options) -> subprocess.Popen[bytes]:
     """Start the program with standard error in a pipe."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("CONSUL_")}
+    # The installed program ignores PYTHONUNBUFFERED.
+    unwanted = ("CONSUL_", "PYTHONUNBUFFERED")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     return subprocess.Popen(
         [sys.executable, "-c", START, *map(str, arguments)],
         **{"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environ, **options},

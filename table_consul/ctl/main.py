@@ -265,11 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # standard error is full or closed: the exit status still counts
             for line in _explanation(error, debug="--debug" in argv):
                 click.echo(f"table-consulctl: {printable(line, 2000)}", err=True)
-        try:
-            sys.stdout.flush()
-        except (AttributeError, OSError, ValueError):  # Python would report the unwritten rest at exit
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):  # Python would fail at exit, with status 120
+                with contextlib.suppress(AttributeError, OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, SystemExit) and error.code == 0:  # shell completion
             return 0
         return NAGIOS_UNKNOWN if "--nagios" in argv else FAILED

@@ -72,8 +72,6 @@ class Response:
         self.absent = raw.status_code == 404
         self.filtered = raw.headers.get("X-Consul-Results-Filtered-By-ACLs", "").lower() == "true"
         """An ACL hides some of the keys."""
-        self.behind = client.transport.is_behind(raw)
-        """The server that answered may lack recent entries: it cannot prove that a key is absent."""
         self._client = client
         self._raw = raw
         self._body = body_of(raw)
@@ -303,7 +301,8 @@ class Client:
 
         Without an index, the leader first confirms its leadership and catches up, unless `stale` is configured. A new
         leader may otherwise answer without its last entries, which then look absent (hashicorp/consul#3285, #10989).
-        Waiting on an index needs no such proof.
+        Waiting on an index needs no such proof. A server that has lost its leader does not answer, even with `stale`:
+        otherwise it would confirm old data.
         """
         options: dict[str, Any] = {"keys": True, "separator": separator} if keys else {"recurse": True}
         consistency, late = self._library.consistency, self._late.get(prefix, 0.0)
@@ -412,7 +411,8 @@ class Client:
         if not is_url_safe(key.removesuffix(b"/") if lists else key) and (key or not lists):
             raise ValueError(f"no URL can name {key!r}")
         name = key.decode()
-        raw = self._send(lambda: self._library.kv.get(name, **options)._replace(compress=lists), timeout, held)
+        flags = {"compress": lists, "recent": steps}
+        raw = self._send(lambda: self._library.kv.get(name, **options)._replace(**flags), timeout, held)
         return Response(self, raw, key, steps=steps)
 
     def _send(self, build: Callable[[], Request], timeout: float, held: float = 0.0) -> requests.Response:

@@ -55,7 +55,7 @@ log = logging.getLogger("table_consul")
 LEAST_CUT_SECONDS = 2.0
 # With these a proxy reports a wait that its own timeout, or Consul's, has cut; 503: Varnish and Envoy, 524: Cloudflare.
 _GATEWAY_TIMEOUTS = (408, 502, 503, 504, 524)
-# A server that has not heard from its leader for longer may lack entries; consistency = "stale" still reads from it.
+# A server that has not heard from its leader for longer may lack entries.
 MAX_STALE_SECONDS = 10.0
 # The size of the kernel's receive buffer while a response is read.
 WIDE_BYTES = 1 << 20
@@ -110,6 +110,8 @@ class Request(NamedTuple):
     """Whether gzip is worth its CPU time if the response crosses a network."""
     indexed: bool = True
     """Whether the response comes from the servers' data, and must have their index."""
+    recent: bool = False
+    """Whether a server without a leader must not answer, even with `stale`."""
 
 
 # The library reads some CONSUL_* variables; `config` reads all of them.
@@ -227,7 +229,7 @@ class Transport(Exchange):
         query = urllib.parse.urlencode([*request.params, *self._scope])
         target = urllib.parse.quote(request.path, safe="/", errors="surrogateescape") + ("?" + query if query else "")
         self._prepared.method, self._prepared.body = request.method, request.body
-        self._indexed = request.indexed
+        self._indexed, self._recent = request.indexed, request.recent
         self._prepared.headers = requests.structures.CaseInsensitiveDict({**_HEADERS, **request.headers})
         failures: list[SourceError] = []
         self.late = False
@@ -300,11 +302,14 @@ class Transport(Exchange):
         leader, index = headers.get("X-Consul-Knownleader"), headers.get("X-Consul-Index", "")
         is_index = re.fullmatch("[0-9]{1,30}", index) is not None and 0 < int(index) <= _MAX_INDEX
         # Stale reads prefer old data to none, but such a server cannot prove that a key is absent.
-        if leader == "false" and (status == 404 or not self._stale):
+        recent = self._recent or status == 404
+        if leader == "false" and (recent or not self._stale):
             raise Unreachable(f"Consul at {self.address} has no cluster leader", NO_LEADER)
         if leader not in ("true", "false") or not is_index:
             raise self.bad(f"status {status}, but not from Consul's key-value store", _beginning(response))
-        if status == 404 and self.is_behind(response):
+        contact = headers.get("X-Consul-Lastcontact", "0")
+        late = not contact.isascii() or not contact.isdigit() or int(contact[:19]) > MAX_STALE_SECONDS * 1000
+        if recent and late:
             raise Unreachable(f"Consul at {self.address} has not heard from its leader for {MAX_STALE_SECONDS:.0f} s")
         if headers.get("Content-Encoding", "identity") not in ("identity", self._prepared.headers["Accept-Encoding"]):
             raise self.bad("unrequested compression")
@@ -316,13 +321,6 @@ class Transport(Exchange):
                 self.address,
                 printable(self._settings.partition),
             )
-
-    @staticmethod
-    def is_behind(response: requests.Response) -> bool:
-        """Whether the server that answered (a stale read) lost its leader, or has not heard from it for too long."""
-        contact = response.headers.get("X-Consul-Lastcontact", "0")
-        late = not contact.isascii() or not contact.isdigit() or int(contact[:19]) > MAX_STALE_SECONDS * 1000
-        return late or response.headers.get("X-Consul-Knownleader") == "false"
 
     def read(self, body: Read, size: int, seconds: float | None) -> bytes:
         """The next part of a body, empty at the end; within ``seconds`` if given, otherwise by the deadline.

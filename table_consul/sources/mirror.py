@@ -46,8 +46,6 @@ class QueryState(msgspec.Struct, frozen=True):
     """The next query does not immediately follow the latest response."""
     filtered: bool = False
     """Consul reported that an ACL hides keys."""
-    behind: bool = False
-    """The server that answered lacks recent entries."""
     longest_wait: float = MOST_WAIT_SECONDS
     """In seconds; lowered after a proxy or Consul has cut a wait."""
 

@@ -237,8 +237,8 @@ class Ranges:
         return index in self._explained or any(since < index <= until for since, until, lost in self._reads if lost)
 
     def _check(self, response: kv.Response, index: int) -> None:
-        if response.filtered or response.behind:
-            raise Unsettled("a response is filtered or stale")
+        if response.filtered:
+            raise Unsettled("a response is filtered")
         if response.index < index:
             raise Unsettled("an index went backwards")
 

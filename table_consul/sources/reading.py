@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from table_consul import kv
-from table_consul.errors import BadName, BadResponse, Forbidden, SourceError, Unreachable, printable
+from table_consul.errors import BadName, BadResponse, Forbidden, SourceError, printable
 from table_consul.services import SERVICES, Table, fold_key
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
@@ -116,9 +116,6 @@ def proven_snapshot(
     deleted: dict[str, dict[bytes, bytes]] = {}
     missing = builder.missing_keys()
     for name, keys in missing.items():
-        if response.behind:
-            reasons[name] = Unreachable(f"Consul at {client.address} may lack the latest entries")
-            continue
         suspects = former_hidden[name].missing if name in former_hidden else {}
         lost = {key: stored for key, stored in keys.items() if key not in suspects}
         gone = mirror.sample([*lost.values()])
@@ -138,6 +135,6 @@ def proven_snapshot(
             else:
                 path = printable(builder.table.path(SERVICES[name]) + key)
                 raise BadResponse(f"{path} exists, but Consul does not list it")
-    if builder.lost_everything and len(reasons) == len(missing) and not response.behind:
+    if builder.lost_everything and len(reasons) == len(missing):
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)

@@ -185,12 +185,10 @@ class Watch(threading.Thread):
         if held_for <= 0:
             state = replace(state, index=0, seen=0)
         former_hidden = {} if former is None else former.hidden
-        before: dict[str, SourceError] = {}
-        if not state.behind:  # otherwise nothing is proven anyway
-            unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
-            before = hidden_services(self._client, table, unverified, former_hidden, filtered=state.filtered)
-            if not former_hidden.keys() <= before.keys():
-                state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
+        unverified = mirror.unverified_services(self._services, former, filtered=state.filtered)
+        before = hidden_services(self._client, table, unverified, former_hidden, filtered=state.filtered)
+        if not former_hidden.keys() <= before.keys():
+            state = replace(state, index=0, seen=0)  # a newly granted permission changes no index
         asked = time.monotonic()
         wait = mirror.wait_seconds(state, table.max_age, hidden=bool(former_hidden), held_for=held_for)
         wait = min(wait, self._file.due_in)
@@ -202,9 +200,9 @@ class Watch(threading.Thread):
         with query as response:
             began = time.monotonic()
             timed_out = state.index > 0 and began - asked >= wait
-            seen = replace(state, filtered=response.filtered, behind=response.behind)
+            seen = replace(state, filtered=response.filtered)
             self._state, pause = mirror.next_query(seen, response.index, changed=False, timed_out=False, load_seconds=0)
-            if (seen.filtered and not state.filtered) or (state.behind and not seen.behind):
+            if seen.filtered and not state.filtered:
                 # The folders with hidden keys must be known before they are listed.
                 self._state = replace(self._state, index=0, seen=0)
                 return 0.0
@@ -244,7 +242,7 @@ class Watch(threading.Thread):
     def _cut(self) -> Ranges | None:
         """The ranges of a large table that was just read as a whole; None if watching them is not worthwhile."""
         state = self._state
-        if self.mirror.state is None or not state.seen or state.filtered or state.behind:
+        if self.mirror.state is None or not state.seen or state.filtered:
             return None
         snapshot, _ = self.mirror.state
         if (

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.config import Config, ConsulConfig
-from table_consul.errors import Forbidden, TooLarge, Unreachable
+from table_consul.errors import Forbidden, TooLarge
 from table_consul.sources.reading import load_once
 from tests.consul.watch.watching import (
     ALIAS,
@@ -20,12 +20,14 @@ from tests.consul.watch.watching import (
     ask,
     ask_table,
     becomes,
+    lines,
     lists,
+    logged,
     reports_hidden_keys,
     settled,
 )
 from tests.dialogue import eventually
-from tests.fake_consul import Answer, html
+from tests.fake_consul import Answer, FakeConsul, html
 
 
 def test_many_deleted_keys_are_proven_by_a_sample_over_the_whole_list(fake, mirrored):
@@ -52,15 +54,39 @@ def test_stale_server_in_contact_with_its_leader_proves_absence(fake, mirrored, 
     assert (ask(source), ask(source, b"nobody")) == (b"gilles", None)
 
 
-def test_stale_server_without_a_leader_answers_but_proves_no_absence(fake, mirrored, waits_of):
+@pytest.mark.parametrize("setting", [("leader", False), ("last_contact", 3_600_000)], ids=["no leader", "no contact"])
+def test_isolated_server_confirms_no_data_with_consistency_stale(fake, mirrored, waits_of, caplog, setting):
     waits_of(0.2)
     source = mirrored(fake.address, consistency="stale")
     settled(source)
-    fake.last_contact = 3_600_000
-    becomes(source, Unreachable, b"nobody")
-    assert ask(source) == b"gilles"
-    fake.last_contact = 0
-    becomes(source, None, b"nobody")
+    (watch,), name = source.watches, setting[0]
+    healthy = getattr(fake, name)
+    setattr(fake, *setting)
+    for _ in eventually("the outage is noticed", 10):
+        if watch.backoff.failures > 1:
+            break
+    _, confirmed = watch.mirror.state
+    for _ in eventually("more attempts", 10):
+        if watch.backoff.failures > 3:
+            break
+    assert (watch.mirror.state[1], ask(source), ask(source, b"nobody")) == (confirmed, b"gilles", None)
+    assert len(lines(caplog)) == 1
+    setattr(fake, name, healthy)
+    fake.put(ROOT, b"eric")
+    becomes(source, b"eric")
+    logged(caplog, "recovered")
+
+
+def test_isolated_server_is_left_for_another_with_consistency_stale(fake, mirrored, waits_of):
+    waits_of(0.2)
+    with FakeConsul(version=fake.version) as other:
+        other.put(ROOT, b"gilles")
+        other.put(DOMAIN + b"example.org", b"")
+        source = mirrored((fake.address, other.address), consistency="stale")
+        settled(source)
+        fake.leader = False
+        other.put(ROOT, b"eric")
+        becomes(source, b"eric")
 
 
 def test_lower_index_is_used_only_after_a_consistent_read(fake, mirrored, waits_of):

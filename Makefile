@@ -23,8 +23,8 @@ WHEELS =
 
 # One worker for each processor, up to four; WORKERS=0 runs one test after the other and prints each result immediately.
 WORKERS = auto
-# Tests start hundreds of processes, each of which would compile the package if the environment forbids compiled files.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+# Tests start hundreds of processes: each would compile the package, and unbuffered output hides failures to write.
+PYTEST = PYTHONDONTWRITEBYTECODE= PYTHONUNBUFFERED= $(BIN)/python -m pytest
 PARALLEL = -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # DESTDIR, for packages, prefixes each path that is written to, but appears in no file. APPDIR contains the package.

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from table_consul.services import SERVICES, drafts, fold_key, forms
+from table_consul.services import SERVICES, fold_key, forms, parts
 from table_consul.services.entries import Entries, EntriesBuilder
 from tests.services.parsing import TABLE, entries
 from tests.services.state import CASE_VARIANTS, PATTERN_KEYS, REUSING_TABLES, STORED, state
@@ -17,7 +17,7 @@ from tests.services.state import CASE_VARIANTS, PATTERN_KEYS, REUSING_TABLES, ST
 
 @pytest.fixture(autouse=True)
 def small_parts():
-    with patch.object(drafts, "PART_SIZE", 3), patch.object(forms, "SHARD_SIZE", 2):
+    with patch.object(parts, "PART_SIZE", 3), patch.object(forms, "SHARD_SIZE", 2):
         yield
 
 

@@ -20,7 +20,7 @@ from table_consul.errors import SourceError, printable
 from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply
 from table_consul.responder import OUTCOMES, Responder
 from table_consul.services import SERVICES, Table
-from table_consul.services.elements import Element
+from table_consul.services.match import Element
 
 if TYPE_CHECKING:
     from table_consul.ctl.loader import Loader

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from table_consul.errors import printable
 from table_consul.services import compiled
-from table_consul.services.elements import split_list
-from table_consul.services.match import DELIMITER
+from table_consul.services.match import DELIMITER, split_list
 
 EXPAND_DEPTH = 10
 # The elements to follow, and how many more for each alias of the table.

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import functools
 from codecs import BOM_UTF8
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, compiled, passwords
-from table_consul.services.elements import (
-    FOREIGN,
-    ODD,
-    ODD_IN_LIST,
-    cause,
-    element_problem,
+from table_consul.services.match import (
+    COMMAND_BYTES,
+    MAILADDR_PART_BYTES,
+    dotted_quad,
+    inet6_pton,
+    is_address,
     is_plain_list,
     list_format,
+    parse_element,
     split_list,
+    text_to_mailaddr,
 )
-from table_consul.services.match import MAILADDR_PART_BYTES, dotted_quad, inet6_pton, is_address, text_to_mailaddr
 from table_consul.services.values import LINE_MAX
 
 # limits.h of Linux, HOST_NAME_MAX. Without the NUL.
@@ -41,8 +42,27 @@ _ASKED = {
     "domain": _HOSTS + rb"|<unknown>",
     "mailaddr": _MAILADDR,
 }
+
+# Characters that look like others, by expression.
+_FOREIGN = (
+    (rb"\xef\xbb\xbf", "contains a byte order mark (remove it)"),
+    (rb"\xc2\xa0|\xe2\x80[\x80-\x8a\xaf]", "contains a non-breaking space (write an ordinary one, or none)"),
+    (rb"\xe2\x80[\x8b-\x8f]|\xe2\x81\xa0|\xc2\xad", "contains a zero-width space (remove it)"),
+    (rb"\xef\xbc\x8c|\xe3\x80\x81", "contains a full-width comma (write an ordinary one)"),
+    (rb"\xe2\x80[\x98-\x9f]", "contains curly quotes (remove them)"),
+    (rb"&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[A-Za-z]+);", "contains an HTML entity (write the character itself)"),
+)
+# Characters that no address contains.
+_ODD = (
+    (rb"[<>]", "contains angle brackets (write the address alone)"),
+    (rb"[\"']", "contains quotes (remove them)"),
+    (rb"[ \t-\r]", "contains white space"),
+    (rb"[,;]", "contains a comma or semicolon"),
+    (rb"[^\0-\x7f]", "contains letters outside ASCII (write internationalised domains as xn--...)"),
+)
+_ODD_IN_LIST = (*_ODD[:2], (_ODD[2][0], "contains white space (is a comma missing?)"), *_ODD[3:])
 _COPIED = (
-    *FOREIGN,
+    *_FOREIGN,
     (rb"\A(?i:mailto:)", "begins with mailto: (write the address alone)"),
     (rb":\Z", "ends in a colon, as in an aliases file (remove it)"),
     (rb"\A#.*\s", "is a comment (delete it)"),
@@ -76,21 +96,44 @@ _KEY_CAUSES: Mapping[str, tuple[tuple[bytes, str], ...]] = {
         *_COPIED,
         (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
         (rb"@.*\*", "has * in its domain, but alias keys are not patterns (write a key for each domain)"),
-        *ODD,
+        *_ODD,
         *_dots("an alias is for one domain; write a key for each"),
     ),
     "domain": (
         *_COPIED,
         (rb"\A#", "is a comment (delete it)"),
         (rb"[\\^$()|+?]", "is a regular expression (store it for the service regex)"),
-        *ODD,
+        *_ODD,
         (rb"[{}]", "contains braces (write a key for each domain)"),
         (rb"@", "is a mail address (write the part after the @)"),
         *_dots(_HOSTS_BELOW),
     ),
-    "mailaddr": _address_causes(ODD),
+    "mailaddr": _address_causes(_ODD),
 }
-_ELEMENT_CAUSES = _address_causes(ODD_IN_LIST)
+_SENDER_CAUSES = _address_causes(_ODD_IN_LIST)
+_RECIPIENT_CAUSES = (
+    *_FOREIGN,
+    (rb"\A(?i::?(?:error|fail|defer|reject):)", "is not an error reply in smtpd's form (write error:550 text)"),
+    (rb"\A(?i::blackhole:)", "is Exim's way to discard mail (write /dev/null)"),
+    (rb"\A(?i::?include:)", "includes a file by a relative path (write :include:/PATH)"),
+    (rb'\A"/', "is a file name in quotes (remove them)"),
+    (rb'\A"?[|/]', f"is a command without its closing quote, or has more than {COMMAND_BYTES} bytes"),
+    (rb"\A(?i:mailto:)", "begins with mailto: (write the address alone)"),
+    (rb"\A[A-Za-z0-9_.+-]+:", "looks like a line of an aliases file (store the value of each name under its own key)"),
+    *_ODD_IN_LIST,
+    (rb"\A@", "is a whole domain, which smtpd cannot deliver to (write an address)"),
+    (rb"@\Z", "has nothing after the @"),
+    (rb"@.*@", "contains two @ (is a comma missing?)"),
+    (rb"\A[^@]*\Z", f"is neither a user (letters, digits and _.+-, at most {MAILADDR_PART_BYTES}) nor an address"),
+    (rb"@", "is neither a user nor an address (a domain is letters, digits, - and .)"),
+)
+# A placeholder that sendmail or Postfix fills in.
+_TEMPLATE = rb"(?:%[0-9a-z]|[$\\][0-9]|\$\{[0-9]\})@"
+
+
+def _cause(text: bytes, causes: Iterable[tuple[bytes, str]]) -> str | None:
+    """The text of the first expression that matches, None if none does."""
+    return next((what for expression, what in causes if compiled(expression).search(text)), None)
 
 
 @functools.cache
@@ -118,7 +161,7 @@ def key_problem(table: Table, service: Service, key: bytes, stored: bytes) -> st
         return None
     if key != key.strip() or service.name not in _KEY_CAUSES:
         return "the key begins or ends with white space; smtpd never asks for such a key (rename it)"
-    why = cause(key, _KEY_CAUSES[service.name]) or "contains characters that no address may contain (correct it)"
+    why = _cause(key, _KEY_CAUSES[service.name]) or "contains characters that no address may contain (correct it)"
     return f"the key {why}; smtpd never asks for it"
 
 
@@ -147,6 +190,18 @@ def _list_problem(value: bytes, judge: Callable[[bytes], str | None]) -> str | N
     return f"element {number} of the value {text}" if whole is None else f"the value {whole}"
 
 
+def element_problem(element: bytes) -> str | None:
+    """Why smtpd rejects or misreads an element of an alias, with a hint; None if it does not."""
+    parsed = parse_element(element)
+    truncated = parsed is not None and parsed.kind == "user" and b"@" in element
+    if parsed is not None and not truncated:
+        if compiled(_TEMPLATE).match(element):
+            return "begins with a placeholder, which smtpd does not fill in (write an alias for each user)"
+        return None
+    effect = "delivers to the local user before the @ instead" if truncated else "rejects the whole alias because of it"
+    return f"{_cause(element, _RECIPIENT_CAUSES)}; smtpd {effect}"
+
+
 def _address_problem(element: bytes) -> str | None:
     """An address or a part of one that a sender is compared with (smtpd: lka.c, lka_mailaddrmap)."""
     if text_to_mailaddr(element) is None:
@@ -156,7 +211,7 @@ def _address_problem(element: bytes) -> str | None:
         )
     if compiled(_MAILADDR).fullmatch(element):
         return None
-    return f"{cause(element, _ELEMENT_CAUSES) or 'is not an address'}; no sender ever matches it"
+    return f"{_cause(element, _SENDER_CAUSES) or 'is not an address'}; no sender ever matches it"
 
 
 def _userinfo(_table: Table, key: bytes, value: bytes) -> str | None:
@@ -181,7 +236,7 @@ def _host_problem(host: bytes) -> str | None:
         return None if valid else "is not an address; only addresses may be in brackets (remove the brackets)"
     if compiled(rb"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*").fullmatch(host):
         return None
-    return cause(host, (*FOREIGN, *ODD, *_dots("remove it"))) or "is not a host name"
+    return _cause(host, (*_FOREIGN, *_ODD, *_dots("remove it"))) or "is not a host name"
 
 
 def _addrname(_table: Table, _key: bytes, value: bytes) -> str | None:
@@ -204,14 +259,14 @@ def _relayhost(_table: Table, key: bytes, value: bytes) -> str | None:
     if colon and not (compiled(rb"[ \t-\r]*[+-]?[0-9]{1,20}").fullmatch(port) and 1 <= int(port) <= 65535):
         postfix = "" if scheme else " (write Postfix's TRANSPORT:[HOST]:PORT as smtp://HOST:PORT)"
         return f"the port of the {what} must be between 1 and 65535{postfix}"
-    if problem := _host_problem(host) if host or not left else cause(left, (*FOREIGN, *ODD)) or "is missing":
+    if problem := _host_problem(host) if host or not left else _cause(left, (*_FOREIGN, *_ODD)) or "is missing":
         return f"the host of the {what} {problem}"
     if scheme == b"lmtp" and not colon:
         return f"the {what} has no port, and lmtp has no default (write lmtp://HOST:24)"
     if at and label and scheme not in (b"smtp+tls", b"smtps"):
         return f"the {what} has a label without TLS, which smtpd rejects (use smtp+tls:// or smtps://)"
     if left not in (b"", b"/"):
-        return f"smtpd ignores the text after the host of the {what}: {cause(left, (*FOREIGN, *ODD)) or 'remove it'}"
+        return f"smtpd ignores the text after the host of the {what}: {_cause(left, (*_FOREIGN, *_ODD)) or 'remove it'}"
     return None
 
 

@@ -1,14 +1,20 @@
-"""How smtpd reads mail addresses and networks, by the names of its own functions.
+"""How smtpd reads mail addresses, lists of recipients, and networks. Docstrings name the functions of smtpd.
 
-The results are those of smtpd's own ``file:`` tables, surprising ones included.
+The results are those of smtpd's own ``file:`` tables, surprising ones included. No text contains any part of a value.
 """
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from table_consul.errors import UNDECODABLE, EntryError
 from table_consul.services import MAX_KEY_BYTES, compiled
 
-# smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE and SMTPD_MAXDOMAINPARTSIZE, without the NUL.
+# smtpd: smtpd-defines.h, SMTPD_MAXLOCALPARTSIZE and SMTPD_MAXDOMAINPARTSIZE; smtpd.h, EXPAND_BUFFER. Without the NUL.
 MAILADDR_PART_BYTES = 255
+COMMAND_BYTES = 1023
 # smtpd.conf(5), smtp sub-addr-delim: its default, because smtpd does not pass its own to a table.
 DELIMITER = b"+"
 IPV4_BITS, IPV6_BITS = 32, 128
@@ -18,6 +24,21 @@ IPV6_BYTES = 50
 NOT_A_NETWORK = (
     "not a network: matches only this exact name, as for `match from rdns` (expected 192.0.2.1, 192.0.2.0/24, "
     "2001:db8::/32, [2001:db8::/32] or local)"
+)
+
+# Lists of users and addresses that need no further check, as nearly all.
+_PLAIN = rb"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_+-]+)*(?:@[A-Za-z0-9][A-Za-z0-9-]*(?:\.[A-Za-z0-9-]+)*)?"
+_PLAIN_LIST = rb"%b(?:, ?%b)*" % (_PLAIN, _PLAIN)
+_USER = rb"[A-Za-z0-9_.+-]{1,%d}" % MAILADDR_PART_BYTES
+_LOCAL_PART = rb"[A-Za-z0-9!#$%*/?|^{}`~&'+=_.-]+"
+_DOMAIN = rb"[A-Za-z0-9.-]+"
+Kind = Literal["user", "file", "command", "include", "address", "error"]
+# All but users and addresses.
+_SPECIAL: tuple[tuple[Kind, bytes], ...] = (
+    ("error", rb"(?s):?(?i:error):(?=[45][0-9]{2} [A-Za-z0-9])(.{0,%d})" % COMMAND_BYTES),
+    ("include", rb"(?s):?(?i:include):(?=/)(.{0,%d})" % COMMAND_BYTES),
+    ("command", rb'(?s)\|(.{0,%d})|"\|(.{0,%d})"' % (COMMAND_BYTES, COMMAND_BYTES - 1)),
+    ("file", rb"(?s)(?=/)(.{0,%d})" % COMMAND_BYTES),
 )
 
 _IPV4 = rb"([0-9]+(?:\.[0-9]+){0,3})(?:/([0-9]+))?"
@@ -34,6 +55,80 @@ def text_to_mailaddr(text: bytes) -> tuple[bytes, bytes] | None:
     if not at:
         user, domain = domain, b""
     return (user, domain) if len(user) <= MAILADDR_PART_BYTES and len(domain) <= MAILADDR_PART_BYTES else None
+
+
+class Element(NamedTuple):
+    """An element of an alias, as smtpd reads it."""
+
+    kind: Kind
+    text: bytes
+    domain: bytes = b""
+    """Only for an address, whose local part is ``text``."""
+
+    def __bytes__(self) -> bytes:
+        return self.text + b"@" + self.domain if self.kind == "address" and self.domain else self.text
+
+
+def parse_element(element: bytes) -> Element | None:
+    """The element as smtpd parses it; None if smtpd rejects it (smtpd: to.c, text_to_expandnode)."""
+    for kind, expression in _SPECIAL:
+        if match := compiled(expression).fullmatch(element):
+            return Element(kind, match[match.lastindex or 0])
+    local, at, domain = element.partition(b"@")
+    if at and local and domain:
+        if compiled(_LOCAL_PART).fullmatch(local) and compiled(_DOMAIN).fullmatch(domain):
+            return Element("address", local[:MAILADDR_PART_BYTES], domain[:MAILADDR_PART_BYTES])
+        element = local  # alias_is_address has truncated it there
+    return Element("user", element) if compiled(_USER).fullmatch(element) else None
+
+
+def is_plain_list(text: bytes) -> bool:
+    """Whether smtpd reads this as users and addresses in every service: no quotes, no commands, nothing too long."""
+    return len(text) <= MAILADDR_PART_BYTES and compiled(_PLAIN_LIST).fullmatch(text) is not None
+
+
+def split_list(text: bytes) -> list[bytes]:
+    """The elements of a list as smtpd splits and unescapes them (smtpd: expand_line_split, mailaddr_line_split).
+
+    Raises:
+        EntryError: smtpd rejects the whole list, because a quote or an escape is left open.
+    """
+    elements: list[bytes] = []
+    element = bytearray()
+    escaped = double = single = False
+    for c in text:
+        if escaped:
+            element.append(c)
+            escaped = False
+        elif c == 0x5C:
+            escaped = True
+        elif c == 0x2C and not double and not single:
+            elements.append(bytes(element).strip())
+            element.clear()
+        else:
+            element.append(c)
+            double ^= c == 0x22 and not single
+            single ^= c == 0x27 and not double
+    if escaped or double or single:
+        why = list_format(text) or "ends inside a quote or an escape"
+        raise EntryError(f"the value {why}; smtpd rejects the whole value because of it")
+    elements.append(bytes(element).strip())
+    return [element for element in elements if element]
+
+
+def list_format(text: bytes) -> str | None:
+    """The format of a list that is not in smtpd's, with a hint; None if it is."""
+    if compiled(rb"[\[(]\s*u?'").match(text):
+        return "is a list in Python syntax (write a JSON array; with Ansible, use to_json)"
+    if text.startswith(b"- "):
+        return "is a YAML list (separate the elements with commas)"
+    if not text.startswith((b"[", b"{")):
+        return None
+    try:
+        msgspec.json.decode(text)
+    except UNDECODABLE:
+        return 'starts like JSON but is not valid JSON (write ["a", "b"])'
+    return 'is JSON, but is not read as an array of strings (write ["a", "b"], and check value_format)'
 
 
 def inet_net_pton(text: bytes) -> tuple[int, int] | None:

@@ -37,7 +37,7 @@ _ANSWER = Struct(HEADER.format + "i")
 MAX_MESSAGE = 16384
 MAX_VALUE = MAX_MESSAGE - _ANSWER.size - len(b"\0")
 
-NAMES = {service.bit: service.name for service in SERVICES.values()}
+NAMES = {1 << place: name for place, name in enumerate(SERVICES)}
 
 
 def speaks(data: bytes) -> bool:

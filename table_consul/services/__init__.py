@@ -24,8 +24,6 @@ class Service(NamedTuple):
     """One thing that smtpd asks tables for (smtpd: smtpd-api.h, enum table_service)."""
 
     name: str
-    bit: int
-    """Its bit in the binary dialect of OpenSMTPD up to 7.5."""
     answers: str
     """``value``; ``entry``: an entry without value returns its key; ``check``: there are no lookups."""
     joined: bool = False
@@ -52,23 +50,24 @@ class Service(NamedTuple):
         return self.name in {"domain", "netaddr", "regex"}
 
 
+# In the order of smtpd's enum: the place of a service is that of its bit in the binary dialect.
 SERVICES: Mapping[str, Service] = MappingProxyType(
     {
         service.name: service
         for service in (
-            Service("alias", 0x001, "value", joined=True, bounded=True),
-            Service("domain", 0x002, "entry", patterns=True),
-            Service("credentials", 0x004, "value", bounded=True, hashed=True, fields=("password",)),
-            Service("netaddr", 0x008, "entry", patterns=True),
-            Service("userinfo", 0x010, "value", fields=("uid", "gid", "home"), default=True),
-            Service("source", 0x020, "entry"),
-            Service("mailaddr", 0x040, "entry", patterns=True),
-            Service("addrname", 0x080, "value", patterns=True),
-            Service("mailaddrmap", 0x100, "value", joined=True),
-            Service("relayhost", 0x200, "entry"),
-            Service("string", 0x400, "value"),
-            Service("regex", 0x800, "entry", patterns=True),
-            Service("auth", 0x1000, "check", hashed=True, fields=("password",)),
+            Service("alias", "value", joined=True, bounded=True),
+            Service("domain", "entry", patterns=True),
+            Service("credentials", "value", bounded=True, hashed=True, fields=("password",)),
+            Service("netaddr", "entry", patterns=True),
+            Service("userinfo", "value", fields=("uid", "gid", "home"), default=True),
+            Service("source", "entry"),
+            Service("mailaddr", "entry", patterns=True),
+            Service("addrname", "value", patterns=True),
+            Service("mailaddrmap", "value", joined=True),
+            Service("relayhost", "entry"),
+            Service("string", "value"),
+            Service("regex", "entry", patterns=True),
+            Service("auth", "check", hashed=True, fields=("password",)),
         )
     }
 )

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from table_consul.imsg import NAMES
 from table_consul.server import Server
-from table_consul.services import SERVICES
 from tests.dialogue import TIMEOUT_SECONDS, open_tables, read_transcript, write_config, write_source
 from tests.documents.document import page
 
@@ -95,7 +95,7 @@ def test_page_shows_every_dialect():
 def test_page_has_the_bit_of_every_service_of_imsg():
     row = re.search(r"^\| (alias \|.*) \|\n\|[-|]+\n\| (.*) \|$", PAGE.text, re.MULTILINE)
     told = dict(zip(row[1].split(" | "), (int(bit, 0) for bit in row[2].split(" | ")), strict=True))
-    assert told == {service.name: service.bit for service in SERVICES.values() if service.name != "auth"}
+    assert told == {name: bit for bit, name in NAMES.items() if name != "auth"}
 
 
 def test_each_turn_gets_the_replies_of_the_page(conversation):

@@ -39,10 +39,6 @@ def test_auth_is_registered_only_when_configured():
     assert {*SERVICES} - {"auth"} == {*DEFAULT_SERVICES}
 
 
-def test_service_bits_are_those_of_smtpd():
-    assert [1 << n for n in range(13)] == [service.bit for service in SERVICES.values()]
-
-
 # ---- keys ----
 
 

@@ -351,7 +351,7 @@ class Regexes(Index):
 
     def _add(self, entry: bytes) -> None:
         try:
-            pattern, size, width, _ = regcomp(entry)
+            pattern, size, width = regcomp(entry)
         except EntryError as error:
             self._unusable[entry] = [str(error)]
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from itertools import groupby
 from types import ModuleType
@@ -50,15 +50,6 @@ REGEX_SET_SIZE = 10_000  # instructions; a set of that many never runs out of it
 _LITERAL = rb"\[[^]]*\]|\{[^}]*\}|\\[AzbB]|(\\x..|\w)"
 
 
-def posix_to_re2(pattern: bytes) -> bytes:
-    """The expression in RE2's syntax, for bytes (its encoding Latin-1).
-
-    Raises:
-        EntryError: regcomp(3) would reject it, or RE2 has no equivalent; the text has a hint.
-    """
-    return _Translator(pattern).translate()
-
-
 def _error(text: str) -> EntryError:
     return EntryError(f"the regular expression {text}")
 
@@ -86,6 +77,11 @@ class _Translator:
         self._at = 0
 
     def translate(self) -> bytes:
+        """The expression in RE2's syntax, for bytes (its encoding Latin-1).
+
+        Raises:
+            EntryError: regcomp(3) would reject it, or RE2 has no equivalent; the text has a hint.
+        """
         groups: list[list[bytes]] = [[]]  # the pieces of each open group; a repetition repeats the last piece
         repeatable = False
         while self._at < len(self._pattern):
@@ -221,8 +217,6 @@ class Expression(NamedTuple):
     """Instructions of its program: the most that a search follows at each byte."""
     width: int
     """How many a search of a hostile text follows at each byte: few of those for literal text, and all others."""
-    search: Callable[[bytes], object | None]
-    """Takes time linear in the text; None where the expression is not found."""
 
 
 def package() -> ModuleType:
@@ -251,16 +245,15 @@ def regcomp(entry: bytes) -> Expression:
         ConfigError: RE2 cannot be used.
     """
     re2 = package()
-    pattern = posix_to_re2(entry)
+    pattern = _Translator(entry).translate()
     try:
-        compiled_pattern = re2.compile(pattern, _options(re2, REGEX_BYTES))
+        size = re2.compile(pattern, _options(re2, REGEX_BYTES)).programsize
     except re2.error:
         raise _error("is too large; split it into several entries") from None
-    size = compiled_pattern.programsize
     literals = sum(map(bool, compiled(_LITERAL).findall(pattern)))
     width = size - literals * 7 // 8
     # Long repetitions are long chains, and each byte follows many of their instructions.
-    return Expression(pattern, size, width + width * width // 500, compiled_pattern.search)
+    return Expression(pattern, size, width + width * width // 500)
 
 
 class RegexSet:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from table_consul.errors import EntryError
 from table_consul.services.match import DELIMITER, parse_sockaddr, text_to_mailaddr, text_to_netaddr
-from table_consul.services.regex import regcomp
+from table_consul.services.regex import package, regcomp
 
 
 def pieces_match(hostname, pieces):
@@ -59,9 +59,13 @@ def table_netaddr_match(key, entry):
 
 def table_regex_match(key, entry):
     try:
-        return regcomp(entry).search(key) is not None
+        pattern = regcomp(entry).pattern
     except EntryError:
         return False
+    re2 = package()
+    options = re2.Options()
+    options.encoding = options.Encoding.LATIN1
+    return re2.compile(pattern, options).search(key) is not None
 
 
 def addrname_match(key, entry):

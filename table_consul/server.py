@@ -116,7 +116,8 @@ class Server:
             if (replies and not write(b"".join(replies))) or session.closed:
                 break
             if self._to_warm_up is not None:
-                self._warm_up(self._to_warm_up)
+                self._guarded(self._answerer.warm_up, self._to_warm_up)
+                self._to_warm_up = None
             data = read()
         return session.dialect is not None
 
@@ -163,10 +164,6 @@ class Server:
         self._to_warm_up = table
         self._guarded(self._on_table_name, table)
         log.info("smtpd%s speaks %s", f" {printable(version)}" if version else "", self._session.dialect)
-
-    def _warm_up(self, table: str) -> None:
-        self._to_warm_up = None
-        self._guarded(self._answerer.warm_up, table)
 
     def _services(self, config: Mapping[str, str]) -> list[str]:
         services = self._answerer.services(config.get("tablename", ""))

@@ -245,6 +245,7 @@ class Client:
 
     def __init__(self, settings: ConsulConfig) -> None:
         self.transport = Transport(settings)
+        self._address_count = len(settings.addresses)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._library = Library(consistency=settings.consistency, dc=settings.datacenter)
@@ -396,7 +397,7 @@ class Client:
     def _read(self, read: Callable[[Response], T], key: bytes, timeout: float, **options: Any) -> T:  # noqa: ANN401 - the library's
         """The result of ``read`` for a response, of the next address if one is truncated or invalid."""
         by = time.monotonic() + timeout
-        for others in range(self.transport.address_count)[::-1]:
+        for others in range(self._address_count)[::-1]:
             with self._ask(key, by - time.monotonic(), **options) as response:
                 try:
                     return read(response)

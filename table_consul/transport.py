@@ -187,11 +187,6 @@ class Transport(Exchange):
         """Use the next address from now on."""
         self._current = (self._current + 1) % len(self._endpoints)
 
-    @property
-    def address_count(self) -> int:
-        """How many addresses there are."""
-        return len(self._endpoints)
-
     def send(self, request: Request, *, by: float, held: float = 0.0) -> requests.Response:
         """The response of the first address that returns one; status and headers are validated, the body is not read.
 

@@ -61,6 +61,7 @@ _ODD = (
     (rb"[^\0-\x7f]", "contains letters outside ASCII (write internationalised domains as xn--...)"),
 )
 _ODD_IN_LIST = (*_ODD[:2], (_ODD[2][0], "contains white space (is a comma missing?)"), *_ODD[3:])
+_STAR_AS_USER = (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)")
 _COPIED = (
     *_FOREIGN,
     (rb"\A(?i:mailto:)", "begins with mailto: (write the address alone)"),
@@ -84,7 +85,7 @@ _HOSTS_BELOW = "write *.example.org for the hosts below a domain"
 def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, str], ...]:
     return (
         *_COPIED,
-        (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
+        _STAR_AS_USER,
         *odd,
         (rb"@.*[{}]", "contains braces (remove them)"),
         *_dots(_HOSTS_BELOW),
@@ -94,7 +95,7 @@ def _address_causes(odd: tuple[tuple[bytes, str], ...]) -> tuple[tuple[bytes, st
 _KEY_CAUSES: Mapping[str, tuple[tuple[bytes, str], ...]] = {
     "alias": (
         *_COPIED,
-        (rb"\A\*(?:@|\Z)", "has * as its user, where * is not a pattern (write @example.org, or @ for all)"),
+        _STAR_AS_USER,
         (rb"@.*\*", "has * in its domain, but alias keys are not patterns (write a key for each domain)"),
         *_ODD,
         *_dots("an alias is for one domain; write a key for each"),
@@ -285,32 +286,29 @@ _FOREIGN_SCHEME = (
 )
 
 
-def _credential(service: str) -> Callable[[Table, bytes, bytes], str | None]:
-    def judge(table: Table, _key: bytes, value: bytes) -> str | None:
-        """Warn if no login can succeed. USER:... is exempt: it may be a plain-text relay password."""
-        secret = passwords.hash_part(value)
-        if secret.startswith(b"$apr1$"):
-            return "an MD5 hash of Apache's htpasswd, which crypt(3) does not read (use `smtpctl encrypt`)"
-        if service == "credentials":
-            foreign = compiled(_FOREIGN_SCHEME).fullmatch(secret) or secret.startswith(b"$argon2")
-            if (b":" in value and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
+def _credential(service: str, table: Table, _key: bytes, value: bytes) -> str | None:
+    """Warn if no login can succeed. USER:... is exempt: it may be a plain-text relay password."""
+    secret = passwords.hash_part(value)
+    if secret.startswith(b"$apr1$"):
+        return "an MD5 hash of Apache's htpasswd, which crypt(3) does not read (use `smtpctl encrypt`)"
+    if service == "credentials":
+        foreign = compiled(_FOREIGN_SCHEME).fullmatch(secret) or secret.startswith(b"$argon2")
+        if (b":" in value and not foreign) or secret.startswith(passwords.LOCK_MARKERS):
+            return None
+        if "auth" not in table.services:
+            if not foreign and passwords.is_crypt_hash(secret):
                 return None
-            if "auth" not in table.services:
-                if not foreign and passwords.is_crypt_hash(secret):
-                    return None
-                return (
-                    "not a hash that smtpd's crypt(3) reads, so no login can succeed (use the output of "
-                    "`smtpctl encrypt`; argon2 needs the service auth; to relay, write USER:PASSWORD)"
-                )
-        try:
-            parsed = passwords.verifiable_hash(value, table.deadline)
-        except EntryError as error:
-            return str(error)
-        if parsed is not None and parsed.scheme == "DES" and not passwords.is_crypt_hash(secret):
-            return "13 letters that only look like a DES hash (use the output of `smtpctl encrypt`)"
-        return None
-
-    return judge
+            return (
+                "not a hash that smtpd's crypt(3) reads, so no login can succeed (use the output of "
+                "`smtpctl encrypt`; argon2 needs the service auth; to relay, write USER:PASSWORD)"
+            )
+    try:
+        parsed = passwords.verifiable_hash(value, table.deadline)
+    except EntryError as error:
+        return str(error)
+    if parsed is not None and parsed.scheme == "DES" and not passwords.is_crypt_hash(secret):
+        return "13 letters that only look like a DES hash (use the output of `smtpctl encrypt`)"
+    return None
 
 
 _VALUES: Mapping[str, Callable[[Table, bytes, bytes], str | None]] = {
@@ -320,6 +318,6 @@ _VALUES: Mapping[str, Callable[[Table, bytes, bytes], str | None]] = {
     "source": _source,
     "addrname": _addrname,
     "relayhost": _relayhost,
-    "credentials": _credential("credentials"),
-    "auth": _credential("auth"),
+    "credentials": functools.partial(_credential, "credentials"),
+    "auth": functools.partial(_credential, "auth"),
 }

@@ -24,11 +24,13 @@ from tests.rig.root import Root
 
 REAL_PARTS = {"consul", "consul_with_acl", "consul_with_list_policy", "consul_cluster", "root", "smtpd"}
 RELEASES = ("7.9", "7.6")
-# Files in which most tests start processes or build something; `make quick` skips them.
+# Files in which most tests are slow; `make quick` skips them.
 SLOW = {
     f"tests/{name}.py"
     for name in (
         "ctl/test_main",
+        "ctl/test_query_daemon",
+        "ctl/test_query_sources",
         "e2e/test_demo",
         "smtpd/test_metrics_counters",
         "smtpd/test_metrics_dashboard",
@@ -50,7 +52,7 @@ SLOW = {
 
 # How long an example takes depends on the load of the machine.
 hypothesis.settings.register_profile("table-consul", deadline=None)
-hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=6)
 hypothesis.settings.load_profile("table-consul")
 
 

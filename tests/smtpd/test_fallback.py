@@ -91,6 +91,7 @@ def test_launcher_answers_without_its_package(launcher):
         assert child.end() == 0
 
 
+@pytest.mark.slow
 def test_empty_module_after_a_power_failure_does_not_end_the_program(tmp_path):
     """pip syncs no file."""
     config = write_config(tmp_path)

@@ -32,8 +32,6 @@ PURE = sorted(
         "sources.mirror",
         "sources.ranges",
         "ctl.formats",
-        "ctl.maps",
-        "ctl.lexer",
         "ctl.loops",
         "ctl.records",
         "ctl.recipients",

@@ -1,6 +1,7 @@
-"""Read and write the files that tables are made from: aliases(5), file: tables, passwd files, exports of Consul.
+"""Read and write the files that tables are made from: file: tables, aliases(5), maps of Postfix, passwd files, exports.
 
-Pure: bytes in, entries and line problems out. Values are not validated here.
+Pure: bytes in, entries and line problems out. Values are not validated here. A line without an equivalent in smtpd is a
+problem, never a guess.
 """
 
 from __future__ import annotations
@@ -283,6 +284,67 @@ def _alias(text: bytes) -> tuple[bytes, bytes]:
     if not key or not value:
         raise FormatError("has no value" if key else "has no key")
     return key, value
+
+
+# Text between slashes is not enough: it may be a key, and the alias `if` may be /dev/null.
+_EXPRESSION = re.compile(rb"!?/.*[\\^$(|].*/[a-z]*")
+
+
+def without_domains(parsed: ParsedFile) -> ParsedFile:
+    """The file without what only Postfix's virtual(5) has: lines that declare domains, and expressions."""
+    domains = {key.partition(b"@")[2] for key, _, _, _ in parsed.entries if b"@" in key}
+    entries, problems, notes = [], [*parsed.problems], []
+    for entry in parsed.entries:
+        if entry.key in domains and b"." in entry.key:
+            text = "declares a domain of Postfix's virtual(5); skipped (import it for the service domain)"
+            notes.append(LineProblem(entry.line, text, entry.key))
+        elif _EXPRESSION.fullmatch(entry.key) or (entry.key == b"if" and _EXPRESSION.fullmatch(entry.value)):
+            text = "is an expression of a Postfix regexp: or pcre: map, which smtpd does not support in aliases"
+            problems.append(LineProblem(entry.line, text, entry.key))
+        else:
+            entries.append(entry)
+    return parsed._replace(entries=entries, problems=sorted(problems), notes=notes)
+
+
+_SCHEMES = {b"": b"smtp", b"smtp": b"smtp", b"relay": b"smtp", b"smtps": b"smtps", b"lmtp": b"lmtp"}
+_NEXTHOP = re.compile(rb"(?:\[(?:(?i:ipv6):)?([^\]]+)\]|([^\[\]:,\s]+))(?::([0-9]+|smtp|submissions?|smtps|lmtp))?")
+_PORTS = {b"smtp": b"25", b"submission": b"587", b"submissions": b"465", b"smtps": b"465", b"lmtp": b"24"}
+
+
+def read_transport(data: bytes) -> ParsedFile:
+    """The relay hosts of a Postfix transport(5) map, for `action ... relay domain <table>`."""
+    return parse_lines("transport", significant_lines(data), _relay)
+
+
+def _relay(text: bytes) -> tuple[bytes, bytes]:
+    key, value = (*text.split(None, 1), b"")[:2]
+    if key == b"*":
+        raise FormatError("matches all domains, but smtpd looks up one domain (write `relay host URL` in smtpd.conf)")
+    if key.startswith(b".") or b"@" in key:
+        kind = "an address" if b"@" in key else "the hosts below a domain"
+        raise FormatError(f"matches {kind}, but smtpd looks up relay hosts by domain only")
+    if b"://" in value:
+        return key, value
+    transport, colon, nexthop = value.partition(b":")
+    name = printable(transport)
+    if not colon:
+        raise FormatError("has no transport")
+    if transport not in _SCHEMES:
+        raise FormatError(f"the Postfix transport {name} is not a relay host (write a rule in smtpd.conf)")
+    if not nexthop:
+        raise FormatError(
+            "is delivered by MX, which a table of relay hosts cannot express (write a rule in smtpd.conf)"
+        )
+    match = _NEXTHOP.fullmatch(nexthop.removeprefix(b"inet:") if transport == b"lmtp" else nexthop)
+    if match is None:
+        raise FormatError(f"the nexthop of {name or 'Postfix'} must be [HOST] or [HOST]:PORT")
+    host, bare, port = match.groups(b"")
+    if bare and transport != b"lmtp":
+        raise FormatError("is relayed to the MX of the nexthop, but smtpd relays to a host (write [HOST])")
+    host = host or bare
+    scheme = _SCHEMES[transport]
+    port = _PORTS.get(port, port) or (b"24" if scheme == b"lmtp" else b"")
+    return key, scheme + b"://" + (b"[%b]" % host if b":" in host else host) + (b":" + port if port else b"")
 
 
 def read_passwd(data: bytes, service: Service, *, record: bool = False) -> ParsedFile:

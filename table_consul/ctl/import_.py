@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from table_consul import config
-from table_consul.ctl import formats, main, maps, writing
+from table_consul.ctl import formats, main, smtpdconf, writing
 from table_consul.ctl.formats import FormatError, LineProblem, ParsedFile
 from table_consul.errors import SourceError, counted, printable, problem_of
 from table_consul.services import SERVICES, Service, Table
@@ -222,11 +222,11 @@ def parse(
         folder = None if below is None else os.fsencode(f"{below.strip('/')}/".removeprefix("/"))
         return formats.entries_of_export([*iter_export(io.BytesIO(data))], service, table.path(service), folder)
     if form == "conf":
-        return maps.read_conf(data, service, table.name, below)
+        return smtpdconf.inline_table(data, service, table.name, below)
     if form == "transport" and service.name == "relayhost":
-        return maps.read_transport(data)
+        return formats.read_transport(data)
     if form == "aliases" and service.name == "alias":
-        return maps.without_domains(formats.read_aliases(data, cautious=wanted == "auto"))
+        return formats.without_domains(formats.read_aliases(data, cautious=wanted == "auto"))
     if form == "passwd" and service.fields:
         return formats.read_passwd(data, service, record=record)
     if form == "table":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from table_consul.ctl import inclusions, recipients
+from table_consul.ctl import recipients
+from table_consul.ctl.expand import INCLUDE_BYTES, forward
 from table_consul.ctl.recipients import PERMANENT, TEMPORARY
 from table_consul.protocol import NOT_FOUND, Found
 from tests.control import control
@@ -120,7 +121,7 @@ def test_device_and_large_file_do_not_stop_expand(expand, home):
     assert "/dev/zero: not followed: a device, not a file\n" in expand("a", a="vera, :include:/dev/zero").text
     path = home / "list"
     with path.open("wb") as file:
-        file.truncate(inclusions.INCLUDE_BYTES + 1)
+        file.truncate(INCLUDE_BYTES + 1)
     path.chmod(0o644)
     done = expand("a", a=f":include:{path}")
     assert f"{path}: not followed: larger than 16 MiB\n" in done.text
@@ -219,7 +220,7 @@ def test_forward_file_that_smtpd_cannot_use_is_a_temporary_error(expand, home, t
 def test_forward_file_must_be_secure(home, change, reply, cause):
     path = put(home / ".forward", "eric")
     change(home)
-    found = inclusions.forward(f"{UID}:{UID}:{home}".encode())
+    found = forward(f"{UID}:{UID}:{home}".encode())
     if reply is None:
         assert found is None
     else:
@@ -229,19 +230,19 @@ def test_forward_file_must_be_secure(home, change, reply, cause):
 def test_forward_file_is_not_followed_as_a_link_or_of_another_user(home):
     put(home / "x", "eric")
     (home / ".forward").symlink_to(home / "x")
-    assert "symbolic link" in inclusions.forward(f"{UID}:{UID}:{home}".encode()).problem
+    assert "symbolic link" in forward(f"{UID}:{UID}:{home}".encode()).problem
     (home / ".forward").unlink()
     put(home / ".forward", "eric")
-    assert inclusions.forward(f"{UID + 1}:1:{home}".encode()).reply == PERMANENT
-    assert inclusions.forward(f"{UID}:1:{home}".encode()).data == b"eric"
+    assert forward(f"{UID + 1}:1:{home}".encode()).reply == PERMANENT
+    assert forward(f"{UID}:1:{home}".encode()).data == b"eric"
 
 
 def test_file_that_only_others_may_read_is_reported(home):
     path = put(home / ".forward", "eric").decode()
     os.chmod(path, 0)
-    code = "import grp, os, pwd\nfrom table_consul.ctl import inclusions\n"
+    code = "import grp, os, pwd\nfrom table_consul.ctl import expand\n"
     code += "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-    code += f"print([*map(str, (inclusions.include({path!r}.encode()), inclusions.forward(b'{UID}:1:{home}')))])"
+    code += f"print([*map(str, (expand.include({path!r}.encode()), expand.forward(b'{UID}:1:{home}')))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("but perhaps by smtpd (run this as root)") == 2, done.stdout
     assert "ignored=True" not in done.stdout
@@ -249,8 +250,8 @@ def test_file_that_only_others_may_read_is_reported(home):
 
 def test_unreadable_files_are_named_beside_the_recipients(monkeypatch, expand):
     hidden = lambda path: recipients.File(path, problem="not readable by user eric")  # noqa: E731
-    monkeypatch.setattr(inclusions, "include", hidden)
-    monkeypatch.setattr(inclusions, "forward", lambda info: hidden(info.split(b":")[2] + b"/.forward"))
+    monkeypatch.setattr("table_consul.ctl.expand.include", hidden)
+    monkeypatch.setattr("table_consul.ctl.expand.forward", lambda info: hidden(info.split(b":")[2] + b"/.forward"))
     done = expand("a", a="vera, :include:/srv/list")
     assert "      /srv/list: not readable by user eric\n" in done.text
     assert results(done) == ["the recipients in /srv/list (not read)", "user vera (~/.forward not read)"]

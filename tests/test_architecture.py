@@ -33,7 +33,6 @@ PURE = sorted(
         "sources.ranges",
         "ctl.formats",
         "ctl.loops",
-        "ctl.records",
         "ctl.recipients",
     }
 )

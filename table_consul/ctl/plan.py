@@ -7,16 +7,15 @@ however it is stored in Consul; an export is compared byte by byte.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import msgspec
 
-from table_consul.ctl import loops, records
+from table_consul.ctl import loops
 from table_consul.ctl.formats import FileEntry, LineProblem, ParsedFile
-from table_consul.ctl.records import record_of
-from table_consul.errors import EntryError, printable
+from table_consul.errors import UNDECODABLE, EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
 from table_consul.services import MAX_KEY_BYTES, Service, Table, fold_key
 from table_consul.services.entries import WRONG_CASE, Entries
@@ -31,6 +30,9 @@ _NOT_UTF8 = (
     " table-consulctl lint --live prints the request)"
 )
 _SHARED = "stored as a record that several services read (edit it in Consul, or use --record with a passwd file)"
+
+_Record = dict[str, object]
+"""The JSON record of a user; each service reads some of its fields."""
 
 
 class Stored(NamedTuple):
@@ -182,10 +184,10 @@ class _Planner:
             if old is None:
                 self._add(key, entry)
                 continue
-            record = None if self._exported else record_of(table, service, old.value)
+            record = None if self._exported else _record_of(table, service, old.value)
             value = entry.value
             if record is not None and self._records:
-                fields: records.Record = msgspec.json.decode(value)
+                fields: _Record = msgspec.json.decode(value)
                 # 1000.0 equals 1000, but is not an id.
                 same = all(name in record and _is_same(record[name], field) for name, field in fields.items())
                 value = old.value if same else msgspec.json.encode(record | fields)
@@ -270,14 +272,14 @@ class _Planner:
             if folder or key in self._file or fold_key(key) in self._now.incomplete:
                 continue
             self._replace(key, old, None)
-            if len(self._sharing) > 1 and not self._verbatim and record_of(self._table, self._service, old.value):
+            if len(self._sharing) > 1 and not self._verbatim and _record_of(self._table, self._service, old.value):
                 self._add_problem(key, _SHARED)
 
     def remove(self, key: bytes) -> None:
         """Remove an entry, or from a record only the fields of this service."""
         old = self._stored[key]
-        record = None if self._exported else record_of(self._table, self._service, old.value)
-        value = None if record is None else records.without_value(self._service, record)
+        record = None if self._exported else _record_of(self._table, self._service, old.value)
+        value = None if record is None else _without_value(self._service, record)
         self._replace(key, old, value)
 
     def _replace(self, key: bytes, old: Stored, value: bytes | None) -> None:
@@ -306,11 +308,11 @@ class _Planner:
             return False
         values = [each.value for each in self._stored.values()]
         shared = len({each.fields for each in self._sharing}) > 1
-        return shared or records.are_records(self._table, self._service, values)
+        return shared or _are_records(self._table, self._service, values)
 
-    def _merged(self, key: bytes, record: records.Record, value: bytes) -> bytes | None:
+    def _merged(self, key: bytes, record: _Record, value: bytes) -> bytes | None:
         try:
-            return records.with_value(self._table, self._service, fold_key(key), record, value)
+            return _with_value(self._table, self._service, fold_key(key), record, value)
         except EntryError as error:
             self._add_problem(key, str(error))
             return None
@@ -327,6 +329,48 @@ class _Planner:
         readers = [service for service in self._sharing if _parsed(self._table, service, key, old)]
         readers.sort(key=lambda service: service.hashed)  # UID:GID:HOME looks like USER:PASSWORD as well
         return readers[0].name if readers and not _parsed(self._table, readers[0], key, new) else ""
+
+
+def _record_of(table: Table, service: Service, value: bytes) -> _Record | None:
+    """The value as a record; None if it is anything else, or the service has no records."""
+    if service.fields and table.value_format != "text" and value.lstrip().startswith(b"{"):
+        with contextlib.suppress(*UNDECODABLE):
+            return msgspec.json.decode(value, type=_Record)
+    return None
+
+
+def _are_records(table: Table, service: Service, values: Iterable[bytes]) -> bool:
+    """Whether most of the values are records."""
+    found = [_record_of(table, service, value) is not None for value in values] if service.fields else []
+    return 2 * sum(found) > len(found)
+
+
+def _with_value(table: Table, service: Service, key: bytes, record: _Record, value: bytes) -> bytes:
+    """The record with the fields of this service set from ``value``, which is a record or text.
+
+    Raises:
+        EntryError: the text is not a value of this service, or its fields cannot hold it.
+    """
+    fields = _record_of(table, service, value)
+    meant = None
+    if fields is None:
+        meant = parse_value(msgspec.structs.replace(table, value_format="text"), service, key, value)
+        text = value.decode(errors="replace").strip()
+        texts = [text.removeprefix(f"{key.decode()}:")] if service.hashed else text.split(":", 2)
+        fields = {
+            name: int(part) if name in ("uid", "gid") else part
+            for name, part in zip(service.fields, texts, strict=False)
+        }
+    merged = msgspec.json.encode(record | fields)
+    if meant is not None and parse_value(table, service, key, merged) != meant:
+        raise EntryError("the record of a user cannot hold this value (edit the record in Consul)")
+    return merged
+
+
+def _without_value(service: Service, record: _Record) -> bytes | None:
+    """The record without the fields of this service; None if it has no others."""
+    left = {name: value for name, value in record.items() if name not in service.fields}
+    return msgspec.json.encode(left) if left else None
 
 
 def _parsed(table: Table, service: Service, key: bytes, value: bytes) -> bytes | None:

@@ -32,7 +32,6 @@ PURE = sorted(
         "sources.mirror",
         "sources.ranges",
         "ctl.formats",
-        "ctl.loops",
         "ctl.recipients",
     }
 )

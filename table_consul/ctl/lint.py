@@ -175,7 +175,7 @@ def _of_service(
 
     ``stored`` has keys that are not UTF-8, by the name that Consul lists.
     """
-    from table_consul.ctl import loops
+    from table_consul.ctl import recipients
     from table_consul.kv import is_url_safe, modern_name_problem
 
     name = entries.service.name
@@ -189,7 +189,7 @@ def _of_service(
         yield Problem(printable(key, UNCUT), text + more, name)
     if name == "alias":
         aliases = {**dict.fromkeys(entries.errors, b""), **entries.values}
-        for key, text in loops.failures(aliases, entries.table.subaddress_delimiter.encode()):
+        for key, text in recipients.rejected_aliases(aliases, entries.table.subaddress_delimiter.encode()):
             yield Problem(printable(entries.path + entries.original_case.get(key, key), UNCUT), text, name)
     unfound = ", and direct mode does not find it" if entries.table.mode == "direct" else ""
     for key in own:

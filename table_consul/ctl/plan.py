@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from table_consul.ctl import loops
+from table_consul.ctl import recipients
 from table_consul.ctl.formats import FileEntry, LineProblem, ParsedFile
 from table_consul.errors import UNDECODABLE, EntryError, printable
 from table_consul.kv import is_url_safe, modern_name_problem
@@ -297,8 +297,8 @@ class _Planner:
             if change.value is None:
                 after.pop(fold_key(key), None)
         delimiter = self._table.subaddress_delimiter.encode()
-        if found := dict(loops.failures(after, delimiter)):
-            for key in found.keys() - dict(loops.failures(before, delimiter)):
+        if found := dict(recipients.rejected_aliases(after, delimiter)):
+            for key in found.keys() - dict(recipients.rejected_aliases(before, delimiter)):
                 self._add_problem(self._now.original_case.get(key, key), found[key])
 
     @cached_property

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from table_consul.ctl import loops
+from table_consul.ctl import recipients
 from tests.ctl.expansions import LOCAL, VIRTUAL, chain
 
 
 def failures(aliases):
-    return dict(loops.failures({key.encode(): value.encode() for key, value in aliases.items()}))
+    return dict(recipients.rejected_aliases({key.encode(): value.encode() for key, value in aliases.items()}))
 
 
 @pytest.mark.parametrize("table", [LOCAL, VIRTUAL])
@@ -38,7 +38,10 @@ def test_failure_names_its_cause(aliases, key, cause):
 
 def test_tag_begins_with_the_delimiter_of_smtpd():
     aliases = {b"a": b"b_x", b"b": b"a_y"}
-    assert [[*loops.failures(aliases)], [key for key, _ in loops.failures(aliases, b"_")]] == [[], [b"a", b"b"]]
+    assert [
+        [*recipients.rejected_aliases(aliases)],
+        [key for key, _ in recipients.rejected_aliases(aliases, b"_")],
+    ] == [[], [b"a", b"b"]]
 
 
 def test_alias_with_an_error_or_without_value_is_not_followed():
@@ -58,7 +61,7 @@ def test_addresses_of_other_domains_are_not_followed():
 
 def test_incomplete_search_is_reported():
     lists = {f"a{n}@d": ",".join(f"a{m}@d" for m in range(100)) for n in range(100)}
-    assert set(failures(lists).values()) == {loops.TOO_NESTED}
+    assert set(failures(lists).values()) == {recipients.TOO_NESTED}
 
 
 @pytest.mark.parametrize(

@@ -309,53 +309,45 @@ class Writer(NamedTuple):
         Raises:
             TableConsulError: ``prepare`` raised it, the entries cannot be saved, or Consul does not answer.
         """
-        with interruptible():
-            return self._apply(changes, skipped, refused, again, prepare)
-
-    def _apply(
-        self,
-        changes: Sequence[Change],
-        skipped: Sequence[bytes],
-        refused: Sequence[LineProblem],
-        again: str,
-        prepare: Callable[[], None] | None,
-    ) -> int:
         from table_consul.ctl import saves
 
         written, conflicts, number = 0, list(skipped), 0
         steps: Generator[Progress, None, None] | None = None
-        try:
-            if prepare:
-                prepare()
-            if changes and self.options.saves:
-                number = _save(self.target, changes, self.options.undo_folder)
-            steps = _written(self.target, changes, self.store)
-            for progress in steps:
-                written += len(progress.written)
-                conflicts += [change.key for change in progress.conflicts]
-            if number and not written:
-                saves.discard(self.options.undo_folder, number)
-            if self.options.as_json:
-                click.echo(self.document(changes, written, conflicts, refused=refused))
-            else:
-                main.echo_problems([(printable(key), self.conflict) for key in conflicts])
-                if changes or not prepare:
-                    click.echo(f"{written} written" if changes else "nothing to write")
-        except BaseException as error:
-            # Without steps it is not confirmed, or the entries cannot be saved.
-            begun = steps is not None or not isinstance(error, TableConsulError)
-            if steps is not None:
-                steps.close()  # which logs what is written
-            if number and not written and isinstance(error, Forbidden):  # other errors may leave a write unconfirmed
-                saves.discard(self.options.undo_folder, number)
-            if self.options.as_json:
-                with contextlib.suppress(OSError):  # standard output may be what failed
+        with interruptible():
+            try:
+                if prepare:
+                    prepare()
+                if changes and self.options.saves:
+                    number = _save(self.target, changes, self.options.undo_folder)
+                steps = _written(self.target, changes, self.store)
+                for progress in steps:
+                    written += len(progress.written)
+                    conflicts += [change.key for change in progress.conflicts]
+                if number and not written:
+                    saves.discard(self.options.undo_folder, number)
+                if self.options.as_json:
                     click.echo(self.document(changes, written, conflicts, refused=refused))
-            if begun and (written or prepare):
-                keys = counted(len(changes), "key", "keys")
-                with contextlib.suppress(OSError):  # the terminal may be closed
-                    click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
-            raise
+                else:
+                    main.echo_problems([(printable(key), self.conflict) for key in conflicts])
+                    if changes or not prepare:
+                        click.echo(f"{written} written" if changes else "nothing to write")
+            except BaseException as error:
+                # Without steps it is not confirmed, or the entries cannot be saved.
+                begun = steps is not None or not isinstance(error, TableConsulError)
+                if steps is not None:
+                    steps.close()  # which logs what is written
+                if (
+                    number and not written and isinstance(error, Forbidden)
+                ):  # other errors may leave a write unconfirmed
+                    saves.discard(self.options.undo_folder, number)
+                if self.options.as_json:
+                    with contextlib.suppress(OSError):  # standard output may be what failed
+                        click.echo(self.document(changes, written, conflicts, refused=refused))
+                if begun and (written or prepare):
+                    keys = counted(len(changes), "key", "keys")
+                    with contextlib.suppress(OSError):  # the terminal may be closed
+                        click.echo(f"interrupted: {written} of {keys} written{again}", err=True)
+                raise
         return main.FAILED if conflicts else 0
 
     def document(

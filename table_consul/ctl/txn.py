@@ -162,12 +162,7 @@ class Progress(NamedTuple):
 
 
 def write(
-    changes: Sequence[Change],
-    store: Store,
-    on_retry: Callable[[SourceError], None] = lambda _error: None,
-    *,
-    sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
+    changes: Sequence[Change], store: Store, on_retry: Callable[[SourceError], None] = lambda _error: None
 ) -> Iterator[Progress]:
     """Write the changes, one transaction after the other. A conflict affects only its own key.
 
@@ -179,18 +174,18 @@ def write(
     """
     for batch in batches(changes, store.scope):
         conflicts: list[Change] = []
-        left, failures, begun = batch, 0, clock()
+        left, failures, begun = batch, 0, time.monotonic()
         while left:
             try:
                 stale = store.transact(left, timeout=WRITE_SECONDS)
             except Unreachable as error:
                 failures += 1
                 wait = delay(failures, random.random())  # noqa: S311 - no secret
-                if clock() - begun + wait > RETRY_SECONDS:
+                if time.monotonic() - begun + wait > RETRY_SECONDS:
                     raise
                 if failures == 1:
                     on_retry(error)
-                sleep(wait)
+                time.sleep(wait)
                 continue
             except Forbidden as error:
                 if failures:  # an attempt before may be written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -187,7 +188,7 @@ class Time:
     def sleep(self, seconds):
         self.now += seconds
 
-    def __call__(self):
+    def monotonic(self):
         return self.now
 
 
@@ -234,8 +235,8 @@ class Consul:
 
 
 def written(consul, changes, on_retry=lambda _error: None):
-    time = Time()
-    progress = list(txn.write(changes, consul, on_retry, sleep=time.sleep, clock=time))
+    with mock.patch.object(txn, "time", Time()):
+        progress = list(txn.write(changes, consul, on_retry))
     return [change for each in progress for change in each.written], [c for each in progress for c in each.conflicts]
 
 
@@ -278,10 +279,11 @@ def test_write_retries_and_logs_it_once():
     assert len(reported) == 1
 
 
-def test_write_gives_up_after_a_while():
+def test_write_gives_up_after_a_while(monkeypatch):
     consul = Consul(None, *[Unreachable("no answer in time")] * 100)
     time = Time()
-    steps = txn.write(added(100), consul, sleep=time.sleep, clock=time)
+    monkeypatch.setattr(txn, "time", time)
+    steps = txn.write(added(100), consul)
     assert len(next(steps).written) == 64
     with pytest.raises(Unreachable):
         next(steps)

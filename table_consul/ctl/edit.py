@@ -51,13 +51,7 @@ class Draft(NamedTuple):
 )
 @writing.options
 def command(
-    settings: config.Config,
-    *,
-    table_name: str,
-    service_name: str,
-    key: str | None,
-    form: str,
-    options: writing.Options,
+    settings: config.Config, *, table_name: str, service_name: str, key: str | None, form: str, options: writing.Options
 ) -> int:
     """Edit the entries of SERVICE in TABLE, or the entry of KEY, with $VISUAL or $EDITOR.
 

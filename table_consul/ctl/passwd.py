@@ -32,12 +32,7 @@ BCRYPT_BYTES = 72
 )
 @writing.options
 def command(
-    settings: config.Config,
-    *,
-    table_name: str,
-    user: str,
-    scheme: str | None,
-    options: writing.Options,
+    settings: config.Config, *, table_name: str, user: str, scheme: str | None, options: writing.Options
 ) -> int:
     """Ask for a password twice, and write its hash for USER.
 

@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 @click.argument("number", metavar="[N]", type=click.IntRange(min=1), required=False)
 @click.option("--list", "listed", is_flag=True, help="List the saved writes, the newest first.")
 @writing.options
-def command(
-    settings: config.Config,
-    *,
-    number: int | None,
-    listed: bool,
-    options: writing.Options,
-) -> int:
+def command(settings: config.Config, *, number: int | None, listed: bool, options: writing.Options) -> int:
     """Restore the entries that write N replaced; without N, the newest write.
 
     A key that has changed since is listed and skipped. An undo is a write, so it can be undone too.

@@ -114,8 +114,7 @@ class _Node(NamedTuple):
 
 
 class _RejectedError(Exception):
-    def __init__(self, reply: str, cause: str) -> None:
-        super().__init__(reply, cause)
+    """smtpd rejects the recipient: the reply to RCPT, and its cause."""
 
 
 def parse_line(line: bytes) -> tuple[list[Element], str]:
@@ -146,18 +145,13 @@ def join_lines(data: bytes, continuation: bytes, comment: bytes) -> Iterator[byt
         line = line.partition(b"\0")[0]  # noqa: PLW2901 - the end of a string in C
         if comment and (found := compiled(rb"(?s)((?:[^\\#]|\\.)*)#").match(line)):
             line = found[1]  # noqa: PLW2901 - the part before the comment
-        if line.endswith(continuation) and not _is_escaped(line):
-            begun += line[:-1]
+        before = line[:-1]
+        if line.endswith(continuation) and (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:  # not escaped
+            begun += before
             continue
         yield begun + line
         begun = b""
     yield begun
-
-
-def _is_escaped(line: bytes) -> bool:
-    """Whether a backslash escapes the last character."""
-    before = line[:-1]
-    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
 
 
 def parse_address(address: bytes) -> Element:

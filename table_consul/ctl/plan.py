@@ -189,7 +189,10 @@ class _Planner:
             if record is not None and self._records:
                 fields: _Record = msgspec.json.decode(value)
                 # 1000.0 equals 1000, but is not an id.
-                same = all(name in record and _is_same(record[name], field) for name, field in fields.items())
+                same = all(
+                    name in record and type(record[name]) is type(field) and record[name] == field
+                    for name, field in fields.items()
+                )
                 value = old.value if same else msgspec.json.encode(record | fields)
             answer = _answer(self._now, key)
             flags = entry.flags if self._parsed.restores else entry.flags or old.flags
@@ -377,10 +380,6 @@ def _parsed(table: Table, service: Service, key: bytes, value: bytes) -> bytes |
     with contextlib.suppress(EntryError):
         return parse_value(table, service, key, value)
     return None
-
-
-def _is_same(old: object, new: object) -> bool:
-    return type(old) is type(new) and old == new
 
 
 def _answer(entries: Entries, key: bytes) -> bytes | None:

@@ -159,7 +159,12 @@ class _Checker:
 
     def _program(self) -> None:
         """Check that smtpd can start the program: it is in smtpd's folder, and smtpd's user can run it."""
-        folders = smtpdconf.built_in(rb"\0(/[\w/.-]+)/table-%s\0")
+        try:
+            folders = smtpdconf.built_in(rb"\0(/[\w/.-]+)/table-%s\0")
+        except OSError as error:
+            text = f"{current_user()} cannot read it: {problem_of(error)} (try: chmod a+r)"
+            self._report(smtpdconf.program() or "smtpd", text, unknown=True)
+            return
         if not folders:
             self._report(
                 "smtpd", "not found on this host, so the folder of its table programs is unknown (install OpenSMTPD)"

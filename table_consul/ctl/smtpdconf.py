@@ -6,7 +6,6 @@ The grammar is not checked: ``smtpd -n`` does that.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import re
 import shutil
@@ -147,18 +146,23 @@ def program() -> str | None:
 
 
 def built_in(expression: bytes) -> list[str]:
-    """The paths in the binary of smtpd that match the expression; none if smtpd is not installed."""
+    """The paths in the binary of smtpd that match the expression; none if smtpd is not installed.
+
+    Raises:
+        OSError: the binary cannot be read.
+    """
     path = program()
     if path is None:
         return []
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return [os.fsdecode(match[1]) for match in re.finditer(expression, data)]
+    with open(path, "rb") as file:
+        return [os.fsdecode(found) for found in re.findall(expression, file.read())]
 
 
 def locate() -> str:
     """The path of smtpd.conf.
 
     Raises:
+        OSError: the binary of smtpd cannot be read.
         TableConsulError: it is in none of the usual places.
     """
     for path in (*built_in(rb"\0(/[\w/.-]+/smtpd\.conf)\0"), *PATHS):

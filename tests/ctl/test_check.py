@@ -88,6 +88,24 @@ def test_python_that_smtpd_s_user_cannot_run_is_reported_with_the_remedy(host, f
     assert (done.status, hint in done.text) == (1, True), done.text
 
 
+@pytest.mark.parametrize(
+    ("smtpd", "status", "problem"),
+    [
+        ("libexec", 2, "cannot read it: is a directory (try: "),
+        ("empty", 1, "smtpd: not found on this host, so the folder of its table programs is unknown"),
+    ],
+)
+def test_smtpd_that_cannot_be_read_is_reported_beside_the_other_problems(
+    host, filled, monkeypatch, smtpd, status, problem
+):
+    (host / "smtpd.conf").write_text(CONF + "table other consul\n")
+    (host / "empty").touch()
+    monkeypatch.setattr(smtpdconf, "program", lambda: f"{host}/{smtpd}")
+    done = check(host, "--smtpd-conf", f"{host}/smtpd.conf", address=filled)
+    assert (done.status, problem in done.text) == (status, True), done.text
+    assert "table other is defined but never used" in done.text
+
+
 def test_missing_program_is_reported_with_the_folder(host, filled):
     (host / "libexec" / "table-consul").unlink()
     done = check(host, address=filled)

@@ -91,6 +91,8 @@ class Conversation:
         self._data = b""
         self._pipes: int | None = None
         """How many ``|`` the table's name has; None in the dialects of 2020, which have no handshake."""
+        self._version = b""
+        self._breaks_keys = False  # as in protocol.Session
 
     def receive(self, data: bytes) -> bytes:
         """The replies to this data, which may be cut anywhere."""
@@ -100,6 +102,8 @@ class Conversation:
         if self.binary:
             return b"".join(iter(self._next_message, b""))
         *lines, self._data = self._data.split(b"\n")
+        if self._breaks_keys:
+            del lines[1:]
         return b"".join(map(self._reply, lines))
 
     def _next_message(self) -> bytes:
@@ -120,7 +124,10 @@ class Conversation:
         word, *fields = line.split(b"|")
         if word == b"config":
             self._pipes = max(len(fields) - 2, 0) if fields[:1] == [b"tablename"] else self._pipes or 0
+            if fields[:1] == [b"smtpd-version"]:
+                self._version = fields[-1][:3]
             if fields[:1] == [b"ready"]:
+                self._breaks_keys = self._version in (b"7.6", b"7.7", b"7.8")
                 return b"".join(b"register|%b\n" % name.encode() for name in (*SERVICES, "ready"))
         elif word == b"table" and self._pipes is not None:
             op, *fields = fields[3 + self._pipes :] or [b""]

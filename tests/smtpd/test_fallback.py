@@ -173,6 +173,15 @@ def test_incomplete_line_is_not_answered(said):
     assert replies([said, b"config|protocol|0.1\n", said]) == b""
 
 
+@pytest.mark.parametrize("rest", [b"table|0.1|0|t|check|alias|2|x", b"config|ready", b"x", b""])
+def test_key_with_a_line_break_is_answered_once(rest):
+    conversation = fallback.Conversation("no")
+    conversation.receive(b"config|smtpd-version|7.6.0-portable\nconfig|tablename|t\nconfig|ready\n")
+    line = b"table|0.1|0|t|lookup|credentials|1|gilles\n"
+    for said in (line + rest + b"\n", line):
+        assert conversation.receive(said) == b"lookup-result|1|error|no\n"
+
+
 def test_imsg_cut_anywhere_is_answered_the_same():
     said = opening(b"t") + question(LOOKUP, ALIAS, b"root\0") + message(UPDATE) + struct.pack("=IHHII", 5, 0, 0, 0, 0)
     assert replies([said]) == replies(bytes([byte]) for byte in said)

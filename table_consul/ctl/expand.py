@@ -30,7 +30,7 @@ from table_consul.files import current_user, open_regular_file, parents, read_bo
 from table_consul.protocol import FOUND, NOT_FOUND, Failed, Found, Reply
 from table_consul.responder import OUTCOMES, Responder
 from table_consul.services import SERVICES, Table
-from table_consul.services.match import Element
+from table_consul.services.addresses import Element
 
 if TYPE_CHECKING:
     from table_consul.ctl.loader import Loader

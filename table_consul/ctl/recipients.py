@@ -17,8 +17,8 @@ from typing import NamedTuple
 from table_consul.errors import EntryError, printable
 from table_consul.protocol import Failed, Found, Reply
 from table_consul.services import compiled
+from table_consul.services.addresses import COMMAND_BYTES, DELIMITER, Element, Kind, parse_element, split_list
 from table_consul.services.judge import element_problem
-from table_consul.services.match import COMMAND_BYTES, DELIMITER, Element, Kind, parse_element, split_list
 from table_consul.services.values import LINE_MAX
 
 # smtpd keeps the elements of a value in this order (smtpd.h, enum expand_type).

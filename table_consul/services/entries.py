@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from table_consul.errors import EntryError, printable
 from table_consul.services import DEFAULT_KEY, MAX_KEY_BYTES, Service, Table, fold_key
+from table_consul.services.addresses import NOT_A_NETWORK, is_plain_list
 from table_consul.services.judge import key_problem, usual_key, value_problem
-from table_consul.services.match import NOT_A_NETWORK, is_plain_list
 from table_consul.services.parts import NO_PARTS, REPLACEMENT, Draft, Drafts, Note, Part, Parts
 from table_consul.services.passwords import Kind, calculated_hash
 from table_consul.services.values import MissingFields, expand_home, is_valid_reply_value, parse_value

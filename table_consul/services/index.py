@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from table_consul.errors import ConfigError, EntryError
-from table_consul.services import MAX_KEY_BYTES, compiled, match
+from table_consul.services import MAX_KEY_BYTES, addresses, compiled
 from table_consul.services.forms import Forms, Steps
 from table_consul.services.regex import REGEX_SET_SIZE, RegexSet, escape_warnings, package, regcomp
 
@@ -54,7 +54,7 @@ class Index(ABC):
         seconds: float = 0.2,
         holds: Callable[[bytes], bool] | None = None,
         *,
-        delimiter: bytes = match.DELIMITER,
+        delimiter: bytes = addresses.DELIMITER,
     ) -> None:
         """``seconds`` bounds the time for one key; entries that exceed it are refused.
 
@@ -157,7 +157,9 @@ class _Hosts(Index):
     def _add(self, entry: bytes) -> None:
         form = self._form(entry)
         if form is None:
-            self._unusable[entry] = [f"more than {match.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"]
+            self._unusable[entry] = [
+                f"more than {addresses.MAILADDR_PART_BYTES} bytes before or after the @; shorten it"
+            ]
             return
         if form != entry:
             self._forms.add(form, entry)
@@ -221,13 +223,13 @@ class Addresses(_Hosts):
     """Mail addresses and patterns of them, as smtpd's table_mailaddr_match compares them."""
 
     def _split(self, entry: bytes) -> tuple[bytes, bytes] | None:
-        if match.text_to_mailaddr(entry) is None:
+        if addresses.text_to_mailaddr(entry) is None:
             return None
         user, at, hosts = entry.lower().rpartition(b"@")
         return (user + at, hosts) if at else (hosts, b"")
 
     def _find(self, key: bytes, seconds_left: SecondsLeft, /) -> bytes | None:
-        address = match.text_to_mailaddr(key.lower())
+        address = addresses.text_to_mailaddr(key.lower())
         if address is None:
             return None
         user, domain = address
@@ -245,9 +247,9 @@ class Networks(Index):
 
     def _clear(self) -> None:
         self._words = Forms()
-        self._networks = {match.IPV4_BITS: Forms(), match.IPV6_BITS: Forms()}
+        self._networks = {addresses.IPV4_BITS: Forms(), addresses.IPV6_BITS: Forms()}
         """By family, by the prefix of the network behind a 1, from which its length follows."""
-        self._bits: dict[int, set[int]] = {match.IPV4_BITS: set(), match.IPV6_BITS: set()}
+        self._bits: dict[int, set[int]] = {addresses.IPV4_BITS: set(), addresses.IPV6_BITS: set()}
         """By family, the lengths of prefixes, and perhaps of some that were removed."""
 
     def _change(self, added: Iterable[bytes], removed: Iterable[bytes], entries: Iterable[bytes], /) -> None:
@@ -257,7 +259,7 @@ class Networks(Index):
 
     def _place(self, entry: bytes) -> tuple[Forms, Hashable]:
         """The forms that include the entry, and its form."""
-        network = match.text_to_netaddr(entry)
+        network = addresses.text_to_netaddr(entry)
         if network is None:
             return self._words, entry.lower()
         family, number, bits = network
@@ -275,10 +277,13 @@ class Networks(Index):
     @property
     def problems(self) -> list[tuple[bytes, str]]:
         """As in every index, and the words that are neither a network nor ``local``."""
-        return [*super().problems, *((word, match.NOT_A_NETWORK) for word in self._words if word.lower() != b"local")]
+        return [
+            *super().problems,
+            *((word, addresses.NOT_A_NETWORK) for word in self._words if word.lower() != b"local"),
+        ]
 
     def _find(self, key: bytes, _seconds_left: SecondsLeft, /) -> bytes | None:
-        address = match.text_to_netaddr(key)
+        address = addresses.text_to_netaddr(key)
         if address is None:
             return self._words.get(key.lower())
         family, number, _ = address
@@ -298,14 +303,14 @@ class HostAddresses(Index):
         super()._change(added, removed, entries)
 
     def _add(self, entry: bytes) -> None:
-        address = match.parse_sockaddr(entry)
+        address = addresses.parse_sockaddr(entry)
         if address is not None:
             self._addresses.add(address, entry)
-        elif not match.is_address(entry):
+        elif not addresses.is_address(entry):
             self._unusable[entry] = ["not an address (expected 192.0.2.1, 2001:db8::1 or [2001:db8::1])"]
 
     def _remove(self, entry: bytes) -> None:
-        address = match.parse_sockaddr(entry)
+        address = addresses.parse_sockaddr(entry)
         if address is not None:
             self._addresses.remove(address, entry)
 
@@ -313,7 +318,7 @@ class HostAddresses(Index):
         """The entry that is written like the key, otherwise the lowest that is the same address, or None."""
         if self._holds(key) and len(key) <= MAX_KEY_BYTES:
             return key
-        address = match.parse_sockaddr(key)
+        address = addresses.parse_sockaddr(key)
         return None if address is None else self._addresses.get(address)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from table_consul.errors import EntryError
 from table_consul.services import MAX_KEY_BYTES, SERVICES, Service, Table, compiled, passwords
-from table_consul.services.match import (
+from table_consul.services.addresses import (
     COMMAND_BYTES,
     MAILADDR_PART_BYTES,
     dotted_quad,

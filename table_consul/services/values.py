@@ -13,7 +13,7 @@ import msgspec
 
 from table_consul.errors import UNDECODABLE, EntryError
 from table_consul.services import DEFAULT_KEY, Service, Table, compiled, passwords
-from table_consul.services.match import is_plain_list, split_list
+from table_consul.services.addresses import is_plain_list, split_list
 
 # smtpd: LINE_MAX. expand_line() and table_parse_lookup() reject longer values without logging the reason.
 LINE_MAX = 2048

@@ -6,7 +6,7 @@ The first argument comes from the session, the second from the table.
 from __future__ import annotations
 
 from table_consul.errors import EntryError
-from table_consul.services.match import DELIMITER, parse_sockaddr, text_to_mailaddr, text_to_netaddr
+from table_consul.services.addresses import DELIMITER, parse_sockaddr, text_to_mailaddr, text_to_netaddr
 from table_consul.services.regex import package, regcomp
 
 

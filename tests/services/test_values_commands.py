@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
+from table_consul.services.addresses import is_plain_list, parse_element, split_list
 from table_consul.services.judge import element_problem
-from table_consul.services.match import is_plain_list, parse_element, split_list
 from tests.services.expansion import alias_type, expand_line_split, text_to_expandnode
 from tests.services.parsing import COMMANDS, TABLE, read, refusal
 from tests.services.strategies import ELEMENTS, LINES

@@ -13,9 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.services import Table
+from table_consul.sources.export import SnapshotFile
 from table_consul.sources.hold import Held
 from table_consul.sources.mirror import SnapshotBuilder
-from table_consul.sources.snapshot import SnapshotFile
 
 OLD_SECONDS = 5000.0
 TABLE = Table("t", services=("alias", "domain"))
@@ -132,7 +132,7 @@ def test_restored_entries_are_counted(file, path, caplog, pairs, count):
 def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog):
     now = 1000.0
     clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
-    monkeypatch.setattr("table_consul.sources.snapshot.time", clock)
+    monkeypatch.setattr("table_consul.sources.export.time", clock)
     file = file_of(path, write_seconds=10.0)
     path.mkdir()
     pauses = []
@@ -152,7 +152,7 @@ def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog)
 @pytest.mark.parametrize(("took", "pause"), [(0.5, 10.0), (12.0, 120.0)])
 def test_slow_write_is_repeated_less_often(path, monkeypatch, took, pause):
     now = 1000.0
-    monkeypatch.setattr("table_consul.sources.snapshot.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    monkeypatch.setattr("table_consul.sources.export.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
     file = file_of(path, write_seconds=10.0)
     file.begin()
     now += took

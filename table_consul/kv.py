@@ -110,13 +110,13 @@ class Response:
             SourceError: the body is truncated, stopped arriving, or is not a list of such entries.
         """
         for pairs in self._elements(_PAIRS, OBJECTS):
-            self.check_below([pair.name for pair in pairs])
+            self._check_below([pair.name for pair in pairs])
             yield pairs
 
     def names(self) -> Iterator[list[str]]:
         """The keys below the prefix, a few at a time; raises as `pairs`."""
         for names in self._elements(_NAMES, STRINGS):
-            self.check_below(names)
+            self._check_below(names)
             yield names
 
     def _elements(self, decoder: msgspec.json.Decoder[list[T]], boundaries: re.Pattern[bytes]) -> Iterator[list[T]]:
@@ -164,7 +164,7 @@ class Response:
         except UNDECODABLE as error:
             raise self.bad(f"invalid response body ({error})", text) from error
 
-    def check_below(self, names: list[str]) -> None:
+    def _check_below(self, names: list[str]) -> None:
         """Reject keys outside the prefix.
 
         Raises:
@@ -337,11 +337,10 @@ class Client:
 
     def list(self, prefix: bytes, *, timeout: float) -> Sequence[Pair]:
         """Every entry below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
-        return self._complete(prefix, *self.visible(prefix, timeout=timeout))
-
-    def keys(self, prefix: bytes, *, timeout: float) -> Sequence[bytes]:
-        """Every key below the prefix, in Consul's order; Forbidden also when an ACL hides some of them."""
-        return self._complete(prefix, *self.visible_keys(prefix, timeout=timeout))
+        pairs, hides = self.visible(prefix, timeout=timeout)
+        if hides:
+            raise Forbidden(f"Consul hides keys under {printable(prefix)} from the token")
+        return pairs
 
     def visible(self, prefix: bytes, *, timeout: float, proven: bool = False) -> tuple[Sequence[Pair], bool]:
         """The entries below the prefix that the token may read, and whether an ACL hides others.
@@ -358,9 +357,7 @@ class Client:
         """As `visible`, without the values."""
 
         def read(response: Response) -> tuple[Sequence[bytes], bool]:
-            names = [] if response.absent else response.decoded(_NAMES)
-            response.check_below(names)
-            return [name.encode() for name in names], response.filtered
+            return [name.encode() for name in chain.from_iterable(response.names())], response.filtered
 
         return self._read(read, prefix, timeout, keys=True, **self._consistency(proven=proven))
 
@@ -371,11 +368,6 @@ class Client:
         """Whether Consul reports that an ACL hides keys below the prefix (from 1.11 on, to requests with a token)."""
         with self._ask(prefix, timeout, keys=True, separator="/") as response:
             return response.filtered
-
-    def _complete(self, prefix: bytes, found: Sequence[T], hides: bool) -> Sequence[T]:  # noqa: FBT001 - what a read returns
-        if hides:
-            raise Forbidden(f"Consul hides keys under {printable(prefix)} from the token")
-        return found
 
     def reload(self) -> None:
         """Read the token file now, and the TLS files with the next connection.

@@ -135,7 +135,9 @@ def _check(data: Mapping[Service, Loaded], config: Config, table: Table, paths: 
     if any(folder.startswith(table.root) for folder in folders):
         if any(each.direct for each in data.values()):  # elsewhere in the table only the keys matter
             with contextlib.suppress(Forbidden), contextlib.closing(kv.Client(config.consul)) as client:
-                pairs = {**dict.fromkeys(client.keys(table.root, timeout=LIST_SECONDS)), **pairs}
+                keys, hides = client.visible_keys(table.root, timeout=LIST_SECONDS)
+                if not hides:
+                    pairs = {**dict.fromkeys(keys), **pairs}
         problems += unread_keys(table, pairs, {*paths, *folders})
     if not hidden and not any(key.startswith((table.root, *folders)) for key in pairs):
         problems += [Problem(printable(folder, UNCUT), MISSING) for folder in table.folders()]

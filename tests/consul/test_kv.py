@@ -124,22 +124,18 @@ def test_list_returns_keys_that_no_url_can_name(client, fake):
 @each_version
 def test_keys_are_listed_in_order(client, fake):
     fake.put(b"consul/alias/a", None)
-    assert client.keys(b"consul/alias/", timeout=2) == [b"consul/alias/a", ROOT]
+    assert client.visible_keys(b"consul/alias/", timeout=2) == ([b"consul/alias/a", ROOT], False)
 
 
 @each_version
 def test_keys_of_an_empty_prefix_are_none(client):
-    assert client.keys(b"consul/domain/", timeout=2) == []
+    assert client.visible_keys(b"consul/domain/", timeout=2) == ([], False)
 
 
 @each_version
-def test_hidden_keys_are_an_error_where_consul_reports_them(client, fake):
+def test_hidden_keys_are_noted_where_consul_reports_them(client, fake):
     fake.denied = (ROOT,)
-    if fake.since < (1, 11):
-        assert client.keys(b"consul/alias/", timeout=2) == []
-        return
-    with pytest.raises(Forbidden):
-        client.keys(b"consul/alias/", timeout=2)
+    assert client.visible_keys(b"consul/alias/", timeout=2) == ([], fake.since >= (1, 11))
 
 
 @each_version
@@ -173,7 +169,7 @@ def test_prefix_that_no_url_can_name_is_refused_before_any_request(client, fake,
     with pytest.raises(ValueError, match="no URL can name"):
         client.list(prefix, timeout=1)
     with pytest.raises(ValueError, match="no URL can name"):
-        client.keys(prefix, timeout=1)
+        client.visible_keys(prefix, timeout=1)
     assert fake.requests == []
 
 
@@ -227,7 +223,7 @@ def test_entries_from_outside_the_prefix_are_refused(client, fake):
         client.list(b"consul/", timeout=1)
     fake.handle = lambda request: Answer(200, TRUE, b'["consul/a", "other/secret"]')
     with pytest.raises(BadResponse, match="not below"):
-        client.keys(b"consul/", timeout=1)
+        client.visible_keys(b"consul/", timeout=1)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 304, 307, 308])

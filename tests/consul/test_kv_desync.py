@@ -156,7 +156,7 @@ def test_answer_without_a_leader_header_is_an_error(fake, connect, leader, statu
     headers = {"X-Consul-Index": "5"} | ({} if leader is None else {"X-Consul-Knownleader": leader})
     fake.handle = lambda request: Answer(status, headers, b"[]")
     client = connect(fake.address, consistency=consistency)
-    for read in (client.get, client.list, client.keys):
+    for read in (client.get, client.list, client.visible_keys):
         with pytest.raises(BadResponse, match="not from Consul's key-value store"):
             read(b"consul/alias", timeout=1)
 
@@ -168,7 +168,7 @@ def test_answer_without_a_leader_header_is_an_error(fake, connect, leader, statu
 @pytest.mark.parametrize("body", [b"%b%b", b'[{"Key":"consul/alias/root","Value":null,"ModifyIndex":1,"X":%b%b}]'])
 def test_deeply_nested_body_is_an_error(client, fake, depth, body):
     fake.handle = lambda request: Answer(200, TRUE, body % (b"[" * depth, b"]" * depth))
-    for read in (client.get, client.list, client.keys):
+    for read in (client.get, client.list, client.visible_keys):
         with pytest.raises(BadResponse, match="invalid response body"):
             read(b"consul/alias/root", timeout=2)
 

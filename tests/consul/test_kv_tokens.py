@@ -104,7 +104,7 @@ def test_datacenter_namespace_partition_and_consistency_are_parameters(fake, con
     assert [request.params for request in fake.requests] == [expected, scope | {"consistent": "1"}]
     client.list(b"consul/", timeout=1)
     assert fake.requests[-1].params == expected | {"recurse": "1"}
-    connect(fake.address, consistency="consistent").keys(b"consul/", timeout=1)
+    connect(fake.address, consistency="consistent").visible_keys(b"consul/", timeout=1)
     assert fake.requests[-1].params == {"consistent": "1", "keys": "True"}
 
 

@@ -110,7 +110,7 @@ def test_lists_are_accepted_in_any_order_and_with_repeated_keys():
         client = kv.Client(ConsulConfig(addresses=(fake.address,)))
         names = ["zz", "\ufffd", "\ufffd", "\u00e9", "\ufffd"]
         assert [pair.name for pair in client.list(b"t/", timeout=2)] == [f"t/alias/{name}" for name in names]
-        assert client.keys(b"t/", timeout=2) == [f"t/alias/{name}".encode() for name in names]
+        assert client.visible_keys(b"t/", timeout=2)[0] == [f"t/alias/{name}".encode() for name in names]
         client.close()
 
 

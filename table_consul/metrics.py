@@ -239,6 +239,7 @@ class Exporter(threading.Thread):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
+    timeout = 5.0
 
     def do_GET(self) -> None:
         body = self.server.text()
@@ -262,10 +263,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, listen: str, text: Callable[[], bytes], client_seconds: float = 5.0) -> None:
+    def __init__(self, listen: str, text: Callable[[], bytes]) -> None:
         self.listen = listen
         self.text = text
-        handler: Any = type("Handler", (_Handler,), {"timeout": client_seconds})
         self._opened: list[socket.socket] = []
         if listen.startswith("unix://"):
             path, self.address_family = listen.removeprefix("unix://"), socket.AF_UNIX
@@ -274,12 +274,12 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 probe.setblocking(False)  # noqa: FBT003 - socket's way; a full queue would block a blocking one
                 if stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
                     os.unlink(path)
-            super().__init__(path, handler)  # type: ignore[arg-type]  # the address of such a socket is its path
+            super().__init__(path, _Handler)  # type: ignore[arg-type]  # the address of such a socket is its path
             os.chmod(path, 0o666)  # noqa: S103 - for anyone who can reach the folder, as a loopback port is
         else:
             host, _, port = listen.rpartition(":")
             self.address_family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-            super().__init__((host.strip("[]"), int(port)), handler)
+            super().__init__((host.strip("[]"), int(port)), _Handler)
         threading.Thread(target=self.serve_forever, name="metrics http", daemon=True).start()
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - socketserver's method

@@ -37,9 +37,9 @@ def serve():
     """A function that serves metrics at this address."""
     servers = []
 
-    def start(listen, **more):
+    def start(listen):
         exporter = Exporter("aliases", fake_tables())
-        servers.append(Server(str(listen), exporter.text, **more))
+        servers.append(Server(str(listen), exporter.text))
 
     yield start
     for server in servers:
@@ -136,9 +136,10 @@ def test_trickling_client_stops_neither_a_scrape_nor_the_text_file_after_an_upda
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.0\r\n"])
-def test_silent_client_is_disconnected_in_time(tmp_path, serve, sent):
+def test_silent_client_is_disconnected_in_time(tmp_path, serve, sent, monkeypatch):
+    monkeypatch.setattr("table_consul.metrics._Handler.timeout", 0.1)
     path = tmp_path / "sock"
-    serve(f"unix://{path}", client_seconds=0.1)
+    serve(f"unix://{path}")
     with connect(path) as client:
         client.sendall(sent)
         assert client.recv(1) == b""

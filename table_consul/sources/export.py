@@ -160,14 +160,11 @@ class SnapshotFile:
     has the same path if that lacks ``{table}``.
     """
 
-    def __init__(
-        self, path: str, table: Table, prefix: bytes, services: Sequence[str], write_seconds: float = WRITE_SECONDS
-    ) -> None:
+    def __init__(self, path: str, table: Table, prefix: bytes, services: Sequence[str]) -> None:
         self._path = path
         self._table = table
         self._prefix = prefix
         self._services = services
-        self._write_seconds = write_seconds
         self._write_after = 0.0
         self._began = 0.0
         self._failures = 0
@@ -255,7 +252,7 @@ class SnapshotFile:
                 log.warning("%s: written again", self._path)
             self._writer, self.dirty, self._failures = None, False, 0
         now, doubled = time.monotonic(), 2.0 ** min(self._failures, DOUBLINGS_MAX)
-        self._write_after = now + self._write_seconds * doubled * max(1.0, now - self._began)
+        self._write_after = now + WRITE_SECONDS * doubled * max(1.0, now - self._began)
 
     def _check_owner(self) -> None:
         """Check that this file may be replaced.

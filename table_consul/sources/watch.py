@@ -23,7 +23,7 @@ from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries, Problem
 from table_consul.sources import hold, mirror
 from table_consul.sources.direct import DirectSource
-from table_consul.sources.export import WRITE_SECONDS, SnapshotFile
+from table_consul.sources.export import SnapshotFile
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.queries import NO_THREAD, Queries
 from table_consul.sources.ranged import Ranges, Unsettled, can_be_listed
@@ -362,9 +362,7 @@ class MirrorSource:
     ``watches`` is for metrics and status; their threads only read it.
     """
 
-    def __init__(
-        self, table: Table, connect: Connect, former: MirrorSource | None = None, write_seconds: float = WRITE_SECONDS
-    ) -> None:
+    def __init__(self, table: Table, connect: Connect, former: MirrorSource | None = None) -> None:
         """``former`` is the closed source of the same table with other settings.
 
         Its data are served until newer ones arrive, unless a setting has changed that changes what an entry means.
@@ -376,7 +374,7 @@ class MirrorSource:
         self.watches: list[Watch] = []
         for number, (prefix, names) in enumerate(table.folders().items()):
             path = f"{table.snapshot}.{number}" if number and table.snapshot else table.snapshot or ""
-            file = SnapshotFile(path, table, prefix, names, write_seconds)
+            file = SnapshotFile(path, table, prefix, names)
             watch = Watch(table, prefix, names, connect, file)
             for each in former.watches if former is not None else ():
                 watch.adopt(each)

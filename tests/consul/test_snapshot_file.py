@@ -21,6 +21,11 @@ OLD_SECONDS = 5000.0
 TABLE = Table("t", services=("alias", "domain"))
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 0.0)
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "copy.json"
@@ -31,8 +36,8 @@ def file(path):
     return file_of(path)
 
 
-def file_of(path, table=TABLE, write_seconds=0.0):
-    return SnapshotFile(str(path), table, table.root, table.services, write_seconds=write_seconds)
+def file_of(path, table=TABLE):
+    return SnapshotFile(str(path), table, table.root, table.services)
 
 
 def write(file, pairs=((b"t/alias/root", b"gilles"),), table=TABLE):
@@ -133,7 +138,8 @@ def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog)
     now = 1000.0
     clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
     monkeypatch.setattr("table_consul.sources.export.time", clock)
-    file = file_of(path, write_seconds=10.0)
+    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 10.0)
+    file = file_of(path)
     path.mkdir()
     pauses = []
     for _ in range(9):
@@ -153,7 +159,8 @@ def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog)
 def test_slow_write_is_repeated_less_often(path, monkeypatch, took, pause):
     now = 1000.0
     monkeypatch.setattr("table_consul.sources.export.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
-    file = file_of(path, write_seconds=10.0)
+    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 10.0)
+    file = file_of(path)
     file.begin()
     now += took
     builder = SnapshotBuilder(TABLE, TABLE.root, TABLE.services, None)

@@ -35,6 +35,7 @@ def fake(version):
 def short_pauses(monkeypatch):
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def mirrored():
         addresses = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         # Consul reports hidden keys only to requests with a token.
         settings = ConsulConfig(addresses=addresses, **{"token": "any"} | options)
-        made.append(MirrorSource(table, lambda: kv.Client(settings), former, write_seconds=0.0))
+        made.append(MirrorSource(table, lambda: kv.Client(settings), former))
         return made[-1]
 
     yield make

@@ -11,8 +11,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -41,10 +40,6 @@ PAUSE_SECONDS_PER_KEY = 2e-6
 # If a range misses so many keys, and this share of them, the whole table decides whether the deletion is held.
 LEAST_LOSS = 20
 LEAST_LOSS_SHARE = 0.1
-
-
-class Publish(Protocol):
-    def __call__(self, confirmed: float | None = None) -> None: ...
 
 
 class Unsettled(Exception):
@@ -107,16 +102,16 @@ class Ranges:
         self._list_after = 0.0
         self._began = 0.0
         """When the latest response began, or the latest list of names."""
-        self._publish: Publish
+        self._publish: Callable[[float | None], None]
 
     def interrupt(self) -> None:
         """Make `run` return soon; any thread may call this."""
         self._answers.put(None)
 
-    def run(self, publish: Publish) -> None:
+    def run(self, publish: Callable[[float | None], None]) -> None:
         """Keep `snapshot` up to date until `interrupt`, or until `until`.
 
-        ``publish`` is called when it has changed, and with the time up to which Consul has ``confirmed`` all of it.
+        ``publish`` gets None when it has changed, or else the time up to which Consul has confirmed all of it.
 
         Raises:
             Unsettled: the whole table must be read.
@@ -304,7 +299,7 @@ class Ranges:
         self._list_at = at if self._list_at is None else min(at, self._list_at)
         if snapshot is not former:
             self.load_seconds = time.monotonic() - self._began
-            self._publish()
+            self._publish(None)
 
     def _below(self, late: Iterable[int]) -> list[int]:
         """Those of these changes that are below the prefix; the name without the slash begins other names, too."""

@@ -278,7 +278,7 @@ class Watch(threading.Thread):
         if self._file.dirty:
             ranges.until = began + RANGED_WRITE_SECONDS
 
-        def publish(confirmed: float | None = None) -> None:
+        def publish(confirmed: float | None) -> None:
             if self._stopped or self.mirror.state is None:
                 return
             (former, moment), snapshot = self.mirror.state, ranges.snapshot

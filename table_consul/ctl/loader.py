@@ -20,6 +20,9 @@ from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
 from table_consul.sources import direct, export, mirror, reading
 
+# How long a command waits for the first byte of a large table, after Consul has returned one key.
+LOAD_SECONDS = 30.0
+
 Pairs = Mapping[bytes, bytes | None]
 """Whole keys and values, as they are stored."""
 
@@ -95,7 +98,7 @@ class Loader:
                 return loaded._replace(saved=True)
         stored: dict[bytes, bytes | None] = {}
         with contextlib.closing(kv.Client(self._config.consul)) as client:
-            found, index = reading.load_once(client, table, prefix, services, stored.update)
+            found, index = load_once(client, table, prefix, services, stored.update)
             return self._mirrored(found, f"Consul at {client.address}, index {index}", stored)
 
     @functools.cached_property
@@ -121,6 +124,20 @@ class Loader:
                     pairs.update(directly.pairs)
 
         return Loaded(lambda: origin, pairs, entries)
+
+
+def load_once(
+    client: kv.Client, table: Table, prefix: bytes, names: Sequence[str], take: reading.Take
+) -> tuple[mirror.Snapshot, int]:
+    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets the pairs.
+
+    Raises:
+        SourceError: Consul cannot be read; TooLarge if a watch would fall back to direct mode.
+    """
+    before = reading.hidden_services(client, table, names, {}, filtered=True)
+    builder = mirror.SnapshotBuilder(table, prefix, names, None)
+    with client.blocking_query(prefix, timeout=LOAD_SECONDS) as response:
+        return reading.read_snapshot(client, response, builder, before, {}, take), response.index
 
 
 def read_file(path: str, hint: str = "") -> tuple[list[export.Exported], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from table_consul import kv
 from table_consul.errors import BadName, BadResponse, Forbidden, SourceError, printable
@@ -10,22 +10,7 @@ from table_consul.services import SERVICES, Table, fold_key
 from table_consul.sources import PROBE, mirror
 from table_consul.sources.mirror import Hidden, Snapshot, SnapshotBuilder
 
-# How long a command waits for the first byte of a large table, after Consul has returned one key.
-LOAD_SECONDS = 30.0
-
 Take = Callable[[list[tuple[bytes, bytes | None]]], None]
-
-
-def load_once(client: kv.Client, table: Table, prefix: bytes, names: Sequence[str], take: Take) -> tuple[Snapshot, int]:
-    """The entries below the prefix as a watch would find them, and Consul's index; ``take`` gets the pairs.
-
-    Raises:
-        SourceError: Consul cannot be read; TooLarge if a watch would fall back to direct mode.
-    """
-    before = hidden_services(client, table, names, {}, filtered=True)
-    builder = SnapshotBuilder(table, prefix, names, None)
-    with client.blocking_query(prefix, timeout=LOAD_SECONDS) as response:
-        return read_snapshot(client, response, builder, before, {}, take), response.index
 
 
 def hidden_services(

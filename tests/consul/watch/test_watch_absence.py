@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from table_consul import kv
 from table_consul.config import Config, ConsulConfig
+from table_consul.ctl.loader import load_once
 from table_consul.errors import Forbidden, TooLarge
-from table_consul.sources.reading import load_once
 from tests.consul.watch.watching import (
     ALIAS,
     DOMAIN,

@@ -38,7 +38,7 @@ class DirectSource:
     def __init__(self, client: kv.Client, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
-        self._breaker = Backoff(f"Consul at {client.address}", "returning errors until it is back")
+        self._breaker = Backoff("lookups from Consul", "returning errors until it is back")
         self._refusals: dict[bytes, Backoff] = {}
         self._next_refusal_log: dict[bytes, float] = {}
         self._cache: dict[tuple[str, str, bool], tuple[float, Entries, SourceError | None]] = {}

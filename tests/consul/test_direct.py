@@ -205,7 +205,7 @@ def test_refusal_closes_the_breaker(client, direct, caplog):
     failing(client, direct, Unreachable("connection refused"))
     client.now += LAST_PAUSE_SECONDS
     failing(client, direct, Forbidden("403"))
-    assert "Consul at http://consul:8500: recovered after 4.0 s (1 failed attempt)" in lines(caplog)
+    assert "lookups from Consul: recovered after 4.0 s (1 failed attempt)" in lines(caplog)
 
 
 def test_update_reads_the_token_and_retries_immediately(client, direct):
@@ -235,9 +235,16 @@ def test_each_outage_logs_one_line_at_its_start_and_one_at_its_end(client, direc
     bucket(direct)
     bucket(direct)
     assert lines(caplog) == [
-        "Consul at http://consul:8500: connection refused; returning errors until it is back",
-        "Consul at http://consul:8500: recovered after 20.0 s (5 failed attempts)",
+        "lookups from Consul: connection refused; returning errors until it is back",
+        "lookups from Consul: recovered after 20.0 s (5 failed attempts)",
     ]
+
+
+def test_outage_after_a_failover_does_not_name_the_former_address(client, direct, caplog):
+    former, client.address = client.address, "http://other:8500"
+    failing(client, direct, Unreachable(f"Consul at {client.address}: connection refused"))
+    assert "Consul at http://other:8500: connection refused; returning errors" in caplog.text
+    assert former not in caplog.text
 
 
 def test_refused_list_of_a_folder_logs_one_line_at_its_start_and_one_at_its_end(client, direct, caplog):

@@ -218,8 +218,7 @@ class Exporter(threading.Thread):
         if textfile:
             self._guarded(f"metrics.textfile {textfile}", lambda: replace_file(textfile, self.text(), mode=0o644))
         if self._server is not None and self._server.listen != listen:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.stop()
             self._server = None
         if listen and self._server is None:
             self._server = self._guarded(f"metrics.listen {listen}", lambda: Server(listen, self.text))
@@ -281,6 +280,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.address_family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
             super().__init__((host.strip("[]"), int(port)), _Handler)
         threading.Thread(target=self.serve_forever, name="metrics http", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop serving, and remove the unix socket, which is ours while we listen."""
+        self.shutdown()
+        if self.address_family == socket.AF_UNIX:
+            with contextlib.suppress(OSError):
+                os.unlink(self.listen.removeprefix("unix://"))
+        self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - socketserver's method
         self._opened = [*(connection for connection in self._opened if connection.fileno() >= 0), request]

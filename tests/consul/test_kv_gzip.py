@@ -190,6 +190,7 @@ def bomb(piece, times, start=b"", end=b""):
     return b"".join(map(writer.compress, (start, *[piece] * times, end))) + writer.flush()
 
 
+@pytest.mark.slow
 def test_decompression_bomb_fails_over_in_bounded_memory(remote, fake):
     with FakeConsul() as other:
         compressed(fake, bomb(b" " * (1 << 20), 256, b"[", b"]"))

@@ -128,6 +128,7 @@ def test_unreachable_consul_is_a_temporary_error(tmp_path):
     assert (done.status, "  -> rejected: 424 " in done.text) == (2, True)
 
 
+@pytest.mark.slow
 def test_expand_of_100000_entries_takes_one_pass(expand):
     store = {f"v/alias/u{number}@example.org": "vera" for number in range(99_000)}
     lists = [",".join(f"u{n}@example.org" for n in range(start, start + 100)) for start in range(0, 99_000, 100)]
@@ -142,6 +143,7 @@ def test_expand_of_100000_entries_takes_one_pass(expand):
     assert (len(first["lookups"]), len(second["lookups"])) == (101 + 300, 4)
 
 
+@pytest.mark.slow
 def test_endless_expansion_is_cut():
     everyone = ",".join(f"a{number}@d" for number in range(100)).encode()
 

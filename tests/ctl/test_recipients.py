@@ -59,11 +59,13 @@ def test_addresses_of_other_domains_are_not_followed():
     assert failures({"a": "a@example.com", "b@d.org": "b@example.com", "@example.net": "c@example.com"}) == {}
 
 
+@pytest.mark.slow
 def test_incomplete_search_is_reported():
     lists = {f"a{n}@d": ",".join(f"a{m}@d" for m in range(100)) for n in range(100)}
     assert set(failures(lists).values()) == {recipients.TOO_NESTED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aliases", "count"),
     [

@@ -229,9 +229,11 @@ class SnapshotBuilder:
                 builder.take([(key[start:], value) for key, value in pairs if key.startswith(path)])
 
     @property
-    def lost_everything(self) -> bool:
-        """There were entries before, and there are none now."""
-        return self._former is not None and self._former.size > 0 and self._count == 0
+    def emptied(self) -> set[str]:
+        """The services that had entries before, if there are none of any service now."""
+        if self._former is None or self._count:
+            return set()
+        return {name for name, entries in self._former.entries.items() if entries}
 
     @property
     def count(self) -> int:
@@ -269,7 +271,7 @@ class SnapshotBuilder:
         former, terms = self._former, self._terms
         if former is None or terms is None:
             return {}
-        if former.restored and self.lost_everything:  # a file has no index to compare
+        if former.restored and self.emptied:  # a file has no index to compare
             terms = terms._replace(other_store=True)
         held: dict[str, Held] = {}
         for builder in self._builders:

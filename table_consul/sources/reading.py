@@ -120,6 +120,6 @@ def proven_snapshot(
             else:
                 path = printable(builder.table.path(SERVICES[name]) + key)
                 raise BadResponse(f"{path} exists, but Consul does not list it")
-    if builder.lost_everything and len(reasons) == len(missing):
+    if builder.emptied and builder.emptied <= reasons.keys():
         raise Forbidden(f"the token may no longer read anything: {next(iter(reasons.values()))}")
     return builder.finish({name: Hidden(reason, missing[name]) for name, reason in reasons.items()}, deleted)

@@ -269,11 +269,12 @@ def test_missing_keys_that_may_be_hidden_stay_missing_until_they_are_listed():
     assert missing([(ALIAS + b"eric", b"x"), BOTH[1]], former)["alias"] == {b"root": b"Root"}
 
 
-def test_lost_everything_is_true_for_an_emptied_table_only():
-    assert loading([], snapshot(BOTH)).lost_everything
-    assert not loading(BOTH[:1], snapshot(BOTH)).lost_everything
-    assert not loading([], snapshot([])).lost_everything
-    assert not loading([]).lost_everything
+def test_emptied_are_the_services_with_entries_before_the_table_lost_all():
+    assert loading([], snapshot(BOTH)).emptied == {"alias", "domain"}
+    assert loading([], snapshot(BOTH[:1])).emptied == {"alias"}
+    assert loading(BOTH[:1], snapshot(BOTH)).emptied == set()
+    assert loading([], snapshot([])).emptied == set()
+    assert loading([]).emptied == set()
 
 
 def test_sample_is_everything_or_spread_over_the_list():

@@ -64,8 +64,9 @@ def narrow(fake, source, *rules):
     fake.put(ROOT, b"gilles")
 
 
-def test_table_that_the_token_may_no_longer_read_keeps_the_last_good_copy(fake, mirrored, caplog):
-    source = mirrored(fake.address)
+@pytest.mark.parametrize("services", [TABLE.services, (*TABLE.services, "source")], ids=["filled", "one empty"])
+def test_table_that_the_token_may_no_longer_read_keeps_the_last_good_copy(fake, mirrored, caplog, services):
+    source = mirrored(fake.address, replace(TABLE, services=services))
     settled(source)
     fake.denied = (PREFIX,)
     fake.put(b"mail/aliases/zz", b"wakes the watch")

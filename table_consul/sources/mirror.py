@@ -81,7 +81,7 @@ def next_query(
 
 
 def ended_early(state: QueryState, index: int, *, timed_out: bool) -> bool:
-    """Whether a wait ended early with the index that it waited on, because a snapshot was restored.
+    """Whether a wait ended early with the index that it waited on: Consul stopped, or a snapshot was restored.
 
     The response has the former contents. Those of the snapshot may have the same index, and keys that were deleted: the
     index falls when Consul forgets a deletion, after 15 minutes.

@@ -193,7 +193,8 @@ class Ranges:
                     state, response.index, changed=False, timed_out=False, load_seconds=0.0, waited=waited
                 )
             if early or not state.index:
-                raise Unsettled("a snapshot was restored")  # it may have entries with lower indexes anywhere
+                # A snapshot may have entries with lower indexes anywhere.
+                raise Unsettled("Consul stopped, or a snapshot was restored")
             changed = response.index != state.seen
             if changed and query is self._whole:
                 self._find_new_folders(response)

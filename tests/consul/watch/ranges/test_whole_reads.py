@@ -280,6 +280,15 @@ def test_restored_snapshot_with_the_same_index_returns_a_deleted_key(fake, mirro
             break
 
 
+def test_early_end_of_a_wait_is_logged_with_both_possible_causes(fake, mirrored, caplog):
+    caplog.set_level(logging.INFO)
+    ranged_watch(fake, mirrored(fake.address))
+    for _ in eventually("a wait ends early", 10):
+        fake.store.restore_entries(dict(fake.store.entries))  # a server that stops ends its waits in the same way
+        if any("the whole table: Consul stopped, or a snapshot was restored" in each for each in caplog.messages):
+            break
+
+
 @pytest.mark.usefixtures("no_late_query")
 def test_key_that_appears_during_a_list_of_names_is_found(fake, source):
     done = []

@@ -18,7 +18,7 @@ from table_consul.errors import SourceError, TooLarge, printable
 from table_consul.files import open_regular_file
 from table_consul.services import Service, Table
 from table_consul.services.entries import Entries
-from table_consul.sources import direct, export, mirror, reading
+from table_consul.sources import direct, export, mirror, reading, snapshot
 
 # How long a command waits for the first byte of a large table, after Consul has returned one key.
 LOAD_SECONDS = 30.0
@@ -89,7 +89,7 @@ class Loader:
         if table.snapshot and not self._live:
             path, hint = table.snapshot + (f".{number}" if number else ""), " (use --live to read Consul)"
             exported, written = self._read_file(path, hint)
-            kept = export.snapshot_from_export(table, prefix, services, exported, path + hint)
+            kept = snapshot.snapshot_from_export(table, prefix, services, exported, path + hint)
             if kept is not None:  # otherwise the file has no keys of this table
                 age = time.time() - written
                 when = f"written {duration(age)} ago" if age >= 0 else "dated in the future"

@@ -35,7 +35,7 @@ def fake(version):
 def short_pauses(monkeypatch):
     monkeypatch.setattr("table_consul.backoff.FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr("table_consul.backoff.LAST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 0.0)
+    monkeypatch.setattr("table_consul.sources.snapshot.WRITE_SECONDS", 0.0)
 
 
 @pytest.fixture

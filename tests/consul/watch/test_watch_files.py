@@ -247,6 +247,6 @@ def test_bug_in_restoring_does_not_end_the_watch(fake, mirrored, copied, monkeyp
     def broken(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("table_consul.sources.export.SnapshotFile.load", broken)
+    monkeypatch.setattr("table_consul.sources.snapshot.SnapshotFile.load", broken)
     assert ask(mirrored(fake.address, copied)) == b"gilles"
     assert "internal error; please report it" in lines(caplog)

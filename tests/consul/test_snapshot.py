@@ -13,9 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.services import Table
-from table_consul.sources.export import SnapshotFile
 from table_consul.sources.hold import Held
 from table_consul.sources.mirror import SnapshotBuilder
+from table_consul.sources.snapshot import SnapshotFile
 
 OLD_SECONDS = 5000.0
 TABLE = Table("t", services=("alias", "domain"))
@@ -23,7 +23,7 @@ TABLE = Table("t", services=("alias", "domain"))
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 0.0)
+    monkeypatch.setattr("table_consul.sources.snapshot.WRITE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def test_restored_entries_are_counted(file, path, caplog, pairs, count):
 def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog):
     now = 1000.0
     clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
-    monkeypatch.setattr("table_consul.sources.export.time", clock)
-    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 10.0)
+    monkeypatch.setattr("table_consul.sources.snapshot.time", clock)
+    monkeypatch.setattr("table_consul.sources.snapshot.WRITE_SECONDS", 10.0)
     file = file_of(path)
     path.mkdir()
     pauses = []
@@ -158,8 +158,8 @@ def test_failing_write_is_retried_with_growing_pauses(path, monkeypatch, caplog)
 @pytest.mark.parametrize(("took", "pause"), [(0.5, 10.0), (12.0, 120.0)])
 def test_slow_write_is_repeated_less_often(path, monkeypatch, took, pause):
     now = 1000.0
-    monkeypatch.setattr("table_consul.sources.export.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
-    monkeypatch.setattr("table_consul.sources.export.WRITE_SECONDS", 10.0)
+    monkeypatch.setattr("table_consul.sources.snapshot.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    monkeypatch.setattr("table_consul.sources.snapshot.WRITE_SECONDS", 10.0)
     file = file_of(path)
     file.begin()
     now += took

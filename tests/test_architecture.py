@@ -30,7 +30,7 @@ PURE = sorted(
         "sources",
         "sources.hold",
         "sources.mirror",
-        "sources.ranges",
+        "sources.cut",
         "ctl.formats",
         "ctl.recipients",
     }

@@ -11,7 +11,7 @@ import click
 
 from table_consul.config import Config, MetricsConfig
 from table_consul.ctl.main import FAILED, as_json, pass_config
-from table_consul.ctl.state import published_statuses
+from table_consul.ctl.scrape import published_statuses
 from table_consul.errors import TableConsulError, counted, printable, problem_of
 
 

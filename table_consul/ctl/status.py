@@ -15,7 +15,7 @@ import msgspec
 
 from table_consul.config import VALIDATORS, Config, MetricsConfig
 from table_consul.ctl import main
-from table_consul.ctl.state import Prefix, Status, published_statuses, status_of
+from table_consul.ctl.scrape import Prefix, Status, published_statuses, status_of
 from table_consul.errors import ConfigError, SourceError, TableConsulError, Unreachable, counted, printable
 from table_consul.metrics import WRITE_INTERVAL_SECONDS
 

@@ -22,11 +22,11 @@ from table_consul.log import warn_of_problems
 from table_consul.services import SERVICES, Service, Table
 from table_consul.services.entries import Entries, Problem
 from table_consul.sources import hold, mirror
+from table_consul.sources.cut import LEAST_KEYS, MOST_RANGES, cut
 from table_consul.sources.direct import DirectSource
 from table_consul.sources.mirror import Mirror, QueryState, Snapshot, SnapshotBuilder, Unlisted
 from table_consul.sources.queries import NO_THREAD, Queries
-from table_consul.sources.ranged import Ranges, Unsettled, can_be_listed
-from table_consul.sources.ranges import LEAST_KEYS, MOST_RANGES, cut
+from table_consul.sources.ranges import Ranges, Unsettled, can_be_listed
 from table_consul.sources.reading import hidden_services, read_snapshot
 from table_consul.sources.snapshot import SnapshotFile
 from table_consul.transport import WaitCut

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul import kv
-from table_consul.sources import ranges
-from table_consul.sources.ranges import covers, cut, gap
+from table_consul.sources.cut import Range, covers, cut, gap
 
 FOLDER = b"t/alias/"
 
@@ -23,8 +22,8 @@ def prefixes(found):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(ranges, "RANGE_KEYS", 4)
-    monkeypatch.setattr(ranges, "ASK_KEYS", 1)
+    monkeypatch.setattr("table_consul.sources.cut.RANGE_KEYS", 4)
+    monkeypatch.setattr("table_consul.sources.cut.ASK_KEYS", 1)
 
 
 def numbered(count, form="user%07d"):
@@ -65,7 +64,7 @@ def test_each_folder_is_a_range_before_any_is_cut():
     names = numbered(20_000, "%05d")
     found = cut({FOLDER: names, b"t/domain/": [b"example.org"], b"t/userinfo/": []}, askable)
     assert b"t/domain/" in prefixes(found)
-    assert ranges.Range(b"t/userinfo/", 0) in found.rest
+    assert Range(b"t/userinfo/", 0) in found.rest
     assert all(each.size for each in found.watched)
 
 
@@ -132,8 +131,8 @@ keys = st.sets(
 @given(folders=st.dictionaries(st.sampled_from([b"t/alias/", b"t/domain/", b"t/d/"]), keys), most=st.integers(1, 8))
 def test_every_key_is_in_exactly_one_range(folders, most):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ranges, "RANGE_KEYS", 4)
-        patched.setattr(ranges, "ASK_KEYS", 1)
+        patched.setattr("table_consul.sources.cut.RANGE_KEYS", 4)
+        patched.setattr("table_consul.sources.cut.ASK_KEYS", 1)
         found = cut(folders, askable, most)
     if found is None:
         return

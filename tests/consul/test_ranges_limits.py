@@ -11,7 +11,7 @@ import time
 import pytest
 
 from table_consul.services import Table
-from table_consul.sources import ranged, ranges, watch
+from table_consul.sources import ranges, watch
 from tests.consul.real import agent_or_skip, url
 from tests.consul.watch.watching import ask, becomes, lines
 from tests.dialogue import eventually
@@ -29,9 +29,9 @@ RESTART_SECONDS = 0.5
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(watch, "LEAST_KEYS", 20)
+    monkeypatch.setattr("table_consul.sources.cut.RANGE_KEYS", 8)
+    monkeypatch.setattr("table_consul.sources.cut.ASK_KEYS", 1)
     monkeypatch.setattr(ranges, "RANGE_KEYS", 8)
-    monkeypatch.setattr(ranges, "ASK_KEYS", 1)
-    monkeypatch.setattr(ranged, "RANGE_KEYS", 8)
 
 
 def filled(agent):

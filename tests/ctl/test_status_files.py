@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from table_consul import config
 from table_consul.config import Config, MetricsConfig
-from table_consul.ctl import state
+from table_consul.ctl import scrape
 from tests.ctl.published import FOLLOWING, LOST, configured, numbers, only_table, publish, sample
 from tests.dialogue import write_config
 
@@ -111,7 +111,7 @@ def test_invalid_table_name_is_a_usage_error(tmp_path, run_status):
 def test_any_bytes_in_a_file_are_unknown(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.prom"
     path.write_bytes(data)
-    found = state.status_of(Config(None, metrics=MetricsConfig(textfile=str(path))), "aliases")
+    found = scrape.status_of(Config(None, metrics=MetricsConfig(textfile=str(path))), "aliases")
     assert (found.state, found.healthy, found.prefixes) == ("unknown", None, [])
 
 
@@ -126,4 +126,4 @@ def test_table_name_is_found_in_the_name_of_its_file(tmp_path_factory, name, pat
     path.touch()
     # As in a shell, a leading wildcard does not match a dot.
     expected = set() if name.startswith(".") and pattern.startswith("{") else {name}
-    assert state.published_tables(Config(None, metrics=MetricsConfig(textfile=f"{folder}/{pattern}"))) == expected
+    assert scrape.published_tables(Config(None, metrics=MetricsConfig(textfile=f"{folder}/{pattern}"))) == expected

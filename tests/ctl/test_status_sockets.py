@@ -11,7 +11,7 @@ import time
 import pytest
 
 from table_consul.config import Config, MetricsConfig
-from table_consul.ctl import state
+from table_consul.ctl import scrape
 from tests.ctl.published import FOLLOWING, configured, numbers, only_table, publish
 
 
@@ -99,7 +99,7 @@ def test_missing_socket_is_reported_with_a_hint(tmp_path, run_status):
 def test_silent_listener_is_unknown_within_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         listen = f"127.0.0.1:{silent.getsockname()[1]}"
-        found = state.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.2)
+        found = scrape.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.2)
     assert (found.state, found.remarks) == ("unknown", [f"{listen}: timed out"])
 
 
@@ -131,7 +131,7 @@ def test_trickling_listener_is_unknown_within_the_timeout(tmp_path, beginning, f
         thread.start()
         start = time.monotonic()
         try:
-            found = state.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.3)
+            found = scrape.status_of(Config(None, metrics=MetricsConfig(listen=listen)), "aliases", timeout=0.3)
         finally:
             ended.set()
             thread.join()
@@ -140,6 +140,6 @@ def test_trickling_listener_is_unknown_within_the_timeout(tmp_path, beginning, f
 
 
 def test_endless_answer_is_unknown(tmp_path, run_status, stranger, monkeypatch):
-    monkeypatch.setattr(Stranger, "answer", b"\n" * (state.SIZE_MAX + 1))
+    monkeypatch.setattr(Stranger, "answer", b"\n" * (scrape.SIZE_MAX + 1))
     outcome = run_status(configured(tmp_path, metrics=f'listen = "{stranger}"'), "--json")
     assert (outcome[0], "larger than 16 MiB" in only_table(outcome)["remarks"][0]) == (2, True)

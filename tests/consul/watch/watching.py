@@ -11,7 +11,7 @@ import pytest
 
 from table_consul.errors import SourceError
 from table_consul.services import SERVICES, Table
-from table_consul.sources import ranged, ranges, watch
+from table_consul.sources import ranges, watch
 from tests.dialogue import eventually
 from tests.fake_consul import VERSIONS
 
@@ -93,10 +93,10 @@ def make_ranges_small(monkeypatch, size, late, soon):
     """Watch tables of 20 keys in ranges of ``size`` keys; names are listed after ``late`` and ``soon`` seconds."""
     monkeypatch.setattr(watch, "LEAST_KEYS", 20)
     monkeypatch.setattr(watch, "RANGED_SECONDS", 0.0)
+    monkeypatch.setattr("table_consul.sources.cut.RANGE_KEYS", size)
     monkeypatch.setattr(ranges, "RANGE_KEYS", size)
-    monkeypatch.setattr(ranged, "RANGE_KEYS", size)
-    monkeypatch.setattr(ranges, "ASK_KEYS", 1)
-    monkeypatch.setattr(ranged, "LATE_SECONDS", late)
-    monkeypatch.setattr(ranged, "LIST_SECONDS", 2 * soon)
-    monkeypatch.setattr(ranged, "LIST_SOON_SECONDS", soon)
-    monkeypatch.setattr(ranged, "LIST_SHARE", 1.0)
+    monkeypatch.setattr("table_consul.sources.cut.ASK_KEYS", 1)
+    monkeypatch.setattr(ranges, "LATE_SECONDS", late)
+    monkeypatch.setattr(ranges, "LIST_SECONDS", 2 * soon)
+    monkeypatch.setattr(ranges, "LIST_SOON_SECONDS", soon)
+    monkeypatch.setattr(ranges, "LIST_SHARE", 1.0)

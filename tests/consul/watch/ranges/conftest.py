@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from table_consul.sources import ranged, watch
+from table_consul.sources import ranges, watch
 from tests.consul.watch.ranges.ranged_tables import (
     LATE_SECONDS,
     LONG_LATE_SECONDS,
@@ -27,7 +27,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def no_late_query(small, monkeypatch):
-    monkeypatch.setattr(ranged, "LATE_SECONDS", LONG_LATE_SECONDS)
+    monkeypatch.setattr(ranges, "LATE_SECONDS", LONG_LATE_SECONDS)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from table_consul.sources import queries, ranged, ranges, watch
+from table_consul.sources import queries, ranges, watch
 from tests.consul.watch.ranges.ranged_tables import (
     LATE_SECONDS,
     LONG_LATE_SECONDS,
@@ -132,7 +132,7 @@ def test_first_wait_of_a_range_is_shorter_than_the_max_query_time_of_an_agent(fa
 @pytest.mark.usefixtures("no_late_query")
 def test_edit_in_the_rest_is_found(fake, mirrored, monkeypatch):
     monkeypatch.setattr(watch, "MOST_RANGES", 5)
-    monkeypatch.setattr(ranges, "ASK_KEYS", 0)
+    monkeypatch.setattr("table_consul.sources.cut.ASK_KEYS", 0)
     source = mirrored(fake.address)
     for _ in eventually("ranges are watched", 10):
         if len(waiting(fake)) > 4:
@@ -221,7 +221,7 @@ def test_single_deletions_do_not_read_the_whole_table(fake, source):
 
 
 def test_range_with_many_deletions_reads_the_whole_table(fake, source, monkeypatch):
-    monkeypatch.setattr(ranged, "LEAST_LOSS", 4)
+    monkeypatch.setattr(ranges, "LEAST_LOSS", 4)
     before = len(lists(fake))
     with fake.store.changed:
         for number in range(4):

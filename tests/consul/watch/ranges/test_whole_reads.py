@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from table_consul.errors import EntryError, Forbidden
-from table_consul.sources import queries, ranged, watch
+from table_consul.sources import queries, ranges, watch
 from tests.consul.watch.ranges.ranged_tables import (
     NAMES,
     ended,
@@ -338,7 +338,7 @@ def test_key_that_is_not_utf8_is_an_error(fake, source):
 
 
 def test_keys_that_differ_only_in_case_are_in_ranges(fake, mirrored, monkeypatch):
-    monkeypatch.setattr(ranged, "MOST_REST", 4)
+    monkeypatch.setattr(ranges, "MOST_REST", 4)
     for name in NAMES:
         fake.put(ALIAS + name.upper(), b"capital")
     source = ranged_watch(fake, mirrored(fake.address))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul.backoff import FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS, Backoff, delay
@@ -30,7 +30,6 @@ def test_jitter_shortens_a_pause_by_up_to_a_quarter():
     assert (delay(99, 1.0), delay(99, 0.0)) == (LAST_PAUSE_SECONDS * 0.75, LAST_PAUSE_SECONDS)
 
 
-@settings(deadline=None)
 @given(failures=st.integers(0, 10**9), chance=st.floats(0, 1))
 def test_delay_never_exceeds_the_longest_pause(failures, chance):
     assert 0 < delay(failures, chance) <= LAST_PAUSE_SECONDS

@@ -7,7 +7,7 @@ import logging
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -75,7 +75,6 @@ def test_invalid_export_is_refused(text):
         read_export(text.encode("latin-1"))
 
 
-@settings(deadline=None)
 @given(st.binary() | st.recursive(st.none() | st.text(), st.lists).map(lambda v: json.dumps(v).encode()))
 def test_any_bytes_are_an_export_or_a_source_error(data):
     with contextlib.suppress(SourceError):

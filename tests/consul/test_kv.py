@@ -188,7 +188,7 @@ def test_unusual_key_is_read_unchanged(client, fake, key):
     assert {tuple(request.params) for request in fake.requests} == {()}
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example("a/%2e%2e/b")
 @example("\u2028")
 @given(st.text(min_size=1))

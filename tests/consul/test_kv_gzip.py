@@ -77,7 +77,7 @@ def test_each_address_has_its_own_coding(named, fake, connect):
         assert (asked(fake), asked(near)) == (["gzip"], ["identity"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     entries=st.dictionaries(KEYS, st.binary(max_size=40) | st.integers(0, 2000).map(bytes), max_size=8),
     step=st.integers(1, 200),

@@ -123,7 +123,7 @@ def test_query_yields_whole_entries_from_pieces_of_any_size(fake, connect, step,
 KEYS = st.text(st.sampled_from('ab/},{"Key:[]\\ \n') | st.characters(codec="utf-8"), max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     entries=st.dictionaries(KEYS, st.binary(max_size=40), max_size=12),
     step=st.integers(1, 200),

@@ -124,7 +124,7 @@ BYTES = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings().max_examples)
 @given(
     raw=BYTES,
     service=st.sampled_from([*SERVICES.values()]),

@@ -7,7 +7,7 @@ import json
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul.config import ConsulConfig
@@ -50,7 +50,6 @@ def test_batch_has_at_most_64_operations():
     assert list(txn.batches([], {})) == []
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, VALUE_MAX_BYTES), max_size=8))
 def test_batches_fit_a_transaction_and_keep_every_operation(sizes):
     changes = [Change(PATH + "\u00e9".encode() * 511 + b"%d" % at, None, b"x" * size) for at, size in enumerate(sizes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -189,7 +189,6 @@ def test_repeated_lookups_of_a_bad_entry_do_not_grow_the_traceback():
 # ---- properties ----
 
 
-@settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_answers_are_valid_replies(table, service, key, raw):
     found = Entries(table, service, [(key, raw)])

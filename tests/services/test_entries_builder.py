@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -134,7 +134,6 @@ PAIRS = st.lists(st.tuples(st.sampled_from(CASE_VARIANTS), STORED), unique=True)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-@settings(deadline=None)
 @given(stages=st.lists(st.tuples(REUSING_TABLES, PAIRS), min_size=2, max_size=4))
 @example(stages=[(TABLE, [(b"root", b"gilles")]), (TABLE, [(b"Root", b"|sh"), (b"root", b"gilles")])])
 @example(stages=[(TABLE, [(b"Root", b"")]), (TABLE, [(b"root", b"")])])
@@ -149,7 +148,6 @@ def test_entries_built_on_former_ones_equal_those_built_from_scratch(service, st
         assert state(former) == state(Entries(table, SERVICES[service], pairs))
 
 
-@settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_parsed_value_stored_again_is_the_same(table, service, key, raw):
     """EntriesBuilder may reuse a value equal to the former one only because parsing it again changes nothing."""

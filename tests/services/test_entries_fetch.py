@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import cycle, islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -55,7 +55,6 @@ def test_fetch_is_an_error_if_all_entries_are_bad():
 KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
 
 
-@settings(deadline=None)
 @given(
     stays=st.sets(KEYS, min_size=1),
     changes=st.lists(st.sets(KEYS), min_size=1, max_size=40),

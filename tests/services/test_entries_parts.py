@@ -5,7 +5,7 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -162,7 +162,6 @@ def listed(pairs):
 
 
 @pytest.mark.parametrize("service", SERVICES)
-@settings(deadline=None, max_examples=60)
 @given(table=REUSING_TABLES, pairs=PAIRS, stages=st.lists(st.tuples(BELOW, PAIRS), min_size=1, max_size=4))
 @example(table=TABLE, pairs=[(b"Root", b"x"), (b"root", b"y")], stages=[(b"r", []), (b"R", [])])
 @example(table=TABLE, pairs=[(b"ROOT", b"x"), (b"Root", b"y")], stages=[(b"RO", [(b"ROOT", b"z")])])
@@ -190,7 +189,6 @@ def test_replaced_parts_equal_entries_built_from_scratch(service, table, pairs, 
         assert former.next_after(None) == scratch.next_after(None) if former.values else True
 
 
-@settings(deadline=None)
 @given(pairs=PAIRS, more=PAIRS, chunk=st.integers(1, 5))
 def test_chunks_of_any_size_give_the_same_entries(pairs, more, chunk):
     former = Entries(TABLE, SERVICES["alias"], listed(pairs))

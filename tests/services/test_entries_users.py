@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
@@ -112,7 +112,6 @@ def test_star_is_an_ordinary_key_in_other_services():
     assert entries("string", (b"*", b"x")).lookup(b"vera") is None
 
 
-@settings(deadline=None)
 @given(user=st.binary() | st.text(".%/:@aun\0").map(str.encode), home=st.text("/%und.").map(str.encode))
 def test_default_entry_keeps_its_ids_and_home_for_any_user(user, home):
     users = entries("userinfo", (b"*", b"5000:5001:" + home))

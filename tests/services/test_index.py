@@ -7,7 +7,7 @@ from itertools import count, product
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
@@ -117,7 +117,6 @@ def test_addresses_answer_like_a_walk(case):
 
 
 @pytest.mark.parametrize("service", ["domain", "mailaddr", "regex"])
-@settings(deadline=None)
 @given(case=tables(PATTERNS, HOSTS), room=st.integers(0, 12))
 def test_index_without_time_for_all_entries_answers_like_a_walk_or_fails(service, case, room):
     entries, key = case
@@ -219,7 +218,6 @@ def test_host_addresses_answer_like_a_walk(case):
     assert walk("addrname", entries, key) == HostAddresses(entries).find(key)
 
 
-@settings(max_examples=60, deadline=None)
 @given(tables(text(EXPRESSION, 6), text("abA(", 5)))
 def test_regexes_answer_like_a_walk(case):
     entries, key = case
@@ -236,7 +234,6 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("service", INDEXES)
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), room=st.one_of(st.none(), st.integers(0, 12)))
 def test_changed_index_answers_like_one_that_was_built_from_scratch(service, data, room):
     tables = st.sets(ENTRIES[service], max_size=10)
@@ -263,7 +260,6 @@ def test_changed_index_answers_like_one_that_was_built_from_scratch(service, dat
         before = after
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(INDEXES)), st.lists(st.binary(max_size=40), max_size=8), st.binary(max_size=60))
 def test_index_never_raises(service, entries, key):
     index = INDEXES[service](entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
@@ -144,7 +144,6 @@ def test_messages_contain_no_part_of_the_value(service, raw):
     assert "hunter2" not in refusal(raw, service) + "".join(map(str, entries(service, (b"k", raw)).problems))
 
 
-@settings(deadline=None)
 @given(table=TABLES, service=SERVICE, key=st.binary(min_size=1), raw=RAW)
 def test_parsed_value_is_a_valid_reply_or_empty(table, service, key, raw):
     try:

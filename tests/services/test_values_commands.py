@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from table_consul.errors import EntryError
@@ -152,7 +152,6 @@ def test_pipe_in_a_string_is_data():
 # ---- expansion in smtpd ----
 
 
-@settings(deadline=None)
 @given(LINES)
 @example(b"a\\")
 @example(b'"\'"')
@@ -164,7 +163,6 @@ def test_split_list_splits_like_smtpd(line):
     assert expand_line_split(line) == nodes
 
 
-@settings(deadline=None)
 @given(LINES)
 def test_alias_that_smtpd_reads_as_a_command_is_rejected(line):
     try:
@@ -174,7 +172,6 @@ def test_alias_that_smtpd_reads_as_a_command_is_rejected(line):
     assert [node for node in expand_line_split(value) or [] if alias_type(node)] == []
 
 
-@settings(deadline=None)
 @given(ELEMENTS)
 @example(b'"/dev/null"')
 def test_element_has_a_problem_where_smtpd_rejects_or_truncates_it(element):
@@ -184,7 +181,6 @@ def test_element_has_a_problem_where_smtpd_rejects_or_truncates_it(element):
     assert (problem is not None and f"smtpd {effect}" in problem) is bool(effect)
 
 
-@settings(deadline=None)
 @given(ELEMENTS)
 @example(b"|" + b"x" * 1020 + b"@example.org")
 @example(b'"|' + b"x" * 1023 + b'"')
@@ -199,7 +195,6 @@ def test_mailaddrmap_with_an_open_quote_or_escape_is_rejected(raw):
     assert "ends inside a quote or an escape" in refusal(raw, "mailaddrmap")
 
 
-@settings(deadline=None)
 @given(LINES | st.from_regex(rb"[a-z.@,|/: ]{0,12}", fullmatch=True))
 def test_plain_list_contains_nothing_that_smtpd_rejects_or_runs(line):
     if is_plain_list(line):

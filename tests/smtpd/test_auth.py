@@ -363,7 +363,7 @@ def test_missing_package_is_an_error_that_names_it(monkeypatch, module, package,
         verified(stored)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     stored=st.none() | st.binary() | st.text("$26yabc./:{}!*=,0123456789").map(str.encode),
     password=st.binary(max_size=20),

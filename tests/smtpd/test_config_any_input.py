@@ -53,7 +53,9 @@ def config_or_config_error(load_config, data: bytes, environ: dict[str, str]) ->
             assert loaded.table(name).path(service).endswith(b"/")
 
 
-relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+relaxed = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=3 * settings().max_examples
+)
 
 
 @relaxed

@@ -89,7 +89,7 @@ def test_recorded_conversation_byte_by_byte_gets_the_same_answers(recorded):
     assert replayed(folder, (bytes([each]) for each in said)) == answered
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cuts=st.sets(st.integers(0, 4000)))
 def test_recorded_conversation_in_random_cuts_gets_the_same_answers(recorded, cuts):
     said, answered, _, folder = recorded

@@ -73,7 +73,7 @@ def test_transcript_byte_by_byte_gets_the_same_replies(dialogue):
     assert transcript.answered == answered(bytes([c]) for c in transcript.said)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cuts=st.sets(st.integers(0, 4000)))
 def test_transcript_in_random_cuts_gets_the_same_replies(dialogue, cuts):
     transcript, answered = dialogue
@@ -196,7 +196,6 @@ def test_invalid_reply_value_is_a_reply_error(value):
         Found(value)
 
 
-@settings(deadline=None)
 @given(st.binary())
 def test_valid_reply_value_is_one_nonempty_line(value):
     try:
@@ -271,7 +270,6 @@ def test_reply_of_the_wrong_kind_is_a_reply_error(dialect, request_, reply):
         session(dialect).send(request_, reply)
 
 
-@settings(deadline=None)
 @given(st.text() | st.text(st.characters(categories=["Cc", "Cs", "Zl", "Cf"])))
 def test_any_reason_is_one_bounded_printable_line(reason):
     line = session("smtpd-tables").send(LOOKUP, Failed(reason))
@@ -304,7 +302,6 @@ BYTES = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(BYTES))
 @example([b"table|" + b"x" * MAX_LINE, b"x" * MAX_LINE, b"\n\n"])
 def test_any_bytes_are_events_and_every_answer_is_one_line_with_its_id(chunks):
@@ -319,7 +316,6 @@ def test_any_bytes_are_events_and_every_answer_is_one_line_with_its_id(chunks):
                 assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
 
 
-@settings(deadline=None)
 @given(chunk=BYTES, cuts=st.sets(st.integers(0, 200)))
 def test_any_bytes_are_the_same_events_in_every_framing(chunk, cuts):
     places = sorted({0, *cuts, max(200, len(chunk))})
@@ -329,7 +325,6 @@ def test_any_bytes_are_the_same_events_in_every_framing(chunk, cuts):
 FIELD = st.binary(min_size=1, max_size=20).map(lambda data: data.translate(None, b"|\n")).filter(bool)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import cycle, islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -150,7 +150,6 @@ def test_emptied_folder_is_not_found_and_keeps_the_position():
 KEYS = st.sampled_from([bytes([c]) for c in b"abcdefgh"])
 
 
-@settings(deadline=None)
 @given(stays=st.sets(KEYS, min_size=1), changes=st.lists(st.sets(KEYS), max_size=40))
 def test_remaining_keys_are_fetched_once_a_round_despite_changes(stays, changes):
     source = Scripted()
@@ -163,7 +162,6 @@ def test_remaining_keys_are_fetched_once_a_round_despite_changes(stays, changes)
     assert [*islice(cycle(sorted(stays)), len(steady))] == steady
 
 
-@settings(deadline=None)
 @given(
     op=st.sampled_from(["check", "lookup", "fetch"]),
     service=st.sampled_from([*SERVICES]) | st.text(),

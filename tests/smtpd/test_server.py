@@ -309,7 +309,7 @@ LINES = st.one_of(
 ).map(lambda line: line.replace(b"\n", b""))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(line=LINES, hello=st.booleans())
 def test_any_line_has_one_answer_or_one_log_line_or_is_part_of_a_handshake(caplog, line, hello):
     caplog.clear()

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from table_consul import log
+from table_consul.errors import FunctionError, ReplyError
 from table_consul.protocol import Failed, Found, NotFound, Reply, Request, Updated
-from table_consul.server import Server, claim_stdio
+from table_consul.server import Server, claim_stdio, has_secrets
 from table_consul.services import DEFAULT_SERVICES, SERVICES
 
 P = ParamSpec("P")
@@ -47,37 +48,56 @@ class Callbacks(NamedTuple):
         """Do nothing: functions need no preparation."""
 
     def answer(self, request: Request, _arrived: float) -> Reply:
-        """The reply of the function for this operation; the caller turns its exceptions into error replies."""
+        """The reply of the function for this operation; the caller turns exceptions into error replies.
+
+        Raises:
+            FunctionError: the function raised an exception.
+            ReplyError: smtpd cannot be given what the function returned.
+        """
         table, service = request.table, request.service
         key = request.key.decode("utf-8", "surrogateescape")
         if request.op == "update":
             if self.update is not None:
-                _call(self.update, table)
+                _call(request, self.update, table)
             return Updated()
         if service not in self.registered:
             return Failed(f"service {service} is not among the services of this table")
         if request.op == "check" and self.check is not None:
-            return Found() if _call(self.check, table, service, key) else NotFound()
+            return Found() if _call(request, self.check, table, service, key) else NotFound()
         if request.op in ("check", "lookup") and self.lookup is not None:
-            value = _call(self.lookup, table, service, key)
+            value = _call(request, self.lookup, table, service, key)
         elif request.op == "fetch" and self.fetch is not None:
-            value = _call(self.fetch, table, service)
+            value = _call(request, self.fetch, table, service)
         else:
             return Failed(f"this table does not implement {request.op}")
         if value is None:
             return NotFound()
-        return Found() if request.op == "check" else Found(value.encode("utf-8", "surrogateescape"))
+        if request.op == "check":
+            return Found()
+        try:
+            data = value.encode("utf-8", "surrogateescape")
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ReplyError(f"a value must be a string or None: {error}") from error
+        return Found(data)
 
 
-def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _call(request: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The result of a function. A coroutine counts as true, so every key would be in the table.
 
     Raises:
-        TypeError: the result is a coroutine.
+        FunctionError: it raised an exception.
+        ReplyError: the result is a coroutine.
     """
-    result = function(*args, **kwargs)
+    try:
+        result = function(*args, **kwargs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        text = "" if has_secrets(request.service) else str(error)
+        raised = type(error).__name__ + (f": {text}" if text else "")
+        raise FunctionError(f"the function for {request.op} raised {raised}") from error
     if hasattr(result, "__await__"):
-        raise TypeError("the function returns a coroutine (write def instead of async def)")
+        raise ReplyError("the function returns a coroutine (write def instead of async def)")
     return result
 
 
@@ -93,7 +113,12 @@ def serve(
     """Answer smtpd, in whichever dialect it speaks, until it closes the conversation.
 
     An exception or an invalid value becomes an error reply: smtpd keeps the message, and the reason is logged to syslog
-    or a terminal. Only None means "not found", and smtpd rejects the message. smtpd waits for every reply.
+    or a terminal, as are warnings of `logging`. Only None, or for check a false value, means "not found", and smtpd
+    rejects the message. smtpd waits for every reply.
+
+    Until this is called, standard output is the socket to smtpd, which exits if anything is printed; afterwards it is
+    standard error. It returns at the end of the conversation; threads that then remain must be daemons, or the process
+    does not exit. A key is in lower case; bytes that are not UTF-8 are surrogates, as in `os.fsdecode`.
 
     Args:
         check: whether ``(table, service, key)`` is in the table. Without it, whether ``lookup`` finds something.

@@ -29,6 +29,10 @@ class ReplyError(TableConsulError):
     """A reply would break smtpd, so it cannot be sent."""
 
 
+class FunctionError(TableConsulError):
+    """A function given to `callbacks.serve` raised an exception, the cause of this one."""
+
+
 class EntryError(TableConsulError):
     """An entry in Consul is invalid for its service; the text does not contain the value."""
 

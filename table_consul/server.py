@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol, TypeVar
 
-from table_consul.errors import ReplyError, SourceError, TableConsulError, printable
+from table_consul.errors import FunctionError, ReplyError, SourceError, TableConsulError, printable
 from table_consul.fallback import ignore_signals, read, write
 from table_consul.imsg import Session as BinarySession
 from table_consul.imsg import speaks
@@ -145,10 +145,12 @@ class Server:
                 self._counters.failed(request.table, cause, self._clock())
         elif isinstance(cause, ReplyError):
             self._warn_once(f"{request.op} {request.service}: {reply.reason}")
+        elif isinstance(cause, FunctionError):
+            self._log_traceback(cause.__cause__ or cause, reply.reason, secret=has_secrets(request.service))
         elif cause is None or isinstance(cause, TableConsulError):
             self._warn_once(reply.reason)
         else:
-            self._log_traceback(cause, secret=request.service in ("auth", "credentials"))
+            self._log_traceback(cause, secret=has_secrets(request.service))
 
     def _begin(self, events: list[Event]) -> None:
         """Note the table's name when the dialect is known, at the end of the handshake or with the first request."""
@@ -189,18 +191,27 @@ class Server:
             self._complaints.add(text)
             log.warning("%s", text)
 
-    def _log_traceback(self, error: BaseException, *, secret: bool = False) -> None:
-        """Log each kind of exception once; if ``secret``, without its text, which may contain a password."""
+    def _log_traceback(
+        self, error: BaseException, reason: str = "internal error; please report it", *, secret: bool = False
+    ) -> None:
+        """Log each kind of exception once with its traceback, if ``secret`` without its text; then each new reason."""
         at = error.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         kind = f"{type(error).__name__} at {at and (at.tb_frame.f_code.co_filename, at.tb_lineno)}"
-        if kind not in self._complaints:
-            self._complaints.add(kind)
-            if secret:
-                log.error("internal error; please report it: %s", kind)
-            else:
-                log.error("internal error; please report it", exc_info=error)
+        if kind in self._complaints:
+            self._warn_once(reason)
+            return
+        self._complaints.update((kind, reason))
+        if secret:
+            log.error("%s: %s", reason, kind)
+        else:
+            log.error("%s", reason, exc_info=error)
+
+
+def has_secrets(service: str) -> bool:
+    """Whether the text of an exception may contain a password or a hash."""
+    return service in ("auth", "credentials")
 
 
 def claim_stdio() -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pytest
 
 from table_consul import callbacks
 from table_consul.callbacks import Callbacks
+from table_consul.errors import ReplyError
 from table_consul.protocol import Failed, Found, NotFound, Request, Updated
 from table_consul.server import Server
 from table_consul.services import DEFAULT_SERVICES
@@ -116,7 +117,7 @@ def test_only_chosen_services_are_registered_and_answered():
     assert reply == Failed("service domain is not among the services of this table")
 
 
-def replies_to(lines, caplog, services=DEFAULT_SERVICES, **functions):
+def replies_to(lines, caplog, services=DEFAULT_SERVICES, level=logging.ERROR, **functions):
     """The replies of a server over these functions to these lines."""
     given = dict.fromkeys(("check", "lookup", "fetch", "update")) | functions
     answerer = Callbacks(*given.values(), services)
@@ -124,7 +125,7 @@ def replies_to(lines, caplog, services=DEFAULT_SERVICES, **functions):
     with ours, theirs:
         ours.sendall(lines)
         ours.shutdown(socket.SHUT_WR)
-        caplog.set_level(logging.ERROR)
+        caplog.set_level(level)
         Server(answerer, lambda _: None).serve(theirs.fileno(), theirs.fileno())
         theirs.shutdown(socket.SHUT_WR)
         return ours.makefile("rb").read()
@@ -135,17 +136,32 @@ LOOKUPS = b"config|ready\n" + b"".join(b"table|0.1|0|t|lookup|alias|%d|k\n" % nu
 
 def test_exception_is_an_error_and_is_logged_once(caplog):
     answers = replies_to(LOOKUPS, caplog, lookup=lambda *_: {}["k"]).splitlines()[-2:]
-    assert [answer.rpartition(b"|error|internal error (KeyError)")[0] for answer in answers] == [
-        b"lookup-result|1",
-        b"lookup-result|2",
+    assert answers == [
+        b"lookup-result|1|error|the function for lookup raised KeyError: 'k'",
+        b"lookup-result|2|error|the function for lookup raised KeyError: 'k'",
     ]
     assert [record.exc_info[0] for record in caplog.records] == [KeyError]
+    assert caplog.messages == ["the function for lookup raised KeyError: 'k'"]
+
+
+def test_another_text_of_an_exception_is_logged_too(caplog):
+    texts = iter(["the database is locked", "the database has no such table"])
+
+    def lookup(*_):
+        raise OSError(next(texts))
+
+    replies_to(LOOKUPS, caplog, level=logging.WARNING, lookup=lookup)
+    assert caplog.messages == [
+        "the function for lookup raised OSError: the database is locked",
+        "the function for lookup raised OSError: the database has no such table",
+    ]
+    assert [bool(record.exc_info) for record in caplog.records] == [True, False]
 
 
 def test_log_of_an_exception_contains_no_password(caplog):
     login = b"config|smtpd-version|7.9.0\nconfig|ready\ntable|0.1|0|t|check|auth|1|gilles:hunter2\n"
     answers = replies_to(login, caplog, services=["auth"], check=lambda _table, _service, key: {}[key])
-    assert answers.splitlines()[-1] == b"check-result|1|error|internal error (KeyError); see the log of table-consul"
+    assert answers.splitlines()[-1] == b"check-result|1|error|the function for check raised KeyError"
     assert ("KeyError at " in caplog.text, __file__ in caplog.text, "hunter2" in caplog.text) == (True, True, False)
 
 
@@ -163,17 +179,26 @@ def test_exception_that_would_end_the_process_is_an_error(error, caplog):
         raise error
 
     answers = replies_to(LOOKUPS, caplog, lookup=lookup).splitlines()[-2:]
-    assert [answer.split(b" (")[0] for answer in answers] == [
-        b"lookup-result|1|error|internal error",
-        b"lookup-result|2|error|internal error",
+    assert [answer.split(b": ")[0] for answer in answers] == [
+        b"lookup-result|1|error|the function for lookup raised " + type(error).__name__.encode(),
+        b"lookup-result|2|error|the function for lookup raised " + type(error).__name__.encode(),
     ]
     assert [record.exc_info[0] for record in caplog.records] == [type(error)]
 
 
-@pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", b"bytes", 7])
+@pytest.mark.parametrize("value", ["", "a\nb", "a\rb", "a\0b", "\ud800", b"bytes", 7, ["gilles"]])
 def test_invalid_reply_value_is_an_error(value, caplog):
     answers = replies_to(LOOKUPS, caplog, lookup=lambda *_: value).splitlines()[-2:]
-    assert [b"|error|" in answer for answer in answers] == [True, True]
+    assert [b"|error|a value must be " in answer for answer in answers] == [True, True]
+
+
+def test_each_invalid_reply_value_is_logged(caplog):
+    values = iter([b"gilles", 7])
+    replies_to(LOOKUPS, caplog, level=logging.WARNING, lookup=lambda *_: next(values))
+    assert caplog.messages == [
+        "lookup alias: a value must be a string or None: 'bytes' object has no attribute 'encode'",
+        "lookup alias: a value must be a string or None: 'int' object has no attribute 'encode'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +207,7 @@ def test_invalid_reply_value_is_an_error(value, caplog):
 )
 def test_coroutine_is_an_error(op, name):
     coroutine = asyncio.sleep(0)
-    with pytest.raises(TypeError, match="returns a coroutine"):
+    with pytest.raises(ReplyError, match="returns a coroutine"):
         answered(asked(op), **{name: lambda *_: coroutine})
     coroutine.close()
 

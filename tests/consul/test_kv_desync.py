@@ -164,9 +164,9 @@ def test_answer_without_a_leader_header_is_an_error(fake, connect, leader, statu
 # Bodies.
 
 
-@pytest.mark.parametrize("depth", [5_000, 100_000])
 @pytest.mark.parametrize("body", [b"%b%b", b'[{"Key":"consul/alias/root","Value":null,"ModifyIndex":1,"X":%b%b}]'])
-def test_deeply_nested_body_is_an_error(client, fake, depth, body):
+def test_deeply_nested_body_is_an_error(client, fake, body):
+    depth = 1_000_000  # Python 3.14 skips 100,000 levels of an unknown field without an error, 3.13 some thousand
     fake.handle = lambda request: Answer(200, TRUE, body % (b"[" * depth, b"]" * depth))
     for read in (client.get, client.list, client.visible_keys):
         with pytest.raises(BadResponse, match="invalid response body"):

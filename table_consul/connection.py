@@ -233,11 +233,12 @@ class Endpoint(requests.adapters.HTTPAdapter):
         """A connected socket, including TLS."""
         if self._url.scheme == "https" and self._context is None:
             self._context = self._tls_context()
-        failure = OSError("name has no address")
+        failures: list[OSError] = []
         addresses, by = self._resolve(), self.exchange.connect_by
         for others, (family, _, _, _, target) in zip(range(len(addresses))[::-1], addresses, strict=True):
-            sock: _Socket | _TLSSocket = _Socket(family, socket.SOCK_STREAM)
+            sock: _Socket | _TLSSocket | None = None
             try:
+                sock = _Socket(family, socket.SOCK_STREAM)  # fails for a family that the kernel lacks
                 for option in _SOCKET_OPTIONS if family != socket.AF_UNIX else ():
                     sock.setsockopt(*option)
                 if self.exchange.narrow:
@@ -250,12 +251,14 @@ class Endpoint(requests.adapters.HTTPAdapter):
                     name = self._settings.tls_server_name or self._host
                     sock = self._context.wrap_socket(sock, server_hostname=name)  # type: ignore[assignment]  # a _TLSSocket
             except OSError as error:
-                sock.close()
-                failure = error
+                if sock is not None:
+                    sock.close()
+                failures.append(error)
             else:
                 sock.exchange = self.exchange
                 return sock
-        raise failure
+        # The resolver sorts addresses without a route to the end: that they fail says nothing about Consul.
+        raise failures[0] if failures else OSError("name has no address")
 
     def _tls_context(self) -> ssl.SSLContext:
         versions = [version_of(os.stat(path)) for path in _tls_files(self._settings) if os.path.exists(path)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 import time
@@ -102,6 +103,39 @@ def test_hanging_resolver_ends_at_the_deadline_and_uses_one_thread(fake, connect
     assert asked == ["consul.example"]
     release.set()
     assert client.get(ROOT, timeout=2).value == b"gilles"
+
+
+@pytest.fixture
+def without_ipv6(monkeypatch):
+    """No IPv6 in the kernel; ``consul.example`` has the addresses that the argument names, in this order."""
+    real_resolve, real_init = socket.getaddrinfo, socket.socket.__init__
+
+    def init(self, family=-1, *args, **kwargs):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        real_init(self, family, *args, **kwargs)
+
+    def named(*addresses):
+        def resolve(host, *args, **kwargs):
+            if host != "consul.example" or kwargs.get("flags", 0) & socket.AI_NUMERICHOST:
+                return real_resolve(host, *args, **kwargs)
+            return [found for address in addresses for found in real_resolve(address, *args, **kwargs)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(socket.socket, "__init__", init)
+
+    return named
+
+
+def test_name_with_an_ipv6_address_is_reached_without_ipv6(fake, connect, without_ipv6):
+    without_ipv6("::1", "127.0.0.1")
+    client = connect(fake.address.replace("127.0.0.1", "consul.example"))
+    assert client.get(ROOT, timeout=2).value == b"gilles"
+
+
+def test_failure_to_reach_a_name_is_that_of_its_first_address(connect, without_ipv6):
+    without_ipv6("127.0.0.1", "::1")
+    assert "connection refused" in str(failure(connect(closed_port().replace("127.0.0.1", "consul.example"))))
 
 
 def test_unresolvable_name_is_unreachable(connect, monkeypatch):

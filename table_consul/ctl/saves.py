@@ -55,6 +55,8 @@ def save(folder: str, write: Write) -> int:
     Raises:
         TableConsulError: the write cannot be saved.
     """
+    if folder.startswith("~"):  # os.path.expanduser without HOME, for a user whom passwd(5) lacks
+        raise TableConsulError(f"{printable(folder)}: the home folder is unknown; nothing was written", _HINT)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         with _locked(folder):

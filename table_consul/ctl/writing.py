@@ -88,8 +88,8 @@ def options(function: Callable[..., int]) -> Callable[..., int]:
         no_undo: bool,
         **arguments: Any,  # noqa: ANN401 - those of the command
     ) -> int:
-        default = ROOT_FOLDER if os.geteuid() == 0 else os.path.expanduser(USER_FOLDER)
-        return with_config(options=Options(token_file, as_json, undo_dir or default, not no_undo), **arguments)
+        folder = os.path.expanduser(undo_dir or (ROOT_FOLDER if os.geteuid() == 0 else USER_FOLDER))
+        return with_config(options=Options(token_file, as_json, folder, not no_undo), **arguments)
 
     folder_help = "Save the replaced entries in PATH."
     folder = click.option(

@@ -293,6 +293,20 @@ def test_json_report_of_unset_lists_the_keys_that_are_not_found(run, fake):
     assert (done.status, report["written"], report["not_found"]) == (1, 1, ["nobody"])
 
 
+def test_write_without_a_known_home_folder_is_refused(run, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry in passwd(5)
+    done = run("set", "aliases", "alias", "root", "gilles", "--undo-dir", "~/undo")
+    assert (done.status, values(fake), os.listdir(tmp_path)) == (2, {}, [])
+    assert "~/undo: the home folder is unknown; nothing was written (use --undo-dir," in done.said
+
+
+def test_tilde_that_the_shell_leaves_in_the_undo_folder_is_the_home_folder(run, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("set", "aliases", "alias", "root", "gilles", "--undo-dir=~/undo", HOME=str(tmp_path / "vera"))
+    assert (done.status, os.listdir(tmp_path), os.listdir(tmp_path / "vera" / "undo")) == (0, ["vera"], ["000001.json"])
+
+
 def test_json_report_is_written_if_the_entries_cannot_be_saved(run, fake):
     done = run("set", "aliases", "alias", "root", "gilles", "--json", "--undo-dir", "/dev/null/undo")
     report = json.loads(done.text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -133,6 +134,16 @@ def root(request: pytest.FixtureRequest) -> Root:
     """An OpenSMTPD, one after the other: the newest, and the first with the dialect ``smtpd-tables``."""
     with _or_skip():
         return Root(request.param)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Enable SIGINT and SIGHUP, which shells and nohup(1) ignore in background jobs, and child processes with them."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

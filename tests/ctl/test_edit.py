@@ -267,15 +267,11 @@ def test_blank_editor_is_as_if_unset(edit, fake):
     assert (done.status, values(fake)[b"root"], len(editor.opened)) == (0, b"vera", 1)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_closed_terminal_leaves_no_file(fake, tmp_path):
     editor = Editor(tmp_path, f"os.kill(os.getppid(), signal.{signal.SIGHUP.name}); import time; time.sleep(30)")
     environ = {**os.environ, "CONSUL_HTTP_ADDR": fake.address, "EDITOR": editor.command, "VISUAL": ""}
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup(1) would have the program ignore it
-    try:
-        process = start("edit", "aliases", "alias", env=environ)
-    finally:
-        signal.signal(signal.SIGHUP, former)
-    done = finished(process)
+    done = finished(start("edit", "aliases", "alias", env=environ))
     assert (done.status, done.said) == (2, "table-consulctl: interrupted\n")
     assert not os.path.exists(editor.opened[0]["path"])
 

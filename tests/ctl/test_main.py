@@ -258,14 +258,6 @@ def test_work_of_more_than_a_second_is_shown_on_a_terminal(fake, monkeypatch, ar
     assert text not in control(*arguments, CONSUL_HTTP_ADDR=fake.address).said
 
 
-@pytest.fixture
-def interruptible():
-    """Enable SIGINT: a shell ignores it in background jobs, and child processes inherit that."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_interrupt_is_one_line_without_traceback(conf):
     process = start("-c", conf, "query", "aliases", "alias", "-", stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -73,9 +73,10 @@ def test_dialogue_is_counted_exactly(child):
 
 
 def test_pipelined_requests_are_counted_like_single_ones(child):
-    child.say(b"".join(b"table|0.1|0|table-name|lookup|alias|%d|root\n" % number for number in range(5000)))
-    for _ in range(5000):
-        child.line()
+    for _ in range(50):  # the replies to all requests at once may be more than the socket holds
+        child.say(b"".join(b"table|0.1|0|table-name|lookup|alias|%d|root\n" % number for number in range(100)))
+        for _ in range(100):
+            child.line()
     labels = ("lookup", "found", "alias", "table-name")
     samples = scrape_until(child.socket, "table_consul_requests_total", labels, 5000)
     assert samples_of(samples["table_consul_request_seconds_count"], "table-name") == {("alias", "table-name"): 5000}

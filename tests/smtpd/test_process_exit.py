@@ -69,6 +69,7 @@ def test_child_of_table_procexec_ignores_only_the_signals_that_smtpd_ignores(mak
         assert smtpd.ask()[1].decode() == str([signal.Signals[f"SIG{name}"].value for name in ENDING[:4]])
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_program_started_by_hand_can_be_interrupted():
     with subprocess.Popen(PROGRAM, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdin.write(b"config|ready\n")

@@ -61,8 +61,9 @@ test: $(VENV)/.stamp ## run all tests, with a real Consul and real OpenSMTPDs if
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
 quick: $(VENV)/.stamp ## run the tests that need neither root nor network, with one version of Consul
-	$(PYTEST) $(PARALLEL) -m 'not real and not slow' -k 'not 1.8.7 and not 1.21.5 and not 1.22.4' \
-	    --hypothesis-profile=quick $(ARGS)
+	@# Six workers, because these tests wait more than they compute.
+	$(PYTEST) $(PARALLEL) -n "$$([ '$(WORKERS)' = auto ] && echo 6 || echo '$(WORKERS)')" --maxprocesses 6 \
+	    -m 'not real and not slow' -k 'not 1.8.7 and not 1.21.5 and not 1.22.4' --hypothesis-profile=quick $(ARGS)
 
 lint: $(VENV)/.stamp ## run ruff and mypy --strict
 	$(BIN)/ruff check .

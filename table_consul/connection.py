@@ -257,7 +257,7 @@ class Endpoint(requests.adapters.HTTPAdapter):
             else:
                 sock.exchange = self.exchange
                 return sock
-        # The resolver sorts addresses without a route to the end: that they fail says nothing about Consul.
+        # Not the last one: the resolver puts addresses without a route at the end.
         raise failures[0] if failures else OSError("name has no address")
 
     def _tls_context(self) -> ssl.SSLContext:

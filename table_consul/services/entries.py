@@ -298,6 +298,10 @@ class Entries:
                 raise EntryError(str(Problem(self.path, str(error)))) from None
         return key if self.parts.has(key) else None
 
+    def has_answer(self, key: bytes | None) -> bool:
+        """Whether an entry matches the key (None: any, for a fetch); then those that an ACL hides do not matter."""
+        return len(self) > 0 if key is None else self.find(key) is not None
+
     def contains(self, key: bytes, seconds_left: SecondsLeft = None) -> bool:
         """Whether the key is in the table: by an entry for it, or by the default entry of the service.
 

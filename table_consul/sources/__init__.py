@@ -11,11 +11,6 @@ from table_consul.services.entries import Entries
 PROBE = b"-"
 
 
-def holds_answer(entries: Entries, key: bytes | None) -> bool:
-    """Whether an entry matches the key (None: any, for a fetch), so that entries that an ACL hides do not matter."""
-    return len(entries) > 0 if key is None else entries.find(key) is not None
-
-
 class Source(Protocol):
     def entries(self, table: Table, service: Service, key: bytes | None, deadline: float) -> Entries:
         """The entries of the service, or only those that matter for this key (None: all, for fetch).

@@ -15,7 +15,7 @@ from table_consul.errors import BadRequest, Forbidden, SourceError, TooLarge, Un
 from table_consul.log import warn_of_problems
 from table_consul.services import DEFAULT_KEY, Service, Table, fold_key
 from table_consul.services.entries import Entries
-from table_consul.sources import PROBE, holds_answer
+from table_consul.sources import PROBE
 from table_consul.sources.mirror import Unlisted
 
 T = TypeVar("T")
@@ -56,9 +56,9 @@ class DirectSource:
         if key is None or service.patterns:
             cached = key is not None
             entries, hidden = self._list(table, service, path, deadline, cached=cached)
-            if hidden is None and self._client.consistency == "stale" and not holds_answer(entries, key):
+            if hidden is None and self._client.consistency == "stale" and not entries.has_answer(key):
                 entries, hidden = self._list(table, service, path, deadline, cached=cached, proven=True)
-            if hidden is not None and not holds_answer(entries, key):
+            if hidden is not None and not entries.has_answer(key):
                 raise hidden.with_traceback(None)
             return entries
         pairs = self._read(path, key, deadline)
@@ -107,7 +107,7 @@ class DirectSource:
 
     def _read(self, path: bytes, key: bytes, deadline: float) -> list[tuple[bytes, bytes | None]]:
         if not key or key.endswith(b"/"):
-            return []  # a folder, which is no entry; smtpd asks for the empty tag of a listener without one
+            return []  # only a folder; smtpd looks up the tag of each listener, which may be empty
         if not kv.is_url_safe(path + key):
             # A transaction can write such a key (api-docs/txn), but no URL can read it.
             raise SourceError(f"{printable(path + key)}: cannot be read from Consul: no URL can contain this key")

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from table_consul.errors import SourceError, TooLarge, Unreachable, printable
 from table_consul.services import SERVICES, Table
 from table_consul.services.entries import Entries, EntriesBuilder
-from table_consul.sources import holds_answer
 from table_consul.sources.hold import ACCEPTED, Held, Terms, next_held
 
 # Between the ends of two queries, so that a burst of edits takes few reads. Half of the edits are seen sooner.
@@ -338,6 +337,6 @@ class Mirror:
         if now - confirmed > self.max_age:
             raise Unreachable(f"no data from Consul for {now - confirmed:.0f} s; last error: {self.last_error}")
         entries, hidden = snapshot.entries[service], snapshot.hidden.get(service)
-        if hidden is not None and not holds_answer(entries, key):
+        if hidden is not None and not entries.has_answer(key):
             raise Unlisted(hidden.error, entries, None if key is None else hidden.missing.get(key, key))
         return entries
